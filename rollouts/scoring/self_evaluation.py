@@ -1,0 +1,79 @@
+"""Scores without a reward model: the model itself is asked how sure it is of a step, from 0 to 9."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from rollouts.models.base import Backend, Completion, CompletionRequest, Sampling
+from rollouts.prompts import PromptFormat
+from rollouts.scoring.base import Scores
+
+_INSTRUCTION = (
+    "You check solutions of mathematics problems step by step. You are given a problem and the first steps of a "
+    "solution. Judge only whether the last of these steps, and everything it builds on, is right. Reply with one "
+    "digit from 0 (certainly wrong) to 9 (certainly right) and nothing else."
+)
+_GREEDY = Sampling(temperature=0.0)
+_MOST_TOKENS = 8
+
+
+class SelfEvaluationScorer:
+    """One short question per step, answered greedily; the digit divided by 9 is the score.
+
+    It costs one request per step rather than one pass per path. A reply without a digit, and a step that does
+    not fit into the window, has no score.
+    """
+
+    tolerance = 0.12  # one digit
+
+    def __init__(self, name: str, backend: Backend, tokenizer: Any, model: str) -> None:
+        """Name the model that is asked."""
+        self.name = name
+        self.backend = backend
+        self.prompts = PromptFormat(tokenizer, _INSTRUCTION, name=backend.role)
+        self.model = model
+
+    def process(self) -> Mapping[str, Any]:
+        """Return model, instruction and template."""
+        return {"kind": "self-evaluation", "model": self.model, "template_hash": self.prompts.template_hash}
+
+    def _question(self, question: str, steps: Sequence[str]) -> str:
+        listed = "\n\n".join(f"Step {number}: {step.strip()}" for number, step in enumerate(steps, 1))
+        return f"Problem: {question}\n\n{listed}\n\nHow certain is it that step {len(steps)} is right (0-9)?"
+
+    def submit(self, question: str, steps: Sequence[str]) -> Future[Scores]:
+        """Ask about every step of one path."""
+        result: Future[Scores] = Future()
+        scores: Scores = [None] * len(steps)
+        missing = [len(steps)]
+
+        def settle() -> None:
+            missing[0] -= 1
+            if missing[0] == 0 and not result.done():
+                result.set_result(scores)
+
+        def done(position: int, answer: Future[Completion]) -> None:
+            try:
+                scores[position] = read_digit(answer.result().text)
+            except BaseException as error:
+                if not result.done():
+                    result.set_exception(error)
+                return
+            settle()
+
+        for position in range(len(steps)):
+            ids = self.prompts.ids(self._question(question, steps[: position + 1]))
+            if len(ids) + _MOST_TOKENS > self.backend.window:
+                settle()
+                continue
+            future = self.backend.submit(CompletionRequest(ids, _MOST_TOKENS, _GREEDY))
+            future.add_done_callback(lambda answer, position=position: done(position, answer))  # type: ignore[misc]
+        return result
+
+
+def read_digit(reply: str) -> float | None:
+    """Return the first digit of a reply divided by 9, or None."""
+    digit = next((character for character in reply if character in "0123456789"), None)
+    return None if digit is None else int(digit) / 9.0

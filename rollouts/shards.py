@@ -1,0 +1,215 @@
+"""Append-only Parquet tables of immutable shards: a crash loses at most the shard in flight."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rollouts.errors import StoreError
+
+KEY = ("problem", "replica", "prefix", "role")
+_TEXT = pa.dictionary(pa.int32(), pa.string())
+_KEY_FIELDS = [
+    pa.field("problem", _TEXT, nullable=False),
+    pa.field("replica", pa.int16(), nullable=False),
+    pa.field("prefix", pa.uint64(), nullable=False),
+    pa.field("role", _TEXT, nullable=False),
+]
+STEPS = pa.schema(
+    [
+        *_KEY_FIELDS,
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("tokens", pa.int32(), nullable=False),
+        pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field("stop_reason", _TEXT, nullable=False),
+        pa.field("terminal", pa.bool_(), nullable=False),
+        pa.field("label", pa.bool_()),
+    ]
+)
+SCORES = pa.schema([*_KEY_FIELDS, pa.field("score", pa.float32())])
+GRADES = pa.schema(
+    [
+        *_KEY_FIELDS,
+        pa.field("correct", pa.bool_(), nullable=False),
+        pa.field("extracted", pa.string()),
+        pa.field("error", pa.string()),
+    ]
+)
+_SHARD = re.compile(r"part-(\d{6})\.parquet$")
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call ``write(temporary)``, flush it to the disk and rename it to `path`."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    with temporary.open("rb+") as handle:
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+class Table:
+    """One append-only table: a directory of shards with one schema."""
+
+    def __init__(self, directory: Path, schema: pa.Schema) -> None:
+        """Name the table; the directory is made at the first `append`."""
+        self.directory = directory
+        self.schema = schema
+
+    def shards(self) -> list[Path]:
+        """Return the shards in the order in which they were written."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(path for path in self.directory.iterdir() if _SHARD.fullmatch(path.name))
+
+    def append(self, rows: Mapping[str, Sequence[Any]], counters: Mapping[str, int] | None = None) -> Path:
+        """Write one shard.
+
+        Args:
+            rows: Columns of the schema, equally long.
+            counters: Whole numbers to be summed over shards (`counters`), such as dropped segments.
+        """
+        arrays = [pa.array(rows[field.name], type=field.type) for field in self.schema]
+        return self._write(pa.Table.from_arrays(arrays, schema=self.schema), counters or {})
+
+    def _write(self, table: pa.Table, counters: Mapping[str, int]) -> Path:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        existing = self.shards()
+        number = int(_SHARD.fullmatch(existing[-1].name).group(1)) + 1 if existing else 0  # type: ignore[union-attr]
+        path = self.directory / f"part-{number:06d}.parquet"
+        metadata = {f"trim.{name}": str(value) for name, value in counters.items()}
+        table = table.replace_schema_metadata(metadata)
+
+        def write(target: Path) -> None:
+            pq.write_table(table, target, compression="zstd", compression_level=12, write_page_checksum=True)
+
+        write_atomically(path, write)
+        return path
+
+    def read_shard(self, path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return one shard.
+
+        Raises:
+            StoreError: The shard is truncated, corrupted or has another schema; the message names it.
+        """
+        try:
+            table = pq.read_table(
+                path, columns=list(columns) if columns else None, page_checksum_verification=True, partitioning=None
+            )
+        except (pa.ArrowException, OSError) as error:
+            raise StoreError(
+                f"{path}: unreadable shard ({str(error).splitlines()[0][:160]}). "
+                "`python -m rollouts repair` sets it aside; the same command then generates what is missing."
+            ) from error
+        wanted = list(columns) if columns else self.schema.names
+        if missing := [name for name in wanted if name not in table.column_names]:
+            raise StoreError(f"{path}: columns {missing} are missing, found {table.column_names}.")
+        return table
+
+    def read(
+        self, problems: Collection[str] | None = None, columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        """Yield the shards one by one, cut to some problems."""
+        yield from self.read_these(self.shards(), problems, columns)
+
+    def read_these(
+        self, paths: Iterable[Path], problems: Collection[str] | None = None, columns: Sequence[str] | None = None
+    ) -> Iterator[pa.Table]:
+        """Yield some of the shards one by one, cut to some problems."""
+        wanted = None if problems is None else pa.array(sorted(problems), type=pa.string())
+        for path in paths:
+            table = self.read_shard(path, columns)
+            if wanted is not None:
+                table = table.filter(pc.is_in(pc.cast(table["problem"], pa.string()), value_set=wanted))
+            if table.num_rows:
+                yield table
+
+    def rows(self) -> int:
+        """Return the number of rows, from the shards' footers alone."""
+        return sum(pq.read_metadata(path).num_rows for path in self.shards())
+
+    def counters(self) -> dict[str, int]:
+        """Return the shards' counters, summed."""
+        totals: dict[str, int] = {}
+        for path in self.shards():
+            for name, value in (pq.read_metadata(path).metadata or {}).items():
+                if name.startswith(b"trim."):
+                    key = name.decode().removeprefix("trim.")
+                    totals[key] = totals.get(key, 0) + int(value)
+        return totals
+
+    def problem_shards(self) -> dict[str, list[int]]:
+        """Return, for every problem, the positions in `shards` of those that mention it."""
+        index: dict[str, list[int]] = {}
+        for position, path in enumerate(self.shards()):
+            column = self.read_shard(path, ["problem"])["problem"]
+            for name in pc.unique(pc.cast(column, pa.string())).to_pylist():
+                index.setdefault(name, []).append(position)
+        return index
+
+    def compact(self) -> None:
+        """Rewrite all shards as one, sorted by key, duplicates dropped (first wins), then remove the old ones.
+
+        A crash in between leaves rows twice, which readers resolve to the same content.
+        """
+        old = self.shards()
+        if not old:
+            return
+        tables = [_plain(self.read_shard(path)) for path in old]
+        table = pa.concat_tables(tables)
+        table = table.append_column("_order", pa.array(range(table.num_rows), type=pa.int64()))
+        table = table.sort_by([(name, "ascending") for name in (*KEY, "_order")])
+        keep = _first_of_each(table)
+        table = table.filter(keep).drop_columns(["_order"]).cast(_plain_schema(self.schema))
+        arrays = [
+            table[field.name].dictionary_encode() if pa.types.is_dictionary(field.type) else table[field.name]
+            for field in self.schema
+        ]
+        counters = self.counters()
+        self._write(pa.Table.from_arrays(arrays, names=self.schema.names).cast(self.schema), counters)
+        for path in old:
+            path.unlink()
+
+    def leftovers(self) -> list[Path]:
+        """Return temporary files that a crash left behind."""
+        return sorted(self.directory.glob(".*.tmp")) if self.directory.is_dir() else []
+
+
+def _plain_schema(schema: pa.Schema) -> pa.Schema:
+    return pa.schema(
+        [
+            pa.field(field.name, pa.string(), field.nullable) if pa.types.is_dictionary(field.type) else field
+            for field in schema
+        ]
+    )
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    return table.replace_schema_metadata(None).cast(_plain_schema(table.schema.remove_metadata()))
+
+
+def _first_of_each(table: pa.Table) -> pa.Array:
+    """Return a mask that is true where a sorted table's key differs from the row before."""
+    differs = None
+    for name in KEY:
+        column = table[name].combine_chunks()
+        changed = pc.not_equal(column[1:], column[:-1])
+        differs = changed if differs is None else pc.or_(differs, changed)
+    return pa.concat_arrays([pa.array([True]), differs]) if table.num_rows > 1 else pa.array([True] * table.num_rows)
+
+
+def columns_of(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> dict[str, list[Any]]:
+    """Turn row mappings into columns."""
+    materialised = list(rows)
+    return {name: [row[name] for row in materialised] for name in schema.names}

