@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from rollouts.expand import load_trees
 from rollouts.grading import Grade, Grader
 from rollouts.nodes import ROLES, Node, RolloutTree
 from rollouts.problems import Problem
@@ -15,7 +16,6 @@ from rollouts.scoring.base import Scorer, Scores
 from rollouts.shards import KEY, Table, columns_of
 from rollouts.steps import solution_text
 from rollouts.store import Store
-from rollouts.expand import load_trees
 
 Edge = tuple[Node, str]
 _SHARD_ROWS = 50_000
@@ -121,9 +121,7 @@ def _trees_with_done(
             yield tree, done.get((tree.problem.id, tree.replica), set())
 
 
-def _unscored_paths(
-    tree: RolloutTree, done: set[tuple[int, str]]
-) -> Iterator[tuple[list[str], list[list[Edge]]]]:
+def _unscored_paths(tree: RolloutTree, done: set[tuple[int, str]]) -> Iterator[tuple[list[str], list[list[Edge]]]]:
     """Yield paths that together cover the proposals without a score, and the proposals that each step stands for.
 
     A proposal appears once: under the first path that reaches it; positions already covered have no edges.
@@ -137,9 +135,7 @@ def _unscored_paths(
             same = [
                 (node, writer)
                 for writer in ROLES
-                if writer in node.proposals
-                and node.proposals[writer].text == text
-                and (node.key, writer) not in done
+                if writer in node.proposals and node.proposals[writer].text == text and (node.key, writer) not in done
             ]
             done.update((node.key, writer) for _, writer in same)
             edges.append(same)
@@ -206,5 +202,3 @@ def _solutions(tree: RolloutTree) -> Iterable[Edge]:
 
 def _grade_values(grade: Grade) -> dict[str, Any]:
     return {"correct": grade.correct, "extracted": grade.extracted, "error": grade.error}
-
-

@@ -24,7 +24,7 @@ from rich.progress import (
 from rollouts.annotate import grade_store, score_store
 from rollouts.config import load_family
 from rollouts.errors import ConfigError, DataError, StoreError, did_you_mean
-from rollouts.expand import Grower, StepBuffer, grow_sequentially, load_trees
+from rollouts.expand import Grower, Labeller, StepBuffer, grow_sequentially, load_trees
 from rollouts.expand import Progress as Counts
 from rollouts.family import Family
 from rollouts.grading import Grader, make_grader
@@ -119,6 +119,7 @@ class Generate:
         in_flight: Trees grown at once.
         max_large_tokens: Stop after the large model has decoded so many tokens in this run; resumable.
         dry_run: Generate nothing for the store; estimate tokens, time and money from a few problems.
+        flush_seconds: Longest time between two shards, seconds: what a crash can lose.
         score: Score the trees at the end.
         grade: Grade the solutions at the end.
     """
@@ -136,6 +137,7 @@ class Generate:
     in_flight: int = 256
     max_large_tokens: int | None = None
     dry_run: bool = False
+    flush_seconds: float = 10.0
     score: bool = True
     grade: bool = True
 
@@ -150,6 +152,7 @@ class Generate:
         if most > 1 and (role := family.greedy()):
             raise ConfigError(f"Temperature 0 ({role}) makes all replicas the same; use --replicas 1.")
         problems = self._that_fit(screen, family, problems)
+        self._warn_of_unreadable_answers(screen, grader, problems)
         if self.dry_run:
             from rollouts.estimate import estimate
 
@@ -173,9 +176,9 @@ class Generate:
         found: list[Problem] = []
         for spec in self.problems:
             loaded = load_problems(spec, split=self.split)
-            found.extend(loaded.problems)
-            for note in loaded.notes:
-                screen.print(f"{spec}: {note}")
+            found.extend(loaded)
+            if loaded.skipped or loaded.repeated:
+                screen.print(f"{spec}: {loaded.skipped} identical rows left out, {loaded.repeated} repeated questions.")
         if self.limit is not None:
             seen: dict[str, int] = {}
             kept = []
@@ -196,6 +199,11 @@ class Generate:
             raise DataError("Every problem is longer than some model's window; raise max_length.")
         return fitting
 
+    def _warn_of_unreadable_answers(self, screen: Console, grader: Grader, problems: Sequence[Problem]) -> None:
+        if unreadable := grader.check_gold([problem.answer for problem in problems]):
+            some = ", ".join(repr(answer) for answer in unreadable[:5])
+            screen.print(f"{len(unreadable)} answers cannot be read by the grader and count as wrong: {some} ...")
+
     def _grow(
         self, screen: Console, store: Store, family: Family, problems: Sequence[Problem], replicas: int | dict[str, int]
     ) -> bool:
@@ -203,14 +211,12 @@ class Generate:
             return load_trees(store, problems, replicas, self.max_escalations)
 
         total = sum(replicas if isinstance(replicas, int) else replicas.get(item.split, 1) for item in problems)
-        labeller = None
-        if store.manifest["process"]["labels"]:
-            from rollouts.tinymath import label_steps as labeller
+        labeller = label_of(store)
         if not any(tree.wants() for tree in load()):
             screen.print(f"All {total:,} trees are there.")
             return True
         counts = Counts(total=total)
-        buffer = StepBuffer(store.steps, labeller)
+        buffer = StepBuffer(store.steps, labeller, seconds=self.flush_seconds)
         with progress_bar("Growing", total, "trees") as advance:
 
             def show(now: Counts) -> None:
@@ -235,15 +241,27 @@ class Generate:
                 return grower(writers).run(load()) == 0
 
 
+def label_of(store: Store) -> Labeller | None:
+    """Return the function that gives exact labels of steps, for stores of problems that have them."""
+    if not store.manifest["process"]["labels"]:
+        return None
+    from rollouts.tinymath import label_steps
+
+    return label_steps
+
+
 def run_scoring(store: Store, family: Family, problems: Sequence[Problem] | None) -> None:
     """Score what is unscored, with a bar; the scorer is only loaded if there is anything."""
+    total = store.steps.rows() - store.scores(family.scorer_name).rows()
+    if total == 0:
+        return
     with family.open_scorer(store) as scorer:
-        known = scorer.name in store.names("scores")
-        total = store.steps.rows() - (store.scores(scorer.name).rows() if known else 0)
         with progress_bar("Scoring", total, "steps") as advance:
             report = score_store(store, scorer, problems, on_progress=advance)
     if report.skipped:
-        console().print(f"{report.skipped} steps exceed the scorer's window and have no score; their trees are left out.")
+        console().print(
+            f"{report.skipped} steps exceed the scorer's window and have no score; their trees are left out."
+        )
 
 
 def run_grading(store: Store, grader: Grader, problems: Sequence[Problem] | None) -> None:
@@ -252,6 +270,52 @@ def run_grading(store: Store, grader: Grader, problems: Sequence[Problem] | None
         report = grade_store(store, grader, problems, on_progress=advance)
     if report.errors:
         console().print(f"The grader failed on {report.errors} answers; they are graded wrong.")
+
+
+@dataclass(frozen=True)
+class Expand:
+    """Add the nodes that a router reaches to a bounded store, then grade the new solutions.
+
+    Attributes:
+        store: Directory of the store.
+        router: ``threshold:0.5``, ``random:0.3``, or ``module:function`` from features to actions
+            (`rollouts.on_policy.FEATURES`).
+        models: The models that made the store.
+        split: Only this split.
+        episodes: Walks per tree, for routers that draw at random.
+        seed: Seed of a random router.
+        grader: ``exact`` or ``numeric``.
+    """
+
+    store: StorePath
+    router: str
+    models: str = "tinymath"
+    split: str | None = None
+    episodes: int = 1
+    seed: int = 0
+    grader: str = "exact"
+
+    def run(self) -> None:
+        """Run the command."""
+        from rollouts.on_policy import expand_on_policy, load_router
+
+        store = Store(self.store)
+        problems = store.problems(self.split)
+        router = load_router(self.router, self.seed)
+        process = store.manifest["process"]
+        family = Family(load_family(self.models), seed=process["seed"], examples=self_test_examples(problems))
+        Store.create(self.store, family.process(process["max_escalations"], labels=process["labels"]))
+        with store.writing(), ExitStack() as stack:
+            writers = {role: stack.enter_context(family.open(role, store)) for role in ROLES}
+            scorer = stack.enter_context(family.open_scorer(store))
+            with progress_bar("Expanding", None, "trees") as advance:
+                labeller = label_of(store)
+                added = expand_on_policy(
+                    store, writers, scorer, router, problems,
+                    episodes=self.episodes, labeller=labeller, on_progress=advance,
+                )  # fmt: skip
+            run_grading(store, make_grader(self.grader), problems)
+        console().print(f"{added:,} steps added.")
 
 
 @dataclass(frozen=True)
@@ -435,6 +499,7 @@ class Repair:
 
 COMMANDS = {
     "generate": Generate,
+    "expand": Expand,
     "score": Score,
     "grade": Grade,
     "stats": Stats,

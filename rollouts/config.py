@@ -92,7 +92,6 @@ class ModelConfig(_Section):
             raise ValueError("dtype 'float64' is for the transformers backend")
         return self
 
-
     @property
     def display_name(self) -> str:
         """Name in manifests and tables."""
@@ -233,7 +232,9 @@ def embedded_family(backend: str = "vllm", dtype: str | None = None) -> FamilyCo
     from rollouts import tinymath
 
     if backend not in ("vllm", "transformers"):
-        raise ConfigError(f"tinymath runs on a backend of this process.{did_you_mean(backend, ['vllm', 'transformers'])}")
+        raise ConfigError(
+            f"tinymath runs on a backend of this process.{did_you_mean(backend, ['vllm', 'transformers'])}"
+        )
     dtype = dtype or ("float64" if backend == "transformers" else "float32")
 
     def common(role: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rollouts.errors import ConfigError
 from rollouts.models.base import Backend
 from rollouts.models.open import open_backend
 from rollouts.models.stepwise import StepModel
+from rollouts.nodes import ROLES
 from rollouts.prompts import PromptFormat, RewardFormat, load_tokenizer
 from rollouts.scoring.base import EXAMPLES, Example, Scorer, self_test
 from rollouts.scoring.likelihood import LikelihoodScorer
@@ -42,7 +43,8 @@ class Family:
         self.seed = seed
         self.examples = examples
         self.limits = config.limits.limits()
-        for role in ("small", "large"):
+        self._continuing = [role for role in ROLES if not config.generator(role).chat_only]
+        for role in self._continuing:
             self.prompts(role)
 
     @cached_property
@@ -87,14 +89,14 @@ class Family:
 
     @cached_property
     def _windows(self) -> dict[str, int]:
-        windows = {role: self.window(role, self.config.generator(role)) for role in ("small", "large")}
+        windows = {role: self.window(role, self.config.generator(role)) for role in self._continuing}
         if self.config.scorer is not None and self.config.scorer.model is not None:
             windows["scorer"] = self.window("scorer", self.config.scorer.model)
         return windows
 
     def fits(self, question: str, steps: Sequence[str]) -> bool:
         """Whether a prefix leaves room for one more token in every role's window (design section 1)."""
-        texts = {role: self.prompts(role).text(question, steps) for role in ("small", "large")}
+        texts = {role: self.prompts(role).text(question, steps) for role in self._continuing}
         for role, text in texts.items():
             window = self._windows[role]
             if len(text.encode()) >= window and len(self.prompts(role).ids(question, steps)) >= window:
@@ -117,21 +119,23 @@ class Family:
             "labels": labels,
             "windows": dict(self._windows),
         }
-        for role in ("small", "large"):
+        for role in ROLES:
             model = self.config.generator(role)
             described[role] = {
                 "model": model.display_name,
                 "revision": model.revision,
                 "licence": model.licence,
                 "system_prompt": model.system_prompt,
-                "template_hash": self.prompts(role).template_hash,
+                "template_hash": self.prompts(role).template_hash if role in self._continuing else chat_template_hash(),
                 "sampling": model.sampling.model_dump(),
             }
         return described
 
     def greedy(self) -> str | None:
         """Return a role with temperature 0, whose replicas would all be the same, or None."""
-        return next((role for role in ("small", "large") if self.config.generator(role).sampling.temperature == 0), None)
+        return next(
+            (role for role in ("small", "large") if self.config.generator(role).sampling.temperature == 0), None
+        )
 
     @contextmanager
     def open(self, role: str, store: Store) -> Iterator[Any]:
@@ -164,6 +168,19 @@ class Family:
                 store.record_engine({"role": role, "seed": seed, **backend.describe()})
             yield backend
 
+    @property
+    def scorer_name(self) -> str:
+        """Name of the configured scorer's table.
+
+        Raises:
+            ConfigError: No scorer is configured.
+        """
+        scorer = self.config.scorer
+        if scorer is None:
+            raise ConfigError("No [scorer] section in the models file.")
+        model = scorer.model if scorer.model is not None else self.config.generator(scorer.under)
+        return _file_name(scorer.name or f"{scorer.kind}-{model.display_name}")
+
     @contextmanager
     def open_scorer(self, store: Store | None = None, *, check: bool = True) -> Iterator[Scorer]:
         """Load the scorer and, unless told otherwise, test it on known paths.
@@ -171,35 +188,40 @@ class Family:
         Raises:
             ConfigError: No scorer is configured, or it fails its self-test.
         """
-        scorer = self.config.scorer
-        if scorer is None:
-            raise ConfigError("No [scorer] section in the models file.")
+        name, scorer = self.scorer_name, self.config.scorer
+        assert scorer is not None
         if scorer.kind == "prm":
             assert scorer.model is not None and self.reward_prompts is not None
-            name = scorer.name or f"prm-{scorer.model.display_name}"
             prompts = self.reward_prompts
             with self._backend("scorer", scorer.model, store, prompts.step_tag_id) as backend:
-                built: Scorer = RewardScorer(_file_name(name), backend, prompts, scorer.model.display_name)
+                built: Scorer = RewardScorer(name, backend, prompts, scorer.model.display_name)
                 if check:
                     self_test(built, self.examples)
                 yield built
             return
         model = self.config.generator(scorer.under)
-        name = _file_name(scorer.name or f"{scorer.kind}-{model.display_name}")
+        prompts_under = self.prompts(scorer.under)
         with self._backend(scorer.under, model, store) as backend:
             if scorer.kind == "likelihood":
-                yield LikelihoodScorer(name, backend, self.prompts(scorer.under), model.display_name)
+                yield LikelihoodScorer(name, backend, prompts_under, model.display_name)
             else:
                 from rollouts.scoring.self_evaluation import SelfEvaluationScorer
 
-                tokenizer = self.prompts(scorer.under).tokenizer
-                yield SelfEvaluationScorer(name, backend, tokenizer, model.display_name)
+                yield SelfEvaluationScorer(name, backend, prompts_under.tokenizer, model.display_name)
 
 
 def engine_seed(run_seed: int, role: str, start: int) -> int:
     """Return the seed of one engine start; no two starts of a store share one."""
     digest = hashlib.blake2b(f"{run_seed}|{role}|{start}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def chat_template_hash() -> str:
+    """Return the hash of how a chat-only model is asked; part of the manifest."""
+    from rollouts.models.chat import step_request
+
+    text = step_request("question", ["One." + DELIMITER])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _file_name(name: str) -> str:

@@ -156,17 +156,6 @@ def quick_equal(gold: str, final: str) -> bool | None:
     return False if difference > Fraction(1, 10**5) else None
 
 
-def _tail(text: str) -> str:
-    text = text.strip()
-    if len(text) > MAX_TAIL:
-        text = text[-MAX_TAIL:]
-        for boundary in ("\n\n", "\n", " "):  # half a formula would turn round every $ sign behind it
-            cut = text.find(boundary)
-            if 0 <= cut < MAX_TAIL * 3 // 4:
-                return text[cut:].strip()
-    return text
-
-
 def _grade_numeric(answer: str, text: str, extracted: str) -> Grade:
     try:
         gold, found = last_number(answer), last_number(text)
@@ -260,7 +249,7 @@ class Grader:
             grades: dict[int, Grade] = {}
             for index, (answer, solution) in enumerate(pairs):
                 final = final_answer(solution)
-                key = (answer, _tail(solution) if final is None else final.strip(), final is not None)
+                key = (answer, solution.strip()[-MAX_TAIL:] if final is None else final.strip(), final is not None)
                 grade = self._memo.get(key) or self._quick(*key)
                 if grade is None:
                     asked.setdefault(key, []).append(index)

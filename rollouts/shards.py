@@ -117,9 +117,7 @@ class Table:
             raise StoreError(f"{path}: columns {missing} are missing, found {table.column_names}.")
         return table
 
-    def read(
-        self, problems: Collection[str] | None = None, columns: Sequence[str] | None = None
-    ) -> Iterator[pa.Table]:
+    def read(self, problems: Collection[str] | None = None, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield the shards one by one, cut to some problems."""
         yield from self.read_these(self.shards(), problems, columns)
 

@@ -197,4 +197,3 @@ def store_statistics(store: Store) -> dict[str, Any]:
 def as_json(statistics: SplitStatistics) -> dict[str, Any]:
     """Return statistics as plain values."""
     return asdict(statistics)
-

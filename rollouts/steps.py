@@ -29,10 +29,10 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step as it was generated.
+    r"""One step as it was generated.
 
     Attributes:
-        text: Normalised text, with its delimiter ``"\\n\\n"`` where it ended at one.
+        text: Normalised text, with its delimiter ``"\n\n"`` where it ended at one.
         tokens: Tokens decoded for it, its delimiter or end-of-sequence token included, as the backend counted.
         stop_reason: Why it ended.
         prompt_tokens: Tokens of the prompt that it was decoded from (its node's prefix with the problem).
@@ -65,7 +65,7 @@ class Limits:
 
 
 def is_decorative(text: str) -> bool:
-    """Whether a piece of text holds neither letter nor digit (``---``, ``\\[``, nothing at all)."""
+    r"""Whether a piece of text holds neither letter nor digit (``---``, ``\[``, nothing at all)."""
     return not any(character.isalnum() for character in text)
 
 
@@ -134,7 +134,7 @@ def cut_segments(pieces: Iterable[str]) -> list[Segment]:
 
 
 def closes_box(text: str) -> bool:
-    """Whether a step contains a completely closed ``\\boxed{...}``."""
+    r"""Whether a step contains a completely closed ``\boxed{...}``."""
     return "\\boxed" in text and last_boxed(text) is not None
 
 

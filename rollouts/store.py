@@ -130,7 +130,9 @@ class Store:
         rows = [*known.values(), *dict.fromkeys(new)]
         columns = {name: [getattr(row, name) for row in rows] for name in _PROBLEMS.names}
         table = pa.table(columns, schema=_PROBLEMS)
-        write_atomically(self.path / "problems.parquet", lambda target: pq.write_table(table, target, compression="zstd"))
+        write_atomically(
+            self.path / "problems.parquet", lambda target: pq.write_table(table, target, compression="zstd")
+        )
 
     def scores(self, name: str) -> Table:
         """Return the score table of a scorer (perhaps still empty)."""

@@ -71,7 +71,9 @@ def show_tree(console: Console, tree: RolloutTree, scores: Annotation, grades: A
         most: Decision nodes shown; the rest is counted.
     """
     console.print(Text(tree.problem.question, style="bold"))
-    console.print(f"[dim]{escape(tree.problem.id)}, replica {tree.replica}; answer {escape(tree.problem.answer)}; ", end="")
+    console.print(
+        f"[dim]{escape(tree.problem.id)}, replica {tree.replica}; answer {escape(tree.problem.answer)}; ", end=""
+    )
     console.print(f"[dim]{len(tree.nodes)} nodes; a line ends in score, tokens, and how the solution ends[/]")
     root = RichTree(Text("problem"), guide_style="dim")
     left = [most]

@@ -54,6 +54,7 @@ class CompletionRequest:
         sampling: All sampling parameters.
         stop: Strings that end the completion; they are part of its text and tokens.
         seed: 63-bit seed of this draw; only reproducible backends use it.
+        exact_length: Decode exactly `max_tokens`, past any end of sequence; for benchmarks, in-process vLLM only.
     """
 
     prompt_ids: tuple[int, ...]
@@ -61,6 +62,7 @@ class CompletionRequest:
     sampling: Sampling
     stop: tuple[str, ...] = ()
     seed: int = 0
+    exact_length: bool = False
 
 
 @dataclass(frozen=True, slots=True)

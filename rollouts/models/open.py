@@ -33,15 +33,12 @@ def open_backend(role: str, model: ModelConfig, *, seed: int, pooling_tag: int |
     return _open_transformers(role, model, seed, pooling_tag)
 
 
-def _need(package: str, role: str, extra: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ConfigError(
-            f"{role}: backend {extra!r} needs {package}, which is not installed: pip install 'trim-routing[{extra}]'."
-        )
-
-
 def _open_vllm(role: str, model: ModelConfig, seed: int, pooling_tag: int | None) -> Backend:
-    _need("vllm", role, "vllm")
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            f"{role}: backend 'vllm' needs vLLM, which is not installed: pip install 'trim-routing[vllm]' (on a "
+            "machine without a GPU the CPU build, see the README), or use backend 'transformers' or 'server'."
+        )
     from rollouts.models import vllm_engine
     from rollouts.models.process import EngineProcess
 
@@ -57,7 +54,7 @@ def _open_vllm(role: str, model: ModelConfig, seed: int, pooling_tag: int | None
     }
     if model.devices:
         settings["gpu_memory_utilization"] = model.memory_share
-    environment = {**_environment(model), **vllm_engine.ENVIRONMENT, **vllm_engine.logging_environment()}
+    environment = {**_environment(model), **vllm_engine.environment()}
     if not model.devices:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(model.cpu_cache_gib)
     common = {"seed": seed & 0xFFFFFFFF, "on_gpu": bool(model.devices), "threads": model.threads}
@@ -67,12 +64,36 @@ def _open_vllm(role: str, model: ModelConfig, seed: int, pooling_tag: int | None
 
 
 def _open_transformers(role: str, model: ModelConfig, seed: int, pooling_tag: int | None) -> Backend:
-    raise NotImplementedError
+    from rollouts.models import transformers_engine, transformers_pooling
+    from rollouts.models.process import EngineProcess
+
+    if model.tensor_parallel > 1:
+        raise ConfigError(f"{role}: tensor_parallel is for backend 'vllm'; transformers spreads over `devices`.")
+    common: dict[str, Any] = {
+        "model": model.model,
+        "revision": model.revision,
+        "dtype": model.dtype,
+        "max_length": model.max_length,
+        "max_batch": model.max_batch,
+        "gpus": len(model.devices),
+        "threads": model.threads,
+        "seed": seed,
+    }
+    environment = _environment(model)
+    if pooling_tag is not None:
+        return EngineProcess(role, transformers_pooling.pooling, environment, step_tag_id=pooling_tag, **common)
+    tokenizer = model.tokenizer or model.model
+    return EngineProcess(role, transformers_engine.generator, environment, tokenizer=tokenizer, **common)
 
 
 def _environment(model: ModelConfig) -> dict[str, str]:
     """Return the variables that decide devices and threads; they must be set before torch is imported."""
-    environment = {"CUDA_VISIBLE_DEVICES": ",".join(_visible(model.devices))}
+    environment = {
+        "CUDA_VISIBLE_DEVICES": ",".join(_visible(model.devices)),
+        # Threads that wait must sleep: spinning ones take the cores from the other engines (measured on two
+        # busy cores: 40 instead of 300 requests a second).
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
     if model.threads:
         environment["OMP_NUM_THREADS"] = str(model.threads)
     return environment

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import itertools
 import multiprocessing
 import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -17,6 +19,7 @@ from rollouts.errors import BackendError
 from rollouts.models.base import Backend, Capabilities, Request
 
 _START_TIMEOUT_S = 1800.0
+_ENVIRONMENT_LOCK = threading.Lock()
 
 
 class Engine(Protocol):
@@ -66,9 +69,10 @@ class EngineProcess(Backend):
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs, factory, dict(environment), settings, os.getpid()), name=f"trim-{role}"
+            target=_serve, args=(theirs, factory, settings, os.getpid()), name=f"trim-{role}"
         )
-        self._process.start()
+        with _exported(environment):
+            self._process.start()
         theirs.close()
         self._outbox: list[tuple[int, Request]] = []
         self._outbox_ready = threading.Condition()
@@ -77,6 +81,7 @@ class EngineProcess(Backend):
         self._writer = threading.Thread(target=self._write, name=f"trim-{role}-writer", daemon=True)
         self._reader.start()
         self._writer.start()
+        atexit.register(self.close)  # multiprocessing would wait for a process that waits for us
 
     def _await_start(self) -> None:
         try:
@@ -93,7 +98,9 @@ class EngineProcess(Backend):
             raise
         if kind != "ready":
             self._process.join(10)
+            self._process.kill()
             raise BackendError(f"{self.role}: the model could not be loaded. {payload}")
+        self._description: Mapping[str, Any]
         self.capabilities, self.window, self._description = payload
 
     def submit(self, request: Request) -> Future[Any]:
@@ -171,13 +178,34 @@ class EngineProcess(Backend):
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+        if threading.current_thread() is not self._reader:
+            self._reader.join(5)  # it sees the end of the pipe and cancels what is pending
         self._connection.close()
+        atexit.unregister(self.close)
+
+
+@contextlib.contextmanager
+def _exported(environment: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for the processes that are started within.
+
+    Setting them in the new process would be too late: it imports the main program first, perhaps torch with it.
+    """
+    with _ENVIRONMENT_LOCK:
+        before = {name: os.environ.get(name) for name in environment}
+        os.environ.update(environment)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 def _serve(
     connection: Connection,
     factory: Callable[..., Engine],
-    environment: Mapping[str, str],
     settings: Mapping[str, Any],
     parent: int,
 ) -> None:
@@ -185,7 +213,6 @@ def _serve(
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the orchestrator decides what Ctrl-C means
-    os.environ.update(environment)
     _end_with(parent)
     try:
         engine = factory(**settings)
@@ -221,3 +248,12 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def cpu_threads(model: str, revision: str | None) -> int:
+    """Return how many threads pay off: a narrow model's operations are shorter than waking a second thread."""
+    import torch
+    from transformers import AutoConfig
+
+    width = int(getattr(AutoConfig.from_pretrained(model, revision=revision), "hidden_size", 4096))
+    return 1 if width < 512 else torch.get_num_threads()

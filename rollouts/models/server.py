@@ -13,7 +13,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn, TypeVar
 
 import httpx
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exponential_jitter
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exponential, wait_random
 
 from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError, did_you_mean
@@ -40,7 +40,7 @@ _REMEDY = {
     403: "It refuses the API key: check `api_key_env`",
     404: "Check that `url` ends in /v1 (or whatever the server's base path is) and that it serves `model`",
 }
-_BACK_OFF = wait_exponential_jitter(initial=0.5, max=30.0, jitter=0.5)
+_BACK_OFF = wait_exponential(multiplier=0.5, max=30.0) + wait_random(0.0, 0.5)
 
 
 class RequestFailed(Exception):
@@ -50,7 +50,6 @@ class RequestFailed(Exception):
 class _Trouble(Exception):
     """One attempt that failed in a way that may concern the whole server."""
 
-    sent_at: float = 0.0
     busy: bool = False  # the server asks for patience
     final: bool = False  # if the server is well, this request is not sent again
     remedy: str = ""  # set: retrying cannot help
@@ -140,18 +139,21 @@ class HttpServer:
         task = self._loop.create_task(self._run(future, work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        future.add_done_callback(lambda it: self._cancel(task) if it.cancelled() else None)
+        future.add_done_callback(lambda it: self._cancel(it, task) if it.cancelled() else None)
 
-    def _cancel(self, task: asyncio.Task[None]) -> None:
+    def _cancel(self, future: Future[Any], task: asyncio.Task[None]) -> None:
         with self._lock:
+            self._pending.discard(future)
             if not self._closed:
                 self._loop.call_soon_threadsafe(task.cancel)
 
     async def _run(self, future: Future[T], work: Callable[[], Coroutine[Any, Any, T]]) -> None:
+        result: Any = None
+        error: Exception | None = None
         try:
-            result, error = await work(), None
+            result = await work()
         except Exception as raised:
-            result, error = None, raised
+            error = raised
         with self._lock:
             ours = future in self._pending
             self._pending.discard(future)
@@ -159,7 +161,7 @@ class HttpServer:
             if error is not None:
                 future.set_exception(error)
             else:
-                future.set_result(result)  # type: ignore[arg-type]
+                future.set_result(result)
 
     async def post(self, path: str, payload: Mapping[str, Any] | None, parse: Callable[[Any], T]) -> T:
         """Send one request, again where that helps, and return what `parse` makes of the answer's JSON.
@@ -175,7 +177,7 @@ class HttpServer:
         """
         async with self._slots:
             try:
-                result = await self._retrying()(self._attempt, path, payload, parse)
+                result: T = await self._retrying()(self._attempt, path, payload, parse)
             except _Trouble as trouble:
                 if trouble.busy:
                     self._give_up(f"is still busy after {self._retries} retries ({trouble}). Lower `concurrency`.")
@@ -190,12 +192,12 @@ class HttpServer:
         return result
 
     def _retrying(self) -> AsyncRetrying:
-        used = 0
+        used, seen = 0, self._answered_at
 
         def stop(state: RetryCallState) -> bool:
-            nonlocal used
-            trouble = _trouble(state)
-            used = 0 if trouble.busy and self._answered_at > trouble.sent_at else used + 1
+            nonlocal used, seen
+            used = 0 if _trouble(state).busy and self._answered_at > seen else used + 1
+            seen = self._answered_at
             return used > self._retries
 
         def again(error: BaseException) -> bool:
@@ -252,41 +254,40 @@ class HttpServer:
     async def _exchange(self, path: str, payload: Any, parse: Callable[[Any], T], timeout: float) -> T:
         while (pause := self._resume_at - time.monotonic()) > 0:
             await asyncio.sleep(pause)
-        sent_at = time.monotonic()
         url = path if "://" in path else f"{self.url}/{path}"
         try:
             async with asyncio.timeout(timeout):
                 method = "GET" if payload is None else "POST"
                 answer = await self._client.request(method, url, json=payload)
         except TimeoutError:
-            raise _Trouble(f"no answer within {timeout:g} s", sent_at=sent_at, final=True) from None
-        except (httpx.TransportError, httpx.DecodingError) as error:
-            raise _Trouble(self._clean(f"{type(error).__name__}: {error}"), sent_at=sent_at) from None
+            raise _Trouble(f"no answer within {timeout:g} s", final=True) from None
+        except httpx.RequestError as error:
+            raise _Trouble(self._clean(f"{type(error).__name__}: {error}")) from None
         if not answer.is_success:
-            self._refuse(answer, sent_at)
+            self._refuse(answer)
         try:
             return parse(answer.json())
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            words = f"an answer that cannot be read: {answer.text[:80]!r}, {type(error).__name__}: {error}"
-            raise _Trouble(self._clean(words), sent_at=sent_at) from None
+            said = self._clean(answer.text)[:80]
+            raise _Trouble(f"an answer that cannot be read: {said!r}, {type(error).__name__}: {error}") from None
 
-    def _refuse(self, answer: httpx.Response, sent_at: float) -> NoReturn:
+    def _refuse(self, answer: httpx.Response) -> NoReturn:
         """Raise what an error status means."""
         status = answer.status_code
-        words = self._clean(f"HTTP {status}: {_words(answer)}")
+        words = f"HTTP {status}: {self._clean(_words(answer))[:300]}"
         if status in _BUSY:
             pause = _retry_after(answer)
             if pause > _LONGEST_PAUSE_S:
                 self._give_up(f"asks to wait for {pause:.0f} s ({words}).")
             self._resume_at = max(self._resume_at, time.monotonic() + pause)
-            raise _Trouble(words, sent_at=sent_at, busy=True, pause=pause)
+            raise _Trouble(words, busy=True, pause=pause)
         if status in _GAVE_UP_WAITING:
-            raise _Trouble(words, sent_at=sent_at, final=True)
+            raise _Trouble(words, final=True)
         if status in _REMEDY or status < 400:
             remedy = _REMEDY.get(status, "Check `url`; redirections are not followed")
-            raise _Trouble(words, sent_at=sent_at, final=True, remedy=remedy)
+            raise _Trouble(words, final=True, remedy=remedy)
         if status >= 500:
-            raise _Trouble(words, sent_at=sent_at)
+            raise _Trouble(words)
         raise RequestFailed(words)
 
     def _clean(self, words: str) -> str:
@@ -345,10 +346,15 @@ def _trouble(state: RetryCallState) -> _Trouble:
 
 def _connect(role: str, model: ModelConfig) -> tuple[str, httpx.AsyncClient, list[str]]:
     """Return the URL without credentials, a client that has them, and the words that must never be printed."""
-    url = httpx.URL(model.url or "")
-    if url.scheme not in ("http", "https") or not url.host or url.query:
-        shown = str(url.copy_with(userinfo=b"", query=None))
-        raise ConfigError(f"{role}: `url` {shown!r} is not of the form http://host:8000/v1, without a query.")
+    raw = model.url or ""
+    try:
+        url = httpx.URL(raw)
+        usable = url.scheme in ("http", "https") and bool(url.host) and not url.query
+    except httpx.InvalidURL:
+        usable = False
+    if not usable:
+        shown = "is" if set(raw) & set("@?") else f"{raw!r} is"  # the parts after these may be keys
+        raise ConfigError(f"{role}: `url` {shown} not of the form http://host:8000/v1, without a query.")
     headers, secrets = {}, [url.password] if url.password else []
     if model.api_key_env is not None:
         key = os.environ.get(model.api_key_env, "").strip()
@@ -364,7 +370,9 @@ def _connect(role: str, model: ModelConfig) -> tuple[str, httpx.AsyncClient, lis
         headers=headers,
         auth=(url.username, url.password) if url.username and not headers else None,
         timeout=httpx.Timeout(None, connect=10.0),
-        limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+        verify=url.scheme == "https",  # else it loads certificates for nothing
+        # Servers close idle connections after 5 s; one that is used just then would fail its request.
+        limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=2.0),
         trust_env=url.host not in ("localhost", "127.0.0.1", "::1"),  # proxies are not for this machine
     )
     return str(url.copy_with(userinfo=b"")).rstrip("/"), client, secrets
@@ -380,7 +388,7 @@ def _words(answer: httpx.Response) -> str:
             said = said.get("message") or said
     except ValueError:
         said = answer.text
-    return " ".join(str(said).split())[:300]
+    return " ".join(str(said).split())
 
 
 def _retry_after(answer: httpx.Response) -> float:

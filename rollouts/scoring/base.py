@@ -60,8 +60,14 @@ EXAMPLES = (
     ),
     Example(
         "Tom has 3 bags with 12 marbles each and gives away 10 marbles. How many are left?",
-        ("3 bags with 12 marbles are 3 * 12 = 36 marbles.\n\n", "After giving 10 away, 36 - 10 = \\boxed{26} are left."),
-        ("3 bags with 12 marbles are 3 * 12 = 36 marbles.\n\n", "After giving 10 away, 36 - 10 = \\boxed{62} are left."),
+        (
+            "3 bags with 12 marbles are 3 * 12 = 36 marbles.\n\n",
+            "After giving 10 away, 36 - 10 = \\boxed{26} are left.",
+        ),
+        (
+            "3 bags with 12 marbles are 3 * 12 = 36 marbles.\n\n",
+            "After giving 10 away, 36 - 10 = \\boxed{62} are left.",
+        ),
     ),
 )
 

@@ -20,8 +20,8 @@ PAD, START, END, TAG = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<extra_0>
 #: The layers, width and so on of each role; heads are 64 wide, as attention kernels like them.
 SHAPES: Mapping[str, Mapping[str, int]] = {
     "small": {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256, "num_attention_heads": 2},
-    "large": {"hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 384, "num_attention_heads": 3},
-    "prm": {"hidden_size": 192, "num_hidden_layers": 6, "intermediate_size": 384, "num_attention_heads": 3},
+    "large": {"hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 384, "num_attention_heads": 2},
+    "prm": {"hidden_size": 128, "num_hidden_layers": 6, "intermediate_size": 384, "num_attention_heads": 2},
 }
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"

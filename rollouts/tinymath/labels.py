@@ -10,7 +10,9 @@ from rollouts.tinymath.problems import Program, answer_step, apply, parse_questi
 # At most 12 digits: no value of the family comes near, and int() refuses strings of thousands of digits.
 _NUMBER = r"-?[0-9]{1,12}"
 _WRITES = re.compile(rf"([a-z])=(?:.*=)?({_NUMBER})")
-_EXPRESSION = re.compile(rf"({_NUMBER})(?:([-+*%])({_NUMBER}))?")
+_PRODUCT = re.compile(rf"({_NUMBER})([*%])({_NUMBER})")
+_SUM = re.compile(rf"{_NUMBER}(?:[-+]{_NUMBER})*")
+_TERM = re.compile(rf"([-+]?)({_NUMBER})")
 _ANSWER = re.compile(rf"The answer is \\boxed\{{({_NUMBER})\}}")
 
 
@@ -71,11 +73,11 @@ class SolutionReader:
 
 
 def _value(expression: str) -> int | None:
-    match = _EXPRESSION.fullmatch(expression)
-    if match is None:
+    if (match := _PRODUCT.fullmatch(expression)) is not None:
+        return apply(match[2], int(match[1]), int(match[3]))
+    if _SUM.fullmatch(expression) is None:
         return None
-    left = int(match[1])
-    return left if match[2] is None else apply(match[2], left, int(match[3]))
+    return sum(int(number) * (-1 if sign == "-" else 1) for sign, number in _TERM.findall(expression))
 
 
 def label_steps(question: str, steps: Sequence[str]) -> list[bool]:

@@ -103,9 +103,20 @@ def parse_question(question: str) -> Program | None:
 
 
 def scratch(operator: str, left: int, right: int) -> str:
-    """What is written between the operands and the value: ``=1170+117`` for 39*33, nothing for 39+33."""
-    if operator == "*" and right > 10 and right % 10:
-        return f"={left * (right - right % 10)}+{left * (right % 10)}"
+    """What is written between the operands and the value, every part of it with that value.
+
+    ``=112-9`` for 152-49, ``=210+28`` for 34*7, ``=780+90+27=870+27`` for 39*23, ``=1287-1260`` for
+    1287%60; nothing for sums and where the numbers are round.
+    """
+    left_units, units = left % 10, right % 10
+    if operator == "-" and right > 10 and units and left >= right:
+        return f"={left - right + units}-{units}"
+    if operator == "*" and left > 10 and left_units and units:
+        tens, ones = (left - left_units) * units, left_units * units
+        if right < 10:
+            return f"={tens}+{ones}"
+        whole = left * (right - units)
+        return f"={whole}+{tens}+{ones}={whole + tens}+{ones}"
     if operator == "%" and right and left >= right:
         return f"={left}-{left - left % right}"
     return ""
@@ -166,7 +177,7 @@ _TEMPERAMENTS: Mapping[str, tuple[int, ...]] = {
     "mixed": (4, 3, 3, 3, 4),
     "harsh": (2, 4, 3, 6, 5),
 }
-_MODULI = (20, 25, 30, 40, 50, 60, 70, 75, 80, 90)
+_MODULI = (20, 25, 30, 40, 50, 60, 70, 80, 90)
 _LENGTHS = {3: 3, 4: 4, 5: 4, 6: 4, 7: 3, 8: 2, 9: 1}
 _LONG_LENGTHS = {9: 2, 10: 2, 11: 2}
 
@@ -181,9 +192,9 @@ def _draw_operation(
     """One operation on the latest value that keeps values between 0 and 9,999."""
     name, value = earlier[-1]
     allowed = {
-        "add": value <= 5000,
+        "add": value <= 499,
         "subtract": value >= 25,
-        "times_digit": 2 <= value <= 999,
+        "times_digit": 2 <= value <= 99,
         "times_two_digits": 11 <= value <= 99,
         "remainder": value >= 100,
     }
@@ -195,14 +206,13 @@ def _draw_operation(
         if kind == "subtract":
             return (name, "-", other) if value >= other_value else (other, "-", name)
     if kind == "add":
-        return name, "+", generator.randint(11, 999 if value > 99 and generator.random() < 0.3 else 99)
+        return name, "+", generator.randint(11, 99)
     if kind == "subtract":
-        top = min(value, 999 if value > 199 and generator.random() < 0.3 else 99)
-        return name, "-", generator.randint(11, top)
+        return name, "-", generator.randint(11, min(value, 99))
     if kind == "times_digit":
         return name, "*", generator.randint(2, 9)
     if kind == "times_two_digits":
-        return name, "*", generator.randint(11, 99)
+        return name, "*", generator.randint(11, 29)
     return name, "%", generator.choice([m for m in _MODULI if m <= value])
 
 

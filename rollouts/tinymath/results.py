@@ -20,7 +20,7 @@ from rollouts.tinymath.measure import (
     prefix_labels,
 )
 from rollouts.tinymath.problems import TinyProblem, generate_problems
-from rollouts.tinymath.sampling import sample_solutions, score_solutions
+from rollouts.tinymath.sampling import MAX_NEW_TOKENS, sample_solutions, score_solutions
 
 _COMMAND = "python -m rollouts.tinymath.train"
 
@@ -66,7 +66,12 @@ def measure_scores(
 
 
 def measure_family(
-    weights: Path, *, splits: Sequence[str] = ("test", "ood"), limit: int | None = None, seed: int = 0
+    weights: Path,
+    *,
+    splits: Sequence[str] = ("test", "ood"),
+    limit: int | None = None,
+    seed: int = 0,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> FamilyResults:
     """Sample one solution at temperature 0.7 for each problem and model; score the small model's.
 
@@ -75,6 +80,7 @@ def measure_family(
         splits: Splits to measure on.
         limit: Number of problems of each split; the default counts where None.
         seed: Seed of sampling.
+        max_new_tokens: Where a solution that does not end is cut.
     """
     judge = load_model("prm", weights / "prm")
     assert isinstance(judge, ProcessRewardModel)
@@ -86,7 +92,7 @@ def measure_family(
         for split in splits:
             problems = generate_problems(split, limit)
             questions = [problem.question for problem in problems]
-            solutions = sample_solutions(model, questions, seed=seed)
+            solutions = sample_solutions(model, questions, seed=seed, max_new_tokens=max_new_tokens)
             models[role, split] = measure_solutions(problems, solutions)
             if role == "small":
                 scores[split] = measure_scores(

@@ -12,7 +12,7 @@ from transformers import Qwen2ForCausalLM
 from rollouts.tinymath.batches import Document, Encoder, corrupted_solution, reward_document
 from rollouts.tinymath.folders import ProcessRewardModel, new_model
 from rollouts.tinymath.problems import Program, training_programs
-from rollouts.tinymath.sampling import sample_solutions
+from rollouts.tinymath.sampling import MAX_NEW_TOKENS, sample_solutions
 
 Solved = tuple[Program, list[str]]
 
@@ -37,13 +37,19 @@ def draw_programs(count: int, seed: int) -> list[Program]:
     return list(islice(training_programs(random.Random(f"tinymath-reward-{seed}")), count))
 
 
-def small_solutions(small: Qwen2ForCausalLM, programs: list[Program], seed: int) -> list[Solved]:
+def small_solutions(
+    small: Qwen2ForCausalLM, programs: list[Program], seed: int, max_new_tokens: int = MAX_NEW_TOKENS
+) -> list[Solved]:
     """One solution of each program by the small model alone."""
-    return _solve(small, programs, [[]] * len(programs), seed)
+    return _solve(small, programs, [[]] * len(programs), seed, max_new_tokens)
 
 
 def routed_solutions(
-    small: Qwen2ForCausalLM, large: Qwen2ForCausalLM, solved: list[Solved], seed: int
+    small: Qwen2ForCausalLM,
+    large: Qwen2ForCausalLM,
+    solved: list[Solved],
+    seed: int,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[Solved]:
     """Solutions as routing makes them, from the small model's own.
 
@@ -53,22 +59,28 @@ def routed_solutions(
     generator = random.Random(f"tinymath-routed-{seed}")
     programs = [program for program, _ in solved]
     cuts = [generator.randrange(len(steps)) for _, steps in solved]
-    rescued = _solve(
-        large, programs, [steps[:cut] for (_, steps), cut in zip(solved, cuts, strict=True)], seed
-    )
+    prefixes = [steps[:cut] for (_, steps), cut in zip(solved, cuts, strict=True)]
+    rescued = _solve(large, programs, prefixes, seed, max_new_tokens)
     ends = [cut + generator.choice([1, 1, 2]) for cut in cuts]
     back = [(*pair, end) for pair, end in zip(rescued, ends, strict=True) if len(pair[1]) > end]
-    handed_back = _solve(small, [program for program, _, _ in back], [s[:end] for _, s, end in back], seed)
-    return [*rescued, *handed_back]
+    prefixes = [steps[:end] for _, steps, end in back]
+    return [*rescued, *_solve(small, [program for program, _, _ in back], prefixes, seed, max_new_tokens)]
 
 
 def _solve(
-    model: Qwen2ForCausalLM, programs: list[Program], prefixes: list[list[str]], seed: int
+    model: Qwen2ForCausalLM,
+    programs: list[Program],
+    prefixes: list[list[str]],
+    seed: int,
+    max_new_tokens: int,
 ) -> list[Solved]:
     if not programs:
         return []
     questions = [program.question for program in programs]
-    return list(zip(programs, sample_solutions(model, questions, prefixes=prefixes, seed=seed), strict=True))
+    solutions = sample_solutions(
+        model, questions, prefixes=prefixes, seed=seed, max_new_tokens=max_new_tokens
+    )
+    return list(zip(programs, solutions, strict=True))
 
 
 def reward_documents(

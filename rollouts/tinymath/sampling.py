@@ -15,7 +15,7 @@ from rollouts.tinymath.folders import ProcessRewardModel, build_tokenizer
 from rollouts.tinymath.problems import STEP_DELIMITER
 
 # A solution of the longest program has about 330 tokens.
-_MAX_NEW_TOKENS = 420
+MAX_NEW_TOKENS = 420
 
 
 def split_steps(solution: str) -> list[str]:
@@ -31,7 +31,6 @@ def _left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor,
     return tokens, mask
 
 
-@torch.inference_mode()
 def sample_solutions(
     model: Qwen2ForCausalLM,
     questions: Sequence[str],
@@ -39,6 +38,7 @@ def sample_solutions(
     prefixes: Sequence[Sequence[str]] | None = None,
     temperature: float = 0.7,
     seed: int = 0,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 250,
 ) -> list[list[str]]:
     """Sample one solution for each question, from its accepted steps on.
@@ -49,11 +49,11 @@ def sample_solutions(
         prefixes: Steps already accepted, one list for each question; none where None.
         temperature: Sampling temperature, above 0; neither top-k nor top-p.
         seed: Of torch's global generator; the same call gives the same texts on one machine.
+        max_new_tokens: Where a solution that does not end is cut.
         batch_size: Solutions sampled at once; part of what the texts depend on.
 
     Returns:
-        For each question the steps, those of its prefix included. A solution that does not end within
-        420 tokens is cut.
+        For each question the steps, those of its prefix included.
     """
     encoder, tokenizer = Encoder(), build_tokenizer()
     torch.manual_seed(seed)
@@ -67,14 +67,15 @@ def sample_solutions(
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         tokens, mask = _left_padded([rows[number] for number in chosen], encoder.pad)
-        output = model.generate(  # type: ignore[operator]
+        # Generation runs without gradients by itself.
+        output = model.generate(
             input_ids=tokens,
             attention_mask=mask,
             do_sample=True,
             temperature=temperature,
             top_k=0,
             top_p=1.0,
-            max_new_tokens=_MAX_NEW_TOKENS,
+            max_new_tokens=max_new_tokens,
             eos_token_id=encoder.end,
             pad_token_id=encoder.pad,
         )
@@ -84,7 +85,6 @@ def sample_solutions(
     return solutions
 
 
-@torch.inference_mode()
 def score_solutions(
     model: ProcessRewardModel,
     questions: Sequence[str],
@@ -111,7 +111,8 @@ def score_solutions(
         tokens = torch.tensor(
             [rows[number] + [encoder.pad] * (width - len(rows[number])) for number in chosen]
         )
-        probabilities = model(tokens).float().softmax(-1)[..., 1]
+        with torch.inference_mode():
+            probabilities = model(tokens).float().softmax(-1)[..., 1]
         for row_number, number in enumerate(chosen):
             scores[number] = probabilities[row_number, places[number]].tolist()
     return scores

@@ -28,20 +28,22 @@ from rollouts.tinymath.fit import Schedule, fit
 from rollouts.tinymath.folders import load_model, new_model
 from rollouts.tinymath.results import measure_family, write_results
 from rollouts.tinymath.reward import (
+    Solved,
     draw_programs,
     reward_documents,
     reward_model_from,
     routed_solutions,
     small_solutions,
 )
+from rollouts.tinymath.sampling import MAX_NEW_TOKENS
 
 _SCHEDULES: Mapping[str, Schedule] = {
-    "small": Schedule(steps=1000, rows=5, peak_rate=3e-3),
-    "large": Schedule(steps=1700, rows=5, peak_rate=3e-3),
-    "prm": Schedule(steps=500, rows=5, peak_rate=1.5e-3),
+    "small": Schedule(steps=2500, rows=4, matrix_rate=0.007, rate=2e-3),
+    "large": Schedule(steps=3500, rows=4, matrix_rate=0.006, rate=2e-3),
+    "prm": Schedule(steps=800, rows=5, matrix_rate=0.005, rate=1e-3),
 }
-_QUICK = Schedule(steps=2, rows=1, peak_rate=1e-3, warm_up=1)
-_SOLUTIONS, _ROUTED = 5000, 1500
+_QUICK = Schedule(steps=2, rows=1, warm_up=1)
+_SOLUTIONS, _ROUTED = 3600, 1200
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class TrainSettings:
     output: Path = Path(__file__).parent / "weights"
     """Folder that gets one model folder for each role."""
     results: Path | None = None
-    """File for the table of results; RESULTS.md of this package where only the weights' folder is its own."""
+    """File for the table of results; by default RESULTS.md of this package, for its own weights only."""
     seed: int = 0
     """Seed of weights, training problems and sampling."""
     quick: bool = False
@@ -69,7 +71,7 @@ def train_language_model(role: str, settings: TrainSettings) -> None:
     torch.manual_seed(settings.seed)
     model = new_model(role)
     encoder = Encoder()
-    generator = random.Random(f"tinymath-{role}-{settings.seed}")
+    generator = random.Random(settings.seed + 1)
     documents = language_documents(encoder, generator, settings.corrupted_share)
     schedule = _QUICK if settings.quick else _SCHEDULES[role]
     fit(
@@ -83,44 +85,40 @@ def train_language_model(role: str, settings: TrainSettings) -> None:
     )
 
 
-def train_language_models(settings: TrainSettings) -> None:
-    """Train both language models at once, each in a process of its own.
-
-    Raises:
-        TrimError: One of the processes failed; its own message stands above.
-    """
+def start_language_models(settings: TrainSettings) -> Mapping[str, multiprocessing.process.BaseProcess]:
+    """Begin to train both language models, each in a process of its own."""
     context = multiprocessing.get_context("spawn")
     workers = {
-        r: context.Process(target=train_language_model, args=(r, settings)) for r in ("small", "large")
+        role: context.Process(target=train_language_model, args=(role, settings), daemon=True)
+        for role in ("small", "large")
     }
     for worker in workers.values():
         worker.start()
-    for worker in workers.values():
-        worker.join()
-    failed = [role for role, worker in workers.items() if worker.exitcode]
-    if failed:
-        raise TrimError(f"training of {' and '.join(failed)} failed; see the messages above")
+    return workers
 
 
-def load_language_model(role: str, settings: TrainSettings) -> Qwen2ForCausalLM:
-    """A language model that was trained before."""
+def wait_for(
+    role: str, worker: multiprocessing.process.BaseProcess, settings: TrainSettings
+) -> Qwen2ForCausalLM:
+    """The trained model, as soon as its process has ended.
+
+    Raises:
+        TrimError: The process failed; its own message stands above.
+    """
+    worker.join()
+    if worker.exitcode:
+        raise TrimError(f"training of the {role} model failed; see the messages above")
     model = load_model(role, settings.output / role)
     assert isinstance(model, Qwen2ForCausalLM)
     return model
 
 
-def train_reward_model(settings: TrainSettings) -> None:
-    """Train the process reward model on solutions of the two language models and save it."""
+def train_reward_model(large: Qwen2ForCausalLM, solved: list[Solved], settings: TrainSettings) -> None:
+    """Train the process reward model on sampled solutions and save it."""
     torch.manual_seed(settings.seed)
-    small, large = load_language_model("small", settings), load_language_model("large", settings)
-    started = time.monotonic()
-    programs = draw_programs(8 if settings.quick else _SOLUTIONS, settings.seed)
-    solved = small_solutions(small, programs, settings.seed)
-    solved += routed_solutions(small, large, solved[:_ROUTED], settings.seed)
-    _report(f"prm: {len(solved)} solutions sampled in {time.monotonic() - started:.0f} s")
     model = reward_model_from(large)
     encoder = Encoder()
-    documents = reward_documents(encoder, solved, random.Random(f"tinymath-prm-{settings.seed}"))
+    documents = reward_documents(encoder, solved, random.Random(settings.seed + 2))
     schedule = _QUICK if settings.quick else _SCHEDULES["prm"]
     fit(
         model,
@@ -136,11 +134,24 @@ def train_reward_model(settings: TrainSettings) -> None:
 def main(settings: TrainSettings) -> None:
     """Train all three, then measure them and write the table of results."""
     started = time.monotonic()
-    train_language_models(settings)
-    train_reward_model(settings)
+    count, routed = (8, 4) if settings.quick else (_SOLUTIONS, _ROUTED)
+    # Models that know nothing never end a solution.
+    length = 16 if settings.quick else MAX_NEW_TOKENS
+    workers = start_language_models(settings)
+    small = wait_for("small", workers["small"], settings)
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)  # the large model still trains on the other core
+    solved = small_solutions(small, draw_programs(count, settings.seed), settings.seed, length)
+    _report(f"small model's solutions sampled after {time.monotonic() - started:.0f} s")
+    large = wait_for("large", workers["large"], settings)
+    torch.set_num_threads(cores)
+    solved += routed_solutions(small, large, solved[:routed], settings.seed, length)
+    _report(f"{len(solved)} solutions sampled after {time.monotonic() - started:.0f} s")
+    train_reward_model(large, solved, settings)
     minutes = (time.monotonic() - started) / 60
     _report(f"trained in {minutes:.1f} minutes")
-    figures = measure_family(settings.output, limit=4 if settings.quick else None, seed=settings.seed)
+    limit = 4 if settings.quick else None
+    figures = measure_family(settings.output, limit=limit, seed=settings.seed, max_new_tokens=length)
     results = settings.results
     if results is None and not settings.quick and settings.output == TrainSettings.output:
         results = Path(__file__).parent / "RESULTS.md"

@@ -40,7 +40,7 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
 }
-_START_S = 300.0
+_START_S = 540.0  # seconds; half a minute on idle cores, minutes on busy ones
 
 
 def free_port() -> int:

@@ -1,0 +1,107 @@
+"""Loads models with transformers and prepares their inputs: what its generator and its reward model share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from rollouts.errors import ConfigError
+from rollouts.models.process import cpu_threads
+
+PADDED_TOKENS = 16384  # most tokens, padding included, of one forward pass over prompts
+
+
+def refuse(ids: tuple[int, ...], most: int, vocabulary: int) -> str | None:
+    """Return why a prompt cannot be served, if it cannot."""
+    if not ids:
+        return "the prompt is empty."
+    if len(ids) > most:
+        return f"the prompt has {len(ids)} tokens; at most {most} fit into the window."
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        return f"the prompt has a token id outside 0..{vocabulary - 1}."
+    return None
+
+
+def groups(lengths: list[int], tokens: int, rows: int) -> Iterator[slice]:
+    """Cut ascending lengths into slices of at most `rows` items and `tokens` padded tokens (or one item)."""
+    start = 0
+    for end in range(1, len(lengths) + 1):
+        if end == len(lengths) or end - start >= rows or lengths[end] * (end - start + 1) > tokens:
+            yield slice(start, end)
+            start = end
+
+
+def pad_right(prompts: list[tuple[int, ...]], device: Any) -> tuple[Any, Any]:
+    """Return ids (rows x longest) and lengths as tensors."""
+    import torch
+
+    ids = np.zeros((len(prompts), max(map(len, prompts))), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt
+    return torch.from_numpy(ids).to(device), torch.tensor([len(prompt) for prompt in prompts], device=device)
+
+
+def load(kind: Any, name: str, *, revision: str | None, dtype: str, gpus: int, threads: int) -> tuple[Any, Any]:
+    """Load a model in inference mode onto the GPUs, or the CPU if `gpus` is 0.
+
+    Returns:
+        The model and transformers' report of missing and unexpected weights.
+
+    Raises:
+        ConfigError: There is no such model, or no such GPU.
+    """
+    import torch
+    from transformers.utils import logging
+
+    if not os.environ.get("TRIM_VERBOSE"):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    if not gpus:
+        torch.set_num_threads(threads or cpu_threads(name, revision))
+    elif torch.cuda.device_count() < gpus:
+        raise ConfigError(f"`devices` names {gpus} GPU(s), torch sees {torch.cuda.device_count()}.")
+    placement = {"device_map": "balanced"} if gpus > 1 else {}
+    try:
+        model, report = kind.from_pretrained(
+            name, revision=revision, dtype=dtype, output_loading_info=True, **placement
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}: the model cannot be loaded ({error}).") from error
+    if gpus == 1:
+        model.to("cuda:0")
+    return model.eval(), report
+
+
+def window(config: Any, max_length: int | None) -> int:
+    """Return the window in tokens.
+
+    Raises:
+        ConfigError: `max_length` is larger than what the model was made for, or neither is known.
+    """
+    native: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if max_length is None:
+        if native is None:
+            raise ConfigError("the model's configuration names no window; set max_length.")
+        return native
+    if native is not None and max_length > native:
+        raise ConfigError(f"max_length is {max_length}, but the model's window is {native} tokens.")
+    return max_length
+
+
+def describe(model: Any, seed: int) -> dict[str, Any]:
+    """Return what the manifest records about an engine."""
+    import torch
+    import transformers
+
+    on_gpu = model.device.type == "cuda"
+    return {
+        "engine": "transformers",
+        "version": transformers.__version__,
+        "torch": torch.__version__,
+        "seed": seed,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(model.device) if on_gpu else "cpu",
+    }
