@@ -21,6 +21,15 @@ SCHEMA_VERSION = 1
 _PROBLEMS = pa.schema([(name, pa.string()) for name in ("id", "split", "question", "answer", "source", "licence")])
 
 
+BUNDLED = Path(__file__).parent / "datasets"
+
+
+def locate(path: str | Path) -> Path:
+    """Return a store's directory: the path itself, or the bundled store of that name where no such path exists."""
+    bundled = BUNDLED / path
+    return bundled if not Path(path).exists() and (bundled / "manifest.json").is_file() else Path(path)
+
+
 class Store:
     """A rollout dataset on disk (design section 3); readable by any Parquet tool.
 
@@ -33,10 +42,13 @@ class Store:
     def __init__(self, path: str | Path) -> None:
         """Open an existing store.
 
+        Args:
+            path: Its directory, or the name of a bundled one (``quickstart``).
+
         Raises:
             StoreError: There is none, or its manifest is damaged or newer than this version.
         """
-        self.path = Path(path)
+        self.path = locate(path)
         file = self.path / "manifest.json"
         if not file.is_file():
             raise StoreError(f"{self.path}: no rollout store here (no manifest.json). Make one with "

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import sys
 import threading
 import time
 import traceback
@@ -214,29 +215,38 @@ def _serve(
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the orchestrator decides what Ctrl-C means
     _end_with(parent)
+    status = 0
     try:
         engine = factory(**settings)
         connection.send(("ready", (engine.capabilities, engine.window, dict(engine.description))))
-        pending = 0
-        while True:
-            while pending == 0 or connection.poll(0):
-                batch = connection.recv()
-                if batch is None:
-                    return
-                for key, request in batch:
-                    engine.add(key, request)
-                pending += len(batch)
-            finished = engine.step()
-            if finished:
-                pending -= len(finished)
-                connection.send(("results", finished))
+        _work(connection, engine)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
+        pass
     except BaseException as error:
-        try:
+        status = 1
+        with contextlib.suppress(OSError):
             connection.send(("failed", f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=-4)}"))
-        except OSError:
-            pass
+    connection.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # taking a loaded engine apart takes seconds, and the system frees its memory anyway
+
+
+def _work(connection: Connection, engine: Engine) -> None:
+    """Answer requests until the parent says that it is done."""
+    pending = 0
+    while True:
+        while pending == 0 or connection.poll(0):
+            batch = connection.recv()
+            if batch is None:
+                return
+            for key, request in batch:
+                engine.add(key, request)
+            pending += len(batch)
+        finished = engine.step()
+        if finished:
+            pending -= len(finished)
+            connection.send(("results", finished))
 
 
 def _end_with(parent: int) -> None:
