@@ -56,19 +56,23 @@ class Recorder:
     """Stands before a backend and keeps every request with the number of tokens that came back."""
 
     def __init__(self, backend: Any) -> None:
+        """Stand before a backend."""
         self._backend = backend
         self.log: list[tuple[CompletionRequest, Any]] = []
 
     def __getattr__(self, name: str) -> Any:
+        """Pass everything else on."""
         return getattr(self._backend, name)
 
     def submit(self, request: CompletionRequest) -> Any:
+        """Pass a request on and keep it."""
         future = self._backend.submit(request)
         self.log.append((request, future))
         return future
 
 
 def grow(writers: dict[str, StepModel], family: Family, problems: list[Problem], scratch: Path, name: str) -> float:
+    """Grow complete trees of some problems; return the wall time in seconds."""
     store = Store.create(scratch / name, family.process(None))
     store.add_problems(problems)
     start = time.perf_counter()

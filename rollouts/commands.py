@@ -444,7 +444,8 @@ class Show:
                         if row["replica"] == self.replica:
                             values.setdefault((row["prefix"], row["role"]), row[column])
             annotations.append(values)
-        show_tree(Console(highlight=False), found[self.replica], *annotations, most=self.most)
+        scores, grades = annotations
+        show_tree(Console(highlight=False), found[self.replica], scores, grades, self.most)
 
 
 @dataclass(frozen=True)
@@ -497,7 +498,7 @@ class Repair:
             out.print(line)
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": Generate,
     "expand": Expand,
     "score": Score,

@@ -253,5 +253,8 @@ def embedded_family(backend: str = "vllm", dtype: str | None = None) -> FamilyCo
             "small": {**common("small"), "system_prompt": None},
             "large": {**common("large"), "system_prompt": None},
             "scorer": {"kind": "prm", "name": "tinymath-prm", "model": common("prm"), "system_prompt": None},
+            # No solution needs more than 12 steps. A model that lost its way rambles on, and a complete tree of
+            # rambling doubles with every step.
+            "limits": {"max_steps": 16},
         }
     )

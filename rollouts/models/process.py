@@ -219,9 +219,8 @@ def _serve(
     try:
         engine = factory(**settings)
         connection.send(("ready", (engine.capabilities, engine.window, dict(engine.description))))
-        _work(connection, engine)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass
+        with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+            _work(connection, engine)
     except BaseException as error:
         status = 1
         with contextlib.suppress(OSError):

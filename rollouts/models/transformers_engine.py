@@ -45,43 +45,45 @@ class _Row:
 class _Batch:
     """The rows that are decoded together: a left-padded key-value cache and its mask."""
 
-    def __init__(self, rows: list[_Row], cache: list[tuple[Any, Any]], mask: Any) -> None:
+    def __init__(self, rows: list[_Row], layers: list[tuple[Any, Any]], mask: Any) -> None:
+        from rollouts.models.transformers_cache import roomy_cache
+
         self.rows = rows
-        self.cache = cache
+        self.cache: Any = roomy_cache(layers)
         self.mask = mask
 
-    def keep(self, kept: list[int]) -> None:
-        """Drop the other rows, and the padding that the remaining ones share."""
+    def _layers(self) -> list[tuple[Any, Any]]:
+        return [(layer.keys, layer.values) for layer in self.cache.layers]
+
+    def keep(self, places: list[int]) -> _Batch:
+        """Return a batch of these rows alone, without the padding that they share."""
         import torch
 
-        index = torch.tensor(kept, device=self.mask.device)
-        mask = self.mask.index_select(0, index)
+        index = torch.tensor(places, device=self.mask.device)
+        mask = self.mask[index]
         first = int(mask.argmax(1).min())
-        self.rows = [self.rows[place] for place in kept]
-        self.mask = mask[:, first:]
-        self.cache = [
-            (keys[index.to(keys.device)][:, :, first:], values[index.to(values.device)][:, :, first:])
-            for keys, values in self.cache
+        layers = [
+            (keys[index.to(keys.device), :, first:], values[index.to(values.device), :, first:])
+            for keys, values in self._layers()
         ]
+        return _Batch([self.rows[place] for place in places], layers, mask[:, first:])
 
-    def join(self, other: _Batch) -> None:
-        """Take in the rows of another batch."""
+    def join(self, other: _Batch) -> _Batch:
+        """Return a batch of the rows of both."""
         import torch
         from torch.nn.functional import pad
 
-        mine, theirs = self.mask.shape[1], other.mask.shape[1]
-        width = max(mine, theirs)
+        width = max(self.mask.shape[1], other.mask.shape[1])
 
         def stack(own: Any, new: Any) -> Any:
-            left = pad(own, (0, 0, width - mine, 0))
-            return torch.cat([left, pad(new, (0, 0, width - theirs, 0))])
+            return torch.cat([pad(each, (0, 0, width - each.shape[2], 0)) for each in (own, new)])
 
-        self.cache = [
+        layers = [
             (stack(keys, new_keys), stack(values, new_values))
-            for (keys, values), (new_keys, new_values) in zip(self.cache, other.cache, strict=True)
+            for (keys, values), (new_keys, new_values) in zip(self._layers(), other._layers(), strict=True)
         ]
-        self.mask = torch.cat([pad(self.mask, (width - mine, 0)), pad(other.mask, (width - theirs, 0))])
-        self.rows += other.rows
+        mask = torch.cat([pad(each.mask, (width - each.mask.shape[1], 0)) for each in (self, other)])
+        return _Batch(self.rows + other.rows, layers, mask)
 
 
 class TransformersGenerator:
@@ -159,12 +161,8 @@ class TransformersGenerator:
         rows = [self._row(key, request) for key, request in taken]
         for group in groups([row.length for row in rows], PADDED_TOKENS, self._max_rows()):
             batch = self._prefill(rows[group])
-            if batch is None:
-                continue
-            if self._batch is None:
-                self._batch = batch
-            else:
-                self._batch.join(batch)
+            if batch is not None:
+                self._batch = batch if self._batch is None else self._batch.join(batch)
 
     def _max_rows(self) -> int:
         # Logits of a prefill are (rows x distinct lengths): at most rows squared.
@@ -202,21 +200,18 @@ class TransformersGenerator:
 
     def _decode(self, batch: _Batch) -> None:
         import torch
-        from transformers import DynamicCache
 
         device = self._model.device
         ids = torch.tensor([[row.ids[-1]] for row in batch.rows], device=device)
         positions = torch.tensor([[row.length - 1] for row in batch.rows], device=device)
         batch.mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], dim=1)
-        cache: Any = DynamicCache(batch.cache)
         output = self._model(
             input_ids=ids,
             position_ids=positions,
             attention_mask=None if bool(batch.mask.all()) else batch.mask,
-            past_key_values=cache,
+            past_key_values=batch.cache,
             use_cache=True,
         )
-        batch.cache = [(layer.keys, layer.values) for layer in cache.layers]
         self._batch = self._extend(batch, output.logits[:, -1])
 
     def _extend(self, batch: _Batch, logits: Any) -> _Batch | None:
@@ -229,11 +224,9 @@ class TransformersGenerator:
             else:
                 ids = tuple(row.ids)
                 self._finished.append((row.key, Completion(row.text, len(ids), ids, finish)))
-        if not kept:
-            return None
-        if len(kept) < len(batch.rows):
-            batch.keep(kept)
-        return batch
+        if len(kept) == len(batch.rows):
+            return batch
+        return batch.keep(kept) if kept else None
 
     def _append(self, row: _Row, token: int) -> Finish | None:
         from tokenizers.decoders import DecodeStream

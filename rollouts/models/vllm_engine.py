@@ -187,7 +187,7 @@ def _finish(reason: str | None, stop_reason: int | str | None) -> tuple[Finish, 
 class VllmPooling(_VllmEngine):
     """P(label 1) at every step tag, from a process reward model."""
 
-    capabilities = Capabilities(pooling=True, continue_prefix=False, reproducible=True)
+    capabilities = Capabilities(pooling=True, continue_prefix=False)
 
     def add(self, key: int, request: Request) -> None:
         """Queue a `PoolingRequest`."""

@@ -98,9 +98,7 @@ def corrupted_solution(program: Program, generator: random.Random) -> tuple[list
     return [*steps, step + STEP_DELIMITER, *continue_solution(program, values, place + 1)], place
 
 
-def language_documents(
-    encoder: Encoder, generator: random.Random, corrupted_share: float
-) -> Iterator[Document]:
+def language_documents(encoder: Encoder, generator: random.Random, corrupted_share: float) -> Iterator[Document]:
     """Endless solutions to predict, token by token; a corrupted step is read but never predicted."""
     for program in training_programs(generator):
         if generator.random() < corrupted_share:
@@ -133,9 +131,7 @@ def reward_document(encoder: Encoder, program: Program, steps: list[str]) -> Doc
         step_right = reader.read(text) and right
         labels = [0] * len(text)
         if expected is not None and right:
-            same = next(
-                (i for i, (x, y) in enumerate(zip(text, expected, strict=False)) if x != y), len(text)
-            )
+            same = next((i for i, (x, y) in enumerate(zip(text, expected, strict=False)) if x != y), len(text))
             labels = [1] * same + [int(step_right)] * (len(text) - same)
         right = step_right
         document.extend([*encoder.text(text), encoder.tag], [*labels, int(right)])

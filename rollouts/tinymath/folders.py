@@ -85,9 +85,7 @@ class ProcessRewardModel(torch.nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of shape (batch, length, 2); label 1 is "every step so far is right"."""
-        hidden = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         return self.score(hidden)
 
 
@@ -124,9 +122,7 @@ def save_model(model: torch.nn.Module, role: str, folder: Path) -> None:
             os.replace(path, folder / path.name)
 
 
-def load_model(
-    role: str, folder: Path, dtype: torch.dtype = torch.float32
-) -> Qwen2ForCausalLM | ProcessRewardModel:
+def load_model(role: str, folder: Path, dtype: torch.dtype = torch.float32) -> Qwen2ForCausalLM | ProcessRewardModel:
     """Read a model's folder back, ready for inference."""
     model = new_model(role)
     state = load_file(folder / "model.safetensors")

@@ -40,11 +40,7 @@ def area_under_curve(scores: Sequence[float], labels: Sequence[bool]) -> float:
 def kind_of(definition: Definition) -> str:
     """The kind of an operation, by what makes it easy or hard."""
     if definition.operator == "*":
-        return (
-            "times digit"
-            if isinstance(definition.right, int) and definition.right < 10
-            else "times two digits"
-        )
+        return "times digit" if isinstance(definition.right, int) and definition.right < 10 else "times two digits"
     return {"+": "add", "-": "subtract", "%": "remainder"}[definition.operator]
 
 

@@ -34,7 +34,7 @@ class Muon(torch.optim.Optimizer):
     """Muon for matrices; those of one shape are updated together.
 
     Args:
-        parameters: Matrices; embeddings and heads are better left to AdamW.
+        parameters: Matrices, or groups of them; embeddings and heads are better left to AdamW.
         lr: Learning rate: about the spectral norm of an update.
         momentum: Of the Nesterov momentum.
         weight_decay: Decoupled, times the learning rate.
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[torch.nn.Parameter],
+        parameters: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.01,

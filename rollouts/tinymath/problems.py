@@ -128,9 +128,7 @@ def render_step(definition: Definition, values: Mapping[str, int]) -> tuple[str,
     Returns:
         The step's text and the value it writes; None where an operand has no value or it is divided by zero.
     """
-    operands = [
-        values.get(side) if isinstance(side, str) else side for side in (definition.left, definition.right)
-    ]
+    operands = [values.get(side) if isinstance(side, str) else side for side in (definition.left, definition.right)]
     left, right = operands
     if left is None or right is None:
         return None
@@ -226,9 +224,7 @@ def draw_program(generator: random.Random, *, long: bool = False) -> Program:
         definitions = [Definition("a", left, operator, right)]
         values = {"a": left + right if operator == "+" else left - right}
         for name in "bcdefghijk"[: count - 1]:
-            definition = Definition(
-                name, *_draw_operation(generator, _TEMPERAMENTS[temperament], list(values.items()))
-            )
+            definition = Definition(name, *_draw_operation(generator, _TEMPERAMENTS[temperament], list(values.items())))
             rendered = render_step(definition, values)
             if rendered is None:  # unreachable for what is drawn here; drawn anew rather than trusted
                 break

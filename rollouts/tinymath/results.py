@@ -95,9 +95,7 @@ def measure_family(
             solutions = sample_solutions(model, questions, seed=seed, max_new_tokens=max_new_tokens)
             models[role, split] = measure_solutions(problems, solutions)
             if role == "small":
-                scores[split] = measure_scores(
-                    problems, solutions, score_solutions(judge, questions, solutions)
-                )
+                scores[split] = measure_scores(problems, solutions, score_solutions(judge, questions, solutions))
     return FamilyResults(models, scores)
 
 
@@ -112,9 +110,7 @@ def _table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
 def render_results(figures: FamilyResults, minutes: float) -> str:
     """The results as Markdown."""
     models, scores = figures.models, figures.scores
-    half_width = {
-        key: 1.96 * float(np.sqrt(m.accuracy * (1 - m.accuracy) / m.count)) for key, m in models.items()
-    }
+    half_width = {key: 1.96 * float(np.sqrt(m.accuracy * (1 - m.accuracy) / m.count)) for key, m in models.items()}
     accuracy = [
         [role, split, m.count, f"{m.accuracy:.3f} ± {half_width[role, split]:.3f}", f"{m.mean_tokens:.1f}"]
         for (role, split), m in models.items()
@@ -140,9 +136,7 @@ def render_results(figures: FamilyResults, minutes: float) -> str:
             ),
             "## Share of wrong steps, by kind of step",
             "A step is wrong if it is wrong given what was written before it.",
-            _table(
-                ["kind", *names], [[k, *(models[c].step_errors.get(k, "") for c in columns)] for k in kinds]
-            ),
+            _table(["kind", *names], [[k, *(models[c].step_errors.get(k, "") for c in columns)] for k in kinds]),
             "## Share of right solutions, by number of definitions",
             "One step for each definition, and the answer.",
             _table(

@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen2ForCausalLM
 
 from rollouts.tinymath.batches import Document, Encoder, corrupted_solution, reward_document
-from rollouts.tinymath.folders import ProcessRewardModel, new_model
+from rollouts.tinymath.folders import TAG, ProcessRewardModel, build_tokenizer, new_model
 from rollouts.tinymath.problems import Program, training_programs
 from rollouts.tinymath.sampling import MAX_NEW_TOKENS, sample_solutions
 
@@ -26,6 +26,9 @@ def reward_model_from(large: Qwen2ForCausalLM) -> ProcessRewardModel:
     model = new_model("prm")
     assert isinstance(model, ProcessRewardModel)
     model.model.load_state_dict(large.model.state_dict(), strict=False)
+    ids = build_tokenizer().get_vocab()
+    embedding = model.model.embed_tokens.weight.data
+    embedding[ids[TAG]] = embedding[ids["ĊĊ"]]  # a tag stands where the large model knows a delimiter
     for layer in model.model.layers[large.config.num_hidden_layers :]:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
@@ -77,9 +80,7 @@ def _solve(
     if not programs:
         return []
     questions = [program.question for program in programs]
-    solutions = sample_solutions(
-        model, questions, prefixes=prefixes, seed=seed, max_new_tokens=max_new_tokens
-    )
+    solutions = sample_solutions(model, questions, prefixes=prefixes, seed=seed, max_new_tokens=max_new_tokens)
     return list(zip(programs, solutions, strict=True))
 
 

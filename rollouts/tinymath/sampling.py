@@ -108,9 +108,7 @@ def score_solutions(
         chosen = order[first : first + batch_size]
         width = len(rows[chosen[-1]])
         # Padding on the right needs no mask: attention is causal and the tags stand before it.
-        tokens = torch.tensor(
-            [rows[number] + [encoder.pad] * (width - len(rows[number])) for number in chosen]
-        )
+        tokens = torch.tensor([rows[number] + [encoder.pad] * (width - len(rows[number])) for number in chosen])
         with torch.inference_mode():
             probabilities = model(tokens).float().softmax(-1)[..., 1]
         for row_number, number in enumerate(chosen):

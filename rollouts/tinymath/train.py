@@ -40,7 +40,7 @@ from rollouts.tinymath.sampling import MAX_NEW_TOKENS
 _SCHEDULES: Mapping[str, Schedule] = {
     "small": Schedule(steps=2500, rows=4, matrix_rate=0.007, rate=2e-3),
     "large": Schedule(steps=3500, rows=4, matrix_rate=0.006, rate=2e-3),
-    "prm": Schedule(steps=800, rows=5, matrix_rate=0.005, rate=1e-3),
+    "prm": Schedule(steps=600, rows=5, matrix_rate=0.007, rate=2e-3),
 }
 _QUICK = Schedule(steps=2, rows=1, warm_up=1)
 _SOLUTIONS, _ROUTED = 3600, 1200
@@ -97,9 +97,7 @@ def start_language_models(settings: TrainSettings) -> Mapping[str, multiprocessi
     return workers
 
 
-def wait_for(
-    role: str, worker: multiprocessing.process.BaseProcess, settings: TrainSettings
-) -> Qwen2ForCausalLM:
+def wait_for(role: str, worker: multiprocessing.process.BaseProcess, settings: TrainSettings) -> Qwen2ForCausalLM:
     """The trained model, as soon as its process has ended.
 
     Raises:
@@ -126,6 +124,7 @@ def train_reward_model(large: Qwen2ForCausalLM, solved: list[Solved], settings: 
         pack(documents, schedule.rows, encoder.pad),
         schedule,
         settings.output / "prm",
+        inherited=frozenset(f"model.{name}" for name in large.model.state_dict()),
         compiled=not settings.quick,
         report=_report,
     )

@@ -8,7 +8,10 @@ from rollouts.tinymath import model_dir
 
 QUESTION = "Let a=70+33, b=a+49. Find b."
 STEPS = ["a=70+33=103\n\n", "b=a+49=103+49=152\n\n", "The answer is \\boxed{152}"]
-PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+PLAIN = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 @pytest.fixture
@@ -52,7 +55,8 @@ def test_the_system_prompt_is_sent_or_refused(tokenizer):
 
 def test_thinking_is_closed_or_the_template_is_refused(tokenizer):
     switchable = PLAIN.replace(
-        "[assistant]", "[assistant]{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+        "[assistant]",
+        "[assistant]{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}",
     )
     tokenizer.chat_template = switchable
     assert PromptFormat(tokenizer).text(QUESTION).endswith("<think>\n\n</think>\n\n")

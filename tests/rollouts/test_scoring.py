@@ -98,7 +98,9 @@ def test_prm_scores_what_fits_and_nothing_else(tokenizer):
 
 
 def test_a_reward_model_that_answers_with_another_count_is_an_error(tokenizer):
-    scorer = RewardScorer("prm", Answers(lambda r: [0.5], pooling=True), RewardFormat(tokenizer, None, "<extra_0>"), "m")
+    scorer = RewardScorer(
+        "prm", Answers(lambda r: [0.5], pooling=True), RewardFormat(tokenizer, None, "<extra_0>"), "m"
+    )
     with pytest.raises(BackendError, match="1 scores came back for 3 steps"):
         score_paths(scorer, [("q", STEPS)])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import json
 import os
 import signal
@@ -28,10 +27,10 @@ from rollouts.tinymath import STEP_TAG, model_dir
 _COMMAND = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 _FLAGS = (
     *("--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "64"),
+    *("--kv-cache-memory-bytes", str(256 << 20)),  # VLLM_CPU_KVCACHE_SPACE knows whole GiB only, and overrules this
     *("--enforce-eager", "--disable-uvicorn-access-log", "--disable-log-stats", "--uvicorn-log-level", "error"),
 )
 _ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # "auto" would put the workers of all servers on the same core
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
@@ -59,12 +58,14 @@ class VllmServer:
         port: Port on 127.0.0.1.
         log: What it printed.
         process: Its first process; the leader of a session of its own.
+        watcher: Ends the server if this process is killed.
     """
 
     model: str
     port: int
     log: Path
     process: subprocess.Popen[bytes]
+    watcher: subprocess.Popen[bytes]
 
     @property
     def url(self) -> str:
@@ -92,6 +93,8 @@ class VllmServer:
 
     def kill(self) -> None:
         """End it and its engine processes at once."""
+        self.watcher.kill()
+        self.watcher.wait()
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -107,21 +110,22 @@ def start(model: Path | str, name: str, flags: Sequence[str] = ()) -> VllmServer
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
-            env={**os.environ, **_ENVIRONMENT},
+            env={
+                **{name: value for name, value in os.environ.items() if name != "VLLM_CPU_KVCACHE_SPACE"},
+                **_ENVIRONMENT,
+            },
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
-    server = VllmServer(name, port, log, process)
+    # A test process that is killed runs no exit handlers, and a server that is still loading ignores SIGTERM.
+    watch = 'while kill -0 "$1"; do sleep 1; done; kill -9 -"$2"'
+    arguments = ["/bin/sh", "-c", watch, "watch", str(os.getpid()), str(process.pid)]
+    watcher = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, start_new_session=True)
+    server = VllmServer(name, port, log, process, watcher)
     atexit.register(server.kill)
     return server
-
-
-def _end_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the test process is gone, however it ended."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def start_generator(role: str = "small") -> VllmServer:
