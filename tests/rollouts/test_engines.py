@@ -27,14 +27,14 @@ both_engines = pytest.mark.parametrize("kind", [VLLM, "transformers"])
 needs_vllm = [pytest.mark.vllm, pytest.mark.skipif(not HAVE_VLLM, reason="vllm is missing")]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def prompts():
     """Eight problems as the small model sees them."""
     style = PromptFormat(load_tokenizer(str(tinymath.model_dir("small"))))
     return [style.ids(problem.question) for problem in tinymath.generate_problems("train", 8)]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def paths():
     """Inputs of the reward model with one, two and three step tags, and the tag's id."""
     style = RewardFormat(load_tokenizer(str(tinymath.model_dir("prm"))), None, tinymath.STEP_TAG)
@@ -43,7 +43,7 @@ def paths():
     return [style.ids(question, steps[:count]) for count in (1, 2, 3)], style.step_tag_id
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def generators():
     """The small model on each engine, started when it is first asked for."""
     started = {}
@@ -58,7 +58,7 @@ def generators():
         backend.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def rewards(paths):
     started = {}
 

@@ -29,7 +29,7 @@ def run(out: Path, *extra: str, wait: bool = True) -> subprocess.Popen:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
     if wait:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output
     return process
 
