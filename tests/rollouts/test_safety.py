@@ -26,7 +26,12 @@ GENERATE = ["--problems", "tinymath:test", "--limit", "6", "--models", "tinymath
 def run(out: Path, *extra: str, wait: bool = True) -> subprocess.Popen:
     command = [sys.executable, "-m", "rollouts", "generate", str(out), *GENERATE, *extra]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits "ignored"
     )
     if wait:
         output, _ = process.communicate(timeout=600)
