@@ -261,6 +261,9 @@ class Grower:
             if not step.terminal:
                 child = tree.nodes[node.child_key(step)]
                 touched[child.key] = child
+        if tree.relaxed:
+            tree.relaxed = False
+            return list(tree.nodes.values())
         return list(touched.values())
 
 

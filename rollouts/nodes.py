@@ -77,6 +77,7 @@ class RolloutTree:
         self.root = Node(ROOT_HASH, (), 0, 0, True)
         self.nodes = {ROOT_HASH: self.root}
         self.orphans = 0
+        self.relaxed = False  # whether some node learned of a cheaper way since this was last set to False
 
     @classmethod
     def from_rows(
@@ -117,9 +118,19 @@ class RolloutTree:
             child = Node(key, (*node.steps, step.text), used, escalations, all_large)
             self.nodes[key] = child
         else:
-            child.escalations = min(child.escalations, escalations)
-            child.all_large = child.all_large or all_large
+            self._relax(child, escalations, all_large)
         return child
+
+    def _relax(self, node: Node, escalations: int, all_large: bool) -> None:
+        """Tell a node, and all below it, of another way to reach it: answers come in any order."""
+        if escalations >= node.escalations and (node.all_large or not all_large):
+            return
+        node.escalations = min(node.escalations, escalations)
+        node.all_large = node.all_large or all_large
+        self.relaxed = True
+        for role in node.proposals:
+            if (child := self.child(node, role)) is not None:
+                self._relax(child, node.escalations + (role == LARGE), node.all_large and role == LARGE)
 
     def insert_path(self, node: Node, role: str, steps: Sequence[Step]) -> list[tuple[Node, Step]]:
         """Record the consecutive steps of one generation, stopping where a proposal is there already.

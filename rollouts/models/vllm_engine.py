@@ -71,11 +71,11 @@ class _VllmEngine:
         """Queue one request; one that vLLM refuses is answered by the next step."""
         raise NotImplementedError
 
-    def _submit(self, key: int, ids: tuple[int, ...], params: Any) -> str | None:
-        """Hand a prompt to vLLM; return its words if it refuses."""
+    def _submit(self, key: int, ids: tuple[int, ...], params: Any, **fields: Any) -> str | None:
+        """Hand a prompt to vLLM with ``params(**fields)``; return its words if it refuses either."""
         try:
-            self._engine.add_request(str(key), {"prompt_token_ids": list(ids)}, params)
-        except Exception as error:  # vLLM's validation errors share no base; a broken engine fails in step() again
+            self._engine.add_request(str(key), {"prompt_token_ids": list(ids)}, params(**fields))
+        except Exception as error:  # of many kinds; should the engine itself be broken, the next step says so
             return str(error) or type(error).__name__
         return None
 
@@ -115,31 +115,34 @@ class VllmGenerator(_VllmEngine):
     def add(self, key: int, request: Request) -> None:
         """Queue a `CompletionRequest` or a `LogprobRequest`."""
         if isinstance(request, CompletionRequest):
-            refusal = self._submit(key, request.prompt_ids, self._completion_params(request))
+            refusal = self._add_completion(key, request)
             if refusal is not None:
                 self._refused.append((key, Completion("", 0, (), "failed", refusal)))
-        elif isinstance(request, LogprobRequest):
+            return
+        if isinstance(request, LogprobRequest):
             refusal = self._add_logprobs(key, request)
-            if refusal is not None:
-                self._refused.append((key, BackendError(refusal)))
         else:
-            self._refused.append((key, BackendError("a generating model cannot answer a PoolingRequest.")))
+            refusal = "a generating model cannot answer a PoolingRequest."
+        if refusal is not None:
+            self._refused.append((key, BackendError(refusal)))
 
-    def _completion_params(self, request: CompletionRequest) -> Any:
-        sampling = request.sampling
+    def _add_completion(self, key: int, request: CompletionRequest) -> str | None:
         # Every field that changes a draw is written out: unsent ones may come from the model's own defaults.
-        return self._params(
+        return self._submit(
+            key,
+            request.prompt_ids,
+            self._params,
             n=1,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
+            temperature=request.sampling.temperature,
+            top_p=request.sampling.top_p,
+            top_k=request.sampling.top_k,
+            min_p=request.sampling.min_p,
             repetition_penalty=1.0,
             presence_penalty=0.0,
             frequency_penalty=0.0,
             max_tokens=request.max_tokens,
             min_tokens=0,
-            ignore_eos=request.exact_length,
+            ignore_eos=False,
             stop=list(request.stop),
             include_stop_str_in_output=True,
             skip_special_tokens=True,
@@ -151,7 +154,10 @@ class VllmGenerator(_VllmEngine):
     def _add_logprobs(self, key: int, request: LogprobRequest) -> str | None:
         if not 0 < request.start <= len(request.ids):
             return f"log-probabilities from position {request.start} of {len(request.ids)} ids: nothing precedes them."
-        params = self._params(
+        refusal = self._submit(
+            key,
+            request.ids,
+            self._params,
             temperature=0.0,
             max_tokens=1,
             prompt_logprobs=0,
@@ -159,7 +165,6 @@ class VllmGenerator(_VllmEngine):
             output_kind=self._final_only,
             skip_clone=True,
         )
-        refusal = self._submit(key, request.ids, params)
         if refusal is None:
             self._starts[key] = request.start
         return refusal
@@ -196,7 +201,7 @@ class VllmPooling(_VllmEngine):
         if not isinstance(request, PoolingRequest):
             self._refused.append((key, BackendError("a reward model answers PoolingRequests only.")))
             return
-        refusal = self._submit(key, request.ids, PoolingParams(task="token_classify"))
+        refusal = self._submit(key, request.ids, PoolingParams, task="token_classify")
         if refusal is not None:
             self._refused.append((key, BackendError(refusal)))
 

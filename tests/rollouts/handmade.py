@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import threading
 from concurrent.futures import Future
 
 from rollouts.models.stepwise import Generation, Prefix
@@ -58,6 +60,26 @@ class ScriptedWriter:
         future: Future[Generation] = Future()
         future.set_result(Generation(tuple(steps), sum(step.tokens for step in steps)))
         return future
+
+
+class ShuffledWriter(ScriptedWriter):
+    """Answers as servers do: later, and in any order."""
+
+    def __init__(self, role: str, seed: int) -> None:
+        super().__init__(role, merge=2)
+        self.waiting: list[tuple[Future[Generation], Generation]] = []
+        self.generator = random.Random(f"{role}{seed}")
+
+    def submit(self, prefix: Prefix, *, whole: bool) -> Future[Generation]:
+        answer = super().submit(prefix, whole=whole).result()
+        future: Future[Generation] = Future()
+        self.waiting.append((future, answer))
+        threading.Timer(self.generator.uniform(0.0, 0.01), self._answer).start()
+        return future
+
+    def _answer(self) -> None:
+        future, answer = self.waiting.pop(self.generator.randrange(len(self.waiting)))
+        future.set_result(answer)
 
 
 class ScriptedScorer:

@@ -17,7 +17,7 @@ from rollouts.stats import split_statistics
 from rollouts.store import Store
 from rollouts.tree import compile_store
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
+pytestmark = pytest.mark.vllm
 PROBLEMS = 60
 REPLICAS = 2
 

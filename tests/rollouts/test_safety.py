@@ -50,7 +50,6 @@ def rows_of(table) -> dict:
     return rows
 
 
-@pytest.mark.timeout(900)
 def test_sigkill_at_random_moments_and_resume_gives_the_uninterrupted_store(tmp_path):
     started = time.monotonic()
     run(tmp_path / "whole")

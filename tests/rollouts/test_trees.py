@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from handmade import ScriptedScorer, ScriptedWriter, problem, process
+from handmade import ScriptedScorer, ScriptedWriter, ShuffledWriter, problem, process
 
 from rollouts.annotate import grade_store, score_store
 from rollouts.errors import BackendError, StoreError
@@ -87,6 +87,15 @@ def test_every_path_within_the_cap_exists_and_so_does_always_large(tmp_path, cap
         if cap is not None:  # nothing beyond the closure
             beyond = [n for n in tree.nodes.values() if n.escalations > cap and not n.all_large]
             assert not beyond
+
+
+@pytest.mark.parametrize("cap", [None, 0, 1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_answers_in_any_order_give_the_same_closed_trees(tmp_path, cap, seed):
+    shuffled = grow(tmp_path / "a", cap, who={role: ShuffledWriter(role, seed) for role in ROLES})
+    ordered = grow(tmp_path / "b", cap, who={role: ScriptedWriter(role, merge=2) for role in ROLES})
+    assert all(tree.missing() == 0 for tree in load_trees(shuffled, PROBLEMS, 2, cap))
+    assert all_steps(shuffled) == all_steps(ordered)
 
 
 def test_large_is_asked_for_single_steps_and_nothing_twice(tmp_path):

@@ -31,6 +31,7 @@ _FLAGS = (
     *("--enforce-eager", "--disable-uvicorn-access-log", "--disable-log-stats", "--uvicorn-log-level", "error"),
 )
 _ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model runs in the engine's process: a third less to load
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # "auto" would put the workers of all servers on the same core
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
