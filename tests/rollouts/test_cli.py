@@ -44,7 +44,7 @@ def test_stats_show_and_verify(store, tmp_path, capsys):
     assert numbers["splits"]["test"]["trees"] == 5 and numbers["meta"]["max_escalations"] == 1
     assert main(["show", str(store), "--problem", "tinymath-test-00003"]) == 0
     shown = capsys.readouterr().out
-    assert "Find h" in shown and "tok" in shown and ("right (" in shown or "wrong (" in shown)
+    assert "Find d" in shown and "tok" in shown and ("right (" in shown or "wrong (" in shown)
     assert main(["show", str(store), "--problem", "tinymath-test-0003"]) == 2
     assert "Did you mean" in capsys.readouterr().err
     assert main(["verify", str(store)]) == 0
@@ -70,11 +70,11 @@ def test_another_setting_is_refused(store, capsys):
 def test_expand_reaches_beyond_the_cap(store, capsys):
     before = rows(store)
     models = ["--models", "tinymath:transformers"]
-    assert main(["expand", str(store), "threshold:0.9", *models]) == 0
+    assert main(["expand", str(store), "--router", "threshold:0.9", *models]) == 0
     after = rows(store)
     assert before.items() <= after.items()
     assert main(["verify", str(store)]) == 0
-    assert main(["expand", str(store), "treshold:0.9", *models]) == 2
+    assert main(["expand", str(store), "--router", "treshold:0.9", *models]) == 2
     assert "Did you mean 'threshold'" in capsys.readouterr().err
 
 

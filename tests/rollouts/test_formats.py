@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from vllm_server import start_generator
+from vllm_server import start_generator, vllm_servers
 
 from rollouts.annotate import grade_store, score_store
 from rollouts.commands import self_test_examples
@@ -17,6 +17,7 @@ from rollouts.stats import split_statistics
 from rollouts.store import Store
 from rollouts.tree import compile_store
 
+__all__ = ["vllm_servers"]  # a fixture
 pytestmark = pytest.mark.vllm
 PROBLEMS = 60
 REPLICAS = 2
