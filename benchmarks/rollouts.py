@@ -1,4 +1,4 @@
-"""Speed and memory of tree generation with the embedded family: ``python benchmarks/rollouts.py``.
+"""Speed and memory of tree generation with the embedded family: ``python -m benchmarks.rollouts``.
 
 Prints three figures, each a ratio of times measured in this one run, so that a noisy machine does not matter:
 growing trees against replaying the same requests in one batch per role; growing trees against live episodes
@@ -143,7 +143,15 @@ def main(settings: Settings) -> None:
     peaks = {}
     for factor in (1, 8):
         count = 200 * factor
-        command = [sys.executable, __file__, "--memory-only", str(count), "--models", settings.models]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.rollouts",
+            "--memory-only",
+            str(count),
+            "--models",
+            settings.models,
+        ]
         peaks[count] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     print("peak memory of the orchestrating process: " + ", ".join(f"{n} problems {m} MiB" for n, m in peaks.items()))
 
