@@ -126,12 +126,13 @@ class EngineProcess(Backend):
             with self._outbox_ready:
                 while not self._outbox and not self._closed:
                     self._outbox_ready.wait()
+                closing = self._closed  # it may change while the batch is being sent
                 batch, self._outbox = self._outbox, []
             try:
-                self._connection.send(batch if not self._closed else None)
+                self._connection.send(None if closing else batch)
             except (OSError, ValueError):
                 return  # the reader sees the same end and fails what is pending
-            if self._closed:
+            if closing:
                 return
 
     def _read(self) -> None:
@@ -164,7 +165,7 @@ class EngineProcess(Backend):
         for future in futures.values():
             if self._closed:
                 future.cancel()
-            else:
+            elif future.set_running_or_notify_cancel():  # else the caller gave up on it
                 future.set_exception(BackendError(message))
 
     def close(self) -> None:
