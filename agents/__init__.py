@@ -1,0 +1,1 @@
+"""Routers: who decides, how they are trained, evaluated and stored."""

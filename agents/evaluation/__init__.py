@@ -1,0 +1,1 @@
+"""Honest evaluation of routers: outcomes per problem, cost-accuracy curves, intervals, comparisons (design §7)."""

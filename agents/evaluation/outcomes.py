@@ -1,0 +1,82 @@
+"""What a router did on a set of problems: the one currency that metrics, tables and plots deal in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rollouts.errors import DataError
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """Outcomes of one router on P problems, averaged over the replicas of each problem.
+
+    Attributes:
+        problem_ids: Ids of the P problems; paired comparisons need the same ids in the same order.
+        correct: (P,) share of replicas solved, in [0, 1].
+        cost: (P,) cost in the unit of the cost model; with the default model the large tokens.
+        large_tokens: (P,) tokens that the large model decoded.
+        small_tokens: (P,) tokens that the small model decoded, accepted or not.
+        discarded_tokens: (P,) those of them that an escalation threw away.
+        escalations: (P,) steps that the large model wrote.
+        steps: (P,) accepted steps.
+    """
+
+    problem_ids: tuple[str, ...]
+    correct: Floats
+    cost: Floats
+    large_tokens: Floats
+    small_tokens: Floats
+    discarded_tokens: Floats
+    escalations: Floats
+    steps: Floats
+
+    def __post_init__(self) -> None:
+        """Check that all arrays have one value for each problem."""
+        for name in self.columns():
+            values = getattr(self, name)
+            if values.shape != (len(self.problem_ids),):
+                raise DataError(f"Outcomes: {name} has shape {values.shape} for {len(self.problem_ids)} problems.")
+
+    @classmethod
+    def columns(cls) -> tuple[str, ...]:
+        """Return the names of the arrays."""
+        return tuple(each.name for each in fields(cls) if each.name != "problem_ids")
+
+    def __len__(self) -> int:
+        """Return P."""
+        return len(self.problem_ids)
+
+    def returns(self, lam: float) -> Floats:
+        """Return (P,) mean returns ``correct - lam * cost``."""
+        return self.correct - lam * self.cost
+
+    def take(self, index: NDArray[Any]) -> Outcomes:
+        """Return the outcomes of some problems."""
+        ids = tuple(np.asarray(self.problem_ids, object)[index].tolist())
+        return Outcomes(ids, *(getattr(self, name)[index] for name in self.columns()))
+
+    def paired_with(self, other: Outcomes) -> None:
+        """Check that another router's outcomes are on the same problems in the same order.
+
+        Raises:
+            DataError: They are not.
+        """
+        if self.problem_ids != other.problem_ids:
+            raise DataError(
+                f"Outcomes of {len(self)} and {len(other)} problems cannot be paired: the problems differ. "
+                "Evaluate both routers on the same split of the same rollouts."
+            )
+
+
+def mix(first: Outcomes, second: Outcomes, share: float) -> Outcomes:
+    """Return expected outcomes when each problem goes to `second` with probability `share`, else to `first`."""
+    first.paired_with(second)
+    columns = ((1 - share) * getattr(first, n) + share * getattr(second, n) for n in Outcomes.columns())
+    return Outcomes(first.problem_ids, *columns)
