@@ -27,7 +27,7 @@ from rollouts.store import Store
 CONTINUE_SMALL, ESCALATE_LARGE = 0, 1
 TERMINAL, MISSING = -1, -2
 STOP_REASONS = tuple(StopReason)
-_FORMAT = 1  # of the compiled files
+_FORMAT = 2  # of the compiled files
 
 _PER_ACTION: dict[str, Any] = {
     "child": np.int32,
@@ -47,6 +47,7 @@ _PER_NODE: dict[str, Any] = {
     "min_score": np.float32,
     "product_score": np.float32,
 }
+_ARRAYS = (*_PER_ACTION, *_PER_NODE, "root", "problem", "replica", "splits", "text", "text_end")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,10 @@ class Trees:
         root: (R,) int32: row of the root.
         problem: (R,) int32: position in `problem_ids`.
         replica: (R,) int16.
+        text: (B,) uint8: UTF-8 of all proposals, row after row.
+        text_end: (N, 2) int64: where the text of a proposal ends; it begins where the one before it ends.
         problem_ids: Ids of the P problems.
+        questions: Their P texts.
         splits: (P,) array of split names.
         meta: Store, scorer, grader, K, limits, counts of what was left out, and ``hash``, the content hash.
     """
@@ -97,7 +101,10 @@ class Trees:
     root: NDArray[np.int32]
     problem: NDArray[np.int32]
     replica: NDArray[np.int16]
+    text: NDArray[np.uint8]
+    text_end: NDArray[np.int64]
     problem_ids: tuple[str, ...]
+    questions: tuple[str, ...]
     splits: NDArray[np.str_]
     meta: dict[str, Any]
 
@@ -105,6 +112,13 @@ class Trees:
     def nodes(self) -> int:
         """Number of decision nodes, N."""
         return len(self.tree)
+
+    def proposal(self, row: int, action: int) -> str:
+        """Return the text of a proposal; empty if it was not generated."""
+        place = 2 * int(row) + int(action)
+        ends = self.text_end.reshape(-1)
+        start = int(ends[place - 1]) if place else 0
+        return bytes(self.text[start : ends[place]]).decode("utf-8")
 
     def select(self, split: str | None = None) -> NDArray[np.int64]:
         """Return the tree indices of a split, or of all.
@@ -225,9 +239,9 @@ def _save(trees: Trees, parent: Path, key: str) -> None:
     parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=parent))
     try:
-        for name in [*_PER_ACTION, *_PER_NODE, "root", "problem", "replica", "splits"]:
+        for name in _ARRAYS:
             np.save(temporary / f"{name}.npy", getattr(trees, name))
-        text = json.dumps({"problem_ids": trees.problem_ids, "meta": trees.meta})
+        text = json.dumps({"problem_ids": trees.problem_ids, "questions": trees.questions, "meta": trees.meta})
         (temporary / "meta.json").write_text(text, encoding="utf-8")
         if (parent / key).exists():
             shutil.rmtree(temporary)
@@ -244,9 +258,9 @@ def _save(trees: Trees, parent: Path, key: str) -> None:
 
 def _load(directory: Path) -> Trees:
     described = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-    names = [*_PER_ACTION, *_PER_NODE, "root", "problem", "replica", "splits"]
-    arrays: dict[str, Any] = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in names}
-    return Trees(**arrays, problem_ids=tuple(described["problem_ids"]), meta=described["meta"])
+    arrays: dict[str, Any] = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
+    ids, questions = tuple(described["problem_ids"]), tuple(described["questions"])
+    return Trees(**arrays, problem_ids=ids, questions=questions, meta=described["meta"])
 
 
 class _Annotations:
@@ -269,6 +283,7 @@ class _Counts:
     incomplete: int = 0
     unscored: int = 0
     ungraded: int = 0
+    not_numbers: int = 0
     without_score: int = 0  # trees left out because an input exceeded the scorer's window
     orphans: int = 0
 
@@ -277,6 +292,7 @@ def _compile(store: Store, scorer: str, grader: str, on_progress: Callable[[int]
     problems = store.problems()
     counts = _Counts()
     columns: dict[str, list[Any]] = {name: [] for name in (*_PER_ACTION, *_PER_NODE)}
+    texts = _Texts()
     roots: list[tuple[int, int, int]] = []
     labels = _labels(store)
     for start in range(0, len(problems), 256):
@@ -289,11 +305,29 @@ def _compile(store: Store, scorer: str, grader: str, on_progress: Callable[[int]
         for tree in load_trees(store, part, None, store.manifest["process"].get("max_escalations"), chunk=256):
             first = len(columns["tree"])
             if _append_tree(columns, len(roots), first, tree, scores, grades, chunk_labels, counts):
+                texts.add(tree)
                 roots.append((first, positions[tree.problem.id], tree.replica))
             if on_progress:
                 on_progress(1)
     _refuse(store, counts, scorer, grader, len(roots))
-    return _assemble(store, scorer, grader, columns, roots, problems, counts)
+    return _assemble(store, scorer, grader, columns, texts, roots, problems, counts)
+
+
+class _Texts:
+    """The proposals of trees one after another, and where each ends."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.ends: list[tuple[int, ...]] = []
+
+    def add(self, tree: RolloutTree) -> None:
+        for node in tree.nodes.values():
+            ends = []
+            for role in ROLES:
+                if role in node.proposals:
+                    self.data += node.proposals[role].text.encode("utf-8", "replace")
+                ends.append(len(self.data))
+            self.ends.append(tuple(ends))
 
 
 def _labels(store: Store) -> bool:
@@ -304,6 +338,9 @@ def _refuse(store: Store, counts: _Counts, scorer: str, grader: str, trees: int)
     if counts.unscored:
         raise StoreError(f"{store.path}: {counts.unscored} proposals have no score by {scorer!r} yet. "
                          f"Run `python -m rollouts score {store.path}`.")  # fmt: skip
+    if counts.not_numbers:
+        raise StoreError(f"{store.path}: {counts.not_numbers} scores by {scorer!r} are not in [0, 1] (NaN counts as "
+                         "such). Delete that score table and run `python -m rollouts score` again.")  # fmt: skip
     if counts.ungraded:
         raise StoreError(f"{store.path}: {counts.ungraded} solutions have no grade by {grader!r} yet. "
                          f"Run `python -m rollouts grade {store.path}`.")  # fmt: skip
@@ -346,6 +383,8 @@ def _append_tree(
                 counts.unscored += score is ...
                 counts.ungraded += step.terminal and grade is ...
                 score, grade = (0.0 if score is ... else score), (False if grade is ... else grade)
+            if score is not None and not 0.0 <= score <= 1.0:
+                counts.not_numbers += 1
             if score is None:
                 counts.without_score += 1
                 return False
@@ -391,6 +430,7 @@ def _assemble(
     scorer: str,
     grader: str,
     columns: dict[str, list[Any]],
+    texts: _Texts,
     roots: Sequence[tuple[int, int, int]],
     problems: Sequence[Problem],
     counts: _Counts,
@@ -417,8 +457,15 @@ def _assemble(
         "orphans": counts.orphans,
         "hash": digest.hexdigest(),
     }
-    splits = np.asarray([item.split for item in problems])
-    return Trees(**arrays, problem_ids=tuple(item.id for item in problems), splits=splits, meta=meta)
+    return Trees(
+        **arrays,
+        text=np.frombuffer(bytes(texts.data), np.uint8),
+        text_end=np.asarray(texts.ends, np.int64),
+        problem_ids=tuple(item.id for item in problems),
+        questions=tuple(item.question for item in problems),
+        splits=np.asarray([item.split for item in problems]),
+        meta=meta,
+    )
 
 
 def iterate_by_depth(trees: Trees) -> Iterator[NDArray[np.int64]]:

@@ -1,0 +1,162 @@
+"""Feature schemas: named, versioned functions from what a router may see to what it is given.
+
+A checkpoint or an exported policy carries the name of its schema; a policy is never fed another one's features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rollouts.errors import ConfigError, did_you_mean
+
+Floats = NDArray[np.float64]
+_CLIP = 1e-4  # scores are clipped to [1e-4, 1 - 1e-4] before the logit: PRM scores pile up at 0 and 1
+_TYPICAL_TOKENS = 20.0
+
+
+class Seen(NamedTuple):
+    """What a router may see at n decisions; arrays of shape (n,).
+
+    Attributes:
+        score: PRM score of the small model's proposal, r_t, in [0, 1].
+        min_score: Least score of the accepted steps, min(r_1..r_{t-1}); 1 at the first step.
+        product_score: Product of their scores; 1 at the first step.
+        tokens: Tokens of the proposal, c_t.
+        step: Step number t, from 1.
+        terminal: Whether accepting the proposal ends the episode.
+        has_answer: Whether the proposal states a final answer.
+    """
+
+    score: Floats
+    min_score: Floats
+    product_score: Floats
+    tokens: Floats
+    step: Floats
+    terminal: Floats
+    has_answer: Floats
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One column of a schema.
+
+    Attributes:
+        name: Its name.
+        low: Least value.
+        high: Greatest value.
+        compute: From `Seen` and max_steps to (n,) values.
+    """
+
+    name: str
+    low: float
+    high: float
+    compute: Callable[[Seen, int], Floats]
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A named, versioned list of features.
+
+    Attributes:
+        name: As on the command line.
+        version: Raised whenever a column changes its meaning.
+        columns: The features in order.
+    """
+
+    name: str
+    version: int
+    columns: tuple[Feature, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of features, d."""
+        return len(self.columns)
+
+    @property
+    def id(self) -> str:
+        """Name and version, as written into artefacts."""
+        return f"{self.name}/{self.version}"
+
+    def bounds(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return (d,) least and (d,) greatest values."""
+        low = np.array([column.low for column in self.columns], np.float32)
+        return low, np.array([column.high for column in self.columns], np.float32)
+
+    def __call__(self, seen: Seen, max_steps: int) -> NDArray[np.float32]:
+        """Return the (n, d) features, within the bounds."""
+        low, high = self.bounds()
+        values = np.stack([column.compute(seen, max_steps) for column in self.columns], axis=-1)
+        return np.clip(values.astype(np.float32), low, high)
+
+
+def logit(score: Floats) -> Floats:
+    """Return the log-odds of clipped scores, divided by 3: about -3 to 3."""
+    clipped = np.clip(np.asarray(score, np.float64), _CLIP, 1 - _CLIP)
+    return np.log(clipped / (1 - clipped)) / 3
+
+
+_LOGIT_BOUND = float(logit(np.array(1.0)))
+_SCORE = Feature("score", 0, 1, lambda seen, _: seen.score)
+_MIN = Feature("min_score", 0, 1, lambda seen, _: seen.min_score)
+_TOKENS = Feature("tokens / 300", 0, np.inf, lambda seen, _: seen.tokens / 300)
+_STEP = Feature("step / max_steps", 0, 1, lambda seen, most: seen.step / most)
+_AGG = (_SCORE, _MIN, _TOKENS, _STEP)
+_AGG_PLUS = (
+    Feature("logit(score) / 3", -_LOGIT_BOUND, _LOGIT_BOUND, lambda seen, _: logit(seen.score)),
+    Feature("logit(min_score) / 3", -_LOGIT_BOUND, _LOGIT_BOUND, lambda seen, _: logit(seen.min_score)),
+    Feature("ln(tokens / 20)", -4, 8, lambda seen, _: np.log(np.maximum(seen.tokens, 1.0) / _TYPICAL_TOKENS)),
+    _STEP,
+    Feature("terminal", 0, 1, lambda seen, _: seen.terminal),
+    Feature("has_answer", 0, 1, lambda seen, _: seen.has_answer),
+)
+
+SCHEMAS: dict[str, Schema] = {
+    schema.name: schema
+    for schema in (
+        Schema("agg", 1, _AGG),
+        Schema("agg+prod", 1, (*_AGG, Feature("product_score", 0, 1, lambda seen, _: seen.product_score))),
+        Schema("agg+", 1, _AGG_PLUS),
+    )
+}
+DEFAULT_SCHEMA = "agg+"
+
+
+def schema_named(name: str) -> Schema:
+    """Return a schema by its name, or by ``name/version``.
+
+    Raises:
+        ConfigError: There is none of that name, or its version is another one.
+    """
+    plain, _, version = name.partition("/")
+    if plain not in SCHEMAS:
+        raise ConfigError(f"Unknown feature schema {name!r}.{did_you_mean(plain, SCHEMAS)}")
+    schema = SCHEMAS[plain]
+    if version and version != str(schema.version):
+        raise ConfigError(
+            f"Feature schema {plain!r} is at version {schema.version} here; version {version} is asked for. "
+            "Train the policy again, or use the package version that it was made with."
+        )
+    return schema
+
+
+def seen_of(trees: Any, rows: NDArray[Any] | slice = slice(None)) -> Seen:
+    """Return what a router may see at rows of compiled `rollouts.tree.Trees`."""
+    from rollouts.tree import CONTINUE_SMALL, TERMINAL
+
+    def column(values: NDArray[Any]) -> Floats:
+        return np.asarray(values[rows], np.float64)
+
+    return Seen(
+        score=column(trees.score[:, CONTINUE_SMALL]),
+        min_score=column(trees.min_score),
+        product_score=column(trees.product_score),
+        tokens=column(trees.tokens[:, CONTINUE_SMALL]),
+        step=column(trees.depth) + 1,
+        terminal=column(trees.child[:, CONTINUE_SMALL] == TERMINAL),
+        has_answer=column(trees.has_answer[:, CONTINUE_SMALL]),
+    )

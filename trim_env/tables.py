@@ -1,0 +1,145 @@
+"""A split of compiled trees as look-up tables: what an environment step gathers from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rollouts.errors import ConfigError
+from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees, compile_store
+from trim_env.features import DEFAULT_SCHEMA, Schema, schema_named, seen_of
+from trim_env.reward import CostModel, cost_model
+
+Rollouts = Trees | str | Path
+
+
+@dataclass(frozen=True, eq=False)
+class DecisionTables:
+    """Tables over the N nodes of compiled trees; a proposal is addressed by ``2 * row + action``.
+
+    Attributes:
+        trees: The trees.
+        indices: (R,) the trees that episodes are drawn from.
+        schema: Feature schema.
+        cost_model: Cost model.
+        max_escalations: K: most escalations of an episode; None without a cap.
+        features: (N, d) float32.
+        child: (2N,) row of the next node, -1 at an end, -2 if the proposal was not generated.
+        cost: (2N,) cost of taking the proposal.
+        solved: (2N,) 1 where the proposal ends a solution that is correct, else 0.
+        large_tokens: (2N,) tokens that the large model decodes when the proposal is taken.
+        small_tokens: (2N,) tokens that the small model has decoded for its own proposal at that node.
+    """
+
+    trees: Trees
+    indices: NDArray[np.int64]
+    schema: Schema
+    cost_model: CostModel
+    max_escalations: int | None
+    features: NDArray[np.float32]
+    child: NDArray[np.int64]
+    cost: NDArray[np.float64]
+    solved: NDArray[np.float64]
+    large_tokens: NDArray[np.int64]
+    small_tokens: NDArray[np.int64]
+
+    @property
+    def roots(self) -> NDArray[np.int64]:
+        """(R,) rows of the roots of the split's trees."""
+        return self.trees.root[self.indices].astype(np.int64)
+
+
+def decision_tables(
+    rollouts: Rollouts,
+    split: str | None = "train",
+    *,
+    schema: str | Schema = DEFAULT_SCHEMA,
+    cost: str | CostModel = "decode-only",
+    max_escalations: int | None = None,
+    indices: NDArray[Any] | None = None,
+) -> DecisionTables:
+    """Build the tables.
+
+    Args:
+        rollouts: Compiled trees, the path of a rollout store, or the name of a bundled one (``quickstart``).
+        split: Split that episodes are drawn from; None for all trees.
+        schema: Feature schema.
+        cost: Cost model.
+        max_escalations: A cap on escalations per episode, K; it cannot exceed the K that the store is closed
+            under, which is the default.
+        indices: Draw from these trees instead of from a whole split.
+
+    Raises:
+        StoreError: The store cannot be used, or the split is empty.
+        ConfigError: Unknown schema or cost model, or a K that the store does not support.
+    """
+    trees = rollouts if isinstance(rollouts, Trees) else compile_store(rollouts)
+    schema = schema if isinstance(schema, Schema) else schema_named(schema)
+    model = cost if isinstance(cost, CostModel) else cost_model(cost)
+    large = np.zeros((trees.nodes, 2), np.int64)
+    large[:, ESCALATE_LARGE] = trees.tokens[:, ESCALATE_LARGE]
+    small = np.repeat(np.asarray(trees.tokens[:, :1], np.int64), 2, axis=1)
+    return DecisionTables(
+        trees=trees,
+        indices=trees.select(split) if indices is None else np.asarray(indices, np.int64),
+        schema=schema,
+        cost_model=model,
+        max_escalations=_cap(trees.meta["max_escalations"], max_escalations),
+        features=schema(seen_of(trees), trees.meta["max_steps"]),
+        child=trees.child.reshape(-1).astype(np.int64),
+        cost=np.nan_to_num(model.edges(trees).reshape(-1)),
+        solved=(trees.correct.reshape(-1) == 1).astype(np.float64),
+        large_tokens=large.reshape(-1),
+        small_tokens=small.reshape(-1),
+    )
+
+
+def _cap(closed: int | None, wanted: int | None) -> int | None:
+    if wanted is None:
+        return closed
+    if wanted < 0 or (closed is not None and wanted > closed):
+        raise ConfigError(
+            f"max_escalations is {wanted}; these trees hold every path with at most {closed} escalations"
+            if wanted >= 0
+            else f"max_escalations is {wanted}, expected at least 0."
+        )
+    return wanted
+
+
+def missing(tables: DecisionTables, place: NDArray[np.int64]) -> str:
+    """Return the message for proposals that were asked for and not generated."""
+    count = int((tables.child[place] == MISSING).sum())
+    roles = "large" if (place[tables.child[place] == MISSING] % 2).any() else "small"
+    return (
+        f"{count} {roles} proposals at decisions that an episode reached were not generated "
+        f"(K = {tables.trees.meta['max_escalations']}). Expand the store (`python -m rollouts expand`), cap the "
+        "escalations (max_escalations), or use the live environment."
+    )
+
+
+_MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
+
+def draw(seeds: NDArray[np.uint64], episodes: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
+    """Return (n,) positions in 0..count-1: a function of seed and episode number alone (SplitMix64).
+
+    So an episode of environment i of a vector is that of a single environment with its seed, and a checkpoint
+    needs no more than two counters.
+    """
+    with np.errstate(over="ignore"):
+        z = _finish(seeds * _MIX[0] + _MIX[1]) + (episodes + np.uint64(1)) * _MIX[0]
+        return (_finish(z) % np.uint64(count)).astype(np.int64)
+
+
+def _finish(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * _MIX[1]
+    z = (z ^ (z >> np.uint64(27))) * _MIX[2]
+    result: NDArray[np.uint64] = z ^ (z >> np.uint64(31))
+    return result
+
+
+__all__ = ["CONTINUE_SMALL", "ESCALATE_LARGE", "DecisionTables", "Rollouts", "decision_tables", "draw", "missing"]
