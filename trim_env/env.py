@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -98,7 +98,7 @@ class TrimEnv(gymnasium.Env[Any, Any]):
     v0: first version.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi"], "render_fps": 1}
+    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}
 
     def __init__(
         self,
@@ -238,7 +238,7 @@ class TrimEnv(gymnasium.Env[Any, Any]):
     def _proposal(self) -> str:
         return "" if self._node is None else self.tables.trees.proposal(self._node, CONTINUE_SMALL)
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """Return the question, the accepted steps with author and score, and the proposal (`render_mode` "ansi")."""
         if self.render_mode is None:
             return None

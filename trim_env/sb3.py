@@ -1,4 +1,4 @@
-"""The Stable-Baselines3 face of a vector environment: no Python loop over environments, dicts for ended episodes only."""
+"""The Stable-Baselines3 face of a vector environment: no loop over environments, dicts for ended episodes only."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from stable_baselines3.common.vec_env import VecEnv
 class SB3VecEnv(VecEnv):
     """A ``VecEnv`` over `trim_env.vector.TrimVectorEnv` or `trim_env.live.LiveVectorEnv`.
 
-    ``infos[i]`` of an ended episode has ``terminal_observation``, ``episode`` (``r``: return, ``l``: steps) and what the
-    environment's ``final_info`` says; all others share one empty dict, which must not be written to.
+    ``infos[i]`` of an ended episode has ``terminal_observation``, ``episode`` (``r``: return, ``l``: steps) and what
+    the environment's ``final_info`` says; all others share one empty dict, which must not be written to.
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any], seed: int | None = None) -> None:
