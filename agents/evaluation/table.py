@@ -1,0 +1,295 @@
+"""Summaries of methods as plain values, and their tables: terminal, Markdown, CSV, JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from agents.evaluation.metrics import (
+    BUDGETS,
+    CPT_TARGETS,
+    Curve,
+    EscalationGain,
+    Points,
+    References,
+    gain_by_escalations,
+)
+from agents.evaluation.outcomes import Outcomes
+from agents.evaluation.uncertainty import (
+    RESAMPLES,
+    Estimate,
+    curve_band,
+    curve_estimates,
+    point_estimates,
+    resample_weights,
+)
+from rollouts.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MIXING_MARK = "†"
+NOTES = (
+    "95 % bootstrap intervals over problems in brackets; costs in % of always escalating.",
+    f"{MIXING_MARK} reached only by mixing with always-large, beyond the method's last operating point on the curve.",
+)
+
+
+@dataclass(frozen=True)
+class PointSummary:
+    """One operating point: metrics with intervals, means per problem.
+
+    Attributes:
+        knob: λ, threshold or budget.
+        on_curve: Whether it may lie on the curve, 0 < c <= 1; others are reported only.
+        metrics: ``accuracy``, ``c``, ``pgr``, ``ibc_gain`` (see `metrics.point_metrics`).
+        large_tokens: Tokens that the large model decoded.
+        total_tokens: Tokens that both models decoded, discarded ones included.
+        discarded_tokens: Tokens of the small model that escalations threw away.
+        escalations: Steps that the large model wrote.
+        steps: Accepted steps.
+        gain_by_escalations: Accuracy gained over always-small, by number of escalations.
+    """
+
+    knob: float
+    on_curve: bool
+    metrics: dict[str, Estimate]
+    large_tokens: float
+    total_tokens: float
+    discarded_tokens: float
+    escalations: float
+    steps: float
+    gain_by_escalations: tuple[EscalationGain, ...]
+
+
+@dataclass(frozen=True)
+class Band:
+    """Accuracy of a curve at some costs with its pointwise 95 % band, each (L,)."""
+
+    c: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """Everything that tables and plots say of one method on one set of problems.
+
+    Attributes:
+        name: The method.
+        problems: Number of problems.
+        resamples: Bootstrap resamples.
+        seed: Seed of the bootstrap.
+        small: `metrics.point_metrics` of always-small.
+        large: The same of always escalating.
+        large_cost: Mean cost per problem of always escalating, in the unit of the cost model.
+        metrics: Metrics of the curve (see `metrics.curve_metrics`); for a method with one operating point also
+            those of the point.
+        by_mixing: The ``cpt_..`` that the method reaches only by mixing with always-large.
+        mixing_from: c beyond which the curve is such a mixture.
+        knots: (c, accuracy) of the curve's corners.
+        band: The curve with its 95 % band.
+        points: Operating points by ascending cost.
+    """
+
+    name: str
+    problems: int
+    resamples: int
+    seed: int
+    small: dict[str, Estimate]
+    large: dict[str, Estimate]
+    large_cost: float
+    metrics: dict[str, Estimate]
+    by_mixing: tuple[str, ...]
+    mixing_from: float
+    knots: tuple[tuple[float, float], ...]
+    band: Band
+    points: tuple[PointSummary, ...]
+
+
+def summarise(
+    name: str, points: Points, references: References, seed: int = 0, resamples: int = RESAMPLES
+) -> MethodSummary:
+    """Evaluate a method by its operating points; the same seed pairs the resamples of several methods.
+
+    Raises:
+        DataError: There are no points, or they are on other problems than the references.
+    """
+    if not points:
+        raise DataError(f"{name}: no operating points to summarise.")
+    weights = resample_weights(len(references.small), resamples, seed)
+    curve = Curve.of(points, references)
+    metrics = curve_estimates(points, references, weights)
+    details = [_point(knob, outcomes, references, weights) for knob, outcomes in points]
+    if len(points) == 1:
+        metrics = details[0].metrics | metrics
+    knots = np.unique(np.stack([curve.cost, curve.accuracy], axis=1), axis=0)
+    c = np.union1d(np.linspace(0, 1, 101), knots[np.isfinite(knots[:, 0]), 0])
+    return MethodSummary(
+        name=name,
+        problems=len(references.small),
+        resamples=resamples,
+        seed=seed,
+        small=point_estimates(references.small, references, weights),
+        large=point_estimates(references.large, references, weights),
+        large_cost=float(curve.large_cost),
+        metrics=metrics,
+        by_mixing=tuple(f"cpt_{x}" for x in CPT_TARGETS if curve.by_mixing(x)),
+        mixing_from=float(curve.mixing_from),
+        knots=tuple((float(cost), float(accuracy)) for cost, accuracy in knots),
+        band=Band(*(tuple(each.tolist()) for each in (c, *curve_band(points, references, weights, c)))),
+        points=tuple(sorted(details, key=lambda point: point.metrics["c"].value)),
+    )
+
+
+def _point(knob: float, outcomes: Outcomes, references: References, weights: Any) -> PointSummary:
+    """Summarise one operating point."""
+    metrics = point_estimates(outcomes, references, weights)
+    return PointSummary(
+        knob=float(knob),
+        on_curve=0 < metrics["c"].value <= 1,
+        metrics=metrics,
+        large_tokens=float(outcomes.large_tokens.mean()),
+        total_tokens=float((outcomes.large_tokens + outcomes.small_tokens).mean()),
+        discarded_tokens=float(outcomes.discarded_tokens.mean()),
+        escalations=float(outcomes.escalations.mean()),
+        steps=float(outcomes.steps.mean()),
+        gain_by_escalations=gain_by_escalations(outcomes, references.small),
+    )
+
+
+def _percent(x: float) -> str:
+    return f"{100 * x:.1f}"
+
+
+def _ratio(x: float) -> str:
+    return f"{x:.2f}"
+
+
+def _cost(x: float) -> str:
+    return f"{x:,.1f}" if abs(x) >= 10 else f"{x:.3g}"
+
+
+def _rows() -> list[tuple[str, str, Callable[[float], str]]]:
+    """Return (metric, label, format) of the rows of the table of methods."""
+    rows: list[tuple[str, str, Callable[[float], str]]] = [
+        ("accuracy", "Accuracy, %", _percent),
+        ("c", "Cost, %", _percent),
+        ("pgr", "PGR, %", _percent),
+        ("ibc_gain", "IBC, gain over always-large", _ratio),
+    ]
+    rows += [(f"cpt_{x}", f"CPT({x} %), %", _percent) for x in CPT_TARGETS]
+    rows += [(f"cpt_{x}_cost", f"CPT({x} %), cost per problem", _cost) for x in CPT_TARGETS]
+    rows += [("delta_ibc", "ΔIBC", _ratio)]
+    rows += [(f"accuracy_at_{b}", f"Accuracy at {b} % cost, %", _percent) for b in BUDGETS]
+    rows += [(f"pgr_at_{b}", f"PGR at {b} % cost, %", _percent) for b in BUDGETS]
+    return rows
+
+
+def _cell(each: Estimate | None, style: Callable[[float], str] = _percent, mark: str = "") -> str:
+    """Write an estimate: value, interval, marks."""
+    if each is None:
+        return "–"
+    if math.isnan(each.value):
+        return "undefined"
+    share = f" (undefined in {100 * each.undefined:.1f} % of resamples)" if each.undefined else ""
+    return f"{style(each.value)} [{style(each.low)}, {style(each.high)}]{mark}{share}"
+
+
+def method_rows(summaries: Sequence[MethodSummary]) -> list[list[str]]:
+    """Return the table of methods as text: a header, then one row for each metric that some method has."""
+    table = [["Metric", *(summary.name for summary in summaries)]]
+    for metric, label, style in _rows():
+        if any(metric in summary.metrics for summary in summaries):
+            cells = [
+                _cell(s.metrics.get(metric), style, f" {MIXING_MARK}" if metric in _marked(s) else "")
+                for s in summaries
+            ]
+            table.append([label, *cells])
+    return table
+
+
+def _marked(summary: MethodSummary) -> set[str]:
+    """Return the metrics that a method reaches only by mixing."""
+    return {name + unit for name in summary.by_mixing for unit in ("", "_cost")}
+
+
+def point_rows(summary: MethodSummary) -> list[list[str]]:
+    """Return the table of a method's operating points as text; tokens, escalations and steps are means per problem."""
+    header = ["Knob", "Cost, %", "Accuracy, %", "Large tokens", "Total tokens", "Discarded", "Escalations", "Steps"]
+    rows = [header]
+    for point in summary.points:
+        means = (point.large_tokens, point.total_tokens, point.discarded_tokens, point.escalations, point.steps)
+        cost = f"{100 * point.metrics['c'].value:.1f}" + ("" if point.on_curve else " (not on the curve)")
+        accuracy = _cell(point.metrics["accuracy"])
+        rows.append([f"{point.knob:.4g}", cost, accuracy, *(f"{mean:,.1f}" for mean in means)])
+    return rows
+
+
+def caption(summaries: Sequence[MethodSummary]) -> str:
+    """Say on how many problems the numbers rest and what the references reach."""
+    first = summaries[0]
+    small, large = (_cell(reference["accuracy"]) for reference in (first.small, first.large))
+    return f"{first.problems:,} problems; accuracy of always-small {small} %, of always-large {large} %."
+
+
+def rich_table(rows: Sequence[Sequence[str]], title: str) -> Table:
+    """Return a table for the terminal of `method_rows` or `point_rows`."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left")
+    for i, name in enumerate(rows[0]):
+        table.add_column(Text(name), justify="right" if i else "left")
+    for row in rows[1:]:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def to_markdown(summaries: Sequence[MethodSummary]) -> str:
+    """Return the table of methods, notes, and a table of operating points for each method."""
+    parts = [caption(summaries), _markdown_table(method_rows(summaries)), "\n".join(f"{note}\\" for note in NOTES)[:-1]]
+    for summary in summaries:
+        parts += [f"### {summary.name}", _markdown_table(point_rows(summary))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Write rows of text, the first of them a header, as a Markdown table."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines.insert(1, "|---" + "|---:" * (len(rows[0]) - 1) + "|")
+    return "\n".join(lines)
+
+
+def to_csv(summaries: Sequence[MethodSummary]) -> str:
+    """Return one row for each method and metric, in the units of `metrics`; undefined values are empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "metric", "value", "low", "high", "undefined", "by_mixing"])
+    for summary in summaries:
+        for name, each in summary.metrics.items():
+            numbers = ["" if math.isnan(x) else f"{x:.6g}" for x in (each.value, each.low, each.high, each.undefined)]
+            writer.writerow([summary.name, name, *numbers, str(name in _marked(summary)).lower()])
+    return text.getvalue()
+
+
+def as_plain(value: Any) -> Any:
+    """Return dataclasses' dicts as JSON can hold them: NaN becomes None."""
+    if isinstance(value, dict):
+        return {key: as_plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_json(summaries: Sequence[MethodSummary]) -> str:
+    """Return summaries with all their fields as a JSON list; undefined values are null."""
+    return json.dumps([as_plain(asdict(summary)) for summary in summaries], indent=1, allow_nan=False)
