@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,21 @@ class DecisionTables:
     solved: NDArray[np.float64]
     large_tokens: NDArray[np.int64]
     small_tokens: NDArray[np.int64]
+    _others: dict[str, NDArray[np.float32]] = field(default_factory=dict, repr=False)
 
     @property
     def roots(self) -> NDArray[np.int64]:
         """(R,) rows of the roots of the split's trees."""
         return self.trees.root[self.indices].astype(np.int64)
+
+    def in_schema(self, name: str) -> NDArray[np.float32]:
+        """Return (N, d) features of the same nodes in another schema, given by its name or ``name/version``."""
+        schema = schema_named(name)
+        if schema is self.schema:
+            return self.features
+        if schema.name not in self._others:
+            self._others[schema.name] = schema(seen_of(self.trees), self.trees.meta["max_steps"])
+        return self._others[schema.name]
 
 
 def decision_tables(

@@ -18,6 +18,7 @@ from trim_env.reward import CostModel
 from trim_env.tables import DecisionTables, Rollouts, decision_tables, draw, missing
 
 EPISODE_INFO = ("correct", "return", "cost", "large_tokens", "small_tokens", "escalations", "masked", "steps")
+FINISHED = ("episodes", "correct", "cost", "large_tokens", "escalations", "steps")
 Array = NDArray[Any]
 
 
@@ -68,15 +69,25 @@ class TrimVectorEnv(VectorEnv[Array, Array, Array]):
             else decision_tables(rollouts, split, schema=schema, cost=cost, max_escalations=max_escalations)
         )
         self.num_envs = num_envs
-        self.lam = checked_lam(lam)
+        self.lam = lam
         low, high = self.tables.schema.bounds()
         self.single_observation_space = spaces.Box(low, high, dtype=np.float32)
         self.single_action_space = spaces.Discrete(2)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._reward = self.tables.solved - self.lam * self.tables.cost
         self._roots = self.tables.roots
         self._started = False
+        self._finished = dict.fromkeys(FINISHED, 0.0)
+
+    @property
+    def lam(self) -> float:
+        """Reward per unit of cost, λ; it may be set between steps and applies from the next one on."""
+        return self._lam
+
+    @lam.setter
+    def lam(self, value: float) -> None:
+        self._lam = checked_lam(value)
+        self._reward = self.tables.solved - self._lam * self.tables.cost
 
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
@@ -137,12 +148,15 @@ class TrimVectorEnv(VectorEnv[Array, Array, Array]):
         """Put new episodes where some have ended, in `child`; return what is known about those."""
         solved = self.tables.solved.take(place)
         final: dict[str, Any] = {"correct": solved == 1, "return": solved - self.lam * self._totals["cost"]}
+        ended = np.flatnonzero(done)
+        self._finished["episodes"] += len(ended)
+        for name in FINISHED[1:]:
+            self._finished[name] += float((solved if name == "correct" else self._totals[name])[ended].sum())
         running = ~done
         for name, values in self._totals.items():
             final[name] = values
             self._totals[name] = values * running
         final |= {f"_{name}": done for name in EPISODE_INFO}
-        ended = np.flatnonzero(done)
         self._episode[ended] += np.uint64(1)
         child[ended] = self._roots[draw(self._seeds[ended], self._episode[ended], len(self._roots))]
         return {
@@ -151,6 +165,11 @@ class TrimVectorEnv(VectorEnv[Array, Array, Array]):
             "final_info": final,
             "_final_info": done,
         }
+
+    def take_finished(self) -> dict[str, float]:
+        """Return sums over the episodes that ended since the last call: their number, and `FINISHED` of them."""
+        taken, self._finished = self._finished, dict.fromkeys(FINISHED, 0.0)
+        return taken
 
     def state(self) -> dict[str, Array]:
         """Return what a checkpoint needs to go on exactly here; see `restore`."""

@@ -1,0 +1,116 @@
+"""What every router is: features in, probability of escalating out, with a name, a schema and a knob."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rollouts.errors import ConfigError
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Knob:
+    """The setting by which a router trades accuracy for cost.
+
+    Attributes:
+        name: ``lam``, ``threshold``, ``rate`` or ``action``.
+        value: Its value.
+    """
+
+    name: str
+    value: float
+
+    def __str__(self) -> str:
+        """Return it as name=value."""
+        return f"{self.name}={self.value:g}"
+
+
+@runtime_checkable
+class Router(Protocol):
+    """Decides at every step who writes it, from the features of that step alone.
+
+    Attributes:
+        name: As in tables and plots.
+        schema: Name of its feature schema (`trim_env.features.SCHEMAS`), with version.
+        knob: What was set to trade accuracy for cost.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def schema(self) -> str: ...  # noqa: D102
+
+    @property
+    def knob(self) -> Knob: ...  # noqa: D102
+
+    def probability(self, features: NDArray[np.float32]) -> Floats:
+        """Return the (n,) probabilities of `ESCALATE_LARGE` given (n, d) features: 0 or 1 unless the router draws."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Always the same action: 0 is always-small, 1 always-large."""
+
+    action: int
+    schema: str = "agg/1"
+
+    @property
+    def name(self) -> str:
+        """The reference point's name."""
+        return "always-large" if self.action else "always-small"
+
+    @property
+    def knob(self) -> Knob:
+        """The action."""
+        return Knob("action", self.action)
+
+    def probability(self, features: NDArray[np.float32]) -> Floats:
+        """Return (n,) zeros or ones."""
+        return np.full(len(features), float(self.action))
+
+
+@dataclass(frozen=True)
+class RandomRate:
+    """Escalates each step with the same probability, whatever it sees: the line that a router must beat."""
+
+    rate: float
+    name: str = "random"
+    schema: str = "agg/1"
+
+    def __post_init__(self) -> None:
+        """Check the rate."""
+        if not 0 <= self.rate <= 1:
+            raise ConfigError(f"The rate of a random router is {self.rate}, expected a probability.")
+
+    @property
+    def knob(self) -> Knob:
+        """The rate."""
+        return Knob("rate", self.rate)
+
+    def probability(self, features: NDArray[np.float32]) -> Floats:
+        """Return (n,) times the rate."""
+        return np.full(len(features), self.rate)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """TRIM-Thr: escalates if and only if the score of the proposal is below a threshold."""
+
+    threshold: float
+    name: str = "trim-thr"
+    schema: str = "agg/1"
+
+    @property
+    def knob(self) -> Knob:
+        """The threshold."""
+        return Knob("threshold", self.threshold)
+
+    def probability(self, features: NDArray[np.float32]) -> Floats:
+        """Return (n,) of 0 and 1."""
+        return (features[:, 0] < np.float32(self.threshold)).astype(np.float64)

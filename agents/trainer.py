@@ -1,0 +1,201 @@
+"""Trains one router for one λ: attempts within a budget, the checkpoint that validation prefers, an honest verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from agents.evaluation.metrics import References
+from agents.evaluation.outcomes import Floats, Outcomes
+from agents.evaluation.run import references, run
+from agents.evaluation.uncertainty import resample_weights
+from agents.health import Health, Reference, assess
+from agents.policy import MLP
+from agents.ppo import PPOAgg, PPOSettings, load_checkpoint, save_checkpoint
+from agents.validation import Baselines, Candidates, halves
+from rollouts.tree import Trees
+from trim_env.tables import DecisionTables
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.logger import KVWriter
+
+Record = dict[str, float]
+
+
+class Validation:
+    """Both halves of the validation split, with what simple rules reach on them."""
+
+    def __init__(self, tables: Callable[[Any], DecisionTables], trees: Trees, split: str = "validation") -> None:
+        """Prepare the halves.
+
+        Args:
+            tables: From tree indices to tables.
+            trees: Compiled trees.
+            split: The split.
+        """
+        choice, verdict = halves(trees, split)
+        self.choice, self.verdict = tables(choice), tables(verdict)
+        self.references: tuple[References, References] = (references(self.choice), references(self.verdict))
+        self.candidates = Candidates(self.choice)
+        self._weights = tuple(resample_weights(len(each.small), 1000) for each in self.references)
+
+    def assess(self, router: Any, lam: float, *, final: bool) -> Health:
+        """Assess a router on the choice half or, finally, on the verdict half, against rules chosen on the former."""
+        tables, which = (self.verdict, 1) if final else (self.choice, 0)
+        simple = self.candidates.best(lam)
+        weights: Floats = self._weights[which]
+        return assess(
+            run(router, tables),
+            Reference(simple.constant.name, run(simple.constant, tables)),
+            Reference(f"the best threshold ({simple.threshold.threshold:.3f})", run(simple.threshold, tables)),
+            self.references[which].large,
+            lam,
+            weights,
+        )
+
+    def measure(self, outcomes: Outcomes, lam: float) -> Record:
+        """Return mean return, accuracy, large-token share and escalation rate on the choice half."""
+        large = max(float(self.references[0].large.cost.sum()), 1e-12)
+        return {
+            "return": float(outcomes.returns(lam).mean()),
+            "accuracy": float(outcomes.correct.mean()),
+            "share": float(outcomes.cost.sum()) / large,
+            "escalation_rate": float(outcomes.escalations.sum() / outcomes.steps.sum()),
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    """A trained router.
+
+    Attributes:
+        router: The checkpoint with the greatest return on the choice half, of all attempts.
+        health: Verdict on the other half.
+        records: What was logged, by iteration, of all attempts.
+        baselines: The best constant and the best threshold.
+        attempts: How many attempts it took.
+    """
+
+    router: MLP
+    health: Health
+    records: list[Record]
+    baselines: Baselines
+    attempts: int
+
+
+def remedy(settings: PPOSettings, attempt: int) -> PPOSettings:
+    """Return the settings of an attempt, from 0: the first as asked for, then more exploration and a slower λ."""
+    if attempt == 0:
+        return settings
+    return replace(
+        settings,
+        iterations=int(settings.iterations * 1.5),
+        entropy=settings.entropy * 3**attempt,
+        lam_start=settings.lam_start / 2,
+        lam_ramp=max(settings.lam_ramp, 0.6),
+    )
+
+
+class Training:
+    """One training for one λ, which can be stopped after any iteration and gone on with.
+
+    If the router is collapsed or beaten on the choice half, it is trained again: another seed, a warm start from the
+    best threshold by behaviour cloning, and the settings of `remedy`; at most `attempts` times in all.
+    """
+
+    def __init__(
+        self,
+        tables: DecisionTables,
+        validation: Validation,
+        lam: float,
+        settings: PPOSettings,
+        seed: int,
+        *,
+        attempts: int = 3,
+        checkpoint: Path | None = None,
+        outputs: Sequence[KVWriter] = (),
+    ) -> None:
+        """Start, or go on from the checkpoint if there is one."""
+        self.tables, self.validation, self.lam, self.seed = tables, validation, lam, seed
+        self.settings, self.attempts, self.checkpoint, self.outputs = settings, attempts, checkpoint, list(outputs)
+        self.baselines = validation.candidates.best(lam)
+        self.records: list[Record] = []
+        self._best: tuple[float, MLP] | None = None
+        if checkpoint is not None and checkpoint.is_file():
+            self._restore(load_checkpoint(checkpoint))
+        else:
+            self._begin(0)
+
+    def _begin(self, attempt: int) -> None:
+        self.attempt = attempt
+        self.learner = PPOAgg(
+            self.tables, self.lam, remedy(self.settings, attempt), self.seed + 1000 * attempt, self.outputs
+        )
+        if attempt:
+            rows = np.flatnonzero(np.isin(self.tables.trees.tree, self.tables.indices))
+            features = self.tables.in_schema(self.baselines.threshold.schema)[rows]
+            self.learner.imitate(self.baselines.threshold.probability(features).astype(np.int64), rows)
+
+    @property
+    def planned(self) -> int:
+        """Iterations planned by now: those done, and those left of the attempt under way."""
+        return len(self.records) + self.learner.settings.iterations - self.learner.iteration
+
+    def run(self, on_iteration: Callable[[Record], None] | None = None) -> Result:
+        """Train to the end.
+
+        Args:
+            on_iteration: Called after each iteration, once its checkpoint is on disk.
+        """
+        while True:
+            while not self.learner.done:
+                record = self._iterate()
+                if on_iteration:
+                    on_iteration(record)
+            assert self._best is not None
+            router = self._best[1]
+            if self.attempt + 1 >= self.attempts or self.validation.assess(router, self.lam, final=False).fine:
+                break
+            self._begin(self.attempt + 1)
+        health = self.validation.assess(router, self.lam, final=True)
+        return Result(router, health, self.records, self.baselines, self.attempt + 1)
+
+    def _iterate(self) -> Record:
+        record = self.learner.iterate()
+        router = self.learner.router()
+        measured = self.validation.measure(run(router, self.validation.choice), self.lam)
+        record |= {"attempt": float(self.attempt), **{f"validation/{name}": v for name, v in measured.items()}}
+        record["step"] = float(len(self.records) + 1)
+        if self._best is None or measured["return"] > self._best[0]:
+            self._best = (measured["return"], router)
+        self.records.append(record)
+        self.learner.log(record)
+        if self.checkpoint is not None:
+            save_checkpoint(self.checkpoint, self._state())
+        return record
+
+    def _state(self) -> dict[str, Any]:
+        import torch
+
+        assert self._best is not None
+        weights = {name: torch.from_numpy(values) for name, values in self._best[1].weights.items()}
+        return {
+            "attempt": self.attempt,
+            "learner": self.learner.state(),
+            "records": self.records,
+            "best": {"return": self._best[0], "weights": weights},
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.attempt = int(state["attempt"])
+        self.learner = PPOAgg(
+            self.tables, self.lam, remedy(self.settings, self.attempt), self.seed + 1000 * self.attempt, self.outputs
+        )
+        self.learner.restore(state["learner"])
+        self.records = [dict(record) for record in state["records"]]
+        weights = {name: values.numpy() for name, values in state["best"]["weights"].items()}
+        self._best = (float(state["best"]["return"]), replace(self.learner.router(), weights=weights))

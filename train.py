@@ -1,0 +1,134 @@
+"""Train routers on a rollout store.
+
+    python train.py --agent ppo-agg --lam 3e-3 --rollouts quickstart
+    python train.py --rollouts quickstart                      # six values of λ that span the trade-off
+    python train.py --lam 3e-3 --ppo.iterations 3 --out runs/try  # a few seconds
+    python train.py --resume runs/try                          # go on where a stopped run was
+
+Every setting is a field of `agents.experiment.TrainConfig`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from agents.experiment import Listener, TrainConfig, Trained, resume, train
+from agents.health import Health
+from agents.trainer import Record, Training
+from rollouts.errors import TrimError
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on with a run that was stopped.
+
+    Attributes:
+        resume: Folder of the run; all settings are those that it was begun with.
+    """
+
+    resume: Path
+
+
+class ProgressBar(Listener):
+    """Shows return, accuracy, large-token share and escalation rate on validation while training."""
+
+    def __init__(self) -> None:
+        """Start the display."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = Console(stderr=True)
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        self._progress = Progress(*columns, TextColumn("{task.fields[figures]}"), console=self.console)
+        self._task: Any = None
+        self._progress.start()
+
+    def compiling(self, trees: int) -> None:
+        """Count compiled trees."""
+        if self._task is None:
+            self._task = self._progress.add_task("compiling trees", total=None, figures="")
+        self._progress.advance(self._task, trees)
+
+    def _finish_task(self) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+
+    def begin(self, lam: float, training: Training) -> None:
+        """Add a bar."""
+        self._finish_task()
+        done = len(training.records)
+        self._task = self._progress.add_task(f"λ = {lam:g}", total=training.planned, completed=done, figures="")
+
+    def iteration(self, lam: float, training: Training, record: Record) -> None:
+        """Move the bar."""
+        figures = (
+            f"return {record['validation/return']:.4f}  accuracy {100 * record['validation/accuracy']:.1f} %  "
+            f"large tokens {100 * record['validation/share']:.1f} %  "
+            f"escalations {100 * record['validation/escalation_rate']:.1f} %"
+        )
+        name = f"λ = {lam:g}" + (f" (attempt {training.attempt + 1})" if training.attempt else "")
+        self._progress.update(
+            self._task, description=name, completed=len(training.records), total=training.planned, figures=figures
+        )
+
+    def end(self, lam: float, health: Health, attempts: int) -> None:
+        """Print the verdict."""
+        self._finish_task()
+        colour = {"better": "green", "level with": "yellow"}.get(health.verdict, "red")
+        tried = f" ({attempts} attempts)" if attempts > 1 else ""
+        self.console.print(
+            f"[bold]λ = {lam:g}[/]{tried}: [{colour}]{health.sentence}[/]".replace("[+", "\\[+").replace("[-", "\\[-")
+        )
+
+    def close(self) -> None:
+        """End the display."""
+        self._progress.stop()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    resuming = any(each == "--resume" or each.startswith("--resume=") for each in arguments)
+    listener: ProgressBar | None = None
+    try:
+        if resuming:
+            given = tyro.cli(Resume, args=arguments, description=__doc__)
+            listener = ProgressBar()
+            trained = resume(given.resume, listener)
+        else:
+            config = tyro.cli(TrainConfig, args=arguments, description=__doc__)
+            listener = ProgressBar()
+            trained = train(config, listener)
+    except TrimError as error:
+        if listener:
+            listener.close()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if listener:
+            listener.close()
+        print("Stopped; what was trained is kept. Go on with --resume and the run's folder.", file=sys.stderr)
+        return 130
+    listener.close()
+    report(trained)
+    return 0
+
+
+def report(trained: Trained) -> None:
+    """Print where things are and what to do next."""
+    flagged = [lam for lam, health in trained.health.items() if not health.fine]
+    print(f"routers:  {trained.folder}/lam-*/policy")
+    print(f"picture:  {trained.folder}/curve.png")
+    print(f"evaluate: python evaluate.py {trained.folder}")
+    if flagged:
+        print(f"Not to be used: λ = {', '.join(f'{lam:g}' for lam in flagged)}; see {trained.folder}/report.txt.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
