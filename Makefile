@@ -1,15 +1,15 @@
 # Two commands do everything on a fresh machine: `make quickstart` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
-OUT ?= runs/quickstart
+OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
 .PHONY: quickstart test lint format install install-dev clean
 
-quickstart: install  ## grow a few rollout trees with the embedded models and look at them
-	$(BIN)/python -m rollouts generate $(OUT) --problems tinymath:test --limit 40 --models tinymath:transformers
-	$(BIN)/python -m rollouts show $(OUT) --most 24
+quickstart: install  ## train a router for six trade-offs on the bundled rollouts and evaluate it
+	$(BIN)/python train.py --out $(OUT)
+	$(BIN)/python evaluate.py $(OUT)
 
 test: install-dev  ## the whole test suite; real vLLM engines and servers included
 	$(BIN)/python -m pytest -q

@@ -141,7 +141,7 @@ class PPOAgg:
         self.env.lam = self.lam * self.settings.lam_share(self.iteration)
         self.learner.ent_coef = self.settings.entropy * (1 - self.progress)
         self.learner.ep_info_buffer = None  # a fresh one: figures are those of this iteration
-        self.learner.learn(self._steps, reset_num_timesteps=self.iteration == 0)
+        self.learner.learn(self._steps, log_interval=None, reset_num_timesteps=self.iteration == 0)
         self.iteration += 1
         logged = {name: float(value) for name, value in self.learner.logger.name_to_value.items()}
         return {

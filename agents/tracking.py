@@ -87,6 +87,7 @@ class WandbTracker:
 
     def __init__(self, folder: Path, name: str, group: str, config: Mapping[str, Any]) -> None:
         """Start the run, or go on with the one that the folder has begun."""
+        os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it takes this package for another one of that name
         import wandb
 
         note = folder / "wandb-run.txt"
@@ -120,7 +121,8 @@ class WandbTracker:
         self._run.log(logged)
         if policy is not None:
             artifact = self._wandb.Artifact(f"policy-{self._run.id}", type="policy", metadata=flat)
-            artifact.add_dir(str(policy))
+            for file in sorted(policy.iterdir()):
+                artifact.add_file(str(file), name=file.name)
             self._run.log_artifact(artifact)
         self._run.finish()
 

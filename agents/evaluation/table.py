@@ -217,6 +217,23 @@ def method_rows(summaries: Sequence[MethodSummary]) -> list[list[str]]:
     return table
 
 
+HEADLINES = ("cpt_50", "cpt_80", "cpt_95", "delta_ibc", "accuracy_at_10", "accuracy_at_20", "accuracy_at_30")
+
+
+def headline_rows(summaries: Sequence[MethodSummary]) -> list[list[str]]:
+    """Return a table that fits a terminal: a row for each method, the interval below each value."""
+    labels = {metric: (label, style) for metric, label, style in _rows()}
+    short = [labels[metric][0].replace("Accuracy at ", "acc @ ").replace(" cost, %", "") for metric in HEADLINES]
+    table = [["", *short]]
+    for summary in summaries:
+        row = [summary.name]
+        for metric in HEADLINES:
+            mark = f" {MIXING_MARK}" if metric in _marked(summary) else ""
+            row.append(_cell(summary.metrics.get(metric), labels[metric][1], mark).replace(" [", "\n["))
+        table.append(row)
+    return table
+
+
 def _marked(summary: MethodSummary) -> set[str]:
     """Return the metrics that a method reaches only by mixing."""
     return {name + unit for name in summary.by_mixing for unit in ("", "_cost")}

@@ -1,0 +1,260 @@
+"""An evaluation: what `evaluate.py` does, as a library. Trained routers and reference points on one split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from agents import artefact
+from agents.base import RandomRate, Router, Threshold
+from agents.evaluation.compare import compare_curves
+from agents.evaluation.metrics import Points, References
+from agents.evaluation.outcomes import Outcomes
+from agents.evaluation.run import references, run
+from agents.evaluation.spread import OPERATING_POINTS, spread
+from agents.evaluation.table import MethodSummary, as_plain, summarise
+from agents.evaluation.uncertainty import Difference, holm, paired_returns, resample_weights
+from agents.oracle import query_oracle, tree_oracle
+from agents.validation import Candidates
+from rollouts.errors import ArtefactError, ConfigError
+from rollouts.tree import Trees, compile_store
+from trim_env.tables import DecisionTables, decision_tables
+
+TRIM_THR, RANDOM = "trim-thr", "random"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of an evaluation.
+
+    Attributes:
+        runs: Folders of runs (`train.py`), or of single policies.
+        rollouts: Path of a rollout store, or the name of a bundled one.
+        split: The split to evaluate on; thresholds are always chosen on ``validation``.
+        out: Folder for the results; default ``evaluation-SPLIT`` in the first run's folder.
+        max_escalations: Cap K for all routers but always-large; default: what the routers were trained for.
+        transfer: Evaluate on other rollouts than those that a router was trained on.
+        scorer: Score table, if the store has several.
+        grader: Grade table, if the store has several.
+        seed: Seed of the bootstrap.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    rollouts: str = "quickstart"
+    split: str = "test"
+    out: Path | None = None
+    max_escalations: int | None = None
+    transfer: bool = False
+    scorer: str | None = None
+    grader: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AtLam:
+    """A trained router against the best threshold for its λ, on paired problems.
+
+    Attributes:
+        method: Name of the router's method.
+        lam: λ.
+        threshold: The threshold with the greatest return on validation.
+        difference: Return of the router minus that of the threshold.
+        holm: p-value, corrected for all λ and methods of the evaluation.
+    """
+
+    method: str
+    lam: float
+    threshold: float
+    difference: Difference
+    holm: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that was found.
+
+    Attributes:
+        methods: Summaries: the trained ones, TRIM-Thr, random.
+        oracle: Summary of the tree oracle.
+        query_oracle: Summary of the query-level oracle.
+        at_lam: Paired comparisons with the best threshold at each λ.
+        sentences: What was gained, in plain words.
+        subject: Rollouts, split, cap.
+    """
+
+    methods: tuple[MethodSummary, ...]
+    oracle: MethodSummary
+    query_oracle: MethodSummary
+    at_lam: tuple[AtLam, ...]
+    sentences: tuple[str, ...]
+    subject: dict[str, Any]
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Evaluate trained routers.
+
+    Raises:
+        ArtefactError: There is no policy in a folder, it is damaged, or it was trained on other rollouts.
+        StoreError: The rollouts cannot be used, or a split is empty.
+        ConfigError: Settings contradict each other.
+    """
+    methods = load_methods(config.runs)
+    trees = compile_store(config.rollouts, config.scorer, config.grader)
+    cost, cap = _agreed(methods, trees, config)
+    split, validation = (
+        decision_tables(trees, name, cost=cost, max_escalations=cap) for name in (config.split, "validation")
+    )
+    both = references(split)
+    curves: dict[str, Points] = {
+        name: [(item.router.knob.value, run(item.router, split)) for item in items] for name, items in methods.items()
+    }
+    candidates = Candidates(validation)
+    curves[TRIM_THR if TRIM_THR not in curves else f"{TRIM_THR} (swept)"] = _thresholds(candidates, validation, split)
+    curves[RANDOM] = [(rate, run(RandomRate(float(rate)), split)) for rate in np.linspace(0.05, 0.95, 10)]
+    lams = _lams(both)
+    oracles = [
+        summarise(name, [(lam, function(split, lam)) for lam in lams], both, config.seed)
+        for name, function in (("oracle", tree_oracle), ("query oracle", query_oracle))
+    ]
+    summaries = tuple(summarise(name, points, both, config.seed) for name, points in curves.items())
+    weights = resample_weights(len(both.small), seed=config.seed)
+    subject = {
+        "rollouts": str(config.rollouts),
+        "hash": trees.meta["hash"],
+        "split": config.split,
+        "problems": len(both.small),
+        "cost": cost,
+        "max_escalations": split.max_escalations,
+        "transfer": config.transfer,
+    }
+    return Evaluation(
+        methods=summaries,
+        oracle=oracles[0],
+        query_oracle=oracles[1],
+        at_lam=_at_lam(methods, curves, candidates, split, weights),
+        sentences=_sentences(list(methods), curves, both, weights),
+        subject=subject,
+    )
+
+
+def load_methods(folders: Sequence[Path]) -> dict[str, list[artefact.Artefact]]:
+    """Load the policies below each folder: one method for each folder, by the routers' name.
+
+    Raises:
+        ArtefactError: A folder holds no policy.
+        ConfigError: No folders, or one of them twice.
+    """
+    if not folders:
+        raise ConfigError("Name the folder of at least one run, as `python train.py` prints it.")
+    if len({folder.resolve() for folder in folders}) != len(folders):
+        raise ConfigError("A run is named twice.")
+    loaded: list[tuple[Path, list[artefact.Artefact]]] = []
+    for folder in folders:
+        places = [folder] if (folder / "policy.json").is_file() else sorted(folder.glob("**/policy"))
+        if not places:
+            raise ArtefactError(f"{folder}: no trained policy here (expected {folder}/lam-*/policy).")
+        loaded.append((folder, [artefact.load(place) for place in places]))
+    names = [items[0].router.name for _, items in loaded]
+    return {
+        (name if names.count(name) == 1 else f"{name} ({folder.name})"): items
+        for name, (folder, items) in zip(names, loaded, strict=True)
+    }
+
+
+def _agreed(
+    methods: dict[str, list[artefact.Artefact]], trees: Trees, config: EvaluateConfig
+) -> tuple[str, int | None]:
+    """Return cost model and cap that all routers share.
+
+    Raises:
+        ArtefactError: They were trained on other rollouts.
+        ConfigError: They do not agree.
+    """
+    found: dict[str, set[Any]] = {"cost": set(), "max_escalations": set()}
+    for name, items in methods.items():
+        for item in items:
+            trained_on = item.about.get("rollouts", {})
+            if trained_on.get("hash") != trees.meta["hash"] and not config.transfer:
+                raise ArtefactError(
+                    f"{name}: trained on rollouts {trained_on.get('store')!r} with hash {trained_on.get('hash')}, but "
+                    f"{config.rollouts} has hash {trees.meta['hash']}. Name those rollouts, or say --transfer if the "
+                    "comparison is meant."
+                )
+            for key, values in found.items():
+                values.add(item.about.get(key))
+    for key, values in found.items():
+        if len(values) > 1 and not (key == "max_escalations" and config.max_escalations is not None):
+            raise ConfigError(f"The routers were trained for different {key}: {', '.join(map(str, values))}.")
+    cap = config.max_escalations if config.max_escalations is not None else found["max_escalations"].pop()
+    return str(found["cost"].pop()), cap
+
+
+def _thresholds(candidates: Candidates, validation: DecisionTables, split: DecisionTables) -> Points:
+    swept = [(router.knob.value, outcomes) for router, outcomes in candidates.thresholds]
+    chosen = spread(swept, references(validation).large, OPERATING_POINTS)
+    return [(level, run(Threshold(level), split)) for level, _ in chosen]
+
+
+def _lams(both: References) -> list[float]:
+    """Return values of λ that spread an oracle's cost."""
+    price = max(float(both.large.cost.mean() - both.small.cost.mean()), 1e-9)
+    return [float(lam) for lam in np.geomspace(0.01, 20, 12) / price]
+
+
+def _at_lam(
+    methods: dict[str, list[artefact.Artefact]],
+    curves: dict[str, Points],
+    candidates: Candidates,
+    split: DecisionTables,
+    weights: Any,
+) -> tuple[AtLam, ...]:
+    rows: list[tuple[str, float, float, Difference]] = []
+    for name, items in methods.items():
+        for item, (_, outcomes) in zip(items, curves[name], strict=True):
+            if "lam" in item.about:
+                lam = float(item.about["lam"])
+                threshold = candidates.best(lam).threshold
+                simple: Outcomes = run(threshold, split)
+                rows.append((name, lam, threshold.threshold, paired_returns(outcomes, simple, lam, weights)))
+    corrected: Any = holm([row[3].p_value for row in rows]) if rows else []
+    return tuple(AtLam(*row, float(p)) for row, p in zip(rows, corrected, strict=True))
+
+
+def _sentences(trained: list[str], curves: dict[str, Points], both: References, weights: Any) -> tuple[str, ...]:
+    swept = next(name for name in curves if name.startswith(TRIM_THR) and name not in trained)
+    pairs = [(name, swept) for name in trained] + [(trained[0], name) for name in trained[1:]]
+    return tuple(
+        compare_curves((first, second), curves[first], curves[second], both, weights).sentence
+        for first, second in pairs
+    )
+
+
+def save(evaluation: Evaluation, folder: Path) -> list[Path]:
+    """Write JSON, CSV, Markdown and the pictures; return the files."""
+    from agents.evaluation.plots import cost_accuracy
+    from agents.evaluation.table import to_csv, to_markdown
+
+    folder.mkdir(parents=True, exist_ok=True)
+    everything = [*evaluation.methods, evaluation.oracle, evaluation.query_oracle]
+    texts = {
+        "results.json": json.dumps(as_plain(asdict(evaluation)), indent=1, allow_nan=False) + "\n",
+        "results.csv": to_csv(everything),
+        "results.md": to_markdown(everything),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    subject = evaluation.subject
+    dataset = f"{Path(subject['rollouts']).name}, {subject['split']}"
+    if subject["max_escalations"] is not None:
+        dataset += f", at most {subject['max_escalations']} escalations"
+    pictures = cost_accuracy(evaluation.methods, dataset, folder / "curve", evaluation.oracle)
+    return [*(folder / name for name in texts), *pictures]
+
+
+__all__ = ["AtLam", "EvaluateConfig", "Evaluation", "Router", "evaluate", "load_methods", "save"]

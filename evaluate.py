@@ -1,0 +1,64 @@
+"""Evaluate trained routers against reference points: table, curves, and what was gained in one sentence.
+
+    python evaluate.py runs/ppo-agg-quickstart-seed0-20261121-120000
+    python evaluate.py runs/first runs/second --split ood --out results/ood
+
+Reads nothing of a run but its ``policy`` folders. Every setting is a field of
+`agents.evaluation.suite.EvaluateConfig`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import tyro
+
+from agents.evaluation.suite import EvaluateConfig, Evaluation, evaluate, save
+from agents.evaluation.table import NOTES, caption, headline_rows, rich_table
+from rollouts.errors import TrimError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    from rich.console import Console
+
+    config = tyro.cli(EvaluateConfig, args=arguments, description=__doc__)
+    try:
+        with Console(stderr=True).status("evaluating"):
+            evaluation = evaluate(config)
+            folder = config.out or config.runs[0] / f"evaluation-{config.split}"
+            files = save(evaluation, folder)
+    except TrimError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    show(evaluation, files)
+    return 0
+
+
+def show(evaluation: Evaluation, files: list[Path]) -> None:
+    """Print tables, files and sentences."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.width = max(console.width, 110)
+    methods = [*evaluation.methods, evaluation.query_oracle, evaluation.oracle]
+    console.print(rich_table(headline_rows(methods), caption(methods)))
+    console.print("\n".join(NOTES), style="dim", highlight=False)
+    if evaluation.at_lam:
+        table = Table(title="Return against the best threshold for the same λ, paired on problems")
+        for name in ("method", "λ", "threshold", "difference [95 %]", "p (Holm)"):
+            table.add_column(name, justify="left" if name == "method" else "right")
+        for row in evaluation.at_lam:
+            gain = f"{row.difference.value:+.4f} \\[{row.difference.low:+.4f}, {row.difference.high:+.4f}]"
+            table.add_row(row.method, f"{row.lam:g}", f"{row.threshold:.3f}", gain, f"{row.holm:.3g}")
+        console.print(table)
+    for file in files:
+        print(file)
+    for sentence in evaluation.sentences:
+        console.print(f"[bold]{sentence}[/]", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
