@@ -47,7 +47,7 @@ class PPOSettings:
         lam_ramp: Share of the iterations over which it rises to λ.
     """
 
-    iterations: int = 40
+    iterations: int = 32
     num_envs: int = 1024
     n_steps: int = 16
     batch_size: int = 2048
@@ -56,7 +56,7 @@ class PPOSettings:
     entropy: float = 0.003
     clip_range: float = 0.2
     gae_lambda: float = 0.95
-    hidden: int = 64
+    hidden: int = 32
     lam_start: float = 0.2
     lam_ramp: float = 0.4
 

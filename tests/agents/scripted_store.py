@@ -1,0 +1,29 @@
+"""A small finished store of scripted trees, for tests of routers where no language model is the point."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "rollouts"))
+
+from handmade import ScriptedScorer, ScriptedWriter, problem, process  # noqa: E402
+
+from rollouts.annotate import grade_store, score_store  # noqa: E402
+from rollouts.expand import Grower, StepBuffer, load_trees  # noqa: E402
+from rollouts.grading import make_grader  # noqa: E402
+from rollouts.nodes import ROLES  # noqa: E402
+from rollouts.store import Store  # noqa: E402
+
+SPLITS = ("train", "validation", "test")
+
+
+def scripted_store(path, problems=60, max_escalations=None, replicas=2, splits=SPLITS) -> Store:
+    items = [problem(f"p{i}", splits[i % len(splits)]) for i in range(problems)]
+    store = Store.create(path, process(max_escalations))
+    store.add_problems(items)
+    trees = load_trees(store, items, replicas, max_escalations, chunk=16)
+    Grower({role: ScriptedWriter(role) for role in ROLES}, StepBuffer(store.steps)).run(trees)
+    score_store(store, ScriptedScorer())
+    grade_store(store, make_grader("exact"))
+    return store
