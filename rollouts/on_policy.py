@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rollouts.errors import ConfigError, did_you_mean
-from rollouts.expand import StepBuffer, load_trees
+from rollouts.expand import load_trees
 from rollouts.grading import has_answer
+from rollouts.live_trees import LiveTrees
 from rollouts.models.stepwise import StepWriter
 from rollouts.nodes import LARGE, ROLES, SMALL, Node, RolloutTree
 from rollouts.problems import Problem
 from rollouts.scoring.base import Scorer
-from rollouts.shards import KEY, columns_of
 from rollouts.store import Store
 
 FEATURES = (
@@ -42,113 +42,55 @@ class Episode:
     Attributes:
         tree: The tree.
         node: Where it stands; None when it has ended.
-        scores: Scores of the accepted steps.
+        last: The proposal that was accepted last, (node, role); None at the start.
+        min_score: Least score of the accepted steps that `observe` has seen.
+        product_score: Product of their scores.
         escalations: Escalations so far.
         large_tokens: Tokens of the accepted large steps.
-        small_tokens: Tokens of the small model's proposals, accepted or not.
-        last: The terminal (node, role) when it has ended.
     """
 
     tree: RolloutTree
     node: Node | None
-    scores: list[float] = field(default_factory=list)
+    last: tuple[Node, str] | None = None
+    min_score: float = 1.0
+    product_score: float = 1.0
     escalations: int = 0
     large_tokens: int = 0
-    small_tokens: int = 0
-    last: tuple[Node, str] | None = None
 
 
-class LiveTrees:
-    """Trees that generate and score what they lack; all misses of a call go out as one batch."""
+def observe(live: LiveTrees, episodes: Sequence[Episode]) -> NDArray[np.float64]:
+    """Make sure that episodes have a scored small proposal, asking for all misses at once.
 
-    def __init__(self, writers: Mapping[str, StepWriter], scorer: Scorer, buffer: StepBuffer) -> None:
-        """Name the models and where new steps go."""
-        self.writers = writers
-        self.scorer = scorer
-        self.buffer = buffer
-        self.generated = 0
-        self.new_scores: list[dict[str, Any]] = []
-        self._scores: dict[int, dict[tuple[int, str], float | None]] = {}
+    To be called once between two decisions.
 
-    def add(self, tree: RolloutTree, scores: Mapping[tuple[int, str], float | None]) -> None:
-        """Take a tree, with the scores that the store has for it."""
-        self._scores[id(tree)] = dict(scores)
+    Args:
+        live: The trees.
+        episodes: n running episodes.
 
-    def drop(self, tree: RolloutTree) -> None:
-        """Forget a tree."""
-        del self._scores[id(tree)]
-
-    def propose(self, places: Iterable[tuple[RolloutTree, Node, str]]) -> None:
-        """Make sure that the proposals at some places exist."""
-        asked = {}
-        for tree, node, role in places:
-            if role not in node.proposals:
-                asked[id(tree), node.key, role] = (tree, node, role)
-        futures = [
-            (tree, node, role, self.writers[role].submit(tree.prefix(node), whole=role == SMALL))
-            for tree, node, role in asked.values()
-        ]
-        for tree, node, role, future in futures:
-            generation = future.result()
-            new = tree.insert_path(node, role, generation.steps)
-            self.buffer.add(tree, role, new, generation)
-            self.generated += len(new)
-        self.buffer.flush_if_due()
-
-    def score(self, places: Sequence[tuple[RolloutTree, Node, str]]) -> list[float]:
-        """Return the scores of existing proposals; 0 where the scorer has none (its window is exceeded)."""
-        asked: dict[tuple[int, int, str], tuple[RolloutTree, list[tuple[Node, str]], Any]] = {}
-        for tree, node, role in places:
-            key = (id(tree), node.key, role)
-            if (node.key, role) in self._scores[id(tree)] or key in asked:
-                continue
-            edges = _chain(tree, node, role)
-            path = [*node.steps, *(place.proposals[writer].text for place, writer in edges)]
-            asked[key] = (tree, edges, self.scorer.submit(tree.problem.question, path))
-        for tree, edges, future in asked.values():
-            known = self._scores[id(tree)]
-            for (node, role), score in zip(edges, future.result()[-len(edges) :], strict=True):
-                text = node.proposals[role].text
-                for writer in ROLES:
-                    if writer in node.proposals and node.proposals[writer].text == text:
-                        self._note(tree, node, writer, score, known)
-        values = [self._scores[id(tree)][node.key, role] for tree, node, role in places]
-        return [0.0 if value is None else value for value in values]
-
-    def _note(
-        self, tree: RolloutTree, node: Node, role: str, score: float | None, known: dict[tuple[int, str], float | None]
-    ) -> None:
-        if (node.key, role) in known:
-            return
-        known[node.key, role] = score
-        self.new_scores.append(
-            {"problem": tree.problem.id, "replica": tree.replica, "prefix": node.key, "role": role, "score": score}
-        )
-
-
-def _chain(tree: RolloutTree, node: Node, role: str) -> list[tuple[Node, str]]:
-    """Return the proposal and the small proposals that follow it: one forward pass scores them all."""
-    edges = [(node, role)]
-    child = tree.child(node, role)
-    while child is not None and SMALL in child.proposals:
-        edges.append((child, SMALL))
-        child = tree.child(child, SMALL)
-    return edges
-
-
-def features(episodes: Sequence[Episode], scores: Sequence[float]) -> NDArray[np.float64]:
-    """Return what a router sees, (n, len(FEATURES)), for episodes whose small proposal exists and is scored."""
+    Returns:
+        What a router sees, (n, len(FEATURES)).
+    """
+    running = [(episode, episode.node) for episode in episodes if episode.node is not None]
+    proposals = [(episode.tree, node, SMALL) for episode, node in running]
+    accepted = [(episode.tree, *episode.last) if episode.last else None for episode, _ in running]
+    live.propose(proposals)
+    scores = live.score([*filter(None, accepted), *proposals])
+    before = iter(scores)
+    for (episode, _), place in zip(running, accepted, strict=True):
+        if place is not None:
+            score = next(before)
+            episode.min_score = min(episode.min_score, score)
+            episode.product_score *= score
     rows = []
-    for episode, score in zip(episodes, scores, strict=True):
-        assert episode.node is not None
-        step = episode.node.proposals[SMALL]
+    for (episode, node), score in zip(running, before, strict=True):
+        step = node.proposals[SMALL]
         rows.append(
             (
                 score,
-                min(episode.scores, default=1.0),
-                float(np.prod(episode.scores)) if episode.scores else 1.0,
+                episode.min_score,
+                episode.product_score,
                 step.tokens,
-                len(episode.node.steps) + 1,
+                len(node.steps) + 1,
                 step.terminal,
                 has_answer(step.text),
                 episode.escalations,
@@ -158,26 +100,20 @@ def features(episodes: Sequence[Episode], scores: Sequence[float]) -> NDArray[np
     return np.asarray(rows, np.float64).reshape(len(rows), len(FEATURES))
 
 
-def advance(live: LiveTrees, episodes: Sequence[Episode], router: Router) -> list[Episode]:
-    """Take one decision in every running episode; return those that still run."""
-    running = [(episode, episode.node) for episode in episodes if episode.node is not None]
-    live.propose((episode.tree, node, SMALL) for episode, node in running)
-    scores = live.score([(episode.tree, node, SMALL) for episode, node in running])
-    actions = np.asarray(router(features([episode for episode, _ in running], scores))).astype(int)
-    roles = [ROLES[action] for action in actions]
-    live.propose((episode.tree, node, role) for (episode, node), role in zip(running, roles, strict=True))
-    places = [(episode.tree, node, role) for (episode, node), role in zip(running, roles, strict=True)]
-    accepted = live.score(places)
-    for (episode, node), role, score in zip(running, roles, accepted, strict=True):
-        episode.small_tokens += node.proposals[SMALL].tokens
-        episode.scores.append(score)
+def act(live: LiveTrees, episodes: Sequence[Episode], actions: NDArray[Any]) -> None:
+    """Take one decision, (n,) of 0 and 1, in n running episodes, asking for all large proposals that miss at once."""
+    taken = [
+        (episode, episode.node, ROLES[action])
+        for episode, action in zip(episodes, actions.astype(int).tolist(), strict=True)
+        if episode.node is not None
+    ]
+    live.propose((episode.tree, node, role) for episode, node, role in taken)
+    for episode, node, role in taken:
         if role == LARGE:
             episode.escalations += 1
             episode.large_tokens += node.proposals[LARGE].tokens
-        if node.proposals[role].terminal:
-            episode.last = (node, role)
+        episode.last = (node, role)
         episode.node = episode.tree.child(node, role)
-    return [episode for episode, _ in running if episode.node is not None]
 
 
 def expand_on_policy(
@@ -210,43 +146,23 @@ def expand_on_policy(
     Returns:
         Steps generated.
     """
-    table = store.attach("scores", scorer.name, scorer.process())
-    buffer = StepBuffer(store.steps, labeller)
-    live = LiveTrees(writers, scorer, buffer)
+    live = LiveTrees(store, writers, scorer, labeller=labeller)
     source = iter(load_trees(store, problems, replicas, store.manifest["process"]["max_escalations"], chunk=batch))
-
-    def flush() -> None:
-        buffer.flush()
-        if live.new_scores:
-            table.append(columns_of(live.new_scores, table.schema))
-            live.new_scores = []
-
     try:
         while trees := list(islice(source, batch)):
-            known = _known_scores(table, {tree.problem.id for tree in trees})
-            for tree in trees:
-                live.add(tree, known.get((tree.problem.id, tree.replica), {}))
+            live.add(trees)
             for _ in range(episodes):
                 running = [Episode(tree, tree.root) for tree in trees]
                 while running:
-                    running = advance(live, running, router)
-            flush()
-            for tree in trees:
-                live.drop(tree)
+                    act(live, running, np.asarray(router(observe(live, running))))
+                    running = [episode for episode in running if episode.node is not None]
+            live.score(())  # of last steps
+            live.forget(0)
             if on_progress:
                 on_progress(len(trees))
     finally:
-        flush()
+        live.flush()
     return live.generated
-
-
-def _known_scores(table: Any, problems: set[str]) -> dict[tuple[str, int], dict[tuple[int, str], float | None]]:
-    known: dict[tuple[str, int], dict[tuple[int, str], float | None]] = {}
-    for part in table.read(problems):
-        columns = (part[name].to_pylist() for name in (*KEY, "score"))
-        for problem, replica, prefix, role, score in zip(*columns, strict=True):
-            known.setdefault((problem, replica), {}).setdefault((prefix, role), score)
-    return known
 
 
 def load_router(spec: str, seed: int = 0) -> Router:

@@ -7,6 +7,7 @@ depend on what is in a server's cache may be reported, not trained on.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,14 +41,17 @@ class CostModel:
 
         The small model proposes first, so its tokens count for both actions.
         """
-        small, large = CONTINUE_SMALL, ESCALATE_LARGE
-        cost = np.zeros((trees.nodes, 2))
-        proposal = self.small_decode * trees.tokens[:, small] + self.small_prefill * trees.prompt_tokens[:, small]
-        cost += np.asarray(proposal, np.float64)[:, None]
-        cost[:, large] += (
-            self.large_decode * trees.tokens[:, large] + self.large_prefill * trees.prompt_tokens[:, large]
-        )
+        cost = self.of(trees.tokens, trees.prompt_tokens)
         cost[trees.child == MISSING] = np.nan
+        return cost
+
+    def of(self, tokens: NDArray[Any], prompt_tokens: NDArray[Any]) -> NDArray[np.float64]:
+        """Return the (n, 2) cost of both actions, from (n, 2) decoded and (n, 2) prompt tokens of the proposals."""
+        small, large = CONTINUE_SMALL, ESCALATE_LARGE
+        cost = np.zeros((len(tokens), 2))
+        proposal = self.small_decode * tokens[:, small] + self.small_prefill * prompt_tokens[:, small]
+        cost += np.asarray(proposal, np.float64)[:, None]
+        cost[:, large] += self.large_decode * tokens[:, large] + self.large_prefill * prompt_tokens[:, large]
         return cost
 
 

@@ -98,7 +98,7 @@ def decision_tables(
         indices=trees.select(split) if indices is None else np.asarray(indices, np.int64),
         schema=schema,
         cost_model=model,
-        max_escalations=_cap(trees.meta["max_escalations"], max_escalations),
+        max_escalations=checked_cap(trees.meta["max_escalations"], max_escalations),
         features=schema(seen_of(trees), trees.meta["max_steps"]),
         child=trees.child.reshape(-1).astype(np.int64),
         cost=np.nan_to_num(model.edges(trees).reshape(-1)),
@@ -108,7 +108,16 @@ def decision_tables(
     )
 
 
-def _cap(closed: int | None, wanted: int | None) -> int | None:
+def checked_cap(closed: int | None, wanted: int | None) -> int | None:
+    """Return the cap on escalations to use.
+
+    Args:
+        closed: K of the trees: every path with at most so many escalations is there; None: every path.
+        wanted: The cap asked for; None: that of the trees.
+
+    Raises:
+        ConfigError: It is negative, or above what the trees hold.
+    """
     if wanted is None:
         return closed
     if wanted < 0 or (closed is not None and wanted > closed):

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
-from numpy.typing import NDArray
 
-from rollouts.errors import ConfigError, StoreError
+from rollouts.errors import StoreError
 from rollouts.tree import MISSING
+from trim_env.episodes import EPISODE_INFO, FINISHED, Array, EpisodesVectorEnv, checked_lam
 from trim_env.features import DEFAULT_SCHEMA, Schema
 from trim_env.reward import CostModel
-from trim_env.tables import DecisionTables, Rollouts, decision_tables, draw, missing
-
-EPISODE_INFO = ("correct", "return", "cost", "large_tokens", "small_tokens", "escalations", "masked", "steps")
-FINISHED = ("episodes", "correct", "cost", "large_tokens", "escalations", "steps")
-Array = NDArray[Any]
+from trim_env.tables import DecisionTables, Rollouts, decision_tables, missing
 
 
-class TrimVectorEnv(VectorEnv[Array, Array, Array]):
+class TrimVectorEnv(EpisodesVectorEnv):
     """E episodes of `trim_env.env.TrimEnv` stepped together; see there for observations, actions and rewards.
 
-    Episodes that end are replaced in the same step (``autoreset_mode`` SAME_STEP): ``final_obs`` holds, (E, d), the
-    observations before the replacement (those of the last decision: an ended solution has no proposal) and
-    ``final_info``, arrays of shape (E,), what the single environment's ``info`` has at an end. Both are valid where
-    ``_final_obs`` is true.
-
-    Environment i with ``reset(seed=s)`` runs through the same problems as a single environment with seed s + i.
+    Seeds, and what is told of episodes that end: `trim_env.episodes.EpisodesVectorEnv`.
     """
 
     def __init__(
@@ -60,24 +47,14 @@ class TrimVectorEnv(VectorEnv[Array, Array, Array]):
             StoreError: The store cannot be used, or the split is empty.
             ConfigError: An argument is out of range or unknown.
         """
-        if num_envs < 1:
-            raise ConfigError(f"num_envs is {num_envs}, expected at least 1.")
-        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
         self.tables = (
             rollouts
             if isinstance(rollouts, DecisionTables)
             else decision_tables(rollouts, split, schema=schema, cost=cost, max_escalations=max_escalations)
         )
-        self.num_envs = num_envs
-        self.lam = lam
-        low, high = self.tables.schema.bounds()
-        self.single_observation_space = spaces.Box(low, high, dtype=np.float32)
-        self.single_action_space = spaces.Discrete(2)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
         self._roots = self.tables.roots
-        self._started = False
-        self._finished = dict.fromkeys(FINISHED, 0.0)
+        super().__init__(num_envs, len(self._roots), self.tables.schema, lam, self.tables.max_escalations)
+        self._node = np.zeros(num_envs, np.int64)
 
     @property
     def lam(self) -> float:
@@ -89,107 +66,35 @@ class TrimVectorEnv(VectorEnv[Array, Array, Array]):
         self._lam = checked_lam(value)
         self._reward = self.tables.solved - self._lam * self.tables.cost
 
-    def reset(
-        self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Array, dict[str, Any]]:
-        """Start E episodes.
-
-        Args:
-            seed: Seeds of the draws of problems: one for each environment, or s for s, s + 1, ...; None goes on
-                with the draws of the last reset (and seeds the first one from entropy).
-            options: None are known.
-        """
-        if options:
-            raise ConfigError(f"Unknown reset options {sorted(options)}; the vector environment has none.")
-        count = self.num_envs
-        if seed is not None or not self._started:
-            if seed is None:
-                seed = int(np.random.SeedSequence().generate_state(1)[0])
-            seeds = [seed + offset for offset in range(count)] if isinstance(seed, int) else list(seed)
-            if len(seeds) != count:
-                raise ConfigError(f"reset got {len(seeds)} seeds for {count} environments.")
-            self._seeds = np.asarray(seeds, np.uint64)
-            self._episode = np.zeros(count, np.uint64)
-            self._started = True
-        else:
-            self._episode += np.uint64(1)
-        self._node = self._roots[draw(self._seeds, self._episode, len(self._roots))]
-        self._totals = {"cost": np.zeros(count)} | {name: np.zeros(count, np.int64) for name in EPISODE_INFO[3:]}
-        return self.tables.features[self._node], {}
-
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
         """Take (E,) actions.
 
         Raises:
+            ConfigError: They are not (E,) of 0 and 1, or there was no reset.
             StoreError: A proposal that is needed was not generated.
         """
-        tables, totals, node = self.tables, self._totals, self._node
-        action = np.asarray(actions).astype(np.int64)
-        if tables.max_escalations is not None:
-            masked = (action == 1) & (totals["escalations"] >= tables.max_escalations)
-            action[masked] = 0
-            totals["masked"] += masked
-        place = 2 * node + action
+        tables, last = self.tables, self._node
+        action = self._allowed(actions)
+        place = 2 * last + action
         child = tables.child.take(place)
-        done = child < 0
         if child.min() == MISSING:
             raise StoreError(missing(tables, place))
-        reward = self._reward.take(place)
-        totals["cost"] += tables.cost.take(place)
-        totals["large_tokens"] += tables.large_tokens.take(place)
-        totals["small_tokens"] += tables.small_tokens.take(place)
-        totals["escalations"] += action
-        totals["steps"] += 1
-        infos = self._replace(done, place, child) if done.any() else {}
-        self._node = child
-        return tables.features.take(child, axis=0), reward, done, np.zeros(self.num_envs, bool), infos
+        self._count(action, tables.cost.take(place), tables.large_tokens.take(place), tables.small_tokens.take(place))
+        self._node, done = child, child < 0
+        infos = self._replace(done, tables.solved.take(place), tables.features.take(last, axis=0)) if done.any() else {}
+        return self._observations(), self._reward.take(place), done, np.zeros(self.num_envs, bool), infos
 
-    def _replace(self, done: Array, place: Array, child: Array) -> dict[str, Any]:
-        """Put new episodes where some have ended, in `child`; return what is known about those."""
-        solved = self.tables.solved.take(place)
-        final: dict[str, Any] = {"correct": solved == 1, "return": solved - self.lam * self._totals["cost"]}
-        ended = np.flatnonzero(done)
-        self._finished["episodes"] += len(ended)
-        for name in FINISHED[1:]:
-            self._finished[name] += float((solved if name == "correct" else self._totals[name])[ended].sum())
-        running = ~done
-        for name, values in self._totals.items():
-            final[name] = values
-            self._totals[name] = values * running
-        final |= {f"_{name}": done for name in EPISODE_INFO}
-        self._episode[ended] += np.uint64(1)
-        child[ended] = self._roots[draw(self._seeds[ended], self._episode[ended], len(self._roots))]
-        return {
-            "final_obs": self.tables.features.take(self._node, axis=0),
-            "_final_obs": done,
-            "final_info": final,
-            "_final_info": done,
-        }
+    def _begin(self, which: Array, positions: Array) -> None:
+        self._node[which] = self._roots[positions]
 
-    def take_finished(self) -> dict[str, float]:
-        """Return sums over the episodes that ended since the last call: their number, and `FINISHED` of them."""
-        taken, self._finished = self._finished, dict.fromkeys(FINISHED, 0.0)
-        return taken
+    def _observations(self) -> Array:
+        return self.tables.features.take(self._node, axis=0)
 
-    def state(self) -> dict[str, Array]:
-        """Return what a checkpoint needs to go on exactly here; see `restore`."""
-        kept = {"seeds": self._seeds, "episode": self._episode, "node": self._node, **self._totals}
-        return {name: values.copy() for name, values in kept.items()}
+    def _place(self) -> dict[str, Array]:
+        return {"node": self._node}
 
-    def restore(self, state: dict[str, Array]) -> Array:
-        """Go on from a `state` of an environment with the same tables; return the (E, d) observations."""
-        self._seeds, self._episode = state["seeds"].copy(), state["episode"].copy()
-        self._node, self._started = state["node"].copy(), True
-        self._totals = {name: state[name].copy() for name in EPISODE_INFO[2:]}
-        return self.tables.features[self._node]
+    def _go_to(self, state: dict[str, Array]) -> None:
+        self._node = state["node"].copy()
 
 
-def checked_lam(lam: float) -> float:
-    """Return λ as a float.
-
-    Raises:
-        ConfigError: It is negative or no number.
-    """
-    if not (np.isfinite(lam) and lam >= 0):
-        raise ConfigError(f"lam is {lam}, expected a number of at least 0: the reward lost per unit of cost.")
-    return float(lam)
+__all__ = ["EPISODE_INFO", "FINISHED", "TrimVectorEnv", "checked_lam"]

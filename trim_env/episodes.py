@@ -1,0 +1,215 @@
+"""E episodes side by side: which problems they run through, what they sum up, and what is told of those that end.
+
+Where decisions come from is not known here: from compiled trees (`trim_env.vector`) or from models (`trim_env.live`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from rollouts.errors import ConfigError
+from trim_env.features import Schema
+from trim_env.tables import draw
+
+EPISODE_INFO = ("correct", "return", "cost", "large_tokens", "small_tokens", "escalations", "masked", "steps")
+FINISHED = ("episodes", "correct", "cost", "large_tokens", "escalations", "steps")
+Array = NDArray[Any]
+
+
+class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
+    """What all vector environments of this package share; a subclass begins episodes and steps them.
+
+    Episodes that end are replaced in the same step (``autoreset_mode`` SAME_STEP): ``final_obs`` holds, (E, d), the
+    observations before the replacement (those of the last decision: an ended solution has no proposal) and
+    ``final_info``, arrays of shape (E,), what the single environment's ``info`` has at an end. Both are valid where
+    ``_final_obs`` is true.
+
+    Environment i with ``reset(seed=s)`` runs through the same problems as a single environment with seed s + i.
+    """
+
+    def __init__(self, num_envs: int, trees: int, schema: Schema, lam: float, max_escalations: int | None) -> None:
+        """Set the spaces.
+
+        Args:
+            num_envs: E.
+            trees: R, the number of trees that episodes are drawn from.
+            schema: Feature schema.
+            lam: Reward per unit of cost, λ.
+            max_escalations: Cap K on escalations per episode; None for none.
+
+        Raises:
+            ConfigError: An argument is out of range.
+        """
+        if num_envs < 1:
+            raise ConfigError(f"num_envs is {num_envs}, expected at least 1.")
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
+        self.num_envs = num_envs
+        self.lam = lam
+        low, high = schema.bounds()
+        self.single_observation_space = spaces.Box(low, high, dtype=np.float32)
+        self.single_action_space = spaces.Discrete(2)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._trees = trees
+        self._cap = max_escalations
+        self._episode = self._seeds = np.zeros(num_envs, np.uint64)
+        self._started = False
+        self._finished = dict.fromkeys(FINISHED, 0.0)
+
+    @property
+    def lam(self) -> float:
+        """Reward per unit of cost, λ; it may be set between steps and applies from the next one on."""
+        return self._lam
+
+    @lam.setter
+    def lam(self, value: float) -> None:
+        self._lam = checked_lam(value)
+
+    def reset(
+        self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Array, dict[str, Any]]:
+        """Start E episodes.
+
+        Args:
+            seed: Seeds of the draws of problems: one for each environment, or s for s, s + 1, ...; None goes on
+                with the draws of the last reset (and seeds the first one from entropy).
+            options: None are known.
+
+        Raises:
+            ConfigError: Options, or seeds that are negative or not one for each environment.
+        """
+        if options:
+            raise ConfigError(f"Unknown reset options {sorted(options)}; the vector environment has none.")
+        if seed is None and self._started:
+            self._episode += np.uint64(1)
+        else:
+            self._seeds = self._seeds_from(seed)
+            self._episode = np.zeros(self.num_envs, np.uint64)
+        self._totals = {"cost": np.zeros(self.num_envs)}
+        self._totals |= {name: np.zeros(self.num_envs, np.int64) for name in EPISODE_INFO[3:]}
+        self._begin(np.arange(self.num_envs), draw(self._seeds, self._episode, self._trees))
+        self._started = True
+        return self._observations(), {}
+
+    def _seeds_from(self, seed: int | Sequence[int] | None) -> NDArray[np.uint64]:
+        if seed is None:
+            seed = int(np.random.SeedSequence().generate_state(1)[0])
+        first = np.atleast_1d(np.asarray(seed)).astype(object)
+        seeds = [first[0] + offset for offset in range(self.num_envs)] if np.ndim(seed) == 0 else first.tolist()
+        if len(seeds) != self.num_envs or min(seeds) < 0:
+            raise ConfigError(f"reset got seeds {seed} for {self.num_envs} environments: one each, none negative.")
+        return np.asarray(seeds, np.uint64)
+
+    def _begin(self, which: Array, positions: Array) -> None:
+        """Put some episodes, (n,) of 0..E-1, at the roots of the trees at (n,) positions of 0..R-1."""
+        raise NotImplementedError
+
+    def _observations(self) -> Array:
+        """Return the (E, d) features where the episodes stand."""
+        raise NotImplementedError
+
+    def _allowed(self, actions: Array) -> NDArray[np.int64]:
+        """Return (E,) actions with what the cap forbids replaced by 0, and count that."""
+        action = np.array(actions, np.int64)
+        if not self._started:
+            raise ConfigError("No episodes yet: call reset() before the first step().")
+        if action.shape != (self.num_envs,) or (action >> 1).any():
+            found = f"values in {action.min()}..{action.max()}" if action.size else "none"
+            raise ConfigError(
+                f"step got actions of shape {action.shape}, {found}; expected ({self.num_envs},) of 0 "
+                "(CONTINUE_SMALL) and 1 (ESCALATE_LARGE)."
+            )
+        if self._cap is not None:
+            masked = (action == 1) & (self._totals["escalations"] >= self._cap)
+            action[masked] = 0
+            self._totals["masked"] += masked
+        return action
+
+    def _count(self, action: Array, cost: Array, large_tokens: Array, small_tokens: Array) -> None:
+        """Add what (E,) actions took to the running episodes' sums."""
+        totals = self._totals
+        totals["cost"] += cost
+        totals["large_tokens"] += large_tokens
+        totals["small_tokens"] += small_tokens
+        totals["escalations"] += action
+        totals["steps"] += 1
+
+    def _replace(self, done: Array, solved: Array, last: Array) -> dict[str, Any]:
+        """Begin new episodes where `done`; return what is known of the ended ones.
+
+        Args:
+            done: (E,) bool.
+            solved: (E,) 1 where the ended solution is correct.
+            last: (E, d) observations of the last decisions.
+        """
+        ended = np.flatnonzero(done)
+        if not len(ended):
+            return {}
+        final: dict[str, Any] = {"correct": solved == 1, "return": solved - self.lam * self._totals["cost"]}
+        self._finished["episodes"] += len(ended)
+        for name in FINISHED[1:]:
+            self._finished[name] += float((solved if name == "correct" else self._totals[name])[ended].sum())
+        running = ~done
+        for name, values in self._totals.items():
+            final[name] = values
+            self._totals[name] = values * running
+        final |= {f"_{name}": done for name in EPISODE_INFO}
+        self._episode[ended] += np.uint64(1)
+        self._begin(ended, draw(self._seeds[ended], self._episode[ended], self._trees))
+        return {"final_obs": last, "_final_obs": done, "final_info": final, "_final_info": done}
+
+    def take_finished(self) -> dict[str, float]:
+        """Return sums over the episodes that ended since the last call: their number, and `FINISHED` of them."""
+        taken, self._finished = self._finished, dict.fromkeys(FINISHED, 0.0)
+        return taken
+
+    def state(self) -> dict[str, Array]:
+        """Return what a checkpoint needs to go on exactly here; see `restore`.
+
+        Raises:
+            ConfigError: There are no episodes yet.
+        """
+        if not self._started:
+            raise ConfigError("No episodes yet: call reset() before state().")
+        kept = {"seeds": self._seeds, "episode": self._episode, **self._totals, **self._place()}
+        return {name: values.copy() for name, values in kept.items()}
+
+    def restore(self, state: dict[str, Array]) -> Array:
+        """Go on from a `state` of an environment over the same trees; return the (E, d) observations.
+
+        Raises:
+            ConfigError: The state is of another number of environments.
+        """
+        if len(state["seeds"]) != self.num_envs:
+            raise ConfigError(f"The state is of {len(state['seeds'])} environments; this has {self.num_envs}.")
+        self._seeds, self._episode = state["seeds"].copy(), state["episode"].copy()
+        self._totals = {name: state[name].copy() for name in EPISODE_INFO[2:]}
+        self._go_to(state)
+        self._started = True
+        return self._observations()
+
+    def _place(self) -> dict[str, Array]:
+        """Return where the episodes stand, as arrays of length E."""
+        raise NotImplementedError
+
+    def _go_to(self, state: dict[str, Array]) -> None:
+        """Put the episodes where `_place` said that they were."""
+        raise NotImplementedError
+
+
+def checked_lam(lam: float) -> float:
+    """Return λ as a float.
+
+    Raises:
+        ConfigError: It is negative or no number.
+    """
+    if not (np.isfinite(lam) and lam >= 0):
+        raise ConfigError(f"lam is {lam}, expected a number of at least 0: the reward lost per unit of cost.")
+    return float(lam)

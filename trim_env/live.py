@@ -1,0 +1,259 @@
+"""Episodes over a rollout store that need not be complete: what is missing is generated while they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rollouts.errors import ConfigError, StoreError
+from rollouts.expand import Labeller
+from rollouts.grading import Grader, make_grader
+from rollouts.live_trees import LiveTrees, key_of
+from rollouts.models.stepwise import StepWriter
+from rollouts.nodes import LARGE, ROLES, SMALL
+from rollouts.on_policy import Episode, act, observe
+from rollouts.problems import Problem
+from rollouts.scoring.base import Scorer
+from rollouts.store import Store
+from trim_env.episodes import Array, EpisodesVectorEnv
+from trim_env.features import DEFAULT_SCHEMA, Schema, Seen, schema_named
+from trim_env.reward import CostModel, cost_model
+from trim_env.tables import checked_cap, draw
+
+_READ_AHEAD = 16  # episodes of each environment whose trees are read from the store together
+
+
+class LiveVectorEnv(EpisodesVectorEnv):
+    """E episodes of `trim_env.env.TrimEnv` over a store, with the models that made it at hand.
+
+    Proposals and scores that the store has are taken from there. In every step, all that the E episodes lack goes out
+    as one batch for each role and one for the scorer; it is added to the store together with the grades of new
+    solutions, and never generated again. On a complete store nothing is generated, and trajectories are those of
+    `trim_env.vector.TrimVectorEnv` with the same seeds and actions.
+
+    A tree of a store that is bounded by K is closed under K the first time that it is used, so that the store stays
+    sound; of an unbounded store only what episodes reach is generated. Paths that exceed the scorer's window have
+    score 0 here, whereas compiled trees leave out the whole tree.
+
+    If a model fails, its error comes through with all that was made before in the store, and `reset` is needed.
+    Seeds, and what is told of episodes that end: `trim_env.episodes.EpisodesVectorEnv`.
+    """
+
+    def __init__(
+        self,
+        store: Store | str | Path,
+        writers: Mapping[str, StepWriter],
+        scorer: Scorer,
+        grader: Grader | str = "exact",
+        split: str | None = "train",
+        num_envs: int = 64,
+        *,
+        lam: float = 3e-4,
+        schema: str | Schema = DEFAULT_SCHEMA,
+        cost: str | CostModel = "decode-only",
+        max_escalations: int | None = None,
+        replicas: int | None = None,
+        labeller: Labeller | None = None,
+        trees_in_memory: int = 1024,
+    ) -> None:
+        """Open the store.
+
+        Args:
+            store: Its path, whose write lock is then held until `close`, or a store whose write lock is held.
+            writers: Both models.
+            scorer: The scorer.
+            grader: The grader or its name.
+            split: Split that episodes are drawn from; None for all.
+            num_envs: E.
+            lam: Reward per unit of cost, λ.
+            schema: Feature schema (`trim_env.features.SCHEMAS`).
+            cost: Cost model (`trim_env.reward.cost_model`).
+            max_escalations: Cap on escalations per episode; None: none, whatever the store is closed under.
+            replicas: Replicas of every problem; None: those that the store has, at least one.
+            labeller: Exact labels of steps, for stores that have them.
+            trees_in_memory: About the most trees kept in memory; those of running episodes always are.
+
+        Raises:
+            StoreError: The store cannot be used or is being written to, or the split is empty.
+            ConfigError: An argument is out of range or unknown.
+        """
+        self._held = ExitStack()
+        with ExitStack() as opened:  # what was opened is closed again if something below is wrong
+            if not isinstance(store, Store):
+                store = Store(store)
+                opened.enter_context(store.writing())
+            if not isinstance(grader, Grader):
+                grader = make_grader(grader)
+                opened.callback(grader.close)
+            self.schema = schema if isinstance(schema, Schema) else schema_named(schema)
+            self.cost_model = cost if isinstance(cost, CostModel) else cost_model(cost)
+            self._roots = _roots(store, split, replicas)
+            super().__init__(num_envs, len(self._roots), self.schema, lam, checked_cap(None, max_escalations))
+            self._live = LiveTrees(store, writers, scorer, grader, labeller=labeller)
+            self._memory = trees_in_memory
+            self._max_steps = int(store.manifest["process"]["limits"]["max_steps"])
+            self._episodes: list[Episode] = [None] * num_envs  # type: ignore[list-item]
+            self._path = np.full((num_envs, self._max_steps), -1, np.int8)
+            self._broken = False
+            opened.callback(self._live.flush)
+            self._held = opened.pop_all()
+
+    @property
+    def generated(self) -> int:
+        """Steps generated so far."""
+        return self._live.generated
+
+    def reset(
+        self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Array, dict[str, Any]]:
+        """Start E episodes; see `trim_env.episodes.EpisodesVectorEnv.reset`.
+
+        Raises:
+            BackendError: A model is gone; what was made before is in the store.
+        """
+        with self._keeping():
+            return super().reset(seed=seed, options=options)
+
+    def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
+        """Take (E,) actions.
+
+        Raises:
+            ConfigError: They are not (E,) of 0 and 1, or `reset` is needed.
+            BackendError: A model is gone; what was made before is in the store.
+        """
+        if self._broken:
+            raise ConfigError("The last step failed half-way: call reset() before the next one.")
+        action = self._allowed(actions)
+        with self._keeping():
+            act(self._live, self._episodes, action)
+            self._path[np.arange(self.num_envs), self._totals["steps"]] = action
+            cost, large_tokens, small_tokens, solved = self._outcome(action)
+            self._count(action, cost, large_tokens, small_tokens)
+            done = np.array([episode.node is None for episode in self._episodes])
+            infos = self._replace(done, solved, self._seen)
+            reward = solved - self.lam * cost
+            return self._observations(), reward, done, np.zeros(self.num_envs, bool), infos
+
+    def _outcome(self, action: Array) -> tuple[Array, Array, Array, Array]:
+        """Return cost, large tokens, small tokens and whether a right solution ended, (E,) each, of what was taken."""
+        tokens, prompts = np.zeros((2, self.num_envs, 2), np.int64)
+        solved = np.zeros(self.num_envs)
+        for index, episode in enumerate(self._episodes):
+            assert episode.last is not None
+            node, taken = episode.last
+            for role in {SMALL, taken}:
+                step = node.proposals[role]
+                tokens[index, ROLES.index(role)] = step.tokens
+                prompts[index, ROLES.index(role)] = step.prompt_tokens
+            if episode.node is None:
+                solved[index] = self._live.correct((episode.tree, node, taken))
+        cost = self.cost_model.of(tokens, prompts)[np.arange(self.num_envs), action]
+        return cost, tokens[:, ROLES.index(LARGE)], tokens[:, ROLES.index(SMALL)], solved
+
+    def _begin(self, which: Array, positions: Array) -> None:
+        wanted = [self._roots[position] for position in positions.tolist()]
+        if not all(self._live.has((problem.id, replica)) for problem, replica in wanted):
+            self._live.load([*wanted, *self._coming()])
+        trees = [self._live.tree((problem.id, replica)) for problem, replica in wanted]
+        self._live.complete(trees)
+        for index, tree in zip(which.tolist(), trees, strict=True):
+            self._episodes[index] = Episode(tree, tree.root)
+        self._path[which] = -1
+
+    def _coming(self) -> Iterator[tuple[Problem, int]]:
+        """Yield the trees of the next episodes: reading many at a time is what makes reading cheap."""
+        ahead = min(_READ_AHEAD, self._memory // (2 * self.num_envs))
+        episodes = self._episode[:, None] + np.arange(1, ahead + 1, dtype=np.uint64)
+        positions = draw(np.repeat(self._seeds, ahead), episodes.ravel(), len(self._roots))
+        return (self._roots[position] for position in dict.fromkeys(positions.tolist()))
+
+    def _observations(self) -> Array:
+        columns = observe(self._live, self._episodes)[:, : len(Seen._fields)]
+        self._live.grade()
+        seen = Seen(*columns.astype(np.float32).astype(np.float64).T)  # compiled trees hold scores as float32
+        self._seen = self.schema(seen, self._max_steps)
+        self._live.forget(self._memory, {key_of(episode.tree) for episode in self._episodes})
+        return self._seen.copy()
+
+    def restore(self, state: dict[str, Array]) -> Array:
+        """Go on from a `state` of an environment over the same store; return the (E, d) observations."""
+        with self._keeping():
+            return super().restore(state)
+
+    def _place(self) -> dict[str, Array]:
+        return {"path": self._path}
+
+    def _go_to(self, state: dict[str, Array]) -> None:
+        self._begin(np.arange(self.num_envs), draw(self._seeds, self._episode, self._trees))
+        self._path = state["path"].copy()
+        for actions in self._path.T:
+            going = np.flatnonzero(actions >= 0)
+            episodes = [self._episodes[index] for index in going]
+            observe(self._live, episodes)
+            act(self._live, episodes, actions[going])
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """Write everything to the store if something fails inside."""
+        self._broken = True
+        try:
+            yield
+            self._broken = False
+        finally:
+            if self._broken:
+                self._live.flush()
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Write what is new to the store and give its write lock back."""
+        self._held.close()
+
+
+@contextmanager
+def open_live(store: str | Path, models: str = "tinymath", **options: Any) -> Iterator[LiveVectorEnv]:
+    """Open a store with the models that made it, and an environment over both; closes all at the end.
+
+    Args:
+        store: Path of the store.
+        models: TOML file of the roles, or ``tinymath`` / ``tinymath:transformers`` for the embedded family.
+        options: Arguments of `LiveVectorEnv` from `grader` on.
+
+    Raises:
+        StoreError: The store was made by other models (the fields that differ are named), or is being written to.
+        ConfigError: The models file is wrong, or an option is.
+        BackendError: A model cannot be started.
+    """
+    from rollouts.commands import label_of, self_test_examples
+    from rollouts.config import load_family
+    from rollouts.family import Family
+
+    opened = Store(store)
+    process = opened.manifest["process"]
+    examples = self_test_examples(opened.problems())
+    family = Family(load_family(models), seed=process["seed"], examples=examples)
+    Store.create(opened.path, family.process(process["max_escalations"], labels=process["labels"]))
+    with opened.writing(), ExitStack() as stack:
+        writers = {role: stack.enter_context(family.open(role, opened)) for role in ROLES}
+        scorer = stack.enter_context(family.open_scorer(opened))
+        env = LiveVectorEnv(opened, writers, scorer, labeller=label_of(opened), **options)
+        stack.callback(env.close)
+        yield env
+
+
+def _roots(store: Store, split: str | None, replicas: int | None) -> list[tuple[Problem, int]]:
+    """Return the (problem, replica) pairs that episodes are drawn from, in the order of compiled trees."""
+    problems = store.problems(split)
+    if not problems:
+        raise StoreError(f"{store.path}: no problems. Add them with `python -m rollouts generate`.")
+    if replicas is not None:
+        if replicas < 1:
+            raise ConfigError(f"replicas is {replicas}, expected at least 1.")
+        return [(problem, replica) for problem in problems for replica in range(replicas)]
+    found: dict[str, set[int]] = {}
+    for part in store.steps.read(columns=["problem", "replica"]):
+        for row in part.group_by(["problem", "replica"]).aggregate([]).to_pylist():
+            found.setdefault(row["problem"], set()).add(row["replica"])
+    return [(problem, replica) for problem in problems for replica in sorted(found.get(problem.id, {0}))]
