@@ -116,6 +116,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> Trained:
     listener = listener or Listener()
     trees = _compile(config, listener)
     lams = config.lam or automatic_lams(trees, config)
+    validation = _validation(config, trees)  # fails now, if it must, and not after the folder was made
     folder = config.out or _new_folder(config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: exists already; nothing was overwritten. Choose another --out, or --resume it.")
@@ -123,7 +124,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> Trained:
     config = replace(config, lam=lams, out=folder)
     described = {"config": _plain(config), "versions": versions(), "rollouts": trees.meta}
     (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    return _run(config, trees, folder, listener)
+    return _run(config, trees, validation, folder, listener)
 
 
 def resume(folder: Path, listener: Listener | None = None) -> Trained:
@@ -149,7 +150,7 @@ def resume(folder: Path, listener: Listener | None = None) -> Trained:
             f"{config.rollouts}: these rollouts have hash {trees.meta['hash']}, the run was begun on {recorded}. "
             "They have grown or changed since; start a new run."
         )
-    return _run(config, trees, folder, listener)
+    return _run(config, trees, _validation(config, trees), folder, listener)
 
 
 def _check(config: TrainConfig) -> None:
@@ -192,8 +193,11 @@ def _tables(config: TrainConfig, trees: Trees, indices: NDArray[Any]) -> Decisio
     )
 
 
-def _run(config: TrainConfig, trees: Trees, folder: Path, listener: Listener) -> Trained:
-    validation = Validation(lambda indices: _tables(config, trees, indices), trees)
+def _validation(config: TrainConfig, trees: Trees) -> Validation:
+    return Validation(lambda indices: _tables(config, trees, indices), trees)
+
+
+def _run(config: TrainConfig, trees: Trees, validation: Validation, folder: Path, listener: Listener) -> Trained:
     tables = _tables(config, trees, trees.select("train"))
     routers: dict[float, Router] = {}
     health: dict[float, Health] = {}

@@ -184,13 +184,13 @@ class PPOAgg:
         }
         return MLP(NAME, self.tables.schema.id, Knob("lam", self.lam), weights)
 
-    def imitate(self, actions: NDArray[np.int64], rows: NDArray[np.int64], epochs: int = 20) -> None:
+    def imitate(self, actions: NDArray[np.int64], rows: NDArray[np.int64], updates: int = 400) -> None:
         """Warm start: fit the policy to given actions at some nodes by behaviour cloning.
 
         Args:
             actions: (n,) of 0 and 1.
             rows: (n,) nodes.
-            epochs: Passes over them.
+            updates: Minibatches to learn from.
         """
         import torch
 
@@ -199,14 +199,14 @@ class PPOAgg:
         wanted = torch.as_tensor(actions)
         generator = torch.Generator().manual_seed(self.seed)
         optimiser = torch.optim.Adam(policy.parameters(), lr=3e-3)
-        for _ in range(epochs):
-            for part in torch.randperm(len(rows), generator=generator).split(1024):
-                distribution: Any = policy.get_distribution(features[part]).distribution
-                likely = distribution.log_prob(wanted[part]).mean()
-                loss = -likely - 0.05 * distribution.entropy().mean()  # soft enough to keep exploring
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
+        for _ in range(updates):
+            part = torch.randint(len(rows), (min(1024, len(rows)),), generator=generator)
+            distribution: Any = policy.get_distribution(features[part]).distribution
+            likely = distribution.log_prob(wanted[part]).mean()
+            loss = -likely - 0.05 * distribution.entropy().mean()  # soft enough to keep exploring
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
 
     def state(self) -> dict[str, Any]:
         """Return all that `restore` needs, as tensors and plain values."""
