@@ -46,13 +46,16 @@ class ProgressBar(Listener):
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         self._progress = Progress(*columns, TextColumn("{task.fields[figures]}"), console=self.console)
         self._task: Any = None
-        self._progress.start()
 
     def compiling(self, trees: int) -> None:
         """Count compiled trees."""
         if self._task is None:
-            self._task = self._progress.add_task("compiling trees", total=None, figures="")
+            self._add("compiling trees", total=None)
         self._progress.advance(self._task, trees)
+
+    def _add(self, name: str, **size: Any) -> None:
+        self._progress.start()  # not before there is something to show
+        self._task = self._progress.add_task(name, figures="", **size)
 
     def _finish_task(self) -> None:
         if self._task is not None:
@@ -63,7 +66,7 @@ class ProgressBar(Listener):
         """Add a bar."""
         self._finish_task()
         done = len(training.records)
-        self._task = self._progress.add_task(f"λ = {lam:g}", total=training.planned, completed=done, figures="")
+        self._add(f"λ = {lam:g}", total=training.planned, completed=done)
 
     def iteration(self, lam: float, training: Training, record: Record) -> None:
         """Move the bar."""
@@ -88,7 +91,8 @@ class ProgressBar(Listener):
 
     def close(self) -> None:
         """End the display."""
-        self._progress.stop()
+        if self._progress.live.is_started:
+            self._progress.stop()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "rollouts"))
@@ -13,7 +14,23 @@ from rollouts.annotate import grade_store, score_store  # noqa: E402
 from rollouts.expand import Grower, StepBuffer, load_trees  # noqa: E402
 from rollouts.grading import make_grader  # noqa: E402
 from rollouts.nodes import ROLES  # noqa: E402
+from rollouts.steps import prefix_hash  # noqa: E402
 from rollouts.store import Store  # noqa: E402
+
+
+class AbleLarge(ScriptedWriter):
+    """A large model whose last steps are mostly right, so that there is something to route for."""
+
+    def step(self, prefix, steps):
+        step = super().step(prefix, steps)
+        if self.role == "large" and step.terminal and hash_of(prefix, steps) % 5:
+            return replace(step, text="so \\boxed{7}")
+        return step
+
+
+def hash_of(prefix, steps):
+    return prefix_hash((prefix.problem, str(prefix.replica), "able", *steps)) >> 5
+
 
 SPLITS = ("train", "validation", "test")
 
@@ -23,7 +40,7 @@ def scripted_store(path, problems=60, max_escalations=None, replicas=2, splits=S
     store = Store.create(path, process(max_escalations))
     store.add_problems(items)
     trees = load_trees(store, items, replicas, max_escalations, chunk=16)
-    Grower({role: ScriptedWriter(role) for role in ROLES}, StepBuffer(store.steps)).run(trees)
+    Grower({role: AbleLarge(role) for role in ROLES}, StepBuffer(store.steps)).run(trees)
     score_store(store, ScriptedScorer())
     grade_store(store, make_grader("exact"))
     return store
