@@ -1,0 +1,88 @@
+"""What a cap on escalations costs: test curves on complete trees and on the same trees cut to K = 1, 2, 3.
+
+    python -m benchmarks.cap --out results/cap.md --picture results/cap
+
+For each cap routers are trained under it (the environment masks escalations beyond K) and evaluated under it;
+always-large is exempt, so all curves have the same ends.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from agents.base import Threshold
+from agents.evaluation.metrics import Points
+from agents.evaluation.plots import cost_accuracy
+from agents.evaluation.run import references, run
+from agents.evaluation.spread import spread
+from agents.evaluation.table import MethodSummary, summarise
+from agents.ppo import PPOSettings
+from agents.trainer import Training, Validation
+from agents.validation import Candidates
+from rollouts.tree import compile_store
+from trim_env.tables import decision_tables
+
+METRICS = ("cpt_50", "cpt_80", "cpt_95", "accuracy_at_10", "accuracy_at_20", "accuracy_at_30")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the benchmark.
+
+    Attributes:
+        caps: Caps to compare with none.
+        lams: λ of the routers.
+        rollouts: A store of complete trees.
+        out: Where to write the table.
+        picture: Where to draw the curves, without suffix.
+    """
+
+    caps: tuple[int, ...] = (1, 2, 3)
+    lams: tuple[float, ...] = (7e-4, 1.4e-3, 2.8e-3, 5.6e-3)
+    rollouts: str = "quickstart"
+    out: Path | None = None
+    picture: Path | None = None
+
+
+def main() -> None:
+    """Run the benchmark."""
+    settings = tyro.cli(Settings, description=__doc__)
+    trees = compile_store(settings.rollouts)
+    summaries: list[MethodSummary] = []
+    thresholds: list[MethodSummary] = []
+    for cap in (None, *settings.caps):
+        train, whole, test = (
+            decision_tables(trees, split, max_escalations=cap) for split in ("train", "validation", "test")
+        )
+        validation = Validation(lambda i, cap=cap: decision_tables(trees, indices=i, max_escalations=cap), trees)
+        both = references(test)
+        name = "no cap" if cap is None else f"K = {cap}"
+        points: Points = [
+            (lam, run(Training(train, validation, lam, PPOSettings(), 0).run().router, test)) for lam in settings.lams
+        ]
+        summaries.append(summarise(f"TRIM-Agg, {name}", points, both))
+        swept = [(router.knob.value, outcomes) for router, outcomes in Candidates(whole).thresholds]
+        chosen = spread(swept, references(whole).large)
+        thresholds.append(summarise(f"TRIM-Thr, {name}", [(k, run(Threshold(k), test)) for k, _ in chosen], both))
+        print(f"{name}: done")
+    lines = ["| | " + " | ".join(METRICS) + " |", "|---" + "|---:" * len(METRICS) + "|"]
+    for summary in [*summaries, *thresholds]:
+        cells = []
+        for name in METRICS:
+            each = summary.metrics[name]
+            mark = " †" if name in summary.by_mixing else ""
+            cells.append(f"{100 * each.value:.1f} [{100 * each.low:.1f}, {100 * each.high:.1f}]{mark}")
+        lines.append(f"| {summary.name} | " + " | ".join(cells) + " |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if settings.out:
+        settings.out.write_text(text, encoding="utf-8")
+    if settings.picture:
+        cost_accuracy(summaries, f"{settings.rollouts}, test", settings.picture)
+
+
+if __name__ == "__main__":
+    main()
