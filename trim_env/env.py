@@ -134,6 +134,7 @@ class TrimEnv(gymnasium.Env[Any, Any]):
             self.observation_space = spaces.Dict({"features": features, "partial_solution": text, "proposal": text})
         self._seed: int | None = None
         self._episode = 0
+        self._node: int | None = None
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start an episode.
@@ -153,7 +154,7 @@ class TrimEnv(gymnasium.Env[Any, Any]):
             self._episode += 1
         self._tree = self._chosen(options) if options else self._drawn()
         trees = self.tables.trees
-        self._node: int | None = int(trees.root[self._tree])
+        self._node = int(trees.root[self._tree])
         self._last = self._node
         self._accepted: list[tuple[int, int]] = []  # (row, action)
         self._text = trees.questions[trees.problem[self._tree]] + "\n\n"
@@ -187,7 +188,7 @@ class TrimEnv(gymnasium.Env[Any, Any]):
             StoreError: The proposal that is needed was not generated.
         """
         if self._node is None:
-            raise ConfigError("The episode has ended: call reset() before the next step().")
+            raise ConfigError("No episode is running: call reset() before the next step().")
         if int(action) not in (CONTINUE_SMALL, ESCALATE_LARGE):
             raise ConfigError(f"The action is {action!r}, expected 0 (CONTINUE_SMALL) or 1 (ESCALATE_LARGE).")
         tables, totals, row = self.tables, self._totals, self._node

@@ -1,0 +1,96 @@
+"""Feature schemas against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from handmade import ScriptedScorer
+from made_stores import finished
+
+from rollouts.errors import ConfigError
+from rollouts.expand import load_trees
+from rollouts.nodes import SMALL
+from rollouts.tree import compile_store
+from trim_env.features import SCHEMAS, Seen, schema_named, seen_of
+
+SEEN = Seen(
+    *np.array(
+        [
+            # score, min, product, tokens, step, terminal, has_answer
+            (0.5, 1.0, 1.0, 20, 1, 0, 0),
+            (0.9, 0.25, 0.2, 75, 4, 1, 1),
+            (0.0, 0.0, 0.0, 0, 8, 1, 0),
+            (1.0, 1.0, 1.0, 10**9, 8, 0, 1),
+        ]
+    ).T
+)
+LOGIT_BOUND = math.log(0.9999 / 0.0001) / 3  # scores are clipped to 1e-4 from 0 and 1
+AGG = [(0.5, 1, 20 / 300, 1 / 8), (0.9, 0.25, 0.25, 0.5), (0, 0, 0, 1), (1, 1, 10**9 / 300, 1)]
+WANTED = {
+    "agg": AGG,
+    "agg+prod": [(*row, product) for row, product in zip(AGG, (1, 0.2, 0, 1), strict=True)],
+    "agg+": [
+        (0, LOGIT_BOUND, 0, 1 / 8, 0, 0),
+        (math.log(9) / 3, -math.log(3) / 3, math.log(3.75), 0.5, 1, 1),
+        (-LOGIT_BOUND, -LOGIT_BOUND, math.log(1 / 20), 1, 1, 0),
+        (LOGIT_BOUND, LOGIT_BOUND, 8, 1, 0, 1),  # ln(5e7) is 17.7: clipped
+    ],
+}
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_values(name):
+    schema = SCHEMAS[name]
+    values = schema(SEEN, max_steps=8)
+    assert values.dtype == np.float32 and values.shape == (4, schema.size) and np.isfinite(values).all()
+    np.testing.assert_allclose(values, WANTED[name], rtol=1e-6, atol=1e-6)
+
+
+def test_every_schema_is_tested():
+    assert set(SCHEMAS) == set(WANTED)
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_nothing_leaves_the_bounds(name):
+    generator = np.random.default_rng(0)
+    wild = [generator.choice([0.0, 1e-9, 0.3, 1.0], 500) for _ in range(3)]
+    wild += [generator.choice([0.0, 1.0, 300.0, 1e12], 500), generator.integers(1, 31, 500).astype(float)]
+    wild += [generator.integers(0, 2, 500).astype(float) for _ in range(2)]
+    low, high = SCHEMAS[name].bounds()
+    values = SCHEMAS[name](Seen(*wild), max_steps=30)
+    assert (values >= low).all() and (values <= high).all()
+    assert (values.min(axis=0) < values.max(axis=0)).all()
+
+
+def test_seen_is_that_of_the_small_proposal_and_the_accepted_steps(tmp_path):
+    store = finished(tmp_path / "s")
+    compiled, scorer = compile_store(store, cache=False), ScriptedScorer()
+    seen, row = seen_of(compiled), 0
+    for tree in load_trees(store, store.problems(), None, None):
+        for node in tree.nodes.values():
+            step, question = node.proposals[SMALL], tree.problem.question
+            accepted = [scorer.of(question, node.steps[: count + 1]) for count in range(len(node.steps))]
+            wanted = (
+                scorer.of(question, (*node.steps, step.text)),
+                min(accepted, default=1),
+                math.prod(accepted),
+                step.tokens,
+                len(accepted) + 1,
+                step.terminal,
+                "\\boxed" in step.text,
+            )
+            np.testing.assert_allclose([column[row] for column in seen], wanted, rtol=1e-6)
+            row += 1
+    assert row == compiled.nodes > 20
+    np.testing.assert_array_equal(seen_of(compiled, np.array([3, 1])).tokens, seen.tokens[[3, 1]])
+
+
+def test_names_versions_and_mistakes():
+    schema = schema_named("agg+")
+    assert schema_named(schema.id) is schema and schema.id == "agg+/1"
+    with pytest.raises(ConfigError, match=r"'agg\+prd'.*Did you mean 'agg\+prod'"):
+        schema_named("agg+prd")
+    with pytest.raises(ConfigError, match="version 1 here; version 7"):
+        schema_named("agg/7")

@@ -1,0 +1,379 @@
+"""The live environment: the same as compiled trees where those are complete, generating what misses elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from concurrent.futures import Future
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from handmade import ScriptedScorer, ScriptedWriter, process
+from made_stores import PROBLEMS, HorizonWriter, finished, grown, rollout, same, writers
+
+from rollouts.errors import BackendError, ConfigError, StoreError
+from rollouts.models.stepwise import Prefix
+from rollouts.nodes import LARGE, ROLES, SMALL
+from rollouts.steps import prefix_hash
+from rollouts.store import Store, locate
+from rollouts.tree import compile_store
+from rollouts.verify import verify_store
+from trim_env.live import LiveVectorEnv, open_live
+from trim_env.sb3 import SB3VecEnv
+from trim_env.tables import decision_tables
+from trim_env.vector import TrimVectorEnv
+
+
+class NoScorer:
+    """Stands for the scorer of a store's table and refuses to score."""
+
+    tolerance = 0.0
+
+    def __init__(self, store: Store) -> None:
+        self.name = store.names("scores")[0]
+        self._process = store.table_manifest("scores", self.name)["process"]
+
+    def process(self):
+        return self._process
+
+    def submit(self, question, steps):
+        raise AssertionError("nothing should be scored")
+
+
+def idle(store, **options) -> LiveVectorEnv:
+    """Return an environment that cannot generate or score."""
+    return LiveVectorEnv(store, {}, NoScorer(store if isinstance(store, Store) else Store(store)), **options)
+
+
+def empty(path, max_escalations=None) -> Store:
+    store = Store.create(path, process(max_escalations))
+    store.add_problems(PROBLEMS)
+    return store
+
+
+def rows(table):
+    found = list(itertools.chain.from_iterable(part.to_pylist() for part in table.read()))
+    keyed = {(row["problem"], row["replica"], row["prefix"], row["role"]): row for row in found}
+    assert len(keyed) == len(found)
+    return keyed
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    path = tmp_path_factory.mktemp("copy") / "quickstart"
+    shutil.copytree(locate("quickstart"), path, ignore=shutil.ignore_patterns(".compiled", ".lock"))
+    return path
+
+
+# ---------------------------------------------------------------- complete stores
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"split": "train"},
+        {"split": "test", "schema": "agg+prod", "cost": "prefill-full:0.1", "lam": 1e-3, "max_escalations": 1},
+    ],
+)
+def test_a_complete_store_gives_what_compiled_trees_give(quickstart, options):
+    compiled = rollout(TrimVectorEnv("quickstart", num_envs=16, **options), 60, seed=5)
+    env = idle(quickstart, num_envs=16, **options)
+    before = {file: file.stat().st_mtime_ns for file in quickstart.rglob("*.parquet")}
+    assert same(rollout(env, 60, seed=5), compiled)
+    assert env.generated == 0
+    env.close()
+    assert {file: file.stat().st_mtime_ns for file in quickstart.rglob("*.parquet")} == before
+
+
+@pytest.mark.parametrize("cap", [None, 0, 2])
+@pytest.mark.parametrize("memory", [1024, 1])
+def test_so_does_a_small_store_with_few_trees_in_memory(tmp_path, cap, memory):
+    store = finished(tmp_path / "s", cap)
+    compiled = TrimVectorEnv(store.path, None, 5)
+    live = idle(store.path, split=None, num_envs=5, max_escalations=cap, trees_in_memory=memory)
+    assert same(rollout(live, 80, seed=1), rollout(compiled, 80, seed=1))
+    assert same(rollout(live, 20), rollout(compiled, 20))  # a reset without a seed goes on
+    assert live.take_finished() == compiled.take_finished()
+    assert len(live._live._trees) <= max(memory, 5)
+    live.close()
+
+
+def test_the_sb3_face(tmp_path):
+    store = finished(tmp_path / "s")
+    compiled = SB3VecEnv(TrimVectorEnv(store.path, None, 4), seed=2)
+    live = SB3VecEnv(idle(store.path, split=None, num_envs=4), seed=2)
+    np.testing.assert_array_equal(live.reset(), compiled.reset())
+    generator = np.random.default_rng(0)
+    for _ in range(30):
+        actions = generator.integers(0, 2, 4)
+        assert same(live.step(actions), compiled.step(actions))
+    live.close()
+
+
+def test_a_state_goes_on_identically(tmp_path):
+    store = finished(tmp_path / "s")
+    env = idle(store.path, split=None, num_envs=6)
+    rollout(env, 9, seed=4)
+    state, here = env.state(), env._seen
+    wanted = rollout(env, 30, start=False)
+    env.close()
+    again = idle(store.path, split=None, num_envs=6)
+    np.testing.assert_array_equal(again.restore(state), here)
+    assert same(rollout(again, 30, start=False), wanted)
+    again.close()
+
+
+# ---------------------------------------------------------------- stores that lack something
+
+
+@pytest.mark.parametrize("closed", [None, 0, 1])
+def test_an_almost_empty_store_is_filled_once(tmp_path, closed):
+    store = empty(tmp_path / "s", closed)
+    asked: list = []
+    who = {role: HorizonWriter(role, asked=asked) for role in ROLES}
+    options = {"split": None, "num_envs": 7, "grader": "numeric"}
+    env = LiveVectorEnv(store.path, who, ScriptedScorer(), **options)
+    first = rollout(env, 40, seed=0)
+    assert env.generated == len(rows_made(env, store))
+    assert len({item[:4] for item in asked}) == len(asked) > 20
+    findings = verify_store(store)
+    assert not [line for line in findings.problems if closed is not None or "not closed" not in line]
+    for (name, replica, prefix, role), row in rows(store.steps).items():
+        step = who[role].step(Prefix(name, "", replica, (), 0), prefix_texts(store, name, prefix))
+        assert (row["text"], row["tokens"]) == (step.text, step.tokens)
+    second = idle(store.path, **options)
+    assert same(rollout(second, 40, seed=0), first)
+    assert second.generated == 0
+    second.close()
+    if closed is not None:  # then it is a sound store, and compiled trees hold every node that was reached
+        tables = replace(decision_tables(store.path, None), max_escalations=None)
+        assert same(rollout(TrimVectorEnv(tables, num_envs=7), 40, seed=0), first)
+        assert max(extra["final_info"]["escalations"].max() for *_, extra in first[1:] if extra) > closed
+
+
+def rows_made(env, store):
+    env.close()
+    return rows(store.steps)
+
+
+def prefix_texts(store, name, prefix):
+    """Return the texts of the steps before a node, found by their hash among all that were written."""
+    nodes = {prefix_hash(()): ()}
+    table = [(key[2], row) for key, row in rows(store.steps).items() if key[0] == name]
+    while prefix not in nodes:
+        nodes |= {
+            prefix_hash((*nodes[node], row["text"])): (*nodes[node], row["text"])
+            for node, row in table
+            if node in nodes
+        }
+    return nodes[prefix]
+
+
+def test_scores_and_grades_that_miss_are_added_without_generating(tmp_path):
+    store = grown(tmp_path / "s")
+    scorer = ScriptedScorer()
+    env = LiveVectorEnv(store.path, {}, scorer, split=None, num_envs=24)
+    seen = rollout(env, 30, seed=3)
+    env.close()
+    assert env.generated == 0 and 0 < scorer.paths < store.steps.rows()
+    assert not verify_store(store).problems
+    assert same(rollout(TrimVectorEnv(compile_store(store), None, 24), 30, seed=3), seen)
+
+
+def test_identical_steps_of_both_models_are_scored_once(tmp_path):
+    store = empty(tmp_path / "s")
+    scorer = ScriptedScorer()
+    env = LiveVectorEnv(store.path, writers(), scorer, split=None, num_envs=32)
+    rollout(env, 30, seed=0)
+    env.close()
+    scores, steps = rows(store.scores("scripted")), rows(store.steps)
+    assert scores.keys() == steps.keys()
+    twins = [key for key in steps if key[3] == LARGE and steps[*key[:3], SMALL]["text"] == steps[key]["text"]]
+    assert twins and all(scores[key]["score"] == scores[*key[:3], SMALL]["score"] for key in twins)
+    assert scorer.paths <= len(steps) - len(twins) - sum(key[3] == SMALL for key in steps) / 2
+
+
+def test_problems_without_trees_get_as_many_replicas_as_asked_for(tmp_path):
+    store = empty(tmp_path / "s")
+    env = LiveVectorEnv(store.path, writers(), ScriptedScorer(), num_envs=200, replicas=3)
+    env.reset(seed=0)
+    env.close()
+    assert {key[:2] for key in rows(store.steps)} == {(f"p{i}", replica) for i in range(5) for replica in range(3)}
+    assert all(row["role"] == SMALL for row in rows(store.steps).values())  # K is None: only what is reached
+
+
+# ---------------------------------------------------------------- batches
+
+
+class Pending(Future):
+    """Answered, with all others of its engine, when somebody waits for it."""
+
+    def __init__(self, engine) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def result(self, timeout=None):
+        self.engine.answer()
+        return super().result(timeout)
+
+
+class Batching:
+    """A writer or scorer that answers only what was sent before somebody waited, and counts how often that was."""
+
+    def __init__(self, inner) -> None:
+        self.inner = inner
+        self.waiting: list = []
+        self.batches: list[int] = []
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def submit(self, *arguments, **options):
+        future = Pending(self)
+        self.waiting.append((future, self.inner.submit(*arguments, **options)))
+        return future
+
+    def answer(self):
+        if self.waiting:
+            self.batches.append(len(self.waiting))
+        for future, answer in self.waiting:
+            future.set_result(answer.result())
+        self.waiting = []
+
+
+def test_all_that_a_step_lacks_is_one_batch_for_each_model(tmp_path):
+    store = empty(tmp_path / "s")
+    models = {role: Batching(ScriptedWriter(role, depth=6, merge=50)) for role in ROLES}
+    scorer = Batching(ScriptedScorer())
+    env = LiveVectorEnv(store.path, models, scorer, split=None, num_envs=64, replicas=8)
+    env.reset(seed=0)
+    engines = [*models.values(), scorer]
+    assert [len(engine.batches) for engine in engines] == [1, 0, 1]
+    generator = np.random.default_rng(0)
+    sizes = [[], [], []]
+    for _ in range(12):
+        for engine in engines:
+            engine.batches.clear()
+        env.step(generator.integers(0, 2, 64))
+        for engine, size in zip(engines, sizes, strict=True):
+            assert len(engine.batches) <= 1 and not engine.waiting
+            size += engine.batches
+    assert all(max(size) > 5 for size in sizes)
+    env.close()
+
+
+# ---------------------------------------------------------------- failures
+
+
+class Dying:
+    """A writer or scorer that answers some requests and then no more; `late` fails answers instead of requests."""
+
+    def __init__(self, inner, after, late) -> None:
+        self.inner, self.left, self.late = inner, after, late
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def submit(self, *arguments, **options):
+        self.left -= 1
+        if self.left >= 0:
+            return self.inner.submit(*arguments, **options)
+        if not self.late:
+            raise BackendError("the model is gone")
+        future: Future = Future()
+        future.set_exception(BackendError("the model is gone"))
+        return future
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("who", [SMALL, LARGE, "scorer"])
+@pytest.mark.parametrize("closed", [None, 0])
+def test_what_was_made_before_a_model_failed_is_kept(tmp_path, who, late, closed):
+    store = empty(tmp_path / "s", closed)
+    asked: list = []
+    before: dict = {}
+    for attempt in range(40):
+        models = {role: ScriptedWriter(role, asked=asked) for role in ROLES} | {"scorer": ScriptedScorer()}
+        models[who] = Dying(models[who], attempt, late)
+        env = LiveVectorEnv(store.path, models, models["scorer"], split=None, num_envs=6, replicas=2)
+        try:
+            rollout(env, 30, seed=0)
+            break
+        except BackendError as error:
+            assert "gone" in str(error)
+            with pytest.raises(ConfigError, match="reset"):
+                env.step(np.zeros(6))
+            now = rows(store.steps)  # before it is closed
+            assert len(now) == len(before) + env.generated
+            assert all(now[key] == value for key, value in before.items())
+            before = now
+        finally:
+            env.close()
+    assert attempt > 3
+    assert len({item[:4] for item in asked}) == len(asked)
+    assert not [line for line in verify_store(store).problems if closed is not None or "not closed" not in line]
+
+
+def test_it_can_be_reset_after_a_failure(tmp_path):
+    store = empty(tmp_path / "s")
+    small = Dying(ScriptedWriter(SMALL), 2, False)
+    env = LiveVectorEnv(store.path, {**writers(), SMALL: small}, ScriptedScorer(), split=None, num_envs=6)
+    with pytest.raises(BackendError):
+        env.reset(seed=0)
+    small.left = 10**9
+    seen = rollout(env, 20, seed=0)
+    env.close()
+    other = LiveVectorEnv(empty(tmp_path / "t").path, writers(), ScriptedScorer(), split=None, num_envs=6)
+    assert same(rollout(other, 20, seed=0), seen)
+    other.close()
+
+
+def test_the_write_lock_is_held_until_closed(tmp_path):
+    store = finished(tmp_path / "s")
+    env = idle(store.path)
+    with pytest.raises(StoreError, match="another process is writing"):
+        idle(store.path)
+    env.close()
+    env.close()
+    for mistake, error in (
+        ({"lam": -1}, ConfigError),
+        ({"schema": "agc"}, ConfigError),
+        ({"split": "tset"}, StoreError),
+        ({"replicas": 0}, ConfigError),
+        ({"max_escalations": -1}, ConfigError),
+        ({"grader": "exactly"}, ConfigError),
+    ):
+        with pytest.raises(error):
+            idle(store.path, **mistake)
+    with store.writing():  # no mistake has left it locked; a store that is locked can be passed on
+        env = idle(store)
+        env.reset(seed=0)
+        env.close()
+
+
+# ---------------------------------------------------------------- real models
+
+
+def test_real_models(tmp_path):
+    from rollouts.config import load_family
+    from rollouts.family import Family
+    from rollouts.problems import load_problems
+
+    problems = list(load_problems("tinymath:train", limit=8))
+    store = Store.create(tmp_path / "s", Family(load_family("tinymath:transformers")).process(0, labels=True))
+    store.add_problems(problems)
+    with open_live(store.path, "tinymath:transformers", num_envs=8, schema="agg") as env:
+        first = rollout(env, 12, seed=0)
+        assert env.generated > 50
+    assert not verify_store(store).problems
+    steps = rows(store.steps)
+    assert all(row["label"] is not None for row in steps.values())
+    assert (np.stack([seen[0] for seen in first])[:, :, 0] != 0).all()
+    second = idle(store.path, num_envs=8, schema="agg")
+    assert same(rollout(second, 12, seed=0), first)
+    second.close()
+    with pytest.raises(StoreError, match="another process"):
+        Store.create(tmp_path / "other", process(0)).add_problems(problems)
+        with open_live(tmp_path / "other", "tinymath:transformers"):
+            pass
