@@ -2,11 +2,17 @@
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import tyro
+import yaml
 from scripted_store import scripted_store
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -16,6 +22,7 @@ import train as train_command  # noqa: E402
 from agents import artefact, tracking
 from agents.base import Constant, Threshold
 from agents.evaluation.suite import EvaluateConfig, evaluate, save
+from agents.experiment import TrainConfig
 from rollouts.tree import compile_store
 
 QUICK = ["--ppo.iterations", "2", "--ppo.num-envs", "64", "--ppo.n-steps", "8", "--ppo.hidden", "8", "--attempts", "1"]
@@ -83,8 +90,6 @@ def test_evaluation_writes_tables_and_pictures(finished, store, capsys):
 
 
 def test_evaluation_reads_nothing_but_policies(finished, store, tmp_path):
-    import shutil
-
     for place in finished.glob("lam-*/policy"):
         shutil.copytree(place, tmp_path / "bare" / place.parent.name / "policy")
     whole = evaluate(EvaluateConfig((finished,), str(store)))
@@ -176,11 +181,6 @@ def test_a_key_means_online(monkeypatch, tmp_path):
 
 
 def test_the_sweep_file_names_settings_that_exist():
-    import tyro
-    import yaml
-
-    from agents.experiment import TrainConfig
-
     sweep = yaml.safe_load((Path(__file__).parents[2] / "agents" / "sweep.yaml").read_text())
     assert sweep["program"] == "train.py" and sweep["method"] in ("grid", "random", "bayes")
     arguments = []
@@ -189,3 +189,37 @@ def test_the_sweep_file_names_settings_that_exist():
         arguments += [f"--{name}", str(value)]
     assert "${args}" in sweep["command"]
     tyro.cli(TrainConfig, args=arguments)
+
+
+def test_unusable_rollouts_are_refused_in_one_line(tmp_path, capsys):
+    whole = scripted_store(tmp_path / "whole", 30).path
+
+    def refused(damage, message):
+        store = tmp_path / f"damaged-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(whole, store, ignore=shutil.ignore_patterns(".compiled"))
+        damage(store)
+        out = tmp_path / "never"
+        code = train_command.main(["--rollouts", str(store), "--lam", "0.01", "--out", str(out), "--tracking", "none"])
+        printed = capsys.readouterr().err.strip().splitlines()
+        assert code == 2 and printed[-1].startswith("error: ") and re.search(message, printed[-1]), printed
+        assert not out.exists()
+
+    def without_large_steps(store):
+        for shard in (store / "steps").glob("*.parquet"):
+            table = pq.read_table(shard)
+            keep = [role == "small" for role in table["role"].to_pylist()]
+            pq.write_table(table.filter(keep), shard)
+
+    def not_a_number(store):
+        shard = next((store / "scores" / "scripted").glob("*.parquet"))
+        table = pq.read_table(shard)
+        values = np.array(table["score"].to_pylist(), np.float32)
+        values[3] = np.nan
+        field = table.schema.get_field_index("score")
+        column = pa.array(values, type=table.schema.field("score").type)
+        pq.write_table(table.set_column(field, table.schema.field("score"), column), shard)
+
+    refused(lambda store: shutil.rmtree(store / "scores"), "no scores")
+    refused(lambda store: shutil.rmtree(store / "grades"), "no grades")
+    refused(without_large_steps, "incomplete")
+    refused(not_a_number, "1 scores.*NaN")
