@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rollouts.answers import has_answer
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.expand import load_trees
-from rollouts.grading import has_answer
 from rollouts.live_trees import LiveTrees
 from rollouts.models.stepwise import StepWriter
 from rollouts.nodes import LARGE, ROLES, SMALL, Node, RolloutTree

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rollouts.answers import last_boxed
 from rollouts.errors import ConfigError, DataError, did_you_mean
-from rollouts.grading import last_boxed
 
 EMBEDDED = "tinymath"
 SPLITS = ("train", "validation", "test", "ood")

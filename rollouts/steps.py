@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from rollouts.grading import last_boxed
+from rollouts.answers import last_boxed
 
 DELIMITER = "\n\n"
 ROOT_HASH = 0  # the empty prefix

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rollouts.answers import has_answer
 from rollouts.errors import StoreError
 from rollouts.expand import load_trees
-from rollouts.grading import has_answer
 from rollouts.nodes import ROLES, Node, RolloutTree
 from rollouts.problems import Problem
 from rollouts.shards import KEY, Table

@@ -11,7 +11,7 @@ from typing import Any
 from rollouts.config import GeneratorConfig
 from rollouts.errors import BackendError, ConfigError, did_you_mean
 from rollouts.models.base import Capabilities, Completion, Sampling
-from rollouts.models.server import HttpServer, RequestFailed
+from rollouts.models.http import HttpServer, RequestFailed
 from rollouts.steps import DELIMITER, closes_box, normalise
 
 _REQUEST = (

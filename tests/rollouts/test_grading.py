@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rollouts.answers import final_answer, has_answer, last_boxed, quick_equal
 from rollouts.errors import ConfigError
-from rollouts.grading import Grader, final_answer, has_answer, last_boxed, make_grader, quick_equal
+from rollouts.grading import Grader, make_grader
 
 
 @pytest.fixture(scope="module")
