@@ -51,7 +51,7 @@ class DecisionTables:
     @property
     def roots(self) -> NDArray[np.int64]:
         """(R,) rows of the roots of the split's trees."""
-        return self.trees.root[self.indices].astype(np.int64)
+        return np.array(self.trees.root[self.indices], np.int64)
 
     def in_schema(self, name: str) -> NDArray[np.float32]:
         """Return (N, d) features of the same nodes in another schema, given by its name or ``name/version``."""
@@ -100,9 +100,9 @@ def decision_tables(
         cost_model=model,
         max_escalations=checked_cap(trees.meta["max_escalations"], max_escalations),
         features=schema(seen_of(trees), trees.meta["max_steps"]),
-        child=trees.child.reshape(-1).astype(np.int64),
+        child=np.array(trees.child.reshape(-1), np.int64),
         cost=np.nan_to_num(model.edges(trees).reshape(-1)),
-        solved=(trees.correct.reshape(-1) == 1).astype(np.float64),
+        solved=np.array(trees.correct.reshape(-1) == 1, np.float64),
         large_tokens=large.reshape(-1),
         small_tokens=small.reshape(-1),
     )

@@ -9,8 +9,9 @@ import numpy as np
 from handmade import ScriptedScorer, ScriptedWriter, problem, process
 
 from rollouts.annotate import grade_store, score_store
+from rollouts.answers import final_answer
 from rollouts.expand import Grower, StepBuffer, load_trees
-from rollouts.grading import final_answer, make_grader
+from rollouts.grading import make_grader
 from rollouts.nodes import LARGE, ROLES, SMALL, Node, RolloutTree
 from rollouts.steps import Step, StopReason
 from rollouts.store import Store

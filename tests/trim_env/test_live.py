@@ -19,10 +19,14 @@ from rollouts.steps import prefix_hash
 from rollouts.store import Store, locate
 from rollouts.tree import compile_store
 from rollouts.verify import verify_store
+from trim_env.features import Feature, Schema
 from trim_env.live import LiveVectorEnv, open_live
 from trim_env.sb3 import SB3VecEnv
 from trim_env.tables import decision_tables
 from trim_env.vector import TrimVectorEnv
+
+# 0 for numbers that a float32 can hold, as compiled trees hold products of scores, and hardly ever for others
+ROUNDING = Schema("rounding", 1, (Feature("rest", 0, 1, lambda seen, _: seen.product_score * 2**54 % 1),) * 2)
 
 
 class NoScorer:
@@ -39,6 +43,16 @@ class NoScorer:
 
     def submit(self, question, steps):
         raise AssertionError("nothing should be scored")
+
+
+class RecordingScorer(ScriptedScorer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list = []
+
+    def submit(self, question, steps):
+        self.asked.append((question, tuple(steps)))
+        return super().submit(question, steps)
 
 
 def idle(store, **options) -> LiveVectorEnv:
@@ -74,6 +88,7 @@ def quickstart(tmp_path_factory):
     [
         {"split": "train"},
         {"split": "test", "schema": "agg+prod", "cost": "prefill-full:0.1", "lam": 1e-3, "max_escalations": 1},
+        {"split": "test", "schema": ROUNDING},
     ],
 )
 def test_a_complete_store_gives_what_compiled_trees_give(quickstart, options):
@@ -127,56 +142,59 @@ def test_a_state_goes_on_identically(tmp_path):
 # ---------------------------------------------------------------- stores that lack something
 
 
-@pytest.mark.parametrize("closed", [None, 0, 1])
-def test_an_almost_empty_store_is_filled_once(tmp_path, closed):
+@pytest.mark.parametrize(("closed", "memory"), [(None, 1024), (0, 1024), (1, 1024), (None, 1)])
+def test_an_almost_empty_store_is_filled_once(tmp_path, closed, memory):
     store = empty(tmp_path / "s", closed)
     asked: list = []
     who = {role: HorizonWriter(role, asked=asked) for role in ROLES}
-    options = {"split": None, "num_envs": 7, "grader": "numeric"}
+    options = {"split": None, "num_envs": 7, "grader": "numeric", "trees_in_memory": memory, "replicas": 3}
+    options["schema"] = "agg+prod"  # products show whether scores are the same to the last bit
     env = LiveVectorEnv(store.path, who, ScriptedScorer(), **options)
     first = rollout(env, 40, seed=0)
-    assert env.generated == len(rows_made(env, store))
+    env.close()
+    assert env.generated == store.steps.rows()
     assert len({item[:4] for item in asked}) == len(asked) > 20
     findings = verify_store(store)
     assert not [line for line in findings.problems if closed is not None or "not closed" not in line]
-    for (name, replica, prefix, role), row in rows(store.steps).items():
-        step = who[role].step(Prefix(name, "", replica, (), 0), prefix_texts(store, name, prefix))
+    steps = rows(store.steps)
+    nodes = texts_of_nodes(steps)
+    for (name, replica, prefix, role), row in steps.items():
+        step = who[role].step(Prefix(name, "", replica, (), 0), nodes[name, prefix])
         assert (row["text"], row["tokens"]) == (step.text, step.tokens)
     second = idle(store.path, **options)
     assert same(rollout(second, 40, seed=0), first)
     assert second.generated == 0
     second.close()
     if closed is not None:  # then it is a sound store, and compiled trees hold every node that was reached
-        tables = replace(decision_tables(store.path, None), max_escalations=None)
+        tables = replace(decision_tables(store.path, None, schema="agg+prod"), max_escalations=None)
         assert same(rollout(TrimVectorEnv(tables, num_envs=7), 40, seed=0), first)
         assert max(extra["final_info"]["escalations"].max() for *_, extra in first[1:] if extra) > closed
 
 
-def rows_made(env, store):
-    env.close()
-    return rows(store.steps)
-
-
-def prefix_texts(store, name, prefix):
-    """Return the texts of the steps before a node, found by their hash among all that were written."""
-    nodes = {prefix_hash(()): ()}
-    table = [(key[2], row) for key, row in rows(store.steps).items() if key[0] == name]
-    while prefix not in nodes:
-        nodes |= {
-            prefix_hash((*nodes[node], row["text"])): (*nodes[node], row["text"])
-            for node, row in table
-            if node in nodes
-        }
-    return nodes[prefix]
+def texts_of_nodes(steps):
+    """Return the texts of the steps before each node, by problem and hash, from rows of a step table."""
+    nodes = {(name, prefix_hash(())): () for name, *_ in steps}
+    below: dict = {}
+    for (name, _, prefix, _), row in steps.items():
+        below.setdefault((name, prefix), set()).add(row["text"])
+    waiting = list(nodes)
+    while waiting:
+        name, node = waiting.pop()
+        for text in below.get((name, node), ()):
+            path = (*nodes[name, node], text)
+            nodes[name, prefix_hash(path)] = path
+            waiting.append((name, prefix_hash(path)))
+    return nodes
 
 
 def test_scores_and_grades_that_miss_are_added_without_generating(tmp_path):
     store = grown(tmp_path / "s")
-    scorer = ScriptedScorer()
+    scorer = RecordingScorer()
     env = LiveVectorEnv(store.path, {}, scorer, split=None, num_envs=24)
     seen = rollout(env, 30, seed=3)
     env.close()
-    assert env.generated == 0 and 0 < scorer.paths < store.steps.rows()
+    assert env.generated == 0
+    assert len({(question, *steps) for question, steps in scorer.asked}) == len(scorer.asked) < store.steps.rows() / 2
     assert not verify_store(store).problems
     assert same(rollout(TrimVectorEnv(compile_store(store), None, 24), 30, seed=3), seen)
 
@@ -201,6 +219,9 @@ def test_problems_without_trees_get_as_many_replicas_as_asked_for(tmp_path):
     env.close()
     assert {key[:2] for key in rows(store.steps)} == {(f"p{i}", replica) for i in range(5) for replica in range(3)}
     assert all(row["role"] == SMALL for row in rows(store.steps).values())  # K is None: only what is reached
+    assert rows(store.scores("scripted")).keys() == rows(store.steps).keys()  # beyond what has been looked at, too
+    ends = {key for key, row in rows(store.steps).items() if row["terminal"]}
+    assert rows(store.grades("exact")).keys() == ends
 
 
 # ---------------------------------------------------------------- batches
