@@ -53,6 +53,54 @@ class Router(Protocol):
         """Return the (n,) probabilities of `ESCALATE_LARGE` given (n, d) features: 0 or 1 unless the router draws."""
 
 
+@runtime_checkable
+class StatefulRouter(Protocol):
+    """Decides from what it has seen of the path as well; what it remembers is an array that its caller keeps.
+
+    The router itself stays as it is: the same state and features give the same decision. Rows of a state are
+    episodes; a caller may take, repeat and reorder them.
+
+    Attributes:
+        name: As in tables and plots.
+        schema: Name of its feature schema (`trim_env.features.SCHEMAS`), with version.
+        knob: What was set to trade accuracy for cost.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def schema(self) -> str: ...  # noqa: D102
+
+    @property
+    def knob(self) -> Knob: ...  # noqa: D102
+
+    def start(self, n: int) -> Floats:
+        """Return the (n, s) state of n episodes that begin."""
+
+    def decide(self, features: NDArray[np.float32], state: Floats) -> tuple[Floats, Floats]:
+        """Return the (n,) probabilities of `ESCALATE_LARGE` given (n, d) features, and the (n, s) state after them."""
+
+    def accept(
+        self,
+        state: Floats,
+        actions: NDArray[np.int64],
+        scores: NDArray[np.floating],
+        tokens: NDArray[np.integer],
+    ) -> Floats:
+        """Return the (n, s) state once steps were accepted.
+
+        Args:
+            state: As `decide` returned it.
+            actions: (n,) 0 where the proposal was accepted, 1 where the large model wrote the step instead.
+            scores: (n,) scores of the accepted steps, whoever wrote them.
+            tokens: (n,) their tokens.
+        """
+
+
+AnyRouter = Router | StatefulRouter
+
+
 @dataclass(frozen=True)
 class Constant:
     """Always the same action: 0 is always-small, 1 always-large."""

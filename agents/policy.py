@@ -9,9 +9,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.base import Floats, Knob
-from rollouts.errors import ArtefactError
+from rollouts.errors import ArtefactError, ConfigError
+from trim_env.features import lam_feature
 
 Weights = Mapping[str, NDArray[np.float32]]
+
+
+def _check(weights: Weights) -> None:
+    """Raise `ArtefactError` unless the layers fit together and end in two finite logits."""
+    width: int | None = None
+    for layer in range(len(weights) // 2):
+        try:
+            weight, bias = weights[f"{layer}.weight"], weights[f"{layer}.bias"]
+        except KeyError as error:
+            raise ArtefactError(f"The policy's weights lack {error}.") from error
+        if weight.ndim != 2 or bias.shape != weight.shape[:1] or width not in (None, weight.shape[1]):
+            raise ArtefactError(f"The policy's layer {layer} has shapes {weight.shape} and {bias.shape}.")
+        if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+            raise ArtefactError(f"The policy's layer {layer} has weights that are not finite.")
+        width = weight.shape[0]
+    if width != 2:
+        raise ArtefactError(f"The policy ends in {width} outputs, expected one logit for each of 2 actions.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,19 +50,7 @@ class MLP:
 
     def __post_init__(self) -> None:
         """Check that the layers fit together."""
-        width: int | None = None
-        for layer in range(self.layers):
-            try:
-                weight, bias = self.weights[f"{layer}.weight"], self.weights[f"{layer}.bias"]
-            except KeyError as error:
-                raise ArtefactError(f"The policy's weights lack {error}.") from error
-            if weight.ndim != 2 or bias.shape != weight.shape[:1] or width not in (None, weight.shape[1]):
-                raise ArtefactError(f"The policy's layer {layer} has shapes {weight.shape} and {bias.shape}.")
-            if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
-                raise ArtefactError(f"The policy's layer {layer} has weights that are not finite.")
-            width = weight.shape[0]
-        if width != 2:
-            raise ArtefactError(f"The policy ends in {width} outputs, expected one logit for each of 2 actions.")
+        _check(self.weights)
 
     @property
     def layers(self) -> int:
@@ -69,3 +75,44 @@ class MLP:
         """Return (n,) of 0 and 1: the argmax action."""
         logits = self.logits(features)
         return (logits[:, 1] > logits[:, 0]).astype(np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class ConditionedMLP:
+    """A perceptron for every λ in a range: it takes λ as one more feature, after those of the schema.
+
+    Attributes:
+        name: As in tables and plots.
+        schema: Feature schema with version, without λ.
+        low: Least λ that it was trained for.
+        high: Greatest.
+        weights: As of `MLP`; the first layer has one column more than the schema.
+    """
+
+    name: str
+    schema: str
+    low: float
+    high: float
+    weights: Weights
+
+    def __post_init__(self) -> None:
+        """Check layers and range."""
+        _check(self.weights)
+        if not 0 < self.low < self.high < np.inf:
+            raise ArtefactError(f"The policy's range of λ is {self.low:g} to {self.high:g}.")
+
+    def at(self, lam: float) -> MLP:
+        """Return the router for one λ: as λ is constant then, its column becomes part of the first bias.
+
+        Raises:
+            ConfigError: It was not trained for this λ.
+        """
+        if not self.low * (1 - 1e-9) <= lam <= self.high * (1 + 1e-9):
+            raise ConfigError(
+                f"lam is {lam:g}; this policy was trained for {self.low:g} to {self.high:g}. "
+                "Choose one in that range, or train over a wider one (--lam-range)."
+            )
+        weight = self.weights["0.weight"]
+        bias = self.weights["0.bias"] + weight[:, -1] * lam_feature(lam)
+        own = {**self.weights, "0.weight": np.ascontiguousarray(weight[:, :-1]), "0.bias": bias.astype(np.float32)}
+        return MLP(self.name, self.schema, Knob("lam", lam), own)

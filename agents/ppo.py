@@ -52,13 +52,13 @@ class PPOSettings:
     n_steps: int = 16
     batch_size: int = 2048
     n_epochs: int = 4
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     entropy: float = 0.003
     clip_range: float = 0.2
     gae_lambda: float = 0.95
     hidden: int = 32
     lam_start: float = 0.2
-    lam_ramp: float = 0.4
+    lam_ramp: float = 0.2
 
     def __post_init__(self) -> None:
         """Check what would otherwise fail later."""

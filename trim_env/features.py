@@ -126,6 +126,16 @@ SCHEMAS: dict[str, Schema] = {
 DEFAULT_SCHEMA = "agg+"
 
 
+def lam_feature(lam: Floats | float) -> NDArray[np.float32]:
+    """Return λ as the feature that λ-conditioned policies see after all others: log10(λ) + 3, within -6 to 6."""
+    value = np.log10(np.maximum(np.asarray(lam, np.float64), 1e-12)) + 3
+    clipped: NDArray[np.float32] = np.clip(value, -LAM_BOUND, LAM_BOUND).astype(np.float32)
+    return clipped
+
+
+LAM_BOUND = 6.0
+
+
 def schema_named(name: str) -> Schema:
     """Return a schema by its name, or by ``name/version``.
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.base import Router
+from agents.base import AnyRouter, StatefulRouter
 from agents.evaluation.metrics import References
 from agents.evaluation.outcomes import Outcomes
 from rollouts.errors import StoreError
@@ -24,12 +24,14 @@ Floats = NDArray[np.float64]
 Decide = Callable[[Ints, Ints], Floats]  # (rows of nodes, escalations so far) -> P(escalate); both (n,)
 
 
-def run(router: Router, tables: DecisionTables) -> Outcomes:
+def run(router: AnyRouter, tables: DecisionTables) -> Outcomes:
     """Return the outcomes of a router on the split of some tables.
 
     Raises:
         StoreError: A proposal that the router needs was not generated.
     """
+    if isinstance(router, StatefulRouter):
+        return by_problem(tables, run_trees(tables, router))
     features = tables.in_schema(router.schema)
     return by_problem(tables, run_trees(tables, lambda rows, _: router.probability(features[rows])))
 
@@ -41,17 +43,21 @@ def references(tables: DecisionTables) -> References:
     return References(by_problem(tables, small), by_problem(tables, large))
 
 
-def run_trees(tables: DecisionTables, decide: Decide) -> dict[str, Floats]:
-    """Return the expected outcome of each tree of the split: the fields of `Outcomes` as (R,) arrays."""
+def run_trees(tables: DecisionTables, decide: Decide | StatefulRouter) -> dict[str, Floats]:
+    """Return the expected outcome of each tree of the split: the fields of `Outcomes` as (R,) arrays.
+
+    Paths of a router with state are never merged: it may tell them apart.
+    """
     count = len(tables.indices)
+    path = _Path(decide, tables) if isinstance(decide, StatefulRouter) else None
     totals = {name: np.zeros(count) for name in Outcomes.columns()}
     rows, tree = tables.roots, np.arange(count)
     used, weight = np.zeros(count, np.int64), np.ones(count)
     while len(rows):
-        escalate = decide(rows, used)
+        escalate = path.decide(rows) if path else decide(rows, used)  # type: ignore[operator]
         if tables.max_escalations is not None:
             escalate = np.where(used < tables.max_escalations, escalate, 0.0)
-        branches = []
+        branches, going = [], []
         for action, share in ((CONTINUE_SMALL, 1 - escalate), (ESCALATE_LARGE, escalate)):
             taken = np.flatnonzero(share > 0)
             place, owner, mass = 2 * rows[taken] + action, tree[taken], (weight * share)[taken]
@@ -61,10 +67,34 @@ def run_trees(tables: DecisionTables, decide: Decide) -> dict[str, Floats]:
             _add(totals, tables, place, owner, mass, action)
             on = child >= 0
             branches.append((child[on], owner[on], used[taken][on] + action, mass[on]))
+            going.append(taken[on])
+        if path:
+            path.accept(rows, *going)
         rows, tree, used, weight = (np.concatenate(parts) for parts in zip(*branches, strict=True))
-        if ((escalate > 0) & (escalate < 1)).any():
+        if not path and ((escalate > 0) & (escalate < 1)).any():
             rows, tree, used, weight = _merged(rows, tree, used, weight)
     return totals
+
+
+class _Path:
+    """The states of a router's episodes, one for each path under way."""
+
+    def __init__(self, router: StatefulRouter, tables: DecisionTables) -> None:
+        self._router, self._trees = router, tables.trees
+        self._features = tables.in_schema(router.schema)
+        self._state = router.start(len(tables.indices))
+
+    def decide(self, rows: Ints) -> Floats:
+        escalate, self._state = self._router.decide(self._features[rows], self._state)
+        return escalate
+
+    def accept(self, rows: Ints, small: Ints, large: Ints) -> None:
+        """Keep the paths in which the small model's, and then those in which the large model's step was accepted."""
+        going = np.concatenate([small, large])
+        actions = np.repeat([CONTINUE_SMALL, ESCALATE_LARGE], [len(small), len(large)])
+        place = rows[going], actions
+        scores, tokens = self._trees.score[place], self._trees.accepted_tokens[place]
+        self._state = self._router.accept(self._state[going], actions, scores, tokens)
 
 
 def _add(
