@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,8 +85,8 @@ class StatefulRouter(Protocol):
         self,
         state: Floats,
         actions: NDArray[np.int64],
-        scores: NDArray[np.floating],
-        tokens: NDArray[np.integer],
+        scores: NDArray[np.floating[Any]],
+        tokens: NDArray[np.integer[Any]],
     ) -> Floats:
         """Return the (n, s) state once steps were accepted.
 

@@ -95,7 +95,8 @@ def measure(seen: Sample, latent: Latent) -> Dynamics:
     weight = latent.weight
     pair = weight[:, RIGHT]  # (M, small, large) below right prefixes
     small, large = pair.sum(axis=2), pair.sum(axis=1) * seen.present[:, [ESCALATE_LARGE]]
-    joint = pair * seen.present.all(axis=1)[:, None, None]
+    small = small * seen.present[:, [CONTINUE_SMALL]]
+    joint = pair * _both(seen)[:, None, None]
     _need(small.sum(axis=0), "the small model's", LEAST_STEPS)
     _need(large.sum(axis=0), "the large model's", LEAST_STEPS)
     steps, kinds = seen.max_steps, seen.kinds.count
@@ -129,6 +130,10 @@ def measure(seen: Sample, latent: Latent) -> Dynamics:
     )
 
 
+def _both(seen: Sample) -> NDArray[np.bool_]:
+    return seen.present[:, CONTINUE_SMALL] & seen.present[:, ESCALATE_LARGE]
+
+
 def _need(found: Floats, whose: str, least: int) -> None:
     if found.sum() < least:
         raise DataError(
@@ -147,7 +152,7 @@ def _share(part: Any, whole: Any) -> Any:
     return part / np.maximum(whole, 1e-12)
 
 
-def _shrunk(part: Floats, whole: Floats, towards: Any) -> Floats:
+def _shrunk(part: NDArray[Any], whole: NDArray[Any], towards: Any) -> Floats:
     result: Floats = (part + _SHRINK * towards) / (whole + _SHRINK)
     return result
 
@@ -173,7 +178,7 @@ def _ends(seen: Sample) -> tuple[tuple[Rate, ...], Floats]:
 
 def _large_ends(seen: Sample) -> Floats:
     steps, kinds = seen.max_steps, seen.kinds.count
-    there = seen.present.all(axis=1)
+    there = _both(seen)
     cell = seen.step[there] * kinds + seen.kind[there]
     ends = seen.ends[there, ESCALATE_LARGE].astype(np.float64)
     total = np.bincount(cell, minlength=steps * kinds).reshape(steps, kinds).astype(np.float64)
@@ -200,8 +205,8 @@ def _end_value(seen: Sample, latent: Latent) -> Floats:
     return result
 
 
-def small_ends_right(trees: Trees) -> Floats:
-    """Return (N, 2): whether the solution ends correctly if a proposal is accepted and the small model goes on.
+def ends_right(trees: Trees, author: int) -> Floats:
+    """Return (N, 2): whether the solution ends correctly if a proposal is accepted and one model writes the rest.
 
     NaN where that was not generated.
     """
@@ -211,13 +216,13 @@ def small_ends_right(trees: Trees) -> Floats:
         child = trees.child[rows]
         ended = trees.correct[rows] == 1
         after[rows] = np.where(child >= 0, value[np.maximum(child, 0)], np.where(child == TERMINAL, ended, np.nan))
-        value[rows] = after[rows, CONTINUE_SMALL]
+        value[rows] = after[rows, author]
     return after
 
 
 def _repair(seen: Sample, wrong: Floats) -> tuple[Rate, Rate]:
     """What a large step changes for broken prefixes, in pairs from the same prefix, and how they end without it."""
-    after = small_ends_right(seen.trees)[seen.rows]
+    after = ends_right(seen.trees, CONTINUE_SMALL)[seen.rows]
     alone = ~np.isnan(after[:, CONTINUE_SMALL])
     salvage = wilson((wrong * after[:, CONTINUE_SMALL])[alone].sum(), wrong[alone].sum())
     both = ~np.isnan(after).any(axis=1)
@@ -235,7 +240,7 @@ def _repair(seen: Sample, wrong: Floats) -> tuple[Rate, Rate]:
 def _tokens(seen: Sample) -> dict[str, Any]:
     """Fit E[large tokens | step, kind, small tokens]: one slope, an intercept for each kind and, shrunk, each step."""
     steps, kinds = seen.max_steps, seen.kinds.count
-    there = seen.present.all(axis=1)
+    there = _both(seen)
     kind, small, large = seen.kind[there], seen.tokens[there, CONTINUE_SMALL], seen.tokens[there, ESCALATE_LARGE]
     count = np.bincount(kind, minlength=kinds).astype(np.float64)
     means = [_shrunk(np.bincount(kind, v, kinds), count, v.mean()) for v in (small, large)]
@@ -245,7 +250,7 @@ def _tokens(seen: Sample) -> dict[str, Any]:
     intercept = means[1] - slope * means[0]
     cell = seen.step[there] * kinds + kind
     rest = large - intercept[kind] - slope * small
-    shift = _shrunk(np.bincount(cell, rest, steps * kinds), np.bincount(cell, minlength=steps * kinds) + 0.0, 0.0)
+    shift = _shrunk(np.bincount(cell, rest, steps * kinds), np.bincount(cell, minlength=steps * kinds), 0.0)
     line = np.empty((steps, kinds, 2))
     line[..., 0] = intercept + shift.reshape(steps, kinds)
     line[..., 1] = slope

@@ -42,7 +42,8 @@ class Latent:
     @property
     def prefix(self) -> Floats:
         """(M, 2) weights of a right and of a wrong prefix."""
-        return self.weight.sum(axis=(2, 3))
+        weight: Floats = self.weight.sum(axis=(2, 3))
+        return weight
 
 
 def rows_of(trees: Trees, indices: NDArray[np.int64]) -> Ints:

@@ -150,9 +150,9 @@ def measured(observed: ObservationModel, dynamics: Dynamics, kinds: Kinds) -> Mo
 def paper(observed: ObservationModel, dynamics: Dynamics) -> Model:
     """Return the model under the paper's assumptions, with constants measured from the same trees.
 
-    One accuracy per model; scores are independent given the class; what is wrong stays wrong; scores of large steps tell nothing; whether a proposal is the
-    last is not seen, only its hazard by step is known; future escalations cost the mean number of tokens, the
-    present one as many as the proposal has.
+    One accuracy per model; scores are independent given the class; what is wrong stays wrong; scores of large steps
+    tell nothing; whether a proposal is the last is not seen, only its hazard by step is known; future escalations
+    cost the mean number of tokens, the present one as many as the proposal has.
     """
     steps, bins = len(dynamics.kind), observed.bins
     ends = np.array([[rate.value] for rate in dynamics.hazard])

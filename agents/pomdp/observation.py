@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,19 +19,19 @@ from rollouts.errors import DataError
 from trim_env.features import logit
 
 BINS = 24
-LEVELS = 6
+LEVELS = 12
 LEAST_PER_CLASS = 30  # fewer labelled steps of a class than these tell nothing of its scores
 _UNIFORM = 0.5  # pseudo-steps per bin, for a class as a whole
 _POOLED = 20.0  # pseudo-steps of the coarser shares behind each finer ones
 _KERNEL = np.array([0.25, 0.5, 0.25])
 
 
-def as_feature(scores: NDArray[np.floating]) -> NDArray[np.float32]:
+def as_feature(scores: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
     """Return scores in the scale of the schema ``agg+``: log-odds, clipped at 1e-4, divided by 3; NaN stays NaN."""
     return logit(np.asarray(scores, np.float64)).astype(np.float32)
 
 
-def score_edges(scores: NDArray[np.floating], bins: int = BINS) -> NDArray[np.float32]:
+def score_edges(scores: NDArray[np.floating[Any]], bins: int = BINS) -> NDArray[np.float32]:
     """Return at most ``bins - 1`` ascending edges between quantiles of the scores, in the scale of `as_feature`.
 
     A value that makes up more than a bin's share of the scores is an edge once, and begins a bin.
@@ -155,10 +156,12 @@ class LabelledSteps:
 
     Attributes:
         scores: (n,) in [0, 1].
+        before: (n,) scores of the steps before them; NaN where there is none.
         classes: (n,) 0, 1, 2 for S0, S1, S2.
     """
 
     scores: Floats
+    before: Floats
     classes: Ints
 
 
@@ -172,6 +175,7 @@ def read_labelled(file: str | Path) -> LabelledSteps:
         DataError: A line is not such an object.
     """
     scores: list[float] = []
+    before: list[float] = []
     classes: list[int] = []
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
@@ -194,5 +198,6 @@ def read_labelled(file: str | Path) -> LabelledSteps:
         if not -1 <= first < steps:
             raise DataError(f"{file}, line {number}: label is {first}, expected -1 or the index of a step.")
         scores += own
+        before += [float("nan"), *own[:-1]][:steps]
         classes += [S0 if first < 0 or i < first else S2 if i == first else S1 for i in range(steps)]
-    return LabelledSteps(np.array(scores), np.array(classes, np.int64))
+    return LabelledSteps(np.array(scores), np.array(before), np.array(classes, np.int64))

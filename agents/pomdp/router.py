@@ -86,8 +86,8 @@ class PomdpRouter:
         self,
         state: Floats,
         actions: NDArray[np.int64],
-        scores: NDArray[np.floating],
-        tokens: NDArray[np.integer],
+        scores: NDArray[np.floating[Any]],
+        tokens: NDArray[np.integer[Any]],
     ) -> Floats:
         """Return the state before the next proposal: the score of a step of the large model is taken in."""
         kind, context = state[:, _KIND].astype(np.int64), state[:, _CONTEXT].astype(np.int64)

@@ -1,14 +1,23 @@
-"""What can be seen at the nodes of trees, as a POMDP sees it: kinds of proposals, bins of scores, ends."""
+"""What can be seen at the nodes of trees, as a POMDP sees it, and what scores tell once the classes are known."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.pomdp.latent import Floats, Ints
-from agents.pomdp.observation import LEVELS, as_feature, levels_of, score_edges, to_bins
+from agents.pomdp.latent import Floats, Ints, Latent
+from agents.pomdp.observation import (
+    LEVELS,
+    LabelledSteps,
+    ObservationModel,
+    as_feature,
+    fit_observations,
+    levels_of,
+    score_edges,
+    to_bins,
+)
 from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, TERMINAL, Trees
 from trim_env.features import schema_named, seen_of
 
@@ -142,8 +151,12 @@ def _contexts(trees: Trees, rows: Ints, edges: NDArray[np.float32], level: Ints)
     for action in (CONTINUE_SMALL, ESCALATE_LARGE):
         child = trees.child[:, action]
         before[child[child >= 0]] = trees.score[child >= 0, action]
-    context = level[to_bins(edges, as_feature(before[rows]))]
-    return np.where(np.isnan(before[rows]), level.max() + 1, context)
+    return contexts_of(edges, level, before[rows])
+
+
+def contexts_of(edges: NDArray[np.float32], level: Ints, before: Floats) -> Ints:
+    """Return the (n,) contexts of steps from the scores of the steps before; NaN: there is none."""
+    return np.where(np.isnan(before), level.max() + 1, level[to_bins(edges, as_feature(before))])
 
 
 def _same_text(trees: Trees, rows: Ints, where: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -151,3 +164,34 @@ def _same_text(trees: Trees, rows: Ints, where: NDArray[np.bool_]) -> NDArray[np
     for place in np.flatnonzero(where & (trees.child[rows, CONTINUE_SMALL] == TERMINAL)):
         same[place] = trees.proposal(rows[place], CONTINUE_SMALL) == trees.proposal(rows[place], ESCALATE_LARGE)
     return same
+
+
+def observations(seen: Sample, latent: Latent) -> ObservationModel:
+    """Estimate what scores tell from (weights of) what is hidden at the nodes of a sample.
+
+    Raises:
+        DataError: Too few steps of a class.
+    """
+    small = seen.present[:, CONTINUE_SMALL]
+    large = seen.present[:, ESCALATE_LARGE] & ~seen.ends[:, ESCALATE_LARGE]  # scores of last steps change nothing
+    return fit_observations(
+        seen.edges,
+        seen.level,
+        (seen.bin[small, 0], seen.context[small], seen.kind[small], latent.classes(CONTINUE_SMALL)[small]),
+        (seen.bin[large, 1], seen.context[large], latent.classes(ESCALATE_LARGE)[large]),
+        seen.kinds.count,
+    )
+
+
+def observations_from(seen: Sample, steps: LabelledSteps) -> ObservationModel:
+    """Estimate the same from labelled steps of other solutions: one for both models and all kinds of proposals.
+
+    Raises:
+        DataError: Too few steps of a class.
+    """
+    bins = to_bins(seen.edges, as_feature(steps.scores))
+    context = contexts_of(seen.edges, seen.level, steps.before)
+    weight = np.eye(3)[steps.classes]
+    none = (bins[:0], context[:0], weight[:0])
+    found = fit_observations(seen.edges, seen.level, (bins, context, np.zeros_like(bins), weight), none, 1)
+    return replace(found, small=np.repeat(found.small, seen.kinds.count, axis=1))

@@ -19,7 +19,7 @@ from agents.pomdp.belief import after_large, after_small, corrected, predicted, 
 from agents.pomdp.latent import RIGHT, WRONG, Floats
 from agents.pomdp.model import Model
 
-POINTS = 101
+POINTS = 65
 _NEVER = 1e-12
 
 

@@ -1,0 +1,121 @@
+"""From trees to routers: estimates with or without labels, then a plan for each λ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.pomdp.dynamics import Dynamics, Rate, measure
+from agents.pomdp.em import Agreement, agreement, em
+from agents.pomdp.latent import CLASSES, Floats, labelled, rows_of
+from agents.pomdp.model import Model, preset
+from agents.pomdp.observation import LabelledSteps, ObservationModel
+from agents.pomdp.router import PomdpRouter, routers
+from agents.pomdp.sample import Kinds, observations, observations_from, sample
+from agents.pomdp.solver import solve
+from rollouts.errors import ConfigError, did_you_mean
+from rollouts.tree import Trees
+
+LABELS = ("auto", "exact", "em")
+
+
+@dataclass(frozen=True, eq=False)
+class Estimates:
+    """Everything that a model is made of.
+
+    Attributes:
+        observed: What scores tell.
+        dynamics: How trajectories go on.
+        kinds: How proposals are sorted.
+        labels: ``exact`` or ``em``.
+        nodes: Number of decision nodes behind them.
+        agreement: How EM agrees with exact labels, where it was used and there are any.
+    """
+
+    observed: ObservationModel
+    dynamics: Dynamics
+    kinds: Kinds
+    labels: str
+    nodes: int
+    agreement: Agreement | None = None
+
+    def model(self, name: str = "measured") -> Model:
+        """Return the model of a preset.
+
+        Raises:
+            ConfigError: There is none of that name.
+        """
+        return preset(name, self.observed, self.dynamics, self.kinds)
+
+    def routers(self, lams: Sequence[float] | Floats, name: str = "measured") -> list[PomdpRouter]:
+        """Return the router for each λ."""
+        model = self.model(name)
+        return routers(model, solve(model, lams))
+
+    def report(self) -> dict[str, Any]:
+        """Return rates with counts and intervals, and what else a reader would ask for, as plain values."""
+        rates = {name: asdict(value) for name, value in vars(self.dynamics).items() if isinstance(value, Rate)}
+        small, large = (dict(zip(CLASSES, counts.tolist(), strict=True)) for counts in self.observed.counts)
+        return {
+            "labels": self.labels,
+            "nodes": self.nodes,
+            "scored_steps": {"small": small, "large": large},
+            **rates,
+            "hazard": [asdict(rate) for rate in self.dynamics.hazard],
+            "mean_large_tokens": self.dynamics.mean_large_tokens,
+            "agreement": asdict(self.agreement) if self.agreement else None,
+        }
+
+
+def estimate(
+    trees: Trees,
+    split: str | None = "train",
+    *,
+    labels: str = "auto",
+    steps: LabelledSteps | None = None,
+    indices: NDArray[Any] | None = None,
+) -> Estimates:
+    """Estimate what scores tell and how trajectories go on.
+
+    Args:
+        trees: Compiled trees.
+        split: Split to estimate from; None for all trees.
+        labels: ``exact``: step labels of the trees; ``em``: none, only scores and final outcomes; ``auto``: exact
+            ones where the trees have any.
+        steps: Labelled steps from elsewhere (`agents.pomdp.observation.read_labelled`), scored by the same reward
+            model: they then tell what scores mean, and the trees the rest.
+        indices: Estimate from these trees instead of from a whole split.
+
+    Raises:
+        ConfigError: Unknown kind of labels.
+        DataError: Too few steps of a class.
+        StoreError: The split is empty.
+    """
+    if labels not in LABELS:
+        raise ConfigError(f"Unknown kind of labels {labels!r}.{did_you_mean(labels, LABELS)}")
+    rows = rows_of(trees, trees.select(split) if indices is None else np.asarray(indices, np.int64))
+    seen = sample(trees, rows)
+    told = observations_from(seen, steps) if steps is not None else None
+    exact = labelled(trees, rows)
+    if labels == "exact" or (labels == "auto" and (trees.label[rows] >= 0).any()):
+        return Estimates(told or observations(seen, exact), measure(seen, exact), seen.kinds, "exact", len(rows))
+    fitted = em(seen, told)
+    found = agreement(fitted.latent, exact)
+    return Estimates(fitted.observed, fitted.dynamics, seen.kinds, "em", len(rows), found)
+
+
+def fit(
+    trees: Trees,
+    split: str | None = "train",
+    lam: float = 1e-3,
+    *,
+    preset: str = "measured",
+    labels: str = "auto",
+    steps: LabelledSteps | None = None,
+) -> PomdpRouter:
+    """Return the router for one λ; arguments as for `estimate`, and a preset (``measured`` or ``paper``)."""
+    return estimate(trees, split, labels=labels, steps=steps).routers([lam], preset)[0]
