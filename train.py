@@ -2,6 +2,7 @@
 
     python train.py --agent ppo-agg --lam 3e-3 --rollouts quickstart
     python train.py --rollouts quickstart                      # six values of λ that span the trade-off
+    python train.py --lam-range 3e-4 1e-2                      # one policy for every λ between
     python train.py --lam 3e-3 --ppo.iterations 3 --out runs/try  # a few seconds
     python train.py --resume runs/try                          # go on where a stopped run was
 
@@ -21,6 +22,7 @@ from agents.experiment import Listener, TrainConfig, Trained, resume, train
 from agents.health import Health
 from agents.trainer import Record, Training
 from rollouts.errors import TrimError
+from trim_env.episodes import Lam
 
 
 @dataclass(frozen=True)
@@ -62,20 +64,20 @@ class ProgressBar(Listener):
             self._progress.remove_task(self._task)
             self._task = None
 
-    def begin(self, lam: float, training: Training) -> None:
+    def begin(self, lam: Lam, training: Training) -> None:
         """Add a bar."""
         self._finish_task()
         done = len(training.records)
-        self._add(f"λ = {lam:g}", total=training.planned, completed=done)
+        self._add(_name(lam), total=training.planned, completed=done)
 
-    def iteration(self, lam: float, training: Training, record: Record) -> None:
+    def iteration(self, lam: Lam, training: Training, record: Record) -> None:
         """Move the bar."""
         figures = (
             f"return {record['validation/return']:.4f}  accuracy {100 * record['validation/accuracy']:.1f} %  "
             f"large tokens {100 * record['validation/share']:.1f} %  "
             f"escalations {100 * record['validation/escalation_rate']:.1f} %"
         )
-        name = f"λ = {lam:g}" + (f" (attempt {training.attempt + 1})" if training.attempt else "")
+        name = _name(lam) + (f" (attempt {training.attempt + 1})" if training.attempt else "")
         self._progress.update(
             self._task, description=name, completed=len(training.records), total=training.planned, figures=figures
         )
@@ -93,6 +95,10 @@ class ProgressBar(Listener):
         """End the display."""
         if self._progress.live.is_started:
             self._progress.stop()
+
+
+def _name(lam: Lam) -> str:
+    return f"λ = {lam[0]:g} to {lam[1]:g}" if isinstance(lam, tuple) else f"λ = {lam:g}"
 
 
 def main(arguments: list[str] | None = None) -> int:

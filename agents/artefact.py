@@ -16,12 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.base import Constant, Knob, RandomRate, Router, Threshold
-from agents.policy import MLP
+from agents.policy import MLP, ConditionedMLP
 from rollouts.errors import ArtefactError
 
 FORMAT = "trim-policy"
 VERSION = 1
-_KINDS: dict[type, str] = {MLP: "mlp", Threshold: "threshold", Constant: "constant", RandomRate: "random"}
+_KINDS: dict[type, str] = {
+    MLP: "mlp",
+    ConditionedMLP: "mlp-lam",
+    Threshold: "threshold",
+    Constant: "constant",
+    RandomRate: "random",
+}
+Storable = Router | ConditionedMLP
 
 
 @dataclass(frozen=True)
@@ -29,15 +36,15 @@ class Artefact:
     """A router and what is known about it.
 
     Attributes:
-        router: The router.
+        router: The router, or one for a whole range of λ.
         about: Where it comes from: models, scorer, rollouts hash, cost model, cap, metrics, package version.
     """
 
-    router: Router
+    router: Storable
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def save(router: Router, folder: str | Path, about: dict[str, Any]) -> Path:
+def save(router: Storable, folder: str | Path, about: dict[str, Any]) -> Path:
     """Write a router into a new folder.
 
     Raises:
@@ -55,10 +62,10 @@ def save(router: Router, folder: str | Path, about: dict[str, Any]) -> Path:
         "kind": _KINDS[type(router)],
         "name": router.name,
         "schema": router.schema,
-        "knob": {"name": router.knob.name, "value": router.knob.value},
+        "knob": _knob(router),
         "about": about,
     }
-    if isinstance(router, MLP):
+    if isinstance(router, MLP | ConditionedMLP):
         from safetensors.numpy import save as to_bytes
 
         data = to_bytes({name: np.ascontiguousarray(values) for name, values in router.weights.items()})
@@ -86,17 +93,25 @@ def load(folder: str | Path) -> Artefact:
                 f"{file}: written in version {described['version']} of the format; this package reads up to {VERSION}. "
                 "Install a newer trim-routing."
             )
-        knob = Knob(str(described["knob"]["name"]), float(described["knob"]["value"]))
-        router = _build(folder, described, knob)
-        return Artefact(router, dict(described["about"]))
+        return Artefact(_build(folder, described), dict(described["about"]))
     except FileNotFoundError as error:
         raise ArtefactError(f"{folder}: no policy here ({Path(error.filename).name} is missing).") from error
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ArtefactError(f"{file}: damaged policy ({type(error).__name__}: {error}).") from error
 
 
-def _build(folder: Path, described: dict[str, Any], knob: Knob) -> Router:
+def _knob(router: Storable) -> dict[str, Any]:
+    if isinstance(router, ConditionedMLP):
+        return {"name": "lam", "low": router.low, "high": router.high}
+    return {"name": router.knob.name, "value": router.knob.value}
+
+
+def _build(folder: Path, described: dict[str, Any]) -> Storable:
     kind, name, schema = described["kind"], str(described["name"]), str(described["schema"])
+    if kind == "mlp-lam":
+        low, high = float(described["knob"]["low"]), float(described["knob"]["high"])
+        return ConditionedMLP(name, schema, low, high, _weights(folder, described))
+    knob = Knob(str(described["knob"]["name"]), float(described["knob"]["value"]))
     if kind == "threshold":
         return Threshold(knob.value, name, schema)
     if kind == "random":
@@ -105,10 +120,14 @@ def _build(folder: Path, described: dict[str, Any], knob: Knob) -> Router:
         return Constant(int(knob.value), schema)
     if kind != "mlp":
         raise ArtefactError(f"{folder}: unknown kind of policy {kind!r}, known: {', '.join(_KINDS.values())}.")
+    return MLP(name, schema, knob, _weights(folder, described))
+
+
+def _weights(folder: Path, described: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
     data = (folder / "policy.safetensors").read_bytes()
     if hashlib.sha256(data).hexdigest() != described["weights"]:
         raise ArtefactError(f"{folder}/policy.safetensors: its contents are not those that policy.json names.")
-    return MLP(name, schema, knob, read_safetensors(data))
+    return read_safetensors(data)
 
 
 def read_safetensors(data: bytes) -> dict[str, NDArray[np.float32]]:

@@ -25,13 +25,14 @@ from agents import artefact, tracking
 from agents.base import Router, Threshold
 from agents.evaluation.run import references, run
 from agents.health import Health, as_plain
+from agents.policy import ConditionedMLP
 from agents.ppo import PPOSettings
-from agents.trainer import Record, Result, Training, Validation
+from agents.trainer import Record, Result, Training, Validation, checked_at
 from rollouts.errors import ConfigError, StoreError, did_you_mean
 from rollouts.tree import Trees, compile_store
+from trim_env.episodes import Lam, checked_lam, checked_range
 from trim_env.features import DEFAULT_SCHEMA
 from trim_env.tables import DecisionTables, decision_tables
-from trim_env.vector import checked_lam
 
 AGENTS = ("ppo-agg", "threshold")
 AUTO_LAMS = 6
@@ -47,6 +48,7 @@ class TrainConfig:
         agent: ``ppo-agg`` (TRIM-Agg) or ``threshold`` (TRIM-Thr, the best threshold for each λ).
         lam: λ, reward lost per unit of cost; several make a sweep. Left out: six values that span the trade-off
             between the two models, computed from the rollouts.
+        lam_range: Two values: one policy is trained for every λ between them, which it is told.
         schema: Feature schema: agg, agg+prod or agg+.
         cost: Cost model: decode-only, prefill-20, prefill-full:PRICE or prices:large_out=15,...
         max_escalations: Cap K on escalations per solution; default: what the store supports.
@@ -62,6 +64,7 @@ class TrainConfig:
     rollouts: str = "quickstart"
     agent: str = "ppo-agg"
     lam: tuple[float, ...] = ()
+    lam_range: tuple[float, float] | None = None
     schema: str = DEFAULT_SCHEMA
     cost: str = "decode-only"
     max_escalations: int | None = None
@@ -80,8 +83,8 @@ class Trained:
 
     Attributes:
         folder: Its folder.
-        routers: The router for each λ.
-        health: Its verdict.
+        routers: The router for each λ; of a range, for some that span it.
+        health: Their verdicts.
     """
 
     folder: Path
@@ -95,10 +98,10 @@ class Listener:
     def compiling(self, trees: int) -> None:
         """Some more trees were compiled."""
 
-    def begin(self, lam: float, training: Training) -> None:
+    def begin(self, lam: Lam, training: Training) -> None:
         """A training begins, or goes on."""
 
-    def iteration(self, lam: float, training: Training, record: Record) -> None:
+    def iteration(self, lam: Lam, training: Training, record: Record) -> None:
         """An iteration is done, and on disk."""
 
     def end(self, lam: float, health: Health, attempts: int) -> None:
@@ -115,7 +118,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> Trained:
     _check(config)
     listener = listener or Listener()
     trees = _compile(config, listener)
-    lams = config.lam or automatic_lams(trees, config)
+    lams = config.lam if config.lam or config.lam_range else automatic_lams(trees, config)
     validation = _validation(config, trees)  # fails now, if it must, and not after the folder was made
     folder = config.out or _new_folder(config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -159,6 +162,10 @@ def _check(config: TrainConfig) -> None:
     tracking.check(config.tracking)
     for lam in config.lam:
         checked_lam(lam)
+    if config.lam_range is not None:
+        checked_range(config.lam_range)
+        if config.lam or config.agent != "ppo-agg":
+            raise ConfigError("--lam-range trains one ppo-agg policy for all λ in it; leave out --lam.")
     if len(set(config.lam)) != len(config.lam):
         raise ConfigError(f"--lam names a value twice: {' '.join(f'{lam:g}' for lam in config.lam)}.")
     if config.attempts < 1:
@@ -201,41 +208,66 @@ def _run(config: TrainConfig, trees: Trees, validation: Validation, folder: Path
     tables = _tables(config, trees, trees.select("train"))
     routers: dict[float, Router] = {}
     health: dict[float, Health] = {}
-    for lam in config.lam:
-        place = folder / f"lam-{lam:g}"
+    tasks: tuple[Lam, ...] = (config.lam_range,) if config.lam_range else config.lam
+    for task in tasks:
+        place = folder / _label(task)
         place.mkdir(exist_ok=True)
         report = place / "report.json"
         if report.is_file():  # finished before the run was stopped
-            routers[lam] = artefact.load(place / "policy").router
-            health[lam] = validation.assess(routers[lam], lam, final=True)
-            continue
-        tracker = tracking.start(config.tracking, place, f"{config.agent} lam={lam:g}", folder.name, _plain(config))
-        picture, attempts = None, 1
-        if config.agent == "threshold":
-            routers[lam] = validation.candidates.best(lam).threshold
-            health[lam] = validation.assess(routers[lam], lam, final=True)
+            router, attempts = artefact.load(place / "policy").router, 0
+            own = {lam: validation.assess(_at(router, lam), lam, final=True) for lam in checked_at(task)}
         else:
-            result = _train_one(config, tables, validation, lam, place, tracker, listener)
-            routers[lam], health[lam], attempts = result.router, result.health, result.attempts
-            picture = _draw_training(result, validation, lam, place)
-        about = _about(config, trees, validation, routers[lam], lam, health[lam])
-        if not (place / "policy" / "policy.json").exists():
-            artefact.save(routers[lam], place / "policy", about)
-        found = {**as_plain(health[lam]), "lam": lam, "attempts": attempts}
-        tracker.finish({**found, **about["held_out"]}, picture, place / "policy")
-        report.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-        listener.end(lam, health[lam], attempts)
-    lines = [f"lam {lam:g}: {health[lam].sentence}" for lam in config.lam]
+            tracker = tracking.start(
+                config.tracking, place, f"{config.agent} {_label(task)}", folder.name, _plain(config)
+            )
+            router, own, attempts, picture = _fit(config, tables, validation, task, place, tracker, listener)
+            about = _about(config, trees, validation, router, own)
+            if not (place / "policy" / "policy.json").exists():
+                artefact.save(router, place / "policy", about)
+            found = [{"lam": lam, **as_plain(each), "attempts": attempts} for lam, each in own.items()]
+            tracker.finish({**found[len(found) // 2], **about["held_out"][len(found) // 2]}, picture, place / "policy")
+            report.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        for lam, each in own.items():
+            routers[lam], health[lam] = _at(router, lam), each
+            if attempts:
+                listener.end(lam, each, attempts)
+    lines = [f"lam {lam:g}: {each.sentence}" for lam, each in health.items()]
     (folder / "report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _draw_curve(routers, validation, config, folder)
     return Trained(folder, routers, health)
+
+
+def _label(task: Lam) -> str:
+    return f"lam-{task[0]:g}-to-{task[1]:g}" if isinstance(task, tuple) else f"lam-{task:g}"
+
+
+def _at(router: artefact.Storable, lam: float) -> Router:
+    return router.at(lam) if isinstance(router, ConditionedMLP) else router
+
+
+def _fit(
+    config: TrainConfig,
+    tables: DecisionTables,
+    validation: Validation,
+    task: Lam,
+    place: Path,
+    tracker: tracking.Tracker,
+    listener: Listener,
+) -> tuple[artefact.Storable, dict[float, Health], int, Path | None]:
+    """Return router, health by λ, number of attempts, and a picture of the training if there is one."""
+    if config.agent == "threshold":
+        assert isinstance(task, float)
+        router = validation.candidates.best(task).threshold
+        return router, {task: validation.assess(router, task, final=True)}, 1, None
+    result = _train_one(config, tables, validation, task, place, tracker, listener)
+    return result.router, result.health, result.attempts, _draw_training(result, validation, task, place)
 
 
 def _train_one(
     config: TrainConfig,
     tables: DecisionTables,
     validation: Validation,
-    lam: float,
+    lam: Lam,
     place: Path,
     tracker: tracking.Tracker,
     listener: Listener,
@@ -259,14 +291,11 @@ def _train_one(
 
 
 def _about(
-    config: TrainConfig, trees: Trees, validation: Validation, router: Router, lam: float, health: Health
+    config: TrainConfig, trees: Trees, validation: Validation, router: artefact.Storable, health: Mapping[float, Health]
 ) -> dict[str, Any]:
     """Return what an artefact says of its origin."""
-    outcomes = run(router, validation.verdict)
-    both = validation.references[1]
     return {
         "package": versions()["trim-routing"],
-        "lam": lam,
         "small": trees.meta["small"],
         "large": trees.meta["large"],
         "scorer": trees.meta["scorer"],
@@ -275,19 +304,27 @@ def _about(
         "max_steps": trees.meta["max_steps"],
         "cost": config.cost,
         "max_escalations": validation.verdict.max_escalations,
-        "held_out": {
-            "problems": len(outcomes),
-            "accuracy": float(outcomes.correct.mean()),
-            "cost": float(outcomes.cost.mean()),
-            "share": float(outcomes.cost.sum() / both.large.cost.sum()),
-            "always_small_accuracy": float(both.small.correct.mean()),
-            "always_large_accuracy": float(both.large.correct.mean()),
-        },
-        "health": {"verdict": health.verdict, "sentence": health.sentence},
+        "held_out": [_held_out(validation, _at(router, lam), lam, each) for lam, each in health.items()],
     }
 
 
-def _draw_training(result: Result, validation: Validation, lam: float, place: Path) -> Path:
+def _held_out(validation: Validation, router: Router, lam: float, health: Health) -> dict[str, Any]:
+    """Return what a router reached on the verdict half of validation."""
+    outcomes, both = run(router, validation.verdict), validation.references[1]
+    return {
+        "lam": lam,
+        "problems": len(outcomes),
+        "accuracy": float(outcomes.correct.mean()),
+        "cost": float(outcomes.cost.mean()),
+        "share": float(outcomes.cost.sum() / both.large.cost.sum()),
+        "always_small_accuracy": float(both.small.correct.mean()),
+        "always_large_accuracy": float(both.large.correct.mean()),
+        "verdict": health.verdict,
+        "sentence": health.sentence,
+    }
+
+
+def _draw_training(result: Result, validation: Validation, task: Lam, place: Path) -> Path:
     from agents.evaluation.plots import Level, TrainingHistory, training_curve
 
     def column(name: str) -> NDArray[np.float64]:
@@ -296,16 +333,17 @@ def _draw_training(result: Result, validation: Validation, lam: float, place: Pa
     history = TrainingHistory(
         column("step"), column("validation/return"), column("validation/accuracy"), column("validation/share")
     )
-    simple = result.baselines
     levels = {}
-    named: dict[str, Router] = {
-        f"best constant: {simple.constant.name}": simple.constant,
-        "best threshold": simple.threshold,
-    }
-    for name, router in named.items():
-        measured = validation.measure(run(router, validation.choice), lam)
-        levels[name] = Level(measured["return"], measured["accuracy"], measured["share"])
-    return training_curve(history, levels, f"{result.router.name}, λ = {lam:g}", place / "training")[0]
+    for name in ("best constant", "best threshold"):
+        found = [
+            validation.measure(run(getattr(simple, name.removeprefix("best ")), validation.choice), lam)
+            for lam, simple in result.baselines.items()
+        ]
+        levels[name] = Level(
+            *(float(np.mean([each[key] for each in found])) for key in ("return", "accuracy", "share"))
+        )
+    title = f"{result.router.name}, {_label(task).replace('lam-', 'λ = ').replace('-to-', ' to ')}"
+    return training_curve(history, levels, title, place / "training")[0]
 
 
 def _draw_curve(routers: Mapping[float, Router], validation: Validation, config: TrainConfig, folder: Path) -> None:
@@ -346,8 +384,20 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
     return {**asdict(config), "out": str(config.out) if config.out else None, "lam": list(config.lam)}
 
 
+def _pair(value: list[float] | None) -> tuple[float, float] | None:
+    return None if value is None else (value[0], value[1])
+
+
 def _config(plain: Mapping[str, Any], folder: Path) -> TrainConfig:
     unknown = sorted(set(plain) - {each.name for each in fields(TrainConfig)})
     if unknown:
         raise ConfigError(f"{folder / 'config.json'}: unknown settings {', '.join(unknown)}.")
-    return TrainConfig(**{**plain, "lam": tuple(plain["lam"]), "out": folder, "ppo": PPOSettings(**plain["ppo"])})
+    return TrainConfig(
+        **{
+            **plain,
+            "lam": tuple(plain["lam"]),
+            "lam_range": _pair(plain["lam_range"]),
+            "out": folder,
+            "ppo": PPOSettings(**plain["ppo"]),
+        }
+    )

@@ -18,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.base import Knob
-from agents.policy import MLP
+from agents.policy import MLP, ConditionedMLP
 from rollouts.errors import ArtefactError, ConfigError
+from trim_env.episodes import Lam
+from trim_env.features import lam_feature
 from trim_env.tables import DecisionTables
 
 if TYPE_CHECKING:
@@ -89,12 +91,12 @@ class PPOAgg:
     def __init__(
         self,
         tables: DecisionTables,
-        lam: float,
+        lam: Lam,
         settings: PPOSettings,
         seed: int,
         outputs: Sequence[KVWriter] = (),
     ) -> None:
-        """Build environment and learner."""
+        """Build environment and learner; a pair (low, high) of λ trains one policy for all values between."""
         import torch
         from stable_baselines3 import PPO
         from stable_baselines3.common.logger import Logger
@@ -138,7 +140,7 @@ class PPOAgg:
 
     def iterate(self) -> dict[str, float]:
         """Collect and learn once; return what is to be logged."""
-        self.env.lam = self.lam * self.settings.lam_share(self.iteration)
+        self.env.lam_share = self.settings.lam_share(self.iteration)
         self.learner.ent_coef = self.settings.entropy * (1 - self.progress)
         self.learner.ep_info_buffer = None  # a fresh one: figures are those of this iteration
         self.learner.learn(self._steps, log_interval=None, reset_num_timesteps=self.iteration == 0)
@@ -147,7 +149,7 @@ class PPOAgg:
         return {
             "iteration": self.iteration,
             "decisions": self.learner.num_timesteps,
-            "lam": self.env.lam,
+            "lam_share": self.env.lam_share,
             **{f"train/{name}": value for name, value in self._episodes().items()},
             **{name: value for name, value in logged.items() if name.startswith("train/")},
         }
@@ -165,13 +167,13 @@ class PPOAgg:
         totals = self.env.take_finished()
         episodes = max(1.0, totals["episodes"])
         return {
-            "return": (totals["correct"] - self.lam * totals["cost"]) / episodes,
+            "return": totals["return"] / episodes,
             "accuracy": totals["correct"] / episodes,
             "large_tokens": totals["large_tokens"] / episodes,
             "escalation_rate": totals["escalations"] / max(1.0, totals["steps"]),
         }
 
-    def router(self) -> MLP:
+    def router(self) -> MLP | ConditionedMLP:
         """Return the policy as it is now."""
         policy = self.learner.policy
         state = policy.state_dict()
@@ -182,6 +184,8 @@ class PPOAgg:
             for place, layer in enumerate(layers)
             for kind in ("weight", "bias")
         }
+        if isinstance(self.lam, tuple):
+            return ConditionedMLP(NAME, self.tables.schema.id, *self.lam, weights)
         return MLP(NAME, self.tables.schema.id, Knob("lam", self.lam), weights)
 
     def imitate(self, actions: NDArray[np.int64], rows: NDArray[np.int64], updates: int = 400) -> None:
@@ -195,7 +199,12 @@ class PPOAgg:
         import torch
 
         policy = self.learner.policy
-        features = torch.as_tensor(self.tables.features[rows])
+        seen = self.tables.features[rows]
+        if isinstance(self.lam, tuple):  # imitate it whatever λ is
+            low, high = self.lam
+            drawn = low * (high / low) ** np.random.default_rng(self.seed).random(len(rows))
+            seen = np.concatenate([seen, lam_feature(drawn)[:, None]], axis=1)
+        features = torch.as_tensor(seen)
         wanted = torch.as_tensor(actions)
         generator = torch.Generator().manual_seed(self.seed)
         optimiser = torch.optim.Adam(policy.parameters(), lr=3e-3)

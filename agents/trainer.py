@@ -1,4 +1,4 @@
-"""Trains one router for one λ: attempts within a budget, the checkpoint that validation prefers, an honest verdict."""
+"""Trains a router for one λ or for a range: attempts within a budget, the checkpoint that validation prefers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from agents.evaluation.outcomes import Floats, Outcomes
 from agents.evaluation.run import references, run
 from agents.evaluation.uncertainty import resample_weights
 from agents.health import Health, Reference, assess
-from agents.policy import MLP
+from agents.policy import MLP, ConditionedMLP
 from agents.ppo import PPOAgg, PPOSettings, load_checkpoint, save_checkpoint
 from agents.validation import Baselines, Candidates, halves
 from rollouts.tree import Trees
+from trim_env.episodes import Lam
 from trim_env.tables import DecisionTables
 
 if TYPE_CHECKING:
     from stable_baselines3.common.logger import KVWriter
 
 Record = dict[str, float]
+Trainable = MLP | ConditionedMLP
 
 
 class Validation:
@@ -74,17 +76,22 @@ class Result:
 
     Attributes:
         router: The checkpoint with the greatest return on the choice half, of all attempts.
-        health: Verdict on the other half.
+        health: Verdict on the other half, by λ.
         records: What was logged, by iteration, of all attempts.
-        baselines: The best constant and the best threshold.
+        baselines: The best constant and the best threshold, by λ.
         attempts: How many attempts it took.
     """
 
-    router: MLP
-    health: Health
+    router: Trainable
+    health: dict[float, Health]
     records: list[Record]
-    baselines: Baselines
+    baselines: dict[float, Baselines]
     attempts: int
+
+    @property
+    def fine(self) -> bool:
+        """Whether the router neither collapsed nor is beaten, at any λ."""
+        return all(health.fine for health in self.health.values())
 
 
 def remedy(settings: PPOSettings, attempt: int) -> PPOSettings:
@@ -100,8 +107,20 @@ def remedy(settings: PPOSettings, attempt: int) -> PPOSettings:
     )
 
 
+def checked_at(lam: Lam) -> tuple[float, ...]:
+    """Return the λ at which a training is validated: its own, or five that span its range."""
+    if isinstance(lam, tuple):
+        return tuple(float(f"{value:.3g}") for value in np.geomspace(*lam, 7)[1:-1])
+    return (lam,)
+
+
+def at(router: Trainable, lam: float) -> MLP:
+    """Return the router for one λ."""
+    return router.at(lam) if isinstance(router, ConditionedMLP) else router
+
+
 class Training:
-    """One training for one λ, which can be stopped after any iteration and gone on with.
+    """One training for one λ, or for a range of λ, which can be stopped after any iteration and gone on with.
 
     If the router is collapsed or beaten on the choice half, it is trained again: another seed, a warm start from the
     best threshold by behaviour cloning, and the settings of `remedy`; at most `attempts` times in all.
@@ -111,7 +130,7 @@ class Training:
         self,
         tables: DecisionTables,
         validation: Validation,
-        lam: float,
+        lam: Lam,
         settings: PPOSettings,
         seed: int,
         *,
@@ -122,9 +141,10 @@ class Training:
         """Start, or go on from the checkpoint if there is one."""
         self.tables, self.validation, self.lam, self.seed = tables, validation, lam, seed
         self.settings, self.attempts, self.checkpoint, self.outputs = settings, attempts, checkpoint, list(outputs)
-        self.baselines = validation.candidates.best(lam)
+        self.lams = checked_at(lam)
+        self.baselines = {each: validation.candidates.best(each) for each in self.lams}
         self.records: list[Record] = []
-        self._best: tuple[float, MLP] | None = None
+        self._best: tuple[float, Trainable] | None = None
         if checkpoint is not None and checkpoint.is_file():
             self._restore(load_checkpoint(checkpoint))
         else:
@@ -137,8 +157,9 @@ class Training:
         )
         if attempt:
             rows = np.flatnonzero(np.isin(self.tables.trees.tree, self.tables.indices))
-            features = self.tables.in_schema(self.baselines.threshold.schema)[rows]
-            self.learner.imitate(self.baselines.threshold.probability(features).astype(np.int64), rows)
+            threshold = self.baselines[self.lams[len(self.lams) // 2]].threshold
+            features = self.tables.in_schema(threshold.schema)[rows]
+            self.learner.imitate(threshold.probability(features).astype(np.int64), rows)
 
     @property
     def planned(self) -> int:
@@ -158,16 +179,20 @@ class Training:
                     on_iteration(record)
             assert self._best is not None
             router = self._best[1]
-            if self.attempt + 1 >= self.attempts or self.validation.assess(router, self.lam, final=False).fine:
+            if self.attempt + 1 >= self.attempts or all(
+                each.fine for each in self._assess(router, final=False).values()
+            ):
                 break
             self._begin(self.attempt + 1)
-        health = self.validation.assess(router, self.lam, final=True)
-        return Result(router, health, self.records, self.baselines, self.attempt + 1)
+        return Result(router, self._assess(router, final=True), self.records, self.baselines, self.attempt + 1)
+
+    def _assess(self, router: Trainable, *, final: bool) -> dict[float, Health]:
+        return {lam: self.validation.assess(at(router, lam), lam, final=final) for lam in self.lams}
 
     def _iterate(self) -> Record:
         record = self.learner.iterate()
         router = self.learner.router()
-        measured = self.validation.measure(run(router, self.validation.choice), self.lam)
+        measured = self._measure(router)
         record |= {"attempt": float(self.attempt), **{f"validation/{name}": v for name, v in measured.items()}}
         record["step"] = float(len(self.records) + 1)
         if self._best is None or measured["return"] > self._best[0]:
@@ -177,6 +202,12 @@ class Training:
         if self.checkpoint is not None:
             save_checkpoint(self.checkpoint, self._state())
         return record
+
+    def _measure(self, router: Trainable) -> Record:
+        """Return means, over the λ that are validated, of what `Validation.measure` finds."""
+        choice = self.validation.choice
+        found = [self.validation.measure(run(at(router, lam), choice), lam) for lam in self.lams]
+        return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
 
     def _state(self) -> dict[str, Any]:
         import torch

@@ -20,7 +20,7 @@ from agents.evaluation.run import references, run
 from agents.evaluation.spread import spread
 from agents.evaluation.table import MethodSummary, summarise
 from agents.ppo import PPOSettings
-from agents.trainer import Training, Validation
+from agents.trainer import Training, Validation, at
 from agents.validation import Candidates
 from rollouts.tree import compile_store
 from trim_env.tables import decision_tables
@@ -61,7 +61,8 @@ def main() -> None:
         both = references(test)
         name = "no cap" if cap is None else f"K = {cap}"
         points: Points = [
-            (lam, run(Training(train, validation, lam, PPOSettings(), 0).run().router, test)) for lam in settings.lams
+            (lam, run(at(Training(train, validation, lam, PPOSettings(), 0).run().router, lam), test))
+            for lam in settings.lams
         ]
         summaries.append(summarise(f"TRIM-Agg, {name}", points, both))
         swept = [(router.knob.value, outcomes) for router, outcomes in Candidates(whole).thresholds]

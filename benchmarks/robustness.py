@@ -30,7 +30,7 @@ from agents.evaluation.spread import spread
 from agents.evaluation.uncertainty import Difference, difference, holm, resample_weights
 from agents.oracle import tree_oracle
 from agents.ppo import PPOSettings
-from agents.trainer import Training, Validation
+from agents.trainer import Training, Validation, at
 from agents.validation import Candidates
 from rollouts.tree import Trees, compile_store
 from trim_env.tables import DecisionTables, decision_tables
@@ -98,7 +98,7 @@ def train_cell(task: tuple[float, int]) -> Cell:
     begin = time.perf_counter()
     result = Training(train, validation, lam, ppo, seed).run()
     seconds = time.perf_counter() - begin
-    return Cell(lam, seed, run(result.router, test), result.health.verdict, result.attempts, seconds)
+    return Cell(lam, seed, run(at(result.router, lam), test), result.health[lam].verdict, result.attempts, seconds)
 
 
 def average(outcomes: list[Outcomes]) -> Outcomes:

@@ -14,7 +14,7 @@ import tyro
 
 from agents.evaluation.run import run
 from agents.ppo import PPOSettings
-from agents.trainer import Training, Validation
+from agents.trainer import Training, Validation, at
 from benchmarks.robustness import LAMS
 from rollouts.tree import compile_store
 from trim_env.tables import decision_tables
@@ -80,7 +80,7 @@ def main() -> None:
 
     def note(record: dict[str, float]) -> None:
         moments.append(time.perf_counter() - begin)
-        returns.append(float(run(training.learner.router(), everything).returns(settings.lam).mean()))
+        returns.append(float(run(at(training.learner.router(), settings.lam), everything).returns(settings.lam).mean()))
 
     training.run(note)
     seconds = moments[-1]
@@ -92,7 +92,7 @@ def main() -> None:
     begin = time.perf_counter()
     long = replace(PPOSettings(), iterations=PPOSettings().iterations * settings.longer)
     router = Training(train, validation, settings.lam, long, 0, attempts=1).run().router
-    best = float(run(router, everything).returns(settings.lam).mean())
+    best = float(run(at(router, settings.lam), everything).returns(settings.lam).mean())
     print(f"{settings.longer} x longer: {time.perf_counter() - begin:.1f} s, validation return {best:.4f}")
     reached = [second for second, value in zip(moments, returns, strict=True) if value >= 0.99 * best]
     print(f"the first ended at {returns[-1]:.4f} ({100 * returns[-1] / best - 100:+.2f} %); within 1 % after "

@@ -15,12 +15,14 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from rollouts.errors import ConfigError
-from trim_env.features import Schema
+from trim_env.features import LAM_BOUND, Schema, lam_feature
 from trim_env.tables import draw
 
 EPISODE_INFO = ("correct", "return", "cost", "large_tokens", "small_tokens", "escalations", "masked", "steps")
-FINISHED = ("episodes", "correct", "cost", "large_tokens", "escalations", "steps")
+FINISHED = ("episodes", "correct", "return", "cost", "large_tokens", "escalations", "steps")
 Array = NDArray[Any]
+Lam = float | tuple[float, float]
+_LAM_SALT = np.uint64(0x6C616D)
 
 
 class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
@@ -34,14 +36,15 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
     Environment i with ``reset(seed=s)`` runs through the same problems as a single environment with seed s + i.
     """
 
-    def __init__(self, num_envs: int, trees: int, schema: Schema, lam: float, max_escalations: int | None) -> None:
+    def __init__(self, num_envs: int, trees: int, schema: Schema, lam: Lam, max_escalations: int | None) -> None:
         """Set the spaces.
 
         Args:
             num_envs: E.
             trees: R, the number of trees that episodes are drawn from.
             schema: Feature schema.
-            lam: Reward per unit of cost, λ.
+            lam: Reward per unit of cost, λ; with (low, high) every episode draws its own, log-uniformly, and sees it
+                as one more feature after those of the schema (`trim_env.features.lam_feature`).
             max_escalations: Cap K on escalations per episode; None for none.
 
         Raises:
@@ -51,8 +54,13 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
             raise ConfigError(f"num_envs is {num_envs}, expected at least 1.")
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
         self.num_envs = num_envs
-        self.lam = lam
+        self.lam_range = checked_range(lam) if isinstance(lam, tuple) else None
+        self._lam = np.full(num_envs, lam[0]) if isinstance(lam, tuple) else checked_lam(lam)
+        self._share = 1.0
         low, high = schema.bounds()
+        if self.lam_range:
+            ends = np.array([-LAM_BOUND, LAM_BOUND], np.float32)
+            low, high = np.append(low, ends[0]), np.append(high, ends[1])
         self.single_observation_space = spaces.Box(low, high, dtype=np.float32)
         self.single_action_space = spaces.Discrete(2)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -64,13 +72,47 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         self._finished = dict.fromkeys(FINISHED, 0.0)
 
     @property
-    def lam(self) -> float:
-        """Reward per unit of cost, λ; it may be set between steps and applies from the next one on."""
+    def lam(self) -> float | NDArray[np.float64]:
+        """Reward per unit of cost, λ: one for all, or (E,) where each running episode has its own.
+
+        One for all may be set between steps and applies from the next one on.
+        """
         return self._lam
 
     @lam.setter
     def lam(self, value: float) -> None:
+        if self.lam_range:
+            raise ConfigError("Each episode draws its own lam here; it cannot be set.")
         self._lam = checked_lam(value)
+
+    @property
+    def lam_share(self) -> float:
+        """Share of λ that rewards charge, in (0, 1]: less than 1 only while a training warms up."""
+        return self._share
+
+    @lam_share.setter
+    def lam_share(self, value: float) -> None:
+        self._share = float(value)
+
+    def _charged(self, cost: Array) -> Array:
+        """Return what rewards lose for (E,) costs."""
+        charged: Array = self._share * self._lam * cost
+        return charged
+
+    def _with_lam(self, features: Array) -> Array:
+        """Return (E, d) features, with λ as one more where each episode has its own."""
+        if not self.lam_range:
+            return features
+        return np.concatenate([features, lam_feature(self._lam)[:, None]], axis=1)
+
+    def _begin_episodes(self, which: Array) -> None:
+        """Draw tree and λ of some episodes, (n,) of 0..E-1, and put them at the roots."""
+        seeds, episode = self._seeds[which], self._episode[which]
+        if self.lam_range:
+            low, high = self.lam_range
+            uniform = draw(seeds ^ _LAM_SALT, episode, 1 << 53) / (1 << 53)
+            self._lam[which] = low * (high / low) ** uniform  # type: ignore[index]
+        self._begin(which, draw(seeds, episode, self._trees))
 
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
@@ -94,9 +136,9 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
             self._episode = np.zeros(self.num_envs, np.uint64)
         self._totals = {"cost": np.zeros(self.num_envs)}
         self._totals |= {name: np.zeros(self.num_envs, np.int64) for name in EPISODE_INFO[3:]}
-        self._begin(np.arange(self.num_envs), draw(self._seeds, self._episode, self._trees))
+        self._begin_episodes(np.arange(self.num_envs))
         self._started = True
-        return self._observations(), {}
+        return self._with_lam(self._observations()), {}
 
     def _seeds_from(self, seed: int | Sequence[int] | None) -> NDArray[np.uint64]:
         if seed is None:
@@ -147,22 +189,23 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         Args:
             done: (E,) bool.
             solved: (E,) 1 where the ended solution is correct.
-            last: (E, d) observations of the last decisions.
+            last: (E, d) features of the last decisions.
         """
         ended = np.flatnonzero(done)
         if not len(ended):
             return {}
-        final: dict[str, Any] = {"correct": solved == 1, "return": solved - self.lam * self._totals["cost"]}
-        self._finished["episodes"] += len(ended)
-        for name in FINISHED[1:]:
-            self._finished[name] += float((solved if name == "correct" else self._totals[name])[ended].sum())
+        last = self._with_lam(last)
+        final: dict[str, Any] = {"correct": solved == 1, "return": solved - self._lam * self._totals["cost"]}
         running = ~done
         for name, values in self._totals.items():
             final[name] = values
             self._totals[name] = values * running
+        self._finished["episodes"] += len(ended)
+        for name in FINISHED[1:]:
+            self._finished[name] += float(final[name][ended].sum())
         final |= {f"_{name}": done for name in EPISODE_INFO}
         self._episode[ended] += np.uint64(1)
-        self._begin(ended, draw(self._seeds[ended], self._episode[ended], self._trees))
+        self._begin_episodes(ended)
         return {"final_obs": last, "_final_obs": done, "final_info": final, "_final_info": done}
 
     def take_finished(self) -> dict[str, float]:
@@ -179,6 +222,8 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         if not self._started:
             raise ConfigError("No episodes yet: call reset() before state().")
         kept = {"seeds": self._seeds, "episode": self._episode, **self._totals, **self._place()}
+        if self.lam_range:
+            kept["lam"] = np.asarray(self._lam)
         return {name: values.copy() for name, values in kept.items()}
 
     def restore(self, state: dict[str, Array]) -> Array:
@@ -191,9 +236,11 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
             raise ConfigError(f"The state is of {len(state['seeds'])} environments; this has {self.num_envs}.")
         self._seeds, self._episode = state["seeds"].copy(), state["episode"].copy()
         self._totals = {name: state[name].copy() for name in EPISODE_INFO[2:]}
+        if self.lam_range:
+            self._lam = state["lam"].copy()
         self._go_to(state)
         self._started = True
-        return self._observations()
+        return self._with_lam(self._observations())
 
     def _place(self) -> dict[str, Array]:
         """Return where the episodes stand, as arrays of length E."""
@@ -202,6 +249,20 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
     def _go_to(self, state: dict[str, Array]) -> None:
         """Put the episodes where `_place` said that they were."""
         raise NotImplementedError
+
+
+def checked_range(lam: tuple[float, float]) -> tuple[float, float]:
+    """Return a range of λ.
+
+    Raises:
+        ConfigError: It is empty, or its lower end is not above 0.
+    """
+    low, high = (checked_lam(value) for value in lam)
+    if not 0 < low < high:
+        raise ConfigError(
+            f"The range of lam is {low:g} to {high:g}, expected two numbers above 0, the lower one first."
+        )
+    return low, high
 
 
 def checked_lam(lam: float) -> float:

@@ -19,7 +19,7 @@ from rollouts.on_policy import Episode, act, observe
 from rollouts.problems import Problem
 from rollouts.scoring.base import Scorer
 from rollouts.store import Store
-from trim_env.episodes import Array, EpisodesVectorEnv
+from trim_env.episodes import Array, EpisodesVectorEnv, Lam
 from trim_env.features import DEFAULT_SCHEMA, Schema, Seen, schema_named
 from trim_env.reward import CostModel, cost_model
 from trim_env.tables import checked_cap, draw
@@ -52,7 +52,7 @@ class LiveVectorEnv(EpisodesVectorEnv):
         split: str | None = "train",
         num_envs: int = 64,
         *,
-        lam: float = 3e-4,
+        lam: Lam = 3e-4,
         schema: str | Schema = DEFAULT_SCHEMA,
         cost: str | CostModel = "decode-only",
         max_escalations: int | None = None,
@@ -69,7 +69,7 @@ class LiveVectorEnv(EpisodesVectorEnv):
             grader: The grader or its name.
             split: Split that episodes are drawn from; None for all.
             num_envs: E.
-            lam: Reward per unit of cost, λ.
+            lam: Reward per unit of cost, λ; see `trim_env.vector.TrimVectorEnv`.
             schema: Feature schema (`trim_env.features.SCHEMAS`).
             cost: Cost model (`trim_env.reward.cost_model`).
             max_escalations: Cap on escalations per episode; None: none, whatever the store is closed under.
@@ -134,9 +134,9 @@ class LiveVectorEnv(EpisodesVectorEnv):
             cost, large_tokens, small_tokens, solved = self._outcome(action)
             self._count(action, cost, large_tokens, small_tokens)
             done = np.array([episode.node is None for episode in self._episodes])
+            reward = solved - self._charged(cost)
             infos = self._replace(done, solved, self._seen)
-            reward = solved - self.lam * cost
-            return self._observations(), reward, done, np.zeros(self.num_envs, bool), infos
+            return self._with_lam(self._observations()), reward, done, np.zeros(self.num_envs, bool), infos
 
     def _outcome(self, action: Array) -> tuple[Array, Array, Array, Array]:
         """Return cost, large tokens, small tokens and whether a right solution ended, (E,) each, of what was taken."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from rollouts.errors import StoreError
 from rollouts.tree import MISSING
-from trim_env.episodes import EPISODE_INFO, FINISHED, Array, EpisodesVectorEnv, checked_lam
+from trim_env.episodes import EPISODE_INFO, FINISHED, Array, EpisodesVectorEnv, Lam, checked_lam
 from trim_env.features import DEFAULT_SCHEMA, Schema
 from trim_env.reward import CostModel
 from trim_env.tables import DecisionTables, Rollouts, decision_tables, missing
@@ -26,7 +26,7 @@ class TrimVectorEnv(EpisodesVectorEnv):
         split: str | None = "train",
         num_envs: int = 1024,
         *,
-        lam: float = 3e-4,
+        lam: Lam = 3e-4,
         schema: str | Schema = DEFAULT_SCHEMA,
         cost: str | CostModel = "decode-only",
         max_escalations: int | None = None,
@@ -38,7 +38,8 @@ class TrimVectorEnv(EpisodesVectorEnv):
                 before (`split`, `schema`, `cost` and `max_escalations` are then theirs).
             split: Split that episodes are drawn from; None for all.
             num_envs: E.
-            lam: Reward per unit of cost, λ.
+            lam: Reward per unit of cost, λ; with (low, high) every episode draws its own, log-uniformly, and sees it
+                as one more feature after those of the schema.
             schema: Feature schema (`trim_env.features.SCHEMAS`).
             cost: Cost model (`trim_env.reward.cost_model`).
             max_escalations: Cap K on escalations per episode.
@@ -56,16 +57,6 @@ class TrimVectorEnv(EpisodesVectorEnv):
         super().__init__(num_envs, len(self._roots), self.tables.schema, lam, self.tables.max_escalations)
         self._node = np.zeros(num_envs, np.int64)
 
-    @property
-    def lam(self) -> float:
-        """Reward per unit of cost, λ; it may be set between steps and applies from the next one on."""
-        return self._lam
-
-    @lam.setter
-    def lam(self, value: float) -> None:
-        self._lam = checked_lam(value)
-        self._reward = self.tables.solved - self._lam * self.tables.cost
-
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
         """Take (E,) actions.
 
@@ -79,10 +70,12 @@ class TrimVectorEnv(EpisodesVectorEnv):
         child = tables.child.take(place)
         if child.min() == MISSING:
             raise StoreError(missing(tables, place))
-        self._count(action, tables.cost.take(place), tables.large_tokens.take(place), tables.small_tokens.take(place))
+        cost, solved = tables.cost.take(place), tables.solved.take(place)
+        reward = solved - self._charged(cost)
+        self._count(action, cost, tables.large_tokens.take(place), tables.small_tokens.take(place))
         self._node, done = child, child < 0
-        infos = self._replace(done, tables.solved.take(place), tables.features.take(last, axis=0)) if done.any() else {}
-        return self._observations(), self._reward.take(place), done, np.zeros(self.num_envs, bool), infos
+        infos = self._replace(done, solved, tables.features.take(last, axis=0)) if done.any() else {}
+        return self._with_lam(self._observations()), reward, done, np.zeros(self.num_envs, bool), infos
 
     def _begin(self, which: Array, positions: Array) -> None:
         self._node[which] = self._roots[positions]

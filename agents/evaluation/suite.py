@@ -15,12 +15,12 @@ from agents import artefact
 from agents.base import RandomRate, Router, Threshold
 from agents.evaluation.compare import compare_curves
 from agents.evaluation.metrics import Points, References
-from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.run import references, run
 from agents.evaluation.spread import OPERATING_POINTS, spread
 from agents.evaluation.table import MethodSummary, as_plain, summarise
 from agents.evaluation.uncertainty import Difference, holm, paired_returns, resample_weights
 from agents.oracle import query_oracle, tree_oracle
+from agents.policy import ConditionedMLP
 from agents.validation import Candidates
 from rollouts.errors import ArtefactError, ConfigError
 from rollouts.tree import Trees, compile_store
@@ -112,7 +112,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     )
     both = references(split)
     curves: dict[str, Points] = {
-        name: [(item.router.knob.value, run(item.router, split)) for item in items] for name, items in methods.items()
+        name: [point for item in items for point in _points(item, validation, split)] for name, items in methods.items()
     }
     candidates = Candidates(validation)
     curves[TRIM_THR if TRIM_THR not in curves else f"{TRIM_THR} (swept)"] = _thresholds(candidates, validation, split)
@@ -137,7 +137,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         methods=summaries,
         oracle=oracles[0],
         query_oracle=oracles[1],
-        at_lam=_at_lam(methods, curves, candidates, split, weights),
+        at_lam=_at_lam(methods, candidates, split, weights),
         sentences=_sentences(list(methods), curves, both, weights),
         subject=subject,
     )
@@ -201,6 +201,17 @@ def _thresholds(candidates: Candidates, validation: DecisionTables, split: Decis
     return [(level, run(Threshold(level), split)) for level, _ in chosen]
 
 
+def _points(item: artefact.Artefact, validation: DecisionTables, split: DecisionTables) -> Points:
+    """Return the operating points of a router; of one for a range of λ 16, whose λ spread the cost on validation."""
+    router = item.router
+    if not isinstance(router, ConditionedMLP):
+        return [(router.knob.value, run(router, split))]
+    lams = np.geomspace(router.low, router.high, 4 * OPERATING_POINTS).tolist()
+    swept = [(lam, run(router.at(lam), validation)) for lam in lams]
+    chosen = spread(swept, references(validation).large, OPERATING_POINTS)
+    return [(lam, run(router.at(lam), split)) for lam, _ in chosen]
+
+
 def _lams(both: References) -> list[float]:
     """Return values of λ that spread an oracle's cost."""
     price = max(float(both.large.cost.mean() - both.small.cost.mean()), 1e-9)
@@ -209,19 +220,19 @@ def _lams(both: References) -> list[float]:
 
 def _at_lam(
     methods: dict[str, list[artefact.Artefact]],
-    curves: dict[str, Points],
     candidates: Candidates,
     split: DecisionTables,
     weights: Any,
 ) -> tuple[AtLam, ...]:
     rows: list[tuple[str, float, float, Difference]] = []
     for name, items in methods.items():
-        for item, (_, outcomes) in zip(items, curves[name], strict=True):
-            if "lam" in item.about:
-                lam = float(item.about["lam"])
+        for item in items:
+            for held_out in item.about.get("held_out", ()):
+                lam = float(held_out["lam"])
+                router = item.router.at(lam) if isinstance(item.router, ConditionedMLP) else item.router
                 threshold = candidates.best(lam).threshold
-                simple: Outcomes = run(threshold, split)
-                rows.append((name, lam, threshold.threshold, paired_returns(outcomes, simple, lam, weights)))
+                own, simple = run(router, split), run(threshold, split)
+                rows.append((name, lam, threshold.threshold, paired_returns(own, simple, lam, weights)))
     corrected: Any = holm([row[3].p_value for row in rows]) if rows else []
     return tuple(AtLam(*row, float(p)) for row, p in zip(rows, corrected, strict=True))
 

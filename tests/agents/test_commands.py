@@ -223,3 +223,39 @@ def test_unusable_rollouts_are_refused_in_one_line(tmp_path, capsys):
     refused(lambda store: shutil.rmtree(store / "grades"), "no grades")
     refused(without_large_steps, "incomplete")
     refused(not_a_number, "1 scores.*NaN")
+
+
+def test_a_range_of_lam_is_evaluated_at_points_that_spread_the_cost(store, tmp_path, capsys):
+    out = tmp_path / "range"
+    arguments = [
+        "--rollouts",
+        str(store),
+        "--lam-range",
+        "0.001",
+        "0.3",
+        "--out",
+        str(out),
+        "--tracking",
+        "none",
+        *QUICK,
+    ]
+    assert train_command.main(arguments) == 0
+    found = evaluate(EvaluateConfig((out,), str(store)))
+    assert 1 < len(found.methods[0].points) <= 16
+    assert all(0.001 <= point.knob <= 0.3 for point in found.methods[0].points)
+    assert len(found.at_lam) == 5
+    capsys.readouterr()
+    refused = [
+        "--rollouts",
+        str(store),
+        "--lam-range",
+        "0.3",
+        "0.001",
+        "--out",
+        str(tmp_path / "x"),
+        "--tracking",
+        "none",
+    ]
+    assert train_command.main(refused) == 2 and "the lower one first" in capsys.readouterr().err
+    refused = ["--rollouts", str(store), "--lam-range", "0.1", "1", "--lam", "1", "--out", str(tmp_path / "x")]
+    assert train_command.main(refused) == 2 and "leave out --lam" in capsys.readouterr().err

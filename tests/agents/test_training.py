@@ -111,10 +111,10 @@ def test_a_collapsed_router_is_trained_again_and_never_passed_off(trees):
     tables, validation = decision_tables(clear, "train"), validation_of(clear)
     stuck = replace(SMALL, iterations=2, learning_rate=1e-12)
     alone = Training(tables, validation, 0.001, stuck, 1, attempts=1).run()
-    assert alone.attempts == 1 and not alone.health.fine
+    assert alone.attempts == 1 and not alone.fine
     helped = Training(tables, validation, 0.001, stuck, 1, attempts=2).run()
     assert helped.attempts == 2
-    assert helped.health.fine  # the warm start alone imitates the best threshold
+    assert helped.fine  # the warm start alone imitates the best threshold
     assert len(helped.records) == 2 + remedy(stuck, 1).iterations
 
 
@@ -228,3 +228,30 @@ def test_a_killed_run_resumes_to_the_same_end(store, tmp_path):
     ends = [artefact.load(tmp_path / name / "lam-0.01" / "policy") for name in ("whole", "killed")]
     assert all((ends[0].router.weights[name] == ends[1].router.weights[name]).all() for name in ends[0].router.weights)
     assert ends[0].about == ends[1].about
+
+
+def test_one_policy_for_a_range_of_lam(configured):
+    trained = train(replace(configured, lam=(), lam_range=(0.002, 0.2)))
+    stored = artefact.load(trained.folder / "lam-0.002-to-0.2" / "policy").router
+    assert (stored.low, stored.high) == (0.002, 0.2) and len(trained.routers) == 5
+    trees = compile_store(configured.rollouts)
+    features = decision_tables(trees, "test").features
+    for lam in (0.002, 0.017, 0.2):
+        told = np.concatenate([features, np.full((len(features), 1), np.log10(lam) + 3, np.float32)], axis=1)
+        whole = replace(stored.at(lam), weights=stored.weights)  # the network with λ as its last input
+        assert stored.at(lam).logits(features) == pytest.approx(whole.logits(told), abs=1e-5)
+    for lam in (0.001, 0.3, 0.0):
+        with pytest.raises(ConfigError, match="this policy was trained for 0.002 to 0.2"):
+            stored.at(lam)
+    assert resume(configured.out).health == trained.health
+
+
+def test_a_policy_told_lam_spends_less_where_it_is_dearer(trees):
+    tables = decision_tables(telling(trees), "train")
+    learner = PPOAgg(tables, (0.001, 0.5), replace(SMALL, iterations=40, num_envs=256), seed=0)
+    while not learner.done:
+        learner.iterate()
+    router = learner.router()
+    cheap, dear = run(router.at(0.001), tables), run(router.at(0.5), tables)
+    assert dear.large_tokens.mean() < 0.2 * cheap.large_tokens.mean()
+    assert cheap.correct.mean() > dear.correct.mean() + 0.05

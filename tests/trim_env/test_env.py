@@ -310,3 +310,40 @@ def test_the_sb3_face_keeps_to_its_interface(quickstart):
     assert env.env_method("take_finished", indices=1)[0]["episodes"] == 0
     assert env.env_is_wrapped(gymnasium.Wrapper) == [False] * 4
     env.close()
+
+
+def test_lam_may_be_drawn_for_each_episode():
+    env = TrimVectorEnv("quickstart", "test", 256, lam=(1e-4, 1e-2))
+    observations, _ = env.reset(seed=3)
+    assert env.single_observation_space.shape == (7,) and env.observation_space.contains(observations)
+    drawn = np.array(env.lam)
+    assert observations[:, 6] == pytest.approx(np.log10(drawn) + 3, abs=1e-5)
+    assert drawn.min() < 2e-4 and drawn.max() > 5e-3 and abs(np.log10(drawn).mean() + 3) < 0.15
+    again, _ = env.reset(seed=3)
+    assert (again == observations).all()
+    tables, seen, ended = env.tables, np.array(env.lam), 0
+    node = env.state()["node"]
+    for _ in range(6):
+        actions = np.arange(256) % 2
+        _, reward, done, _, infos = env.step(actions)
+        place = 2 * node + actions
+        assert reward == pytest.approx(tables.solved[place] - seen * tables.cost[place])
+        if done.any():
+            final = infos["final_info"]
+            wanted = final["correct"] - seen * final["cost"]
+            assert final["return"][done] == pytest.approx(wanted[done])
+            ended += int(done.sum())
+            assert (np.array(env.lam)[~done] == seen[~done]).all() and (np.array(env.lam)[done] != seen[done]).all()
+        seen, node = np.array(env.lam), env.state()["node"]
+    assert ended > 50
+    state = env.state()
+    first = [env.step(np.zeros(256, int))[:2] for _ in range(4)]
+    env.restore(state)
+    second = [env.step(np.zeros(256, int))[:2] for _ in range(4)]
+    assert all((a == b).all() for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("lam", [(0.1, 0.01), (0.0, 1.0), (-1.0, 1.0)])
+def test_a_range_of_lam_has_a_lower_and_an_upper_end(lam):
+    with pytest.raises(ConfigError):
+        TrimVectorEnv("quickstart", "test", 4, lam=lam)
