@@ -8,7 +8,7 @@ import numpy as np
 
 from agents.pomdp.model import Model
 from agents.pomdp.sample import Kinds
-from rollouts.tree import TERMINAL, Trees
+from rollouts.tree import MISSING, TERMINAL, Trees
 
 
 def made_model(seed=0, steps=4, bins=4, levels=2, token_bins=2, **changes) -> Model:
@@ -89,9 +89,7 @@ def play(model, router, episodes, seed):
         large_right = random.random(episodes) < chance
         large_bins = choice(random, model.large[context, np.where(large_right, 0, 1)])
         ends = random.random(episodes) < np.where(escalate, model.large_ends[step, kind], model.ends[step, kind])
-        value = np.where(
-            escalate, model.large_end_value[np.where(large_right, 0, 1)], model.end_value[kind, hidden]
-        )
+        value = np.where(escalate, model.large_end_value[np.where(large_right, 0, 1)], model.end_value[kind, hidden])
         now = ends & ~done
         correct[now] = (random.random(episodes) < value)[now]
         paid += np.where(escalate & ~done, model.tokens[step, kind], 0)
@@ -133,11 +131,11 @@ def best_value(model, lam, step=0, context=None, hidden=(1.0, 0.0)):
     return total
 
 
-def made_trees(count=500, seed=0, depth=4, p_small=0.8, p_large=(0.99, 0.8), salvage=0.1) -> Trees:
+def made_trees(count=500, seed=0, depth=4, p_small=0.8, p_large=(0.99, 0.8), salvage=0.1, cap=None) -> Trees:
     """Draw complete trees from a hidden-state model in which scores depend on the class alone; they carry labels.
 
     Step `depth` is the last. A tenth of the scores of right steps is exactly 1. Every third pair of equal
-    correctness is the same step.
+    correctness is the same step. With a cap only paths with at most so many escalations are there.
     """
     random = np.random.default_rng(seed)
     columns = {name: [] for name in ("child", "score", "correct", "label", "tokens", "tree", "depth", "text_end")}
@@ -148,7 +146,7 @@ def made_trees(count=500, seed=0, depth=4, p_small=0.8, p_large=(0.99, 0.8), sal
             return 1.0
         return random.beta(*((6, 1.5), (1.2, 6), (1.5, 4))[hidden])
 
-    def node(tree, right, at):
+    def node(tree, right, at, used):
         row = len(columns["tree"])
         good = random.random() < p_small
         able = random.random() < p_large[0 if good else 1]
@@ -171,13 +169,18 @@ def made_trees(count=500, seed=0, depth=4, p_small=0.8, p_large=(0.99, 0.8), sal
         if last and same:
             columns["correct"][row][1] = columns["correct"][row][0]
         if not last:
-            first = node(tree, hidden[0] == 0, at + 1)
-            columns["child"][row] = [first, first if same else node(tree, hidden[1] == 0, at + 1)]
+            first = node(tree, hidden[0] == 0, at + 1, used)
+            closed = cap is not None and used >= cap
+            second = first if same or closed else node(tree, hidden[1] == 0, at + 1, used + 1)
+            columns["child"][row] = [first, second]
+        if cap is not None and used >= cap:
+            for name, value in (("child", MISSING), ("score", np.nan), ("correct", -1), ("label", -1), ("tokens", 0)):
+                columns[name][row][1] = value
         return row
 
     for tree in range(count):
         root.append(len(columns["tree"]))
-        node(tree, True, 0)
+        node(tree, True, 0, 0)
     nodes = len(columns["tree"])
     child = np.array(columns["child"], np.int32)
     zeros = np.zeros((nodes, 2), np.int32)

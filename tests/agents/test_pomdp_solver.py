@@ -64,7 +64,7 @@ def test_no_other_plan_does_better_in_simulation():
     assert (means.argmax(axis=1) == np.arange(3)).all(), means
 
 
-def simplex_bounds(model, lam, parts=14):
+def simplex_bounds(model, lam, parts=18):
     """Solve over the whole simplex of (S0, S1, S2): upper bounds by interpolation, lower ones by alpha vectors.
 
     For models without levels. Knows nothing of g: classes are the states, and both actions are transitions to
