@@ -102,6 +102,35 @@ AnyRouter = Router | StatefulRouter
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Two settings of one router: each problem as a whole goes to one of them at random.
+
+    Attributes:
+        first: The one.
+        second: The other.
+        share: Probability that a problem goes to `second`.
+    """
+
+    first: AnyRouter
+    second: AnyRouter
+    share: float
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        if not 0 <= self.share <= 1:
+            raise ConfigError(f"The share of a mixture is {self.share}, expected a probability.")
+
+    @property
+    def name(self) -> str:
+        """The name of both."""
+        return self.first.name
+
+    def pick(self, uniform: float) -> AnyRouter:
+        """Return the router of one problem, given a number that was drawn uniformly from [0, 1) for it."""
+        return self.second if uniform < self.share else self.first
+
+
+@dataclass(frozen=True)
 class Constant:
     """Always the same action: 0 is always-small, 1 always-large."""
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.base import AnyRouter, StatefulRouter
+from agents.base import AnyRouter, Mixture, StatefulRouter
 from agents.evaluation.metrics import References
-from agents.evaluation.outcomes import Outcomes
+from agents.evaluation.outcomes import Outcomes, mix
 from rollouts.errors import StoreError
 from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE, MISSING
 from trim_env.tables import DecisionTables, missing
@@ -24,12 +24,14 @@ Floats = NDArray[np.float64]
 Decide = Callable[[Ints, Ints], Floats]  # (rows of nodes, escalations so far) -> P(escalate); both (n,)
 
 
-def run(router: AnyRouter, tables: DecisionTables) -> Outcomes:
+def run(router: AnyRouter | Mixture, tables: DecisionTables) -> Outcomes:
     """Return the outcomes of a router on the split of some tables.
 
     Raises:
         StoreError: A proposal that the router needs was not generated.
     """
+    if isinstance(router, Mixture):
+        return mix(run(router.first, tables), run(router.second, tables), router.share)
     if isinstance(router, StatefulRouter):
         return by_problem(tables, run_trees(tables, router))
     features = tables.in_schema(router.schema)
