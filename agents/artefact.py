@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.base import Constant, Knob, RandomRate, Router, Threshold
+from agents.base import AnyRouter, Constant, Knob, RandomRate, Threshold
 from agents.policy import MLP, ConditionedMLP
+from agents.pomdp.router import PomdpRouter
 from rollouts.errors import ArtefactError
 
 FORMAT = "trim-policy"
@@ -27,8 +28,9 @@ _KINDS: dict[type, str] = {
     Threshold: "threshold",
     Constant: "constant",
     RandomRate: "random",
+    PomdpRouter: "pomdp",
 }
-Storable = Router | ConditionedMLP
+Storable = AnyRouter | ConditionedMLP
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ def save(router: Storable, folder: str | Path, about: dict[str, Any]) -> Path:
         described["activation"] = "tanh"
         described["weights"] = hashlib.sha256(data).hexdigest()
         (folder / "policy.safetensors").write_bytes(data)
+    if isinstance(router, PomdpRouter):
+        described["pomdp"] = router.to_plain()
     (folder / "policy.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     return folder
 
@@ -118,6 +122,8 @@ def _build(folder: Path, described: dict[str, Any]) -> Storable:
         return RandomRate(knob.value, name, schema)
     if kind == "constant":
         return Constant(int(knob.value), schema)
+    if kind == "pomdp":
+        return PomdpRouter.from_plain(described["pomdp"])
     if kind != "mlp":
         raise ArtefactError(f"{folder}: unknown kind of policy {kind!r}, known: {', '.join(_KINDS.values())}.")
     return MLP(name, schema, knob, _weights(folder, described))

@@ -4,7 +4,7 @@ RUN/config.json            settings, versions, seed, hash of the rollouts
 RUN/report.txt             health of every router in plain words
 RUN/curve.png, .svg        the routers on the verdict half of validation
 RUN/lam-0.003/policy/      the router (`agents.artefact`), the only thing that evaluation reads
-RUN/lam-0.003/             metrics.jsonl, training.png, report.json, checkpoint.pt
+RUN/lam-0.003/             metrics.jsonl, training.png, report.json, checkpoint.pt; of the POMDP estimates.json
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents import artefact, tracking
-from agents.base import Router, Threshold
+from agents.base import AnyRouter, Threshold
 from agents.evaluation.run import references, run
 from agents.health import Health, as_plain
 from agents.policy import ConditionedMLP
+from agents.pomdp.fit import estimate, price_of
 from agents.ppo import PPOSettings
 from agents.trainer import Record, Result, Training, Validation, checked_at
 from rollouts.errors import ConfigError, StoreError, did_you_mean
 from rollouts.tree import Trees, compile_store
 from trim_env.episodes import Lam, checked_lam, checked_range
 from trim_env.features import DEFAULT_SCHEMA
+from trim_env.reward import cost_model
 from trim_env.tables import DecisionTables, decision_tables
 
-AGENTS = ("ppo-agg", "threshold")
+AGENTS = ("ppo-agg", "pomdp", "threshold")
 AUTO_LAMS = 6
 _PACKAGES = ("trim-routing", "numpy", "torch", "stable-baselines3", "gymnasium", "wandb")
 
@@ -45,7 +47,8 @@ class TrainConfig:
 
     Attributes:
         rollouts: Path of a rollout store, or the name of a bundled one.
-        agent: ``ppo-agg`` (TRIM-Agg) or ``threshold`` (TRIM-Thr, the best threshold for each λ).
+        agent: ``ppo-agg`` (TRIM-Agg), ``pomdp`` (TRIM-POMDP) or ``threshold`` (TRIM-Thr, the best threshold for each
+            λ).
         lam: λ, reward lost per unit of cost; several make a sweep. Left out: six values that span the trade-off
             between the two models, computed from the rollouts.
         lam_range: Two values: one policy is trained for every λ between them, which it is told.
@@ -88,7 +91,7 @@ class Trained:
     """
 
     folder: Path
-    routers: dict[float, Router]
+    routers: dict[float, AnyRouter]
     health: dict[float, Health]
 
 
@@ -159,6 +162,8 @@ def resume(folder: Path, listener: Listener | None = None) -> Trained:
 def _check(config: TrainConfig) -> None:
     if config.agent not in AGENTS:
         raise ConfigError(f"Unknown agent {config.agent!r}.{did_you_mean(config.agent, AGENTS)}")
+    if config.agent == "pomdp":
+        price_of(cost_model(config.cost))
     tracking.check(config.tracking)
     for lam in config.lam:
         checked_lam(lam)
@@ -206,7 +211,7 @@ def _validation(config: TrainConfig, trees: Trees) -> Validation:
 
 def _run(config: TrainConfig, trees: Trees, validation: Validation, folder: Path, listener: Listener) -> Trained:
     tables = _tables(config, trees, trees.select("train"))
-    routers: dict[float, Router] = {}
+    routers: dict[float, AnyRouter] = {}
     health: dict[float, Health] = {}
     tasks: tuple[Lam, ...] = (config.lam_range,) if config.lam_range else config.lam
     for task in tasks:
@@ -241,7 +246,7 @@ def _label(task: Lam) -> str:
     return f"lam-{task[0]:g}-to-{task[1]:g}" if isinstance(task, tuple) else f"lam-{task:g}"
 
 
-def _at(router: artefact.Storable, lam: float) -> Router:
+def _at(router: artefact.Storable, lam: float) -> AnyRouter:
     return router.at(lam) if isinstance(router, ConditionedMLP) else router
 
 
@@ -259,6 +264,12 @@ def _fit(
         assert isinstance(task, float)
         router = validation.candidates.best(task).threshold
         return router, {task: validation.assess(router, task, final=True)}, 1, None
+    if config.agent == "pomdp":
+        assert isinstance(task, float)
+        estimates = estimate(tables.trees, indices=tables.indices)
+        planned = estimates.routers([task], price=price_of(tables.cost_model))[0]
+        (place / "estimates.json").write_text(json.dumps(estimates.report(), indent=1) + "\n", encoding="utf-8")
+        return planned, {task: validation.assess(planned, task, final=True)}, 1, None
     result = _train_one(config, tables, validation, task, place, tracker, listener)
     return result.router, result.health, result.attempts, _draw_training(result, validation, task, place)
 
@@ -308,7 +319,7 @@ def _about(
     }
 
 
-def _held_out(validation: Validation, router: Router, lam: float, health: Health) -> dict[str, Any]:
+def _held_out(validation: Validation, router: AnyRouter, lam: float, health: Health) -> dict[str, Any]:
     """Return what a router reached on the verdict half of validation."""
     outcomes, both = run(router, validation.verdict), validation.references[1]
     return {
@@ -346,7 +357,7 @@ def _draw_training(result: Result, validation: Validation, task: Lam, place: Pat
     return training_curve(history, levels, title, place / "training")[0]
 
 
-def _draw_curve(routers: Mapping[float, Router], validation: Validation, config: TrainConfig, folder: Path) -> None:
+def _draw_curve(routers: Mapping[float, AnyRouter], validation: Validation, config: TrainConfig, folder: Path) -> None:
     from agents.evaluation.plots import cost_accuracy
     from agents.evaluation.spread import spread
     from agents.evaluation.table import summarise

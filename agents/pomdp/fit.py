@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from agents.pomdp.sample import Kinds, observations, observations_from, sample
 from agents.pomdp.solver import solve
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.tree import Trees
+from trim_env.reward import CostModel
 
 LABELS = ("auto", "exact", "em")
 
@@ -51,10 +52,19 @@ class Estimates:
         """
         return preset(name, self.observed, self.dynamics, self.kinds)
 
-    def routers(self, lams: Sequence[float] | Floats, name: str = "measured") -> list[PomdpRouter]:
-        """Return the router for each λ."""
+    def routers(
+        self, lams: Sequence[float] | Floats, name: str = "measured", *, price: float = 1.0
+    ) -> list[PomdpRouter]:
+        """Return the router for each λ.
+
+        Args:
+            lams: λ, return lost per unit of cost.
+            name: The preset.
+            price: Cost of a large token (`price_of`).
+        """
         model = self.model(name)
-        return routers(model, solve(model, lams))
+        found = routers(model, solve(model, price * np.asarray(lams, np.float64)))
+        return [replace(router, lam=float(lam), price=price) for lam, router in zip(lams, found, strict=True)]
 
     def report(self) -> dict[str, Any]:
         """Return rates with counts and intervals, and what else a reader would ask for, as plain values."""
@@ -106,6 +116,20 @@ def estimate(
     fitted = em(seen, told)
     found = agreement(fitted.latent, exact)
     return Estimates(fitted.observed, fitted.dynamics, seen.kinds, "em", len(rows), found)
+
+
+def price_of(cost: CostModel) -> float:
+    """Return what a large token costs.
+
+    Raises:
+        ConfigError: Other things than large tokens cost something, which the model knows nothing of.
+    """
+    if cost.large_prefill or cost.small_decode or cost.small_prefill:
+        raise ConfigError(
+            f"The POMDP plans for tokens that the large model decodes; cost model {cost.name!r} prices others as well. "
+            "Use --cost decode-only or prefill-20, or another agent."
+        )
+    return cost.large_decode
 
 
 def fit(

@@ -120,6 +120,14 @@ class Model:
                 raise ValueError(f"{name} has shape {values.shape} or values that are no numbers, expected {shape}")
             if name not in ("tokens", "token_line", "level") and ((values < 0) | (values > 1)).any():
                 raise ValueError(f"{name} is not made of probabilities")
+        if not 0 <= self.repair <= 1:
+            raise ValueError(f"repair is {self.repair}, expected a probability")
+        if not (np.diff(self.edges) > 0).all() or not np.isfinite(self.edges).all():
+            raise ValueError("edges are not ascending numbers")
+        if self.level.min() < 0 or self.level.max() > max(self.contexts - 2, 0):
+            raise ValueError(f"level is not made of numbers of contexts, expected less than {self.contexts}")
+        if (self.ends[-1] < 1).any() or (self.large_ends[-1] < 1).any():
+            raise ValueError("ends and large_ends let the last step be followed by another one")
 
 
 def measured(observed: ObservationModel, dynamics: Dynamics, kinds: Kinds) -> Model:

@@ -29,6 +29,7 @@ class PomdpRouter:
         model: The decision process that was planned for.
         lam: λ that it was solved for.
         value: (T + 1, C, n) greatest expected return before the proposal of a step is seen (`agents.pomdp.solver`).
+        price: Cost of a large token: λ times this is what it costs in return.
         name: As in tables and plots.
         schema: Feature schema.
     """
@@ -36,6 +37,7 @@ class PomdpRouter:
     model: Model
     lam: float
     value: Floats
+    price: float = 1.0
     name: str = "trim-pomdp"
     schema: str = SCHEMA
     _scored: Floats = field(init=False, repr=False)
@@ -69,7 +71,7 @@ class PomdpRouter:
         bins = to_bins(self.model.edges, scores_in(features))
         ahead = predicted(state[:, _G], self.model.p_small[step, kind])
         classes, _ = corrected(ahead, self.model.small[context, kind, :, bins])
-        price = self.lam * expected_tokens(self.model.token_line[step, kind], tokens_in(features))
+        price = self.lam * self.price * expected_tokens(self.model.token_line[step, kind], tokens_in(features))
         escalate = np.zeros(len(features))
         groups, member = np.unique(step * self.model.kinds.count + kind, return_inverse=True)
         for number, group in enumerate(groups):
@@ -106,7 +108,13 @@ class PomdpRouter:
 
     def to_plain(self) -> dict[str, Any]:
         """Return it as lists and numbers."""
-        return {"model": self.model.to_plain(), "lam": self.lam, "value": self.value.tolist(), "name": self.name}
+        return {
+            "model": self.model.to_plain(),
+            "lam": self.lam,
+            "value": self.value.tolist(),
+            "price": self.price,
+            "name": self.name,
+        }
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> PomdpRouter:
@@ -115,11 +123,11 @@ class PomdpRouter:
         Raises:
             KeyError, TypeError, ValueError: It is not that.
         """
-        model = Model.from_plain(plain["model"])
-        return cls(model, float(plain["lam"]), np.array(plain["value"], np.float64), str(plain["name"]))
+        model, value = Model.from_plain(plain["model"]), np.array(plain["value"], np.float64)
+        return cls(model, float(plain["lam"]), value, float(plain["price"]), str(plain["name"]))
 
 
-def routers(model: Model, solution: Solution, name: str = "trim-pomdp") -> list[PomdpRouter]:
+def routers(model: Model, solution: Solution) -> list[PomdpRouter]:
     """Return a router for each λ of a solution."""
     pairs = zip(solution.lams, solution.value, strict=True)
-    return [PomdpRouter(model, float(lam), np.array(value), name) for lam, value in pairs]
+    return [PomdpRouter(model, float(lam), np.round(value, 9)) for lam, value in pairs]
