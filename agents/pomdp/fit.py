@@ -13,7 +13,7 @@ from agents.pomdp.dynamics import Dynamics, Rate, measure
 from agents.pomdp.em import Agreement, agreement, em
 from agents.pomdp.latent import CLASSES, Floats, labelled, rows_of
 from agents.pomdp.model import Model, preset
-from agents.pomdp.observation import LabelledSteps, ObservationModel
+from agents.pomdp.observation import LEVELS, LabelledSteps, ObservationModel
 from agents.pomdp.router import PomdpRouter, routers
 from agents.pomdp.sample import Kinds, observations, observations_from, sample
 from agents.pomdp.solver import solve
@@ -88,6 +88,7 @@ def estimate(
     labels: str = "auto",
     steps: LabelledSteps | None = None,
     indices: NDArray[Any] | None = None,
+    levels: int = LEVELS,
 ) -> Estimates:
     """Estimate what scores tell and how trajectories go on.
 
@@ -99,6 +100,7 @@ def estimate(
         steps: Labelled steps from elsewhere (`agents.pomdp.observation.read_labelled`), scored by the same reward
             model: they then tell what scores mean, and the trees the rest.
         indices: Estimate from these trees instead of from a whole split.
+        levels: Levels of the last accepted step's score that the next one is conditioned on; 1: it is not.
 
     Raises:
         ConfigError: Unknown kind of labels.
@@ -108,7 +110,7 @@ def estimate(
     if labels not in LABELS:
         raise ConfigError(f"Unknown kind of labels {labels!r}.{did_you_mean(labels, LABELS)}")
     rows = rows_of(trees, trees.select(split) if indices is None else np.asarray(indices, np.int64))
-    seen = sample(trees, rows)
+    seen = sample(trees, rows, levels=levels)
     told = observations_from(seen, steps) if steps is not None else None
     exact = labelled(trees, rows)
     if labels == "exact" or (labels == "auto" and (trees.label[rows] >= 0).any()):

@@ -1,0 +1,272 @@
+"""Is TRIM-POMDP fast, and is it good? Times, and returns on test against thresholds and bounds.
+
+    python -m benchmarks.pomdp --out results/pomdp.md
+
+Everything is fitted on the training trees; thresholds, and the λ of the curves, are chosen on validation; all figures
+are of test. Intervals are paired bootstraps over problems.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+
+from agents.evaluation.compare import compare_curves
+from agents.evaluation.metrics import BUDGETS, CPT_TARGETS, Curve, Points, curve_metrics
+from agents.evaluation.outcomes import Outcomes
+from agents.evaluation.run import by_problem, references, run, run_trees
+from agents.evaluation.spread import spread
+from agents.evaluation.uncertainty import Difference, holm, paired_means, resample_weights
+from agents.oracle import tree_oracle
+from agents.pomdp.dynamics import expected_tokens
+from agents.pomdp.fit import Estimates, estimate
+from agents.pomdp.latent import S0, labelled
+from agents.pomdp.model import Model
+from agents.pomdp.router import PomdpRouter
+from agents.pomdp.sample import SCHEMA, tokens_in
+from agents.pomdp.solver import after_score, backup, solve
+from agents.validation import Candidates
+from benchmarks.robustness import LAMS
+from rollouts.tree import CONTINUE_SMALL, Trees, compile_store
+from trim_env.tables import DecisionTables, decision_tables
+
+BATCH = 4096
+SWEEP = 48  # values of λ among which the operating points of a curve are chosen
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the benchmark.
+
+    Attributes:
+        lams: Values of λ.
+        rollouts: The store.
+        out: Where to write the report; default: print only.
+    """
+
+    lams: tuple[float, ...] = LAMS
+    rollouts: str = "quickstart"
+    out: Path | None = None
+
+
+class ExactLabels:
+    """Plans as the measured POMDP does, but sees the exact class of every proposal instead of its score."""
+
+    def __init__(self, model: Model, lam: float, tables: DecisionTables) -> None:
+        """Solve the process with perfect scores."""
+        kinds = model.kinds.count
+        perfect = replace(
+            model,
+            edges=np.array([-1.0, 1.0], np.float32),
+            level=np.zeros(3, np.int64),
+            small=np.broadcast_to(np.eye(3), (1, kinds, 3, 3)).copy(),
+            large=np.array([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]),
+        )
+        value = solve(perfect, [lam], points=3).value
+        rows = np.flatnonzero(np.isin(tables.trees.tree, tables.indices))
+        classes = labelled(tables.trees, rows).classes(CONTINUE_SMALL)
+        features = tables.in_schema(SCHEMA)[rows]
+        kind, step = perfect.kinds.of(features), np.asarray(tables.trees.depth[rows], np.int64)
+        self._escalate = np.zeros(tables.trees.nodes)
+        for at in np.unique(step):
+            for which in np.unique(kind[step == at]):
+                own = np.flatnonzero((step == at) & (kind == which))
+                leads = backup(perfect, at, which, 0, np.zeros(len(own), np.int64), classes[own], 3)
+                small, large = leads.worth(value[:, at + 1], after_score(perfect, value[:, at + 1], [0]))
+                price = lam * expected_tokens(perfect.token_line[at, which], tokens_in(features[own]))
+                self._escalate[rows[own]] = large[0] - price > small[0]
+
+    def decide(self, rows: NDArray[np.int64], used: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return whether to escalate."""
+        chosen: NDArray[np.float64] = self._escalate[rows]
+        return chosen
+
+
+def seconds(what: Callable[[], Any], times: int = 3) -> float:
+    """Return the median time that a call takes."""
+    taken = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        what()
+        taken.append(time.perf_counter() - begin)
+    return float(np.median(taken))
+
+
+def decision_time(router: PomdpRouter, tables: DecisionTables) -> float:
+    """Return seconds per decision, filter included, in a batch of proposals of all steps and kinds."""
+    rows = np.resize(np.flatnonzero(np.isin(tables.trees.tree, tables.indices)), BATCH)
+    features, scores = tables.in_schema(router.schema)[rows], tables.trees.score[rows, 0]
+    state, actions = router.start(BATCH), np.arange(BATCH) % 2
+    state[:, 0] = tables.trees.depth[rows]
+
+    def both() -> None:
+        _, after = router.decide(features, state)
+        router.accept(after, actions, scores, actions)
+
+    return seconds(both, 20) / BATCH
+
+
+def times(trees: Trees, test: DecisionTables, lams: tuple[float, ...]) -> list[str]:
+    """Return a table of times."""
+    found = estimate(trees)
+    model, paper = found.model(), found.model("paper")
+    rows = [
+        ("fitting with labels", f"{seconds(lambda: estimate(trees)):.2f} s"),
+        ("fitting by EM, without labels", f"{seconds(lambda: estimate(trees, labels='em')):.2f} s"),
+        (f"solving {len(lams)} λ, measured", f"{seconds(lambda: solve(model, lams)):.2f} s"),
+        (f"solving {len(lams)} λ, paper", f"{seconds(lambda: solve(paper, lams)):.2f} s"),
+        (f"a decision and its filter in a batch of {BATCH}",
+         f"{1e6 * decision_time(found.routers(lams[:1])[0], test):.1f} µs"),
+    ]  # fmt: skip
+    return ["| what | time |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]
+
+
+def methods(
+    fitted: dict[str, Estimates], candidates: Candidates, test: DecisionTables, lams: tuple[float, ...]
+) -> dict[str, list[Outcomes]]:
+    """Return the outcomes of every method for each λ, worst information first."""
+    found = {"TRIM-Thr": [run(candidates.best(lam).threshold, test) for lam in lams]}
+    for name, (labels, kind) in {
+        "paper": ("labels", "paper"),
+        "measured, scores independent": ("independent", "measured"),
+        "measured, by EM": ("EM", "measured"),
+        "measured": ("labels", "measured"),
+    }.items():
+        found[name] = [run(router, test) for router in fitted[labels].routers(lams, kind)]
+    model = fitted["labels"].model()
+    exact = [ExactLabels(model, lam, test) for lam in lams]
+    found["exact classes"] = [by_problem(test, run_trees(test, each.decide)) for each in exact]
+    found["tree oracle"] = [tree_oracle(test, lam) for lam in lams]
+    return found
+
+
+def returns_table(found: dict[str, list[Outcomes]], lams: tuple[float, ...], weights: NDArray[np.float64]) -> list[str]:
+    """Return mean returns by λ and, below, the differences of the measured POMDP with their intervals."""
+    lines = ["| λ | " + " | ".join(found) + " |", "|---:|" + "---:|" * len(found)]
+    for number, lam in enumerate(lams):
+        cells = [f"{each[number].returns(lam).mean():.4f}" for each in found.values()]
+        lines.append(f"| {lam:g} | " + " | ".join(cells) + " |")
+    means = {
+        name: np.mean([o.returns(lam) for o, lam in zip(each, lams, strict=True)], 0) for name, each in found.items()
+    }
+    lines.append("| mean | " + " | ".join(f"**{each.mean():.4f}**" for each in means.values()) + " |")
+    others = [name for name in found if name not in ("measured", "tree oracle")]
+    lines += ["", "Measured minus the others, 95 %; p by Holm over all λ and methods of the table:", ""]
+    lines += ["| λ | " + " | ".join(others) + " |", "|---:|" + "---:|" * len(others)]
+    cells_at = []
+    for number, lam in enumerate(lams):
+        own = found["measured"][number].returns(lam)
+        cells_at.append([paired_means(own, found[name][number].returns(lam), weights) for name in others])
+    corrected = holm([each.p_value for row in cells_at for each in row]).reshape(len(lams), -1)
+    for lam, row, ps in zip(lams, cells_at, corrected, strict=True):
+        cells = [f"{interval(each)} (p {p:.2g})" for each, p in zip(row, ps, strict=True)]
+        lines.append(f"| {lam:g} | " + " | ".join(cells) + " |")
+    overall = [interval(paired_means(means["measured"], means[name], weights)) for name in others]
+    return [*lines, "| mean | " + " | ".join(f"**{each}**" for each in overall) + " |"]
+
+
+def interval(each: Difference) -> str:
+    """Return a difference with its interval."""
+    return f"{each.value:+.4f} [{each.low:+.4f}, {each.high:+.4f}]"
+
+
+def curves(
+    fitted: dict[str, Estimates], candidates: Candidates, validation: DecisionTables, test: DecisionTables,
+    weights: NDArray[np.float64],
+) -> list[str]:  # fmt: skip
+    """Return curve metrics of POMDP and thresholds at 16 operating points each, spread on validation."""
+    large, both = references(validation).large, references(test)
+    simple = [(router.knob.value, outcomes) for router, outcomes in candidates.thresholds]
+    levels = {router.knob.value: router for router, _ in candidates.thresholds}
+    points: dict[str, Points] = {"TRIM-Thr": [(k, run(levels[k], test)) for k, _ in spread(simple, large)]}
+    lams = np.geomspace(1e-5, 0.1, SWEEP)
+    for name, (labels, kind) in {
+        "measured": ("labels", "measured"), "measured, by EM": ("EM", "measured"), "paper": ("labels", "paper"),
+    }.items():  # fmt: skip
+        plans = {router.lam: router for router in fitted[labels].routers(lams, kind)}
+        chosen = spread([(lam, run(router, validation)) for lam, router in plans.items()], large)
+        points[name] = [(lam, run(plans[lam], test)) for lam, _ in chosen]
+    metrics = {name: curve_metrics(Curve.of(each, both)) for name, each in points.items()}
+    wanted = [*(f"cpt_{x}" for x in CPT_TARGETS), "delta_ibc", *(f"accuracy_at_{budget}" for budget in BUDGETS)]
+    lines = ["| metric | " + " | ".join(points) + " |", "|---|" + "---:|" * len(points)]
+    lines += [
+        f"| {key} | " + " | ".join(f"{float(each[key]):.3f}" for each in metrics.values()) + " |" for key in wanted
+    ]
+    lines += [""]
+    for name in ("TRIM-Thr", "paper"):
+        difference = compare_curves(("measured", name), points["measured"], points[name], both, weights)
+        cells = [
+            f"CPT({x} %) {d.value:+.1f} % [{d.low:+.1f}, {d.high:+.1f}]"
+            for x in CPT_TARGETS
+            for d in [difference.metrics[f"cpt_{x}_percent"]]
+        ]
+        lines.append(f"- measured against {name}: {'; '.join(cells)}")
+    return lines
+
+
+def report(settings: Settings) -> str:
+    """Return the report in Markdown."""
+    trees = compile_store(settings.rollouts)
+    test, validation = (decision_tables(trees, split, schema="agg+") for split in ("test", "validation"))
+    candidates = Candidates(validation)
+    fitted = {
+        "labels": estimate(trees, labels="exact"),
+        "EM": estimate(trees, labels="em"),
+        "independent": estimate(trees, labels="exact", levels=1),
+    }
+    found = methods(fitted, candidates, test, settings.lams)
+    weights = resample_weights(len(found["measured"][0]))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    agreed = fitted["EM"].agreement
+    assert agreed is not None
+    classes = ", ".join(f"{100 * share:.1f} % of S{each}" for each, share in enumerate(agreed.by_class, S0))
+    return "\n".join([
+        "# TRIM-POMDP",
+        "",
+        f"`python -m benchmarks.pomdp`, {datetime.date.today()}, commit {commit.stdout.strip()}, {os.cpu_count()} "
+        f"shared cores. Rollouts `{settings.rollouts}`: fitted on training trees, thresholds chosen on validation, "
+        "figures of test.",
+        "",
+        "## Time",
+        "",
+        *times(trees, test, settings.lams),
+        "",
+        "## Mean return",
+        "",
+        "`scores independent`: the observation model knows nothing of the score before. `exact classes`: the measured "
+        "dynamics, with the true class of each proposal instead of the filter. The tree oracle knows how all ends.",
+        "",
+        *returns_table(found, settings.lams, weights),
+        "",
+        f"EM agrees with the exact labels on {100 * agreed.share:.1f} % of {agreed.steps:,} training proposals "
+        f"({classes}); calling all of them S0 on {100 * agreed.always_s0:.1f} %.",
+        "",
+        "## Curves",
+        "",
+        *curves(fitted, candidates, validation, test, weights),
+        "",
+    ])  # fmt: skip
+
+
+def main() -> None:
+    """Run the command line."""
+    settings = tyro.cli(Settings, description=__doc__)
+    text = report(settings)
+    print(text)
+    if settings.out:
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        settings.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
