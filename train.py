@@ -3,6 +3,7 @@
     python train.py --agent ppo-agg --lam 3e-3 --rollouts quickstart
     python train.py --rollouts quickstart                      # six values of λ that span the trade-off
     python train.py --lam-range 3e-4 1e-2                      # one policy for every λ between
+    python train.py --budget 0.2                               # the best use of 20 % of always-large's tokens
     python train.py --lam 3e-3 --ppo.iterations 3 --out runs/try  # a few seconds
     python train.py --resume runs/try                          # go on where a stopped run was
 
@@ -132,6 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def report(trained: Trained) -> None:
     """Print where things are and what to do next."""
+    if trained.sentence:
+        print(trained.sentence)
     flagged = [lam for lam, health in trained.health.items() if not health.fine]
     print(f"routers:  {trained.folder}/lam-*/policy")
     print(f"picture:  {trained.folder}/curve.png")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.base import AnyRouter, Constant, Knob, RandomRate, Threshold
+from agents.base import AnyRouter, Constant, Knob, Mixture, RandomRate, Threshold
 from agents.policy import MLP, ConditionedMLP
 from agents.pomdp.router import PomdpRouter
 from rollouts.errors import ArtefactError
@@ -29,8 +29,10 @@ _KINDS: dict[type, str] = {
     Constant: "constant",
     RandomRate: "random",
     PomdpRouter: "pomdp",
+    Mixture: "mixture",
 }
-Storable = AnyRouter | ConditionedMLP
+Storable = AnyRouter | ConditionedMLP | Mixture
+_PARTS = ("first", "second")
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ def save(router: Storable, folder: str | Path, about: dict[str, Any]) -> Path:
         (folder / "policy.safetensors").write_bytes(data)
     if isinstance(router, PomdpRouter):
         described["pomdp"] = router.to_plain()
+    if isinstance(router, Mixture):
+        described["share"] = router.share
+        for part in _PARTS:
+            save(getattr(router, part), folder / part, {})
+        described["parts"] = {part: _digest(folder / part) for part in _PARTS}
     (folder / "policy.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     return folder
 
@@ -122,11 +129,29 @@ def _build(folder: Path, described: dict[str, Any]) -> Storable:
         return RandomRate(knob.value, name, schema)
     if kind == "constant":
         return Constant(int(knob.value), schema)
+    if kind == "mixture":
+        return _mixture(folder, described, knob)
     if kind == "pomdp":
         return PomdpRouter.from_plain(described["pomdp"])
     if kind != "mlp":
         raise ArtefactError(f"{folder}: unknown kind of policy {kind!r}, known: {', '.join(_KINDS.values())}.")
     return MLP(name, schema, knob, _weights(folder, described))
+
+
+def _mixture(folder: Path, described: dict[str, Any], knob: Knob) -> Mixture:
+    parts = []
+    for part in _PARTS:
+        if _digest(folder / part) != described["parts"][part]:
+            raise ArtefactError(f"{folder / part}: its policy.json is not the one that the mixture names.")
+        router = load(folder / part).router
+        if isinstance(router, ConditionedMLP | Mixture):
+            raise ArtefactError(f"{folder / part}: a mixture is made of routers for one setting each.")
+        parts.append(router)
+    return Mixture(parts[0], parts[1], float(described["share"]), knob)
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "policy.json").read_bytes()).hexdigest()
 
 
 def _weights(folder: Path, described: dict[str, Any]) -> dict[str, NDArray[np.float32]]:

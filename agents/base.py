@@ -109,11 +109,13 @@ class Mixture:
         first: The one.
         second: The other.
         share: Probability that a problem goes to `second`.
+        knob: What it was mixed for: ``budget`` or ``accuracy``.
     """
 
     first: AnyRouter
     second: AnyRouter
     share: float
+    knob: Knob
 
     def __post_init__(self) -> None:
         """Check the share."""
@@ -122,8 +124,13 @@ class Mixture:
 
     @property
     def name(self) -> str:
-        """The name of both."""
-        return self.first.name
+        """The name of the second: the first may be always-small."""
+        return self.second.name if isinstance(self.first, Constant) else self.first.name
+
+    @property
+    def schema(self) -> str:
+        """The schema of the first; the second may have another."""
+        return self.first.schema
 
     def pick(self, uniform: float) -> AnyRouter:
         """Return the router of one problem, given a number that was drawn uniformly from [0, 1) for it."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.base import AnyRouter, Mixture
+from agents.base import AnyRouter, Knob, Mixture
 from agents.evaluation.metrics import References
 from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.uncertainty import Estimate, estimate, resample_weights
@@ -77,7 +77,7 @@ def calibrate(
         return Calibration(candidates[hull[min(above, len(along) - 1)]][0], name, value)
     share = float((value - along[above - 1]) / (along[above] - along[above - 1]))
     first, second = candidates[hull[above - 1]][0], candidates[hull[above]][0]
-    return Calibration(second if share == 1 else Mixture(first, second, share), name, value)
+    return Calibration(second if share == 1 else Mixture(first, second, share, Knob(name, value)), name, value)
 
 
 def _hull(cost: NDArray[Any], solved: NDArray[Any]) -> list[int]:

@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 
 from agents import artefact
-from agents.base import Constant, Knob, RandomRate, Threshold
+from agents.base import Constant, Knob, Mixture, RandomRate, Threshold
 from agents.policy import MLP
 from rollouts.errors import ArtefactError
 
@@ -104,3 +104,14 @@ def test_networks_that_do_not_fit_together_are_refused():
     with pytest.raises(ArtefactError, match="3 outputs"):
         wide = {"0.weight": np.zeros((3, 6), np.float32), "0.bias": np.zeros(3, np.float32)}
         MLP("x", "agg+/1", Knob("lam", 1.0), wide)
+
+
+def test_a_mixture_comes_back_with_both_parts_or_not_at_all(tmp_path):
+    mixture = Mixture(Threshold(0.2), network(), 0.4, Knob("budget", 0.2))
+    artefact.save(mixture, tmp_path, {})
+    loaded = artefact.load(tmp_path).router
+    assert (loaded.first, loaded.share, loaded.knob, loaded.name) == (mixture.first, 0.4, mixture.knob, "trim-thr")
+    assert (loaded.second.weights["0.bias"] == mixture.second.weights["0.bias"]).all()
+    change(tmp_path / "first", knob={"name": "threshold", "value": 0.9})
+    with pytest.raises(ArtefactError, match="not the one that the mixture names"):
+        artefact.load(tmp_path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scripted_store import scripted_store
 
-from agents.base import Constant, Mixture, Threshold
+from agents.base import Constant, Knob, Mixture, Threshold
 from agents.calibration import calibrate, reached
 from agents.evaluation.run import references, run
 from agents.validation import thresholds
@@ -71,13 +71,13 @@ def test_targets_out_of_reach_are_refused(tables, candidates):
 
 
 def test_a_mixture_is_its_expectation(tables):
-    mixture = Mixture(Constant(0), Threshold(0.6), 0.3)
+    mixture = Mixture(Constant(0), Threshold(0.6), 0.3, Knob("budget", 0.2))
     first, second, found = (run(each, tables) for each in (mixture.first, mixture.second, mixture))
     assert found.correct == pytest.approx(0.7 * first.correct + 0.3 * second.correct)
     draws = np.random.default_rng(0).random(4000)
     assert np.mean([mixture.pick(u) is mixture.second for u in draws]) == pytest.approx(0.3, abs=0.03)
     with pytest.raises(ConfigError, match="expected a probability"):
-        Mixture(Constant(0), Constant(1), 1.2)
+        Mixture(Constant(0), Constant(1), 1.2, Knob("budget", 0.2))
 
 
 def test_the_interval_holds_for_new_problems(tables):

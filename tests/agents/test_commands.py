@@ -259,3 +259,26 @@ def test_a_range_of_lam_is_evaluated_at_points_that_spread_the_cost(store, tmp_p
     assert train_command.main(refused) == 2 and "the lower one first" in capsys.readouterr().err
     refused = ["--rollouts", str(store), "--lam-range", "0.1", "1", "--lam", "1", "--out", str(tmp_path / "x")]
     assert train_command.main(refused) == 2 and "leave out --lam" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("agent", ["threshold", "ppo-agg"])
+def test_a_budget_becomes_a_router(store, tmp_path, capsys, agent):
+    out = tmp_path / "run"
+    base = ["--rollouts", str(store), "--tracking", "none", "--agent", agent, *QUICK]
+    assert train_command.main([*base, "--budget", "0.3", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "For a budget of 30 % of always-large's cost" in printed
+    stored = artefact.load(out / "budget-0.3" / "policy")
+    assert stored.about["calibration"]["value"] == 0.3
+    assert stored.about["calibration"]["share"] == pytest.approx(0.3, abs=0.15)  # on few problems it was not chosen on
+    found = evaluate(EvaluateConfig((out / "budget-0.3",), str(store)))
+    assert len(found.methods[0].points) == 1 and found.methods[0].points[0].knob == 0.3
+    assert train_command.main([*base, "--accuracy", "0.999", "--out", str(tmp_path / "y")]) == 2
+    assert "No setting reaches an accuracy of 99.9 %" in capsys.readouterr().err
+    for wrong, message in (
+        (["--budget", "1.5"], "expected a share"),
+        (["--budget", "0.1", "--accuracy", "0.9"], "not both"),
+    ):
+        assert train_command.main([*base, *wrong, "--out", str(tmp_path / "z")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "z").exists()

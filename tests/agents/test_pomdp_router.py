@@ -11,7 +11,7 @@ from scripted_store import scripted_store
 from agents import artefact
 from agents.base import Knob, StatefulRouter
 from agents.evaluation.run import run, run_trees
-from agents.experiment import TrainConfig, train
+from agents.experiment import TrainConfig, resume, train
 from agents.pomdp.fit import estimate, fit, price_of
 from agents.pomdp.observation import as_feature, to_bins
 from agents.pomdp.router import PomdpRouter
@@ -82,7 +82,9 @@ def walked(router, tables, tree):
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_routers_with_state_are_run_exactly(tmp_path, closed, deterministic):
     store = scripted_store(tmp_path / "s", 60, max_escalations=closed)
-    tables = decision_tables(compile_store(store, cache=False), "test")
+    trees = compile_store(store, cache=False)
+    accepted = trees.tokens + np.array([0, 9], np.int32)  # other counts than those that are paid for
+    tables = decision_tables(replace(trees, accepted_tokens=accepted), "test")
     router = Remembering(deterministic)
     assert isinstance(router, StatefulRouter)
     found = run_trees(tables, router)
@@ -208,6 +210,7 @@ def test_a_run_of_the_agent_has_everything(tmp_path, bundled):
         assert trained.health[lam].verdict == "better"
         assert trained.health[lam].sentence in (trained.folder / "report.txt").read_text()
     assert (trained.folder / "curve.png").exists()
+    assert resume(trained.folder).health == trained.health
 
 
 def test_what_the_agent_cannot_do_is_refused_before_anything_is_written(tmp_path, store):
