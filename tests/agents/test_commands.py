@@ -273,8 +273,6 @@ def test_a_budget_becomes_a_router(store, tmp_path, capsys, agent):
     assert stored.about["calibration"]["share"] == pytest.approx(0.3, abs=0.15)  # on few problems it was not chosen on
     found = evaluate(EvaluateConfig((out / "budget-0.3",), str(store)))
     assert len(found.methods[0].points) == 1 and found.methods[0].points[0].knob == 0.3
-    assert train_command.main([*base, "--accuracy", "0.999", "--out", str(tmp_path / "y")]) == 2
-    assert "No setting reaches an accuracy of 99.9 %" in capsys.readouterr().err
     for wrong, message in (
         (["--budget", "1.5"], "expected a share"),
         (["--budget", "0.1", "--accuracy", "0.9"], "not both"),
