@@ -138,7 +138,7 @@ def made_trees(count=500, seed=0, depth=4, p_small=0.8, p_large=(0.99, 0.8), sal
     correctness is the same step. With a cap only paths with at most so many escalations are there.
     """
     random = np.random.default_rng(seed)
-    columns = {name: [] for name in ("child", "score", "correct", "label", "tokens", "tree", "depth", "text_end")}
+    columns = {name: [] for name in ("child", "score", "correct", "label", "tokens", "tree", "depth", "text")}
     root = []
 
     def score(hidden):
@@ -163,7 +163,7 @@ def made_trees(count=500, seed=0, depth=4, p_small=0.8, p_large=(0.99, 0.8), sal
             ("tokens", [int(random.integers(10, 30))] * 2),
             ("tree", tree),
             ("depth", at),
-            ("text_end", [3 * row + 1, 3 * row + (1 if same else 3)]),
+            ("text", b"aa" if same else b"ab"),
         ):
             columns[name].append(value)
         if last and same:
@@ -203,8 +203,8 @@ def made_trees(count=500, seed=0, depth=4, p_small=0.8, p_large=(0.99, 0.8), sal
         root=np.array(root, np.int32),
         problem=np.arange(count, dtype=np.int32),
         replica=np.zeros(count, np.int16),
-        text=np.frombuffer(b"abc" * nodes, np.uint8),
-        text_end=np.array(columns["text_end"], np.int64),
+        text=np.frombuffer(b"".join(columns["text"]), np.uint8),
+        text_end=np.arange(1, 2 * nodes + 1).reshape(nodes, 2),
         problem_ids=tuple(f"p{i}" for i in range(count)),
         questions=("",) * count,
         splits=np.array(["train", "validation", "test"])[np.arange(count) % 3],

@@ -121,6 +121,13 @@ def _only(model, kind, score):
     return p * f[0] + (1 - p) * f[2]
 
 
+def test_routers_hold_the_values_that_were_solved_for():
+    model = made_model(0)
+    solution = solve(model, [1e-3, 1e-2])
+    for number, router in enumerate(routers(model, solution)):
+        assert np.abs(router.value - solution.value[number]).max() < 1e-8
+
+
 def test_values_that_do_not_fit_are_refused():
     model = made_model(0)
     with pytest.raises(ValueError, match="values of shape"):

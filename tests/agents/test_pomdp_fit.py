@@ -15,6 +15,7 @@ from agents.pomdp.latent import labelled, rows_of
 from agents.pomdp.observation import as_feature, read_labelled, score_edges, to_bins
 from agents.pomdp.sample import sample
 from rollouts.errors import ConfigError, DataError
+from trim_env.features import schema_named, seen_of
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +109,80 @@ def test_a_repair_is_seen(trees):
     mended[odd, 0] = 0
     mended[odd[::2], 1] = 1
     mended[odd[1::2], 1] = 0
+    mended[odd[1::6]] = 1  # these end well either way
     found = estimate(replace(trees, correct=mended), None, labels="exact").dynamics.repair
-    share = np.mean(np.array([trees.depth[row] for row in truth_rows(truth)]) == 3)
-    assert found.low < share / 2 < found.high and found.value > 0.2
+    changed = replace(trees, correct=mended)
+    after = ends_right(changed, 0)[truth_rows(truth)]
+    exact = (after[:, 1] - after[:, 0]).mean() / (1 - after[:, 0].mean())  # of those that need it
+    assert found.value == pytest.approx(exact) and after[:, 0].mean() > 0.05
+    assert 0.2 < found.low < exact < found.high < 0.5
+    assert estimate(changed, None, labels="exact").model().repair == found.value
 
 
 def truth_rows(truth):
     return [row for (row, action), each in truth.items() if action == 0 and each == 1]
+
+
+def test_large_steps_may_end_what_small_ones_do_not(trees):
+    child = trees.child.copy()
+    there = np.flatnonzero((trees.depth == 1) & (trees.child[:, 0] != trees.child[:, 1]))[::2]
+    child[there, 1] = -1
+    found = estimate(replace(trees, child=child), None, labels="exact").dynamics.large_ends
+    assert found[1, :-2].mean() == pytest.approx(len(there) / (trees.depth == 1).sum(), abs=0.05)
+    assert found[1, :-2].min() > 0.2 and found[0, :-2].max() < found[1, :-2].min()
+
+
+def test_ends_are_worth_what_they_were(trees):
+    """Ends without an answer are a kind of their own; where both models wrote the same, it ends once."""
+    ends = trees.child == -1
+    answered, correct = trees.has_answer.copy(), trees.correct.copy()
+    silent_ends = np.flatnonzero(ends[:, 0])[::7]
+    answered[silent_ends], correct[silent_ends] = False, 0
+    changed = replace(trees, has_answer=answered, correct=correct)
+    estimates, truth = estimate(changed, None, labels="exact"), classes_by_walking(trees)
+    counts = {(0, 0): [2.0, 2.0], (0, 1): [0.0, 2.0], (1, 0): [0.0, 2.0], (1, 1): [0.0, 2.0]}  # pseudo-ends
+    same = np.array([changed.proposal(row, 0) == changed.proposal(row, 1) for row in range(trees.nodes)])
+    assert 0.2 < same[ends[:, 0]].mean() < 0.4
+    for row, action in np.argwhere(ends):
+        if not (action == 1 and same[row]):
+            cell = counts[int(truth[row, action] != 0), int(not answered[row, action])]
+            cell[0] += correct[row, action] == 1
+            cell[1] += 1
+    for (wrong, without), (part, whole) in counts.items():
+        assert estimates.dynamics.end_value[wrong, without] == pytest.approx(part / whole)
+    model = estimates.model()
+    assert (model.end_value[-2] > [0.9, 0, 0]).all() and (model.end_value[-1] < 0.05).all()
+    features = schema_named("agg+")(seen_of(changed), 4)
+    assert (model.kinds.of(features)[silent_ends] == model.kinds.count - 1).all()
+    assert model.kind[-1, -1] == pytest.approx(1 / 7, abs=0.01)  # of the proposals at the last step
+
+
+def test_contexts_are_levels_of_accepted_scores(trees):
+    rows = rows_of(trees, trees.select("train"))
+    seen = sample(trees, rows)
+    assert len(np.unique(seen.context)) == seen.level.max() + 2
+    place = {int(row): i for i, row in enumerate(rows)}
+    assert (
+        seen.context[[place[int(root)] for root in trees.root[trees.select("train")]]] == seen.level.max() + 1
+    ).all()
+    for row in rows:
+        for action in (0, 1):
+            if trees.child[row, action] >= 0:
+                bins = to_bins(seen.edges, as_feature(trees.score[row, [action]]))
+                assert seen.context[place[int(trees.child[row, action])]] == seen.level[bins[0]]
+
+
+def test_the_first_guess_is_how_large_continuations_end(silent):
+    rows = rows_of(silent, np.arange(100))
+    seen = sample(silent, rows)
+    guess = first_guess(seen)
+    assert guess.weight.sum(axis=(1, 2, 3)) == pytest.approx(1)
+    assert (guess.weight[seen.same][:, 0, [0, 1], [1, 0]] == 0).all()  # the same step cannot be right and wrong
+    after = ends_right(silent, 1)[rows]
+    apart = ~seen.same & (silent.depth[rows] == 0)
+    for action in (0, 1):
+        right = guess.classes(action)[apart, 0]
+        assert right[after[apart, action] == 1].min() > 0.9 and right[after[apart, action] == 0].max() < 0.2
 
 
 @pytest.mark.parametrize(("successes", "count"), [(0, 10), (3, 10), (10, 10), (50, 1000)])
