@@ -63,7 +63,7 @@ class Estimates:
             price: Cost of a large token (`price_of`).
         """
         model = self.model(name)
-        found = routers(model, solve(model, price * np.asarray(lams, np.float64)))
+        found = routers(model, solve(model, price * np.asarray(lams, np.float64), count_tokens=False))
         return [replace(router, lam=float(lam), price=price) for lam, router in zip(lams, found, strict=True)]
 
     def report(self) -> dict[str, Any]:

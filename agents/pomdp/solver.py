@@ -31,7 +31,7 @@ class Solution:
         lams: (L,) values of λ.
         value: (L, T + 1, C, n) greatest expected return before the proposal of a step is seen; 0 after the last step
             and in contexts in which a step cannot be (`Model.contexts_at`).
-        tokens: (L, T + 1, C, n) large tokens that are expected to get there.
+        tokens: (L, T + 1, C, n) large tokens that are expected to get there; NaN if they were not asked for.
     """
 
     lams: Floats
@@ -163,33 +163,35 @@ def backup(
     )
 
 
-def solve(model: Model, lams: Sequence[float] | Floats, points: int = POINTS) -> Solution:
+def solve(model: Model, lams: Sequence[float] | Floats, points: int = POINTS, *, count_tokens: bool = True) -> Solution:
     """Solve for all values of λ in one pass.
 
     Args:
         model: The model.
         lams: λ, return lost per large token.
         points: Grid points n.
+        count_tokens: Work out the expected large tokens as well, which routers do not need.
     """
     prices = np.asarray(lams, np.float64)
     value = np.zeros((len(prices), model.steps + 1, model.contexts, points))
-    tokens = np.zeros_like(value)
+    tokens = np.full_like(value, 0.0 if count_tokens else np.nan)
     g, bins = np.linspace(0, 1, points), np.arange(len(model.level))
     for step in reversed(range(model.steps)):
         contexts = model.contexts_at(step)
         later, later_tokens = value[:, step + 1], tokens[:, step + 1]
-        scored_later, scored_tokens = (after_score(model, each, contexts) for each in (later, later_tokens))
+        scored_later = after_score(model, later, contexts)
+        scored_tokens = after_score(model, later_tokens, contexts) if count_tokens else later_tokens
         for context, kind in product(contexts, np.flatnonzero(model.kind[step] > _NEVER)):
             ahead = predicted(g, model.p_small[step, kind])
             classes, chance = corrected(ahead[:, None], model.small[context, kind].T[None])  # (n, B, 3), (n, B)
             leads = backup(model, step, kind, context, bins, classes, points)
             own = model.tokens[step, kind]
             returns = leads.worth(later, scored_later)
-            spent = leads.worth(later_tokens, scored_tokens, end=0.0)
             escalated = returns.large - (prices * own)[:, None, None]
-            escalate = escalated > returns.small
             weight = model.kind[step, kind] * chance
             value[:, step, context] += np.einsum("lnb,nb->ln", np.maximum(escalated, returns.small), weight)
-            chosen = np.where(escalate, own + spent.large, spent.small)
-            tokens[:, step, context] += np.einsum("lnb,nb->ln", chosen, weight)
+            if count_tokens:
+                spent = leads.worth(later_tokens, scored_tokens, end=0.0)
+                chosen = np.where(escalated > returns.small, own + spent.large, spent.small)
+                tokens[:, step, context] += np.einsum("lnb,nb->ln", chosen, weight)
     return Solution(prices, value, tokens)

@@ -160,6 +160,7 @@ def test_all_prices_at_once_are_as_one_by_one():
     for number, lam in enumerate(LAMS):
         one = solve(model, [lam])
         assert (one.value[0] == both.value[number]).all() and (one.tokens[0] == both.tokens[number]).all()
+    assert (solve(model, LAMS, count_tokens=False).value == both.value).all()
 
 
 @pytest.mark.parametrize("lam", LAMS)
