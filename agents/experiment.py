@@ -29,8 +29,9 @@ from agents.policy import ConditionedMLP
 from agents.pomdp.fit import estimate, price_of
 from agents.targets import meet_target
 from agents.trainer import Record, Result, Training, Validation, checked_at
+from rollouts.compiling import compile_store
 from rollouts.errors import ConfigError, StoreError
-from rollouts.tree import Trees, compile_store
+from rollouts.tree import Trees
 from trim_env.episodes import Lam
 from trim_env.tables import DecisionTables, decision_tables
 

@@ -22,7 +22,7 @@ from agents.evaluation.table import MethodSummary, summarise
 from agents.ppo import PPOSettings
 from agents.trainer import Training, Validation, at
 from agents.validation import Candidates
-from rollouts.tree import compile_store
+from rollouts.compiling import compile_store
 from trim_env.tables import decision_tables
 
 METRICS = ("cpt_50", "cpt_80", "cpt_95", "accuracy_at_10", "accuracy_at_20", "accuracy_at_30")

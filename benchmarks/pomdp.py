@@ -37,7 +37,8 @@ from agents.pomdp.sample import SCHEMA, tokens_in
 from agents.pomdp.solver import after_score, backup, solve
 from agents.validation import Candidates
 from benchmarks.robustness import LAMS
-from rollouts.tree import CONTINUE_SMALL, Trees, compile_store
+from rollouts.compiling import compile_store
+from rollouts.tree import CONTINUE_SMALL, Trees
 from trim_env.tables import DecisionTables, decision_tables
 
 BATCH = 4096

@@ -32,7 +32,8 @@ from agents.oracle import tree_oracle
 from agents.ppo import PPOSettings
 from agents.trainer import Training, Validation, at
 from agents.validation import Candidates
-from rollouts.tree import Trees, compile_store
+from rollouts.compiling import compile_store
+from rollouts.tree import Trees
 from trim_env.tables import DecisionTables, decision_tables
 
 LAMS = (5e-4, 7.5e-4, 1.1e-3, 1.7e-3, 2.5e-3, 3.8e-3, 5.7e-3, 8.5e-3)

@@ -16,7 +16,7 @@ from agents.evaluation.run import run
 from agents.ppo import PPOSettings
 from agents.trainer import Training, Validation, at
 from benchmarks.robustness import LAMS
-from rollouts.tree import compile_store
+from rollouts.compiling import compile_store
 from trim_env.tables import decision_tables
 
 

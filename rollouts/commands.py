@@ -377,8 +377,8 @@ class Stats:
 
     def run(self) -> None:
         """Run the command."""
+        from rollouts.compiling import compile_store
         from rollouts.stats import as_json, split_statistics, store_statistics
-        from rollouts.tree import compile_store
         from rollouts.view import counts_table, statistics_table
 
         store = Store(self.store)

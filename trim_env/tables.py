@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rollouts.compiling import compile_store
 from rollouts.errors import ConfigError
-from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees, compile_store
+from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees
 from trim_env.features import DEFAULT_SCHEMA, Schema, schema_named, seen_of
 from trim_env.reward import CostModel, cost_model
 

@@ -22,8 +22,9 @@ from agents.evaluation.uncertainty import Difference, holm, paired_returns, resa
 from agents.oracle import query_oracle, tree_oracle
 from agents.policy import ConditionedMLP
 from agents.validation import Candidates
+from rollouts.compiling import compile_store
 from rollouts.errors import ArtefactError, ConfigError
-from rollouts.tree import Trees, compile_store
+from rollouts.tree import Trees
 from trim_env.tables import DecisionTables, decision_tables
 
 TRIM_THR, RANDOM = "trim-thr", "random"

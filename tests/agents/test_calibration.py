@@ -10,8 +10,8 @@ from agents.base import Constant, Knob, Mixture, Threshold
 from agents.calibration import calibrate, reached
 from agents.evaluation.run import references, run
 from agents.validation import thresholds
+from rollouts.compiling import compile_store
 from rollouts.errors import ConfigError
-from rollouts.tree import compile_store
 from trim_env.tables import decision_tables
 
 

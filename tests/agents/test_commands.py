@@ -23,7 +23,7 @@ from agents import artefact, tracking
 from agents.base import Constant, Threshold
 from agents.evaluation.suite import EvaluateConfig, evaluate, save
 from agents.experiment import TrainConfig
-from rollouts.tree import compile_store
+from rollouts.compiling import compile_store
 
 QUICK = ["--ppo.iterations", "2", "--ppo.num-envs", "64", "--ppo.n-steps", "8", "--ppo.hidden", "8", "--attempts", "1"]
 

@@ -16,8 +16,8 @@ from agents.pomdp.fit import estimate, fit, price_of
 from agents.pomdp.observation import as_feature, to_bins
 from agents.pomdp.router import PomdpRouter
 from agents.validation import Candidates
+from rollouts.compiling import compile_store
 from rollouts.errors import ArtefactError, ConfigError, DataError
-from rollouts.tree import compile_store
 from trim_env.features import schema_named, seen_of
 from trim_env.reward import cost_model
 from trim_env.tables import decision_tables

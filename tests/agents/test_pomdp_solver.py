@@ -11,7 +11,7 @@ from agents.pomdp.belief import corrected, predicted, scored
 from agents.pomdp.fit import estimate
 from agents.pomdp.router import routers
 from agents.pomdp.solver import after_score, backup, solve
-from rollouts.tree import compile_store
+from rollouts.compiling import compile_store
 
 LAMS = [0.0, 1e-3, 3e-3, 1e-2, 0.1]
 

@@ -11,8 +11,9 @@ from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.run import by_problem, references, run, run_trees
 from agents.oracle import query_oracle, tree_oracle
 from agents.validation import Candidates, halves, thresholds
+from rollouts.compiling import compile_store
 from rollouts.errors import ConfigError, StoreError
-from rollouts.tree import compile_store, walk
+from rollouts.tree import walk
 from trim_env.tables import decision_tables
 
 

@@ -19,8 +19,8 @@ from agents.experiment import TrainConfig, automatic_lams, resume, train
 from agents.oracle import tree_oracle
 from agents.ppo import PPOAgg, PPOSettings
 from agents.trainer import Training, Validation, remedy
+from rollouts.compiling import compile_store
 from rollouts.errors import ConfigError, StoreError
-from rollouts.tree import compile_store
 from trim_env.tables import decision_tables
 
 ROOT = Path(__file__).parents[2]

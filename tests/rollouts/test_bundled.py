@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from rollouts.compiling import compile_store
 from rollouts.stats import split_statistics
 from rollouts.store import BUNDLED, Store, locate
 from rollouts.tinymath import generate_problems, label_steps
-from rollouts.tree import compile_store
 from rollouts.verify import verify_store
 
 

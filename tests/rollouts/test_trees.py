@@ -9,6 +9,7 @@ import pytest
 from handmade import ScriptedScorer, ScriptedWriter, ShuffledWriter, problem, process
 
 from rollouts.annotate import grade_store, score_store
+from rollouts.compiling import compile_store
 from rollouts.errors import BackendError, StoreError
 from rollouts.expand import Grower, StepBuffer, grow_sequentially, load_trees
 from rollouts.grading import make_grader
@@ -18,7 +19,7 @@ from rollouts.on_policy import FEATURES, expand_on_policy
 from rollouts.stats import oracle, split_statistics
 from rollouts.steps import solution_text
 from rollouts.store import Store
-from rollouts.tree import MISSING, compile_store, walk
+from rollouts.tree import MISSING, walk
 
 PROBLEMS = [problem(f"p{i}", "train" if i % 2 else "test") for i in range(6)]
 

@@ -10,13 +10,14 @@ from live import run_live
 from scipy import stats
 
 from rollouts.annotate import grade_store, score_store
+from rollouts.compiling import compile_store
 from rollouts.expand import Grower, StepBuffer, load_trees
 from rollouts.grading import make_grader
 from rollouts.models.stepwise import Generation, Prefix, next_steps, rests
 from rollouts.nodes import LARGE, ROLES, SMALL
 from rollouts.scoring.base import score_paths
 from rollouts.store import Store
-from rollouts.tree import compile_store, walk
+from rollouts.tree import walk
 
 pytestmark = pytest.mark.vllm
 

@@ -12,12 +12,12 @@ import pytest
 from handmade import ScriptedScorer, ScriptedWriter, process
 from made_stores import PROBLEMS, HorizonWriter, finished, grown, rollout, same, writers
 
+from rollouts.compiling import compile_store
 from rollouts.errors import BackendError, ConfigError, StoreError
 from rollouts.models.stepwise import Prefix
 from rollouts.nodes import LARGE, ROLES, SMALL
 from rollouts.steps import prefix_hash
 from rollouts.store import Store, locate
-from rollouts.tree import compile_store
 from rollouts.verify import verify_store
 from trim_env.features import Feature, Schema
 from trim_env.live import LiveVectorEnv, open_live

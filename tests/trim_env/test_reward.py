@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from made_stores import finished
 
+from rollouts.compiling import compile_store
 from rollouts.errors import ConfigError
 from rollouts.expand import load_trees
 from rollouts.nodes import LARGE, SMALL
-from rollouts.tree import MISSING, compile_store
+from rollouts.tree import MISSING
 from trim_env.env import TrimEnv
 from trim_env.reward import cost_model
 from trim_env.tables import decision_tables
