@@ -45,8 +45,8 @@ def place(tmp_path_factory):
     """A folder with what the README says that the user has."""
     folder = tmp_path_factory.mktemp("readme")
     with (folder / "my-problems.jsonl").open("w") as file:
-        for number, problem in enumerate(tinymath.generate_problems("validation", 30)):
-            split = "train" if number < 10 else "validation" if number < 22 else "test"
+        for number, problem in enumerate(tinymath.generate_problems("validation", 16)):
+            split = "train" if number < 5 else "validation" if number < 12 else "test"
             row = {"question": problem.question, "answer": f"#### {problem.answer}", "split": split}
             file.write(json.dumps(row) + "\n")
     (folder / "models.toml").write_text(MODELS)
