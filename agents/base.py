@@ -30,9 +30,8 @@ class Knob:
         return f"{self.name}={self.value:g}"
 
 
-@runtime_checkable
-class Router(Protocol):
-    """Decides at every step who writes it, from the features of that step alone.
+class Named(Protocol):
+    """What all routers tell of themselves.
 
     Attributes:
         name: As in tables and plots.
@@ -48,32 +47,23 @@ class Router(Protocol):
 
     @property
     def knob(self) -> Knob: ...  # noqa: D102
+
+
+@runtime_checkable
+class Router(Named, Protocol):
+    """Decides at every step who writes it, from the features of that step alone."""
 
     def probability(self, features: NDArray[np.float32]) -> Floats:
         """Return the (n,) probabilities of `ESCALATE_LARGE` given (n, d) features: 0 or 1 unless the router draws."""
 
 
 @runtime_checkable
-class StatefulRouter(Protocol):
+class StatefulRouter(Named, Protocol):
     """Decides from what it has seen of the path as well; what it remembers is an array that its caller keeps.
 
     The router itself stays as it is: the same state and features give the same decision. Rows of a state are
     episodes; a caller may take, repeat and reorder them.
-
-    Attributes:
-        name: As in tables and plots.
-        schema: Name of its feature schema (`trim_env.features.SCHEMAS`), with version.
-        knob: What was set to trade accuracy for cost.
     """
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-
-    @property
-    def schema(self) -> str: ...  # noqa: D102
-
-    @property
-    def knob(self) -> Knob: ...  # noqa: D102
 
     def start(self, n: int) -> Floats:
         """Return the (n, s) state of n episodes that begin."""

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from agents import artefact, tracking
 from agents import config as settings
-from agents.base import AnyRouter, Mixture
+from agents.base import AnyRouter
 from agents.config import TrainConfig
 from agents.evaluation.run import references, run
 from agents.health import Health, as_plain
 from agents.pictures import draw_curve, draw_training
-from agents.policy import ConditionedMLP
+from agents.policy import at
 from agents.pomdp.fit import estimate, price_of
 from agents.targets import meet_target
 from agents.trainer import Record, Result, Training, Validation, checked_at
@@ -173,7 +173,7 @@ def _run(config: TrainConfig, trees: Trees, validation: Validation, folder: Path
         report = place / "report.json"
         if report.is_file():  # finished before the run was stopped
             router, attempts = artefact.load(place / "policy").router, 0
-            own = {lam: validation.assess(_at(router, lam), lam, final=True) for lam in checked_at(task)}
+            own = {lam: validation.assess(at(router, lam), lam, final=True) for lam in checked_at(task)}
         else:
             tracker = tracking.start(
                 config.tracking, place, f"{config.agent} {_label(task)}", folder.name, settings.as_plain(config)
@@ -187,7 +187,7 @@ def _run(config: TrainConfig, trees: Trees, validation: Validation, folder: Path
             report.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
         stored.append(router)
         for lam, each in own.items():
-            routers[lam], health[lam] = _at(router, lam), each
+            routers[lam], health[lam] = at(router, lam), each
             if attempts:
                 listener.end(lam, each, attempts)
     lines = [f"lam {lam:g}: {each.sentence}" for lam, each in health.items()]
@@ -208,11 +208,6 @@ def _label(task: Lam) -> str:
 
 def _title(name: str, task: Lam) -> str:
     return f"{name}, {_label(task).replace('lam-', 'λ = ').replace('-to-', ' to ')}"
-
-
-def _at(router: artefact.Storable, lam: float) -> AnyRouter:
-    assert not isinstance(router, Mixture)
-    return router.at(lam) if isinstance(router, ConditionedMLP) else router
 
 
 def _fit(
@@ -275,7 +270,7 @@ def _about(
     config: TrainConfig, trees: Trees, validation: Validation, router: artefact.Storable, health: Mapping[float, Health]
 ) -> dict[str, Any]:
     """Return what an artefact says of its origin and of what it reached."""
-    held_out = [_held_out(validation, _at(router, lam), lam, each) for lam, each in health.items()]
+    held_out = [_held_out(validation, at(router, lam), lam, each) for lam, each in health.items()]
     return {**origin(config, trees, validation), "held_out": held_out}
 
 

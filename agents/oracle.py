@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.evaluation.outcomes import Outcomes
-from agents.evaluation.run import by_problem, run_trees
+from agents.evaluation.run import always_trees, by_problem, run_trees
 from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, iterate_by_depth
 from trim_env.tables import DecisionTables
 
@@ -55,9 +55,6 @@ def _best_actions(tables: DecisionTables, lam: float) -> NDArray[np.bool_]:
 
 def query_oracle(tables: DecisionTables, lam: float) -> Outcomes:
     """Return the outcomes of the better of always-small and always-large for every tree, known beforehand."""
-    from dataclasses import replace
-
-    small = run_trees(tables, lambda rows, _: np.zeros(len(rows)))
-    large = run_trees(replace(tables, max_escalations=None), lambda rows, _: np.ones(len(rows)))
+    small, large = always_trees(tables)
     better = (large["correct"] - lam * large["cost"]) > (small["correct"] - lam * small["cost"])
     return by_problem(tables, {name: np.where(better, large[name], small[name]) for name in small})

@@ -38,16 +38,12 @@ def draw_training(result: Result, validation: Validation, title: str, place: Pat
 def draw_curve(routers: Mapping[float, AnyRouter], validation: Validation, rollouts: str, folder: Path) -> None:
     """Draw the routers on the verdict half of validation, beside thresholds that the choice half chose."""
     from agents.evaluation.plots import cost_accuracy
-    from agents.evaluation.spread import spread
     from agents.evaluation.table import summarise
 
     both = validation.references[1]
     points = [(lam, run(router, validation.verdict)) for lam, router in routers.items()]
-    chosen = spread(
-        [(router.knob.value, outcomes) for router, outcomes in validation.candidates.thresholds],
-        validation.references[0].large,
-    )
-    simple = [(knob, run(Threshold(knob), validation.verdict)) for knob, _ in chosen]
+    chosen = validation.candidates.spread_over(validation.references[0].large)
+    simple = [(knob, run(Threshold(knob), validation.verdict)) for knob in chosen]
     summaries = [summarise(next(iter(routers.values())).name, points, both)]
     if not all(isinstance(router, Threshold) for router in routers.values()):
         summaries.append(summarise("trim-thr", simple, both))

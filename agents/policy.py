@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.base import Floats, Knob
+from agents.base import AnyRouter, Floats, Knob, Mixture
 from rollouts.errors import ArtefactError, ConfigError
 from trim_env.features import lam_feature
 
@@ -75,6 +75,12 @@ class MLP:
         """Return (n,) of 0 and 1: the argmax action."""
         logits = self.logits(features)
         return (logits[:, 1] > logits[:, 0]).astype(np.float64)
+
+
+def at(router: AnyRouter | ConditionedMLP | Mixture, lam: float) -> AnyRouter:
+    """Return a router for one λ: what a policy for a range becomes there, any other as it is."""
+    assert not isinstance(router, Mixture)  # mixed for a budget, not for a λ
+    return router.at(lam) if isinstance(router, ConditionedMLP) else router
 
 
 @dataclass(frozen=True, eq=False)

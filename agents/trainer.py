@@ -14,7 +14,7 @@ from agents.evaluation.outcomes import Floats, Outcomes
 from agents.evaluation.run import references, run
 from agents.evaluation.uncertainty import resample_weights
 from agents.health import Health, Reference, assess
-from agents.policy import MLP, ConditionedMLP
+from agents.policy import MLP, ConditionedMLP, at
 from agents.ppo import PPOAgg, PPOSettings, load_checkpoint, save_checkpoint
 from agents.validation import Baselines, Candidates, halves
 from rollouts.tree import Trees
@@ -112,11 +112,6 @@ def checked_at(lam: Lam) -> tuple[float, ...]:
     if isinstance(lam, tuple):
         return tuple(float(f"{value:.3g}") for value in np.geomspace(*lam, 7)[1:-1])
     return (lam,)
-
-
-def at(router: Trainable, lam: float) -> MLP:
-    """Return the router for one λ."""
-    return router.at(lam) if isinstance(router, ConditionedMLP) else router
 
 
 class Training:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from agents.base import Constant, Router, Threshold
 from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.run import run
+from agents.evaluation.spread import spread
 from rollouts.errors import StoreError
 from rollouts.tree import CONTINUE_SMALL, Trees
 from trim_env.tables import DecisionTables
@@ -63,6 +64,11 @@ class Candidates:
             (router, run(router, tables)) for router in (Threshold(level) for level in thresholds(tables))
         ]
         self._constants = [(router, run(router, tables)) for router in (Constant(0), Constant(1))]
+
+    def spread_over(self, large: Outcomes) -> list[float]:
+        """Return the thresholds of 16 operating points that spread over the cost of always-large on the same trees."""
+        swept = [(router.knob.value, outcomes) for router, outcomes in self.thresholds]
+        return [level for level, _ in spread(swept, large)]
 
     def best(self, lam: float) -> Baselines:
         """Return those with the greatest mean return."""

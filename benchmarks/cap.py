@@ -17,10 +17,10 @@ from agents.base import Threshold
 from agents.evaluation.metrics import Points
 from agents.evaluation.plots import cost_accuracy
 from agents.evaluation.run import references, run
-from agents.evaluation.spread import spread
 from agents.evaluation.table import MethodSummary, summarise
+from agents.policy import at
 from agents.ppo import PPOSettings
-from agents.trainer import Training, Validation, at
+from agents.trainer import Training, Validation
 from agents.validation import Candidates
 from rollouts.compiling import compile_store
 from trim_env.tables import decision_tables
@@ -65,9 +65,8 @@ def main() -> None:
             for lam in settings.lams
         ]
         summaries.append(summarise(f"TRIM-Agg, {name}", points, both))
-        swept = [(router.knob.value, outcomes) for router, outcomes in Candidates(whole).thresholds]
-        chosen = spread(swept, references(whole).large)
-        thresholds.append(summarise(f"TRIM-Thr, {name}", [(k, run(Threshold(k), test)) for k, _ in chosen], both))
+        chosen = Candidates(whole).spread_over(references(whole).large)
+        thresholds.append(summarise(f"TRIM-Thr, {name}", [(k, run(Threshold(k), test)) for k in chosen], both))
         print(f"{name}: done")
     lines = ["| | " + " | ".join(METRICS) + " |", "|---" + "|---:" * len(METRICS) + "|"]
     for summary in [*summaries, *thresholds]:

@@ -26,11 +26,11 @@ from agents.evaluation.compare import compare_curves
 from agents.evaluation.metrics import Curve, References
 from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.run import references, run
-from agents.evaluation.spread import spread
 from agents.evaluation.uncertainty import Difference, difference, holm, resample_weights
 from agents.oracle import tree_oracle
+from agents.policy import at
 from agents.ppo import PPOSettings
-from agents.trainer import Training, Validation, at
+from agents.trainer import Training, Validation
 from agents.validation import Candidates
 from rollouts.compiling import compile_store
 from rollouts.tree import Trees
@@ -192,9 +192,8 @@ def _curves(
 ) -> list[str]:
     """Compare the curve of the routers, averaged over seeds, with that of 16 thresholds chosen on validation."""
     agg = [(lam, average([cell.outcomes for cell in cells if cell.lam == lam])) for lam in settings.lams]
-    swept = [(router.knob.value, outcomes) for router, outcomes in candidates.thresholds]
-    chosen = spread(swept, references(validation).large)
-    thr = [(level, run(Threshold(level), test)) for level, _ in chosen]
+    chosen = candidates.spread_over(references(validation).large)
+    thr = [(level, run(Threshold(level), test)) for level in chosen]
     compared = compare_curves(("TRIM-Agg", "TRIM-Thr"), agg, thr, both, weights)
     own, other = Curve.of(agg, both), Curve.of(thr, both)
     lines = [

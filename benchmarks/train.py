@@ -13,8 +13,9 @@ from typing import Any
 import tyro
 
 from agents.evaluation.run import run
+from agents.policy import at
 from agents.ppo import PPOSettings
-from agents.trainer import Training, Validation, at
+from agents.trainer import Training, Validation
 from benchmarks.robustness import LAMS
 from rollouts.compiling import compile_store
 from trim_env.tables import decision_tables

@@ -40,9 +40,14 @@ def run(router: AnyRouter | Mixture, tables: DecisionTables) -> Outcomes:
 
 def references(tables: DecisionTables) -> References:
     """Return the outcomes of always-small and always-large in the same trees; the cap does not bind always-large."""
-    small = run_trees(tables, lambda rows, _: np.zeros(len(rows)))
-    large = run_trees(replace(tables, max_escalations=None), lambda rows, _: np.ones(len(rows)))
+    small, large = always_trees(tables)
     return References(by_problem(tables, small), by_problem(tables, large))
+
+
+def always_trees(tables: DecisionTables) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """Return the outcomes of each tree, as `run_trees` does, of always-small and of always-large (uncapped)."""
+    small = run_trees(tables, lambda rows, _: np.zeros(len(rows)))
+    return small, run_trees(replace(tables, max_escalations=None), lambda rows, _: np.ones(len(rows)))
 
 
 def run_trees(tables: DecisionTables, decide: Decide | StatefulRouter) -> dict[str, Floats]:

@@ -20,7 +20,7 @@ from agents.evaluation.spread import OPERATING_POINTS, spread
 from agents.evaluation.table import MethodSummary, as_plain, summarise
 from agents.evaluation.uncertainty import Difference, holm, paired_returns, resample_weights
 from agents.oracle import query_oracle, tree_oracle
-from agents.policy import ConditionedMLP
+from agents.policy import ConditionedMLP, at
 from agents.validation import Candidates
 from rollouts.compiling import compile_store
 from rollouts.errors import ArtefactError, ConfigError
@@ -197,9 +197,8 @@ def _agreed(
 
 
 def _thresholds(candidates: Candidates, validation: DecisionTables, split: DecisionTables) -> Points:
-    swept = [(router.knob.value, outcomes) for router, outcomes in candidates.thresholds]
-    chosen = spread(swept, references(validation).large, OPERATING_POINTS)
-    return [(level, run(Threshold(level), split)) for level, _ in chosen]
+    chosen = candidates.spread_over(references(validation).large)
+    return [(level, run(Threshold(level), split)) for level in chosen]
 
 
 def _points(item: artefact.Artefact, validation: DecisionTables, split: DecisionTables) -> Points:
@@ -230,7 +229,7 @@ def _at_lam(
         for item in items:
             for held_out in item.about.get("held_out", ()):
                 lam = float(held_out["lam"])
-                router = item.router.at(lam) if isinstance(item.router, ConditionedMLP) else item.router
+                router = at(item.router, lam)
                 threshold = candidates.best(lam).threshold
                 own, simple = run(router, split), run(threshold, split)
                 rows.append((name, lam, threshold.threshold, paired_returns(own, simple, lam, weights)))
