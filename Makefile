@@ -30,6 +30,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
+	@echo "Installing into $(VENV): a minute or two, once."
 	$(PIP) torch==2.13.0
 	$(PIP) --editable .
 	touch $@
