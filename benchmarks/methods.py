@@ -1,0 +1,153 @@
+"""The routers that the studies compare, each fitted by one call; shared by the programs in this folder."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.base import AnyRouter, Constant
+from agents.evaluation.outcomes import Floats, Outcomes
+from agents.evaluation.run import run
+from agents.policy import at
+from agents.pomdp.fit import estimate
+from agents.ppo import PPOSettings
+from agents.trainer import Training, Validation
+from rollouts.errors import DataError
+from rollouts.tree import Trees
+from trim_env.tables import DecisionTables, decision_tables
+
+LAMS = (7.5e-4, 1.7e-3, 3.8e-3, 8.5e-3)
+RANGE = (4e-4, 1.2e-2)
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """What a router is fitted on.
+
+    Attributes:
+        trees: Compiled trees.
+        train: (R,) training trees.
+        validation: What choices are made on.
+    """
+
+    trees: Trees
+    train: NDArray[np.int64]
+    validation: Validation
+
+    @classmethod
+    def of(cls, trees: Trees, problems: int | None = None, seed: int = 0) -> Data:
+        """Return all training and validation trees, or some training problems and a fifth as many of validation."""
+        rng = np.random.default_rng(seed)
+
+        def some(split: str, count: int | None) -> NDArray[np.int64]:
+            indices = trees.select(split)
+            own = np.unique(trees.problem[indices])
+            kept = own if count is None or count >= len(own) else rng.choice(own, count, replace=False)
+            return indices[np.isin(trees.problem[indices], kept)]
+
+        train = some("train", problems)
+        validation = some("validation", None if problems is None else max(20, problems // 5))
+        splits = np.array(trees.splits, copy=True)
+        chosen = np.unique(trees.problem[validation])
+        splits[(splits == "validation") & ~np.isin(np.arange(len(splits)), chosen)] = "unused"
+        cut = replace(trees, splits=splits)
+        return cls(cut, train, Validation(lambda i: decision_tables(cut, indices=i), cut))
+
+    def tables(self) -> DecisionTables:
+        """Return the training trees' tables."""
+        return decision_tables(self.trees, indices=self.train)
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A fitted method: its router for each λ, and the processor time that it took.
+
+    Attributes:
+        routers: By λ.
+        seconds: For all λ together.
+        attempts: Most attempts for a λ.
+    """
+
+    routers: dict[float, AnyRouter]
+    seconds: float
+    attempts: int = 1
+
+
+Fit = Callable[[Data, int, Sequence[float]], Fitted]
+
+
+def _threshold(data: Data, seed: int, lams: Sequence[float]) -> Fitted:
+    begin = time.process_time()
+    return Fitted({lam: data.validation.candidates.best(lam).threshold for lam in lams}, time.process_time() - begin)
+
+
+def _pomdp(data: Data, seed: int, lams: Sequence[float]) -> Fitted:
+    begin = time.process_time()
+    found = estimate(data.trees, indices=data.train).routers(lams)
+    return Fitted(dict(zip(lams, found, strict=True)), time.process_time() - begin)
+
+
+def _agg(data: Data, seed: int, lams: Sequence[float]) -> Fitted:
+    begin, routers, attempts = time.process_time(), {}, 1
+    for lam in lams:
+        result = Training(data.tables(), data.validation, lam, PPOSettings(), seed).run()
+        routers[lam], attempts = at(result.router, lam), max(attempts, result.attempts)
+    return Fitted(routers, time.process_time() - begin, attempts)
+
+
+def _conditioned(data: Data, seed: int, lams: Sequence[float]) -> Fitted:
+    begin = time.process_time()
+    result = Training(data.tables(), data.validation, RANGE, PPOSettings(), seed).run()
+    return Fitted({lam: at(result.router, lam) for lam in lams}, time.process_time() - begin, result.attempts)
+
+
+METHODS: dict[str, Fit] = {
+    "TRIM-Thr": _threshold,
+    "TRIM-Agg": _agg,
+    "TRIM-Agg, λ range": _conditioned,
+    "TRIM-POMDP": _pomdp,
+}
+
+
+def fit(name: str, data: Data, seed: int, lams: Sequence[float] = LAMS) -> Fitted | str:
+    """Fit a method; where its data do not suffice, return what it said."""
+    try:
+        return METHODS[name](data, seed, lams)
+    except DataError as error:
+        return str(error)
+
+
+def returns(fitted: Fitted, tables: DecisionTables) -> Floats:
+    """Return (P,) returns of problems, averaged over the λ."""
+    values: Floats = np.mean([run(router, tables).returns(lam) for lam, router in fitted.routers.items()], axis=0)
+    return values
+
+
+def best_constant(tables: DecisionTables, lams: Sequence[float] = LAMS) -> float:
+    """Return the mean over λ of the return of the better constant."""
+    both: list[Outcomes] = [run(Constant(action), tables) for action in (0, 1)]
+    return float(np.mean([max(each.returns(lam).mean() for each in both) for lam in lams]))
+
+
+def heading(title: str, command: str) -> list[str]:
+    """Return a report's first lines: title, command, date, commit, machine."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    cores = f"{os.cpu_count()} shared cores without a GPU"
+    stamp = f"`python -m benchmarks.{command}`, {datetime.date.today()}, commit {commit.stdout.strip()}, {cores}."
+    return [f"# {title}", "", stamp, ""]
+
+
+def write(text: str, out: Path | None) -> None:
+    """Print a report, and write it where wanted."""
+    print(text)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")

@@ -1,0 +1,180 @@
+"""What do bad scores cost? Routers on the bundled rollouts with degraded scores.
+
+    python -m benchmarks.noise --out results/noise
+
+Three kinds of damage at three levels. *Flips*: a share of the scores r becomes 1 - r. *Shuffling*: a share of the
+proposals of a tree exchange their scores among each other. *Miscalibration*: the log-odds are shrunk and shifted, the
+same for all, as when a reward model is exchanged for a more lenient one. Every method is fitted on the damaged scores
+(as one would) and also run on them as fitted on the good ones (a reward model that went bad after training).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+
+from benchmarks.methods import LAMS, METHODS, Data, Fitted, best_constant, fit, heading, returns, write
+from rollouts.compiling import compile_store
+from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE, Trees
+from trim_env.tables import decision_tables
+
+LEVELS: dict[str, tuple[float, ...]] = {
+    "none": (0.0,),
+    "flips": (0.05, 0.15, 0.3),
+    "shuffling": (0.1, 0.3, 0.6),
+    "miscalibration": (0.3, 0.6, 0.8),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the study.
+
+    Attributes:
+        methods: Which routers.
+        rollouts: The store.
+        processes: Fits side by side.
+        out: Report and picture, without suffix; default: print only.
+    """
+
+    methods: tuple[str, ...] = tuple(METHODS)
+    rollouts: str = "quickstart"
+    processes: int = 2
+    out: Path | None = None
+
+
+def damaged(trees: Trees, kind: str, level: float, seed: int = 0) -> Trees:
+    """Return trees with damaged scores; what features say of earlier steps follows them."""
+    rng = np.random.default_rng(seed)
+    score = np.array(trees.score, np.float32)
+    if kind == "flips":
+        score = np.where(rng.random(score.shape) < level, 1 - score, score)
+    elif kind == "shuffling":
+        score = _shuffled(trees, score, level, rng)
+    elif kind == "miscalibration":
+        odds = np.log(np.clip(score, 1e-4, 1 - 1e-4) / (1 - np.clip(score, 1e-4, 1 - 1e-4)))
+        score = (1 / (1 + np.exp(-((1 - level) * odds + 3 * level)))).astype(np.float32)
+    same = (trees.child[:, 0] == trees.child[:, 1]) & (trees.child[:, 0] >= 0)
+    score[same, ESCALATE_LARGE] = score[same, CONTINUE_SMALL]  # one text, one score
+    return _followed(replace(trees, score=score))
+
+
+def _shuffled(trees: Trees, score: NDArray[np.float32], level: float, rng: np.random.Generator) -> NDArray[np.float32]:
+    flat, tree = score.reshape(-1).copy(), np.repeat(trees.tree, 2)
+    chosen = np.flatnonzero((rng.random(len(flat)) < level) & ~np.isnan(flat))
+    target = chosen[np.lexsort((chosen, tree[chosen]))]
+    source = chosen[np.lexsort((rng.random(len(chosen)), tree[chosen]))]
+    flat[target] = flat[source]
+    return flat.reshape(score.shape)
+
+
+def _followed(trees: Trees) -> Trees:
+    """Compute least score and product of the accepted steps anew, parents before children."""
+    least, product_score = np.ones(trees.nodes, np.float32), np.ones(trees.nodes, np.float32)
+    for depth in range(int(trees.depth.max()) + 1):
+        rows = np.flatnonzero(trees.depth == depth)
+        for action in (ESCALATE_LARGE, CONTINUE_SMALL):  # the small model's last: it counts where both wrote one text
+            child = trees.child[rows, action]
+            going = child >= 0
+            parents, own = rows[going], trees.score[rows[going], action]
+            least[child[going]] = np.minimum(least[parents], own)
+            product_score[child[going]] = product_score[parents] * own
+    return replace(trees, min_score=least, product_score=product_score)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method under one damage: mean test returns when fitted on damaged and on good scores."""
+
+    method: str
+    kind: str
+    level: float
+    fitted: float
+    surprised: float
+
+
+def measure(task: tuple[str, str]) -> list[Cell]:
+    """Fit one method on good scores and on all levels of one kind of damage."""
+    method, rollouts = task
+    good = compile_store(rollouts)
+    clean = fit(method, Data.of(good), 0)
+    cells = []
+    for kind, levels in LEVELS.items():
+        for level in levels:
+            trees = damaged(good, kind, level)
+            test = decision_tables(trees, "test")
+            own = clean if kind == "none" else fit(method, Data.of(trees), 0)
+            values = [
+                float(returns(each, test).mean()) if isinstance(each, Fitted) else np.nan for each in (own, clean)
+            ]
+            cells.append(Cell(method, kind, level, *values))
+    return cells
+
+
+def report(settings: Settings, cells: list[Cell]) -> str:
+    """Return the table."""
+    lines = heading("What bad scores cost", "noise")
+    constant = best_constant(decision_tables(settings.rollouts, "test"))
+    lines += [
+        f"Mean test return over λ = {', '.join(f'{lam:g}' for lam in LAMS)}: fitted on the damaged scores / fitted on "
+        f"good ones and run on damaged ones. One training each. The better constant for each λ: {constant:.4f}.",
+        "",
+        "| damage | level | " + " | ".join(settings.methods) + " |",
+        "|---|---:|" + "---:|" * len(settings.methods),
+    ]
+    for kind, levels in LEVELS.items():
+        for level in levels:
+            row = []
+            for method in settings.methods:
+                (own,) = [c for c in cells if (c.method, c.kind, c.level) == (method, kind, level)]
+                row.append(f"{own.fitted:.4f} / {own.surprised:.4f}" if kind != "none" else f"{own.fitted:.4f}")
+            lines.append(f"| {kind} | {level:g} | " + " | ".join(row) + " |")
+    return "\n".join([*lines, ""])
+
+
+def draw(settings: Settings, cells: list[Cell], path: Path) -> None:
+    """Draw a panel for each kind of damage."""
+    from matplotlib.figure import Figure
+
+    kinds = [kind for kind in LEVELS if kind != "none"]
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True)
+    constant = best_constant(decision_tables(settings.rollouts, "test"))
+    for axes, kind in zip(panels, kinds, strict=True):
+        levels = (0.0, *LEVELS[kind])
+        for number, method in enumerate(settings.methods):
+            own = {c.level: c for c in cells if c.method == method and c.kind in (kind, "none")}
+            colour = f"C{number}"
+            axes.plot(levels, [own[x].fitted for x in levels], marker="o", color=colour, label=method)
+            axes.plot(levels, [own[x].surprised for x in levels], marker="o", mfc="white", ls="--", color=colour)
+        axes.axhline(constant, color="grey", ls=":", label="best constant")
+        axes.set(title=kind, xlabel="level")
+    panels[0].set_ylabel("mean test return over four λ")
+    panels[0].legend(fontsize=8)
+    figure.suptitle("solid: fitted on the damaged scores; dashed: fitted on good ones", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Run the study."""
+    from rich.progress import track
+
+    settings = tyro.cli(Settings, description=__doc__)
+    compile_store(settings.rollouts)
+    tasks = list(product(settings.methods, (settings.rollouts,)))
+    with multiprocessing.get_context("spawn").Pool(settings.processes) as pool:
+        found = list(track(pool.imap_unordered(measure, tasks), "fitting", total=len(tasks)))
+    cells = [cell for part in found for cell in part]
+    write(report(settings, cells), settings.out and settings.out.with_suffix(".md"))
+    if settings.out:
+        draw(settings, cells, settings.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Does a router survive harder problems? Trained in distribution, tested out of distribution, on the bundled rollouts.
+
+    python -m benchmarks.shift --out results/shift
+
+Every method is fitted on the training split and chosen on validation; then run on test and on the split of longer
+problems (``ood``). Differences to TRIM-Thr are paired on problems, over the mean of four λ.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from agents.evaluation.outcomes import Floats
+from agents.evaluation.uncertainty import paired_means, resample_weights
+from benchmarks.methods import LAMS, METHODS, Data, Fitted, best_constant, fit, heading, returns, write
+from rollouts.compiling import compile_store
+from trim_env.tables import decision_tables
+
+SPLITS = ("test", "ood")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the study.
+
+    Attributes:
+        seeds: Trainings of each method; outcomes are averaged.
+        methods: Which routers.
+        rollouts: The store.
+        processes: Fits side by side.
+        out: Report and picture, without suffix; default: print only.
+    """
+
+    seeds: int = 2
+    methods: tuple[str, ...] = tuple(METHODS)
+    rollouts: str = "quickstart"
+    processes: int = 2
+    out: Path | None = None
+
+
+def measure(task: tuple[str, int, str]) -> tuple[str, dict[str, Floats]]:
+    """Fit one method once; return the returns by problem of both splits."""
+    method, seed, rollouts = task
+    trees = compile_store(rollouts)
+    found = fit(method, Data.of(trees), seed)
+    assert isinstance(found, Fitted)  # the whole training split suffices for every method
+    return method, {split: returns(found, decision_tables(trees, split)) for split in SPLITS}
+
+
+def report(settings: Settings, found: dict[str, dict[str, Floats]]) -> str:
+    """Return the table."""
+    lines = heading("Harder problems than in training", "shift")
+    lines += [
+        f"Mean return over λ = {', '.join(f'{lam:g}' for lam in LAMS)}, mean of {settings.seeds} seeds; in brackets "
+        "the paired difference to TRIM-Thr with its 95 % interval.",
+        "",
+        "| method | " + " | ".join(SPLITS) + " |",
+        "|---|" + "---:|" * len(SPLITS),
+    ]
+    constants = [best_constant(decision_tables(settings.rollouts, split)) for split in SPLITS]
+    lines.append("| better constant for each λ | " + " | ".join(f"{value:.4f}" for value in constants) + " |")
+    for method in settings.methods:
+        row = []
+        for split in SPLITS:
+            own, simple = found[method][split], found["TRIM-Thr"][split]
+            gain = paired_means(own, simple, resample_weights(len(own)))
+            row.append(
+                f"{own.mean():.4f}" if method == "TRIM-Thr" else
+                f"{own.mean():.4f} ({gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}])"
+            )  # fmt: skip
+        lines.append(f"| {method} | " + " | ".join(row) + " |")
+    return "\n".join([*lines, ""])
+
+
+def draw(settings: Settings, found: dict[str, dict[str, Floats]], path: Path) -> None:
+    """Draw the gains over TRIM-Thr, side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    others = [method for method in settings.methods if method != "TRIM-Thr"]
+    for number, split in enumerate(SPLITS):
+        gains = []
+        for method in others:
+            own, simple = found[method][split], found["TRIM-Thr"][split]
+            gains.append(paired_means(own, simple, resample_weights(len(own))))
+        middle = np.array([each.value for each in gains])
+        ends = np.abs(np.array([[each.low, each.high] for each in gains]).T - middle)
+        axes.errorbar(np.arange(len(others)) + 0.15 * number, middle, ends, fmt="o", capsize=4, label=split)
+    axes.axhline(0, color="grey", ls=":")
+    axes.set_xticks(np.arange(len(others)) + 0.075, others)
+    axes.set_ylabel("return above TRIM-Thr")
+    axes.legend()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Run the study."""
+    from rich.progress import track
+
+    settings = tyro.cli(Settings, description=__doc__)
+    compile_store(settings.rollouts)
+    tasks = list(product(settings.methods, range(settings.seeds), (settings.rollouts,)))
+    with multiprocessing.get_context("spawn").Pool(settings.processes) as pool:
+        parts = list(track(pool.imap_unordered(measure, tasks), "fitting", total=len(tasks)))
+    found = {
+        method: {split: np.mean([each[split] for name, each in parts if name == method], axis=0) for split in SPLITS}
+        for method in settings.methods
+    }
+    write(report(settings, found), settings.out and settings.out.with_suffix(".md"))
+    if settings.out:
+        draw(settings, found, settings.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
