@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from agents.base import AnyRouter, Knob, Mixture
 from agents.evaluation.metrics import References
 from agents.evaluation.outcomes import Outcomes
-from agents.evaluation.uncertainty import Estimate, estimate, resample_weights
+from agents.evaluation.uncertainty import Estimate, resample_weights
 from rollouts.errors import ConfigError
 
+LEVEL = 0.9
+"""Share of new sets of problems that a stated interval is to hold."""
 Candidates = Sequence[tuple[AnyRouter, Outcomes]]
 
 
@@ -96,7 +98,7 @@ def _hull(cost: NDArray[Any], solved: NDArray[Any]) -> list[int]:
 
 
 def reached(outcomes: Outcomes, references: References, seed: int = 0) -> tuple[Estimate, Estimate]:
-    """Return the share of always-large's cost and the accuracy, with intervals for new problems.
+    """Return the share of always-large's cost and the accuracy, with 90 % intervals for new problems.
 
     A new set of as many problems differs from this one as this one does from the truth, so the intervals are those of a
     difference of two such sets: sqrt(2) times as wide as those of the mean.
@@ -104,9 +106,10 @@ def reached(outcomes: Outcomes, references: References, seed: int = 0) -> tuple[
     weights = resample_weights(len(outcomes), seed=seed)
 
     def widened(value: float, samples: NDArray[Any]) -> Estimate:
-        plain = estimate(value, samples)
-        low, high = (value + 2**0.5 * (end - value) for end in (plain.low, plain.high))
-        return Estimate(value, low, high, plain.undefined)
+        defined = samples[np.isfinite(samples)]
+        ends = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        low, high = (float(value + 2**0.5 * (end - value)) for end in ends)
+        return Estimate(value, low, high, 1 - len(defined) / len(samples))
 
     shares = (weights @ outcomes.cost) / (weights @ references.large.cost)
     share = float(outcomes.cost.sum() / references.large.cost.sum())

@@ -10,7 +10,7 @@ import numpy as np
 
 from agents import artefact
 from agents.base import AnyRouter, Constant, Mixture, Threshold
-from agents.calibration import calibrate, reached
+from agents.calibration import LEVEL, calibrate, reached
 from agents.evaluation.run import run
 from agents.evaluation.uncertainty import Estimate
 from agents.policy import ConditionedMLP
@@ -67,7 +67,7 @@ def meet_target(
     sentence = (
         f"For {_target(chosen.target, chosen.value)}: {_setting(chosen.router)}. On {len(outcomes)} problems that it "
         f"was not chosen on it spends {_percent(share)} of always-large's cost and solves {_percent(solved)} (brackets "
-        "hold 95 % of new sets of as many problems)."
+        f"hold {100 * LEVEL:g} % of new sets of as many problems)."
     )
     (place.parent / "report.txt").write_text(sentence + "\n", encoding="utf-8")
     return sentence

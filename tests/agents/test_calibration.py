@@ -93,4 +93,4 @@ def test_the_interval_holds_for_new_problems(tables):
         new = outcomes.take(other)
         hits.append(share.low <= new.cost.sum() / both.large.take(other).cost.sum() <= share.high)
         hits.append(accuracy.low <= new.correct.mean() <= accuracy.high)
-    assert 0.88 <= np.mean(hits) <= 1.0
+    assert 0.84 <= np.mean(hits) <= 0.96
