@@ -127,6 +127,14 @@ class Mixture:
         return self.second if uniform < self.share else self.first
 
 
+def told_cap(router: Any) -> int | None:
+    """Return M if a router takes the share of M large tokens that is left as its last feature, None if it does not."""
+    if isinstance(router, Mixture):
+        return told_cap(router.first) or told_cap(router.second)
+    cap: int | None = getattr(router, "max_large_tokens", None)
+    return cap
+
+
 @dataclass(frozen=True)
 class Constant:
     """Always the same action: 0 is always-small, 1 always-large."""

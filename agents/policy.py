@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,35 +41,40 @@ class MLP:
         schema: Feature schema with version.
         knob: λ that it was trained for.
         weights: ``0.weight`` (h, d), ``0.bias`` (h,), ``1.weight``, ... up to the two logits, float32.
+        max_large_tokens: Cap M on large tokens that it was trained under; it then takes one feature more than the
+            schema has, the share of M that is left.
     """
 
     name: str
     schema: str
     knob: Knob
     weights: Weights
+    max_large_tokens: int | None = None
+    _layers: tuple[tuple[Floats, Floats], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check that the layers fit together."""
         _check(self.weights)
-
-    @property
-    def layers(self) -> int:
-        """Number of linear layers."""
-        return len(self.weights) // 2
+        numbers = range(len(self.weights) // 2)
+        layers = ((self.weights[f"{layer}.weight"].T, self.weights[f"{layer}.bias"]) for layer in numbers)
+        object.__setattr__(self, "_layers", tuple((w.astype(np.float64), b.astype(np.float64)) for w, b in layers))
 
     @property
     def size(self) -> int:
         """Number of features that it takes, d."""
         return int(self.weights["0.weight"].shape[1])
 
-    def logits(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return (n, 2) logits of the actions for (n, d) features."""
-        values = np.asarray(features, np.float32)
-        for layer in range(self.layers):
-            values = values @ self.weights[f"{layer}.weight"].T + self.weights[f"{layer}.bias"]
-            if layer < self.layers - 1:
-                values = np.tanh(values)
-        return values
+    def logits(self, features: NDArray[np.float32]) -> Floats:
+        """Return (n, 2) logits of the actions for (n, d) features.
+
+        Computed in float64: whichever library multiplies, and however many rows at once, decides the same.
+        """
+        values = features.astype(np.float64)
+        *hidden, (weight, bias) = self._layers
+        for inner, offset in hidden:
+            values = np.tanh(values @ inner + offset)
+        result: Floats = values @ weight + bias
+        return result
 
     def probability(self, features: NDArray[np.float32]) -> Floats:
         """Return (n,) of 0 and 1: the argmax action."""
@@ -92,7 +97,8 @@ class ConditionedMLP:
         schema: Feature schema with version, without λ.
         low: Least λ that it was trained for.
         high: Greatest.
-        weights: As of `MLP`; the first layer has one column more than the schema.
+        weights: As of `MLP`; the first layer has one column more, the last.
+        max_large_tokens: As of `MLP`.
     """
 
     name: str
@@ -100,6 +106,7 @@ class ConditionedMLP:
     low: float
     high: float
     weights: Weights
+    max_large_tokens: int | None = None
 
     def __post_init__(self) -> None:
         """Check layers and range."""
@@ -121,4 +128,4 @@ class ConditionedMLP:
         weight = self.weights["0.weight"]
         bias = self.weights["0.bias"] + weight[:, -1] * lam_feature(lam)
         own = {**self.weights, "0.weight": np.ascontiguousarray(weight[:, :-1]), "0.bias": bias.astype(np.float32)}
-        return MLP(self.name, self.schema, Knob("lam", lam), own)
+        return MLP(self.name, self.schema, Knob("lam", lam), own, self.max_large_tokens)

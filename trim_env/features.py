@@ -136,6 +136,11 @@ def lam_feature(lam: Floats | float) -> NDArray[np.float32]:
 LAM_BOUND = 6.0
 
 
+def left_feature(left: NDArray[np.int64] | int, cap: int) -> NDArray[np.float32]:
+    """Return the share of a cap on large tokens that is left, in [0, 1]: a feature after those of the schema."""
+    return np.asarray(np.asarray(left) / cap, np.float32)
+
+
 def schema_named(name: str) -> Schema:
     """Return a schema by its name, or by ``name/version``.
 
