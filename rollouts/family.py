@@ -15,7 +15,7 @@ from rollouts.models.base import Backend
 from rollouts.models.open import open_backend
 from rollouts.models.stepwise import StepModel
 from rollouts.nodes import ROLES
-from rollouts.prompts import PromptFormat, RewardFormat, load_tokenizer
+from rollouts.prompts import PromptFormat, RewardFormat, has_room, load_tokenizer
 from rollouts.scoring.base import EXAMPLES, Example, Scorer, self_test
 from rollouts.scoring.likelihood import LikelihoodScorer
 from rollouts.scoring.prm import RewardScorer
@@ -88,7 +88,8 @@ class Family:
         return min(native, self.limits.solution_tokens + _ROOM_BEYOND_SOLUTION)
 
     @cached_property
-    def _windows(self) -> dict[str, int]:
+    def windows(self) -> dict[str, int]:
+        """Windows in tokens, by role."""
         windows = {role: self.window(role, self.config.generator(role)) for role in self._continuing}
         if self.config.scorer is not None and self.config.scorer.model is not None:
             windows["scorer"] = self.window("scorer", self.config.scorer.model)
@@ -96,17 +97,10 @@ class Family:
 
     def fits(self, question: str, steps: Sequence[str]) -> bool:
         """Whether a prefix leaves room for one more token in every role's window (design section 1)."""
-        texts = {role: self.prompts(role).text(question, steps) for role in self._continuing}
-        for role, text in texts.items():
-            window = self._windows[role]
-            if len(text.encode()) >= window and len(self.prompts(role).ids(question, steps)) >= window:
-                return False
-        if "scorer" in self._windows and self.reward_prompts is not None:
-            window = self._windows["scorer"]
-            text = self.reward_prompts.text(question, steps)
-            if len(text.encode()) >= window and len(self.reward_prompts.ids(question, steps)) >= window:
-                return False
-        return True
+        formats: dict[str, PromptFormat | RewardFormat] = {role: self.prompts(role) for role in self._continuing}
+        if "scorer" in self.windows and self.reward_prompts is not None:
+            formats["scorer"] = self.reward_prompts
+        return all(has_room(prompts, self.windows[role], question, steps) for role, prompts in formats.items())
 
     def process(self, max_escalations: int | None, *, labels: bool = False) -> dict[str, Any]:
         """Return what decides the distribution of generated steps: the manifest's ``process``."""
@@ -117,7 +111,7 @@ class Family:
             "max_escalations": max_escalations,
             "seed": self.seed,
             "labels": labels,
-            "windows": dict(self._windows),
+            "windows": dict(self.windows),
         }
         for role in ROLES:
             model = self.config.generator(role)
@@ -158,11 +152,11 @@ class Family:
     ) -> Iterator[Backend]:
         start = store.next_start() if store is not None else 0
         seed = engine_seed(self.seed, role, start)
-        sized = model.model_copy(update={"max_length": self._windows[role]})
+        sized = model.model_copy(update={"max_length": self.windows[role]})
         with open_backend(role, sized, seed=seed, pooling_tag=pooling_tag) as backend:
-            if backend.window < self._windows[role]:
+            if backend.window < self.windows[role]:
                 raise ConfigError(
-                    f"{role}: its window is {backend.window} tokens, the configuration says {self._windows[role]}."
+                    f"{role}: its window is {backend.window} tokens, the configuration says {self.windows[role]}."
                 )
             if store is not None:
                 store.record_engine({"role": role, "seed": seed, **backend.describe()})

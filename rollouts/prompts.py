@@ -11,6 +11,7 @@ from rollouts.errors import ConfigError
 from rollouts.steps import DELIMITER
 
 _PROBE = "What is 6 times 7?"
+_REMEMBERED = 4096
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
@@ -41,8 +42,16 @@ class PromptFormat:
         template_hash: Hash of how two known prompts are rendered; part of the manifest.
     """
 
-    def __init__(self, tokenizer: Any, system_prompt: str | None = None, name: str = "model") -> None:
+    def __init__(
+        self, tokenizer: Any, system_prompt: str | None = None, name: str = "model", *, remembered: int = _REMEMBERED
+    ) -> None:
         """Render a few prompts at once, so that a template that cannot be used is found before a run.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            system_prompt: System message; None sends none.
+            name: Named in errors.
+            remembered: Most questions whose rendering is kept.
 
         Raises:
             ConfigError: No chat template, a thinking block that stays open, or a question that the template loses.
@@ -50,7 +59,7 @@ class PromptFormat:
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.name = name
-        self._head = lru_cache(maxsize=4096)(self._render)
+        self._head = lru_cache(maxsize=remembered)(self._render)
         self._self_test()
         probe = self.text(_PROBE, ["One." + DELIMITER])
         self.template_hash = hashlib.blake2b(probe.encode(), digest_size=8).hexdigest()
@@ -141,7 +150,7 @@ class RewardFormat:
         if len(ids) != 1:
             raise ConfigError(f"{name}: step tag {step_tag!r} is {len(ids)} tokens of its tokenizer, expected one.")
         self.step_tag_id: int = ids[0]
-        self._head = lru_cache(maxsize=4096)(self._render)
+        self._head = lru_cache(maxsize=_REMEMBERED)(self._render)
         probe = self.text(_PROBE, ["One." + DELIMITER])
         self.template_hash = hashlib.blake2b(probe.encode(), digest_size=8).hexdigest()
 
@@ -163,3 +172,9 @@ class RewardFormat:
     def ids(self, question: str, steps: Sequence[str]) -> tuple[int, ...]:
         """Return the input as token ids; it holds exactly one step tag per step."""
         return tuple(self.tokenizer.encode(self.text(question, steps), add_special_tokens=False))
+
+
+def has_room(prompts: PromptFormat | RewardFormat, window: int, question: str, steps: Sequence[str]) -> bool:
+    """Whether a prefix leaves room for at least one token in a window."""
+    text = prompts.text(question, steps)
+    return len(text.encode()) < window or len(prompts.ids(question, steps)) < window  # a token is at least one byte

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
-from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn, TypeVar
 
 import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exponential, wait_random
 
 from rollouts.config import ModelConfig
-from rollouts.errors import BackendError, ConfigError
+from rollouts.errors import BackendError
+from rollouts.models.connection import connect, retry_after, words_of
 
 T = TypeVar("T")
 _HEARTBEAT_S = 15.0  # longest wait for the smallest request there is
@@ -85,7 +84,7 @@ class HttpServer:
         self.role = role
         self.heartbeat = heartbeat
         self._timeout, self._retries, self._concurrency = model.timeout_s, model.retries, model.concurrency
-        self.url, self._client, self._secrets = _connect(role, model)
+        self.url, self._client, self._secrets = connect(role, model)
         self.root = self.url.removesuffix("/v1")
         self._lock = threading.Lock()
         self._pending: set[Future[Any]] = set()
@@ -264,9 +263,9 @@ class HttpServer:
     def _refuse(self, answer: httpx.Response) -> NoReturn:
         """Raise what an error status means."""
         status = answer.status_code
-        words = f"HTTP {status}: {self._clean(_words(answer))[:300]}"
+        words = f"HTTP {status}: {self._clean(words_of(answer))[:300]}"
         if status in _BUSY:
-            pause = _retry_after(answer)
+            pause = retry_after(answer)
             if pause > _LONGEST_PAUSE_S:
                 self._give_up(f"asks to wait for {pause:.0f} s ({words}).")
             self._resume_at = max(self._resume_at, time.monotonic() + pause)
@@ -332,63 +331,3 @@ def _trouble(state: RetryCallState) -> _Trouble:
     error = state.outcome.exception() if state.outcome else None
     assert isinstance(error, _Trouble)  # nothing else is retried
     return error
-
-
-def _connect(role: str, model: ModelConfig) -> tuple[str, httpx.AsyncClient, list[str]]:
-    """Return the URL without credentials, a client that has them, and the words that must never be printed."""
-    raw = model.url or ""
-    try:
-        url = httpx.URL(raw)
-        usable = url.scheme in ("http", "https") and bool(url.host) and not url.query
-    except httpx.InvalidURL:
-        usable = False
-    if not usable:
-        shown = "is" if set(raw) & set("@?") else f"{raw!r} is"  # the parts after these may be keys
-        raise ConfigError(f"{role}: `url` {shown} not of the form http://host:8000/v1, without a query.")
-    headers, secrets = {}, [url.password] if url.password else []
-    if model.api_key_env is not None:
-        key = os.environ.get(model.api_key_env, "").strip()
-        if not key or not key.isascii() or not key.isprintable():
-            fault = "holds characters that no key has" if key else "is not set"
-            raise ConfigError(
-                f"{role}: the environment variable {model.api_key_env} {fault}; it must hold the API key."
-            )
-        headers["Authorization"] = f"Bearer {key}"
-        secrets.append(key)
-    connections = model.concurrency + 2
-    client = httpx.AsyncClient(
-        headers=headers,
-        auth=(url.username, url.password) if url.username and not headers else None,
-        timeout=httpx.Timeout(None, connect=10.0),
-        verify=url.scheme == "https",  # else it loads certificates for nothing
-        # Servers close idle connections after 5 s; one that is used just then would fail its request.
-        limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=2.0),
-        trust_env=url.host not in ("localhost", "127.0.0.1", "::1"),  # proxies are not for this machine
-    )
-    return str(url.copy_with(userinfo=b"")).rstrip("/"), client, secrets
-
-
-def _words(answer: httpx.Response) -> str:
-    """Return what a server says about an error, on one line."""
-    try:
-        said = answer.json()
-        if isinstance(said, dict):
-            said = said.get("error") or said.get("message") or said.get("detail") or said
-        if isinstance(said, dict):
-            said = said.get("message") or said
-    except ValueError:
-        said = answer.text
-    return " ".join(str(said).split())
-
-
-def _retry_after(answer: httpx.Response) -> float:
-    """Return the seconds that a Retry-After header asks for; it may hold a number or a date."""
-    value = answer.headers.get("Retry-After", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return 0.0

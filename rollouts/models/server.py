@@ -19,13 +19,21 @@ from rollouts.models.base import (
     Sampling,
 )
 from rollouts.models.http import HttpServer, RequestFailed
+from rollouts.models.wire import (
+    completion_payload,
+    pooling_payload,
+    read_choice,
+    read_completion,
+    read_logprobs,
+    read_scores,
+    serve_prm,
+)
 
 
 class ServerBackend(Backend):
     """Completions, log-probabilities or step scores from one model of a server.
 
-    The token ids of prompts are ours and those of completions the server's; nothing is tokenised here. Requests
-    carry no seed: one per request kills the CPU engine of vLLM 0.32, and no server promises a draw for it.
+    The token ids of prompts are ours and those of completions the server's; nothing is tokenised here.
     """
 
     def __init__(self, role: str, model: ModelConfig, *, pooling: bool, step_tag_id: int | None) -> None:
@@ -65,10 +73,10 @@ class ServerBackend(Backend):
         return dict(cards[self._model])
 
     def _probe_generator(self) -> Capabilities:
-        smallest = self._payload(CompletionRequest((1, 2, 3), 1, Sampling()))
+        smallest = completion_payload(self._model, self.window, CompletionRequest((1, 2, 3), 1, Sampling()))
         url = self._http.url
         try:
-            choice, _ = self._http.ask("completions", smallest, _answer)
+            choice, _ = self._http.ask("completions", smallest, read_choice)
         except RequestFailed as error:
             raise ConfigError(
                 f"{self.role}: {url} does not continue token ids ({error}). "
@@ -82,7 +90,7 @@ class ServerBackend(Backend):
         self._http.heartbeat = ("completions", smallest)
         try:
             self._http.ask(
-                "completions", {**smallest, "prompt_logprobs": 0}, lambda body: _logprobs(body, (1, 2, 3), 1)
+                "completions", {**smallest, "prompt_logprobs": 0}, lambda body: read_logprobs(body, (1, 2, 3), 1)
             )
             logprobs = True
         except RequestFailed:
@@ -91,11 +99,11 @@ class ServerBackend(Backend):
 
     def _probe_pooling(self) -> Capabilities:
         ids = (1, 2, 3) if self._tag is None else (1, self._tag, 2, self._tag)
-        path, payload = f"{self._http.root}/pooling", self._pooling_payload(ids)
+        path, payload = f"{self._http.root}/pooling", pooling_payload(self._model, ids)
         try:
             self._http.ask(path, payload, lambda body: self._scores(body, ids))
         except RequestFailed as error:
-            raise ConfigError(f"{self.role}: {path} serves no step scores ({error}). {self._serve_prm()}") from None
+            raise ConfigError(f"{self.role}: {path} serves no step scores ({error}). {serve_prm(self._tag)}") from None
         self._http.heartbeat = (path, payload)
         return Capabilities(pooling=True, continue_prefix=False)
 
@@ -104,18 +112,22 @@ class ServerBackend(Backend):
         if isinstance(request, CompletionRequest) and self.capabilities.continue_prefix:
             return self._http.submit(lambda: self._complete(request))
         if isinstance(request, LogprobRequest) and self.capabilities.prompt_logprobs:
-            payload = {**self._payload(CompletionRequest(request.ids, 1, Sampling(1.0))), "prompt_logprobs": 0}
+            smallest = completion_payload(self._model, self.window, CompletionRequest(request.ids, 1, Sampling(1.0)))
+            payload = {**smallest, "prompt_logprobs": 0}
             return self._http.submit(
-                lambda: self._measure("completions", payload, lambda body: _logprobs(body, request.ids, request.start))
+                lambda: self._measure(
+                    "completions", payload, lambda body: read_logprobs(body, request.ids, request.start)
+                )
             )
         if isinstance(request, PoolingRequest) and self.capabilities.pooling:
-            path, payload = f"{self._http.root}/pooling", self._pooling_payload(request.ids)
+            path, payload = f"{self._http.root}/pooling", pooling_payload(self._model, request.ids)
             return self._http.submit(lambda: self._measure(path, payload, lambda body: self._scores(body, request.ids)))
         raise ConfigError(f"{self.role}: {self._http.url} cannot answer a {type(request).__name__}.")
 
     async def _complete(self, request: CompletionRequest) -> Completion:
         try:
-            return await self._http.post("completions", self._payload(request), _completion)
+            payload = completion_payload(self._model, self.window, request)
+            return await self._http.post("completions", payload, read_completion)
         except RequestFailed as error:
             return Completion("", 0, None, "failed", str(error))
 
@@ -125,60 +137,11 @@ class ServerBackend(Backend):
         except RequestFailed as error:
             raise BackendError(f"{self.role}: {self._http.url} did not answer a request: {error}") from None
 
-    def _payload(self, request: CompletionRequest) -> dict[str, Any]:
-        """Return the body of a completion, with every field that changes a draw written out."""
-        sampling = request.sampling
-        room = self.window - len(request.prompt_ids)  # engines in this process end at the window, servers refuse
-        return {
-            "model": self._model,
-            "prompt": list(request.prompt_ids),
-            "max_tokens": max(1, min(request.max_tokens, room)),
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "n": 1,
-            "min_tokens": 0,
-            "ignore_eos": False,
-            "echo": False,
-            "stream": False,
-            "stop": list(request.stop),
-            "include_stop_str_in_output": True,
-            "skip_special_tokens": True,
-            "add_special_tokens": False,
-            "return_token_ids": True,
-        }
-
-    def _pooling_payload(self, ids: tuple[int, ...]) -> dict[str, Any]:
-        return {
-            "model": self._model,
-            "input": list(ids),
-            "task": "token_classify",
-            "use_activation": True,
-            "add_special_tokens": False,
-            "encoding_format": "float",
-        }
-
     def _scores(self, body: Any, ids: tuple[int, ...]) -> list[float]:
-        rows = body["data"][0]["data"]
-        expected = len(rows) if self._tag is None else ids.count(self._tag)
-        fault = f"{self.role}: {self._http.url}: {self._model} returned"
-        if len(rows) != expected:
-            raise BackendError(f"{fault} {len(rows)} rows for {expected} step tags. {self._serve_prm()}")
-        for row in rows:
-            if not isinstance(row, list) or len(row) != 2 or min(row) < 0 or abs(sum(row) - 1) > 0.02:
-                raise BackendError(f"{fault} {row}, not two probabilities per step tag. {self._serve_prm()}")
-        return [float(row[1]) for row in rows]
-
-    def _serve_prm(self) -> str:
-        tag = "TAG_ID" if self._tag is None else self._tag
-        return (
-            "Serve it with: vllm serve MODEL --runner pooling "
-            f'--pooler-config \'{{"step_tag_id": {tag}, "returned_token_ids": [0, 1]}}\''
-        )
+        try:
+            return read_scores(body, ids, self._tag)
+        except BackendError as error:
+            raise BackendError(f"{self.role}: {self._http.url}: {self._model} returned {error}") from None
 
     def describe(self) -> Mapping[str, Any]:
         """Return the server's URL and version, and what it says that the model is."""
@@ -187,33 +150,6 @@ class ServerBackend(Backend):
     def close(self) -> None:
         """Cancel what is pending and disconnect."""
         self._http.close()
-
-
-def _answer(body: Any) -> tuple[dict[str, Any], int]:
-    """Return the choice and the number of decoded tokens, the end-of-sequence token included."""
-    choice = body["choices"][0]
-    ids = choice.get("token_ids")
-    tokens = len(ids) if ids is not None else body["usage"]["completion_tokens"]
-    if not isinstance(choice["text"], str) or not isinstance(tokens, int):
-        raise ValueError("text or completion_tokens is missing")
-    return choice, tokens
-
-
-def _completion(body: Any) -> Completion:
-    choice, tokens = _answer(body)
-    text, ids = choice["text"], choice.get("token_ids")
-    ids = None if ids is None else tuple(ids)
-    reason, stop = choice["finish_reason"], choice["stop_reason"]
-    if reason == "stop" and isinstance(stop, str):  # null or a token's id: the model ended by itself
-        return Completion(text if text.endswith(stop) else text + stop, tokens, ids, "stop")
-    if reason in ("stop", "length"):
-        return Completion(text, tokens, ids, "eos" if reason == "stop" else "length")
-    return Completion(text, tokens, ids, "failed", f"the server ended the request with {reason!r}")
-
-
-def _logprobs(body: Any, ids: tuple[int, ...], start: int) -> list[float]:
-    rows = body["choices"][0]["prompt_logprobs"]
-    return [float(row[str(token)]["logprob"]) for token, row in zip(ids[start:], rows[start:], strict=True)]
 
 
 def open_server(

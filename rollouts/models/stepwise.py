@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Backend, Completion, CompletionRequest, Sampling
-from rollouts.prompts import PromptFormat
+from rollouts.prompts import PromptFormat, has_room
 from rollouts.steps import (
     DELIMITER,
     Limits,
@@ -133,6 +133,138 @@ def close_step(
     return Step(segment.text, tokens, reason, prompt_tokens + segment.start)
 
 
+@dataclass(frozen=True, slots=True)
+class StepRules:
+    """What decides how one model continues prefixes, wherever it runs.
+
+    Attributes:
+        role: ``small`` or ``large``.
+        prompts: Prompt format of the model.
+        window: Most tokens of prompt and completion together.
+        sampling: Sampling parameters.
+        limits: Token and step limits.
+        fits: Whether a prefix leaves room in every role's window.
+        seed: Run seed, for backends whose draws depend on the request only.
+    """
+
+    role: str
+    prompts: PromptFormat
+    window: int
+    sampling: Sampling
+    limits: Limits
+    fits: Fits
+    seed: int = 0
+
+
+class Draft:
+    """A generation in the making: which request comes next, and what came of the answers. It sends nothing itself.
+
+    A step that begins with decorative blocks takes several requests.
+
+    Attributes:
+        generation: The result; None as long as `request` is to be sent and its answer given to `take`.
+    """
+
+    def __init__(self, rules: StepRules, prefix: Prefix, *, whole: bool = False) -> None:
+        """Render the prompt.
+
+        Args:
+            rules: How the model continues prefixes.
+            prefix: Where it continues.
+            whole: Ask for the whole rest rather than for one step.
+        """
+        self.rules = rules
+        self.prefix = prefix
+        self.whole = whole
+        self.generation: Generation | None = None
+        self.prompt = rules.prompts.ids(prefix.question, prefix.steps)
+        self.room = rules.window - len(self.prompt)
+        left = rules.limits.solution_tokens - prefix.used_tokens
+        self.budget = min(left, self.room) if whole else min(left, self.room, rules.limits.step_tokens)
+        self.text, self.tokens, self.attempt = "", 0, 0
+        self.ids: tuple[int, ...] = ()
+        if self.budget <= 0:
+            self.generation = Generation((Step("", 0, StopReason.CONTEXT, len(self.prompt)),), 0)
+
+    def request(self) -> CompletionRequest:
+        """Return the request that comes next."""
+        return CompletionRequest(
+            prompt_ids=self.prompt + self.ids,
+            max_tokens=self.budget - self.tokens,
+            sampling=self.rules.sampling,
+            stop=() if self.whole else (DELIMITER,),
+            seed=draw_seed(self.rules.seed, self.prefix, self.rules.role, self.attempt),
+        )
+
+    def take(self, completion: Completion) -> None:
+        """Take the answer to the last request.
+
+        Raises:
+            BackendError: The model thinks although it should not.
+        """
+        if "<think>" in completion.text:
+            raise BackendError(
+                f"{self.rules.role}: the model writes '<think>' although thinking is switched off; "
+                "steps of a thinking model cannot be routed. Use a model that can switch it off."
+            )
+        if completion.finish == "failed":
+            failed = Step("", completion.tokens, StopReason.FAILED, len(self.prompt))
+            self.generation = Generation((failed,), self.tokens + completion.tokens)
+        elif self.whole:
+            self.generation = self._cut(completion)
+        else:
+            self._take_step(completion)
+
+    def _take_step(self, completion: Completion) -> None:
+        self.text += completion.text
+        self.tokens += completion.tokens
+        text, complete = normalise(self.text)
+        if completion.finish == "stop" and not complete and self.tokens < self.budget:
+            encode = self.rules.prompts.tokenizer.encode
+            self.ids += completion.token_ids or tuple(encode(completion.text, add_special_tokens=False))
+            self.attempt += 1
+            return
+        segment = Segment(text, 0, self.tokens, complete)
+        rules = self.rules
+        step = close_step(
+            self.prefix, (), segment, self._ending(completion), rules.limits, rules.fits, len(self.prompt)
+        )
+        self.generation = Generation((step,), self.tokens)
+
+    def _ending(self, completion: Completion) -> StopReason:
+        """Return why an incomplete segment at the end of the generation ended."""
+        if completion.finish == "eos":
+            return StopReason.EOS
+        return StopReason.CONTEXT if self.budget == self.room else StopReason.LENGTH
+
+    def _cut(self, completion: Completion) -> Generation:
+        rules, prefix, limits = self.rules, self.prefix, self.rules.limits
+        ids = completion.token_ids or ()
+        pieces = list(rules.prompts.pieces(self.prompt, ids))
+        segments = cut_segments(pieces) or [Segment("", 0, completion.tokens, False)]
+        steps: list[Step] = []
+        dropped, kept = 0, 0
+        for index, segment in enumerate(segments):
+            if steps:
+                node = rules.prompts.ids(prefix.question, [*prefix.steps, *(step.text for step in steps)])
+                if node != self.prompt + ids[: segment.start]:
+                    dropped = len(segments) - index
+                    break
+            ending = self._ending(completion)
+            if segment.end - segment.start > limits.step_tokens:
+                end = segment.start + limits.step_tokens
+                text = normalise("".join(pieces[segment.start : end]))[0]
+                segment, ending = Segment(text, segment.start, end, False), StopReason.LENGTH
+            elif segment.end - segment.start == limits.step_tokens and completion.finish == "length":
+                ending = StopReason.LENGTH
+            step = close_step(prefix, steps, segment, ending, limits, rules.fits, len(self.prompt))
+            steps.append(step)
+            kept = segment.end
+            if step.terminal:
+                break
+        return Generation(tuple(steps), completion.tokens, dropped, completion.tokens - kept)
+
+
 class StepModel:
     """Steps from a backend that continues prefixes."""
 
@@ -172,112 +304,27 @@ class StepModel:
 
     def has_room(self, question: str, steps: Sequence[str]) -> bool:
         """Whether this model's window has room for at least one token after a prefix."""
-        text = self.prompts.text(question, steps)
-        if len(text.encode()) < self.backend.window:  # a token is at least one byte
-            return True
-        return len(self.prompts.ids(question, steps)) < self.backend.window
+        return has_room(self.prompts, self.backend.window, question, steps)
 
     def submit(self, prefix: Prefix, *, whole: bool) -> Future[Generation]:
         """Ask for the next step of a prefix, or for the whole rest where token ids make that possible."""
-        job = _Job(self, prefix, whole and self.whole_paths)
-        job.ask()
-        return job.future
-
-
-class _Job:
-    """One request and, for steps that begin with decorative blocks, its continuations."""
-
-    def __init__(self, model: StepModel, prefix: Prefix, whole: bool) -> None:
-        self.model = model
-        self.prefix = prefix
-        self.whole = whole
-        self.future: Future[Generation] = Future()
-        self.prompt = model.prompts.ids(prefix.question, prefix.steps)
-        self.room = model.backend.window - len(self.prompt)
-        left = model.limits.solution_tokens - prefix.used_tokens
-        self.budget = min(left, self.room) if whole else min(left, self.room, model.limits.step_tokens)
-        self.text, self.tokens, self.attempt = "", 0, 0
-        self.ids: tuple[int, ...] = ()
-
-    def ask(self) -> None:
-        if self.budget <= 0:
-            self.future.set_result(Generation((Step("", 0, StopReason.CONTEXT, len(self.prompt)),), 0))
-            return
-        request = CompletionRequest(
-            prompt_ids=self.prompt + self.ids,
-            max_tokens=self.budget - self.tokens,
-            sampling=self.model.sampling,
-            stop=() if self.whole else (DELIMITER,),
-            seed=draw_seed(self.model.seed, self.prefix, self.model.role, self.attempt),
+        rules = StepRules(
+            self.role, self.prompts, self.backend.window, self.sampling, self.limits, self.fits, self.seed
         )
-        self.model.backend.submit(request).add_done_callback(self._answered)
+        future: Future[Generation] = Future()
+        self._ask(Draft(rules, prefix, whole=whole and self.whole_paths), future)
+        return future
 
-    def _answered(self, answer: Future[Any]) -> None:
-        try:
-            self._take(answer.result())
-        except BaseException as error:  # whatever it is, it belongs to whoever waits
-            self.future.set_exception(error)
-
-    def _take(self, completion: Completion) -> None:
-        if "<think>" in completion.text:
-            raise BackendError(
-                f"{self.model.role}: the model writes '<think>' although thinking is switched off; "
-                "steps of a thinking model cannot be routed. Use a model that can switch it off."
-            )
-        if completion.finish == "failed":
-            failed = Step("", completion.tokens, StopReason.FAILED, len(self.prompt))
-            self.future.set_result(Generation((failed,), self.tokens + completion.tokens))
-        elif self.whole:
-            self.future.set_result(self._cut(completion))
-        else:
-            self._take_step(completion)
-
-    def _take_step(self, completion: Completion) -> None:
-        self.text += completion.text
-        self.tokens += completion.tokens
-        text, complete = normalise(self.text)
-        if completion.finish == "stop" and not complete and self.tokens < self.budget:
-            encode = self.model.prompts.tokenizer.encode
-            self.ids += completion.token_ids or tuple(encode(completion.text, add_special_tokens=False))
-            self.attempt += 1
-            self.ask()
+    def _ask(self, draft: Draft, future: Future[Generation]) -> None:
+        if draft.generation is not None:
+            future.set_result(draft.generation)
             return
-        segment = Segment(text, 0, self.tokens, complete)
-        model = self.model
-        step = close_step(
-            self.prefix, (), segment, self._ending(completion), model.limits, model.fits, len(self.prompt)
-        )
-        self.future.set_result(Generation((step,), self.tokens))
 
-    def _ending(self, completion: Completion) -> StopReason:
-        """Return why an incomplete segment at the end of the generation ended."""
-        if completion.finish == "eos":
-            return StopReason.EOS
-        return StopReason.CONTEXT if self.budget == self.room else StopReason.LENGTH
+        def answered(answer: Future[Any]) -> None:
+            try:
+                draft.take(answer.result())
+                self._ask(draft, future)
+            except BaseException as error:  # whatever it is, it belongs to whoever waits
+                future.set_exception(error)
 
-    def _cut(self, completion: Completion) -> Generation:
-        model, prefix, limits = self.model, self.prefix, self.model.limits
-        ids = completion.token_ids or ()
-        pieces = list(model.prompts.pieces(self.prompt, ids))
-        segments = cut_segments(pieces) or [Segment("", 0, completion.tokens, False)]
-        steps: list[Step] = []
-        dropped, kept = 0, 0
-        for index, segment in enumerate(segments):
-            if steps:
-                node = model.prompts.ids(prefix.question, [*prefix.steps, *(step.text for step in steps)])
-                if node != self.prompt + ids[: segment.start]:
-                    dropped = len(segments) - index
-                    break
-            ending = self._ending(completion)
-            if segment.end - segment.start > limits.step_tokens:
-                end = segment.start + limits.step_tokens
-                text = normalise("".join(pieces[segment.start : end]))[0]
-                segment, ending = Segment(text, segment.start, end, False), StopReason.LENGTH
-            elif segment.end - segment.start == limits.step_tokens and completion.finish == "length":
-                ending = StopReason.LENGTH
-            step = close_step(prefix, steps, segment, ending, limits, model.fits, len(self.prompt))
-            steps.append(step)
-            kept = segment.end
-            if step.terminal:
-                break
-        return Generation(tuple(steps), completion.tokens, dropped, completion.tokens - kept)
+        self.backend.submit(draft.request()).add_done_callback(answered)

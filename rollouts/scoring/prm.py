@@ -8,7 +8,7 @@ from typing import Any
 
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Backend, PoolingRequest
-from rollouts.prompts import RewardFormat
+from rollouts.prompts import RewardFormat, has_room
 from rollouts.scoring.base import Scores
 
 
@@ -41,18 +41,11 @@ class RewardScorer:
 
     def has_room(self, question: str, steps: Sequence[str]) -> bool:
         """Whether a path fits into the reward model's window, with room for one step more."""
-        text = self.prompts.text(question, steps)
-        if len(text.encode()) < self.backend.window:
-            return True
-        return len(self.prompts.ids(question, steps)) < self.backend.window
+        return has_room(self.prompts, self.backend.window, question, steps)
 
     def submit(self, question: str, steps: Sequence[str]) -> Future[Scores]:
         """Score one path with one forward pass over the steps that fit."""
-        kept = len(steps)
-        ids = self.prompts.ids(question, steps)
-        while kept and len(ids) > self.backend.window:
-            kept -= 1
-            ids = self.prompts.ids(question, steps[:kept])
+        ids, kept = fitting_input(self.prompts, self.backend.window, question, steps)
         result: Future[Scores] = Future()
         if kept == 0:
             result.set_result([None] * len(steps))
@@ -69,3 +62,15 @@ class RewardScorer:
 
         self.backend.submit(PoolingRequest(ids)).add_done_callback(done)
         return result
+
+
+def fitting_input(
+    prompts: RewardFormat, window: int, question: str, steps: Sequence[str]
+) -> tuple[tuple[int, ...], int]:
+    """Return the input over as many leading steps as fit into a window, and how many these are."""
+    kept = len(steps)
+    ids = prompts.ids(question, steps)
+    while kept and len(ids) > window:
+        kept -= 1
+        ids = prompts.ids(question, steps[:kept])
+    return ids, kept

@@ -1,0 +1,115 @@
+"""What OpenAI-compatible servers of vLLM are sent and what they send back; nothing here connects to anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rollouts.errors import BackendError
+from rollouts.models.base import Completion, CompletionRequest
+
+
+def completion_payload(model: str, window: int, request: CompletionRequest) -> dict[str, Any]:
+    """Return the body of a completion, with every field that changes a draw written out.
+
+    It carries no seed: one per request kills the CPU engine of vLLM 0.32, and no server promises a draw for it.
+
+    Args:
+        model: Name that the server uses.
+        window: Most tokens of prompt and completion together.
+        request: What is asked for.
+    """
+    sampling = request.sampling
+    room = window - len(request.prompt_ids)  # engines in this process end at the window, servers refuse
+    return {
+        "model": model,
+        "prompt": list(request.prompt_ids),
+        "max_tokens": max(1, min(request.max_tokens, room)),
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "n": 1,
+        "min_tokens": 0,
+        "ignore_eos": False,
+        "echo": False,
+        "stream": False,
+        "stop": list(request.stop),
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": True,
+        "add_special_tokens": False,
+        "return_token_ids": True,
+    }
+
+
+def pooling_payload(model: str, ids: Sequence[int]) -> dict[str, Any]:
+    """Return the body of a request for P(label 1) at every step tag of `ids`."""
+    return {
+        "model": model,
+        "input": list(ids),
+        "task": "token_classify",
+        "use_activation": True,
+        "add_special_tokens": False,
+        "encoding_format": "float",
+    }
+
+
+def read_choice(body: Any) -> tuple[dict[str, Any], int]:
+    """Return the choice and the number of decoded tokens, the end-of-sequence token included.
+
+    Raises:
+        ValueError: Text or token count is missing; so do LookupError and TypeError say.
+    """
+    choice = body["choices"][0]
+    ids = choice.get("token_ids")
+    tokens = len(ids) if ids is not None else body["usage"]["completion_tokens"]
+    if not isinstance(choice["text"], str) or not isinstance(tokens, int):
+        raise ValueError("text or completion_tokens is missing")
+    return choice, tokens
+
+
+def read_completion(body: Any) -> Completion:
+    """Return the completion that a server's answer holds; raises as `read_choice` does."""
+    choice, tokens = read_choice(body)
+    text, ids = choice["text"], choice.get("token_ids")
+    ids = None if ids is None else tuple(ids)
+    reason, stop = choice["finish_reason"], choice["stop_reason"]
+    if reason == "stop" and isinstance(stop, str):  # null or a token's id: the model ended by itself
+        return Completion(text if text.endswith(stop) else text + stop, tokens, ids, "stop")
+    if reason in ("stop", "length"):
+        return Completion(text, tokens, ids, "eos" if reason == "stop" else "length")
+    return Completion(text, tokens, ids, "failed", f"the server ended the request with {reason!r}")
+
+
+def read_logprobs(body: Any, ids: Sequence[int], start: int) -> list[float]:
+    """Return the log-probabilities of ``ids[start:]``."""
+    rows = body["choices"][0]["prompt_logprobs"]
+    return [float(row[str(token)]["logprob"]) for token, row in zip(ids[start:], rows[start:], strict=True)]
+
+
+def read_scores(body: Any, ids: Sequence[int], step_tag_id: int | None) -> list[float]:
+    """Return P(label 1) at every step tag of `ids`.
+
+    Raises:
+        BackendError: Not two probabilities for each step tag: the server does not serve a process reward model so.
+    """
+    rows = body["data"][0]["data"]
+    expected = len(rows) if step_tag_id is None else list(ids).count(step_tag_id)
+    if len(rows) != expected:
+        raise BackendError(f"{len(rows)} rows for {expected} step tags. {serve_prm(step_tag_id)}")
+    for row in rows:
+        if not isinstance(row, list) or len(row) != 2 or min(row) < 0 or abs(sum(row) - 1) > 0.02:
+            raise BackendError(f"{row}, not two probabilities per step tag. {serve_prm(step_tag_id)}")
+    return [float(row[1]) for row in rows]
+
+
+def serve_prm(step_tag_id: int | None) -> str:
+    """Return how a process reward model is served."""
+    tag = "TAG_ID" if step_tag_id is None else step_tag_id
+    return (
+        "Serve it with: vllm serve MODEL --runner pooling "
+        f'--pooler-config \'{{"step_tag_id": {tag}, "returned_token_ids": [0, 1]}}\''
+    )
