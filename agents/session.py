@@ -88,7 +88,8 @@ class Session:
         Raises:
             ConfigError: A value is out of range, the last decision waits for `accept`, or the solution has ended.
         """
-        return decide_together([self], [Proposal(score, tokens, terminal, has_answer)])[0]
+        row = self._take(Proposal(score, tokens, terminal, has_answer))
+        return self._decided(float(_chances([self], [row])[0]))
 
     def _take(self, proposal: Proposal) -> _Row:
         """Return the columns of `trim_env.features.Seen` for a proposal."""
@@ -99,7 +100,8 @@ class Session:
         score, tokens = checked(proposal.score, proposal.tokens)
         terminal = bool(proposal.terminal) or self.step == self._max_steps
         self._proposal = Proposal(score, tokens, terminal, bool(proposal.has_answer))
-        return score, self._least, self._product, tokens, self.step, terminal, self._proposal.has_answer
+        product = float(np.float32(self._product))  # as compiled trees hold it
+        return score, self._least, product, tokens, self.step, terminal, self._proposal.has_answer
 
     def _decided(self, chance: float) -> int:
         """Turn the probability of escalating into an action."""
@@ -220,8 +222,7 @@ def _take_all(sessions: Sequence[Session], proposals: Sequence[Proposal]) -> lis
 def _chances(sessions: list[Session], rows: list[_Row]) -> Floats:
     """Return the (n,) probabilities of escalating in sessions of one router, and let those with a state go on."""
     first = sessions[0]
-    seen = np.array(rows, np.float32).astype(np.float64)  # compiled trees hold scores as float32
-    features = first._features(Seen(*seen.T), first._max_steps)
+    features = first._features(Seen(*np.array(rows, np.float64).T), first._max_steps)
     cap = told_cap(first.router)
     if cap is not None:
         left = np.array([cap - session.large_tokens for session in sessions])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,19 +85,25 @@ class Schema:
 
     def bounds(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return (d,) least and (d,) greatest values."""
-        low = np.array([column.low for column in self.columns], np.float32)
-        return low, np.array([column.high for column in self.columns], np.float32)
+        low, high = self._bounds
+        return low.copy(), high.copy()
+
+    @cached_property
+    def _bounds(self) -> NDArray[np.float32]:
+        return np.array([[each.low for each in self.columns], [each.high for each in self.columns]], np.float32)
 
     def __call__(self, seen: Seen, max_steps: int) -> NDArray[np.float32]:
         """Return the (n, d) features, within the bounds."""
-        low, high = self.bounds()
-        values = np.stack([column.compute(seen, max_steps) for column in self.columns], axis=-1)
-        return np.clip(values.astype(np.float32), low, high)
+        low, high = self._bounds
+        values = np.empty((len(seen.score), len(self.columns)), np.float32)
+        for place, column in enumerate(self.columns):
+            values[:, place] = column.compute(seen, max_steps)
+        return np.minimum(np.maximum(values, low, out=values), high, out=values)
 
 
 def logit(score: Floats) -> Floats:
     """Return the log-odds of clipped scores, divided by 3: about -3 to 3."""
-    clipped = np.clip(np.asarray(score, np.float64), _CLIP, 1 - _CLIP)
+    clipped = np.minimum(np.maximum(np.asarray(score, np.float64), _CLIP), 1 - _CLIP)
     return np.log(clipped / (1 - clipped)) / 3
 
 
