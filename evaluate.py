@@ -2,6 +2,7 @@
 
     python evaluate.py runs/ppo-agg-quickstart-seed0-20261121-120000
     python evaluate.py runs/first runs/second --split ood --out results/ood
+    python evaluate.py runs/first --report page       # page/report.html: curves, traces and filters for a browser
 
 Reads nothing of a run but its ``policy`` folders. Every setting is a field of
 `agents.evaluation.suite.EvaluateConfig`.
@@ -15,7 +16,9 @@ from pathlib import Path
 import tyro
 
 from agents.evaluation.suite import EvaluateConfig, Evaluation, evaluate, save
-from agents.evaluation.table import NOTES, caption, headline_rows, rich_table
+from agents.evaluation.table import NOTES, caption, headline_rows, limits, rich_table
+from agents.report.gather import gather
+from agents.report.render import write
 from rollouts.errors import TrimError
 
 
@@ -29,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
             evaluation = evaluate(config)
             folder = config.out or config.runs[0] / f"evaluation-{config.split}"
             files = save(evaluation, folder)
+            if config.report:
+                files.append(write(gather(config, evaluation), config.report))
     except TrimError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -44,7 +49,7 @@ def show(evaluation: Evaluation, files: list[Path]) -> None:
     console = Console()
     console.width = max(console.width, 110)
     methods = [*evaluation.methods, evaluation.query_oracle, evaluation.oracle]
-    console.print(rich_table(headline_rows(methods), caption(methods)))
+    console.print(rich_table(headline_rows(methods), caption(methods, limits(evaluation.subject))))
     console.print("\n".join(NOTES), style="dim", highlight=False)
     if evaluation.at_lam:
         table = Table(title="Return against the best threshold for the same λ, paired on problems")

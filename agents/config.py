@@ -17,6 +17,7 @@ from rollouts.errors import ConfigError, did_you_mean
 from trim_env.episodes import checked_lam, checked_range
 from trim_env.features import DEFAULT_SCHEMA
 from trim_env.reward import cost_model
+from trim_env.tables import checked_token_cap
 
 AGENTS = ("ppo-agg", "pomdp", "threshold")
 _PACKAGES = ("trim-routing", "numpy", "torch", "stable-baselines3", "gymnasium", "wandb")
@@ -39,6 +40,8 @@ class TrainConfig:
         schema: Feature schema: agg, agg+prod or agg+.
         cost: Cost model: decode-only, prefill-20, prefill-full:PRICE or prices:large_out=15,...
         max_escalations: Cap K on escalations per solution; default: what the store supports.
+        max_large_tokens: Hard cap on the large model's tokens for a problem, in training, validation and, by default,
+            evaluation: the policy is told the share left. Default: none.
         scorer: Score table, if the store has several.
         grader: Grade table, if the store has several.
         seed: Seed of everything that is drawn.
@@ -57,6 +60,7 @@ class TrainConfig:
     schema: str = DEFAULT_SCHEMA
     cost: str = "decode-only"
     max_escalations: int | None = None
+    max_large_tokens: int | None = None
     scorer: str | None = None
     grader: str | None = None
     seed: int = 0
@@ -72,6 +76,7 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"Unknown agent {config.agent!r}.{did_you_mean(config.agent, AGENTS)}")
     if config.agent == "pomdp":
         price_of(cost_model(config.cost))
+    checked_token_cap(config.max_large_tokens)
     tracking.check(config.tracking)
     for lam in config.lam:
         checked_lam(lam)

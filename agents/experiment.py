@@ -25,9 +25,9 @@ from agents.config import TrainConfig
 from agents.evaluation.run import references, run
 from agents.health import Health, as_plain
 from agents.pictures import draw_curve, draw_training
-from agents.policy import at
+from agents.policy import ConditionedMLP, at
 from agents.pomdp.fit import estimate, price_of
-from agents.targets import meet_target
+from agents.targets import budgets, meet_target
 from agents.trainer import Record, Result, Training, Validation, checked_at
 from rollouts.compiling import compile_store
 from rollouts.errors import ConfigError, StoreError
@@ -153,7 +153,12 @@ def automatic_lams(trees: Trees, config: TrainConfig) -> tuple[float, ...]:
 
 def _tables(config: TrainConfig, trees: Trees, indices: NDArray[Any]) -> DecisionTables:
     return decision_tables(
-        trees, schema=config.schema, cost=config.cost, max_escalations=config.max_escalations, indices=indices
+        trees,
+        schema=config.schema,
+        cost=config.cost,
+        max_escalations=config.max_escalations,
+        max_large_tokens=config.max_large_tokens,
+        indices=indices,
     )
 
 
@@ -271,7 +276,8 @@ def _about(
 ) -> dict[str, Any]:
     """Return what an artefact says of its origin and of what it reached."""
     held_out = [_held_out(validation, at(router, lam), lam, each) for lam, each in health.items()]
-    return {**origin(config, trees, validation), "held_out": held_out}
+    about = {**origin(config, trees, validation), "held_out": held_out}
+    return {**about, "budgets": budgets(router, validation)} if isinstance(router, ConditionedMLP) else about
 
 
 def origin(config: TrainConfig, trees: Trees, validation: Validation) -> dict[str, Any]:
@@ -286,6 +292,7 @@ def origin(config: TrainConfig, trees: Trees, validation: Validation) -> dict[st
         "max_steps": trees.meta["max_steps"],
         "cost": config.cost,
         "max_escalations": validation.verdict.max_escalations,
+        "max_large_tokens": validation.verdict.max_large_tokens,
     }
 
 

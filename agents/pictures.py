@@ -38,7 +38,7 @@ def draw_training(result: Result, validation: Validation, title: str, place: Pat
 def draw_curve(routers: Mapping[float, AnyRouter], validation: Validation, rollouts: str, folder: Path) -> None:
     """Draw the routers on the verdict half of validation, beside thresholds that the choice half chose."""
     from agents.evaluation.plots import cost_accuracy
-    from agents.evaluation.table import summarise
+    from agents.evaluation.table import limits, summarise
 
     both = validation.references[1]
     points = [(lam, run(router, validation.verdict)) for lam, router in routers.items()]
@@ -47,4 +47,6 @@ def draw_curve(routers: Mapping[float, AnyRouter], validation: Validation, rollo
     summaries = [summarise(next(iter(routers.values())).name, points, both)]
     if not all(isinstance(router, Threshold) for router in routers.values()):
         summaries.append(summarise("trim-thr", simple, both))
-    cost_accuracy(summaries, f"{Path(rollouts).name}, verdict half of validation", folder / "curve")
+    caps = limits(vars(validation.verdict))
+    name = f"{Path(rollouts).name}, verdict half of validation" + (f", {caps}" if caps else "")
+    cost_accuracy(summaries, name, folder / "curve")

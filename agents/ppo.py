@@ -185,8 +185,8 @@ class PPOAgg:
             for kind in ("weight", "bias")
         }
         if isinstance(self.lam, tuple):
-            return ConditionedMLP(NAME, self.tables.schema.id, *self.lam, weights)
-        return MLP(NAME, self.tables.schema.id, Knob("lam", self.lam), weights)
+            return ConditionedMLP(NAME, self.tables.schema.id, *self.lam, weights, self.tables.max_large_tokens)
+        return MLP(NAME, self.tables.schema.id, Knob("lam", self.lam), weights, self.tables.max_large_tokens)
 
     def imitate(self, actions: NDArray[np.int64], rows: NDArray[np.int64], updates: int = 400) -> None:
         """Warm start: fit the policy to given actions at some nodes by behaviour cloning.
@@ -200,10 +200,14 @@ class PPOAgg:
 
         policy = self.learner.policy
         seen = self.tables.features[rows]
+        draw = np.random.default_rng(self.seed)
         if isinstance(self.lam, tuple):  # imitate it whatever λ is
             low, high = self.lam
-            drawn = low * (high / low) ** np.random.default_rng(self.seed).random(len(rows))
-            seen = np.concatenate([seen, lam_feature(drawn)[:, None]], axis=1)
+            told = lam_feature(low * (high / low) ** draw.random(len(rows)))
+            seen = np.concatenate([seen, told[:, None]], axis=1)
+        if self.tables.max_large_tokens is not None:  # and whatever is left
+            left = draw.random((len(rows), 1)).astype(np.float32)
+            seen = np.insert(seen, [self.tables.schema.size], left, axis=1)
         features = torch.as_tensor(seen)
         wanted = torch.as_tensor(actions)
         generator = torch.Generator().manual_seed(self.seed)

@@ -18,6 +18,7 @@ from agents.trainer import Validation
 from rollouts.errors import ConfigError
 
 SETTINGS = 64  # λ tried of a policy for a range of λ
+BUDGETS = 24  # λ whose cost is written into the artefact of such a policy
 
 
 def settings(stored: Sequence[artefact.Storable], validation: Validation) -> list[AnyRouter]:
@@ -33,6 +34,20 @@ def settings(stored: Sequence[artefact.Storable], validation: Validation) -> lis
     if any(isinstance(router, Threshold) for router in stored):
         found += [router for router, _ in validation.candidates.thresholds]
     return found
+
+
+def budgets(router: ConditionedMLP, validation: Validation) -> list[dict[str, float]]:
+    """Return what a policy for a range of λ costs at some of them, as a share of always-large's cost (choice half).
+
+    It goes into the artefact, where a budget that is named at run time is looked up (`agents.deployed.Policy.at`).
+    """
+    large = float(validation.references[0].large.cost.sum())
+    lams = [float(lam) for lam in np.geomspace(router.low, router.high, BUDGETS)]
+    found = [run(router.at(lam), validation.choice) for lam in lams]
+    return [
+        {"lam": lam, "share": float(each.cost.sum()) / large, "accuracy": float(each.correct.mean())}
+        for lam, each in zip(lams, found, strict=True)
+    ]
 
 
 def meet_target(

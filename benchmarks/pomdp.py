@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from agents.evaluation.compare import compare_curves
 from agents.evaluation.metrics import BUDGETS, CPT_TARGETS, Curve, Points, curve_metrics
 from agents.evaluation.outcomes import Outcomes
-from agents.evaluation.run import by_problem, references, run, run_trees
+from agents.evaluation.run import Spent, by_problem, references, run, run_trees
 from agents.evaluation.spread import spread
 from agents.evaluation.uncertainty import Difference, holm, paired_means, resample_weights
 from agents.oracle import tree_oracle
@@ -87,7 +87,7 @@ class ExactLabels:
                 price = lam * expected_tokens(perfect.token_line[at, which], tokens_in(features[own]))
                 self._escalate[rows[own]] = large[0] - price > small[0]
 
-    def decide(self, rows: NDArray[np.int64], used: NDArray[np.int64]) -> NDArray[np.float64]:
+    def decide(self, rows: NDArray[np.int64], spent: Spent) -> NDArray[np.float64]:
         """Return whether to escalate."""
         chosen: NDArray[np.float64] = self._escalate[rows]
         return chosen

@@ -10,7 +10,7 @@ from gymnasium import spaces
 
 from rollouts.errors import ConfigError, StoreError, did_you_mean
 from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, TERMINAL
-from trim_env.features import DEFAULT_SCHEMA, Schema
+from trim_env.features import DEFAULT_SCHEMA, Schema, left_feature
 from trim_env.reward import CostModel
 from trim_env.tables import DecisionTables, Rollouts, decision_tables, draw, missing
 from trim_env.text import text_space
@@ -35,6 +35,9 @@ class TrimEnv(gymnasium.Env[Any, Any]):
     | 0     | `CONTINUE_SMALL` | the small model's proposal is accepted                    |
     | 1     | `ESCALATE_LARGE` | the large model writes this step instead                  |
 
+    With ``max_large_tokens`` M, a large step that needs more tokens than are left is cut off: what is left is paid,
+    the truncated step is thrown away and the proposal is accepted. Once nothing is left, escalating acts as continuing.
+
     ## Observation Space
     A ``Box`` of float32 features, one schema of `trim_env.features.SCHEMAS` (r_t: PRM score of the proposal at step
     t; c_t: its tokens):
@@ -56,7 +59,8 @@ class TrimEnv(gymnasium.Env[Any, Any]):
     | 3     | step / max_steps      | 0, 1      | t                    |
 
     `agg+prod` is `agg` and, at index 4, the product of r_1..r_{t-1}. ``text:SCHEMA`` is a ``Dict`` of ``features``
-    (those of SCHEMA) and two ``Text`` entries, ``partial_solution`` and ``proposal``.
+    (those of SCHEMA) and two ``Text`` entries, ``partial_solution`` and ``proposal``. With ``max_large_tokens`` M one
+    more feature follows: the share of M that is left, in [0, 1].
 
     ## Starting State
     A problem of the split, in one of its replicas, drawn uniformly; no accepted steps, the first proposal scored.
@@ -75,13 +79,14 @@ class TrimEnv(gymnasium.Env[Any, Any]):
     Always: ``problem``, ``replica``, ``node`` (row in the compiled trees), ``partial_solution``, ``proposal`` (empty
     at the end), ``escalations``, ``action_mask`` (whether each action is possible). At the end also ``correct``,
     ``return``, ``cost``, ``large_tokens``, ``small_tokens`` (accepted or not), ``masked`` (escalations asked for
-    beyond the cap) and ``steps``.
+    beyond a cap), ``cut_off`` (large steps cut off by M, 0 or 1) and ``steps``. ``escalations`` counts the steps that
+    the large model wrote; with M, ``large_tokens_left`` is always there as well.
 
     ## Arguments
     ``rollouts``: compiled trees, the path of a rollout store, or a bundled one's name (``"quickstart"``); ``split``;
     ``lam``: λ, reward per unit of cost; ``schema``; ``cost``: cost model; ``max_escalations``: cap K, after which
-    escalating acts as continuing; ``render_mode``: ``"ansi"`` makes `render` return the partial solution with scores
-    and authors.
+    escalating acts as continuing; ``max_large_tokens``: cap M on the large model's tokens; ``render_mode``: ``"ansi"``
+    makes `render` return the partial solution with scores and authors.
 
     ```python
     import gymnasium, trim_env
@@ -109,6 +114,7 @@ class TrimEnv(gymnasium.Env[Any, Any]):
         schema: str | Schema = DEFAULT_SCHEMA,
         cost: str | CostModel = "decode-only",
         max_escalations: int | None = None,
+        max_large_tokens: int | None = None,
         render_mode: str | None = None,
     ) -> None:
         """Load the trees; arguments and errors are those of `trim_env.vector.TrimVectorEnv`."""
@@ -120,11 +126,20 @@ class TrimEnv(gymnasium.Env[Any, Any]):
         self.tables = (
             rollouts
             if isinstance(rollouts, DecisionTables)
-            else decision_tables(rollouts, split, schema=schema, cost=cost, max_escalations=max_escalations)
+            else decision_tables(
+                rollouts,
+                split,
+                schema=schema,
+                cost=cost,
+                max_escalations=max_escalations,
+                max_large_tokens=max_large_tokens,
+            )
         )
         self.lam = checked_lam(lam)
         self.render_mode = render_mode
         low, high = self.tables.schema.bounds()
+        if self.tables.max_large_tokens is not None:
+            low, high = np.append(low, np.float32(0)), np.append(high, np.float32(1))
         features = spaces.Box(low, high, dtype=np.float32)
         self.observation_space: spaces.Space[Any] = features
         self.action_space = spaces.Discrete(2)
@@ -158,7 +173,9 @@ class TrimEnv(gymnasium.Env[Any, Any]):
         self._last = self._node
         self._accepted: list[tuple[int, int]] = []  # (row, action)
         self._text = trees.questions[trees.problem[self._tree]] + "\n\n"
-        self._totals = {"cost": 0.0, "large_tokens": 0, "small_tokens": 0, "escalations": 0, "masked": 0, "steps": 0}
+        counted = ("large_tokens", "small_tokens", "escalations", "masked", "cut_off", "steps")
+        self._totals = {"cost": 0.0, **dict.fromkeys(counted, 0)}
+        self._left_seen = self._left()
         return self._observation(), self._info()
 
     def _drawn(self) -> int:
@@ -196,12 +213,15 @@ class TrimEnv(gymnasium.Env[Any, Any]):
         if taken == ESCALATE_LARGE and not self._may_escalate():
             taken = CONTINUE_SMALL
             totals["masked"] += 1
-        place = 2 * row + taken
+        left = np.array([self._left()])
+        (place,), (cost,), (large_tokens,), (cut_off,) = tables.take(np.array([row]), np.array([taken]), left)
+        taken = int(place) - 2 * row  # the proposal is accepted where the large model was cut off
         child = int(tables.child[place])
         if child == MISSING:
             raise StoreError(missing(tables, np.array([place])))
-        totals["cost"] += float(tables.cost[place])
-        totals["large_tokens"] += int(tables.large_tokens[place])
+        totals["cost"] += float(cost)
+        totals["large_tokens"] += int(large_tokens)
+        totals["cut_off"] += int(cut_off)
         totals["small_tokens"] += int(tables.small_tokens[place])
         totals["escalations"] += taken
         totals["steps"] += 1
@@ -212,20 +232,30 @@ class TrimEnv(gymnasium.Env[Any, Any]):
         info = self._info()
         if self._node is None:
             info |= {"correct": solved == 1, "return": solved - self.lam * totals["cost"], **totals}
-        return self._observation(), solved - self.lam * float(tables.cost[place]), self._node is None, False, info
+        else:
+            self._left_seen = self._left()
+        return self._observation(), solved - self.lam * float(cost), self._node is None, False, info
+
+    def _left(self) -> int:
+        """Return the tokens that the large model may still decode; 0 where there is no cap."""
+        cap = self.tables.max_large_tokens
+        return 0 if cap is None else cap - int(self._totals["large_tokens"])
 
     def _may_escalate(self) -> bool:
-        cap = self.tables.max_escalations
-        return cap is None or self._totals["escalations"] < cap
+        cap, tokens = self.tables.max_escalations, self.tables.max_large_tokens
+        return (cap is None or self._totals["escalations"] < cap) and (tokens is None or self._left() > 0)
 
     def _observation(self) -> Any:
         features = self.tables.features[self._last if self._node is None else self._node].copy()
+        if self.tables.max_large_tokens is not None:  # that of the last decision at an end, as all features
+            features = np.append(features, left_feature(self._left_seen, self.tables.max_large_tokens))
         if not self._with_text:
             return features
         return {"features": features, "partial_solution": self._text, "proposal": self._proposal()}
 
     def _info(self) -> dict[str, Any]:
         trees = self.tables.trees
+        told = {} if self.tables.max_large_tokens is None else {"large_tokens_left": self._left()}
         return {
             "problem": trees.problem_ids[trees.problem[self._tree]],
             "replica": int(trees.replica[self._tree]),
@@ -234,6 +264,7 @@ class TrimEnv(gymnasium.Env[Any, Any]):
             "proposal": self._proposal(),
             "escalations": self._totals["escalations"],
             "action_mask": np.array([True, self._may_escalate()]),
+            **told,
         }
 
     def _proposal(self) -> str:

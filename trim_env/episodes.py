@@ -15,10 +15,20 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from rollouts.errors import ConfigError
-from trim_env.features import LAM_BOUND, Schema, lam_feature
+from trim_env.features import LAM_BOUND, Schema, lam_feature, left_feature
 from trim_env.tables import draw
 
-EPISODE_INFO = ("correct", "return", "cost", "large_tokens", "small_tokens", "escalations", "masked", "steps")
+EPISODE_INFO = (
+    "correct",
+    "return",
+    "cost",
+    "large_tokens",
+    "small_tokens",
+    "escalations",
+    "masked",
+    "cut_off",
+    "steps",
+)
 FINISHED = ("episodes", "correct", "return", "cost", "large_tokens", "escalations", "steps")
 Array = NDArray[Any]
 Lam = float | tuple[float, float]
@@ -36,7 +46,15 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
     Environment i with ``reset(seed=s)`` runs through the same problems as a single environment with seed s + i.
     """
 
-    def __init__(self, num_envs: int, trees: int, schema: Schema, lam: Lam, max_escalations: int | None) -> None:
+    def __init__(
+        self,
+        num_envs: int,
+        trees: int,
+        schema: Schema,
+        lam: Lam,
+        max_escalations: int | None,
+        max_large_tokens: int | None = None,
+    ) -> None:
         """Set the spaces.
 
         Args:
@@ -46,6 +64,8 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
             lam: Reward per unit of cost, λ; with (low, high) every episode draws its own, log-uniformly, and sees it
                 as one more feature after those of the schema (`trim_env.features.lam_feature`).
             max_escalations: Cap K on escalations per episode; None for none.
+            max_large_tokens: Cap M on the tokens that the large model decodes in an episode; None for none. With one,
+                the share that is left is a feature after those of the schema, and before λ.
 
         Raises:
             ConfigError: An argument is out of range.
@@ -58,6 +78,8 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         self._lam = np.full(num_envs, lam[0]) if isinstance(lam, tuple) else checked_lam(lam)
         self._share = 1.0
         low, high = schema.bounds()
+        if max_large_tokens is not None:
+            low, high = np.append(low, np.float32(0)), np.append(high, np.float32(1))
         if self.lam_range:
             ends = np.array([-LAM_BOUND, LAM_BOUND], np.float32)
             low, high = np.append(low, ends[0]), np.append(high, ends[1])
@@ -66,7 +88,8 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._trees = trees
-        self._cap = max_escalations
+        self._cap, self._token_cap = max_escalations, max_large_tokens
+        self._left: Array = np.full(num_envs, max_large_tokens or 0, np.int64)
         self._episode = self._seeds = np.zeros(num_envs, np.uint64)
         self._started = False
         self._finished = dict.fromkeys(FINISHED, 0.0)
@@ -99,11 +122,20 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         charged: Array = self._share * self._lam * cost
         return charged
 
-    def _with_lam(self, features: Array) -> Array:
-        """Return (E, d) features, with λ as one more where each episode has its own."""
-        if not self.lam_range:
-            return features
-        return np.concatenate([features, lam_feature(self._lam)[:, None]], axis=1)
+    def _observe(self) -> Array:
+        """Return the (E, d) observations where the episodes stand."""
+        if self._token_cap is not None:
+            self._left = self._token_cap - self._totals["large_tokens"]
+        return self._completed(self._observations())
+
+    def _completed(self, features: Array) -> Array:
+        """Return (E, d) features with the share of large tokens left at the last observation, and λ, if they vary."""
+        columns: list[Array] = [features]
+        if self._token_cap is not None:
+            columns.append(left_feature(self._left, self._token_cap)[:, None])
+        if self.lam_range:
+            columns.append(lam_feature(self._lam)[:, None])
+        return np.concatenate(columns, axis=1) if len(columns) > 1 else features
 
     def _begin_episodes(self, which: Array) -> None:
         """Draw tree and λ of some episodes, (n,) of 0..E-1, and put them at the roots."""
@@ -138,7 +170,7 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         self._totals |= {name: np.zeros(self.num_envs, np.int64) for name in EPISODE_INFO[3:]}
         self._begin_episodes(np.arange(self.num_envs))
         self._started = True
-        return self._with_lam(self._observations()), {}
+        return self._observe(), {}
 
     def _seeds_from(self, seed: int | Sequence[int] | None) -> NDArray[np.uint64]:
         if seed is None:
@@ -158,7 +190,7 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         raise NotImplementedError
 
     def _allowed(self, actions: Array) -> NDArray[np.int64]:
-        """Return (E,) actions with what the cap forbids replaced by 0, and count that."""
+        """Return (E,) actions with what the caps forbid replaced by 0, and count that."""
         action = np.array(actions, np.int64)
         if not self._started:
             raise ConfigError("No episodes yet: call reset() before the first step().")
@@ -168,15 +200,17 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
                 f"step got actions of shape {action.shape}, {found}; expected ({self.num_envs},) of 0 "
                 "(CONTINUE_SMALL) and 1 (ESCALATE_LARGE)."
             )
-        if self._cap is not None:
-            masked = (action == 1) & (self._totals["escalations"] >= self._cap)
-            action[masked] = 0
-            self._totals["masked"] += masked
+        for cap, used in ((self._cap, "escalations"), (self._token_cap, "large_tokens")):
+            if cap is not None:
+                masked = (action == 1) & (self._totals[used] >= cap)
+                action[masked] = 0
+                self._totals["masked"] += masked
         return action
 
-    def _count(self, action: Array, cost: Array, large_tokens: Array, small_tokens: Array) -> None:
-        """Add what (E,) actions took to the running episodes' sums."""
+    def _count(self, action: Array, cost: Array, large_tokens: Array, small_tokens: Array, cut_off: Array) -> None:
+        """Add what (E,) accepted proposals, and large steps that were cut off, took to the running episodes' sums."""
         totals = self._totals
+        totals["cut_off"] += cut_off
         totals["cost"] += cost
         totals["large_tokens"] += large_tokens
         totals["small_tokens"] += small_tokens
@@ -194,7 +228,7 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         ended = np.flatnonzero(done)
         if not len(ended):
             return {}
-        last = self._with_lam(last)
+        last = self._completed(last)
         final: dict[str, Any] = {"correct": solved == 1, "return": solved - self._lam * self._totals["cost"]}
         running = ~done
         for name, values in self._totals.items():
@@ -240,7 +274,7 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
             self._lam = state["lam"].copy()
         self._go_to(state)
         self._started = True
-        return self._with_lam(self._observations())
+        return self._observe()
 
     def _place(self) -> dict[str, Array]:
         """Return where the episodes stand, as arrays of length E."""

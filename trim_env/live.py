@@ -22,7 +22,7 @@ from rollouts.store import Store
 from trim_env.episodes import Array, EpisodesVectorEnv, Lam
 from trim_env.features import DEFAULT_SCHEMA, Schema, Seen, schema_named
 from trim_env.reward import CostModel, cost_model
-from trim_env.tables import checked_cap, draw
+from trim_env.tables import checked_cap, checked_token_cap, cut, draw
 
 _READ_AHEAD = 16  # episodes of each environment whose trees are read from the store together
 
@@ -56,6 +56,7 @@ class LiveVectorEnv(EpisodesVectorEnv):
         schema: str | Schema = DEFAULT_SCHEMA,
         cost: str | CostModel = "decode-only",
         max_escalations: int | None = None,
+        max_large_tokens: int | None = None,
         replicas: int | None = None,
         labeller: Labeller | None = None,
         trees_in_memory: int = 1024,
@@ -73,6 +74,8 @@ class LiveVectorEnv(EpisodesVectorEnv):
             schema: Feature schema (`trim_env.features.SCHEMAS`).
             cost: Cost model (`trim_env.reward.cost_model`).
             max_escalations: Cap on escalations per episode; None: none, whatever the store is closed under.
+            max_large_tokens: Cap on the tokens that the large model decodes in an episode. The store gets whole large
+                steps all the same; what an episode pays and accepts is what a request cut off there would give.
             replicas: Replicas of every problem; None: those that the store has, at least one.
             labeller: Exact labels of steps, for stores that have them.
             trees_in_memory: About the most trees kept in memory; those of running episodes always are.
@@ -92,7 +95,8 @@ class LiveVectorEnv(EpisodesVectorEnv):
             self.schema = schema if isinstance(schema, Schema) else schema_named(schema)
             self.cost_model = cost if isinstance(cost, CostModel) else cost_model(cost)
             self._roots = _roots(store, split, replicas)
-            super().__init__(num_envs, len(self._roots), self.schema, lam, checked_cap(None, max_escalations))
+            caps = checked_cap(None, max_escalations), checked_token_cap(max_large_tokens)
+            super().__init__(num_envs, len(self._roots), self.schema, lam, *caps)
             self._live = LiveTrees(store, writers, scorer, grader, labeller=labeller)
             self._memory = trees_in_memory
             self._max_steps = int(store.manifest["process"]["limits"]["max_steps"])
@@ -129,30 +133,42 @@ class LiveVectorEnv(EpisodesVectorEnv):
             raise ConfigError("The last call failed half-way: call reset() before step().")
         action = self._allowed(actions)
         with self._keeping():
+            tokens, prompts = self._written(action)
+            cost = self.cost_model.of(tokens, prompts)[np.arange(self.num_envs), action]
+            small, large = tokens[:, ROLES.index(SMALL)], tokens[:, ROLES.index(LARGE)]
+            cut_off = np.zeros(self.num_envs, bool)
+            if self._token_cap is not None:
+                paid, cut_off = cut(large, self._left)
+                cost, large = cost - self.cost_model.large_decode * (large - paid), paid
+            action = action - cut_off
             act(self._live, self._episodes, action)
             self._path[np.arange(self.num_envs), self._totals["steps"]] = action
-            cost, large_tokens, small_tokens, solved = self._outcome(action)
-            self._count(action, cost, large_tokens, small_tokens)
+            self._count(action, cost, large, small, cut_off)
             done = np.array([episode.node is None for episode in self._episodes])
+            solved = self._solved(done)
             reward = solved - self._charged(cost)
             infos = self._replace(done, solved, self._seen)
-            return self._with_lam(self._observations()), reward, done, np.zeros(self.num_envs, bool), infos
+            return self._observe(), reward, done, np.zeros(self.num_envs, bool), infos
 
-    def _outcome(self, action: Array) -> tuple[Array, Array, Array, Array]:
-        """Return cost, large tokens, small tokens and whether a right solution ended, (E,) each, of what was taken."""
+    def _written(self, action: Array) -> tuple[Array, Array]:
+        """Return (E, 2) decoded and prompt tokens of the proposals that actions ask for; the small one always is."""
+        standing = [(each.tree, each.node) for each in self._episodes if each.node is not None]
+        self._live.propose((tree, node, LARGE) for (tree, node), asked in zip(standing, action, strict=True) if asked)
         tokens, prompts = np.zeros((2, self.num_envs, 2), np.int64)
-        solved = np.zeros(self.num_envs)
-        for index, episode in enumerate(self._episodes):
-            assert episode.last is not None
-            node, taken = episode.last
-            for role in {SMALL, taken}:
+        for index, ((_, node), asked) in enumerate(zip(standing, action.tolist(), strict=True)):
+            for place, role in enumerate(ROLES[: 1 + asked]):
                 step = node.proposals[role]
-                tokens[index, ROLES.index(role)] = step.tokens
-                prompts[index, ROLES.index(role)] = step.prompt_tokens
-            if episode.node is None:
-                solved[index] = self._live.correct((episode.tree, node, taken))
-        cost = self.cost_model.of(tokens, prompts)[np.arange(self.num_envs), action]
-        return cost, tokens[:, ROLES.index(LARGE)], tokens[:, ROLES.index(SMALL)], solved
+                tokens[index, place], prompts[index, place] = step.tokens, step.prompt_tokens
+        return tokens, prompts
+
+    def _solved(self, done: Array) -> Array:
+        """Return (E,) 1 where a right solution has ended."""
+        solved = np.zeros(self.num_envs)
+        for index in np.flatnonzero(done):
+            episode = self._episodes[index]
+            assert episode.last is not None
+            solved[index] = self._live.correct((episode.tree, *episode.last))
+        return solved
 
     def _begin(self, which: Array, positions: Array) -> None:
         wanted = [self._roots[position] for position in positions.tolist()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,22 @@ from trim_env.reward import CostModel, cost_model
 Rollouts = Trees | str | Path
 
 
+class Taken(NamedTuple):
+    """What becomes of actions at n nodes; arrays of shape (n,).
+
+    Attributes:
+        place: ``2 * row + action`` of the proposal that is accepted: the small model's where the large one was cut off.
+        cost: What it costs.
+        large_tokens: Tokens that the large model decodes.
+        cut_off: Whether the large model was cut off by the cap on its tokens.
+    """
+
+    place: NDArray[np.int64]
+    cost: NDArray[np.float64]
+    large_tokens: NDArray[np.int64]
+    cut_off: NDArray[np.bool_]
+
+
 @dataclass(frozen=True, eq=False)
 class DecisionTables:
     """Tables over the N nodes of compiled trees; a proposal is addressed by ``2 * row + action``.
@@ -28,6 +44,7 @@ class DecisionTables:
         schema: Feature schema.
         cost_model: Cost model.
         max_escalations: K: most escalations of an episode; None without a cap.
+        max_large_tokens: M: most tokens that the large model decodes in an episode; None without a cap.
         features: (N, d) float32.
         child: (2N,) row of the next node, -1 at an end, -2 if the proposal was not generated.
         cost: (2N,) cost of taking the proposal.
@@ -41,6 +58,7 @@ class DecisionTables:
     schema: Schema
     cost_model: CostModel
     max_escalations: int | None
+    max_large_tokens: int | None
     features: NDArray[np.float32]
     child: NDArray[np.int64]
     cost: NDArray[np.float64]
@@ -53,6 +71,24 @@ class DecisionTables:
     def roots(self) -> NDArray[np.int64]:
         """(R,) rows of the roots of the split's trees."""
         return np.array(self.trees.root[self.indices], np.int64)
+
+    def take(self, rows: NDArray[np.int64], actions: NDArray[np.int64], left: NDArray[np.int64]) -> Taken:
+        """Return what becomes of (n,) actions at (n,) nodes, the cap on large tokens applied (design section 5).
+
+        A large step of more tokens than are left is cut off after exactly those: they are paid, the truncated step is
+        thrown away and the small model's proposal is accepted instead.
+
+        Args:
+            rows: Nodes.
+            actions: Actions that are open: escalations only where something is left.
+            left: Tokens that the large model may still decode in each episode; not read without a cap.
+        """
+        place = 2 * rows + actions
+        cost, decoded = self.cost.take(place), self.large_tokens.take(place)
+        if self.max_large_tokens is None:
+            return Taken(place, cost, decoded, np.zeros(len(place), bool))
+        paid, cut_off = cut(decoded, left)
+        return Taken(place - cut_off, cost - self.cost_model.large_decode * (decoded - paid), paid, cut_off)
 
     def in_schema(self, name: str) -> NDArray[np.float32]:
         """Return (N, d) features of the same nodes in another schema, given by its name or ``name/version``."""
@@ -71,6 +107,7 @@ def decision_tables(
     schema: str | Schema = DEFAULT_SCHEMA,
     cost: str | CostModel = "decode-only",
     max_escalations: int | None = None,
+    max_large_tokens: int | None = None,
     indices: NDArray[Any] | None = None,
 ) -> DecisionTables:
     """Build the tables.
@@ -82,11 +119,12 @@ def decision_tables(
         cost: Cost model.
         max_escalations: A cap on escalations per episode, K; it cannot exceed the K that the store is closed
             under, which is the default.
+        max_large_tokens: A cap on the tokens that the large model decodes in an episode, M.
         indices: Draw from these trees instead of from a whole split.
 
     Raises:
         StoreError: The store cannot be used, or the split is empty.
-        ConfigError: Unknown schema or cost model, or a K that the store does not support.
+        ConfigError: Unknown schema or cost model, a K that the store does not support, or an M below 1.
     """
     trees = rollouts if isinstance(rollouts, Trees) else compile_store(rollouts)
     schema = schema if isinstance(schema, Schema) else schema_named(schema)
@@ -100,6 +138,7 @@ def decision_tables(
         schema=schema,
         cost_model=model,
         max_escalations=checked_cap(trees.meta["max_escalations"], max_escalations),
+        max_large_tokens=checked_token_cap(max_large_tokens),
         features=schema(seen_of(trees), trees.meta["max_steps"]),
         child=np.array(trees.child.reshape(-1), np.int64),
         cost=np.nan_to_num(model.edges(trees).reshape(-1)),
@@ -128,6 +167,30 @@ def checked_cap(closed: int | None, wanted: int | None) -> int | None:
             else f"max_escalations is {wanted}, expected at least 0."
         )
     return wanted
+
+
+def checked_token_cap(wanted: int | None) -> int | None:
+    """Return the cap on the large model's tokens to use; None for none.
+
+    Raises:
+        ConfigError: It is below 1.
+    """
+    if wanted is not None and wanted < 1:
+        raise ConfigError(
+            f"max_large_tokens is {wanted}, expected at least 1: the tokens that the large model may decode for a "
+            "problem. Leave it out for no cap; always-small needs none."
+        )
+    return wanted
+
+
+def cut(decoded: NDArray[np.int64], left: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return what large steps come to where only so many tokens are left: tokens that are paid, and which are cut off.
+
+    Args:
+        decoded: (n,) tokens of the whole steps, 0 where the large model is not called.
+        left: (n,) tokens that it may still decode.
+    """
+    return np.minimum(decoded, left), decoded > left
 
 
 def missing(tables: DecisionTables, place: NDArray[np.int64]) -> str:

@@ -30,12 +30,13 @@ class TrimVectorEnv(EpisodesVectorEnv):
         schema: str | Schema = DEFAULT_SCHEMA,
         cost: str | CostModel = "decode-only",
         max_escalations: int | None = None,
+        max_large_tokens: int | None = None,
     ) -> None:
         """Load the trees.
 
         Args:
             rollouts: Compiled trees, the path of a store or the name of a bundled one, or tables that were built
-                before (`split`, `schema`, `cost` and `max_escalations` are then theirs).
+                before (`split`, `schema`, `cost` and both caps are then theirs).
             split: Split that episodes are drawn from; None for all.
             num_envs: E.
             lam: Reward per unit of cost, λ; with (low, high) every episode draws its own, log-uniformly, and sees it
@@ -43,6 +44,8 @@ class TrimVectorEnv(EpisodesVectorEnv):
             schema: Feature schema (`trim_env.features.SCHEMAS`).
             cost: Cost model (`trim_env.reward.cost_model`).
             max_escalations: Cap K on escalations per episode.
+            max_large_tokens: Cap M on the tokens that the large model decodes in an episode; with one, the share left
+                is one more feature, after those of the schema and before λ.
 
         Raises:
             StoreError: The store cannot be used, or the split is empty.
@@ -51,10 +54,18 @@ class TrimVectorEnv(EpisodesVectorEnv):
         self.tables = (
             rollouts
             if isinstance(rollouts, DecisionTables)
-            else decision_tables(rollouts, split, schema=schema, cost=cost, max_escalations=max_escalations)
+            else decision_tables(
+                rollouts,
+                split,
+                schema=schema,
+                cost=cost,
+                max_escalations=max_escalations,
+                max_large_tokens=max_large_tokens,
+            )
         )
         self._roots = self.tables.roots
-        super().__init__(num_envs, len(self._roots), self.tables.schema, lam, self.tables.max_escalations)
+        caps = self.tables.max_escalations, self.tables.max_large_tokens
+        super().__init__(num_envs, len(self._roots), self.tables.schema, lam, *caps)
         self._node = np.zeros(num_envs, np.int64)
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
@@ -65,17 +76,16 @@ class TrimVectorEnv(EpisodesVectorEnv):
             StoreError: A proposal that is needed was not generated.
         """
         tables, last = self.tables, self._node
-        action = self._allowed(actions)
-        place = 2 * last + action
+        place, cost, large_tokens, cut_off = tables.take(last, self._allowed(actions), self._left)
         child = tables.child.take(place)
         if child.min() == MISSING:
             raise StoreError(missing(tables, place))
-        cost, solved = tables.cost.take(place), tables.solved.take(place)
+        solved = tables.solved.take(place)
         reward = solved - self._charged(cost)
-        self._count(action, cost, tables.large_tokens.take(place), tables.small_tokens.take(place))
+        self._count(place - 2 * last, cost, large_tokens, tables.small_tokens.take(place), cut_off)
         self._node, done = child, child < 0
         infos = self._replace(done, solved, tables.features.take(last, axis=0)) if done.any() else {}
-        return self._with_lam(self._observations()), reward, done, np.zeros(self.num_envs, bool), infos
+        return self._observe(), reward, done, np.zeros(self.num_envs, bool), infos
 
     def _begin(self, which: Array, positions: Array) -> None:
         self._node[which] = self._roots[positions]

@@ -8,20 +8,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.base import AnyRouter, Mixture, StatefulRouter
+from agents.base import AnyRouter, Mixture, StatefulRouter, told_cap
 from agents.evaluation.metrics import References
 from agents.evaluation.outcomes import Outcomes, mix
-from rollouts.errors import StoreError
+from rollouts.errors import ConfigError, StoreError
 from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE, MISSING
-from trim_env.tables import DecisionTables, missing
+from trim_env.features import left_feature
+from trim_env.tables import DecisionTables, Taken, missing
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Decide = Callable[[Ints, Ints], Floats]  # (rows of nodes, escalations so far) -> P(escalate); both (n,)
+Seen = Callable[[Ints, Ints], NDArray[np.float32]]  # (rows of nodes, large tokens left), both (n,) -> (n, d) features
+
+
+class Spent(NamedTuple):
+    """Where n paths stand with the caps; arrays of shape (n,).
+
+    Attributes:
+        escalations: Steps that the large model wrote.
+        left: Tokens that it may still decode; 0 without a cap on them.
+    """
+
+    escalations: Ints
+    left: Ints
+
+    def open(self, tables: DecisionTables) -> NDArray[np.bool_]:
+        """Return where the caps still let the large model be called."""
+        allowed = np.ones(len(self.left), bool)
+        if tables.max_escalations is not None:
+            allowed &= self.escalations < tables.max_escalations
+        if tables.max_large_tokens is not None:
+            allowed &= self.left > 0
+        return allowed
+
+
+Decide = Callable[[Ints, Spent], Floats]  # ((n,) rows of nodes, what was spent so far) -> (n,) P(escalate)
 
 
 def run(router: AnyRouter | Mixture, tables: DecisionTables) -> Outcomes:
@@ -29,17 +55,35 @@ def run(router: AnyRouter | Mixture, tables: DecisionTables) -> Outcomes:
 
     Raises:
         StoreError: A proposal that the router needs was not generated.
+        ConfigError: It has to be told what is left of a cap on large tokens, and the tables have none.
     """
     if isinstance(router, Mixture):
         return mix(run(router.first, tables), run(router.second, tables), router.share)
     if isinstance(router, StatefulRouter):
         return by_problem(tables, run_trees(tables, router))
-    features = tables.in_schema(router.schema)
-    return by_problem(tables, run_trees(tables, lambda rows, _: router.probability(features[rows])))
+    seen = seen_by(router, tables)
+    return by_problem(tables, run_trees(tables, lambda rows, spent: router.probability(seen(rows, spent.left))))
+
+
+def seen_by(router: AnyRouter, tables: DecisionTables) -> Seen:
+    """Return what a router is told at nodes where so many large tokens are left.
+
+    Raises:
+        ConfigError: It has to be told what is left of a cap, and the tables have none.
+    """
+    features, cap, wanted = tables.in_schema(router.schema), tables.max_large_tokens, told_cap(router)
+    if wanted is None:
+        return lambda rows, _: features[rows]
+    if cap is None:
+        raise ConfigError(
+            f"{router.name} was trained under a cap of {wanted} large tokens for a problem and has to be told what is "
+            "left of it; no cap is set here. Set one (max_large_tokens)."
+        )
+    return lambda rows, left: np.concatenate([features[rows], left_feature(left, cap)[:, None]], axis=1)
 
 
 def references(tables: DecisionTables) -> References:
-    """Return the outcomes of always-small and always-large in the same trees; the cap does not bind always-large."""
+    """Return the outcomes of always-small and always-large in the same trees; no cap binds always-large."""
     small, large = always_trees(tables)
     return References(by_problem(tables, small), by_problem(tables, large))
 
@@ -47,7 +91,8 @@ def references(tables: DecisionTables) -> References:
 def always_trees(tables: DecisionTables) -> tuple[dict[str, Floats], dict[str, Floats]]:
     """Return the outcomes of each tree, as `run_trees` does, of always-small and of always-large (uncapped)."""
     small = run_trees(tables, lambda rows, _: np.zeros(len(rows)))
-    return small, run_trees(replace(tables, max_escalations=None), lambda rows, _: np.ones(len(rows)))
+    free = replace(tables, max_escalations=None, max_large_tokens=None)
+    return small, run_trees(free, lambda rows, _: np.ones(len(rows)))
 
 
 def run_trees(tables: DecisionTables, decide: Decide | StatefulRouter) -> dict[str, Floats]:
@@ -58,28 +103,33 @@ def run_trees(tables: DecisionTables, decide: Decide | StatefulRouter) -> dict[s
     count = len(tables.indices)
     path = _Path(decide, tables) if isinstance(decide, StatefulRouter) else None
     totals = {name: np.zeros(count) for name in Outcomes.columns()}
-    rows, tree = tables.roots, np.arange(count)
-    used, weight = np.zeros(count, np.int64), np.ones(count)
+    rows, tree, weight = tables.roots, np.arange(count), np.ones(count)
+    spent = Spent(np.zeros(count, np.int64), np.full(count, tables.max_large_tokens or 0, np.int64))
+    counted = tables.max_large_tokens is not None
     while len(rows):
-        escalate = path.decide(rows) if path else decide(rows, used)  # type: ignore[operator]
-        if tables.max_escalations is not None:
-            escalate = np.where(used < tables.max_escalations, escalate, 0.0)
-        branches, going = [], []
+        escalate = path.decide(rows, spent) if path else decide(rows, spent)  # type: ignore[operator]
+        escalate = np.where(spent.open(tables), escalate, 0.0)
+        branches = []
         for action, share in ((CONTINUE_SMALL, 1 - escalate), (ESCALATE_LARGE, escalate)):
             taken = np.flatnonzero(share > 0)
-            place, owner, mass = 2 * rows[taken] + action, tree[taken], (weight * share)[taken]
-            child = tables.child[place]
+            owner, mass, used, left = tree[taken], (weight * share)[taken], *(each[taken] for each in spent)
+            found = tables.take(rows[taken], np.full(len(taken), action), left)
+            child, accepted = tables.child[found.place], found.place - 2 * rows[taken]
             if (child == MISSING).any():
-                raise StoreError(missing(tables, place))
-            _add(totals, tables, place, owner, mass, action)
+                raise StoreError(missing(tables, found.place))
+            _add(totals, tables, found, owner, mass, accepted)
+            left = left - found.large_tokens if counted else left
             on = child >= 0
-            branches.append((child[on], owner[on], used[taken][on] + action, mass[on]))
-            going.append(taken[on])
+            branches.append([each[on] for each in (child, owner, mass, used + accepted, left, taken, accepted)])
+        before = rows
+        rows, tree, weight, used, left, taken, accepted = (
+            np.concatenate(parts) for parts in zip(*branches, strict=True)
+        )
+        spent = Spent(used, left)
         if path:
-            path.accept(rows, *going)
-        rows, tree, used, weight = (np.concatenate(parts) for parts in zip(*branches, strict=True))
-        if not path and ((escalate > 0) & (escalate < 1)).any():
-            rows, tree, used, weight = _merged(rows, tree, used, weight)
+            path.accept(before, taken, accepted)
+        elif ((escalate > 0) & (escalate < 1)).any():
+            rows, tree, spent, weight = _merged(rows, tree, spent, weight)
     return totals
 
 
@@ -88,44 +138,53 @@ class _Path:
 
     def __init__(self, router: StatefulRouter, tables: DecisionTables) -> None:
         self._router, self._trees = router, tables.trees
-        self._features = tables.in_schema(router.schema)
+        self._seen = seen_by(router, tables)
         self._state = router.start(len(tables.indices))
 
-    def decide(self, rows: Ints) -> Floats:
-        escalate, self._state = self._router.decide(self._features[rows], self._state)
+    def decide(self, rows: Ints, spent: Spent) -> Floats:
+        escalate, self._state = self._router.decide(self._seen(rows, spent.left), self._state)
         return escalate
 
-    def accept(self, rows: Ints, small: Ints, large: Ints) -> None:
-        """Keep the paths in which the small model's, and then those in which the large model's step was accepted."""
-        going = np.concatenate([small, large])
-        actions = np.repeat([CONTINUE_SMALL, ESCALATE_LARGE], [len(small), len(large)])
+    def accept(self, rows: Ints, going: Ints, actions: Ints) -> None:
+        """Keep some paths, (n,) positions in `rows`, in which the small model's (0) or the large one's step stands."""
         place = rows[going], actions
         scores, tokens = self._trees.score[place], self._trees.accepted_tokens[place]
         self._state = self._router.accept(self._state[going], actions, scores, tokens)
 
 
 def _add(
-    totals: dict[str, Floats], tables: DecisionTables, place: Ints, owner: Ints, mass: Floats, action: int
+    totals: dict[str, Floats], tables: DecisionTables, found: Taken, owner: Ints, mass: Floats, accepted: Ints
 ) -> None:
-    count = len(totals["correct"])
-    small, large = tables.small_tokens[place], tables.large_tokens[place]
-    for name, values in (
-        ("correct", tables.solved[place]),
-        ("cost", tables.cost[place]),
-        ("large_tokens", large),
-        ("small_tokens", small),
-        ("discarded_tokens", small * action),
-        ("escalations", np.full(len(place), action)),
-        ("steps", np.ones(len(place))),
-    ):
-        totals[name] += np.bincount(owner, mass * values, minlength=count)
+    for name, values in outcomes_of(tables, found, accepted).items():
+        totals[name] += np.bincount(owner, mass * values, minlength=len(totals[name]))
 
 
-def _merged(rows: Ints, tree: Ints, used: Ints, weight: Floats) -> tuple[Ints, Ints, Ints, Floats]:
-    """Add up the weights of equal (node, escalations): there are as many as the tree has, not as many as paths."""
-    keys, first, place = np.unique(np.stack([rows, used]), axis=1, return_index=True, return_inverse=True)
+def outcomes_of(tables: DecisionTables, found: Taken, accepted: Ints) -> dict[str, NDArray[Any]]:
+    """Return what (n,) decisions add to the fields of `Outcomes`, in their order.
+
+    Args:
+        tables: The tables.
+        found: What became of the decisions.
+        accepted: (n,) 0 where the small model's, 1 where the large model's step was accepted.
+    """
+    small = tables.small_tokens[found.place]
+    return {
+        "correct": tables.solved[found.place],
+        "cost": found.cost,
+        "large_tokens": found.large_tokens,
+        "small_tokens": small,
+        "discarded_tokens": small * accepted,
+        "escalations": accepted,
+        "steps": np.ones(len(accepted)),
+    }
+
+
+def _merged(rows: Ints, tree: Ints, spent: Spent, weight: Floats) -> tuple[Ints, Ints, Spent, Floats]:
+    """Add up the weights of equal (node, what was spent): there are as many as the tree has, not as many as paths."""
+    keys, first, place = np.unique(np.stack([rows, *spent]), axis=1, return_index=True, return_inverse=True)
     summed = np.bincount(place.reshape(-1), weight).astype(np.float64)
-    return keys[0].astype(np.int64), tree[first], keys[1].astype(np.int64), summed
+    merged, used, left = keys.astype(np.int64)
+    return merged, tree[first], Spent(used, left), summed
 
 
 def by_problem(tables: DecisionTables, totals: dict[str, Floats]) -> Outcomes:

@@ -12,12 +12,12 @@ import numpy as np
 import tyro
 
 from agents import artefact
-from agents.base import RandomRate, Router, Threshold
+from agents.base import RandomRate, Router, Threshold, told_cap
 from agents.evaluation.compare import compare_curves
 from agents.evaluation.metrics import Points, References
 from agents.evaluation.run import references, run
 from agents.evaluation.spread import OPERATING_POINTS, spread
-from agents.evaluation.table import MethodSummary, as_plain, summarise
+from agents.evaluation.table import MethodSummary, as_plain, limits, summarise
 from agents.evaluation.uncertainty import Difference, holm, paired_returns, resample_weights
 from agents.oracle import query_oracle, tree_oracle
 from agents.policy import ConditionedMLP, at
@@ -40,10 +40,14 @@ class EvaluateConfig:
         split: The split to evaluate on; thresholds are always chosen on ``validation``.
         out: Folder for the results; default ``evaluation-SPLIT`` in the first run's folder.
         max_escalations: Cap K for all routers but always-large; default: what the routers were trained for.
-        transfer: Evaluate on other rollouts than those that a router was trained on.
+        max_large_tokens: Hard cap on the large model's tokens for a problem, for all routers but always-large;
+            default: what the routers were trained for.
+        transfer: Evaluate on other rollouts, or under another cap on large tokens, than a router was trained for.
         scorer: Score table, if the store has several.
         grader: Grade table, if the store has several.
         seed: Seed of the bootstrap.
+        report: Folder for the page, one self-contained HTML file.
+        report_problems: Problems whose solutions the page shows step by step, at most.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -51,10 +55,13 @@ class EvaluateConfig:
     split: str = "test"
     out: Path | None = None
     max_escalations: int | None = None
+    max_large_tokens: int | None = None
     transfer: bool = False
     scorer: str | None = None
     grader: str | None = None
     seed: int = 0
+    report: Path | None = None
+    report_problems: int = 60
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ class Evaluation:
         query_oracle: Summary of the query-level oracle.
         at_lam: Paired comparisons with the best threshold at each λ.
         sentences: What was gained, in plain words.
-        subject: Rollouts, split, cap.
+        subject: Rollouts, split, caps.
     """
 
     methods: tuple[MethodSummary, ...]
@@ -107,10 +114,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     methods = load_methods(config.runs)
     trees = compile_store(config.rollouts, config.scorer, config.grader)
-    cost, cap = _agreed(methods, trees, config)
-    split, validation = (
-        decision_tables(trees, name, cost=cost, max_escalations=cap) for name in (config.split, "validation")
-    )
+    agreed = _agreed(methods, trees, config)
+    split, validation = (decision_tables(trees, name, **agreed) for name in (config.split, "validation"))
     both = references(split)
     curves: dict[str, Points] = {
         name: [point for item in items for point in _points(item, validation, split)] for name, items in methods.items()
@@ -130,8 +135,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         "hash": trees.meta["hash"],
         "split": config.split,
         "problems": len(both.small),
-        "cost": cost,
+        "cost": split.cost_model.name,
         "max_escalations": split.max_escalations,
+        "max_large_tokens": split.max_large_tokens,
         "transfer": config.transfer,
     }
     return Evaluation(
@@ -168,16 +174,14 @@ def load_methods(folders: Sequence[Path]) -> dict[str, list[artefact.Artefact]]:
     }
 
 
-def _agreed(
-    methods: dict[str, list[artefact.Artefact]], trees: Trees, config: EvaluateConfig
-) -> tuple[str, int | None]:
-    """Return cost model and cap that all routers share.
+def _agreed(methods: dict[str, list[artefact.Artefact]], trees: Trees, config: EvaluateConfig) -> dict[str, Any]:
+    """Return cost model and caps that all routers share.
 
     Raises:
         ArtefactError: They were trained on other rollouts.
         ConfigError: They do not agree.
     """
-    found: dict[str, set[Any]] = {"cost": set(), "max_escalations": set()}
+    found: dict[str, set[Any]] = {"cost": set(), "max_escalations": set(), "max_large_tokens": set()}
     for name, items in methods.items():
         for item in items:
             trained_on = item.about.get("rollouts", {})
@@ -189,11 +193,26 @@ def _agreed(
                 )
             for key, values in found.items():
                 values.add(item.about.get(key))
+    agreed: dict[str, Any] = {key: getattr(config, key, None) for key in found}  # what was asked for, first
     for key, values in found.items():
-        if len(values) > 1 and not (key == "max_escalations" and config.max_escalations is not None):
-            raise ConfigError(f"The routers were trained for different {key}: {', '.join(map(str, values))}.")
-    cap = config.max_escalations if config.max_escalations is not None else found["max_escalations"].pop()
-    return str(found["cost"].pop()), cap
+        if agreed[key] is None:
+            if len(values) > 1:
+                raise ConfigError(f"The routers were trained for different {key}: {', '.join(map(str, values))}.")
+            agreed[key] = values.pop()
+    _check_told(methods, agreed["max_large_tokens"], config.transfer)
+    return agreed
+
+
+def _check_told(methods: dict[str, list[artefact.Artefact]], cap: int | None, transfer: bool) -> None:
+    """Raise `ConfigError` for routers that are told the share left of another cap than the one in force."""
+    for name, items in methods.items():
+        for item in items:
+            told = told_cap(item.router)
+            if told is not None and told != cap and not (transfer and cap is not None):
+                raise ConfigError(
+                    f"{name}: trained under a cap of {told} large tokens, whose share left it is told; the cap here is "
+                    f"{cap}. Leave out --max-large-tokens, or say --transfer if the comparison is meant."
+                )
 
 
 def _thresholds(candidates: Candidates, validation: DecisionTables, split: DecisionTables) -> Points:
@@ -256,14 +275,14 @@ def save(evaluation: Evaluation, folder: Path) -> list[Path]:
     texts = {
         "results.json": json.dumps(as_plain(asdict(evaluation)), indent=1, allow_nan=False) + "\n",
         "results.csv": to_csv(everything),
-        "results.md": to_markdown(everything),
+        "results.md": to_markdown(everything, limits(evaluation.subject)),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     subject = evaluation.subject
     dataset = f"{Path(subject['rollouts']).name}, {subject['split']}"
-    if subject["max_escalations"] is not None:
-        dataset += f", at most {subject['max_escalations']} escalations"
+    if caps := limits(subject):
+        dataset += f", {caps}"
     pictures = cost_accuracy(evaluation.methods, dataset, folder / "curve", evaluation.oracle)
     return [*(folder / name for name in texts), *pictures]
 

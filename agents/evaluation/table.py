@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -251,11 +251,19 @@ def point_rows(summary: MethodSummary) -> list[list[str]]:
     return rows
 
 
-def caption(summaries: Sequence[MethodSummary]) -> str:
-    """Say on how many problems the numbers rest and what the references reach."""
+def limits(subject: Mapping[str, Any]) -> str:
+    """Name the caps that bind all routers but always-large, from ``max_escalations`` and ``max_large_tokens``."""
+    units = {"max_escalations": "escalations", "max_large_tokens": "large-model tokens"}
+    caps = [f"{subject[name]} {unit}" for name, unit in units.items() if subject.get(name) is not None]
+    return f"at most {' and '.join(caps)}" if caps else ""
+
+
+def caption(summaries: Sequence[MethodSummary], caps: str = "") -> str:
+    """Say on how many problems the numbers rest, what the references reach, and what caps there are (`limits`)."""
     first = summaries[0]
     small, large = (_cell(reference["accuracy"]) for reference in (first.small, first.large))
-    return f"{first.problems:,} problems; accuracy of always-small {small} %, of always-large {large} %."
+    told = f" Every router but always-large: {caps} per problem." if caps else ""
+    return f"{first.problems:,} problems; accuracy of always-small {small} %, of always-large {large} %.{told}"
 
 
 def rich_table(rows: Sequence[Sequence[str]], title: str) -> Table:
@@ -271,9 +279,13 @@ def rich_table(rows: Sequence[Sequence[str]], title: str) -> Table:
     return table
 
 
-def to_markdown(summaries: Sequence[MethodSummary]) -> str:
-    """Return the table of methods, notes, and a table of operating points for each method."""
-    parts = [caption(summaries), _markdown_table(method_rows(summaries)), "\n".join(f"{note}\\" for note in NOTES)[:-1]]
+def to_markdown(summaries: Sequence[MethodSummary], caps: str = "") -> str:
+    """Return the table of methods, notes, and a table of operating points for each method; name caps (`limits`)."""
+    parts = [
+        caption(summaries, caps),
+        _markdown_table(method_rows(summaries)),
+        "\n".join(f"{note}\\" for note in NOTES)[:-1],
+    ]
     for summary in summaries:
         parts += [f"### {summary.name}", _markdown_table(point_rows(summary))]
     return "\n\n".join(parts) + "\n"
