@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_trees import telling
 from scripted_store import scripted_store
 
 from agents import artefact
@@ -35,24 +36,6 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trees(store):
     return compile_store(store)
-
-
-def telling(trees):
-    """Return trees whose scores tell the future: the score of a proposal is whether accepting it is right.
-
-    A router that reads its features reaches the oracle at a small λ: escalate exactly where it pays.
-    """
-    score = trees.score.copy()
-    value = np.zeros(trees.nodes)
-    for row in reversed(range(trees.nodes)):
-        options = []
-        for action in (0, 1):
-            child = trees.child[row, action]
-            later = value[child] if child >= 0 else float(trees.correct[row, action] == 1)
-            options.append(later - 0.001 * trees.tokens[row, 1] * action)
-        score[row, 0] = 0.9 if options[0] >= options[1] else 0.1
-        value[row] = max(options)
-    return replace(trees, score=score)
 
 
 def test_ppo_solves_a_problem_whose_answer_is_known(trees):
