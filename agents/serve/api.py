@@ -1,0 +1,299 @@
+"""The shapes of requests, answers and errors: those of vLLM's chat endpoint, and what this service adds to them.
+
+Knows neither HTTP nor models.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rollouts.errors import did_you_mean
+from rollouts.models.base import Sampling
+
+_SHOWN = 200  # characters of a wrong value that an error repeats
+# What OpenAI's clients may send and what changes nothing that this service does.
+_IGNORED = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "request_id",
+    "parallel_tool_calls",
+    "include_reasoning",
+)
+# What is refused unless it says what happens anyway.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "tools": (),
+    "tool_choice": ("none",),
+    "functions": (),
+    "function_call": ("none",),
+    "response_format": ({"type": "text"},),
+    "stop": ([], ""),
+    "stop_token_ids": ([],),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "echo": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "ignore_eos": (False,),
+    "min_tokens": (0,),
+    "skip_special_tokens": (True,),
+}
+
+
+class ApiError(Exception):
+    """An answer other than the one that was asked for: HTTP status, and the fields of OpenAI's error body."""
+
+    def __init__(self, status: int, message: str, kind: str, param: str | None = None, **more: Any) -> None:
+        """Set the fields; `more` stands beside ``error`` in the body."""
+        super().__init__(message)
+        self.status, self.kind, self.param, self.more = status, kind, param, more
+
+    def body(self) -> dict[str, Any]:
+        """Return the body, as vLLM shapes it."""
+        error = {"message": str(self), "type": self.kind, "param": self.param, "code": self.status}
+        return {"error": error, **self.more}
+
+
+def bad_request(message: str, param: str | None = None) -> ApiError:
+    """Return the error of a request that makes no sense here."""
+    return ApiError(400, message, "BadRequestError", param)
+
+
+class _Part(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One message of a chat; text only."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | Annotated[list[_Part], Field(max_length=1024, fail_fast=True)]
+
+    def text(self) -> str:
+        """Return its text; parts are joined as vLLM joins them."""
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+
+
+class StreamOptions(BaseModel):
+    """What streams carry beside text."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = False
+    continuous_usage_stats: Literal[False] | None = False
+
+
+_Seed = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
+_Count = Annotated[int, Field(ge=1, le=1 << 31, strict=True)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class ChatRequest(BaseModel):
+    """A chat completion that is asked for.
+
+    Attributes:
+        messages: One user message, the problem; perhaps a system message before it, instead of the configured one.
+        model: Name of the policy; None is fine.
+        max_tokens: Most tokens of the answer's text; at most the service's own limit.
+        max_completion_tokens: The same, by its newer name.
+        stream: Whether steps are sent as they are accepted.
+        stream_options: `StreamOptions`.
+        temperature: Instead of the temperature that both models had in the rollouts.
+        top_p: Likewise.
+        top_k: Likewise.
+        min_p: Likewise.
+        seed: Of the router's own draws; what models draw cannot be repeated.
+        lam: λ for this request, for policies that take one.
+        budget: Share of always-large's cost for this request, for policies that take one.
+        trace: Whether the answer tells every step's author, action, scores and tokens.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=64, fail_fast=True)]
+    model: str | None = None
+    max_tokens: _Count | None = None
+    max_completion_tokens: _Count | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[_Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[_Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1 << 31, strict=True)] | None = None
+    min_p: Annotated[_Number, Field(ge=0, le=1)] | None = None
+    seed: _Seed | None = None
+    lam: Annotated[_Number, Field(ge=0)] | None = None
+    budget: Annotated[_Number, Field(gt=0, le=1)] | None = None
+    trace: bool = False
+
+    @model_validator(mode="after")
+    def _only_what_is_done(self) -> ChatRequest:
+        for name, value in (self.model_extra or {}).items():
+            if name in _ONLY:
+                if value is not None and not any(_same(value, only) for only in _ONLY[name]):
+                    raise ValueError(f"`{name}` is not supported here.\x00{name}")
+            elif name not in _IGNORED:
+                known = [*type(self).model_fields, *_ONLY]
+                raise ValueError(
+                    f"Unknown parameter `{name[:_SHOWN]}`.{did_you_mean(name[:_SHOWN], known)}\x00{name[:_SHOWN]}"
+                )
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("Stream options can only be defined when `stream=True`.\x00stream_options")
+        if self.lam is not None and self.budget is not None:
+            raise ValueError("Give either `lam` or `budget`, not both.\x00budget")
+        return self
+
+    def problem(self) -> tuple[str, str | None]:
+        """Return the problem and the system message, None if there is none.
+
+        Raises:
+            ApiError: The messages are not one problem.
+        """
+        head, last = self.messages[:-1], self.messages[-1]
+        if last.role != "user" or len(head) > 1 or (head and head[0].role not in ("system", "developer")):
+            raise bad_request(
+                "This service solves one problem at a time: `messages` must be one user message, perhaps with one "
+                f"system message before it; found {', '.join(message.role for message in self.messages)[:_SHOWN]}. "
+                "Earlier turns have no place in the prompts that the router was trained on.",
+                "messages",
+            )
+        if not last.text().strip():
+            raise bad_request("The user message is empty.", "messages")
+        return last.text(), head[0].text() if head else None
+
+    def limit(self) -> int | None:
+        """Return the most tokens of the answer that the request allows."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def sampling(self, usual: Sampling) -> Sampling:
+        """Return a role's sampling parameters with what the request says instead."""
+        top_k = usual.top_k if self.top_k is None else max(self.top_k, 0)  # -1 is vLLM's other word for "all"
+        return Sampling(
+            usual.temperature if self.temperature is None else self.temperature,
+            usual.top_p if self.top_p is None else self.top_p,
+            top_k,
+            usual.min_p if self.min_p is None else self.min_p,
+        )
+
+
+def _same(value: Any, only: Any) -> bool:
+    return bool(value == only) and isinstance(value, bool) == isinstance(only, bool)
+
+
+def parse_request(body: bytes) -> ChatRequest:
+    """Read the body of a request.
+
+    Raises:
+        ApiError: It is no JSON, or not a request of this service.
+    """
+    try:
+        return ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        message, _, param = str(first["msg"]).removeprefix("Value error, ").partition("\x00")
+        place = ".".join(str(part) for part in first["loc"])
+        if not param and place:
+            shown = repr(first["input"])[:_SHOWN] if first["type"] != "missing" else None
+            message = f"{place}: {message}" + (f" (found {shown})" if shown else "")
+        raise ApiError(400, message, "Bad Request", param or place or None) from None
+
+
+def new_id() -> str:
+    """Return the id of an answer."""
+    return f"chatcmpl-{uuid.uuid4().hex}"
+
+
+def completion(
+    answer_id: str, model: str, text: str, finish_reason: str, usage: Mapping[str, Any], trim: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return a whole answer."""
+    message = {
+        "role": "assistant",
+        "content": text,
+        "refusal": None,
+        "annotations": None,
+        "audio": None,
+        "function_call": None,
+        "reasoning": None,
+    }
+    choice = {
+        "index": 0,
+        "message": message,
+        "logprobs": None,
+        "finish_reason": finish_reason,
+        "stop_reason": None,
+        "token_ids": None,
+    }
+    return {
+        "id": answer_id,
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [choice],
+        "service_tier": None,
+        "system_fingerprint": None,
+        "usage": usage,
+        "trim": trim,
+    }
+
+
+class Chunks:
+    """The chunks of one streamed answer, as lines of server-sent events."""
+
+    def __init__(self, answer_id: str, model: str, include_usage: bool) -> None:
+        """Fix what all chunks have in common; with `include_usage` each has a ``usage``, null but in the last one."""
+        self._common = {
+            "id": answer_id,
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._usage = {"usage": None} if include_usage else {}
+
+    def first(self) -> str:
+        """Return the chunk that names the role."""
+        return self._event({"role": "assistant", "content": ""}, None)
+
+    def step(self, text: str, finish_reason: str | None, **more: Any) -> str:
+        """Return the chunk of one step."""
+        return self._event({"content": text}, finish_reason, **more)
+
+    def usage(self, usage: Mapping[str, Any]) -> str:
+        """Return the chunk that only tells what was spent."""
+        return event({**self._common, "choices": [], "usage": usage})
+
+    def _event(self, delta: Mapping[str, Any], finish_reason: str | None, **more: Any) -> str:
+        choice: dict[str, Any] = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        if finish_reason is not None:
+            choice["stop_reason"] = None
+        return event({**self._common, "choices": [choice], **self._usage, **more})
+
+
+DONE = "data: [DONE]\n\n"
+
+
+def event(value: Mapping[str, Any]) -> str:
+    """Return a server-sent event with a JSON value."""
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -1,0 +1,262 @@
+"""``python -m agents serve --policy DIR --small URL --large URL --prm URL``: the service from the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from rollouts.config import FamilyConfig, ModelConfig, load_family, parse_family
+from rollouts.errors import ConfigError
+
+_Model = TypeVar("_Model", bound=ModelConfig)
+_EMBEDDED = "tinymath"
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serve a policy with the interface of an OpenAI-compatible server, in front of three vLLM servers.
+
+    Attributes:
+        policy: Folder of the policy: an exported artefact, or ``lam-*/policy`` of a run.
+        small: Base URL of the small model's server, http://host:8001/v1; default: the models file's.
+        large: Base URL of the large model's server; likewise.
+        prm: Base URL of the reward model's server; likewise.
+        models: The models file that the rollouts were generated with: prompts, sampling and limits are taken from
+            it. Left out: the embedded family, if the policy was trained on it.
+        name: Name that clients ask for; default: the policy's.
+        host: Address to listen on; 0.0.0.0 for all.
+        port: Port; 0 for any that is free.
+        lam: λ of requests that name neither lam nor budget.
+        budget: Budget of requests that name neither.
+        when_scorer_fails: Who writes a step whose proposal cannot be scored: small, large, or error to end the request.
+        upstream_timeout: Longest time of one upstream request, seconds.
+        request_timeout: Longest time of one request, seconds; what was accepted until then is the answer.
+        max_tokens: Most tokens of an answer, if fewer than in the rollouts.
+        max_concurrent: Most requests under way at once.
+        max_body_bytes: Largest request body.
+        api_key_env: Environment variable with the key that clients must send; left out, none is asked for.
+        upstream_key_env: Environment variable with the key of the upstream servers, where the models file names none.
+        runtime: numpy or onnx.
+        other_models: Serve other models than those that the policy was trained for.
+        access_log: Log every request.
+    """
+
+    policy: str
+    small: str | None = None
+    large: str | None = None
+    prm: str | None = None
+    models: str | None = None
+    name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8080
+    lam: float | None = None
+    budget: float | None = None
+    when_scorer_fails: Literal["small", "large", "error"] = "small"
+    upstream_timeout: float = 30.0
+    request_timeout: float = 300.0
+    max_tokens: int | None = None
+    max_concurrent: int = 256
+    max_body_bytes: int = 1 << 18
+    api_key_env: str | None = None
+    upstream_key_env: str | None = None
+    runtime: str = "numpy"
+    other_models: bool = False
+    access_log: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a file.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        for name in ("upstream_timeout", "request_timeout", "max_concurrent", "max_body_bytes"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected a number above 0.")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ConfigError(f"max_tokens is {self.max_tokens}, expected at least 1.")
+
+
+def family_of(config: ServeConfig, about: dict[str, Any]) -> FamilyConfig:
+    """Return the models with the URLs of their servers.
+
+    Args:
+        config: The command's settings.
+        about: What the policy's artefact says of its origin.
+
+    Raises:
+        ConfigError: No models file, no URL, or other models than the policy's.
+    """
+    source = config.models
+    if source is None and str(about.get("small", "")).startswith(f"{_EMBEDDED}-"):
+        source = _EMBEDDED
+    if source is None:
+        raise ConfigError(
+            f"The policy was trained for {about.get('small', 'models')!s} and {about.get('large', 'others')!s}; give "
+            "the models file that its rollouts were generated with (--models models.toml): prompts and sampling are "
+            "taken from it."
+        )
+    family = load_family(source)
+    if family.scorer is None or family.scorer.model is None:
+        raise ConfigError(f"{source}: serving needs a process reward model, a section [scorer.model].")
+    scorer = family.scorer.model_copy(update={"model": _served(family.scorer.model, config.prm, "prm", config)})
+    update = {
+        "small": _served(family.small, config.small, "small", config),
+        "large": _served(family.large, config.large, "large", config),
+        "scorer": scorer,
+    }
+    family = family.model_copy(update=update)
+    parse_family(family.model_dump())
+    return family
+
+
+def _served(model: _Model, url: str | None, flag: str, config: ServeConfig) -> _Model:
+    """Return a model's configuration behind a server."""
+    url = url or model.url
+    if url is None:
+        raise ConfigError(f"Where is its server? Give --{flag} http://host:port/v1.")
+    if url.rstrip("/").count("/") == 2:
+        url = url.rstrip("/") + "/v1"
+    update = {
+        "backend": "server",
+        "url": url,
+        "tokenizer": model.tokenizer or model.model,
+        "api_key_env": model.api_key_env or config.upstream_key_env,
+        "dtype": "auto",
+        "concurrency": max(model.concurrency, config.max_concurrent),
+    }
+    return model.model_copy(update=update)
+
+
+def _check_origin(config: ServeConfig, family: Any, policy: Any) -> None:
+    """Raise `ConfigError` unless the policy was trained for these models and limits."""
+    found = {
+        "small": family.config.small.display_name,
+        "large": family.config.large.display_name,
+        "scorer": family.scorer_name,
+    }
+    for role, name in found.items():
+        trained = policy.about.get(role)
+        if trained not in (None, name) and not config.other_models:
+            raise ConfigError(
+                f"The policy was trained with {role} {trained!r}; the models file says {name!r}. Its thresholds mean "
+                "nothing for other models: train one for them, or say --other-models if they are the same ones."
+            )
+    if family.limits.max_steps != policy.max_steps:
+        raise ConfigError(
+            f"The policy was trained for at most {policy.max_steps} steps, the models file says "
+            f"{family.limits.max_steps}: set max_steps in its [limits]."
+        )
+
+
+class Server:
+    """The service, listening; `run` serves until `stop` or a signal.
+
+    Attributes:
+        url: Base URL for clients.
+        models: The upstreams.
+        service: What does the work.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        """Load policy and tokenizers, and listen; nothing is answered yet.
+
+        Raises:
+            TrimError: Policy or models cannot be used, or the port is taken; the message says what to do.
+        """
+        import uvicorn
+
+        import agents
+        from agents.serve.app import build
+        from agents.serve.metrics import Metrics
+        from agents.serve.models import Models
+        from agents.serve.service import Service, Settings
+
+        policy = agents.load(config.policy, config.runtime)
+        metrics = Metrics()
+        self.models = Models(family_of(config, policy.about), config.upstream_timeout, metrics)
+        _check_origin(config, self.models.family, policy)
+        settings = Settings(
+            name=config.name or policy.name,
+            when_scorer_fails=config.when_scorer_fails,
+            request_timeout_s=config.request_timeout,
+            max_tokens=config.max_tokens,
+            max_concurrent=config.max_concurrent,
+            lam=config.lam,
+            budget=config.budget,
+        )
+        self.service = Service(policy, self.models, metrics, settings)
+        app = build(self.service, _key(config.api_key_env), config.max_body_bytes)
+        self._uvicorn = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_level="info" if config.access_log else "warning",
+                access_log=config.access_log,
+                lifespan="off",
+                server_header=False,
+                timeout_graceful_shutdown=10,
+            )
+        )
+        self._listening = _listen(config)
+        self.url = "http://{}:{}/v1".format(*self._listening.getsockname()[:2])
+
+    def run(self) -> None:
+        """Ask the upstreams, then serve.
+
+        Raises:
+            ConfigError: An upstream is not the server that is needed.
+        """
+        try:
+            with asyncio.Runner(loop_factory=self._uvicorn.config.get_loop_factory()) as runner:
+                runner.run(self._serve())
+        finally:
+            self._listening.close()
+
+    async def _serve(self) -> None:
+        try:
+            await self.models.start()
+            up = ", ".join(f"{role} {'up' if each.up else 'DOWN'}" for role, each in self.models.upstreams.items())
+            print(f"Serving {self.service.settings.name!r} at {self.url} ({up}).", flush=True)
+            await self._uvicorn.serve(sockets=[self._listening])
+        finally:
+            await self.models.close()
+
+    def stop(self) -> None:
+        """End serving once the requests under way are answered; from any thread."""
+        self._uvicorn.should_exit = True
+
+
+def run(config: ServeConfig) -> int:
+    """Serve until interrupted.
+
+    Raises:
+        TrimError: Policy, models or servers cannot be used; the message says what to do.
+    """
+    logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
+    try:
+        Server(config).run()
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"Serving needs {error.name}: pip install 'trim-routing[serve]'.") from error
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise ConfigError(f"The environment variable {variable} is not set; it must hold the API key for clients.")
+    return key
+
+
+def _listen(config: ServeConfig) -> socket.socket:
+    try:
+        return socket.create_server((config.host, config.port), backlog=1024)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"Cannot listen on {config.host}:{config.port} ({error}). Choose another --port.") from error

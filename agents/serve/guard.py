@@ -1,0 +1,98 @@
+"""What stands before the service: the API key, and limits on the size and the patience of request bodies."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from agents.serve.api import ApiError
+
+_GUARDED = "/v1"
+_BODY_S = 10.0  # a body that takes longer is not coming
+
+
+class Guard:
+    """ASGI middleware that lets nothing through that lacks the key or is too big."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
+        """Keep only a hash of the key, so that comparing takes the same time whatever is offered."""
+        self.app = app
+        self._key = None if api_key is None else _hash(api_key)
+        self._most = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or pass on with the whole body in hand."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            headers = Headers(scope=scope)
+            self._check_key(scope["path"], headers)
+            body = await self._body(headers, receive)
+        except ApiError as error:
+            await refusal(error)(scope, receive, send)
+            return
+        if body is not None:
+            await self.app(scope, _replay(body, receive), send)
+
+    def _check_key(self, path: str, headers: Headers) -> None:
+        if self._key is None or not path.startswith(_GUARDED):
+            return
+        scheme, _, offered = headers.get("Authorization", "").partition(" ")
+        if not secrets.compare_digest(_hash(offered), self._key) or scheme.lower() != "bearer":
+            raise ApiError(401, "Unauthorized: the API key is missing or wrong.", "Unauthorized")
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
+        """Return the body; None if the client left before it was complete."""
+        told = headers.get("Content-Length", "0")
+        too_big = ApiError(413, f"The request is larger than {self._most} bytes.", "Request Entity Too Large")
+        if told.isdecimal() and int(told[:20]) > self._most:
+            raise too_big
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(_BODY_S):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > self._most:
+                        raise too_big
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise ApiError(408, f"The request's body did not come within {_BODY_S:g} s.", "Request Timeout") from None
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that first gives the body and then what really comes."""
+    given = False
+
+    async def replayed() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def refusal(error: ApiError, headers: dict[str, Any] | None = None) -> JSONResponse:
+    """Return the response that an error becomes."""
+    if error.status == 401:
+        headers = {"WWW-Authenticate": "Bearer", **(headers or {})}
+    if error.status in (413, 408):
+        headers = {"Connection": "close", **(headers or {})}  # the rest of the body is not worth reading
+    return JSONResponse(error.body(), status_code=error.status, headers=headers)

@@ -1,0 +1,92 @@
+"""What the service counts, for Prometheus."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from rollouts.nodes import LARGE, SMALL
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_SHORT = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1)
+_SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+class Metrics:
+    """Counters of one service; it is the observer of its upstreams."""
+
+    def __init__(self) -> None:
+        """Begin at zero, in a registry of its own."""
+        self.under_way = 0
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("trim_requests", "Requests by HTTP status; 499: the client left.", ["status"],
+                                registry=registry)  # fmt: skip
+        self.in_flight = Gauge("trim_requests_in_flight", "Requests under way.", registry=registry)
+        self.seconds = Histogram("trim_request_seconds", "Duration of routed requests.", buckets=_SECONDS,
+                                 registry=registry)  # fmt: skip
+        self.steps = Counter("trim_steps", "Accepted steps by author.", ["author"], registry=registry)
+        self.escalations = Counter("trim_escalations", "Escalations that the policy decided.", registry=registry)
+        self.fallbacks = Counter("trim_fallbacks", "Steps that went another way because an upstream failed.",
+                                 registry=registry)  # fmt: skip
+        self.tokens = Counter("trim_tokens", "Tokens that upstreams read (prompt) and decoded (completion), and "
+                              "decoded ones that no answer has (discarded).", ["model", "kind"],
+                              registry=registry)  # fmt: skip
+        self.share = Histogram("trim_large_token_share", "Share of an answer's tokens that the large model wrote.",
+                               buckets=_SHARES, registry=registry)  # fmt: skip
+        self.overhead = Histogram("trim_router_seconds", "Time of a step that was not waiting for upstreams.",
+                                  buckets=_SHORT, registry=registry)  # fmt: skip
+        self.upstream_seconds = Histogram("trim_upstream_seconds", "Duration of answered upstream requests.", ["model"],
+                                          buckets=_SECONDS, registry=registry)  # fmt: skip
+        self.upstream_errors = Counter("trim_upstream_errors", "Failed upstream requests.", ["model", "kind"],
+                                       registry=registry)  # fmt: skip
+        self.upstream_up = Gauge("trim_upstream_up", "Whether an upstream answers.", ["model"], registry=registry)
+        for author in (SMALL, LARGE):
+            self.steps.labels(author)
+
+    def upstream_answered(self, role: str, seconds: float) -> None:
+        """Count an answer of an upstream."""
+        self.upstream_seconds.labels(role).observe(seconds)
+
+    def upstream_failed(self, role: str, kind: str) -> None:
+        """Count a failed attempt."""
+        self.upstream_errors.labels(role, kind).inc()
+
+    def upstream_state(self, role: str, up: bool) -> None:
+        """Note whether an upstream is there."""
+        self.upstream_up.labels(role).set(up)
+
+    def step(self, author: str, escalated: bool, fallback: bool, overhead: float) -> None:
+        """Count an accepted step; `overhead` in seconds."""
+        self.steps.labels(author).inc()
+        self.escalations.inc(escalated)
+        self.fallbacks.inc(fallback)
+        self.overhead.observe(max(overhead, 0.0))
+
+    def began(self) -> None:
+        """Count a request in."""
+        self.under_way += 1
+        self.in_flight.set(self.under_way)
+
+    def ended(self, status: str, seconds: float, usage: dict[str, Any], share: float | None) -> None:
+        """Count a routed request out, however it ended.
+
+        Args:
+            status: HTTP status.
+            seconds: Its duration.
+            usage: As its answer tells it.
+            share: Large-token share of the answer; None if there is no whole answer.
+        """
+        self.under_way -= 1
+        self.in_flight.set(self.under_way)
+        self.requests.labels(status).inc()
+        self.seconds.observe(seconds)
+        for model, spent in usage["models"].items():
+            for kind in ("prompt", "completion", "discarded"):
+                self.tokens.labels(model, kind).inc(spent.get(f"{kind}_tokens", 0))
+        if share is not None:
+            self.share.observe(share)
+
+    def text(self) -> bytes:
+        """Return everything in Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,256 @@
+"""The small model, the large model and the scorer as a route asks them: prompts, steps and scores of the rollouts.
+
+What is sent and how answers become steps is the code that the rollouts were generated with; here it only waits for
+upstream servers instead of for engines.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from agents.serve.upstreams import Observer, Probe, Unavailable, Upstream
+from rollouts.config import FamilyConfig, ModelConfig
+from rollouts.errors import BackendError, ConfigError
+from rollouts.family import Family
+from rollouts.models.base import Completion, CompletionRequest, Sampling
+from rollouts.models.stepwise import Draft, Prefix, StepRules
+from rollouts.models.wire import completion_payload, pooling_payload, read_choice, read_completion, read_scores
+from rollouts.nodes import LARGE, ROLES, SMALL
+from rollouts.prompts import PromptFormat, RewardFormat, has_room
+from rollouts.scoring.prm import fitting_input
+from rollouts.steps import Limits, Step, StopReason
+
+SCORER = "scorer"
+_SYSTEM_PROMPTS = 32  # formats of system prompts that requests bring, kept at hand
+_QUESTIONS = 256  # rendered questions kept at hand for each format
+_SMALLEST = CompletionRequest((1, 2, 3), 1, Sampling())
+
+
+@dataclass
+class Spent:
+    """What one request has spent at one upstream.
+
+    Attributes:
+        requests: Requests that were answered.
+        prompt_tokens: Tokens of their prompts; a prefix counts each time that it is sent.
+        completion_tokens: Tokens that were decoded, kept or not.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass
+class Ledger:
+    """What one request has spent.
+
+    Attributes:
+        roles: By role.
+        waited: Seconds that the request waited for upstreams.
+        prompt_tokens: Tokens of the problem's prompt, as the small model reads it.
+    """
+
+    roles: dict[str, Spent] = field(default_factory=lambda: {role: Spent() for role in (*ROLES, SCORER)})
+    waited: float = 0.0
+    prompt_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of the models for one request.
+
+    Attributes:
+        question: The problem.
+        formats: Prompt formats by generating role.
+        sampling: Sampling parameters by generating role.
+        limits: Token and step limits.
+    """
+
+    question: str
+    formats: Mapping[str, PromptFormat]
+    sampling: Mapping[str, Sampling]
+    limits: Limits
+
+
+class Models:
+    """Three upstreams, and what is needed to ask them."""
+
+    def __init__(self, config: FamilyConfig, timeout_s: float, observer: Observer) -> None:
+        """Load tokenizers and prepare connections.
+
+        Args:
+            config: The family, each role with a server's URL.
+            timeout_s: Longest time of one upstream request, seconds.
+            observer: Who is told what happens to upstreams.
+
+        Raises:
+            ConfigError: A role cannot be served as it is configured.
+        """
+        self.family = Family(config)
+        self.limits = self.family.limits
+        self._reward = self._reward_format(config)
+        assert config.scorer is not None and config.scorer.model is not None
+        roles: dict[str, tuple[ModelConfig, Probe]] = {
+            SMALL: (config.small, _GENERATES),
+            LARGE: (config.large, _GENERATES),
+            SCORER: (config.scorer.model, _scores(self._reward.step_tag_id)),
+        }
+        self.upstreams = {
+            role: Upstream(role, model, probe, timeout_s, observer) for role, (model, probe) in roles.items()
+        }
+        self._brought = lru_cache(maxsize=_SYSTEM_PROMPTS)(self._with_system_prompt)
+        self._own = {role: self._with_system_prompt(role, config.generator(role).system_prompt) for role in ROLES}
+
+    def _reward_format(self, config: FamilyConfig) -> RewardFormat:
+        if config.scorer is None or config.scorer.kind != "prm":
+            kind = "none" if config.scorer is None else config.scorer.kind
+            raise ConfigError(
+                f"The models file's scorer is {kind!r}; serving needs a process reward model (kind 'prm') behind --prm."
+            )
+        if config.large.chat_only:
+            raise ConfigError(
+                "large: chat_only models cannot be served; the large model must continue token ids (vLLM)."
+            )
+        assert self.family.reward_prompts is not None
+        return self.family.reward_prompts
+
+    def _with_system_prompt(self, role: str, system_prompt: str | None) -> PromptFormat:
+        tokenizer = self.family.prompts(role).tokenizer
+        return PromptFormat(tokenizer, system_prompt, name=role, remembered=_QUESTIONS)
+
+    async def start(self) -> None:
+        """Ask every upstream once; those without an answer are asked again in the background.
+
+        Raises:
+            ConfigError: A server does not do what is needed of it.
+        """
+        for upstream in self.upstreams.values():
+            await upstream.start()
+
+    async def close(self) -> None:
+        """Disconnect."""
+        for upstream in self.upstreams.values():
+            await upstream.close()
+
+    def window(self, role: str) -> int:
+        """Return a role's window: the configured one, or the server's where that is smaller."""
+        told = self.upstreams[role].window
+        configured = self.family.windows[role]
+        return configured if told is None else min(told, configured)
+
+    def formats(self, system_prompt: str | None) -> Mapping[str, PromptFormat]:
+        """Return the prompt formats of a request, by role.
+
+        Args:
+            system_prompt: What the request brings; None: as configured.
+
+        Raises:
+            ConfigError: A chat template has no place for it.
+        """
+        if system_prompt is None:
+            return self._own
+        return {role: self._brought(role, system_prompt) for role in ROLES}
+
+    def fits(self, formats: Mapping[str, PromptFormat], question: str, steps: Sequence[str]) -> bool:
+        """Whether a prefix leaves room for one more token in every role's window (design section 1)."""
+        every: dict[str, PromptFormat | RewardFormat] = {**formats, SCORER: self._reward}
+        return all(has_room(prompts, self.window(role), question, steps) for role, prompts in every.items())
+
+    async def step(
+        self, role: str, task: Task, steps: tuple[str, ...], used: int, ledger: Ledger, most: int | None = None
+    ) -> Step:
+        """Return the next step of a model.
+
+        Args:
+            role: ``small`` or ``large``.
+            task: What is asked for.
+            steps: Accepted steps.
+            used: Tokens of the accepted steps.
+            ledger: Where it is charged.
+            most: Most tokens that may be decoded, if fewer than the step limit.
+
+        Raises:
+            Unavailable: The model gave no usable answer.
+        """
+        limits = task.limits
+        if most is not None and most < limits.step_tokens:
+            limits = Limits(most, limits.solution_tokens, limits.max_steps)
+        rules = StepRules(
+            role=role,
+            prompts=task.formats[role],
+            window=self.window(role),
+            sampling=task.sampling[role],
+            limits=limits,
+            fits=lambda question, prefix: self.fits(task.formats, question, prefix),
+        )
+        draft = Draft(rules, Prefix("", task.question, 0, steps, used))
+        while draft.generation is None:
+            completion = await self._complete(role, rules.window, draft.request(), ledger)
+            try:
+                draft.take(completion)
+            except BackendError as error:
+                raise Unavailable(role, "malformed", str(error)) from None
+        step = draft.generation.steps[0]
+        if step.stop_reason is StopReason.FAILED:
+            raise Unavailable(role, "malformed", completion.detail)
+        return step
+
+    async def _complete(self, role: str, window: int, request: CompletionRequest, ledger: Ledger) -> Completion:
+        began = time.monotonic()
+        try:
+            completion = await self.upstreams[role].post(
+                "completions", lambda model: completion_payload(model, window, request), read_completion
+            )
+        finally:
+            ledger.waited += time.monotonic() - began
+        spent = ledger.roles[role]
+        spent.requests += 1
+        spent.prompt_tokens += len(request.prompt_ids)
+        spent.completion_tokens += completion.tokens
+        return completion
+
+    async def score(self, task: Task, steps: Sequence[str], ledger: Ledger) -> float:
+        """Return the score of the last of some steps; 0 for a path that does not fit into the scorer's window.
+
+        Raises:
+            Unavailable: The scorer gave no usable answer.
+        """
+        ids, kept = fitting_input(self._reward, self.window(SCORER), task.question, steps)
+        if kept < len(steps):
+            return 0.0  # as environments have it
+        began = time.monotonic()
+        try:
+            scores = await self.upstreams[SCORER].post(
+                "/pooling",
+                lambda model: pooling_payload(model, ids),
+                lambda body: read_scores(body, ids, self._reward.step_tag_id),
+            )
+        finally:
+            ledger.waited += time.monotonic() - began
+        if len(scores) != len(steps):
+            raise Unavailable(SCORER, "malformed", f"{len(scores)} scores for {len(steps)} steps")
+        spent = ledger.roles[SCORER]
+        spent.requests += 1
+        spent.prompt_tokens += len(ids)
+        return scores[-1]
+
+
+def _generates(body: Any) -> None:
+    choice, _ = read_choice(body)
+    if "stop_reason" not in choice:
+        raise BackendError(
+            "does not tell a stop string from the end of the sequence (no `stop_reason`). Serve the model with vLLM."
+        )
+
+
+_GENERATES = Probe("completions", lambda model: completion_payload(model, 4, _SMALLEST), _generates)
+
+
+def _scores(tag: int) -> Probe:
+    ids = (1, tag, 2, tag)
+    return Probe("/pooling", lambda model: pooling_payload(model, ids), lambda body: read_scores(body, ids, tag))

@@ -1,0 +1,318 @@
+"""The route of one request: propose, score, decide, escalate, until the solution ends. Knows nothing of HTTP.
+
+The loop is that of design section 1. What a model that does not answer changes is marked in the step that it changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from agents.deployed import Session
+from agents.serve.models import SCORER, Ledger, Models, Task
+from agents.serve.upstreams import Unavailable
+from rollouts.answers import has_answer
+from rollouts.errors import ConfigError
+from rollouts.nodes import LARGE, SMALL
+from rollouts.steps import Step, StopReason, solution_text
+from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE
+
+Fallback = Literal["small", "large", "error"]
+_UNSCORED = 1.0  # leaves the least score of a path and the product of its scores as they are
+
+
+class RouteFailed(Exception):
+    """Raised when no model that could write the next step answers, or not in time.
+
+    Attributes:
+        status: The HTTP status that says the same.
+    """
+
+    def __init__(self, message: str, status: int = 503) -> None:
+        """Say why, without upstreams' own words."""
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Written:
+    """An accepted step and how it came about.
+
+    Attributes:
+        step: Number, from 1.
+        author: ``small`` or ``large``.
+        action: What the policy decided: 0 continue, 1 escalate; None if it was not asked.
+        score: Score of the small model's proposal; None if there is none.
+        tokens: Tokens of the proposal; None if there was none.
+        large_score: Score of the large model's step; None if there is none.
+        large_tokens: Tokens that the large model decoded; None if it was not asked.
+        fallback: What happened instead of what should have; None normally.
+        stop_reason: Why the step ended.
+        text: Its text.
+    """
+
+    step: int
+    author: str
+    action: int | None
+    score: float | None
+    tokens: int | None
+    large_score: float | None
+    large_tokens: int | None
+    fallback: str | None
+    stop_reason: str
+    text: str
+
+    @property
+    def escalated(self) -> bool:
+        """Whether the policy decided that the large model writes the step, and it did."""
+        return self.action == ESCALATE_LARGE and self.author == LARGE
+
+    def plain(self, *, text: bool = True) -> dict[str, Any]:
+        """Return it as JSON holds it, with or without its text."""
+        return {name: value for name, value in asdict(self).items() if text or name != "text"}
+
+
+@dataclass
+class Route:
+    """One request under way; its state is here and nowhere else.
+
+    Attributes:
+        task: What is asked of the models.
+        session: The policy's decisions for it.
+        when_scorer_fails: Who writes a step whose proposal cannot be scored; ``error`` ends the request.
+        ledger: What it has spent.
+        written: The accepted steps.
+        used: Their tokens.
+        ended: Why it ended: a stop reason of the last step, ``time``, or None while it is under way.
+    """
+
+    task: Task
+    session: Session
+    when_scorer_fails: Fallback = "small"
+    ledger: Ledger = field(default_factory=Ledger)
+    written: list[Written] = field(default_factory=list)
+    used: int = 0
+    ended: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The solution so far."""
+        return solution_text([step.text for step in self.written])
+
+    @property
+    def finish_reason(self) -> str:
+        """How OpenAI's interface calls its end."""
+        return "stop" if self.ended in (StopReason.BOXED, StopReason.EOS) else "length"
+
+    async def steps(self, models: Models, deadline: float) -> AsyncGenerator[Written, None]:
+        """Yield the steps as they are accepted, until the solution ends or time is up.
+
+        Args:
+            models: Who writes and scores.
+            deadline: In the event loop's time. What was accepted until then is the answer.
+
+        Raises:
+            RouteFailed: No model that could go on answers, or time was up before the first step.
+        """
+        while self.ended is None:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    step, note = await self._next(models)
+            except TimeoutError:
+                self.ended = "time"
+                if not self.written:
+                    raise RouteFailed("Time was up before the first step.", 504) from None
+                return
+            self.used += step.tokens
+            self.written.append(note)
+            self.ended = step.stop_reason if step.terminal else None
+            yield note
+
+    async def _next(self, models: Models) -> tuple[Step, Written]:
+        """Return the next accepted step, and how it came about."""
+        earlier = tuple(step.text for step in self.written)
+        try:
+            proposal = await models.step(SMALL, self.task, earlier, self.used, self.ledger)
+        except Unavailable as fault:
+            return await self._without_small(models, earlier, fault)
+        try:
+            score = await models.score(self.task, [*earlier, proposal.text], self.ledger)
+        except Unavailable as fault:
+            return await self._without_scorer(models, earlier, proposal, fault)
+        action = self.session.decide(score, *_seen(proposal))
+        if action == CONTINUE_SMALL:
+            self.session.accept()
+            return proposal, self._note(proposal, SMALL, action=action, proposal=proposal, score=score)
+        return await self._escalate(models, earlier, proposal, score)
+
+    async def _escalate(
+        self, models: Models, earlier: tuple[str, ...], proposal: Step, score: float
+    ) -> tuple[Step, Written]:
+        """Let the large model write the step; keep the proposal if it does not answer or has too few tokens left."""
+        left = self.session.large_tokens_left
+        common: dict[str, Any] = {"action": ESCALATE_LARGE, "proposal": proposal, "score": score}
+        try:
+            step = await models.step(LARGE, self.task, earlier, self.used, self.ledger, most=left)
+        except Unavailable as fault:
+            self.session.accept(action=CONTINUE_SMALL)
+            return proposal, self._note(proposal, SMALL, fallback=_words(fault, "the proposal was kept"), **common)
+        if left is not None and step.tokens >= left and step.stop_reason is StopReason.LENGTH:
+            self.session.accept(action=CONTINUE_SMALL, wasted=min(step.tokens, left))
+            words = "the policy's cap on large tokens was reached, the proposal was kept"
+            return proposal, self._note(proposal, SMALL, large=step, fallback=words, **common)
+        large_score, fallback = await self._score_after(models, earlier, step)
+        self._accept_large(step, large_score)
+        return step, self._note(step, LARGE, large=step, large_score=large_score, fallback=fallback, **common)
+
+    async def _score_after(
+        self, models: Models, earlier: tuple[str, ...], step: Step
+    ) -> tuple[float | None, str | None]:
+        """Return the score of a step of the large model, which counts in later features, or what happened instead."""
+        if step.terminal:
+            return None, None
+        try:
+            return await models.score(self.task, [*earlier, step.text], self.ledger), None
+        except Unavailable as fault:
+            return None, _words(fault, "the large model's step has no score")
+
+    async def _without_small(
+        self, models: Models, earlier: tuple[str, ...], fault: Unavailable
+    ) -> tuple[Step, Written]:
+        """Let the large model write a step for which there is no proposal."""
+        try:
+            step = await models.step(LARGE, self.task, earlier, self.used, self.ledger)
+        except Unavailable as second:
+            raise RouteFailed(f"Neither model answers: {_brief(fault)}; {_brief(second)}.") from second
+        score, more = await self._score_after(models, earlier, step)
+        self._undecided(step, score, ESCALATE_LARGE)
+        words = _words(fault, "the large model wrote the step") + (f"; {more}" if more else "")
+        return step, self._note(step, LARGE, large=step, large_score=score, fallback=words)
+
+    async def _without_scorer(
+        self, models: Models, earlier: tuple[str, ...], proposal: Step, fault: Unavailable
+    ) -> tuple[Step, Written]:
+        """Do what is configured for proposals that cannot be scored."""
+        if self.when_scorer_fails == "error":
+            raise RouteFailed(f"The proposal cannot be scored: {_brief(fault)}.") from fault
+        words = _words(fault, "the proposal was kept")
+        if self.when_scorer_fails == "large":
+            try:
+                step = await models.step(LARGE, self.task, earlier, self.used, self.ledger)
+            except Unavailable as second:
+                words = _words(fault, _words(second, "the proposal was kept"))
+            else:
+                self._undecided(step, None, ESCALATE_LARGE)
+                words = _words(fault, "the large model wrote the step")
+                return step, self._note(step, LARGE, proposal=proposal, large=step, fallback=words)
+        self._undecided(proposal, None, CONTINUE_SMALL)
+        return proposal, self._note(proposal, SMALL, proposal=proposal, fallback=words)
+
+    def _undecided(self, step: Step, score: float | None, action: int) -> None:
+        """Tell the policy's session of a step that the policy did not decide about."""
+        self.session.decide(_UNSCORED if score is None else score, *_seen(step))
+        try:
+            self.session.override(action)
+        except ConfigError:  # the policy's cap is reached; the step is there all the same
+            self.session.override(CONTINUE_SMALL)
+            action = CONTINUE_SMALL
+        if action == CONTINUE_SMALL:
+            self.session.accept()
+        else:
+            self._accept_large(step, score)
+
+    def _accept_large(self, step: Step, score: float | None) -> None:
+        left, tokens = self.session.large_tokens_left, max(step.tokens, 1)
+        tokens = tokens if left is None else min(tokens, left)
+        self.session.accept(_UNSCORED if score is None else score, tokens, terminal=step.terminal)
+
+    def _note(
+        self,
+        step: Step,
+        author: str,
+        *,
+        action: int | None = None,
+        proposal: Step | None = None,
+        score: float | None = None,
+        large: Step | None = None,
+        large_score: float | None = None,
+        fallback: str | None = None,
+    ) -> Written:
+        return Written(
+            step=len(self.written) + 1,
+            author=author,
+            action=action,
+            score=score,
+            tokens=None if proposal is None else proposal.tokens,
+            large_score=large_score,
+            large_tokens=None if large is None else large.tokens,
+            fallback=fallback,
+            stop_reason=step.stop_reason.value,
+            text=step.text,
+        )
+
+    def usage(self) -> dict[str, Any]:
+        """Return what was spent, in OpenAI's shape and by model.
+
+        ``prompt_tokens`` are those of the problem's prompt, once, as the small model reads it. ``completion_tokens``
+        are all that were decoded, by either model, discarded proposals included, as OpenAI counts them.
+        ``models`` tells what each upstream has decoded and read; there a prefix counts each time that it was sent.
+        """
+        models: dict[str, dict[str, int]] = {}
+        for role in (SMALL, LARGE):
+            spent = self.ledger.roles[role]
+            accepted = sum(self._accepted(step) for step in self.written if step.author == role)
+            models[role] = {**asdict(spent), "discarded_tokens": spent.completion_tokens - accepted}
+        decoded = sum(each["completion_tokens"] for each in models.values())
+        discarded = sum(each["discarded_tokens"] for each in models.values())
+        scorer = self.ledger.roles[SCORER]
+        models[SCORER] = {"requests": scorer.requests, "prompt_tokens": scorer.prompt_tokens}
+        return {
+            "prompt_tokens": self.ledger.prompt_tokens,
+            "completion_tokens": decoded,
+            "total_tokens": self.ledger.prompt_tokens + decoded,
+            "completion_tokens_details": {"accepted_tokens": self.used, "rejected_prediction_tokens": discarded},
+            "models": models,
+        }
+
+    @property
+    def large_token_share(self) -> float:
+        """Share of the answer's tokens that the large model wrote."""
+        return sum(self._accepted(step) for step in self.written if step.author == LARGE) / max(self.used, 1)
+
+    @staticmethod
+    def _accepted(step: Written) -> int:
+        return (step.large_tokens if step.author == LARGE else step.tokens) or 0
+
+    def summary(self, *, trace: bool) -> dict[str, Any]:
+        """Return what happened, and each step of it if `trace` asks for it."""
+        summary: dict[str, Any] = {
+            "steps": len(self.written),
+            "escalations": sum(step.escalated for step in self.written),
+            "large_steps": sum(step.author == LARGE for step in self.written),
+            "large_token_share": self.large_token_share,
+            "fallbacks": [f"step {step.step}: {step.fallback}" for step in self.written if step.fallback],
+            "ended": self.ended,
+            "knob": {"name": self.session.knob.name, "value": self.session.knob.value},
+        }
+        if trace:
+            summary["trace"] = [step.plain() for step in self.written]
+        return summary
+
+
+def _seen(step: Step) -> tuple[int, bool, bool]:
+    """Return what sessions want to know of a proposal beside its score."""
+    return max(step.tokens, 1), step.terminal, has_answer(step.text)
+
+
+def _brief(fault: Unavailable) -> str:
+    """Return a fault without the upstream's own words."""
+    return f"{fault.role} ({fault.kind})"
+
+
+def _words(fault: Unavailable, instead: str) -> str:
+    return f"{_brief(fault)}: {instead}"
+
+
+__all__ = ["Fallback", "Route", "RouteFailed", "Written"]

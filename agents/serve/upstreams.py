@@ -1,0 +1,287 @@
+"""Exchanges with one upstream server: shared connections, time limits, and whether it is there.
+
+Knows neither prompts nor routing. Made for serving, where waiting is what must not happen; generating rollouts has the
+opposite needs and its own client (`rollouts.models.http`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import httpx
+
+from rollouts.config import ModelConfig
+from rollouts.errors import BackendError, ConfigError, did_you_mean
+from rollouts.models.connection import connect, retry_after, words_of
+
+T = TypeVar("T")
+_log = logging.getLogger("trim.serve")
+_CONNECT_S = 2.0
+_PROBE_S = 3.0  # longest wait for a probe, and
+_PAUSE_S = 0.5  # between two of them: together what a recovery may stay unnoticed
+_LONGEST_PATIENCE_S = 2.0  # "busy" servers that ask for longer pauses count as unavailable for this request
+_BUSY = (429, 503)
+_UNASKED = "not asked yet"
+
+
+class Unavailable(Exception):
+    """Raised when an upstream gave no usable answer to a request.
+
+    Attributes:
+        role: ``small``, ``large`` or ``scorer``.
+        kind: ``down``, ``timeout``, ``connection``, ``status``, ``busy``, ``malformed`` or ``refused``.
+    """
+
+    def __init__(self, role: str, kind: str, words: str) -> None:
+        """Say why; `words` are for the log, as they may be the upstream's own."""
+        super().__init__(f"{role}: {words}")
+        self.role, self.kind = role, kind
+
+
+class Observer(Protocol):
+    """Who is told what happens to upstreams."""
+
+    def upstream_answered(self, role: str, seconds: float) -> None:
+        """A request was answered."""
+
+    def upstream_failed(self, role: str, kind: str) -> None:
+        """An attempt failed."""
+
+    def upstream_state(self, role: str, up: bool) -> None:
+        """It was found to be there, or not."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The smallest real request: a server that answers it works.
+
+    Attributes:
+        path: Below the base URL; below the root if it begins with a slash.
+        payload: From the name that the server gives the model to the body.
+        check: What must be possible with the answer; raises as `Upstream.post` says of `parse`, or `BackendError`
+            where the server does not do what is needed.
+    """
+
+    path: str
+    payload: Callable[[str], Mapping[str, Any]]
+    check: Callable[[Any], Any]
+
+
+class _Fault(Exception):
+    def __init__(self, kind: str, words: str, *, again: bool = False, suspect: bool = True, pause: float = 0.0) -> None:
+        super().__init__(words)
+        self.kind, self.again, self.suspect, self.pause = kind, again, suspect, pause
+
+
+class Upstream:
+    """One upstream server and the connections to it, shared by all requests.
+
+    After a failed exchange it is sent the probe. If that is not answered either, the upstream is *down*: requests fail
+    at once, without waiting, while the probe is repeated until it is answered, so that a recovery is noticed within
+    about `_PROBE_S` + `_PAUSE_S` seconds. Cancelling a request closes its connection, which ends the generation there.
+
+    Attributes:
+        role: ``small``, ``large`` or ``scorer``.
+        url: Base URL without credentials.
+        model: Name that the server gives the model, once it is known.
+        window: Its window in tokens, as far as the server has told.
+        trouble: Why it counts as down; None while it is up.
+    """
+
+    def __init__(self, role: str, model: ModelConfig, probe: Probe, timeout_s: float, observer: Observer) -> None:
+        """Prepare the connections; nothing is sent before `start`.
+
+        Args:
+            role: Named in errors.
+            model: URL, key, and the names that the server may use for the model.
+            probe: The smallest real request.
+            timeout_s: Longest time of one request, seconds.
+            observer: Who is told.
+
+        Raises:
+            ConfigError: The URL is none, or the variable with the key is not set.
+        """
+        self.role = role
+        self.url, self._client, self._secrets = connect(role, model, _CONNECT_S)
+        self._root = self.url.removesuffix("/v1")
+        self._names, self._probe, self._timeout, self._observer = _names(model), probe, timeout_s, observer
+        self._slots = asyncio.Semaphore(model.concurrency)
+        self.model: str | None = None
+        self.window: int | None = None
+        self.trouble: str | None = _UNASKED
+        self._watcher: asyncio.Task[None] | None = None
+        self._tried = asyncio.Event()
+        observer.upstream_state(role, False)
+
+    @property
+    def up(self) -> bool:
+        """Whether requests are sent at all."""
+        return self.trouble is None
+
+    async def start(self) -> None:
+        """Ask once; go on asking in the background if there is no answer.
+
+        Raises:
+            ConfigError: Somebody answers, but it is not the server that is needed.
+        """
+        await self._try()
+        if not self.up:
+            self._watch()
+
+    async def close(self) -> None:
+        """Disconnect."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+        await self._client.aclose()
+
+    async def post(self, path: str, payload: Callable[[str], Mapping[str, Any]], parse: Callable[[Any], T]) -> T:
+        """Send a request and return what `parse` makes of the answer; once more if the connection broke or it was busy.
+
+        Args:
+            path: As of `Probe`.
+            payload: From the model's name to the body.
+            parse: May raise ValueError, LookupError, TypeError or BackendError for an answer that makes no sense.
+
+        Raises:
+            Unavailable: There was no usable answer, or the upstream is down.
+        """
+        async with self._slots:
+            try:
+                return await self._attempt(path, payload, parse)
+            except _Fault as fault:
+                if not fault.again:
+                    raise Unavailable(self.role, fault.kind, str(fault)) from None
+                await asyncio.sleep(fault.pause)
+            try:
+                return await self._attempt(path, payload, parse)
+            except _Fault as fault:
+                raise Unavailable(self.role, fault.kind, str(fault)) from None
+
+    async def _attempt(self, path: str, payload: Callable[[str], Mapping[str, Any]], parse: Callable[[Any], T]) -> T:
+        if self.trouble is not None or self.model is None:
+            raise Unavailable(self.role, "down", self.trouble or "its model is not known")
+        began = time.monotonic()
+        try:
+            answer = await self._exchange(path, payload(self.model), parse, self._timeout)
+        except _Fault as fault:
+            self._observer.upstream_failed(self.role, fault.kind)
+            _log.warning("%s: %s", self.role, fault)
+            if fault.suspect:
+                self._watch()
+            raise
+        self._observer.upstream_answered(self.role, time.monotonic() - began)
+        return answer
+
+    async def _exchange(self, path: str, payload: Any, parse: Callable[[Any], T], timeout: float) -> T:
+        url = f"{self._root}{path}" if path.startswith("/") else f"{self.url}/{path}"
+        try:
+            async with asyncio.timeout(timeout):
+                answer = await self._client.request("GET" if payload is None else "POST", url, json=payload)
+        except TimeoutError:
+            raise _Fault("timeout", f"no answer within {timeout:g} s") from None
+        except httpx.RequestError as error:
+            words = self._clean(f"{type(error).__name__}: {error}")
+            raise _Fault("connection", words, again=not isinstance(error, httpx.ConnectError)) from None
+        if not answer.is_success:
+            raise self._refusal(answer)
+        try:
+            return parse(answer.json())
+        except BackendError as error:
+            raise _Fault("malformed", self._clean(str(error))) from None
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            words = f"an answer that cannot be read: {answer.text[:80]!r}, {type(error).__name__}: {error}"
+            raise _Fault("malformed", self._clean(words), again=True) from None
+
+    def _refusal(self, answer: httpx.Response) -> _Fault:
+        status = answer.status_code
+        words = f"HTTP {status}: {self._clean(words_of(answer))[:300]}"
+        if status in _BUSY:
+            pause = max(retry_after(answer), 0.25)
+            patient = pause <= _LONGEST_PATIENCE_S
+            return _Fault("busy", words, again=patient, suspect=status == 503, pause=pause)
+        if 400 <= status < 500 and status not in (401, 403, 404):
+            return _Fault("refused", words, suspect=False)
+        return _Fault("status", words)
+
+    def _clean(self, words: str) -> str:
+        for secret in self._secrets:
+            words = words.replace(secret, "***")
+        return words
+
+    def _watch(self) -> None:
+        """See to it that somebody asks whether the server is there."""
+        if self._watcher is None or self._watcher.done():
+            self._watcher = asyncio.create_task(self._ask_until_up())
+
+    async def _ask_until_up(self) -> None:
+        while True:
+            try:
+                await self._try()
+            except ConfigError as error:
+                self._set(str(error))
+            self._tried.set()
+            self._tried = asyncio.Event()
+            if self.up:
+                return
+            await asyncio.sleep(_PAUSE_S)
+
+    async def check(self) -> None:
+        """Ask an upstream that counts as up whether it is; what counts as down is being asked all the time."""
+        if self.up:
+            tried = self._tried
+            self._watch()
+            await tried.wait()
+
+    async def _try(self) -> None:
+        try:
+            if self.model is None:
+                await self._identify()
+            assert self.model is not None
+            await self._exchange(self._probe.path, self._probe.payload(self.model), self._probed, _PROBE_S)
+        except _Fault as fault:
+            if fault.kind != "refused":  # else somebody is there
+                self._set(str(fault))
+                return
+        self._set(None)
+
+    def _probed(self, body: Any) -> None:
+        try:
+            self._probe.check(body)
+        except BackendError as error:
+            raise ConfigError(f"{self.role}: {self.url}: {error}") from None
+
+    async def _identify(self) -> None:
+        """Find out what the server calls the model."""
+        cards = await self._exchange("models", None, lambda body: {card["id"]: card for card in body["data"]}, _PROBE_S)
+        known = next((name for name in self._names if name in cards), None)
+        if known is None:
+            raise ConfigError(
+                f"{self.role}: {self.url} does not serve {self._names[0]!r}.{did_you_mean(self._names[0], cards)} "
+                "Start it with --served-model-name, or name its model as the server does in the models file."
+            )
+        size = cards[known].get("max_model_len")
+        self.window = size if isinstance(size, int) else None
+        self.model = known
+
+    def _set(self, trouble: str | None) -> None:
+        before, self.trouble = self.trouble, trouble
+        if (trouble is None) == (before is None) and before != _UNASKED:
+            return
+        self._observer.upstream_state(self.role, trouble is None)
+        if trouble is None:
+            _log.warning("%s: %s answers", self.role, self.url)
+        else:
+            _log.warning("%s: %s is down: %s", self.role, self.url, trouble)
+
+
+def _names(model: ModelConfig) -> list[str]:
+    """Return the names that a server may have for a model: as configured, or as its store names it."""
+    return list(dict.fromkeys((model.model, model.display_name)))

@@ -1,0 +1,151 @@
+"""An upstream that answers with recorded steps after a stated time, and misbehaves on command.
+
+    python -m benchmarks.upstream small --port 8001 --think 0.05
+
+It speaks what the router asks of vLLM: /v1/models, /v1/completions and /pooling. Steps are those that the embedded
+models wrote for the bundled rollouts; which one comes is a hash of the prompt. POST /control with {"mode": ...}
+makes it stall, answer half, answer nonsense, refuse or be slow. What was delivered is appended to --log, a line each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import zlib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import tyro
+import uvicorn
+
+from rollouts.store import Store
+
+MODES = ("ok", "stall", "half", "garbage", "wrong", "error", "busy", "slow")
+
+
+@dataclass
+class Upstream:
+    """A server of one role.
+
+    Attributes:
+        role: small, large or prm.
+        port: Port on 127.0.0.1.
+        think: Seconds until an answer.
+        name: Name of the model; default: as in the bundled rollouts.
+        tag: Token that the reward model is read at.
+        slow: Seconds more in mode slow.
+        log: File that gets a line for each answer: delivered or left, path, tokens.
+    """
+
+    role: tyro.conf.Positional[Literal["small", "large", "prm"]]
+    port: int
+    think: float = 0.05
+    name: str | None = None
+    tag: int = 0
+    slow: float = 5.0
+    log: str | None = None
+    mode: tyro.conf.Suppress[str] = "ok"
+    recorded: tyro.conf.Suppress[list[Any]] = field(default_factory=list)
+
+    def prepare(self) -> None:
+        """Read the recorded steps."""
+        self.name = self.name or f"tinymath-{self.role}"
+        self._sink = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT) if self.log else None
+        if self.role != "prm":
+            table = next(iter(Store("quickstart").steps.read(columns=["role", "text", "tokens", "stop_reason"])))
+            rows = table.slice(0, 20_000).to_pylist()
+            self.recorded = [row for row in rows if row["role"] == self.role][:2000]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer one request."""
+        body = b""
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        path = scope["path"]
+        if path == "/control":
+            self.mode = json.loads(body)["mode"]
+            await _reply(send, 200, b"{}")
+            return
+        answer = self._answer(path, json.loads(body) if body else None)
+        left = asyncio.create_task(_left(receive))
+        try:
+            await self._serve(path, answer, send, left)
+        finally:
+            left.cancel()
+
+    async def _serve(self, path: str, answer: tuple[dict[str, Any], int], send: Any, left: asyncio.Task[None]) -> None:
+        content, tokens = answer
+        raw = json.dumps(content).encode()
+        delay = 0.0 if path == "/v1/models" else self.think + self.slow * (self.mode == "slow")
+        if self.mode == "half":
+            await _reply(send, 200, raw, upto=len(raw) // 2)
+        if self.mode in ("stall", "half"):
+            delay = 3600.0
+        done, _ = await asyncio.wait({left}, timeout=delay)
+        if done:
+            self._note(f"left {path} {tokens}")
+            return
+        if self.mode in ("error", "busy"):
+            await _reply(send, 503 if self.mode == "busy" else 500, b'{"error": {"message": "asked to fail"}}')
+        elif self.mode == "garbage":
+            await _reply(send, 200, b'{"choices": [\xff')
+        elif self.mode == "wrong":
+            await _reply(send, 200, b'{"choices": [], "data": [{"data": [[0.2, 3.0]]}]}')
+        else:
+            await _reply(send, 200, raw)
+            self._note(f"delivered {path} {tokens}")
+
+    def _answer(self, path: str, body: Any) -> tuple[dict[str, Any], int]:
+        if path == "/v1/models":
+            return {"object": "list", "data": [{"id": self.name, "object": "model", "max_model_len": 1024}]}, 0
+        if path == "/pooling":
+            ids = body["input"]
+            seen = [
+                zlib.crc32(bytes(str(ids[: place + 1]), "ascii")) for place, each in enumerate(ids) if each == self.tag
+            ]
+            rows = [[1 - value % 1000 / 1000, value % 1000 / 1000] for value in seen]
+            return {"data": [{"data": rows}]}, len(ids)
+        place = zlib.crc32(bytes(f"{self.role} {body['prompt']}", "ascii"))
+        row = self.recorded[place % len(self.recorded)]
+        delimiter = row["stop_reason"] == "delimiter"
+        tokens = row["tokens"]
+        choice = {
+            "index": 0,
+            "text": row["text"],
+            "finish_reason": "stop",
+            "stop_reason": "\n\n" if delimiter else None,
+            "token_ids": [5] * tokens,
+        }
+        probe = body["max_tokens"] == 1
+        if tokens > body["max_tokens"]:
+            tokens = body["max_tokens"]
+            cut = {"text": "1" * tokens, "finish_reason": "length", "stop_reason": None, "token_ids": [5] * tokens}
+            choice = {**choice, **cut}
+        return {"choices": [choice], "usage": {"completion_tokens": tokens}}, 0 if probe else tokens
+
+    def _note(self, line: str) -> None:
+        if self._sink is not None:
+            os.write(self._sink, f"{line}\n".encode())
+
+
+async def _reply(send: Any, status: int, body: bytes, upto: int | None = None) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body[:upto], "more_body": upto is not None})
+
+
+async def _left(receive: Any) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+if __name__ == "__main__":
+    upstream = tyro.cli(Upstream, description=__doc__)
+    upstream.prepare()
+    uvicorn.run(upstream, host="127.0.0.1", port=upstream.port, log_level="error", access_log=False, lifespan="off")
