@@ -13,13 +13,15 @@ from typing import Any
 from agents import tracking
 from agents.pomdp.fit import price_of
 from agents.ppo import PPOSettings
+from agents.tree_gradient import TreeSettings
 from rollouts.errors import ConfigError, did_you_mean
 from trim_env.episodes import checked_lam, checked_range
 from trim_env.features import DEFAULT_SCHEMA
 from trim_env.reward import cost_model
 from trim_env.tables import checked_token_cap
 
-AGENTS = ("ppo-agg", "pomdp", "threshold")
+AGENTS = ("ppo-agg", "tree-agg", "pomdp", "threshold")
+LEARNED = ("ppo-agg", "tree-agg")
 _PACKAGES = ("trim-routing", "numpy", "torch", "stable-baselines3", "gymnasium", "wandb")
 
 
@@ -29,13 +31,14 @@ class TrainConfig:
 
     Attributes:
         rollouts: Path of a rollout store, or the name of a bundled one.
-        agent: ``ppo-agg`` (TRIM-Agg), ``pomdp`` (TRIM-POMDP) or ``threshold`` (TRIM-Thr, the best threshold for each
-            λ).
+        agent: ``ppo-agg`` (TRIM-Agg), ``tree-agg`` (the same policy, by the exact gradient on complete trees),
+            ``pomdp`` (TRIM-POMDP) or ``threshold`` (TRIM-Thr, the best threshold for each λ).
         lam: λ, reward lost per unit of cost; several make a sweep. Left out: six values that span the trade-off
             between the two models, computed from the rollouts.
         lam_range: Two values: one policy is trained for every λ between them, which it is told.
         budget: Share of always-large's cost to be spent in expectation, for example 0.2: after the training the setting
-            that meets it is chosen, or two are mixed. Without --lam, ppo-agg then trains one policy for a range of λ.
+            that meets it is chosen, or two are mixed. Without --lam, ppo-agg and tree-agg then train one policy for a
+            range of λ.
         accuracy: Accuracy to be reached in expectation, at the least cost; likewise.
         schema: Feature schema: agg, agg+prod or agg+.
         cost: Cost model: decode-only, prefill-20, prefill-full:PRICE or prices:large_out=15,...
@@ -48,7 +51,8 @@ class TrainConfig:
         attempts: Most trainings for one λ: a router that collapsed or is beaten is trained again.
         out: Folder of the run; it must not exist yet. Default: a new one below runs/.
         tracking: ``wandb`` (offline unless you are logged in) or ``none``.
-        ppo: Settings of the learner.
+        ppo: Settings of the learner of ppo-agg.
+        tree: Settings of the learner of tree-agg.
     """
 
     rollouts: str = "quickstart"
@@ -68,6 +72,12 @@ class TrainConfig:
     out: Path | None = None
     tracking: str = "wandb"
     ppo: PPOSettings = field(default_factory=PPOSettings)
+    tree: TreeSettings = field(default_factory=TreeSettings)
+
+    @property
+    def learner(self) -> PPOSettings | TreeSettings:
+        """Settings of the agent's learner."""
+        return self.tree if self.agent == "tree-agg" else self.ppo
 
 
 def check(config: TrainConfig) -> None:
@@ -88,8 +98,8 @@ def check(config: TrainConfig) -> None:
             raise ConfigError(f"--{name} is {value:g}, expected a share above 0 and at most 1.")
     if config.lam_range is not None:
         checked_range(config.lam_range)
-        if config.lam or config.agent != "ppo-agg":
-            raise ConfigError("--lam-range trains one ppo-agg policy for all λ in it; leave out --lam.")
+        if config.lam or config.agent not in LEARNED:
+            raise ConfigError("--lam-range trains one ppo-agg or tree-agg policy for all λ in it; leave out --lam.")
     if len(set(config.lam)) != len(config.lam):
         raise ConfigError(f"--lam names a value twice: {' '.join(f'{lam:g}' for lam in config.lam)}.")
     if config.attempts < 1:
@@ -134,5 +144,6 @@ def from_plain(plain: Mapping[str, Any], folder: Path) -> TrainConfig:
             "lam_range": _pair(plain["lam_range"]),
             "out": folder,
             "ppo": PPOSettings(**plain["ppo"]),
+            "tree": TreeSettings(**plain["tree"]),
         }
     )

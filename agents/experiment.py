@@ -29,6 +29,7 @@ from agents.policy import ConditionedMLP, at
 from agents.pomdp.fit import estimate, price_of
 from agents.targets import budgets, meet_target
 from agents.trainer import Record, Result, Training, Validation, checked_at
+from agents.tree_gradient import check_complete
 from rollouts.compiling import compile_store
 from rollouts.errors import ConfigError, StoreError
 from rollouts.tree import Trees
@@ -83,6 +84,8 @@ def train(config: TrainConfig, listener: Listener | None = None) -> Trained:
     trees = _compile(config, listener)
     config = _with_lams(config, trees)
     validation = _validation(config, trees)  # fails now, if it must, and not after the folder was made
+    if config.agent == "tree-agg":
+        check_complete(validation.choice)
     folder = config.out or settings.new_folder(config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: exists already; nothing was overwritten. Choose another --out, or --resume it.")
@@ -128,7 +131,7 @@ def _with_lams(config: TrainConfig, trees: Trees) -> TrainConfig:
     if config.lam or config.lam_range:
         return config
     lams = automatic_lams(trees, config)
-    if config.agent == "ppo-agg" and (config.budget is not None or config.accuracy is not None):
+    if config.agent in settings.LEARNED and (config.budget is not None or config.accuracy is not None):
         return replace(config, lam_range=(lams[0], lams[-1]))
     return replace(config, lam=lams)
 
@@ -258,7 +261,7 @@ def _train_one(
         tables,
         validation,
         lam,
-        config.ppo,
+        config.learner,
         config.seed,
         attempts=config.attempts,
         checkpoint=place / "checkpoint.pt",

@@ -16,6 +16,7 @@ from agents.evaluation.uncertainty import resample_weights
 from agents.health import Health, Reference, assess
 from agents.policy import MLP, ConditionedMLP, at
 from agents.ppo import PPOAgg, PPOSettings, load_checkpoint, save_checkpoint
+from agents.tree_gradient import TreeAgg, TreeSettings
 from agents.validation import Baselines, Candidates, halves
 from rollouts.tree import Trees
 from trim_env.episodes import Lam
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
 
 Record = dict[str, float]
 Trainable = MLP | ConditionedMLP
+Settings = PPOSettings | TreeSettings
+
+
+def learner(
+    tables: DecisionTables, lam: Lam, settings: Settings, seed: int, outputs: Sequence[KVWriter] = ()
+) -> PPOAgg | TreeAgg:
+    """Return the learner that the settings belong to."""
+    if isinstance(settings, TreeSettings):
+        return TreeAgg(tables, lam, settings, seed, outputs)
+    return PPOAgg(tables, lam, settings, seed, outputs)
 
 
 class Validation:
@@ -94,7 +105,7 @@ class Result:
         return all(health.fine for health in self.health.values())
 
 
-def remedy(settings: PPOSettings, attempt: int) -> PPOSettings:
+def remedy(settings: Settings, attempt: int) -> Settings:
     """Return the settings of an attempt, from 0: the first as asked for, then more exploration and a slower λ."""
     if attempt == 0:
         return settings
@@ -126,7 +137,7 @@ class Training:
         tables: DecisionTables,
         validation: Validation,
         lam: Lam,
-        settings: PPOSettings,
+        settings: Settings,
         seed: int,
         *,
         attempts: int = 3,
@@ -147,7 +158,7 @@ class Training:
 
     def _begin(self, attempt: int) -> None:
         self.attempt = attempt
-        self.learner = PPOAgg(
+        self.learner = learner(
             self.tables, self.lam, remedy(self.settings, attempt), self.seed + 1000 * attempt, self.outputs
         )
         if attempt:
@@ -218,7 +229,7 @@ class Training:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.attempt = int(state["attempt"])
-        self.learner = PPOAgg(
+        self.learner = learner(
             self.tables, self.lam, remedy(self.settings, self.attempt), self.seed + 1000 * self.attempt, self.outputs
         )
         self.learner.restore(state["learner"])

@@ -33,6 +33,19 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
+def check_complete(tables: DecisionTables) -> None:
+    """Raise `ConfigError` where what is allowed at a node depends on how it was reached."""
+    if tables.max_escalations is not None:
+        raise ConfigError(
+            f"The exact tree gradient needs complete trees; these are cut at {tables.max_escalations} escalations. "
+            "Train ppo-agg, or generate without --max-escalations."
+        )
+    if tables.max_large_tokens is not None:
+        raise ConfigError(
+            f"The exact tree gradient knows no cap on large tokens ({tables.max_large_tokens}). Train ppo-agg."
+        )
+
+
 class Forest:
     """The nodes of some complete trees, level by level, for passes in both directions.
 
@@ -52,11 +65,7 @@ class Forest:
         Raises:
             ConfigError: Escalations are capped, or proposals are missing: the trees are not complete.
         """
-        if tables.max_escalations is not None:
-            raise ConfigError(
-                f"The exact tree gradient needs complete trees; these are cut at {tables.max_escalations} escalations. "
-                "Train ppo-agg, or generate without --max-escalations."
-            )
+        check_complete(tables)
         trees = tables.trees
         inside = np.flatnonzero(np.isin(trees.tree, indices))
         depth = trees.depth[inside]

@@ -8,6 +8,7 @@ from made_trees import telling
 from scripted_store import scripted_store
 
 from agents.evaluation.run import by_problem, run, run_trees
+from agents.experiment import Listener, TrainConfig, resume, train
 from agents.oracle import tree_oracle
 from agents.policy import MLP, ConditionedMLP
 from agents.tree_gradient import Forest, TreeAgg, TreeSettings
@@ -125,7 +126,41 @@ def test_a_warm_start_decides_as_it_was_shown(tables):
     assert (learner.router().probability(tables.features[rows]) == wanted).mean() > 0.95
 
 
-def test_bounded_trees_are_refused(tmp_path):
-    trees = compile_store(scripted_store(tmp_path / "s", 12, max_escalations=2), cache=False)
+def test_bounded_trees_are_refused(tmp_path, trees):
+    cut = compile_store(scripted_store(tmp_path / "s", 12, max_escalations=2), cache=False)
     with pytest.raises(ConfigError, match="needs complete trees; these are cut at 2 escalations"):
-        TreeAgg(decision_tables(trees, "train"), LAM, SMALL, seed=0)
+        TreeAgg(decision_tables(cut, "train"), LAM, SMALL, seed=0)
+    with pytest.raises(ConfigError, match="knows no cap on large tokens"):
+        TreeAgg(decision_tables(trees, "train", max_large_tokens=5), LAM, SMALL, seed=0)
+
+
+def test_train_py_trains_it_and_resumes_it(tmp_path):
+    store = scripted_store(tmp_path / "s", 60).path
+    whole, parts = (
+        TrainConfig(
+            rollouts=str(store),
+            agent="tree-agg",
+            lam=(LAM,),
+            tree=SMALL,
+            tracking="none",
+            attempts=1,
+            out=tmp_path / name,
+        )
+        for name in ("whole", "parts")
+    )
+    trained = train(whole)
+    assert trained.routers[LAM].name == "tree-agg"
+
+    class Stop(Listener):
+        def iteration(self, lam, training, record):
+            if record["step"] == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(parts, Stop())
+    resumed = resume(tmp_path / "parts")
+    for name, values in trained.routers[LAM].weights.items():
+        np.testing.assert_array_equal(values, resumed.routers[LAM].weights[name])
+    with pytest.raises(ConfigError, match="needs complete trees"):
+        train(replace(whole, max_escalations=1, out=tmp_path / "cut"))
+    assert not (tmp_path / "cut").exists()
