@@ -132,6 +132,13 @@ class Policy:
         return (self.router.low, self.router.high) if isinstance(self.router, ConditionedMLP) else None
 
     @property
+    def setting(self) -> str:
+        """The knob, or its range, for people to read."""
+        if isinstance(self.router, ConditionedMLP):
+            return f"lam={self.router.low:g}..{self.router.high:g}"
+        return str(self.router.knob)
+
+    @property
     def default_lam(self) -> float | None:
         """λ of sessions that name neither λ nor budget; None if they must."""
         lam: float | None = self.about.get("default_lam")

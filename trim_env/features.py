@@ -98,13 +98,16 @@ class Schema:
         values = np.empty((len(seen.score), len(self.columns)), np.float32)
         for place, column in enumerate(self.columns):
             values[:, place] = column.compute(seen, max_steps)
-        return np.minimum(np.maximum(values, low, out=values), high, out=values)
+        np.maximum(values, low, out=values)
+        np.minimum(values, high, out=values)
+        return values
 
 
 def logit(score: Floats) -> Floats:
     """Return the log-odds of clipped scores, divided by 3: about -3 to 3."""
     clipped = np.minimum(np.maximum(np.asarray(score, np.float64), _CLIP), 1 - _CLIP)
-    return np.log(clipped / (1 - clipped)) / 3
+    result: Floats = np.log(clipped / (1 - clipped)) / 3
+    return result
 
 
 _LOGIT_BOUND = float(logit(np.array(1.0)))

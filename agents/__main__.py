@@ -1,0 +1,62 @@
+"""The command line of routers: ``python -m agents export RUN --out DIR`` and ``python -m agents serve DIR``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import NamedTuple
+
+from rollouts.errors import TrimError, did_you_mean
+
+
+class Command(NamedTuple):
+    """A command; its module is imported when it is called, and has ``run(config) -> int``.
+
+    Attributes:
+        module: The module.
+        config: The name of its settings' class.
+        help: What it does.
+    """
+
+    module: str
+    config: str
+    help: str
+
+
+COMMANDS = {
+    "export": Command("agents.export", "ExportConfig", "write portable artefacts of the routers of a run"),
+    "serve": Command("agents.serve.command", "ServeConfig", "serve routers over HTTP"),
+}
+
+
+def usage() -> str:
+    """Return what the command line offers."""
+    lines = [f"  {name:8}{command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: python -m agents COMMAND ...", "", *lines, "", "COMMAND --help tells its settings."])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; a user's mistake is one line on stderr and exit code 2, an interrupt exit code 130."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    try:
+        if name not in COMMANDS:
+            print(f"error: Unknown command {name!r}.{did_you_mean(name, COMMANDS)}", file=sys.stderr)
+            return 2
+        command = COMMANDS[name]
+        import tyro
+
+        module = importlib.import_module(command.module)
+        config = tyro.cli(getattr(module, command.config), prog=f"python -m agents {name}", args=rest)
+        return int(module.run(config))
+    except TrimError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
