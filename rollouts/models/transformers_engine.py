@@ -20,7 +20,9 @@ from rollouts.models.base import (
     Sampling,
 )
 from rollouts.models.transformers_load import PADDED_TOKENS, describe, groups, load, pad_right, refuse, window
+from rollouts.models.transformers_packing import logprobs, packs
 
+PACKED_TOKENS = 2048  # of one pass over sequences that begin alike: its mask has the square of them
 _LOGITS = 2**27  # most logits that are in memory at once
 
 
@@ -247,21 +249,22 @@ class TransformersGenerator:
         return "length" if len(row.ids) >= row.limit else None
 
     def _score(self) -> None:
-        """Answer the log-probability requests that fit into one forward pass."""
-        import torch
+        """Answer the log-probability requests that fit into one forward pass, those that begin alike together."""
+        self._scoring.sort(key=lambda item: item[1].ids)
+        sequences = [request.ids for _, request in self._scoring]
+        pack = next(packs(sequences, self._packed(max(map(len, sequences)))))
+        taken = [self._scoring[member] for member in pack.members]
+        self._scoring = self._scoring[len(taken) :]
+        values = logprobs(self._model, pack, [request.start for _, request in taken])
+        self._finished += [(key, each) for (key, _), each in zip(taken, values, strict=True)]
 
-        self._scoring.sort(key=lambda item: len(item[1].ids))
-        lengths = [len(request.ids) for _, request in self._scoring]
-        group = next(groups(lengths, min(PADDED_TOKENS, _LOGITS // self._vocabulary), self._max_batch))
-        taken, self._scoring = self._scoring[group], self._scoring[group.stop :]
-        ids, _ = pad_right([request.ids for _, request in taken], self._model.device)
-        first = min(request.start for _, request in taken)
-        keep = torch.arange(first - 1, ids.shape[1] - 1, device=ids.device)
-        logits = self._model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        chosen = logits.gather(2, ids[:, first:, None]).squeeze(2) - logits.logsumexp(2)
-        for (key, request), values in zip(taken, chosen.tolist(), strict=True):
-            self._finished.append((key, values[request.start - first : len(request.ids) - first]))
+    def _packed(self, longest: int) -> int:
+        """Return how many tokens a pass may have: 1 where a window of attention would cut paths off."""
+        config = self._model.config.get_text_config()
+        sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        if sliding and longest > (getattr(config, "sliding_window", None) or longest):
+            return 1
+        return max(1, min(PACKED_TOKENS, _LOGITS // self._vocabulary))
 
 
 def _stop_end(text: str, new: int, stop: tuple[str, ...]) -> int | None:

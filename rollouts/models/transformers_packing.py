@@ -1,0 +1,112 @@
+"""Log-probabilities of many sequences that begin alike, each shared token computed once.
+
+The paths of a rollout tree share their prefixes: 543 solutions of 24 problems had 239,000 tokens, 85,000 distinct ones.
+Sequences are packed as a tree into one forward pass whose attention mask lets every token see its own prefix only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """A tree of T tokens.
+
+    Attributes:
+        ids: (T,) token ids, every token after those that it follows.
+        positions: (T,) position of each in its sequences.
+        sees: (T, T) bool: whether the row's token may see the column's.
+        paths: For each sequence, the places of its tokens in `ids`.
+        members: Which of the given sequences they are.
+    """
+
+    ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    sees: NDArray[np.bool_]
+    paths: list[NDArray[np.int64]]
+    members: list[int]
+
+
+def packs(sequences: Sequence[tuple[int, ...]], most: int) -> Iterator[Pack]:
+    """Pack sequences into trees of at most `most` tokens; a longer sequence gets a tree of its own."""
+    order = sorted(range(len(sequences)), key=sequences.__getitem__)
+    begin = 0
+    while begin < len(order):
+        tokens, end = 0, begin
+        while end < len(order):
+            shared = 0 if end == begin else _common(sequences[order[end - 1]], sequences[order[end]])
+            if end > begin and tokens + len(sequences[order[end]]) - shared > most:
+                break
+            tokens += len(sequences[order[end]]) - shared
+            end += 1
+        yield _pack(sequences, order[begin:end], tokens)
+        begin = end
+
+
+def _pack(sequences: Sequence[tuple[int, ...]], members: list[int], tokens: int) -> Pack:
+    ids, positions = np.empty(tokens, np.int64), np.empty(tokens, np.int64)
+    sees = np.zeros((tokens, tokens), np.bool_)
+    paths: list[NDArray[np.int64]] = []
+    used = 0
+    for number, member in enumerate(members):
+        own = sequences[member]
+        shared = _common(sequences[members[number - 1]], own) if number else 0
+        fresh = np.arange(used, used + len(own) - shared)
+        path = np.concatenate([paths[-1][:shared], fresh]) if number else fresh
+        ids[fresh], positions[fresh] = own[shared:], np.arange(shared, len(own))
+        sees[np.ix_(fresh, path[:shared])] = True
+        sees[np.ix_(fresh, fresh)] = np.tri(len(fresh), dtype=np.bool_)
+        paths.append(path)
+        used += len(fresh)
+    return Pack(ids, positions, sees, paths, members)
+
+
+def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """Return how many tokens two sequences begin with alike."""
+    length = min(len(one), len(other))
+    different = np.flatnonzero(np.array(one[:length]) != np.array(other[:length]))
+    return int(different[0]) if len(different) else length
+
+
+def logprobs(model: Any, pack: Pack, starts: Sequence[int]) -> list[list[float]]:
+    """Return, for each sequence of a pack, the log-probabilities of its tokens from a start on.
+
+    Args:
+        model: A causal language model of transformers.
+        pack: The sequences.
+        starts: For each of them, the first token to be told of, at least 1.
+    """
+    spans = [path[start - 1 :] for path, start in zip(pack.paths, starts, strict=True)]
+    before, after = (np.concatenate([span[part] for span in spans]) for part in (slice(-1), slice(1, None)))
+    values = _of_pairs(model, pack, before, after)
+    ends = np.cumsum([len(span) - 1 for span in spans])
+    return [own.tolist() for own in np.split(values, ends[:-1])]
+
+
+def _of_pairs(model: Any, pack: Pack, before: NDArray[np.int64], after: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the log-probabilities of the tokens at n places, each after the token at another place; one pass."""
+    import torch
+
+    if not len(before):
+        return np.empty(0)
+    device = model.device
+    ids, positions = (torch.as_tensor(each, device=device)[None] for each in (pack.ids, pack.positions))
+    mask = None
+    if len(pack.paths) > 1:  # a single sequence is causal by itself
+        hidden = torch.as_tensor(~pack.sees, device=device)[None, None]
+        least = torch.finfo(model.dtype).min
+        mask = torch.zeros(hidden.shape, dtype=model.dtype, device=device).masked_fill_(hidden, least)
+    keep, place = torch.unique(torch.as_tensor(before, device=device), return_inverse=True)
+    logits = model(
+        input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False, logits_to_keep=keep
+    ).logits[0]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    values = logits[place, ids[0][torch.as_tensor(after, device=device)]] - logits.logsumexp(1)[place]
+    result: NDArray[np.float64] = values.double().cpu().numpy()
+    return result
