@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from agents.base import AnyRouter, Constant, Knob, Mixture, RandomRate, Threshold, told_cap
 from agents.policy import MLP, ConditionedMLP
 from agents.pomdp.router import PomdpRouter
+from agents.seq_policy import SeqPolicy
 from rollouts.errors import ArtefactError, ConfigError, did_you_mean
 
 FORMAT = "trim-policy"
@@ -38,7 +39,8 @@ class Artefact:
     Attributes:
         router: The router, or one for a whole range of λ.
         about: Where it comes from: models, scorer, rollouts hash, cost model, cap, metrics, package version.
-        kind: How it is stored: ``mlp``, ``mlp-lam``, ``threshold``, ``constant``, ``random``, ``pomdp``, ``mixture``.
+        kind: How it is stored: ``mlp``, ``mlp-lam``, ``seq``, ``threshold``, ``constant``, ``random``, ``pomdp``,
+            ``mixture``.
     """
 
     router: Storable
@@ -105,12 +107,14 @@ class _Kind:
         plain: Its own entries of ``policy.json``.
         build: Back from what is stored; raises KeyError, TypeError, ValueError or ConfigError if it is damaged.
         network: Whether it has ``weights``, float32 arrays, which go into ``policy.safetensors``.
+        graph: Whether it has an ONNX form (`agents.graph`).
     """
 
     router: type
     plain: Callable[[Any], dict[str, Any]]
     build: Callable[[_Stored], Storable]
     network: bool = False
+    graph: bool = False
 
 
 def _describe_network(router: Any) -> dict[str, Any]:
@@ -131,6 +135,11 @@ def _build_network(stored: _Stored) -> Storable:
     return router
 
 
+def _build_sequence(stored: _Stored) -> Storable:
+    heads = int(stored.described["heads"])
+    return SeqPolicy(stored.name, stored.schema, stored.knob, stored.weights, heads, stored.told_cap)
+
+
 def _build_mixture(stored: _Stored) -> Storable:
     parts = []
     for part in _PARTS:
@@ -145,8 +154,11 @@ def _build_mixture(stored: _Stored) -> Storable:
 
 
 _KINDS: dict[str, _Kind] = {
-    "mlp": _Kind(MLP, _describe_network, _build_network, network=True),
-    "mlp-lam": _Kind(ConditionedMLP, _describe_network, _build_range, network=True),
+    "mlp": _Kind(MLP, _describe_network, _build_network, network=True, graph=True),
+    "mlp-lam": _Kind(ConditionedMLP, _describe_network, _build_range, network=True, graph=True),
+    "seq": _Kind(
+        SeqPolicy, lambda r: {"heads": r.heads, "max_large_tokens": told_cap(r)}, _build_sequence, network=True
+    ),
     "threshold": _Kind(Threshold, lambda _: {}, lambda s: Threshold(s.knob.value, s.name, s.schema)),
     "constant": _Kind(Constant, lambda _: {}, lambda s: Constant(int(s.knob.value), s.schema)),
     "random": _Kind(RandomRate, lambda _: {}, lambda s: RandomRate(s.knob.value, s.name, s.schema)),
@@ -170,10 +182,10 @@ def kind_of(router: Storable) -> str:
 
 
 def has_network(router: Storable) -> bool:
-    """Return whether a router, or a part of a mixture, is a network, which has an ONNX form."""
+    """Return whether a router, or a part of a mixture, is a network that has an ONNX form."""
     if isinstance(router, Mixture):
         return has_network(router.first) or has_network(router.second)
-    return _KINDS[kind_of(router)].network
+    return _KINDS[kind_of(router)].graph
 
 
 def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx: bool = False) -> Path:
@@ -195,7 +207,7 @@ def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx
     folder.mkdir(parents=True, exist_ok=True)
     kind, files, own = _KINDS[name], dict[str, bytes](), dict[str, Any]()
     if kind.network:
-        files = _network_files(router, onnx)
+        files = _network_files(router, onnx and kind.graph)
     if isinstance(router, Mixture):
         for part in _PARTS:
             save(getattr(router, part), folder / part, {}, onnx=onnx)

@@ -49,6 +49,11 @@ def load(folder: str | Path, runtime: str = "numpy") -> Policy:
         if below:
             raise ArtefactError(f"{folder}: no policy here, but below it; load one of {', '.join(below)}.")
     found = artefact.load(folder, runtime)
+    if runtime == "onnx" and not artefact.has_network(found.router):
+        raise ArtefactError(
+            f"{folder}: has no {artefact.ONNX}, as a router of kind {found.kind} is no network; load it with runtime "
+            "'numpy'."
+        )
     return Policy(found.router, found.about, found.kind, runtime, str(folder))
 
 
