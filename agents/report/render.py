@@ -1,0 +1,56 @@
+"""Turns the content of the page into one HTML file that asks nothing of the network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+STYLES = ("page.css",)
+SCRIPTS = ("tools.js", "curves.js", "bars.js", "tables.js", "browser.js", "main.js")
+FILE = "report.html"
+
+# Inside <script> a browser looks for "</script" and "<!--"; inside JSON all of these may be written as escapes.
+_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+
+
+def render(content: dict[str, Any]) -> str:
+    """Return the page. Text of models stays data: it is in the JSON block alone, and scripts put it in as text."""
+    styles = "\n".join(_part(name) for name in STYLES)
+    scripts = "(() => {\n'use strict';\n" + "\n".join(_part(name) for name in SCRIPTS) + "\n})();"
+    return Template(_part("page.html")).substitute(
+        style=styles,
+        style_hash=_digest(styles),
+        script=scripts,
+        script_hash=_digest(scripts),
+        data=embedded(content),
+    )
+
+
+def embedded(content: Any) -> str:
+    """Return values as JSON that is inert inside a ``<script>`` element, whatever its strings hold."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character, escape in _ESCAPES.items():
+        text = text.replace(character, escape)
+    return text
+
+
+def write(content: dict[str, Any], folder: Path) -> Path:
+    """Write the page into a folder and return the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / FILE
+    file.write_text(render(content), encoding="utf-8", errors="replace", newline="\n")
+    return file
+
+
+def _part(name: str) -> str:
+    return (files("agents.report") / "template" / name).read_text(encoding="utf-8")
+
+
+def _digest(text: str) -> str:
+    """Return a hash for the page's content security policy: what is not in the template never runs."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode()

@@ -1,0 +1,194 @@
+// Solved problems: a list to choose from, and the chosen one step by step.
+const FLAG_NAMES = { wrong: "Wrong", rescued: "Rescued", wasted: "Wasted escalations", spoiled: "Spoiled" };
+const STOPS = {
+  boxed: "the answer is in a box", eos: "the model stopped by itself", length: "a limit on tokens was reached",
+  context: "no room was left in a window", max_steps: "the last step allowed", failed: "the generation failed",
+};
+const SMALL = { name: "small model", letter: "S", className: "small" };
+const LARGE = { name: "large model", letter: "L", className: "large" };
+
+const share = (tokens, all) => (all > 0 ? percent(tokens / all, 0) : tokens > 0 ? "more than none" : "0 %");
+const rightOrWrong = (right) => el("span", { class: right ? "verdict right" : "verdict wrong" }, right ? "✓ right" : "✗ wrong");
+
+/** The steps of a run: what was accepted, by whom, and what was rejected. */
+function stepsOf(problem, run) {
+  const steps = [];
+  let at = 0;
+  for (const action of run.actions) {
+    const [small, large] = problem.nodes[at];
+    const escalated = action === "1";
+    const accepted = escalated ? large : small;
+    steps.push({ accepted, author: escalated ? LARGE : SMALL, rejected: escalated ? small : null, cut: action === "2" });
+    at = accepted.next;
+  }
+  return steps;
+}
+
+function meter(score) {
+  if (!known(score)) return null;
+  const level = score >= 0.7 ? "high" : score >= 0.3 ? "middle" : "low";
+  const fill_ = el("span", {});
+  fill_.style.width = `${100 * clamp(score, 0, 1)}%`;
+  return el("span", { class: `meter ${level}` }, el("span", { class: "sr" }, "score "), el("span", { class: "track", "aria-hidden": "true" }, fill_), score.toFixed(2));
+}
+
+const facts = (proposal) => [
+  meter(proposal.score),
+  el("span", { class: "tokens" }, plural(proposal.tokens, "token")),
+  known(proposal.label) &&
+    el("span", { class: proposal.label ? "label right" : "label wrong", title: "by exact labels of steps" }, proposal.label ? "✓ step right" : "✗ step wrong"),
+];
+
+function stepItem(step, number) {
+  const { accepted, author, rejected } = step;
+  return el("li", { class: `step ${author.className}` },
+    el("div", { class: "head" },
+      el("span", { class: "author" }, el("b", { "aria-hidden": "true" }, author.letter), `${number}. ${author.name}`),
+      facts(accepted)),
+    el("div", { class: "text", dir: "auto" }, accepted.text || "(nothing)"),
+    rejected && el("details", { class: "rejected", open: true },
+      el("summary", {}, "✗ rejected: the small model's proposal"),
+      el("div", { class: "head" }, facts(rejected)),
+      el("del", { dir: "auto", class: "text" }, rejected.text || "(nothing)")),
+    step.cut && el("p", { class: "cut" }, "The large model was called and cut off by the cap on its tokens; this proposal stands."),
+  );
+}
+
+/** A strip with one block for each step: who wrote it and its score. */
+function strip(steps) {
+  return el("div", { class: "strip", "aria-hidden": "true" }, steps.map(({ accepted, author }) => {
+    const bar = el("i", {});
+    bar.style.height = `${Math.round(100 * clamp(accepted.score ?? 0, 0.04, 1))}%`;
+    return el("span", { class: author.className }, bar, author.letter);
+  }));
+}
+
+function startBrowser() {
+  const list = byId("problem-list");
+  const detail = byId("problem-detail");
+  const search = byId("problem-search");
+  const all = data.problems.map((problem, i) => i);
+  // It opens with a problem that shows something; the list itself is as it was drawn.
+  const first = data.problems.findIndex((problem) => problem.runs[chosen.index].flags.includes("rescued"));
+  const state = { filter: "all", found: all, now: Math.max(first, 0) };
+  settingSelects(byId("problem-method"), byId("problem-setting"));
+  const runOf = (problem) => problem.runs[chosen.index];
+  const textOf = data.problems.map((problem) =>
+    [problem.id, problem.question, ...problem.nodes.flat().map((each) => each?.text ?? "")].join("\n").toLowerCase());
+
+  const filters = ["all", ...Object.keys(FLAG_NAMES)].map((name) => {
+    const count = el("span", { class: "count" });
+    const button = el("button", { type: "button", "data-filter": name, "aria-pressed": "false", title: data.flags[name] ?? "" },
+      name === "all" ? "All" : FLAG_NAMES[name], " ", count);
+    button.addEventListener("click", () => {
+      state.filter = name;
+      refresh();
+    });
+    return { name, button, count };
+  });
+  byId("problem-filters").append(...filters.map((each) => each.button));
+
+  const holds = (problem, name) => name === "all" || runOf(problem).flags.includes(name);
+
+  function refresh() {
+    const kept = state.found[state.now];
+    const words = search.value.toLowerCase().trim();
+    const searched = all.filter((i) => textOf[i].includes(words));
+    state.found = searched.filter((i) => holds(data.problems[i], state.filter));
+    state.now = Math.max(state.found.indexOf(kept), 0);
+    for (const { name, button, count } of filters) {
+      count.textContent = String(searched.filter((i) => holds(data.problems[i], name)).length);
+      button.setAttribute("aria-pressed", String(name === state.filter));
+    }
+    list.replaceChildren(...state.found.map((i, place) => option(data.problems[i], place)));
+    const { trees } = data.subject;
+    const { counts } = chosen.setting;
+    const everywhere = state.filter === "all" ? "" :
+      ` In all ${plural(trees, "solution")} of the split: ${whole(counts[state.filter])} (${percent(counts[state.filter] / trees)}).`;
+    byId("problem-count").textContent =
+      `${plural(state.found.length, "problem")} of ${data.problems.length} shown.${everywhere}` +
+      (state.filter === "all" ? "" : ` ${data.flags[state.filter]}`);
+    show();
+  }
+
+  function option(problem, place) {
+    const run = runOf(problem);
+    const others = run.flags.filter((name) => name !== "wrong");
+    const item = el("div", { role: "option", id: `option-${place}`, "aria-selected": "false", "data-id": problem.id },
+      el("span", { class: "line" }, rightOrWrong(run.right), el("b", { dir: "auto" }, problem.id),
+        el("span", { class: "cost" }, share(run.large_tokens, problem.large.large_tokens))),
+      el("span", { class: "question", dir: "auto" }, problem.question.slice(0, 160)),
+      others.length > 0 && el("span", { class: "flags" }, others.map((name) => el("span", { class: `flag ${name}` }, FLAG_NAMES[name].toLowerCase()))));
+    item.addEventListener("click", () => choose(place));
+    return item;
+  }
+
+  function choose(place) {
+    if (!state.found.length) return;
+    state.now = clamp(place, 0, state.found.length - 1);
+    show();
+  }
+
+  function show() {
+    for (const item of list.children) item.setAttribute("aria-selected", "false");
+    const item = list.children[state.now];
+    if (!item) {
+      list.removeAttribute("aria-activedescendant");
+      detail.replaceChildren(el("p", { class: "empty" }, data.problems.length ? "No problem is of this kind. Choose another filter or empty the search." : "This page shows no solutions."));
+      return;
+    }
+    item.setAttribute("aria-selected", "true");
+    list.setAttribute("aria-activedescendant", item.id);
+    if (item.offsetTop < list.scrollTop) list.scrollTop = item.offsetTop;
+    const bottom = item.offsetTop + item.offsetHeight;
+    if (bottom > list.scrollTop + list.clientHeight) list.scrollTop = bottom - list.clientHeight;
+    showProblem(data.problems[state.found[state.now]]);
+  }
+
+  function showProblem(problem) {
+    const run = runOf(problem);
+    const steps = stepsOf(problem, run);
+    const escalations = steps.filter((step) => step.author === LARGE).length;
+    const last = steps.at(-1).accepted;
+    const move = (by, text, label) => el("button", { type: "button", "aria-label": label, disabled: state.now + by < 0 || state.now + by >= state.found.length,
+      onclick: () => {
+        choose(state.now + by);
+        (detail.querySelector(`[aria-label="${label}"]:not([disabled])`) ?? detail).focus({ preventScroll: true });
+      } }, text);
+    detail.replaceChildren(
+      el("div", { class: "moves" }, move(-1, "← Previous", "Previous problem (k)"), el("span", {}, `${state.now + 1} of ${state.found.length}`), move(1, "Next →", "Next problem (j)")),
+      el("h3", { dir: "auto" }, problem.id, problem.replica > 0 && el("small", {}, ` replica ${problem.replica}`)),
+      el("p", { class: "text question", dir: "auto" }, problem.question),
+      known(problem.answer) && el("p", { class: "answer" }, "Reference answer: ", el("bdi", {}, problem.answer)),
+      el("dl", { class: "facts" },
+        el("div", {}, el("dt", {}, chosen.setting.method), el("dd", {}, rightOrWrong(run.right),
+          run.flags.filter((name) => name !== "wrong").map((name) => [" ", el("span", { class: `flag ${name}` }, FLAG_NAMES[name].toLowerCase())]))),
+        el("div", {}, el("dt", {}, "Cost"), el("dd", {}, `${plural(run.large_tokens, "large token")}, `,
+          el("span", { class: "pair" }, `${share(run.large_tokens, problem.large.large_tokens)} of always-large's ${whole(problem.large.large_tokens)}`))),
+        el("div", {}, el("dt", {}, "Escalations"), el("dd", {}, `${escalations} of ${plural(steps.length, "step")}`)),
+        el("div", {}, el("dt", {}, "In the same tree"), el("dd", {}, el("span", { class: "pair" }, "always-small ", rightOrWrong(problem.small.right)), " ", el("span", { class: "pair" }, "always-large ", rightOrWrong(problem.large.right))))),
+      strip(steps),
+      el("p", { class: "strip-key", "aria-hidden": "true" }, "Height: the score of each step. S: small model, L: large model."),
+      el("ol", { class: "steps" }, steps.map((step, i) => stepItem(step, i + 1))),
+      el("p", { class: "end" }, rightOrWrong(run.right), ` It ends because ${STOPS[last.stop] ?? "of an unknown reason"}.`),
+    );
+  }
+
+  list.addEventListener("keydown", (event) => {
+    const moves = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10, Home: -1e9, End: 1e9 };
+    if (!(event.key in moves)) return;
+    event.preventDefault();
+    choose(state.now + moves[event.key]);
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea")) return;
+    if (event.key === "j" || event.key === "k") choose(state.now + (event.key === "j" ? 1 : -1));
+    if (event.key === "/") {
+      event.preventDefault();
+      search.focus();
+    }
+  });
+  search.addEventListener("input", refresh);
+  chosen.listeners.push(refresh);
+  refresh();
+}
