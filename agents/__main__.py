@@ -1,4 +1,4 @@
-"""The command line of routers: ``python -m agents export RUN --out DIR`` and ``python -m agents serve --policy DIR``."""
+"""The command line of routers: ``python -m agents export RUN --out DIR``, ``python -m agents serve --policy DIR``."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def has_network(router: Storable) -> bool:
     """Return whether a router, or a part of a mixture, is a network that has an ONNX form."""
     if isinstance(router, Mixture):
         return has_network(router.first) or has_network(router.second)
-    return _KINDS[kind_of(router)].graph
+    return any(isinstance(router, kind.router) for kind in _KINDS.values() if kind.graph)
 
 
 def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx: bool = False) -> Path:

@@ -14,6 +14,7 @@ from rollouts.errors import ConfigError
 from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE
 from trim_env.features import Seen, left_feature, schema_named
 
+_ROWS = 16  # computed at once: few enough for NumPy to multiply on one thread; waking others takes longer
 _Row = tuple[float, float, float, float, float, float, float]
 
 
@@ -198,7 +199,7 @@ def decide_together(sessions: Sequence[Session], proposals: Sequence[Proposal]) 
         groups.setdefault((id(session.router), session._max_steps), []).append(place)
     rows = _take_all(sessions, proposals)
     actions = [0] * len(sessions)
-    for places in groups.values():
+    for places in (each[i : i + _ROWS] for each in groups.values() for i in range(0, len(each), _ROWS)):
         own = [sessions[place] for place in places]
         chances = _chances(own, [rows[place] for place in places])
         for place, session, chance in zip(places, own, chances.tolist(), strict=True):
