@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,16 +12,16 @@ from typing import Any
 
 from agents import tracking
 from agents.pomdp.fit import price_of
-from agents.ppo import PPOSettings
+from agents.ppo import PPOSettings, SeqSettings
 from agents.tree_gradient import TreeSettings
 from rollouts.errors import ConfigError, did_you_mean
 from trim_env.episodes import checked_lam, checked_range
-from trim_env.features import DEFAULT_SCHEMA
+from trim_env.features import DEFAULT_SCHEMA, schema_named
 from trim_env.reward import cost_model
 from trim_env.tables import checked_token_cap
 
-AGENTS = ("ppo-agg", "tree-agg", "pomdp", "threshold")
-LEARNED = ("ppo-agg", "tree-agg")
+AGENTS = ("ppo-agg", "tree-agg", "ppo-seq", "pomdp", "threshold")
+LEARNED = ("ppo-agg", "tree-agg")  # for a range of λ, too
 _PACKAGES = ("trim-routing", "numpy", "torch", "stable-baselines3", "gymnasium", "wandb")
 
 
@@ -32,7 +32,8 @@ class TrainConfig:
     Attributes:
         rollouts: Path of a rollout store, or the name of a bundled one.
         agent: ``ppo-agg`` (TRIM-Agg), ``tree-agg`` (the same policy, by the exact gradient on complete trees),
-            ``pomdp`` (TRIM-POMDP) or ``threshold`` (TRIM-Thr, the best threshold for each λ).
+            ``ppo-seq`` (TRIM-Seq: a transformer over all steps so far), ``pomdp`` (TRIM-POMDP) or ``threshold``
+            (TRIM-Thr, the best threshold for each λ).
         lam: λ, reward lost per unit of cost; several make a sweep. Left out: six values that span the trade-off
             between the two models, computed from the rollouts.
         lam_range: Two values: one policy is trained for every λ between them, which it is told.
@@ -40,7 +41,7 @@ class TrainConfig:
             that meets it is chosen, or two are mixed. Without --lam, ppo-agg and tree-agg then train one policy for a
             range of λ.
         accuracy: Accuracy to be reached in expectation, at the least cost; likewise.
-        schema: Feature schema: agg, agg+prod or agg+.
+        schema: Feature schema: agg, agg+prod or agg+; of ppo-seq always seq.
         cost: Cost model: decode-only, prefill-20, prefill-full:PRICE or prices:large_out=15,...
         max_escalations: Cap K on escalations per solution; default: what the store supports.
         max_large_tokens: Hard cap on the large model's tokens for a problem, in training, validation and, by default,
@@ -53,6 +54,7 @@ class TrainConfig:
         tracking: ``wandb`` (offline unless you are logged in) or ``none``.
         ppo: Settings of the learner of ppo-agg.
         tree: Settings of the learner of tree-agg.
+        seq: Settings of the learner of ppo-seq.
     """
 
     rollouts: str = "quickstart"
@@ -73,11 +75,14 @@ class TrainConfig:
     tracking: str = "wandb"
     ppo: PPOSettings = field(default_factory=PPOSettings)
     tree: TreeSettings = field(default_factory=TreeSettings)
+    seq: SeqSettings = field(default_factory=SeqSettings)
 
     @property
     def learner(self) -> PPOSettings | TreeSettings:
         """Settings of the agent's learner."""
-        return self.tree if self.agent == "tree-agg" else self.ppo
+        if self.agent == "tree-agg":
+            return self.tree
+        return self.seq if self.agent == "ppo-seq" else self.ppo
 
 
 def check(config: TrainConfig) -> None:
@@ -86,6 +91,7 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"Unknown agent {config.agent!r}.{did_you_mean(config.agent, AGENTS)}")
     if config.agent == "pomdp":
         price_of(cost_model(config.cost))
+    _check_schema(config)
     checked_token_cap(config.max_large_tokens)
     tracking.check(config.tracking)
     for lam in config.lam:
@@ -104,6 +110,19 @@ def check(config: TrainConfig) -> None:
         raise ConfigError(f"--lam names a value twice: {' '.join(f'{lam:g}' for lam in config.lam)}.")
     if config.attempts < 1:
         raise ConfigError(f"--attempts is {config.attempts}, expected at least 1.")
+
+
+def _check_schema(config: TrainConfig) -> None:
+    told = bool(schema_named(config.schema).history)
+    if config.agent == "ppo-seq" and not told and config.schema != DEFAULT_SCHEMA:
+        raise ConfigError(f"--schema is {config.schema}; ppo-seq is trained on seq. Leave it out.")
+    if config.agent != "ppo-seq" and told:
+        raise ConfigError(f"--schema is {config.schema}, which is that of ppo-seq; {config.agent} sees single steps.")
+
+
+def with_schema(config: TrainConfig) -> TrainConfig:
+    """Return settings with the schema that the agent is trained on."""
+    return replace(config, schema="seq") if config.agent == "ppo-seq" else config
 
 
 def new_folder(config: TrainConfig) -> Path:
@@ -145,5 +164,6 @@ def from_plain(plain: Mapping[str, Any], folder: Path) -> TrainConfig:
             "out": folder,
             "ppo": PPOSettings(**plain["ppo"]),
             "tree": TreeSettings(**plain["tree"]),
+            "seq": SeqSettings(**plain["seq"]),
         }
     )

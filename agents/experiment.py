@@ -80,6 +80,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> Trained:
         StoreError: The rollouts cannot be used.
     """
     settings.check(config)
+    config = settings.with_schema(config)
     listener = listener or Listener()
     trees = _compile(config, listener)
     config = _with_lams(config, trees)

@@ -80,6 +80,32 @@ class PPOSettings:
         return 1.0 if iteration >= rising else self.lam_start + (1 - self.lam_start) * iteration / rising
 
 
+@dataclass(frozen=True)
+class SeqSettings(PPOSettings):
+    """Settings of the learner of TRIM-Seq (`agents.seq`): those of PPO, and the shape of its transformer.
+
+    Attributes:
+        learning_rate: At the start; it falls linearly to a tenth.
+        width: Units of a step.
+        layers: Attention blocks.
+        heads: Attention heads of each; they share the width.
+    """
+
+    learning_rate: float = 2e-3
+    width: int = 32
+    layers: int = 1
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        """Check what would otherwise fail later."""
+        super().__post_init__()
+        if min(self.width, self.layers, self.heads) < 1 or self.width % self.heads:
+            raise ConfigError(
+                f"seq.width is {self.width}, seq.layers {self.layers} and seq.heads {self.heads}, expected at least 1 "
+                "each, and a width that the heads divide."
+            )
+
+
 class PPOAgg:
     """One training of TRIM-Agg for one λ: `iterate` until `done`, then `router`.
 
@@ -109,7 +135,6 @@ class PPOAgg:
         self.iteration = 0
         self.tables = tables
         self.env = TrimVectorEnv(tables, num_envs=settings.num_envs, lam=lam)
-        width = [settings.hidden, settings.hidden]
         self.learner = PPO(
             "MlpPolicy",
             SB3VecEnv(self.env, seed),
@@ -121,12 +146,19 @@ class PPOAgg:
             gamma=1.0,
             gae_lambda=settings.gae_lambda,
             ent_coef=settings.entropy,
-            policy_kwargs={"net_arch": {"pi": width, "vf": width}, "activation_fn": torch.nn.Tanh},
+            policy_kwargs=self._network(),
             seed=seed,
             device="cpu",
         )
         self.learner.set_logger(Logger(folder=None, output_formats=list(outputs)))
         self._steps = settings.num_envs * settings.n_steps
+
+    def _network(self) -> dict[str, Any]:
+        """Return what Stable-Baselines3 is told of the network."""
+        import torch
+
+        width = [self.settings.hidden, self.settings.hidden]
+        return {"net_arch": {"pi": width, "vf": width}, "activation_fn": torch.nn.Tanh}
 
     @property
     def progress(self) -> float:
@@ -199,15 +231,13 @@ class PPOAgg:
         import torch
 
         policy = self.learner.policy
-        seen = self.tables.features[rows]
-        draw = np.random.default_rng(self.seed)
-        if isinstance(self.lam, tuple):  # imitate it whatever λ is
+        seen, draw = self.tables.observed(rows), np.random.default_rng(self.seed)
+        if self.tables.max_large_tokens is not None:  # imitate it whatever is left
+            seen = np.concatenate([seen, draw.random((len(rows), 1)).astype(np.float32)], axis=1)
+        if isinstance(self.lam, tuple):  # and whatever λ is
             low, high = self.lam
             told = lam_feature(low * (high / low) ** draw.random(len(rows)))
             seen = np.concatenate([seen, told[:, None]], axis=1)
-        if self.tables.max_large_tokens is not None:  # and whatever is left
-            left = draw.random((len(rows), 1)).astype(np.float32)
-            seen = np.insert(seen, [self.tables.schema.size], left, axis=1)
         features = torch.as_tensor(seen)
         wanted = torch.as_tensor(actions)
         generator = torch.Generator().manual_seed(self.seed)

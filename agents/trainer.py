@@ -15,7 +15,8 @@ from agents.evaluation.run import references, run
 from agents.evaluation.uncertainty import resample_weights
 from agents.health import Health, Reference, assess
 from agents.policy import MLP, ConditionedMLP, at
-from agents.ppo import PPOAgg, PPOSettings, load_checkpoint, save_checkpoint
+from agents.ppo import PPOAgg, PPOSettings, SeqSettings, load_checkpoint, save_checkpoint
+from agents.seq_policy import SeqPolicy
 from agents.tree_gradient import TreeAgg, TreeSettings
 from agents.validation import Baselines, Candidates, halves
 from rollouts.tree import Trees
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from stable_baselines3.common.logger import KVWriter
 
 Record = dict[str, float]
-Trainable = MLP | ConditionedMLP
+Trainable = MLP | ConditionedMLP | SeqPolicy
 Settings = PPOSettings | TreeSettings
 
 
@@ -36,6 +37,10 @@ def learner(
     """Return the learner that the settings belong to."""
     if isinstance(settings, TreeSettings):
         return TreeAgg(tables, lam, settings, seed, outputs)
+    if isinstance(settings, SeqSettings):
+        from agents.seq import PPOSeq
+
+        return PPOSeq(tables, lam, settings, seed, outputs)
     return PPOAgg(tables, lam, settings, seed, outputs)
 
 

@@ -58,9 +58,11 @@ class TrimEnv(gymnasium.Env[Any, Any]):
     | 2     | tokens / 300          | 0, inf    | c_t                  |
     | 3     | step / max_steps      | 0, 1      | t                    |
 
-    `agg+prod` is `agg` and, at index 4, the product of r_1..r_{t-1}. ``text:SCHEMA`` is a ``Dict`` of ``features``
-    (those of SCHEMA) and two ``Text`` entries, ``partial_solution`` and ``proposal``. With ``max_large_tokens`` M one
-    more feature follows: the share of M that is left, in [0, 1].
+    `agg+prod` is `agg` and, at index 4, the product of r_1..r_{t-1}. `seq` (TRIM-Seq) is logit(r_i) / 3 and
+    ln(c_i / 20) for every step i <= t (at index 2i - 2 and 2i - 1: the accepted ones, then the proposal), zeros up to
+    max_steps T, and at 2T, 2T + 1, 2T + 2: step / max_steps, terminal, has_answer. ``text:SCHEMA`` is a ``Dict`` of
+    ``features`` (those of SCHEMA) and two ``Text`` entries, ``partial_solution`` and ``proposal``. With
+    ``max_large_tokens`` M one more feature follows: the share of M that is left, in [0, 1].
 
     ## Starting State
     A problem of the split, in one of its replicas, drawn uniformly; no accepted steps, the first proposal scored.
@@ -137,7 +139,7 @@ class TrimEnv(gymnasium.Env[Any, Any]):
         )
         self.lam = checked_lam(lam)
         self.render_mode = render_mode
-        low, high = self.tables.schema.bounds()
+        low, high = self.tables.schema.observed_bounds(self.tables.trees.meta["max_steps"])
         if self.tables.max_large_tokens is not None:
             low, high = np.append(low, np.float32(0)), np.append(high, np.float32(1))
         features = spaces.Box(low, high, dtype=np.float32)
@@ -247,11 +249,20 @@ class TrimEnv(gymnasium.Env[Any, Any]):
 
     def _observation(self) -> Any:
         features = self.tables.features[self._last if self._node is None else self._node].copy()
+        if self.tables.schema.history:
+            features = self._with_history(features)
         if self.tables.max_large_tokens is not None:  # that of the last decision at an end, as all features
             features = np.append(features, left_feature(self._left_seen, self.tables.max_large_tokens))
         if not self._with_text:
             return features
         return {"features": features, "partial_solution": self._text, "proposal": self._proposal()}
+
+    def _with_history(self, features: Any) -> Any:
+        tables = self.tables
+        before = self._accepted[:-1] if self._node is None else self._accepted  # at an end those of the last decision
+        past = np.zeros((1, tables.trees.meta["max_steps"], tables.schema.history), np.float32)
+        past[0, : len(before)] = tables.accepted[[2 * row + action for row, action in before]]
+        return tables.schema.observed(features[None], past, np.array([len(before)]))[0]
 
     def _info(self) -> dict[str, Any]:
         trees = self.tables.trees

@@ -51,6 +51,7 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         num_envs: int,
         trees: int,
         schema: Schema,
+        max_steps: int,
         lam: Lam,
         max_escalations: int | None,
         max_large_tokens: int | None = None,
@@ -61,6 +62,7 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
             num_envs: E.
             trees: R, the number of trees that episodes are drawn from.
             schema: Feature schema.
+            max_steps: T, the most steps of an episode.
             lam: Reward per unit of cost, λ; with (low, high) every episode draws its own, log-uniformly, and sees it
                 as one more feature after those of the schema (`trim_env.features.lam_feature`).
             max_escalations: Cap K on escalations per episode; None for none.
@@ -77,7 +79,7 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         self.lam_range = checked_range(lam) if isinstance(lam, tuple) else None
         self._lam = np.full(num_envs, lam[0]) if isinstance(lam, tuple) else checked_lam(lam)
         self._share = 1.0
-        low, high = schema.bounds()
+        low, high = schema.observed_bounds(max_steps)
         if max_large_tokens is not None:
             low, high = np.append(low, np.float32(0)), np.append(high, np.float32(1))
         if self.lam_range:
@@ -87,7 +89,9 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         self.single_action_space = spaces.Discrete(2)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._trees = trees
+        self._trees, self._schema = trees, schema
+        self._past = np.zeros((num_envs, max_steps, schema.history), np.float32)
+        self._position: Array = np.zeros(num_envs, np.int64)  # accepted steps at the last observation
         self._cap, self._token_cap = max_escalations, max_large_tokens
         self._left: Array = np.full(num_envs, max_large_tokens or 0, np.int64)
         self._episode = self._seeds = np.zeros(num_envs, np.uint64)
@@ -126,10 +130,13 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         """Return the (E, d) observations where the episodes stand."""
         if self._token_cap is not None:
             self._left = self._token_cap - self._totals["large_tokens"]
+        self._position = self._totals["steps"].copy()
         return self._completed(self._observations())
 
     def _completed(self, features: Array) -> Array:
-        """Return (E, d) features with the share of large tokens left at the last observation, and λ, if they vary."""
+        """Return (E, d) features with all that they lack: history, share of large tokens left, λ, as last observed."""
+        if self._schema.history:
+            features = self._schema.observed(features, self._past, self._position)
         columns: list[Array] = [features]
         if self._token_cap is not None:
             columns.append(left_feature(self._left, self._token_cap)[:, None])
@@ -144,6 +151,7 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
             low, high = self.lam_range
             uniform = draw(seeds ^ _LAM_SALT, episode, 1 << 53) / (1 << 53)
             self._lam[which] = low * (high / low) ** uniform  # type: ignore[index]
+        self._past[which] = 0
         self._begin(which, draw(seeds, episode, self._trees))
 
     def reset(
@@ -258,6 +266,8 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         kept = {"seeds": self._seeds, "episode": self._episode, **self._totals, **self._place()}
         if self.lam_range:
             kept["lam"] = np.asarray(self._lam)
+        if self._schema.history:
+            kept["past"] = self._past
         return {name: values.copy() for name, values in kept.items()}
 
     def restore(self, state: dict[str, Array]) -> Array:
@@ -272,6 +282,8 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         self._totals = {name: state[name].copy() for name in EPISODE_INFO[2:]}
         if self.lam_range:
             self._lam = state["lam"].copy()
+        if self._schema.history:
+            self._past = state["past"].copy()
         self._go_to(state)
         self._started = True
         return self._observe()

@@ -66,16 +66,19 @@ class Schema:
     Attributes:
         name: As on the command line.
         version: Raised whenever a column changes its meaning.
-        columns: The features in order.
+        columns: The features of a decision in order.
+        history: How many of them, the first ones, observations also tell of every step that was accepted before. They
+            are functions of score and tokens alone.
     """
 
     name: str
     version: int
     columns: tuple[Feature, ...]
+    history: int = 0
 
     @property
     def size(self) -> int:
-        """Number of features, d."""
+        """Number of features of a decision, d."""
         return len(self.columns)
 
     @property
@@ -87,6 +90,35 @@ class Schema:
         """Return (d,) least and (d,) greatest values."""
         low, high = self._bounds
         return low.copy(), high.copy()
+
+    def observed_bounds(self, max_steps: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return least and greatest values of observations: `bounds`, or of the layout of `observed`."""
+        told = self.history
+        low, high = (np.concatenate([np.tile(each[:told], max_steps), each[told:]]) for each in self._bounds)
+        return (low, high) if told else self.bounds()
+
+    def accepted(self, score: NDArray[Any], tokens: NDArray[Any]) -> NDArray[np.float32]:
+        """Return (n, history) what later observations tell of accepted steps, from their (n,) scores and tokens."""
+        score, tokens, none = np.asarray(score, np.float64), np.asarray(tokens, np.float64), np.zeros(len(score))
+        return self(Seen(score, none, none, tokens, none, none, none), 1)[:, : self.history]
+
+    def observed(
+        self, features: NDArray[np.float32], past: NDArray[np.float32], position: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Return observations with the history: one step after the other, zeros behind the proposal, other features.
+
+        Args:
+            features: (n, d) features of the decisions.
+            past: (n, max_steps, history) what is told of the accepted steps; from `position` on it is not read.
+            position: (n,) number of accepted steps: where the proposal goes.
+
+        Returns:
+            (n, max_steps * history + d - history).
+        """
+        steps = np.where((np.arange(past.shape[1]) < position[:, None])[:, :, None], past, np.float32(0))
+        steps[np.arange(len(steps)), position] = features[:, : self.history]
+        flat = steps.reshape(len(steps), past.shape[1] * self.history)
+        return np.concatenate([flat, features[:, self.history :]], axis=1)
 
     @cached_property
     def _bounds(self) -> NDArray[np.float32]:
@@ -116,13 +148,18 @@ _MIN = Feature("min_score", 0, 1, lambda seen, _: seen.min_score)
 _TOKENS = Feature("tokens / 300", 0, np.inf, lambda seen, _: seen.tokens / 300)
 _STEP = Feature("step / max_steps", 0, 1, lambda seen, most: seen.step / most)
 _AGG = (_SCORE, _MIN, _TOKENS, _STEP)
-_AGG_PLUS = (
-    Feature("logit(score) / 3", -_LOGIT_BOUND, _LOGIT_BOUND, lambda seen, _: logit(seen.score)),
-    Feature("logit(min_score) / 3", -_LOGIT_BOUND, _LOGIT_BOUND, lambda seen, _: logit(seen.min_score)),
-    Feature("ln(tokens / 20)", -4, 8, lambda seen, _: np.log(np.maximum(seen.tokens, 1.0) / _TYPICAL_TOKENS)),
-    _STEP,
+_LOGIT = Feature("logit(score) / 3", -_LOGIT_BOUND, _LOGIT_BOUND, lambda seen, _: logit(seen.score))
+_LOG_TOKENS = Feature("ln(tokens / 20)", -4, 8, lambda seen, _: np.log(np.maximum(seen.tokens, 1.0) / _TYPICAL_TOKENS))
+_ENDS = (
     Feature("terminal", 0, 1, lambda seen, _: seen.terminal),
     Feature("has_answer", 0, 1, lambda seen, _: seen.has_answer),
+)
+_AGG_PLUS = (
+    _LOGIT,
+    Feature("logit(min_score) / 3", -_LOGIT_BOUND, _LOGIT_BOUND, lambda seen, _: logit(seen.min_score)),
+    _LOG_TOKENS,
+    _STEP,
+    *_ENDS,
 )
 
 SCHEMAS: dict[str, Schema] = {
@@ -131,6 +168,7 @@ SCHEMAS: dict[str, Schema] = {
         Schema("agg", 1, _AGG),
         Schema("agg+prod", 1, (*_AGG, Feature("product_score", 0, 1, lambda seen, _: seen.product_score))),
         Schema("agg+", 1, _AGG_PLUS),
+        Schema("seq", 1, (_LOGIT, _LOG_TOKENS, _STEP, *_ENDS), history=2),
     )
 }
 DEFAULT_SCHEMA = "agg+"

@@ -95,11 +95,11 @@ class LiveVectorEnv(EpisodesVectorEnv):
             self.schema = schema if isinstance(schema, Schema) else schema_named(schema)
             self.cost_model = cost if isinstance(cost, CostModel) else cost_model(cost)
             self._roots = _roots(store, split, replicas)
+            self._max_steps = int(store.manifest["process"]["limits"]["max_steps"])
             caps = checked_cap(None, max_escalations), checked_token_cap(max_large_tokens)
-            super().__init__(num_envs, len(self._roots), self.schema, lam, *caps)
+            super().__init__(num_envs, len(self._roots), self.schema, self._max_steps, lam, *caps)
             self._live = LiveTrees(store, writers, scorer, grader, labeller=labeller)
             self._memory = trees_in_memory
-            self._max_steps = int(store.manifest["process"]["limits"]["max_steps"])
             self._episodes: list[Episode] = [None] * num_envs  # type: ignore[list-item]
             self._path = np.full((num_envs, self._max_steps), -1, np.int8)
             self._broken = False
@@ -192,8 +192,18 @@ class LiveVectorEnv(EpisodesVectorEnv):
         self._live.grade()
         seen = Seen(*columns.astype(np.float32).astype(np.float64).T)  # compiled trees hold scores as float32
         self._seen = self.schema(seen, self._max_steps)
+        if self.schema.history:
+            self._remember()
         self._live.forget(self._memory, {key_of(episode.tree) for episode in self._episodes})
         return self._seen.copy()
+
+    def _remember(self) -> None:
+        """Take down the step that each running episode accepted last."""
+        going = [index for index, episode in enumerate(self._episodes) if episode.last is not None]
+        places = [(self._episodes[index].tree, *self._episodes[index].last) for index in going]  # type: ignore[misc]
+        tokens = np.array([node.accepted_tokens(role) for _, node, role in places])
+        score = np.array(self._live.score(places), np.float32)
+        self._past[going, self._totals["steps"][going] - 1] = self.schema.accepted(score, tokens)
 
     def restore(self, state: dict[str, Array]) -> Array:
         """Go on from a `state` of an environment over the same store; return the (E, d) observations."""

@@ -46,6 +46,7 @@ class DecisionTables:
         max_escalations: K: most escalations of an episode; None without a cap.
         max_large_tokens: M: most tokens that the large model decodes in an episode; None without a cap.
         features: (N, d) float32.
+        accepted: (2N, h) what later observations tell of the proposal once it is accepted, in schemas with a history.
         child: (2N,) row of the next node, -1 at an end, -2 if the proposal was not generated.
         cost: (2N,) cost of taking the proposal.
         solved: (2N,) 1 where the proposal ends a solution that is correct, else 0.
@@ -60,6 +61,7 @@ class DecisionTables:
     max_escalations: int | None
     max_large_tokens: int | None
     features: NDArray[np.float32]
+    accepted: NDArray[np.float32]
     child: NDArray[np.int64]
     cost: NDArray[np.float64]
     solved: NDArray[np.float64]
@@ -89,6 +91,21 @@ class DecisionTables:
             return Taken(place, cost, decoded, np.zeros(len(place), bool))
         paid, cut_off = cut(decoded, left)
         return Taken(place - cut_off, cost - self.cost_model.large_decode * (decoded - paid), paid, cut_off)
+
+    def observed(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return observations at (n,) nodes; where they tell a history, that of one of the paths that lead there."""
+        if not self.schema.history:
+            return self.features[rows]
+        before = np.full(self.trees.nodes, -1, np.int64)  # a proposal that leads to a node
+        leads = np.flatnonzero(self.child >= 0)
+        before[self.child[leads]] = leads
+        past = np.zeros((len(rows), self.trees.meta["max_steps"], self.schema.history), np.float32)
+        at, depth = np.asarray(rows, np.int64), np.asarray(self.trees.depth[rows], np.int64)
+        for back in range(1, int(depth.max(initial=0)) + 1):
+            on = np.flatnonzero(depth >= back)
+            past[on, depth[on] - back] = self.accepted[before[at[on]]]
+            at = np.where(depth >= back, before[at] // 2, at)
+        return self.schema.observed(self.features[rows], past, depth)
 
     def in_schema(self, name: str) -> NDArray[np.float32]:
         """Return (N, d) features of the same nodes in another schema, given by its name or ``name/version``."""
@@ -140,12 +157,19 @@ def decision_tables(
         max_escalations=checked_cap(trees.meta["max_escalations"], max_escalations),
         max_large_tokens=checked_token_cap(max_large_tokens),
         features=schema(seen_of(trees), trees.meta["max_steps"]),
+        accepted=_accepted(trees, schema),
         child=np.array(trees.child.reshape(-1), np.int64),
         cost=np.nan_to_num(model.edges(trees).reshape(-1)),
         solved=np.array(trees.correct.reshape(-1) == 1, np.float64),
         large_tokens=large.reshape(-1),
         small_tokens=small.reshape(-1),
     )
+
+
+def _accepted(trees: Trees, schema: Schema) -> NDArray[np.float32]:
+    if not schema.history:
+        return np.zeros((2 * trees.nodes, 0), np.float32)
+    return schema.accepted(np.nan_to_num(trees.score.reshape(-1)), trees.accepted_tokens.reshape(-1))
 
 
 def checked_cap(closed: int | None, wanted: int | None) -> int | None:

@@ -65,7 +65,8 @@ class TrimVectorEnv(EpisodesVectorEnv):
         )
         self._roots = self.tables.roots
         caps = self.tables.max_escalations, self.tables.max_large_tokens
-        super().__init__(num_envs, len(self._roots), self.tables.schema, lam, *caps)
+        steps = self.tables.trees.meta["max_steps"]
+        super().__init__(num_envs, len(self._roots), self.tables.schema, steps, lam, *caps)
         self._node = np.zeros(num_envs, np.int64)
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
@@ -82,6 +83,8 @@ class TrimVectorEnv(EpisodesVectorEnv):
             raise StoreError(missing(tables, place))
         solved = tables.solved.take(place)
         reward = solved - self._charged(cost)
+        if tables.schema.history:
+            self._past[np.arange(self.num_envs), self._position] = tables.accepted.take(place, axis=0)
         self._count(place - 2 * last, cost, large_tokens, tables.small_tokens.take(place), cut_off)
         self._node, done = child, child < 0
         infos = self._replace(done, solved, tables.features.take(last, axis=0)) if done.any() else {}

@@ -37,6 +37,12 @@ WANTED = {
         (-LOGIT_BOUND, -LOGIT_BOUND, math.log(1 / 20), 1, 1, 0),
         (LOGIT_BOUND, LOGIT_BOUND, 8, 1, 0, 1),  # ln(5e7) is 17.7: clipped
     ],
+    "seq": [
+        (0, 0, 1 / 8, 0, 0),
+        (math.log(9) / 3, math.log(3.75), 0.5, 1, 1),
+        (-LOGIT_BOUND, math.log(1 / 20), 1, 1, 0),
+        (LOGIT_BOUND, 8, 1, 0, 1),
+    ],
 }
 
 
