@@ -4,15 +4,15 @@ function startSummary() {
   const first = data.methods[0];
   const swept = data.methods.find((method) => method.kind === "threshold");
   const [small, large] = data.references;
-  const goal = (method) => `Cost of 80\u00a0% of the gap, ${method.name}`;
+  const goal = (method) => `80\u00a0% of the gap, ${method.name}`;
   const tile = (label, value, note) => el("div", { class: "tile" }, el("dt", {}, label), el("dd", {}, value, el("small", {}, note)));
   byId("summary").append(
     el("dl", { class: "tiles" },
       tile("Accuracy, small model alone", percent(small.accuracy[0]), range(small.accuracy)),
       tile("Accuracy, large model alone", percent(large.accuracy[0]), range(large.accuracy)),
-      tile(goal(first), percent(first.cpt_80[0]), `${range(first.cpt_80)} of always-large`),
+      tile(goal(first), percent(first.cpt_80[0]), `${range(first.cpt_80)} of always-large's cost`),
       swept && swept !== first
-        ? tile(goal(swept), percent(swept.cpt_80[0]), `${range(swept.cpt_80)} of always-large`)
+        ? tile(goal(swept), percent(swept.cpt_80[0]), `${range(swept.cpt_80)} of always-large's cost`)
         : null,
     ),
     el("ul", { class: "sentences" }, data.sentences.map((sentence) => el("li", {}, tidy(sentence)))),

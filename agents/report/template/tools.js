@@ -74,8 +74,9 @@ function table(rows, attributes = {}) {
 
 function cell(text, label, first) {
   if (first) return el("th", { scope: "row" }, text);
-  const [, value, rest] = /^([^[]*)(\[[^]*)?$/.exec(text) || [null, text, ""];
-  return el("td", { "data-label": label || "" }, el("span", {}, value.trim()), rest && el("small", {}, rest));
+  const [, value, rest = ""] = /^([^[]*)(\[[^]*)?$/.exec(text) || [null, text];
+  const unbroken = rest.replace(/\[[^\]]*\]/, (inside) => inside.replaceAll(" ", "\u00a0"));
+  return el("td", { "data-label": label || "" }, el("span", {}, value.trim()), rest && el("small", {}, unbroken));
 }
 
 const THEMES = { auto: "◐ system", light: "☀ light", dark: "☾ dark" };
