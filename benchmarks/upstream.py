@@ -1,6 +1,6 @@
 """An upstream that answers with recorded steps after a stated time, and misbehaves on command.
 
-    python -m benchmarks.upstream small --port 8001 --think 0.05
+    python -m benchmarks.upstream small --port 8001 --think 0.05 --replies FILE
 
 It speaks what the router asks of vLLM: /v1/models, /v1/completions and /pooling. Steps are those that the embedded
 models wrote for the bundled rollouts; which one comes is a hash of the prompt. POST /control with {"mode": ...}
@@ -9,53 +9,47 @@ makes it stall, answer half, answer nonsense, refuse or be slow. What was delive
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
+import threading
+import time
 import zlib
-from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import tyro
-import uvicorn
-
-from rollouts.store import Store
+from pathlib import Path
+from typing import Any
 
 MODES = ("ok", "stall", "half", "garbage", "wrong", "error", "busy", "slow")
+_SLOW_S = 5.0  # how much longer mode slow takes
 
 
-@dataclass
+def record(path: Path) -> Path:
+    """Write the steps that the embedded models wrote for the bundled rollouts, for upstreams to answer with."""
+    from rollouts.store import Store
+
+    table = next(iter(Store("quickstart").steps.read(columns=["role", "text", "tokens", "stop_reason"])))
+    rows = table.slice(0, 8_000).to_pylist()
+    path.write_text(json.dumps({role: [row for row in rows if row["role"] == role] for role in ("small", "large")}))
+    return path
+
+
 class Upstream:
-    """A server of one role.
+    """A server of one role, as an ASGI application."""
 
-    Attributes:
-        role: small, large or prm.
-        port: Port on 127.0.0.1.
-        think: Seconds until an answer.
-        name: Name of the model; default: as in the bundled rollouts.
-        tag: Token that the reward model is read at.
-        slow: Seconds more in mode slow.
-        log: File that gets a line for each answer: delivered or left, path, tokens.
-    """
+    def __init__(self, role: str, think: float, tag: int, log: str | None, replies: dict[str, Any]) -> None:
+        """Begin well-behaved.
 
-    role: tyro.conf.Positional[Literal["small", "large", "prm"]]
-    port: int
-    think: float = 0.05
-    name: str | None = None
-    tag: int = 0
-    slow: float = 5.0
-    log: str | None = None
-    mode: tyro.conf.Suppress[str] = "ok"
-    recorded: tyro.conf.Suppress[list[Any]] = field(default_factory=list)
-
-    def prepare(self) -> None:
-        """Read the recorded steps."""
-        self.name = self.name or f"tinymath-{self.role}"
-        self._sink = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT) if self.log else None
-        if self.role != "prm":
-            table = next(iter(Store("quickstart").steps.read(columns=["role", "text", "tokens", "stop_reason"])))
-            rows = table.slice(0, 20_000).to_pylist()
-            self.recorded = [row for row in rows if row["role"] == self.role][:2000]
+        Args:
+            role: small, large or prm.
+            think: Seconds until an answer.
+            tag: Token that the reward model is read at.
+            log: File that gets a line for each answer: delivered or left, path, tokens.
+            replies: As `record` wrote them.
+        """
+        self.role, self.think, self.tag, self.mode = role, think, tag, "ok"
+        self.name = f"tinymath-{role}"
+        self.recorded = replies.get(role, [])
+        self._sink = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT) if log else None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer one request."""
@@ -82,7 +76,7 @@ class Upstream:
     async def _serve(self, path: str, answer: tuple[dict[str, Any], int], send: Any, left: asyncio.Task[None]) -> None:
         content, tokens = answer
         raw = json.dumps(content).encode()
-        delay = 0.0 if path == "/v1/models" else self.think + self.slow * (self.mode == "slow")
+        delay = 0.0 if path == "/v1/models" else self.think + _SLOW_S * (self.mode == "slow")
         if self.mode == "half":
             await _reply(send, 200, raw, upto=len(raw) // 2)
         if self.mode in ("stall", "half"):
@@ -145,7 +139,29 @@ async def _left(receive: Any) -> None:
         pass
 
 
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(0)
+
+
+def main() -> None:
+    """Serve until killed."""
+    import uvicorn
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("role", choices=("small", "large", "prm"))
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--think", type=float, default=0.05, help="seconds until an answer")
+    parser.add_argument("--tag", type=int, default=0, help="token that the reward model is read at")
+    parser.add_argument("--log", help="file that gets a line for each answer")
+    parser.add_argument("--replies", type=Path, required=True, help="file with recorded steps, see `record`")
+    flags = parser.parse_args()
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    upstream = Upstream(flags.role, flags.think, flags.tag, flags.log, json.loads(flags.replies.read_text()))
+    uvicorn.run(upstream, host="127.0.0.1", port=flags.port, log_level="error", access_log=False, lifespan="off")
+
+
 if __name__ == "__main__":
-    upstream = tyro.cli(Upstream, description=__doc__)
-    upstream.prepare()
-    uvicorn.run(upstream, host="127.0.0.1", port=upstream.port, log_level="error", access_log=False, lifespan="off")
+    main()

@@ -137,8 +137,16 @@ class RewardFormat:
     The steps, without their delimiters, are each followed by the step tag, within the assistant's message.
     """
 
-    def __init__(self, tokenizer: Any, system_prompt: str | None, step_tag: str, name: str = "scorer") -> None:
-        """Check the step tag.
+    def __init__(
+        self,
+        tokenizer: Any,
+        system_prompt: str | None,
+        step_tag: str,
+        name: str = "scorer",
+        *,
+        remembered: int = _REMEMBERED,
+    ) -> None:
+        """Check the step tag; arguments as of `PromptFormat`.
 
         Raises:
             ConfigError: The tag is not one token of the tokenizer.
@@ -150,7 +158,7 @@ class RewardFormat:
         if len(ids) != 1:
             raise ConfigError(f"{name}: step tag {step_tag!r} is {len(ids)} tokens of its tokenizer, expected one.")
         self.step_tag_id: int = ids[0]
-        self._head = lru_cache(maxsize=_REMEMBERED)(self._render)
+        self._head = lru_cache(maxsize=remembered)(self._render)
         probe = self.text(_PROBE, ["One." + DELIMITER])
         self.template_hash = hashlib.blake2b(probe.encode(), digest_size=8).hexdigest()
 

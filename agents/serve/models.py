@@ -27,6 +27,7 @@ from rollouts.steps import Limits, Step, StopReason
 SCORER = "scorer"
 _SYSTEM_PROMPTS = 32  # formats of system prompts that requests bring, kept at hand
 _QUESTIONS = 256  # rendered questions kept at hand for each format
+_CHARACTERS = 16  # no text has as many of them per token
 _SMALLEST = CompletionRequest((1, 2, 3), 1, Sampling())
 
 
@@ -117,7 +118,8 @@ class Models:
                 "large: chat_only models cannot be served; the large model must continue token ids (vLLM)."
             )
         assert self.family.reward_prompts is not None
-        return self.family.reward_prompts
+        tokenizer = self.family.reward_prompts.tokenizer
+        return RewardFormat(tokenizer, config.scorer.system_prompt, config.scorer.step_tag, remembered=_QUESTIONS)
 
     def _with_system_prompt(self, role: str, system_prompt: str | None) -> PromptFormat:
         tokenizer = self.family.prompts(role).tokenizer
@@ -157,7 +159,12 @@ class Models:
         return {role: self._brought(role, system_prompt) for role in ROLES}
 
     def fits(self, formats: Mapping[str, PromptFormat], question: str, steps: Sequence[str]) -> bool:
-        """Whether a prefix leaves room for one more token in every role's window (design section 1)."""
+        """Whether a prefix leaves room for one more token in every role's window (design section 1).
+
+        A problem of very many characters is not even tokenised, which would hold up everybody else.
+        """
+        if len(question) > _CHARACTERS * max(self.window(role) for role in ROLES):
+            return False
         every: dict[str, PromptFormat | RewardFormat] = {**formats, SCORER: self._reward}
         return all(has_room(prompts, self.window(role), question, steps) for role, prompts in every.items())
 

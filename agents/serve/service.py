@@ -71,7 +71,7 @@ class Service:
             raise bad_request(str(error), "messages") from None
         if not self.models.fits(formats, question, ()):
             raise bad_request(
-                f"The problem has {len(formats[SMALL].ids(question))} tokens; the models' windows of "
+                f"The problem is too long ({len(question)} characters): the models' windows of "
                 f"{', '.join(str(self.models.window(role)) for role in ROLES)} tokens leave no room for an answer.",
                 "messages",
             )

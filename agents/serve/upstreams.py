@@ -116,7 +116,7 @@ class Upstream:
         self.window: int | None = None
         self.trouble: str | None = _UNASKED
         self._watcher: asyncio.Task[None] | None = None
-        self._tried = asyncio.Event()
+        self._tried, self._tried_at = asyncio.Event(), 0.0
         observer.upstream_state(role, False)
 
     @property
@@ -228,14 +228,14 @@ class Upstream:
             except ConfigError as error:
                 self._set(str(error))
             self._tried.set()
-            self._tried = asyncio.Event()
+            self._tried, self._tried_at = asyncio.Event(), time.monotonic()
             if self.up:
                 return
             await asyncio.sleep(_PAUSE_S)
 
     async def check(self) -> None:
         """Ask an upstream that counts as up whether it is; what counts as down is being asked all the time."""
-        if self.up:
+        if self.up and time.monotonic() - self._tried_at > _PAUSE_S:
             tried = self._tried
             self._watch()
             await tried.wait()

@@ -2,7 +2,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import Router, Upstreams, policy
+from serve_harness import Router, Upstreams, policy
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +22,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def router(upstreams: Upstreams, folder: Path) -> Iterator[Router]:
     """Timeouts are short, so that stalls cost little."""
-    running = Router(folder, upstreams.urls(), upstream_timeout=1.5)
+    running = Router(folder, upstreams.urls(), upstream_timeout=3.0)
     yield running
     running.stop()

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from agents.serve.command import ServeConfig, Server
 from rollouts.tinymath import STEP_TAG, model_dir
 
 ROOT = Path(__file__).parents[3]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.upstream import record  # noqa: E402
+
 QUESTION = "Let a=70+33, b=a+49, c=b*12. Find c."
 ABOUT = {
     "small": "tinymath-small",
@@ -47,10 +52,16 @@ def tag() -> int:
     return next(token["id"] for token in added if token["content"] == STEP_TAG)
 
 
+@cache
+def replies() -> Path:
+    """Recorded steps, in a file."""
+    return record(Path(tempfile.mkdtemp(prefix="upstreams-")) / "replies.json")
+
+
 class UpstreamProcess:
     """`benchmarks.upstream` in a process of its own, always on the same port."""
 
-    def __init__(self, role: str, think: float = 0.01) -> None:
+    def __init__(self, role: str, think: float = 0.03) -> None:
         self.role, self.think, self.port = role, think, free_port()
         self.log = Path(tempfile.mkstemp(prefix=f"upstream-{role}-", suffix=".log")[1])
         self.process: subprocess.Popen[bytes] | None = None
@@ -61,8 +72,9 @@ class UpstreamProcess:
 
     def start(self) -> None:
         arguments = [self.role, "--port", self.port, "--think", self.think, "--tag", tag(), "--log", self.log]
+        arguments += ["--replies", replies()]
         command = [sys.executable, "-m", "benchmarks.upstream", *map(str, arguments)]
-        self.process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        self.process = subprocess.Popen(command, cwd=ROOT)
 
     def wait(self) -> None:
         assert self.process is not None
@@ -100,7 +112,7 @@ class UpstreamProcess:
 class Upstreams:
     """One of each role."""
 
-    def __init__(self, think: float = 0.01) -> None:
+    def __init__(self, think: float = 0.03) -> None:
         self.small, self.large, self.prm = (UpstreamProcess(role, think) for role in ROLES)
         self.every = (self.small, self.large, self.prm)
 
@@ -162,7 +174,7 @@ class Router:
         body = {"messages": [{"role": "user", "content": question}], **more}
         return self.client.post("/v1/chat/completions", json=body)
 
-    def chats(self, count: int, clients: int = 16, **more: Any) -> list[httpx.Response]:
+    def chats(self, count: int, clients: int = 8, **more: Any) -> list[httpx.Response]:
         """Many problems at once."""
         with ThreadPoolExecutor(clients) as pool:
             questions = [f"Let a={number}+33, b=a+49. Find b." for number in range(count)]

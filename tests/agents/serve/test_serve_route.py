@@ -1,0 +1,200 @@
+"""The route of one request over scripted models: what is asked of whom, what is counted, what happens without them."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agents.base import Threshold
+from agents.deployed import Policy
+from agents.pomdp.router import PomdpRouter
+from agents.serve.models import Task
+from agents.serve.route import Route, RouteFailed
+from agents.serve.upstreams import Unavailable
+from rollouts.models.base import Sampling
+from rollouts.steps import Limits, Step, StopReason
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from made_pomdps import made_model  # noqa: E402
+
+TASK = Task("q", {}, {"small": Sampling(), "large": Sampling()}, Limits(max_steps=6))
+ON, END = StopReason.DELIMITER, StopReason.BOXED
+
+
+class Scripted:
+    """Models that write step i with known tokens and scores; a role in `down` does not answer."""
+
+    def __init__(self, scores: list[float], length: int = 4, down: tuple[str, ...] = (), slow: float = 0.0) -> None:
+        self.scores, self.length, self.down, self.slow = iter(scores), length, set(down), slow
+        self.asked: list[tuple[Any, ...]] = []
+
+    async def step(self, role: str, task: Task, steps: Any, used: int, ledger: Any, most: int | None = None) -> Step:
+        self.asked.append((role, steps, used))
+        await asyncio.sleep(self.slow)
+        if role in self.down:
+            raise Unavailable(role, "down", "secret words of the server")
+        number = len(steps) + 1
+        tokens = (10 if role == "small" else 20) + number
+        cut = most is not None and tokens > most
+        tokens = most if cut and most is not None else tokens
+        ledger.roles[role].requests += 1
+        ledger.roles[role].completion_tokens += tokens
+        reason = StopReason.LENGTH if cut else END if number == self.length else ON
+        return Step(f"{role} {number}\n\n", tokens, reason)
+
+    async def score(self, task: Task, steps: Any, ledger: Any) -> float:
+        self.asked.append(("scorer", tuple(steps)))
+        if "scorer" in self.down:
+            raise Unavailable("scorer", "timeout", "secret words of the server")
+        return next(self.scores)
+
+
+def route(models: Scripted, fallback: Any = "small", timeout: float = 60, **about: Any) -> Route:
+    policy = Policy(Threshold(0.5), {"max_steps": 6, **about})
+    going = Route(TASK, policy.session(), fallback)
+
+    async def run() -> None:
+        async for _ in going.steps(models, asyncio.get_running_loop().time() + timeout):  # type: ignore[arg-type]
+            pass
+
+    asyncio.run(run())
+    return going
+
+
+def told(going: Route) -> list[tuple[Any, ...]]:
+    return [(step.author, step.action, step.score, step.large_score) for step in going.written]
+
+
+def test_proposals_are_scored_and_bad_ones_written_anew() -> None:
+    models = Scripted([0.9, 0.2, 0.8, 0.7, 0.1])
+    done = route(models)
+    small, large = "small", "large"
+    assert told(done) == [(small, 0, 0.9, None), (large, 1, 0.2, 0.8), (small, 0, 0.7, None), (large, 1, 0.1, None)]
+    assert done.text == "small 1\n\nlarge 2\n\nsmall 3\n\nlarge 4\n\n" and done.ended == END
+    prefix = ("small 1\n\n",)
+    assert models.asked[2:6] == [
+        (small, prefix, 11),
+        ("scorer", (*prefix, "small 2\n\n")),
+        (large, prefix, 11),  # from the same prefix, without the proposal
+        ("scorer", (*prefix, "large 2\n\n")),
+    ]
+    assert models.asked[6] == (small, (*prefix, "large 2\n\n"), 33)
+    assert models.asked[-1] == (large, tuple(step.text for step in done.written[:3]), 46)  # the end is not scored
+    usage = done.usage()
+    assert usage["completion_tokens"] == (11 + 12 + 13 + 14) + (22 + 24) == 96
+    assert usage["completion_tokens_details"] == {"accepted_tokens": 70, "rejected_prediction_tokens": 26}
+    assert usage["models"]["small"]["discarded_tokens"] == 26 and usage["models"]["large"]["discarded_tokens"] == 0
+    assert done.large_token_share == 46 / 70
+    assert (done.session.escalations, done.session.large_tokens, done.session.ended) == (2, 46, True)
+
+
+def test_scores_of_large_steps_count_in_later_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    going = route(Scripted([0.9, 0.2, 0.05, 0.7, 0.6]))
+    assert going.session._least == pytest.approx(0.05)  # the accepted ones', and not the proposal's 0.2
+    assert going.session._product == pytest.approx(0.9 * 0.05 * 0.7 * 0.6)
+
+
+def test_caps_of_the_policy_bind() -> None:
+    done = route(Scripted([0.1, 0.9, 0.1, 0.1, 0.1]), max_escalations=1)
+    assert [step.author for step in done.written] == ["large", "small", "small", "small"]
+    done = route(Scripted([0.1, 0.9, 0.1, 0.1, 0.1]), max_large_tokens=30)
+    assert [(step.author, step.large_tokens) for step in done.written] == [
+        ("large", 21),
+        ("small", 9),  # cut off at what was left
+        ("small", None),
+        ("small", None),
+    ]
+    assert "cap" in str(done.written[1].fallback) and done.session.large_tokens == 30
+    assert done.usage()["models"]["large"] == {
+        "requests": 2,
+        "prompt_tokens": 0,
+        "completion_tokens": 30,
+        "discarded_tokens": 9,
+    }
+
+
+@pytest.mark.parametrize(
+    ("down", "fallback", "authors", "words"),
+    [
+        (("scorer",), "small", {"small"}, "scorer (timeout): the proposal was kept"),
+        (("scorer",), "large", {"large"}, "scorer (timeout): the large model wrote the step"),
+        (("scorer", "large"), "large", {"small"}, "scorer (timeout): large (down): the proposal was kept"),
+        (("small",), "small", {"large"}, "small (down): the large model wrote the step"),
+        (("small", "scorer"), "error", {"large"}, "small (down): the large model wrote the step"),
+        (("large",), "small", {"small"}, "large (down): the proposal was kept"),
+    ],
+)
+def test_who_writes_when_somebody_does_not_answer(down: Any, fallback: Any, authors: Any, words: str) -> None:
+    done = route(Scripted([0.1] * 9, down=down), fallback)
+    assert {step.author for step in done.written} == authors and len(done.written) == 4 and done.ended == END
+    assert all(str(step.fallback).startswith(words) for step in done.written)
+    assert len(done.summary(trace=False)["fallbacks"]) == 4 and "secret" not in str(done.summary(trace=True))
+    assert done.session.step == 5 and done.session.escalations == 4 * (authors == {"large"})
+    small, large = (done.usage()["models"][role] for role in ("small", "large"))
+    assert small["completion_tokens"] == (0 if "small" in down else 50)
+    assert large["completion_tokens"] == (90 if authors == {"large"} else 0)
+    assert small["discarded_tokens"] == (50 if authors == {"large"} and "small" not in down else 0)
+
+
+def test_a_cap_of_the_policy_does_not_stop_what_must_be_written() -> None:
+    done = route(Scripted([0.9] * 9, down=("small",)), max_escalations=1, max_large_tokens=25)
+    assert [step.author for step in done.written] == ["large"] * 4
+
+
+@pytest.mark.parametrize(
+    ("down", "fallback", "words"),
+    [
+        (("small", "large"), "small", r"Neither model answers: small \(down\); large \(down\)"),
+        (("scorer",), "error", r"cannot be scored: scorer \(timeout\)"),
+    ],
+)
+def test_what_cannot_go_on_is_an_error(down: Any, fallback: Any, words: str) -> None:
+    with pytest.raises(RouteFailed, match=words) as caught:
+        route(Scripted([0.1] * 9, down=down), fallback)
+    assert caught.value.status == 503 and "secret" not in str(caught.value)
+
+
+def test_time_is_limited_and_what_there_is_counts() -> None:
+    done = route(Scripted([0.9] * 9, length=99, slow=0.1), timeout=0.25)
+    assert done.ended == "time" and len(done.written) == 2 and done.finish_reason == "length"
+    with pytest.raises(RouteFailed, match="Time was up") as caught:
+        route(Scripted([0.9] * 9, slow=0.5), timeout=0.1)
+    assert caught.value.status == 504
+
+
+def test_the_horizon_ends_a_session_with_the_solution() -> None:
+    models = Scripted([0.9] * 9, length=99)
+
+    async def limited(*arguments: Any, **named: Any) -> Step:
+        step = await Scripted.step(models, *arguments, **named)
+        return Step(step.text, step.tokens, StopReason.MAX_STEPS) if len(arguments[2]) == 5 else step
+
+    models.step = limited  # type: ignore[method-assign]
+    done = route(models)
+    assert len(done.written) == 6 and done.session.ended and done.finish_reason == "length"
+
+
+def test_routers_with_a_memory_live_through_every_fault() -> None:
+    for down in ((), ("scorer",), ("small",), ("large",), ("small", "scorer")):
+        for fallback in ("small", "large"):
+            going = Route(TASK, Policy(_pomdp(), {"max_steps": 6}).session(), fallback)  # type: ignore[arg-type]
+
+            async def run(going: Route, models: Any) -> None:
+                async for _ in going.steps(models, asyncio.get_running_loop().time() + 60):
+                    pass
+
+            asyncio.run(run(going, Scripted([0.1, 0.9] * 9, down=down)))
+            assert len(going.written) == 4
+
+
+def _pomdp() -> PomdpRouter:
+    from agents.pomdp.router import routers
+    from agents.pomdp.solver import solve
+
+    model = made_model(steps=6)
+    return routers(model, solve(model, [1e-3]))[0]
