@@ -45,7 +45,8 @@ def place(tmp_path_factory):
     """A folder with what the README says that the user has."""
     folder = tmp_path_factory.mktemp("readme")
     with (folder / "my-problems.jsonl").open("w") as file:
-        for number, problem in enumerate(tinymath.generate_problems("validation", 16)):
+        short = sorted(tinymath.generate_problems("validation", 64), key=lambda each: len(each.question))[:16]
+        for number, problem in enumerate(short):  # short solutions: trees of language models that run on a processor
             split = "train" if number < 5 else "validation" if number < 12 else "test"
             row = {"question": problem.question, "answer": f"#### {problem.answer}", "split": split}
             file.write(json.dumps(row) + "\n")

@@ -20,7 +20,7 @@ from rollouts.store import Store
 __all__ = ["vllm_servers"]  # a fixture
 pytestmark = pytest.mark.vllm
 PROBLEMS = 60
-REPLICAS = 2
+REPLICAS = 1
 
 
 def fill(path, family, problems, writers, scorer):
