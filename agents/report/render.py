@@ -10,6 +10,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from rollouts.errors import ConfigError
+
 STYLES = ("page.css",)
 SCRIPTS = ("tools.js", "curves.js", "bars.js", "tables.js", "browser.js", "main.js")
 FILE = "report.html"
@@ -40,10 +42,19 @@ def embedded(content: Any) -> str:
 
 
 def write(content: dict[str, Any], folder: Path) -> Path:
-    """Write the page into a folder and return the file."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the page into a folder and return the file.
+
+    Raises:
+        ConfigError: It cannot be written there.
+    """
     file = folder / FILE
-    file.write_text(render(content), encoding="utf-8", errors="replace", newline="\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(render(content), encoding="utf-8", errors="replace", newline="\n")
+    except OSError as error:
+        raise ConfigError(
+            f"{file}: the page cannot be written here ({error.strerror}). Name another folder."
+        ) from error
     return file
 
 

@@ -22,7 +22,7 @@ from agents.evaluation.table import MethodSummary
 from agents.report.gather import TraceLimits, gather
 from agents.report.positions import positions
 from agents.report.reliability import reliability, scorer_reliability
-from agents.report.render import embedded, render
+from agents.report.render import embedded, render, write
 from agents.report.routers import shown_routers, spread_out
 from agents.report.traces import Traced, choose, flags, problem_record
 from agents.report.walks import CUT_OFF, Paths, follow
@@ -337,6 +337,12 @@ def test_the_page_is_whole_and_lets_nothing_else_run(page):
     assert set(re.findall(r"https?://[^\s\"']+", outside)) == {"http://www.w3.org/2000/svg"}
     assert "$data" not in outside and "$style" not in outside
     assert render(page.content) == text
+
+
+def test_a_folder_that_cannot_be_written_is_named(page, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ConfigError, match="taken/report.html: the page cannot be written here"):
+        write(page.content, tmp_path / "taken")
 
 
 def test_the_flag_writes_the_page(page, tmp_path, capsys):
