@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -91,7 +90,7 @@ class UpstreamProcess:
 
     def signal(self, number: int) -> None:
         assert self.process is not None
-        os.kill(self.process.pid, number)
+        self.process.send_signal(number)  # does nothing to the dead
 
     def kill(self) -> None:
         if self.process is not None:
