@@ -4,6 +4,8 @@
     python train.py --rollouts quickstart                      # six values of λ that span the trade-off
     python train.py --lam-range 3e-4 1e-2                      # one policy for every λ between
     python train.py --budget 0.2                               # the best use of 20 % of always-large's tokens
+    python train.py --lam 3e-3 --max-large-tokens 60           # never more than 60 large-model tokens for a problem
+    python train.py --agent ppo-seq --lam 3e-3                 # a transformer over all steps so far
     python train.py --lam 3e-3 --ppo.iterations 3 --out runs/try  # a few seconds
     python train.py --resume runs/try                          # go on where a stopped run was
 

@@ -151,7 +151,6 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
             low, high = self.lam_range
             uniform = draw(seeds ^ _LAM_SALT, episode, 1 << 53) / (1 << 53)
             self._lam[which] = low * (high / low) ** uniform  # type: ignore[index]
-        self._past[which] = 0
         self._begin(which, draw(seeds, episode, self._trees))
 
     def reset(

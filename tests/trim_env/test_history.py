@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,8 +29,9 @@ def pair(score, tokens):
 
 
 def test_observations_are_the_scores_and_tokens_of_the_path(tmp_path):
-    """Whoever wrote a step, its own score counts; its tokens are the small model's where that wrote the same text."""
-    trees, told = compile_store(finished(tmp_path / "s"), cache=False), 0
+    """Whoever wrote a step, its own score counts, and its tokens as features count accepted steps."""
+    plain, told = compile_store(finished(tmp_path / "s"), cache=False), 0
+    trees = replace(plain, accepted_tokens=plain.tokens + np.array([0, 9], np.int32))
     tables = decision_tables(trees, None, schema="seq")
     env = TrimEnv(tables)
     draw = np.random.default_rng(0)
@@ -46,11 +48,9 @@ def test_observations_are_the_scores_and_tokens_of_the_path(tmp_path):
             assert seen[2 * STEPS :] == pytest.approx(own, abs=1e-6)
             assert seen.shape == (2 * STEPS + 3,) and env.observation_space.contains(seen)
             last, action = seen, int(draw.integers(2))
-            text = [trees.proposal(row, each) for each in (0, 1)]
-            tokens = trees.tokens[row, 0 if text[0] == text[1] else action]
-            path.append(pair(float(trees.score[row, action]), int(tokens)))
+            path.append(pair(float(trees.score[row, action]), int(trees.tokens[row, action]) + 9 * action))
             seen, _, ended, _, info = env.step(action)
-            told += action and text[0] != text[1] and not ended
+            told += action and not ended
         np.testing.assert_array_equal(seen, last)  # an end repeats the last decision
     assert told > 20
 
