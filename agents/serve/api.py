@@ -9,6 +9,8 @@ import json
 import time
 import uuid
 from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -16,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rollouts.errors import did_you_mean
 from rollouts.models.base import Sampling
 
+DONE = "data: [DONE]\n\n"
 _SHOWN = 200  # characters of a wrong value that an error repeats
 # What OpenAI's clients may send and what changes nothing that this service does.
 _IGNORED = (
@@ -220,6 +223,15 @@ def parse_request(body: bytes) -> ChatRequest:
         raise ApiError(400, message, "Bad Request", param or place or None) from None
 
 
+@cache
+def fingerprint() -> str:
+    """Return what answers say of the software behind them."""
+    try:
+        return f"trim-routing-{version('trim-routing')}"
+    except PackageNotFoundError:
+        return "trim-routing"
+
+
 def new_id() -> str:
     """Return the id of an answer."""
     return f"chatcmpl-{uuid.uuid4().hex}"
@@ -253,7 +265,7 @@ def completion(
         "model": model,
         "choices": [choice],
         "service_tier": None,
-        "system_fingerprint": None,
+        "system_fingerprint": fingerprint(),
         "usage": usage,
         "trim": trim,
     }
@@ -282,16 +294,14 @@ class Chunks:
 
     def usage(self, usage: Mapping[str, Any]) -> str:
         """Return the chunk that only tells what was spent."""
-        return event({**self._common, "choices": [], "usage": usage})
+        return event({**self._common, "choices": [], "usage": usage, "system_fingerprint": fingerprint()})
 
     def _event(self, delta: Mapping[str, Any], finish_reason: str | None, **more: Any) -> str:
         choice: dict[str, Any] = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         if finish_reason is not None:
             choice["stop_reason"] = None
+            more = more if self._usage else {**more, "system_fingerprint": fingerprint()}
         return event({**self._common, "choices": [choice], **self._usage, **more})
-
-
-DONE = "data: [DONE]\n\n"
 
 
 def event(value: Mapping[str, Any]) -> str:
