@@ -148,7 +148,7 @@ def best(tables, lam, row, used=0, left=None):
     return max(values)
 
 
-@pytest.mark.parametrize("lam", [0.0, 0.01, 0.05])
+@pytest.mark.parametrize("lam", [0.0, 0.01, 0.05, -0.2])  # below 0: spending is worth it, so that the cap binds
 def test_the_oracle_keeps_to_the_cap_and_is_the_best_path(tables, lam):
     found = tree_oracle(tables, lam)
     wanted = [best(tables, lam, int(root)) for root in tables.roots]
