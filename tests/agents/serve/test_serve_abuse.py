@@ -66,7 +66,7 @@ def malformed(seed: int) -> tuple[bytes, dict[str, str]]:
     text = json.dumps(good).encode()
     number = draw.choice(["NaN", "Infinity", "-Infinity", "-1", "-0.5", "1e999", "9" * 400, '"x"', "[]", "{}", "true"])
     name = draw.choice(["temperature", "top_p", "min_p", "lam", "budget"])
-    count = draw.choice(["max_tokens", "max_completion_tokens", "seed", "n", "top_k"])
+    count = draw.choice(["max_tokens", "max_completion_tokens", "seed", "n"])
     deep = draw.randrange(500, 50_000)
     headers = {"Content-Type": "application/json"}
     kinds: list[Any] = [
@@ -174,7 +174,7 @@ def test_mistakes_are_one_line(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         cases = [
             (["--policy", str(tmp_path / "none"), *servers], "no policy here"),
-            (["--policy", str(folder)], "Give --small http://host:port/v1"),
+            (["--policy", str(folder)], "Give --prm http://host:port/v1"),
             (["--policy", str(foreign), *servers], "--models models.toml"),
             (["--policy", str(foreign), "--models", "tinymath", *servers], "was trained with small 'Qwen"),
             (["--policy", str(short), *servers], "at most 4 steps"),

@@ -23,11 +23,12 @@ def everything_works(router: Router, upstreams: Upstreams) -> Iterator[None]:
     for each in upstreams.every:
         assert each.process is not None
         each.signal(signal.SIGCONT)
-        if each.process.poll() is not None:
+        if each.process.poll() is None:
+            each.mode("ok")
+        else:
             each.start()
     for each in upstreams.every:
         each.wait()
-    upstreams.well()
     router.wait_up()
 
 
