@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import secrets
 from typing import Any
@@ -15,6 +16,7 @@ from agents.serve.api import ApiError
 
 _GUARDED = "/v1"
 _BODY_S = 10.0  # a body that takes longer is not coming
+_DRAINED_S, _DRAINED_BYTES = 2.0, 1 << 24  # of a body that is too big, before it is refused
 
 
 class Guard:
@@ -53,6 +55,7 @@ class Guard:
         told = headers.get("Content-Length", "0")
         too_big = ApiError(413, f"The request is larger than {self._most} bytes.", "Request Entity Too Large")
         if told.isdecimal() and int(told[:20]) > self._most:
+            await _drain(receive)
             raise too_big
         parts, size = [], 0
         try:
@@ -64,11 +67,23 @@ class Guard:
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > self._most:
+                        await _drain(receive, message.get("more_body", False))
                         raise too_big
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
             raise ApiError(408, f"The request's body did not come within {_BODY_S:g} s.", "Request Timeout") from None
+
+
+async def _drain(receive: Receive, more: bool = True) -> None:
+    """Read on for a while without keeping anything: who is still sending would not see the answer."""
+    left = _DRAINED_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DRAINED_S):
+            while more and left > 0:
+                message = await receive()
+                more = message["type"] == "http.request" and message.get("more_body", False)
+                left -= len(message.get("body", b""))
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
