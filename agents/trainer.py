@@ -19,7 +19,7 @@ from agents.ppo import PPOAgg, PPOSettings, SeqSettings, load_checkpoint, save_c
 from agents.seq_policy import SeqPolicy
 from agents.tree_gradient import TreeAgg, TreeSettings
 from agents.validation import Baselines, Candidates, halves
-from rollouts.tree import Trees
+from rollouts.tree import CONTINUE_SMALL, Trees
 from trim_env.episodes import Lam
 from trim_env.tables import DecisionTables
 
@@ -167,7 +167,9 @@ class Training:
             self.tables, self.lam, remedy(self.settings, attempt), self.seed + 1000 * attempt, self.outputs
         )
         if attempt:
-            rows = np.flatnonzero(np.isin(self.tables.trees.tree, self.tables.indices))
+            trees = self.tables.trees
+            decided = ~np.isnan(trees.score[:, CONTINUE_SMALL])  # on always-large's path small steps may be missing
+            rows = np.flatnonzero(np.isin(trees.tree, self.tables.indices) & decided)
             threshold = self.baselines[self.lams[len(self.lams) // 2]].threshold
             features = self.tables.in_schema(threshold.schema)[rows]
             self.learner.imitate(threshold.probability(features).astype(np.int64), rows)

@@ -259,10 +259,8 @@ def _at_lam(
 def _sentences(trained: list[str], curves: dict[str, Points], both: References, weights: Any) -> tuple[str, ...]:
     swept = next(name for name in curves if name.startswith(TRIM_THR) and name not in trained)
     pairs = [(name, swept) for name in trained] + [(trained[0], name) for name in trained[1:]]
-    return tuple(
-        compare_curves((first, second), curves[first], curves[second], both, weights).sentence
-        for first, second in pairs
-    )
+    said = (compare_curves((one, other), curves[one], curves[other], both, weights).sentence for one, other in pairs)
+    return tuple(dict.fromkeys(said))
 
 
 def save(evaluation: Evaluation, folder: Path) -> list[Path]:

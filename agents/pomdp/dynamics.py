@@ -139,7 +139,7 @@ def _need(found: Floats, whose: str, least: int) -> None:
         raise DataError(
             f"Too few steps with known correctness to measure the dynamics: {found.sum():.0f} of {whose} steps below "
             f"right prefixes ({found[RIGHT]:.0f} right, {found[WRONG]:.0f} wrong), expected at least {least}. Label "
-            "more solutions or generate rollouts of more problems; labels='em' needs no labels."
+            "more solutions, or generate rollouts of more problems."
         )
 
 

@@ -101,6 +101,17 @@ def test_a_collapsed_router_is_trained_again_and_never_passed_off(trees):
     assert len(helped.records) == 2 + remedy(stuck, 1).iterations
 
 
+def test_a_warm_start_leaves_out_nodes_where_the_small_model_was_never_asked(tmp_path):
+    """Beyond K escalations a bounded store has always-large's path, without proposals of the small model."""
+    trees = compile_store(scripted_store(tmp_path / "s", 60, max_escalations=1), cache=False)
+    assert np.isnan(trees.score[:, 0]).any()
+    validation = Validation(lambda indices: decision_tables(trees, indices=indices), trees)
+    stuck = replace(SMALL, iterations=1, learning_rate=1e-12)
+    result = Training(decision_tables(trees, "train"), validation, 0.001, stuck, 1, attempts=3).run()
+    assert result.attempts > 1
+    assert all(np.isfinite(values).all() for values in result.router.weights.values())
+
+
 def test_automatic_lams_span_the_point_where_both_models_are_even(trees):
     correct = trees.correct.copy()
     correct[:, 1] = np.where(correct[:, 1] >= 0, 0, -1)
