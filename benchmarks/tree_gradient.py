@@ -1,19 +1,17 @@
 """Exact gradient or sampled actions? Return in training and held out, by problems and replicas.
 
-    python -m benchmarks.tree_gradient --store runs/four-replicas --out results/tree_gradient
+    python -m benchmarks.tree_gradient --out results/tree_gradient
 
-Both learners get the same training trees and choose their checkpoint on the validation split of the bundled rollouts;
-held out is its test split. The training trees come from a store of 2,000 problems in four replicas, which the first run
-generates (vLLM, the embedded family).
+Only the evaluation splits of the bundled rollouts have four replicas, so the splits change roles here: routers are
+trained on problems of the test split, choose their checkpoint on the validation split, and are held against the 2,000
+problems of the training split.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import subprocess
-import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -38,21 +36,21 @@ class Settings:
     """Settings of the study.
 
     Attributes:
-        store: Where the training trees are, or are generated.
         sizes: Numbers of training problems.
         replicas: Replicas of each.
         lams: Values of λ.
         seeds: Draws of problems, and seeds of the learners.
         processes: Trainings side by side.
+        rollouts: The store.
         out: Report, without suffix; default: print only.
     """
 
-    store: Path = Path("runs/four-replicas")
-    sizes: tuple[int, ...] = (50, 500, 2000)
+    sizes: tuple[int, ...] = (50, 500, 1000)
     replicas: tuple[int, ...] = (1, 2, 4)
     lams: tuple[float, ...] = (1.7e-3, 5.7e-3)
     seeds: int = 2
     processes: int = 2
+    rollouts: str = "quickstart"
     out: Path | None = None
 
 
@@ -68,27 +66,20 @@ class Cell:
     seconds: float
 
 
-def measure(task: tuple[str, int, int, float, int, Path]) -> Cell:
+def measure(task: tuple[str, int, int, float, int, str]) -> Cell:
     """Train once."""
-    name, size, replicas, lam, seed, store = task
-    bundled, trees = compile_store("quickstart"), compile_store(store)
-    problems = np.unique(trees.problem[trees.select("train")])
+    name, size, replicas, lam, seed, rollouts = task
+    trees = compile_store(rollouts)
+    problems = np.unique(trees.problem[trees.select("test")])
     chosen = np.random.default_rng(seed).choice(problems, size, replace=False)
     indices = np.flatnonzero(np.isin(trees.problem, chosen) & (trees.replica < replicas))
     tables = decision_tables(trees, indices=indices)
-    validation = Validation(lambda i: decision_tables(bundled, indices=i), bundled)
+    validation = Validation(lambda i: decision_tables(trees, indices=i), trees)
     begin = time.process_time()
-    result = Training(tables, validation, lam, replace(LEARNERS[name]), seed, attempts=1).run()
+    result = Training(tables, validation, lam, LEARNERS[name], seed, attempts=1).run()
     seconds, router = time.process_time() - begin, at(result.router, lam)
-    held_out = run(router, decision_tables(bundled, "test"))
-    values = [float(each.returns(lam).mean()) for each in (run(router, tables), held_out)]
+    values = [float(run(router, each).returns(lam).mean()) for each in (tables, decision_tables(trees, "train"))]
     return Cell(name, size, replicas, *values, seconds)
-
-
-def generate(store: Path) -> None:
-    """Generate the training trees, or go on with that."""
-    command = [sys.executable, "-m", "rollouts", "generate", str(store), "--problems", "tinymath:train"]
-    subprocess.run([*command, "--models", "tinymath", "--limit", "2000", "--replicas", "train=4"], check=True)
 
 
 def report(settings: Settings, cells: list[Cell]) -> str:
@@ -96,7 +87,7 @@ def report(settings: Settings, cells: list[Cell]) -> str:
     lines = heading("The exact tree gradient beside PPO", "tree_gradient")
     lines += [
         f"Mean over λ = {', '.join(f'{lam:g}' for lam in settings.lams)} and {settings.seeds} seeds: return on the "
-        "training trees / on test (held out), and processor time of one training. A gap between the two is "
+        "training trees / held out, and processor time of one training. A gap between the two is "
         "what was fitted to frozen draws.",
         "",
         "| problems | replicas | " + " | ".join(f"{name} | seconds" for name in LEARNERS) + " |",
@@ -117,10 +108,9 @@ def main() -> None:
     from rich.progress import track
 
     settings = tyro.cli(Settings, description=__doc__)
-    generate(settings.store)
-    compile_store(settings.store)
+    compile_store(settings.rollouts)
     tasks = list(product(LEARNERS, settings.sizes, settings.replicas, settings.lams, range(settings.seeds)))
-    work = [(*task, settings.store) for task in tasks]
+    work = [(*task, settings.rollouts) for task in tasks]
     with multiprocessing.get_context("spawn").Pool(settings.processes) as pool:
         cells = list(track(pool.imap_unordered(measure, work), "training", total=len(work)))
     write(report(settings, cells), settings.out and settings.out.with_suffix(".md"))
