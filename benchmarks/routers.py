@@ -1,0 +1,171 @@
+"""All routers side by side, each with 16 operating points that validation chose: curves, low budgets, training time.
+
+    python -m benchmarks.routers --out results/routers
+
+Learned routers are one policy for a range of λ; outcomes are averaged over the seeds, problem by problem. Differences
+are paired on the test problems. The best router is named by validation, not by the test.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+
+from agents.base import AnyRouter
+from agents.evaluation.compare import compare_curves
+from agents.evaluation.metrics import Curve, Points, References
+from agents.evaluation.run import references, run
+from agents.evaluation.spread import spread
+from agents.evaluation.uncertainty import difference, resample_weights
+from agents.policy import ConditionedMLP
+from agents.pomdp.fit import estimate
+from agents.ppo import PPOSettings
+from agents.targets import SETTINGS
+from agents.trainer import Settings as LearnerSettings
+from agents.trainer import Training
+from agents.tree_gradient import TreeSettings
+from benchmarks.methods import RANGE, Data, heading, write
+from benchmarks.robustness import average
+from rollouts.compiling import compile_store
+from trim_env.tables import DecisionTables, decision_tables
+
+LOW = np.array([0.025, 0.05, 0.075, 0.1])
+CPTS = (50, 80, 95)
+LEARNED: dict[str, LearnerSettings] = {"ppo-agg": PPOSettings(), "tree-agg": TreeSettings()}
+METHODS = ("threshold", "pomdp", *LEARNED)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the benchmark.
+
+    Attributes:
+        seeds: Trainings of each learned router.
+        rollouts: The store.
+        processes: Trainings side by side.
+        out: Report, without suffix; default: print only.
+    """
+
+    seeds: int = 3
+    rollouts: str = "quickstart"
+    processes: int = 2
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One router: operating points on validation and on test, and the processor time to get it."""
+
+    method: str
+    validation: Points
+    test: Points
+    seconds: float
+
+
+def fit(method: str, data: Data, seed: int) -> dict[float, AnyRouter]:
+    """Return all settings of a router, by knob."""
+    if method == "threshold":
+        return {router.knob.value: router for router, _ in data.validation.candidates.thresholds}  # type: ignore[misc]
+    if method == "pomdp":
+        lams = np.geomspace(1e-5, 0.1, SETTINGS).tolist()
+        return dict(zip(lams, estimate(data.trees, indices=data.train).routers(lams), strict=True))
+    policy = Training(data.tables(), data.validation, RANGE, LEARNED[method], seed).run().router
+    assert isinstance(policy, ConditionedMLP)
+    return {lam: policy.at(lam) for lam in np.geomspace(*RANGE, SETTINGS).tolist()}
+
+
+def measure(task: tuple[str, int, str]) -> Cell:
+    """Fit one router and run it where validation puts its operating points."""
+    method, seed, rollouts = task
+    trees = compile_store(rollouts)
+    data = Data.of(trees)
+    begin = time.process_time()
+    settings = fit(method, data, seed)
+    seconds = time.process_time() - begin
+    validation, test = (decision_tables(trees, split) for split in ("validation", "test"))
+    candidates = [(knob, run(router, validation)) for knob, router in settings.items()]
+    chosen = spread(candidates, references(validation).large)
+    return Cell(method, chosen, [(knob, run(settings[knob], test)) for knob, _ in chosen], seconds)
+
+
+def combined(cells: list[Cell], which: str) -> Points:
+    """Return the points of several seeds: the i-th of each averaged."""
+    several = [getattr(cell, which) for cell in cells]
+    count = min(map(len, several))
+    return [(several[0][i][0], average([points[i][1] for points in several])) for i in range(count)]
+
+
+def report(settings: Settings, cells: list[Cell]) -> str:
+    """Return the tables."""
+    tables: dict[str, DecisionTables] = {s: decision_tables(settings.rollouts, s) for s in ("validation", "test")}
+    both = references(tables["test"])
+    weights = resample_weights(len(both.small))
+    by_method = {method: [cell for cell in cells if cell.method == method] for method in METHODS}
+    points = {method: combined(own, "test") for method, own in by_method.items()}
+    lines = heading("All routers side by side", "routers")
+    lines += [
+        f"Test split of `{settings.rollouts}`; learned routers: {settings.seeds} seeds. Costs in % of always-large's "
+        "tokens; seconds of processor time for all operating points together.",
+        "",
+        "| router | " + " | ".join(f"CPT({x} %)" for x in CPTS) + " | ΔIBC | "
+        + " | ".join(f"accuracy at {100 * c:g} %" for c in LOW) + " | seconds |",
+        "|---|" + "---:|" * (len(CPTS) + len(LOW) + 2),
+    ]  # fmt: skip
+    for method, own in by_method.items():
+        curve = Curve.of(points[method], both)
+        row = [f"{100 * float(curve.cpt(x)):.1f}" for x in CPTS]
+        row += [f"{float(curve.delta_ibc()):.2f}", *(f"{100 * float(a):.1f}" for a in curve.accuracy_at(LOW))]
+        lines.append(f"| `{method}` | {' | '.join(row)} | {np.median([cell.seconds for cell in own]):.1f} |")
+    best = _best_on_validation(by_method, references(tables["validation"]))
+    lines += ["", f"Named best on validation, by CPT(80 %): `{best}`. Paired differences of CPT in %, 95 %:", ""]
+    for method in METHODS:
+        if method != best:
+            found = compare_curves((best, method), points[best], points[method], both, weights).metrics
+            cpts = [(x, found[f"cpt_{x}_percent"]) for x in CPTS]
+            cells_ = [f"CPT({x} %) {d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}]" for x, d in cpts]
+            lines.append(f"- `{best}` against `{method}`: {'; '.join(cells_)}")
+    lines += ["", "Accuracy of `pomdp` minus that of the others at low budgets, points, 95 %, paired:", ""]
+    for method in METHODS:
+        if method != "pomdp":
+            lines.append(f"- `{method}`: {_low(points['pomdp'], points[method], both, weights)}")
+    return "\n".join([*lines, ""])
+
+
+def _best_on_validation(by_method: dict[str, list[Cell]], both: References) -> str:
+    cost = {m: float(Curve.of(combined(own, "validation"), both).cpt(80)) for m, own in by_method.items()}
+    return min(cost, key=cost.__getitem__)
+
+
+def _low(own: Points, other: Points, both: References, weights: NDArray[np.float64]) -> str:
+    def gain(chosen: NDArray[np.float64] | None) -> NDArray[np.float64]:
+        one, two = (Curve.of(points, both, chosen).accuracy_at(LOW) for points in (own, other))
+        change: NDArray[np.float64] = 100 * (one - two)
+        return change
+
+    value, samples = gain(None), gain(weights)
+    found = [difference(value[i], samples[:, i]) for i in range(len(LOW))]
+    return "; ".join(
+        f"at {100 * c:g} %: {d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}]" for c, d in zip(LOW, found, strict=True)
+    )
+
+
+def main() -> None:
+    """Run the benchmark."""
+    from rich.progress import track
+
+    settings = tyro.cli(Settings, description=__doc__)
+    compile_store(settings.rollouts)
+    tasks = [(m, seed, settings.rollouts) for m in METHODS for seed in range(settings.seeds if m in LEARNED else 1)]
+    with multiprocessing.get_context("spawn").Pool(settings.processes) as pool:
+        cells = list(track(pool.imap(measure, tasks), "fitting", total=len(tasks)))
+    write(report(settings, cells), settings.out and settings.out.with_suffix(".md"))
+
+
+if __name__ == "__main__":
+    main()
