@@ -1,4 +1,7 @@
-"""Every command and every program of the README runs, long ones on a cut."""
+"""Every command and every program of the README runs, long ones on a cut.
+
+Blocks of the language ``console`` need servers of big models; tests/agents/serve runs the same with small ones.
+"""
 
 import json
 import os
