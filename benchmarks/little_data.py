@@ -100,9 +100,9 @@ def draw(settings: Settings, cells: list[Cell], path: Path) -> None:
     axes = figure.subplots()
     for method in settings.methods:
         groups = [[c.value for c in cells if (c.method, c.size) == (method, size)] for size in settings.sizes]
-        middle = [float(np.mean(group)) for group in groups]
+        middle = [float(np.nanmean(group)) for group in groups]  # of those that were not refused
         (line,) = axes.plot(settings.sizes, middle, marker="o", label=method)
-        lows, highs = [min(group) for group in groups], [max(group) for group in groups]
+        lows, highs = [np.nanmin(group) for group in groups], [np.nanmax(group) for group in groups]
         axes.fill_between(settings.sizes, lows, highs, alpha=0.15, color=line.get_color())
     axes.axhline(best_constant(decision_tables(settings.rollouts, "test")), color="grey", ls=":", label="best constant")
     axes.set(xscale="log", xlabel="training problems", ylabel="mean test return over four λ")
