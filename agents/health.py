@@ -9,6 +9,7 @@ from agents.evaluation.outcomes import Floats, Outcomes
 from agents.evaluation.uncertainty import Difference, paired_returns
 
 COLLAPSED, BEATEN, LEVEL, BETTER = "collapsed", "beaten", "level with", "better"
+FEWEST = 8  # problems that a verdict needs
 ONE_ACTION = 0.99
 
 
@@ -19,7 +20,8 @@ class Health:
     Attributes:
         verdict: ``collapsed``: the same action in at least 99 % of the decisions while the best threshold is better;
             ``beaten``: by the best constant or the best threshold; ``better`` than both; else ``level with`` them.
-            Better means that the paired 95 % interval of the difference in return is above 0.
+            Better means that the paired 95 % interval of the difference in return is above 0. Below `FEWEST` problems
+            always ``level with``: resamples of so few say nothing.
         sentence: The verdict in plain words, with figures.
         over_constant: Return minus that of the best constant.
         over_threshold: Return minus that of the best threshold.
@@ -63,7 +65,9 @@ def assess(
     over_threshold = paired_returns(router, threshold.outcomes, lam, weights)
     rate = float(router.escalations.sum() / router.steps.sum())
     one_action = rate >= ONE_ACTION or rate <= 1 - ONE_ACTION
-    if one_action and over_threshold.high < 0:
+    if len(router) < FEWEST:
+        verdict = LEVEL
+    elif one_action and over_threshold.high < 0:
         verdict = COLLAPSED
     elif over_constant.high < 0 or over_threshold.high < 0:
         verdict = BEATEN
@@ -73,14 +77,16 @@ def assess(
         verdict = LEVEL
     share = router.cost.sum() / large.cost.sum() if large.cost.sum() > 0 else 0.0
     sentence = (
-        f"{_words(verdict, rate)} It solves {100 * router.correct.mean():.1f} % of the problems at "
+        f"{_words(verdict, rate, len(router))} It solves {100 * router.correct.mean():.1f} % of the problems at "
         f"{100 * share:.1f} % of always-large's cost; return {router.returns(lam).mean():.4f}: "
         f"{_against(over_threshold, threshold.name)}, {_against(over_constant, constant.name)}."
     )
     return Health(verdict, sentence, over_constant, over_threshold, rate)
 
 
-def _words(verdict: str, rate: float) -> str:
+def _words(verdict: str, rate: float, problems: int) -> str:
+    if problems < FEWEST:
+        return f"No verdict: {problems} problems are too few, expected at least {FEWEST}."
     action = "escalates" if rate > 0.5 else "continues"
     return {
         COLLAPSED: f"COLLAPSED: it {action} whatever it sees, and a simple threshold does better. Do not use it.",

@@ -66,3 +66,13 @@ def test_better_needs_both():
 def test_one_action_means_99_percent(rate, same):
     weak = outcomes(solved(0.4, 7), 0, rate)
     assert (verdict(weak).verdict == COLLAPSED) == same
+
+
+def test_a_handful_of_problems_gets_no_verdict():
+    few = np.arange(7)
+    small, large = SMALL.take(few), LARGE.take(few)
+    references = Reference("always-small", small), Reference("thr", outcomes(np.ones(COUNT, bool), 0, 0).take(few))
+    health = assess(large, *references, large, LAM, resample_weights(7, 500))
+    assert health.over_threshold.high < 0  # beaten, if one believed seven problems
+    assert health.verdict == LEVEL and health.fine
+    assert health.sentence.startswith("No verdict: 7 problems are too few, expected at least 8.")
