@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -346,8 +347,13 @@ def nobody(tmp_path, monkeypatch):
 def test_offline_artifacts_wait_for_a_sync(runs, tmp_path, nobody):
     export(ExportConfig(str(runs.folder / "mixture"), tmp_path / "mine", onnx=True, to_wandb=True))
     (offline,) = (tmp_path / "wandb").glob("offline-run-*")
-    logged = next(offline.glob("*.wandb")).read_bytes()
-    for name in (b"trim-agg-mine", b"first/policy.onnx", b"second/policy.json"):
+    wanted = (b"trim-agg-mine", b"first/policy.onnx", b"second/policy.json")
+    for _ in range(200):  # the library's own process writes the file, a moment after the run has ended
+        logged = next(offline.glob("*.wandb")).read_bytes()
+        if all(name in logged for name in wanted):
+            break
+        time.sleep(0.1)
+    for name in wanted:
         assert name in logged, name
     assert {each.name for each in (tmp_path / "mine").iterdir()} == {"policy.json", "first", "second"}
 

@@ -45,7 +45,8 @@ def driver(tmp_path_factory):
 @pytest.fixture
 def page(driver, made):
     """A freshly opened page; whatever a test does with it, it may write no error and ask nothing of the network."""
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    still = {"name": "prefers-reduced-motion", "value": "reduce"}  # else clicks miss what still scrolls
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [still]})
     resize(driver, 1280, 900)
     for kind in ("browser", "performance"):
         driver.get_log(kind)
