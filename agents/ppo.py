@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 NAME = "trim-agg"
 
 
+def rising_share(iteration: int, iterations: int, start: float, ramp: float) -> float:
+    """Return the share of λ that applies in an iteration, from 0: it rises from `start` to 1 over a share `ramp`."""
+    rising = ramp * iterations
+    return 1.0 if iteration >= rising else start + (1 - start) * iteration / rising
+
+
 @dataclass(frozen=True)
 class PPOSettings:
     """Settings of the learner.
@@ -76,8 +82,7 @@ class PPOSettings:
 
     def lam_share(self, iteration: int) -> float:
         """Return the share of λ that applies in an iteration, from 0."""
-        rising = self.lam_ramp * self.iterations
-        return 1.0 if iteration >= rising else self.lam_start + (1 - self.lam_start) * iteration / rising
+        return rising_share(iteration, self.iterations, self.lam_start, self.lam_ramp)
 
 
 @dataclass(frozen=True)

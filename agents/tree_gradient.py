@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from agents.base import Knob
 from agents.policy import MLP, ConditionedMLP
+from agents.ppo import rising_share
 from rollouts.errors import ConfigError
 from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE, MISSING
 from trim_env.episodes import Lam
@@ -199,12 +200,7 @@ class TreeAgg:
         progress = self.iteration / settings.iterations
         for group in self.optimiser.param_groups:
             group["lr"] = settings.learning_rate * (1 - 0.9 * progress)
-        rising = settings.lam_ramp * settings.iterations
-        share = (
-            1.0
-            if self.iteration >= rising
-            else settings.lam_start + (1 - settings.lam_start) * (self.iteration / rising)
-        )
+        share = rising_share(self.iteration, settings.iterations, settings.lam_start, settings.lam_ramp)
         found = [
             self._update(self._forests[self._random.integers(len(self._forests))], share, 1 - progress)
             for _ in range(settings.updates)
