@@ -2,34 +2,44 @@
 
     python -m benchmarks.serve                     # a minute on two cores
 
-Three upstreams in processes of their own answer with recorded steps after a stated time, the router runs in another
-process, and clients here read streams. The overhead of a step is the time between two chunks less the stated times of
-the upstream requests that the step took: an upper bound, as it holds what the upstreams' own HTTP takes, too. The
-service's histogram of time not spent waiting for upstreams is the lower bound.
+Three stand-ins for vLLM servers, in processes of their own, answer with recorded steps after a stated time and note
+when each request arrived and when its answer was handed over. The router runs in another process, and clients here read
+streams. The overhead of a step is the time from each answer to the next request, the client's chunk going out on the
+way; of the last step, to its chunk. It includes what the connections take. The service's own histogram of time not
+spent waiting for upstreams leaves out its HTTP client and is a lower bound. A bare exchange is what the same client and
+the connection take of one request with no router around them; a step has two or three, and without them it is what the
+router itself spends.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
+import os
 import platform
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
 
-import httpx
+import aiohttp
 import numpy as np
 
 from agents import artefact
 from agents.base import Threshold
-from benchmarks.upstream import record
+from benchmarks.upstream import read_log, record
+from rollouts.models.base import CompletionRequest, Sampling
+from rollouts.models.wire import completion_payload, read_completion
 from rollouts.prompts import RewardFormat, load_tokenizer
 from rollouts.tinymath import STEP_TAG, model_dir
 
@@ -47,7 +57,10 @@ class Config:
         small: Time of a small step, seconds.
         large: Time of a large step, seconds.
         prm: Time of a score, seconds.
-        limit_ms: What 95 % of the steps must stay within.
+        spread: Share of these times by which they vary either way, uniformly; 0: all requests go in lockstep, and
+            whoever is last waits for all others.
+        pin: Whether the router has a core for itself and everything else another one.
+        limit_ms: What the router itself may spend on 95 % of the steps.
     """
 
     clients: int = 16
@@ -55,6 +68,8 @@ class Config:
     small: float = 0.15
     large: float = 0.4
     prm: float = 0.05
+    spread: float = 0.5
+    pin: bool = True
     limit_ms: float = 5.0
 
 
@@ -79,45 +94,92 @@ def _url_of(process: subprocess.Popen[str]) -> str:
 def _wait(port: int) -> None:
     for _ in range(600):
         try:
-            httpx.get(f"http://127.0.0.1:{port}/v1/models", timeout=5)
+            urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).close()
             return
-        except httpx.TransportError:
+        except URLError:
             time.sleep(0.1)
     raise SystemExit(f"No upstream on port {port}.")
 
 
-async def _steps(client: httpx.AsyncClient, question: str, config: Config) -> list[float]:
-    """Return the overhead of each step of one request, seconds."""
+@dataclass(frozen=True)
+class Request:
+    """What a client saw: the times at which it sent the request and at which each step came."""
+
+    index: int
+    times: list[float]
+
+
+async def _ask(client: aiohttp.ClientSession, url: str, index: int) -> Request:
+    question = f"Let a={index}+33, b=a+49, c=b*12. Find c."
     body = {"messages": [{"role": "user", "content": question}], "stream": True, "trace": True}
-    overheads, last = [], time.perf_counter()
-    async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-        async for line in answer.aiter_lines():
-            now = time.perf_counter()
-            if not line.startswith("data: {"):
-                continue
-            step = json.loads(line[6:]).get("trim", {})
-            if "author" not in step:
-                continue
-            stated = config.small + config.prm
-            if step["author"] == "large":
-                stated += config.large + (config.prm if step["large_score"] is not None else 0.0)
-            overheads.append(now - last - stated)
-            last = now
+    times = [time.monotonic()]
+    async with client.post(f"{url}/v1/chat/completions", json=body) as answer:
+        answer.raise_for_status()
+        async for line in answer.content:
+            now = time.monotonic()
+            if line.startswith(b"data: {") and "author" in json.loads(line[6:]).get("trim", {}):
+                times.append(now)
+    return Request(index, times)
+
+
+async def _load(url: str, config: Config) -> list[Request]:
+    slots = asyncio.Semaphore(config.clients)
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60)) as client:
+
+        async def one(index: int) -> Request:
+            async with slots:
+                if 0 < index <= config.clients:
+                    await asyncio.sleep(config.small * index / config.clients)  # else all begin at the same instant
+                return await _ask(client, url, index)
+
+        await asyncio.gather(*(one(-index) for index in range(config.clients)))  # connections and caches
+        return await asyncio.gather(*(one(index) for index in range(1, config.requests + 1)))
+
+
+def _overheads(requests: list[Request], logs: dict[str, Path]) -> list[tuple[float, int]]:
+    """Return the seconds of each step in which none of its requests was in a stand-in, and how many it had."""
+    spans: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for role, log in logs.items():
+        tokenizer = load_tokenizer(str(model_dir(role)))
+        for note in read_log(log):
+            found = re.search(r"a\s*=\s*(-?\d+)\s*\+\s*33", tokenizer.decode(note.prompt)) if note.prompt else None
+            if found:
+                spans[int(found[1])].append((note.arrived, note.sent))
+    overheads = []
+    for request in requests:
+        begun, *chunks = request.times
+        own = iter(sorted(spans[request.index]))
+        arrived, sent = next(own)
+        for chunk in chunks:
+            overhead, count = 0.0, 0
+            while sent < chunk:
+                overhead += arrived - begun
+                begun = sent
+                count += 1
+                arrived, sent = next(own, (math.inf, math.inf))
+            overheads.append((overhead + (chunk - begun) * (chunk == chunks[-1]), count))
+        if arrived < math.inf:
+            raise SystemExit(f"Request {request.index}: upstream requests after its last step.")
     return overheads
 
 
-async def _load(url: str, config: Config) -> list[float]:
-    limits = httpx.Limits(max_connections=config.clients)
-    slots = asyncio.Semaphore(config.clients)
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+async def _bare(url: str, log: Path, count: int) -> list[float]:
+    """Return the seconds that the HTTP client and the connection alone take of an exchange, one after the other."""
+    times, before = [], len(read_log(log))
+    async with aiohttp.ClientSession() as client:
+        for number in range(count):
+            begun = time.monotonic()
+            payload = completion_payload("tinymath-small", 1024, CompletionRequest((number,) * 64, 64, Sampling()))
+            async with client.post(f"{url}/completions", json=payload) as answer:
+                read_completion(json.loads(await answer.read()))
+            times.append(time.monotonic() - begun)
+    return [each - (note.sent - note.arrived) for each, note in zip(times, read_log(log)[before:], strict=True)]
 
-        async def one(index: int) -> list[float]:
-            async with slots:
-                return await _steps(client, f"Let a={index}+33, b=a+49, c=b*12. Find c.", config)
 
-        await asyncio.gather(*(one(-index) for index in range(config.clients)))  # connections and caches
-        found = await asyncio.gather(*(one(index) for index in range(config.requests)))
-    return [overhead for each in found for overhead in each]
+def _core_seconds(process: subprocess.Popen[str]) -> float:
+    """Return the processor time that a process has used."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _inside(metrics: str) -> list[tuple[float, float]]:
@@ -130,31 +192,53 @@ def _inside(metrics: str) -> list[tuple[float, float]]:
 def measure(config: Config) -> dict[str, Any]:
     """Return the figures."""
     reward = RewardFormat(load_tokenizer(str(model_dir("prm"))), None, STEP_TAG)
+    own, *others = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
+        if config.pin and others:
+            os.sched_setaffinity(0, others)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         replies = record(folder / "replies.json")
         policy = artefact.save(Threshold(0.3), folder / "policy", _ABOUT)
         flags: list[object] = ["--policy", policy, "--port", 0]
-        for offset, (role, think) in enumerate((("small", config.small), ("large", config.large), ("prm", config.prm))):
-            port = 18_400 + offset
-            more = ("--tag", reward.step_tag_id, "--replies", replies)
+        logs = {role: folder / f"{role}.log" for role in ("small", "large", "prm")}
+        for offset, (role, log) in enumerate(logs.items()):
+            port, think = 18_400 + offset, getattr(config, role)
+            more = ["--spread", config.spread, "--tag", reward.step_tag_id, "--replies", replies, "--log", log]
             stack.enter_context(_process("benchmarks.upstream", role, "--port", port, "--think", think, *more))
             _wait(port)
             flags += [f"--{role}", f"http://127.0.0.1:{port}/v1"]
-        url = _url_of(stack.enter_context(_process("agents", "serve", *flags)))
-        began = time.perf_counter()
-        overheads = np.array(asyncio.run(_load(url, config))) * 1000
-        seconds = time.perf_counter() - began
-        inside = _inside(httpx.get(f"{url}/metrics").text)
+        router = stack.enter_context(_process("agents", "serve", *flags))
+        url = _url_of(router)
+        if config.pin and others:
+            for thread in Path(f"/proc/{router.pid}/task").iterdir():
+                os.sched_setaffinity(int(thread.name), {own})
+        began, used = time.perf_counter(), _core_seconds(router)
+        requests = asyncio.run(_load(url, config))
+        seconds, used = time.perf_counter() - began, _core_seconds(router) - used
+        inside = _inside(urlopen(f"{url}/metrics").read().decode())
+        counted = _overheads(requests, logs)
+        if config.pin:
+            os.sched_setaffinity(0, {own})
+        bare = asyncio.run(_bare(str(flags[-5]), logs["small"], 64))
+    overheads = [overhead for overhead, _ in counted]
+    itself = [overhead - count * float(np.median(bare)) for overhead, count in counted]
+    steps = len(overheads) * (1 + config.clients / config.requests)
     return {
         "machine": f"{platform.processor() or platform.machine()}, {platform.python_version()}",
         "clients": config.clients,
-        "think_s": {"small": config.small, "large": config.large, "prm": config.prm},
+        "think_s": {role: getattr(config, role) for role in logs} | {"spread": config.spread},
         "steps": len(overheads),
-        "steps_per_second": round(len(overheads) / seconds, 1),
-        "overhead_ms": {f"p{p}": round(float(np.percentile(overheads, p)), 2) for p in (50, 90, 95, 99)},
+        "steps_per_second": round(steps / seconds, 1),
+        "router_core_ms_per_step": round(1000 * used / steps, 2),
+        "overhead_ms": _percentiles(overheads),
+        "bare_exchange_ms": _percentiles(bare),
+        "router_itself_ms": _percentiles(itself),
         "not_waiting_ms_p95_at_most": next(bound for bound, share in inside if share >= 0.95) * 1000,
     }
+
+
+def _percentiles(seconds: list[float]) -> dict[str, float]:
+    return {f"p{p}": round(1000 * float(np.percentile(seconds, p)), 2) for p in (50, 90, 95, 99)}
 
 
 def main() -> int:
@@ -164,7 +248,7 @@ def main() -> int:
     config = tyro.cli(Config, description=__doc__)
     found = measure(config)
     print(json.dumps(found, indent=1))
-    return int(found["overhead_ms"]["p95"] > config.limit_ms)
+    return int(found["router_itself_ms"]["p95"] > config.limit_ms)
 
 
 if __name__ == "__main__":

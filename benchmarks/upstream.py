@@ -4,7 +4,7 @@
 
 It speaks what the router asks of vLLM: /v1/models, /v1/completions and /pooling. Steps are those that the embedded
 models wrote for the bundled rollouts; which one comes is a hash of the prompt. POST /control with {"mode": ...}
-makes it stall, answer half, answer nonsense, refuse or be slow. What was delivered is appended to --log, a line each.
+makes it stall, answer half, answer nonsense, refuse or be slow. Every answer is appended to --log, see `Note`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,50 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import threading
 import time
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MODES = ("ok", "stall", "half", "garbage", "wrong", "error", "busy", "slow")
 _SLOW_S = 5.0  # how much longer mode slow takes
+
+
+class Note(NamedTuple):
+    """A line of the log: what became of one request.
+
+    Attributes:
+        word: ``delivered``, or ``left`` if the client did not wait.
+        path: What was asked for.
+        tokens: Tokens that were decoded or read; 0 for probes.
+        arrived: When the request was there, seconds of the machine's monotonic clock.
+        sent: When the answer was handed over.
+        prompt: Token ids.
+    """
+
+    word: str
+    path: str
+    tokens: int
+    arrived: float
+    sent: float
+    prompt: list[int]
+
+    def line(self) -> str:
+        """Return it as the log holds it."""
+        ids = ",".join(map(str, self.prompt)) or "-"
+        return f"{self.word} {self.path} {self.tokens} {self.arrived:.6f} {self.sent:.6f} {ids}\n"
+
+
+def read_log(path: Path) -> list[Note]:
+    """Return the lines of a log."""
+    notes = []
+    for line in path.read_text().splitlines():
+        word, asked, tokens, arrived, sent, ids = line.split()
+        prompt = [] if ids == "-" else [int(each) for each in ids.split(",")]
+        notes.append(Note(word, asked, int(tokens), float(arrived), float(sent), prompt))
+    return notes
 
 
 def record(path: Path) -> Path:
@@ -36,17 +72,21 @@ def record(path: Path) -> Path:
 class Upstream:
     """A server of one role, as an ASGI application."""
 
-    def __init__(self, role: str, think: float, tag: int, log: str | None, replies: dict[str, Any]) -> None:
+    def __init__(
+        self, role: str, think: float, spread: float, tag: int, log: str | None, replies: dict[str, Any]
+    ) -> None:
         """Begin well-behaved.
 
         Args:
             role: small, large or prm.
-            think: Seconds until an answer.
+            think: Seconds until an answer, in the mean.
+            spread: Times are uniform between ``(1 - spread) * think`` and ``(1 + spread) * think``.
             tag: Token that the reward model is read at.
-            log: File that gets a line for each answer: delivered or left, path, tokens.
+            log: File that gets a line for each answer.
             replies: As `record` wrote them.
         """
-        self.role, self.think, self.tag, self.mode = role, think, tag, "ok"
+        self.role, self.think, self.spread, self.tag, self.mode = role, think, spread, tag, "ok"
+        self._random = random.Random(role)
         self.name = f"tinymath-{role}"
         self.recorded = replies.get(role, [])
         self._sink = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT) if log else None
@@ -66,24 +106,26 @@ class Upstream:
             self.mode = json.loads(body)["mode"]
             await _reply(send, 200, b"{}")
             return
-        answer = self._answer(path, json.loads(body) if body else None)
+        asked = json.loads(body) if body else {}
+        content, tokens = self._answer(path, asked)
+        note = Note("delivered", path, tokens, scope["arrived"], 0.0, asked.get("prompt") or asked.get("input") or [])
         left = asyncio.create_task(_left(receive))
         try:
-            await self._serve(path, answer, send, left)
+            await self._serve(content, note, send, left)
         finally:
             left.cancel()
 
-    async def _serve(self, path: str, answer: tuple[dict[str, Any], int], send: Any, left: asyncio.Task[None]) -> None:
-        content, tokens = answer
+    async def _serve(self, content: dict[str, Any], note: Note, send: Any, left: asyncio.Task[None]) -> None:
         raw = json.dumps(content).encode()
-        delay = 0.0 if path == "/v1/models" else self.think + _SLOW_S * (self.mode == "slow")
+        think = self.think * self._random.uniform(1 - self.spread, 1 + self.spread)
+        delay = 0.0 if note.path == "/v1/models" else think + _SLOW_S * (self.mode == "slow")
         if self.mode == "half":
             await _reply(send, 200, raw, upto=len(raw) // 2)
         if self.mode in ("stall", "half"):
             delay = 3600.0
         done, _ = await asyncio.wait({left}, timeout=delay)
         if done:
-            self._note(f"left {path} {tokens}")
+            self._log(note._replace(word="left", sent=time.monotonic()))
             return
         if self.mode in ("error", "busy"):
             await _reply(send, 503 if self.mode == "busy" else 500, b'{"error": {"message": "asked to fail"}}')
@@ -93,9 +135,9 @@ class Upstream:
             await _reply(send, 200, b'{"choices": [], "data": [{"data": [[0.2, 3.0]]}]}')
         else:
             await _reply(send, 200, raw)
-            self._note(f"delivered {path} {tokens}")
+            self._log(note._replace(sent=time.monotonic()))
 
-    def _answer(self, path: str, body: Any) -> tuple[dict[str, Any], int]:
+    def _answer(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
         if path == "/v1/models":
             return {"object": "list", "data": [{"id": self.name, "object": "model", "max_model_len": 1024}]}, 0
         if path == "/pooling":
@@ -123,9 +165,22 @@ class Upstream:
             choice = {**choice, **cut}
         return {"choices": [choice], "usage": {"completion_tokens": tokens}}, 0 if probe else tokens
 
-    def _note(self, line: str) -> None:
+    def _log(self, note: Note) -> None:
         if self._sink is not None:
-            os.write(self._sink, f"{line}\n".encode())
+            os.write(self._sink, note.line().encode())
+
+
+def _stamping() -> type[asyncio.Protocol]:
+    """Return uvicorn's protocol, which also tells an application when the last bytes of its request were there."""
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    class Stamping(HttpToolsProtocol):
+        def data_received(self, data: bytes) -> None:
+            arrived = time.monotonic()
+            super().data_received(data)
+            self.scope["arrived"] = arrived
+
+    return Stamping
 
 
 async def _reply(send: Any, status: int, body: bytes, upto: int | None = None) -> None:
@@ -153,14 +208,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("role", choices=("small", "large", "prm"))
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--think", type=float, default=0.05, help="seconds until an answer")
+    parser.add_argument("--think", type=float, default=0.05, help="seconds until an answer, in the mean")
+    parser.add_argument("--spread", type=float, default=0.0, help="share of --think by which times vary either way")
     parser.add_argument("--tag", type=int, default=0, help="token that the reward model is read at")
     parser.add_argument("--log", help="file that gets a line for each answer")
     parser.add_argument("--replies", type=Path, required=True, help="file with recorded steps, see `record`")
     flags = parser.parse_args()
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    upstream = Upstream(flags.role, flags.think, flags.tag, flags.log, json.loads(flags.replies.read_text()))
-    uvicorn.run(upstream, host="127.0.0.1", port=flags.port, log_level="error", access_log=False, lifespan="off")
+    replies = json.loads(flags.replies.read_text())
+    upstream = Upstream(flags.role, flags.think, flags.spread, flags.tag, flags.log, replies)
+    uvicorn.run(
+        upstream,
+        host="127.0.0.1",
+        port=flags.port,
+        http=_stamping(),
+        log_level="error",
+        access_log=False,
+        lifespan="off",
+    )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 from rollouts.errors import ConfigError
 from rollouts.steps import DELIMITER
+from rollouts.tokens import encoder_of
 
 _PROBE = "What is 6 times 7?"
 _REMEMBERED = 4096
@@ -28,6 +29,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
         raise ConfigError(f"No tokenizer at {name!r} ({str(error).splitlines()[0]}). Give a model folder.") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ConfigError(f"The tokenizer of {name!r} has no fast implementation, which step cutting needs.")
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
@@ -39,6 +42,7 @@ class PromptFormat:
     the prompt.
 
     Attributes:
+        encode: From text to token ids.
         template_hash: Hash of how two known prompts are rendered; part of the manifest.
     """
 
@@ -57,6 +61,7 @@ class PromptFormat:
             ConfigError: No chat template, a thinking block that stays open, or a question that the template loses.
         """
         self.tokenizer = tokenizer
+        self.encode = encoder_of(tokenizer)
         self.system_prompt = system_prompt
         self.name = name
         self._head = lru_cache(maxsize=remembered)(self._render)
@@ -99,7 +104,7 @@ class PromptFormat:
 
     def ids(self, question: str, steps: Sequence[str] = ()) -> tuple[int, ...]:
         """Return the prompt as token ids; the only place where prompts are tokenised."""
-        return tuple(self.tokenizer.encode(self.text(question, steps), add_special_tokens=False))
+        return self.encode(self.text(question, steps))
 
     def step_spans(self, question: str, steps: Sequence[str]) -> tuple[tuple[int, ...], list[int]]:
         """Tokenise a whole path.
@@ -154,7 +159,8 @@ class RewardFormat:
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.step_tag = step_tag
-        ids = tokenizer.encode(step_tag, add_special_tokens=False)
+        self.encode = encoder_of(tokenizer)
+        ids = self.encode(step_tag)
         if len(ids) != 1:
             raise ConfigError(f"{name}: step tag {step_tag!r} is {len(ids)} tokens of its tokenizer, expected one.")
         self.step_tag_id: int = ids[0]
@@ -179,7 +185,7 @@ class RewardFormat:
 
     def ids(self, question: str, steps: Sequence[str]) -> tuple[int, ...]:
         """Return the input as token ids; it holds exactly one step tag per step."""
-        return tuple(self.tokenizer.encode(self.text(question, steps), add_special_tokens=False))
+        return self.encode(self.text(question, steps))
 
 
 def has_room(prompts: PromptFormat | RewardFormat, window: int, question: str, steps: Sequence[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -238,7 +239,10 @@ def run(config: ServeConfig) -> int:
     """
     logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
     try:
-        Server(config).run()
+        server = Server(config)
+        gc.collect()
+        gc.freeze()  # what is there now stays: looking through it again and again would hold up every request
+        server.run()
     except ModuleNotFoundError as error:
         raise ConfigError(f"Serving needs {error.name}: pip install 'trim-routing[serve]'.") from error
     except KeyboardInterrupt:

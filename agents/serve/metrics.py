@@ -6,7 +6,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from rollouts.nodes import LARGE, SMALL
+from agents.serve.upstreams import SCORER
+from rollouts.nodes import LARGE, ROLES, SMALL
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _SHORT = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1)
@@ -41,12 +42,12 @@ class Metrics:
         self.upstream_errors = Counter("trim_upstream_errors", "Failed upstream requests.", ["model", "kind"],
                                        registry=registry)  # fmt: skip
         self.upstream_up = Gauge("trim_upstream_up", "Whether an upstream answers.", ["model"], registry=registry)
-        for author in (SMALL, LARGE):
-            self.steps.labels(author)
+        self._steps = {author: self.steps.labels(author) for author in (SMALL, LARGE)}
+        self._answered = {role: self.upstream_seconds.labels(role) for role in (*ROLES, SCORER)}
 
     def upstream_answered(self, role: str, seconds: float) -> None:
         """Count an answer of an upstream."""
-        self.upstream_seconds.labels(role).observe(seconds)
+        self._answered[role].observe(seconds)
 
     def upstream_failed(self, role: str, kind: str) -> None:
         """Count a failed attempt."""
@@ -58,7 +59,7 @@ class Metrics:
 
     def step(self, author: str, escalated: bool, fallback: bool, overhead: float) -> None:
         """Count an accepted step; `overhead` in seconds."""
-        self.steps.labels(author).inc()
+        self._steps[author].inc()
         self.escalations.inc(escalated)
         self.fallbacks.inc(fallback)
         self.overhead.observe(max(overhead, 0.0))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from agents.serve.upstreams import Observer, Probe, Unavailable, Upstream
+from agents.serve.upstreams import SCORER, Observer, Probe, Unavailable, Upstream
 from rollouts.config import FamilyConfig, ModelConfig
 from rollouts.errors import BackendError, ConfigError
 from rollouts.family import Family
@@ -24,7 +24,6 @@ from rollouts.prompts import PromptFormat, RewardFormat, has_room
 from rollouts.scoring.prm import fitting_input
 from rollouts.steps import Limits, Step, StopReason
 
-SCORER = "scorer"
 _SYSTEM_PROMPTS = 32  # formats of system prompts that requests bring, kept at hand
 _QUESTIONS = 256  # rendered questions kept at hand for each format
 _CHARACTERS = 16  # no text has as many of them per token
@@ -168,6 +167,10 @@ class Models:
         every: dict[str, PromptFormat | RewardFormat] = {**formats, SCORER: self._reward}
         return all(has_room(prompts, self.window(role), question, steps) for role, prompts in every.items())
 
+    def prepare(self, task: Task, steps: Sequence[str]) -> None:
+        """Tokenise the small model's next prompt while something else is waited for; it is looked up then."""
+        task.formats[SMALL].ids(task.question, steps)
+
     async def step(
         self, role: str, task: Task, steps: tuple[str, ...], used: int, ledger: Ledger, most: int | None = None
     ) -> Step:
@@ -221,15 +224,16 @@ class Models:
         spent.completion_tokens += completion.tokens
         return completion
 
-    async def score(self, task: Task, steps: Sequence[str], ledger: Ledger) -> float:
-        """Return the score of the last of some steps; 0 for a path that does not fit into the scorer's window.
+    async def scores(self, task: Task, steps: Sequence[str], ledger: Ledger) -> list[float]:
+        """Return the scores of some steps; 0 for those beyond the scorer's window.
 
         Raises:
             Unavailable: The scorer gave no usable answer.
         """
         ids, kept = fitting_input(self._reward, self.window(SCORER), task.question, steps)
-        if kept < len(steps):
-            return 0.0  # as environments have it
+        unread = [0.0] * (len(steps) - kept)  # as environments have it
+        if not kept:
+            return unread
         began = time.monotonic()
         try:
             scores = await self.upstreams[SCORER].post(
@@ -239,12 +243,12 @@ class Models:
             )
         finally:
             ledger.waited += time.monotonic() - began
-        if len(scores) != len(steps):
-            raise Unavailable(SCORER, "malformed", f"{len(scores)} scores for {len(steps)} steps")
+        if len(scores) != kept:
+            raise Unavailable(SCORER, "malformed", f"{len(scores)} scores for {kept} steps")
         spent = ledger.roles[SCORER]
         spent.requests += 1
         spent.prompt_tokens += len(ids)
-        return scores[-1]
+        return scores + unread
 
 
 def _generates(body: Any) -> None:

@@ -6,13 +6,13 @@ The loop is that of design section 1. What a model that does not answer changes 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from dataclasses import asdict, dataclass, field
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from agents.deployed import Session
-from agents.serve.models import SCORER, Ledger, Models, Task
-from agents.serve.upstreams import Unavailable
+from agents.serve.models import Ledger, Models, Task
+from agents.serve.upstreams import SCORER, Unavailable
 from rollouts.answers import has_answer
 from rollouts.errors import ConfigError
 from rollouts.nodes import LARGE, SMALL
@@ -44,10 +44,12 @@ class Written:
         step: Number, from 1.
         author: ``small`` or ``large``.
         action: What the policy decided: 0 continue, 1 escalate; None if it was not asked.
-        score: Score of the small model's proposal; None if there is none.
+        score: Score of the small model's proposal; None if there is none, or not yet.
         tokens: Tokens of the proposal; None if there was none.
-        large_score: Score of the large model's step; None if there is none.
+        large_score: Score of the large model's step; None if there is none, or not yet: one request scores a whole
+            path, so it comes with the next proposal's.
         large_tokens: Tokens that the large model decoded; None if it was not asked.
+        late_scores: Scores of the steps just before this one that had none yet.
         fallback: What happened instead of what should have; None normally.
         stop_reason: Why the step ended.
         text: Its text.
@@ -60,6 +62,7 @@ class Written:
     tokens: int | None
     large_score: float | None
     large_tokens: int | None
+    late_scores: tuple[float, ...]
     fallback: str | None
     stop_reason: str
     text: str
@@ -71,7 +74,16 @@ class Written:
 
     def plain(self, *, text: bool = True) -> dict[str, Any]:
         """Return it as JSON holds it, with or without its text."""
-        return {name: value for name, value in asdict(self).items() if text or name != "text"}
+        return {name: value for name, value in vars(self).items() if text or name != "text"}
+
+
+@dataclass(frozen=True)
+class _Owed:
+    """An accepted step that the policy's session has not been told of, as its score is not known yet."""
+
+    step: Step
+    author: str
+    decided: bool
 
 
 @dataclass
@@ -95,6 +107,7 @@ class Route:
     written: list[Written] = field(default_factory=list)
     used: int = 0
     ended: str | None = None
+    _owed: list[_Owed] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -127,7 +140,9 @@ class Route:
                 return
             self.used += step.tokens
             self.written.append(note)
-            self.ended = step.stop_reason if step.terminal else None
+            if step.terminal:
+                self.ended = step.stop_reason
+                self._settle([None] * len(self.written))
             yield note
 
     async def _next(self, models: Models) -> tuple[Step, Written]:
@@ -137,22 +152,57 @@ class Route:
             proposal = await models.step(SMALL, self.task, earlier, self.used, self.ledger)
         except Unavailable as fault:
             return await self._without_small(models, earlier, fault)
+        if not proposal.terminal:
+            asyncio.get_running_loop().call_soon(models.prepare, self.task, (*earlier, proposal.text))
         try:
-            score = await models.score(self.task, [*earlier, proposal.text], self.ledger)
+            scores = await models.scores(self.task, [*earlier, proposal.text], self.ledger)
         except Unavailable as fault:
             return await self._without_scorer(models, earlier, proposal, fault)
-        action = self.session.decide(score, *_seen(proposal))
+        late = self._settle(scores[:-1])
+        action = self.session.decide(scores[-1], *_seen(proposal))
         if action == CONTINUE_SMALL:
             self.session.accept()
-            return proposal, self._note(proposal, SMALL, action=action, proposal=proposal, score=score)
-        return await self._escalate(models, earlier, proposal, score)
+            note = self._note(proposal, SMALL, action=action, proposal=proposal, score=scores[-1], late=late)
+            return proposal, note
+        return await self._escalate(models, earlier, proposal, scores[-1], late)
+
+    def _settle(self, scores: Sequence[float | None]) -> tuple[float, ...]:
+        """Tell the session of the steps that had no score; `scores` are those of all accepted steps."""
+        first = len(self.written) - len(self._owed)
+        for place, owed in enumerate(self._owed, first):
+            self._tell(owed, scores[place])
+            if scores[place] is not None:
+                known = self.written[place]
+                large = known.author == LARGE
+                self.written[place] = (
+                    replace(known, large_score=scores[place]) if large else replace(known, score=scores[place])
+                )
+        self._owed = []
+        return tuple(score for score in scores[first:] if score is not None)
+
+    def _tell(self, owed: _Owed, score: float | None) -> None:
+        score = _UNSCORED if score is None else score
+        if not owed.decided:  # as if it had been proposed
+            self.session.decide(score, *_seen(owed.step))
+            try:
+                self.session.override(ESCALATE_LARGE if owed.author == LARGE else CONTINUE_SMALL)
+            except ConfigError:  # the policy's cap is reached; the step is there all the same
+                self.session.override(CONTINUE_SMALL)
+                self.session.accept()
+                return
+        if owed.author == SMALL:
+            self.session.accept()
+            return
+        left, tokens = self.session.large_tokens_left, max(owed.step.tokens, 1)
+        tokens = tokens if left is None else min(tokens, left)
+        self.session.accept(score, tokens, terminal=owed.step.terminal)
 
     async def _escalate(
-        self, models: Models, earlier: tuple[str, ...], proposal: Step, score: float
+        self, models: Models, earlier: tuple[str, ...], proposal: Step, score: float, late: tuple[float, ...]
     ) -> tuple[Step, Written]:
         """Let the large model write the step; keep the proposal if it does not answer or has too few tokens left."""
         left = self.session.large_tokens_left
-        common: dict[str, Any] = {"action": ESCALATE_LARGE, "proposal": proposal, "score": score}
+        common: dict[str, Any] = {"action": ESCALATE_LARGE, "proposal": proposal, "score": score, "late": late}
         try:
             step = await models.step(LARGE, self.task, earlier, self.used, self.ledger, most=left)
         except Unavailable as fault:
@@ -162,20 +212,8 @@ class Route:
             self.session.accept(action=CONTINUE_SMALL, wasted=min(step.tokens, left))
             words = "the policy's cap on large tokens was reached, the proposal was kept"
             return proposal, self._note(proposal, SMALL, large=step, fallback=words, **common)
-        large_score, fallback = await self._score_after(models, earlier, step)
-        self._accept_large(step, large_score)
-        return step, self._note(step, LARGE, large=step, large_score=large_score, fallback=fallback, **common)
-
-    async def _score_after(
-        self, models: Models, earlier: tuple[str, ...], step: Step
-    ) -> tuple[float | None, str | None]:
-        """Return the score of a step of the large model, which counts in later features, or what happened instead."""
-        if step.terminal:
-            return None, None
-        try:
-            return await models.score(self.task, [*earlier, step.text], self.ledger), None
-        except Unavailable as fault:
-            return None, _words(fault, "the large model's step has no score")
+        self._owed.append(_Owed(step, LARGE, decided=True))
+        return step, self._note(step, LARGE, large=step, **common)
 
     async def _without_small(
         self, models: Models, earlier: tuple[str, ...], fault: Unavailable
@@ -185,10 +223,8 @@ class Route:
             step = await models.step(LARGE, self.task, earlier, self.used, self.ledger)
         except Unavailable as second:
             raise RouteFailed(f"Neither model answers: {_brief(fault)}; {_brief(second)}.") from second
-        score, more = await self._score_after(models, earlier, step)
-        self._undecided(step, score, ESCALATE_LARGE)
-        words = _words(fault, "the large model wrote the step") + (f"; {more}" if more else "")
-        return step, self._note(step, LARGE, large=step, large_score=score, fallback=words)
+        self._owed.append(_Owed(step, LARGE, decided=False))
+        return step, self._note(step, LARGE, large=step, fallback=_words(fault, "the large model wrote the step"))
 
     async def _without_scorer(
         self, models: Models, earlier: tuple[str, ...], proposal: Step, fault: Unavailable
@@ -203,29 +239,11 @@ class Route:
             except Unavailable as second:
                 words = _words(fault, _words(second, "the proposal was kept"))
             else:
-                self._undecided(step, None, ESCALATE_LARGE)
+                self._owed.append(_Owed(step, LARGE, decided=False))
                 words = _words(fault, "the large model wrote the step")
                 return step, self._note(step, LARGE, proposal=proposal, large=step, fallback=words)
-        self._undecided(proposal, None, CONTINUE_SMALL)
+        self._owed.append(_Owed(proposal, SMALL, decided=False))
         return proposal, self._note(proposal, SMALL, proposal=proposal, fallback=words)
-
-    def _undecided(self, step: Step, score: float | None, action: int) -> None:
-        """Tell the policy's session of a step that the policy did not decide about."""
-        self.session.decide(_UNSCORED if score is None else score, *_seen(step))
-        try:
-            self.session.override(action)
-        except ConfigError:  # the policy's cap is reached; the step is there all the same
-            self.session.override(CONTINUE_SMALL)
-            action = CONTINUE_SMALL
-        if action == CONTINUE_SMALL:
-            self.session.accept()
-        else:
-            self._accept_large(step, score)
-
-    def _accept_large(self, step: Step, score: float | None) -> None:
-        left, tokens = self.session.large_tokens_left, max(step.tokens, 1)
-        tokens = tokens if left is None else min(tokens, left)
-        self.session.accept(_UNSCORED if score is None else score, tokens, terminal=step.terminal)
 
     def _note(
         self,
@@ -236,7 +254,7 @@ class Route:
         proposal: Step | None = None,
         score: float | None = None,
         large: Step | None = None,
-        large_score: float | None = None,
+        late: tuple[float, ...] = (),
         fallback: str | None = None,
     ) -> Written:
         return Written(
@@ -245,8 +263,9 @@ class Route:
             action=action,
             score=score,
             tokens=None if proposal is None else proposal.tokens,
-            large_score=large_score,
+            large_score=None,
             large_tokens=None if large is None else large.tokens,
+            late_scores=late,
             fallback=fallback,
             stop_reason=step.stop_reason.value,
             text=step.text,

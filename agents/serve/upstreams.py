@@ -14,12 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-import httpx
-
 from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError, did_you_mean
-from rollouts.models.connection import connect, retry_after, words_of
+from rollouts.models.connection import Answer, Broken, Connection
 
+SCORER = "scorer"
 T = TypeVar("T")
 _log = logging.getLogger("trim.serve")
 _CONNECT_S = 2.0
@@ -108,8 +107,8 @@ class Upstream:
             ConfigError: The URL is none, or the variable with the key is not set.
         """
         self.role = role
-        self.url, self._client, self._secrets = connect(role, model, _CONNECT_S)
-        self._root = self.url.removesuffix("/v1")
+        self._connection = Connection(role, model, _CONNECT_S)
+        self.url = self._connection.url
         self._names, self._probe, self._timeout, self._observer = _names(model), probe, timeout_s, observer
         self._slots = asyncio.Semaphore(model.concurrency)
         self.model: str | None = None
@@ -140,7 +139,7 @@ class Upstream:
             self._watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watcher
-        await self._client.aclose()
+        await self._connection.close()
 
     async def post(self, path: str, payload: Callable[[str], Mapping[str, Any]], parse: Callable[[Any], T]) -> T:
         """Send a request and return what `parse` makes of the answer; once more if the connection broke or it was busy.
@@ -181,40 +180,33 @@ class Upstream:
         return answer
 
     async def _exchange(self, path: str, payload: Any, parse: Callable[[Any], T], timeout: float) -> T:
-        url = f"{self._root}{path}" if path.startswith("/") else f"{self.url}/{path}"
         try:
             async with asyncio.timeout(timeout):
-                answer = await self._client.request("GET" if payload is None else "POST", url, json=payload)
+                answer = await self._connection.request(path, payload)
         except TimeoutError:
             raise _Fault("timeout", f"no answer within {timeout:g} s") from None
-        except httpx.RequestError as error:
-            words = self._clean(f"{type(error).__name__}: {error}")
-            raise _Fault("connection", words, again=not isinstance(error, httpx.ConnectError)) from None
-        if not answer.is_success:
+        except Broken as error:
+            raise _Fault("connection", str(error), again=not error.refused) from None
+        if not answer.ok:
             raise self._refusal(answer)
         try:
             return parse(answer.json())
         except BackendError as error:
-            raise _Fault("malformed", self._clean(str(error))) from None
+            raise _Fault("malformed", self._connection.clean(str(error))) from None
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             words = f"an answer that cannot be read: {answer.text[:80]!r}, {type(error).__name__}: {error}"
-            raise _Fault("malformed", self._clean(words), again=True) from None
+            raise _Fault("malformed", self._connection.clean(words), again=True) from None
 
-    def _refusal(self, answer: httpx.Response) -> _Fault:
-        status = answer.status_code
-        words = f"HTTP {status}: {self._clean(words_of(answer))[:300]}"
+    def _refusal(self, answer: Answer) -> _Fault:
+        status = answer.status
+        words = f"HTTP {status}: {self._connection.clean(answer.words)[:300]}"
         if status in _BUSY:
-            pause = max(retry_after(answer), 0.25)
+            pause = max(answer.retry_after, 0.25)
             patient = pause <= _LONGEST_PATIENCE_S
             return _Fault("busy", words, again=patient, suspect=status == 503, pause=pause)
         if 400 <= status < 500 and status not in (401, 403, 404):
             return _Fault("refused", words, suspect=False)
         return _Fault("status", words)
-
-    def _clean(self, words: str) -> str:
-        for secret in self._secrets:
-            words = words.replace(secret, "***")
-        return words
 
     def _watch(self) -> None:
         """See to it that somebody asks whether the server is there."""

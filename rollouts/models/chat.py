@@ -116,7 +116,7 @@ class ChatBackend:
             self._negotiate(model.sampling.sampling(), cards)
             sizes = [size for size in (cards.get(self._model, {}).get("max_model_len"), model.max_length) if size]
             self.window: int | None = min(sizes, default=None)
-            version = self._http.peek(f"{self._http.root}/version")
+            version = self._http.peek("/version")
             self._version = version.get("version") if isinstance(version, dict) else None
         except BaseException:
             self._http.close()

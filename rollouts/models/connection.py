@@ -1,81 +1,193 @@
-"""An HTTP client for one configured server, with its credentials, and what servers say when they refuse."""
+"""Connections to one configured server: credentials, requests, and what servers say when they refuse."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from typing import Any
 
-import httpx
+import aiohttp
+from yarl import URL
 
 from rollouts.config import ModelConfig
 from rollouts.errors import ConfigError
 
+_LOCAL = ("localhost", "127.0.0.1", "::1")
+# Servers close idle connections after 5 s; one that is used just then would fail its request.
+_KEEPALIVE_S = 2.0
 
-def connect(role: str, model: ModelConfig, connect_s: float = 10.0) -> tuple[str, httpx.AsyncClient, list[str]]:
-    """Return the URL without credentials, a client that has them, and the words that must never be printed.
 
-    Args:
-        role: Named in errors.
-        model: Configuration with backend ``server``.
-        connect_s: Longest time to connect, seconds.
+class Broken(Exception):
+    """Raised when a connection could not be made, or broke before the answer was complete.
 
-    Raises:
-        ConfigError: The URL is none, or the variable with the key is not set.
+    Attributes:
+        refused: Whether it could not even be made.
     """
-    raw = model.url or ""
+
+    def __init__(self, words: str, *, refused: bool) -> None:
+        """Say why."""
+        super().__init__(words)
+        self.refused = refused
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A complete answer.
+
+    Attributes:
+        status: HTTP status.
+        headers: Without regard to case.
+        body: As it came.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def ok(self) -> bool:
+        """Whether the server did what was asked of it."""
+        return 200 <= self.status < 300
+
+    def json(self) -> Any:
+        """Return the body's content; raises ValueError if it is no JSON."""
+        return json.loads(self.body.decode())
+
+    @property
+    def text(self) -> str:
+        """The body, for messages."""
+        return self.body.decode(errors="replace")
+
+    @property
+    def words(self) -> str:
+        """What a server says about an error, on one line."""
+        try:
+            said = self.json()
+            if isinstance(said, dict):
+                said = said.get("error") or said.get("message") or said.get("detail") or said
+            if isinstance(said, dict):
+                said = said.get("message") or said
+        except ValueError:
+            said = self.text
+        return " ".join(str(said).split())
+
+    @property
+    def retry_after(self) -> float:
+        """The seconds that a Retry-After header asks for; it may hold a number or a date."""
+        value = self.headers.get("Retry-After", "")
+        try:
+            return max(0.0, float(value))
+        except ValueError:
+            pass
+        try:
+            return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        except (ValueError, TypeError):
+            return 0.0
+
+
+class Connection:
+    """Connections to one server, opened as they are needed and kept for the next requests.
+
+    Cancelling a request closes its connection, which ends the generation there.
+
+    Attributes:
+        url: Base URL without credentials.
+        root: The same without ``/v1``.
+    """
+
+    def __init__(self, role: str, model: ModelConfig, connect_s: float = 10.0) -> None:
+        """Check the configuration; nothing is sent.
+
+        Args:
+            role: Named in errors.
+            model: Configuration with backend ``server``.
+            connect_s: Longest time to connect, seconds.
+
+        Raises:
+            ConfigError: The URL is none, or the variable with the key is not set.
+        """
+        url = _checked(role, model.url or "")
+        self._headers = {"Content-Type": "application/json"}
+        self._secrets = [url.password] if url.password else []
+        if model.api_key_env is not None:
+            key = _key(role, model.api_key_env)
+            self._headers["Authorization"] = f"Bearer {key}"
+            self._secrets.append(key)
+        elif url.user:
+            self._headers["Authorization"] = aiohttp.BasicAuth(url.user, url.password or "").encode()
+        self._limit, self._connect_s = model.concurrency + 2, connect_s
+        self._proxies = url.host not in _LOCAL  # proxies are not for this machine
+        self._session: aiohttp.ClientSession | None = None
+        self.url = str(url.with_user(None)).rstrip("/")
+        self.root = self.url.removesuffix("/v1")
+
+    def address(self, path: str) -> str:
+        """Return the URL of a path below the base URL; below the root if it begins with a slash."""
+        return f"{self.root}{path}" if path.startswith("/") else f"{self.url}/{path}"
+
+    async def request(self, path: str, payload: Mapping[str, Any] | None) -> Answer:
+        """Send one request and return the answer, however it reads. Redirections are not followed.
+
+        Args:
+            path: As of `address`.
+            payload: Body; None sends a GET.
+
+        Raises:
+            Broken: There is no complete answer.
+        """
+        session = self._open()
+        body = None if payload is None else json.dumps(payload, separators=(",", ":")).encode()
+        method = "GET" if payload is None else "POST"
+        try:
+            async with session.request(method, self.address(path), data=body, allow_redirects=False) as answer:
+                return Answer(answer.status, answer.headers, await answer.read())
+        except (aiohttp.ClientError, OSError) as error:
+            refused = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+            raise Broken(self.clean(f"{type(error).__name__}: {error}"), refused=refused) from None
+
+    def _open(self) -> aiohttp.ClientSession:
+        """Return the session; it belongs to the event loop that is running when it is needed first."""
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._limit, keepalive_timeout=_KEEPALIVE_S),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers=self._headers,
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s),
+                trust_env=self._proxies,
+            )
+        return self._session
+
+    def clean(self, words: str) -> str:
+        """Return words without passwords and keys."""
+        for secret in self._secrets:
+            words = words.replace(secret, "***")
+        return words
+
+    async def close(self) -> None:
+        """Disconnect."""
+        if self._session is not None:
+            await self._session.close()
+
+
+def _checked(role: str, raw: str) -> URL:
     try:
-        url = httpx.URL(raw)
-        usable = url.scheme in ("http", "https") and bool(url.host) and not url.query
-    except httpx.InvalidURL:
+        url = URL(raw)
+        usable = url.scheme in ("http", "https") and bool(url.host) and not url.query_string
+    except ValueError:
         usable = False
     if not usable:
         shown = "is" if set(raw) & set("@?") else f"{raw!r} is"  # the parts after these may be keys
         raise ConfigError(f"{role}: `url` {shown} not of the form http://host:8000/v1, without a query.")
-    headers, secrets = {}, [url.password] if url.password else []
-    if model.api_key_env is not None:
-        key = os.environ.get(model.api_key_env, "").strip()
-        if not key or not key.isascii() or not key.isprintable():
-            fault = "holds characters that no key has" if key else "is not set"
-            raise ConfigError(
-                f"{role}: the environment variable {model.api_key_env} {fault}; it must hold the API key."
-            )
-        headers["Authorization"] = f"Bearer {key}"
-        secrets.append(key)
-    connections = model.concurrency + 2
-    client = httpx.AsyncClient(
-        headers=headers,
-        auth=(url.username, url.password) if url.username and not headers else None,
-        timeout=httpx.Timeout(None, connect=connect_s),
-        verify=url.scheme == "https",  # else it loads certificates for nothing
-        # Servers close idle connections after 5 s; one that is used just then would fail its request.
-        limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=2.0),
-        trust_env=url.host not in ("localhost", "127.0.0.1", "::1"),  # proxies are not for this machine
-    )
-    return str(url.copy_with(userinfo=b"")).rstrip("/"), client, secrets
+    return url
 
 
-def words_of(answer: httpx.Response) -> str:
-    """Return what a server says about an error, on one line."""
-    try:
-        said = answer.json()
-        if isinstance(said, dict):
-            said = said.get("error") or said.get("message") or said.get("detail") or said
-        if isinstance(said, dict):
-            said = said.get("message") or said
-    except ValueError:
-        said = answer.text
-    return " ".join(str(said).split())
-
-
-def retry_after(answer: httpx.Response) -> float:
-    """Return the seconds that a Retry-After header asks for; it may hold a number or a date."""
-    value = answer.headers.get("Retry-After", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return 0.0
+def _key(role: str, variable: str) -> str:
+    key = os.environ.get(variable, "").strip()
+    if not key or not key.isascii() or not key.isprintable():
+        fault = "holds characters that no key has" if key else "is not set"
+        raise ConfigError(f"{role}: the environment variable {variable} {fault}; it must hold the API key.")
+    return key

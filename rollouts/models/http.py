@@ -10,12 +10,11 @@ from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from typing import Any, NoReturn, TypeVar
 
-import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exponential, wait_random
 
 from rollouts.config import ModelConfig
 from rollouts.errors import BackendError
-from rollouts.models.connection import connect, retry_after, words_of
+from rollouts.models.connection import Answer, Broken, Connection
 
 T = TypeVar("T")
 _HEARTBEAT_S = 15.0  # longest wait for the smallest request there is
@@ -68,6 +67,7 @@ class HttpServer:
     Attributes:
         role: Named in errors.
         url: Base URL without credentials.
+        heartbeat: Path and payload (None: GET) of the smallest request.
     """
 
     def __init__(self, role: str, model: ModelConfig, heartbeat: tuple[str, Any] = ("models", None)) -> None:
@@ -84,8 +84,8 @@ class HttpServer:
         self.role = role
         self.heartbeat = heartbeat
         self._timeout, self._retries, self._concurrency = model.timeout_s, model.retries, model.concurrency
-        self.url, self._client, self._secrets = connect(role, model)
-        self.root = self.url.removesuffix("/v1")
+        self._connection = Connection(role, model)
+        self.url, self.address = self._connection.url, self._connection.address
         self._lock = threading.Lock()
         self._pending: set[Future[Any]] = set()
         self._failure: str | None = None
@@ -103,12 +103,12 @@ class HttpServer:
     async def _main(self, ready: threading.Event) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self._slots = asyncio.Semaphore(self._concurrency)
-        async with self._client:
-            ready.set()
-            await self._stop.wait()
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+        ready.set()
+        await self._stop.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._connection.close()
 
     def submit(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
         """Run a coroutine in the thread; a future that is cancelled cancels its request.
@@ -156,7 +156,7 @@ class HttpServer:
         """Send one request, again where that helps, and return what `parse` makes of the answer's JSON.
 
         Args:
-            path: Below the base URL, or absolute.
+            path: Below the base URL; below the root if it begins with a slash.
             payload: Body; None sends a GET.
             parse: May raise ValueError, LookupError or TypeError for an answer that makes no sense.
 
@@ -243,29 +243,27 @@ class HttpServer:
     async def _exchange(self, path: str, payload: Any, parse: Callable[[Any], T], timeout: float) -> T:
         while (pause := self._resume_at - time.monotonic()) > 0:
             await asyncio.sleep(pause)
-        url = path if "://" in path else f"{self.url}/{path}"
         try:
             async with asyncio.timeout(timeout):
-                method = "GET" if payload is None else "POST"
-                answer = await self._client.request(method, url, json=payload)
+                answer = await self._connection.request(path, payload)
         except TimeoutError:
             raise _Trouble(f"no answer within {timeout:g} s", final=True) from None
-        except httpx.RequestError as error:
-            raise _Trouble(self._clean(f"{type(error).__name__}: {error}")) from None
-        if not answer.is_success:
+        except Broken as error:
+            raise _Trouble(str(error)) from None
+        if not answer.ok:
             self._refuse(answer)
         try:
             return parse(answer.json())
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            said = self._clean(answer.text)[:80]
+            said = self._connection.clean(answer.text)[:80]
             raise _Trouble(f"an answer that cannot be read: {said!r}, {type(error).__name__}: {error}") from None
 
-    def _refuse(self, answer: httpx.Response) -> NoReturn:
+    def _refuse(self, answer: Answer) -> NoReturn:
         """Raise what an error status means."""
-        status = answer.status_code
-        words = f"HTTP {status}: {self._clean(words_of(answer))[:300]}"
+        status = answer.status
+        words = f"HTTP {status}: {self._connection.clean(answer.words)[:300]}"
         if status in _BUSY:
-            pause = retry_after(answer)
+            pause = answer.retry_after
             if pause > _LONGEST_PAUSE_S:
                 self._give_up(f"asks to wait for {pause:.0f} s ({words}).")
             self._resume_at = max(self._resume_at, time.monotonic() + pause)
@@ -278,11 +276,6 @@ class HttpServer:
         if status >= 500:
             raise _Trouble(words)
         raise RequestFailed(words)
-
-    def _clean(self, words: str) -> str:
-        for secret in self._secrets:
-            words = words.replace(secret, "***")
-        return words
 
     def _give_up(self, what: str) -> NoReturn:
         message = f"{self.role}: {self.url} {what}"

@@ -47,7 +47,7 @@ class ServerBackend(Backend):
             if not windows:
                 raise ConfigError(f"{role}: {self._http.url} does not tell the model's window; set `max_length`.")
             self.window = min(windows)
-            version = self._http.peek(f"{self._http.root}/version")
+            version = self._http.peek("/version")
             self._description = {
                 "engine": "server",
                 "version": version.get("version") if isinstance(version, dict) else None,
@@ -99,11 +99,13 @@ class ServerBackend(Backend):
 
     def _probe_pooling(self) -> Capabilities:
         ids = (1, 2, 3) if self._tag is None else (1, self._tag, 2, self._tag)
-        path, payload = f"{self._http.root}/pooling", pooling_payload(self._model, ids)
+        path, payload = "/pooling", pooling_payload(self._model, ids)
         try:
             self._http.ask(path, payload, lambda body: self._scores(body, ids))
         except RequestFailed as error:
-            raise ConfigError(f"{self.role}: {path} serves no step scores ({error}). {serve_prm(self._tag)}") from None
+            raise ConfigError(
+                f"{self.role}: {self._http.address(path)} serves no step scores ({error}). {serve_prm(self._tag)}"
+            ) from None
         self._http.heartbeat = (path, payload)
         return Capabilities(pooling=True, continue_prefix=False)
 
@@ -120,7 +122,7 @@ class ServerBackend(Backend):
                 )
             )
         if isinstance(request, PoolingRequest) and self.capabilities.pooling:
-            path, payload = f"{self._http.root}/pooling", pooling_payload(self._model, request.ids)
+            path, payload = "/pooling", pooling_payload(self._model, request.ids)
             return self._http.submit(lambda: self._measure(path, payload, lambda body: self._scores(body, request.ids)))
         raise ConfigError(f"{self.role}: {self._http.url} cannot answer a {type(request).__name__}.")
 

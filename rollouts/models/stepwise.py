@@ -220,8 +220,7 @@ class Draft:
         self.tokens += completion.tokens
         text, complete = normalise(self.text)
         if completion.finish == "stop" and not complete and self.tokens < self.budget:
-            encode = self.rules.prompts.tokenizer.encode
-            self.ids += completion.token_ids or tuple(encode(completion.text, add_special_tokens=False))
+            self.ids += completion.token_ids or self.rules.prompts.encode(completion.text)
             self.attempt += 1
             return
         segment = Segment(text, 0, self.tokens, complete)

@@ -30,7 +30,8 @@ class Scripted:
     """Models that write step i with known tokens and scores; a role in `down` does not answer."""
 
     def __init__(self, scores: list[float], length: int = 4, down: tuple[str, ...] = (), slow: float = 0.0) -> None:
-        self.scores, self.length, self.down, self.slow = iter(scores), length, set(down), slow
+        self.script, self.length, self.down, self.slow = iter(scores), length, set(down), slow
+        self.known: dict[tuple[str, ...], float] = {}
         self.asked: list[tuple[Any, ...]] = []
 
     async def step(self, role: str, task: Task, steps: Any, used: int, ledger: Any, most: int | None = None) -> Step:
@@ -47,11 +48,18 @@ class Scripted:
         reason = StopReason.LENGTH if cut else END if number == self.length else ON
         return Step(f"{role} {number}\n\n", tokens, reason)
 
-    async def score(self, task: Task, steps: Any, ledger: Any) -> float:
+    def prepare(self, task: Task, steps: Any) -> None:
+        pass
+
+    async def scores(self, task: Task, steps: Any, ledger: Any) -> list[float]:
         self.asked.append(("scorer", tuple(steps)))
         if "scorer" in self.down:
             raise Unavailable("scorer", "timeout", "secret words of the server")
-        return next(self.scores)
+        paths = [tuple(steps[: place + 1]) for place in range(len(steps))]
+        for path in paths:
+            if path not in self.known:
+                self.known[path] = next(self.script)
+        return [self.known[path] for path in paths]
 
 
 def route(models: Scripted, fallback: Any = "small", timeout: float = 60, **about: Any) -> Route:
@@ -81,9 +89,10 @@ def test_proposals_are_scored_and_bad_ones_written_anew() -> None:
         (small, prefix, 11),
         ("scorer", (*prefix, "small 2\n\n")),
         (large, prefix, 11),  # from the same prefix, without the proposal
-        ("scorer", (*prefix, "large 2\n\n")),
+        (small, (*prefix, "large 2\n\n"), 33),
     ]
-    assert models.asked[6] == (small, (*prefix, "large 2\n\n"), 33)
+    assert models.asked[6] == ("scorer", (*prefix, "large 2\n\n", "small 3\n\n"))  # scores both
+    assert [step.late_scores for step in done.written] == [(), (), (0.8,), ()]
     assert models.asked[-1] == (large, tuple(step.text for step in done.written[:3]), 46)  # the end is not scored
     usage = done.usage()
     assert usage["completion_tokens"] == (11 + 12 + 13 + 14) + (22 + 24) == 96

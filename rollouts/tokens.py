@@ -1,0 +1,69 @@
+"""From texts to token ids, without tokenising again what was tokenised before."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from functools import lru_cache
+from typing import Any
+from weakref import WeakValueDictionary
+
+_REMEMBERED = 2048  # pieces between special tokens: messages and, where tags divide them, steps
+_TRIED = 64  # special tokens that are tried out; there may be a thousand, all alike
+_PROBES = ("{0}a b{0} c\n{0}\nd e\n\n{0}", "f {0}{0}g\n\n {0}\n\nh")
+
+
+class Encoder:
+    """Token ids of texts as they stand, without special tokens around them.
+
+    Tokenizers cut a text at its special tokens first, and usually what is between two of them does not depend on what
+    is elsewhere. Then a prompt is encoded piece by piece, and pieces that came before (the system message, the problem,
+    each step that a reward model has read) are looked up. Otherwise, which is tried out at once, it is encoded whole.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Find out where the tokenizer cuts.
+
+        Args:
+            tokenizer: A fast tokenizer of transformers, without truncation and padding.
+        """
+        self._backend = tokenizer.backend_tokenizer
+        self._piece = lru_cache(maxsize=_REMEMBERED)(self.whole)
+        added = self._backend.get_added_tokens_decoder()
+        self._special = {token.content: (number,) for number, token in added.items() if not token.normalized}
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if self._special else None
+        probes = [probe.format(token) for token in longest_first[:_TRIED] for probe in _PROBES]
+        swallows = any(token.lstrip or token.rstrip or token.single_word for token in added.values())
+        if swallows or any(self(text) != self.whole(text) for text in probes):
+            self._cut = None
+
+    def whole(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a text that is encoded at once.
+
+        The tokenizer's implementation is asked itself: the method around it hands even one text to a pool of threads,
+        and waking them takes longer than the work.
+        """
+        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def __call__(self, text: str) -> tuple[int, ...]:
+        """Return the ids of a text."""
+        if self._cut is None:
+            return self.whole(text)
+        ids: list[int] = []
+        for place, piece in enumerate(self._cut.split(text)):
+            if piece:
+                ids.extend(self._special[piece] if place % 2 else self._piece(piece))
+        return tuple(ids)
+
+
+_known: WeakValueDictionary[bytes, Encoder] = WeakValueDictionary()
+
+
+@lru_cache(maxsize=16)
+def encoder_of(tokenizer: Any) -> Encoder:
+    """Return the encoder of a tokenizer; models with the same vocabulary share what it remembers."""
+    digest = hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode()).digest()
+    encoder = _known.get(digest) or Encoder(tokenizer)
+    _known[digest] = encoder
+    return encoder
