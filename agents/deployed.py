@@ -232,12 +232,14 @@ class Policy:
             ConfigError: As of `at`.
         """
         router = self.at(lam, budget)
-        knob, generator = router.knob, None
+        knob = router.knob
+        drawn = seed is not None or isinstance(router, Mixture)
+        generator = np.random.default_rng(seed) if drawn else None  # from entropy it takes as long as a decision
         if isinstance(router, Mixture):
-            generator = np.random.default_rng(seed)
+            assert generator is not None
             router = router.pick(float(generator.random()))
         caps = self.max_escalations, self.max_large_tokens
-        return Session(router, knob, self.max_steps, caps, generator or np.random.default_rng(seed))
+        return Session(router, knob, self.max_steps, caps, generator)
 
     def describe(self) -> dict[str, Any]:
         """Return what users may know of it, as JSON holds it."""

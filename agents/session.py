@@ -52,7 +52,7 @@ class Session:
         knob: Knob,
         max_steps: int,
         caps: tuple[int | None, int | None],
-        generator: np.random.Generator,
+        generator: np.random.Generator | None,
     ) -> None:
         """Begin.
 
@@ -61,7 +61,7 @@ class Session:
             knob: The setting in use.
             max_steps: Most steps.
             caps: Most escalations, and most tokens of the large model; None for no cap.
-            generator: For routers that draw.
+            generator: For routers that draw; None: one from entropy, once it is needed.
         """
         self.router, self.knob = router, knob
         self.step, self.escalations, self.large_tokens, self.ended = 1, 0, 0, False
@@ -106,9 +106,14 @@ class Session:
 
     def _decided(self, chance: float) -> int:
         """Turn the probability of escalating into an action."""
-        escalate = chance > 0 and (chance >= 1 or self._generator.random() < chance)
+        escalate = chance > 0 and (chance >= 1 or self._draw() < chance)
         self._action = ESCALATE_LARGE if escalate and self._may_escalate() else CONTINUE_SMALL
         return self._action
+
+    def _draw(self) -> float:
+        if self._generator is None:
+            self._generator = np.random.default_rng()
+        return self._generator.random()
 
     def _may_escalate(self) -> bool:
         return (self._cap is None or self.escalations < self._cap) and self.large_tokens_left != 0
@@ -223,7 +228,10 @@ def _take_all(sessions: Sequence[Session], proposals: Sequence[Proposal]) -> lis
 def _chances(sessions: list[Session], rows: list[_Row]) -> Floats:
     """Return the (n,) probabilities of escalating in sessions of one router, and let those with a state go on."""
     first = sessions[0]
-    features = first._features(Seen(*np.array(rows, np.float64).T), first._max_steps)
+    if len(rows) == 1:
+        features = first._features.single(rows[0], first._max_steps)
+    else:
+        features = first._features(Seen(*np.array(rows, np.float64).T), first._max_steps)
     cap = told_cap(first.router)
     if cap is not None:
         left = np.array([cap - session.large_tokens for session in sessions])

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,10 +126,18 @@ class Schema:
 
     def __call__(self, seen: Seen, max_steps: int) -> NDArray[np.float32]:
         """Return the (n, d) features, within the bounds."""
-        low, high = self._bounds
         values = np.empty((len(seen.score), len(self.columns)), np.float32)
         for place, column in enumerate(self.columns):
             values[:, place] = column.compute(seen, max_steps)
+        return self._within_bounds(values)
+
+    def single(self, seen: tuple[float, ...], max_steps: int) -> NDArray[np.float32]:
+        """Return the (1, d) features of one decision from the numbers that `Seen` has arrays of: the same, faster."""
+        numbers: Any = Seen(*cast(Any, seen))
+        return self._within_bounds(np.array([[each.compute(numbers, max_steps) for each in self.columns]], np.float32))
+
+    def _within_bounds(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        low, high = self._bounds
         np.maximum(values, low, out=values)
         np.minimum(values, high, out=values)
         return values

@@ -54,6 +54,19 @@ def test_values(name):
     np.testing.assert_allclose(values, WANTED[name], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_one_decision_has_the_features_that_it_has_among_others(name):
+    draw = np.random.default_rng(0)
+    scores = draw.random((3, 3_000)).astype(np.float32).astype(np.float64)
+    scores[:, draw.random(3_000) < 0.1] = draw.choice([0.0, 1e-4, 1.0], 3)[:, None]
+    count, step, flags = draw.integers(1, 400, 3_000), draw.integers(1, 31, 3_000), draw.random((2, 3_000)) < 0.5
+    seen = Seen(*np.concatenate([scores, [count, step], flags]))
+    rows = [(*map(float, scores[:, i]), int(count[i]), int(step[i]), *map(bool, flags[:, i])) for i in range(3_000)]
+    together = SCHEMAS[name](seen, 30)
+    alone = np.concatenate([SCHEMAS[name].single(row, 30) for row in rows])
+    assert alone.dtype == together.dtype and np.array_equal(alone, together)
+
+
 def test_every_schema_is_tested():
     assert set(SCHEMAS) == set(WANTED)
 

@@ -108,6 +108,23 @@ def test_scores_of_large_steps_count_in_later_features(monkeypatch: pytest.Monke
     assert going.session._product == pytest.approx(0.9 * 0.05 * 0.7 * 0.6)
 
 
+def test_scores_that_come_late_count_all_the_same() -> None:
+    models = Scripted([0.9, 0.3, 0.4, 0.6, 0.1], length=5)
+    answers = models.scores
+
+    async def seldom(task: Task, steps: Any, ledger: Any) -> list[float]:
+        if len(steps) in (2, 3):  # the scorer is away for two steps
+            raise Unavailable("scorer", "down", "gone")
+        return await answers(task, steps, ledger)
+
+    models.scores = seldom  # type: ignore[method-assign]
+    done = route(models)
+    assert told(done)[:4] == [("small", 0, 0.9, None), *[("small", None, score, None) for score in (0.3, 0.4)],
+                              ("small", 0, 0.6, None)]  # fmt: skip
+    assert [step.late_scores for step in done.written] == [(), (), (), (0.3, 0.4), ()]
+    assert done.session._least == pytest.approx(0.3) and done.session.ended and done.session.step == 6
+
+
 def test_caps_of_the_policy_bind() -> None:
     done = route(Scripted([0.1, 0.9, 0.1, 0.1, 0.1]), max_escalations=1)
     assert [step.author for step in done.written] == ["large", "small", "small", "small"]
