@@ -13,6 +13,7 @@ from typing import Any
 from agents import tracking
 from agents.pomdp.fit import price_of
 from agents.ppo import PPOSettings, SeqSettings
+from agents.schedule import LearnerSettings
 from agents.tree_gradient import TreeSettings
 from rollouts.errors import ConfigError, did_you_mean
 from trim_env.episodes import checked_lam, checked_range
@@ -78,7 +79,7 @@ class TrainConfig:
     seq: SeqSettings = field(default_factory=SeqSettings)
 
     @property
-    def learner(self) -> PPOSettings | TreeSettings:
+    def learner(self) -> LearnerSettings:
         """Settings of the agent's learner."""
         if self.agent == "tree-agg":
             return self.tree

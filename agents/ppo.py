@@ -12,13 +12,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agents.base import Knob
 from agents.policy import MLP, ConditionedMLP
+from agents.schedule import LearnerSettings
 from rollouts.errors import ArtefactError, ConfigError
 from trim_env.episodes import Lam
 from trim_env.features import lam_feature
@@ -30,59 +31,37 @@ if TYPE_CHECKING:
 NAME = "trim-agg"
 
 
-def rising_share(iteration: int, iterations: int, start: float, ramp: float) -> float:
-    """Return the share of λ that applies in an iteration, from 0: it rises from `start` to 1 over a share `ramp`."""
-    rising = ramp * iterations
-    return 1.0 if iteration >= rising else start + (1 - start) * iteration / rising
-
-
 @dataclass(frozen=True)
-class PPOSettings:
-    """Settings of the learner.
+class PPOSettings(LearnerSettings):
+    """Settings of PPO.
 
     Attributes:
-        iterations: Rounds of collecting and learning.
+        hidden: Units of each of the two tanh layers, of policy and value function alike.
         num_envs: Episodes that run side by side.
         n_steps: Decisions of each of them in an iteration.
         batch_size: Decisions in a minibatch.
         n_epochs: Passes over what an iteration collected.
-        learning_rate: At the start; it falls linearly to a tenth.
-        entropy: Weight of the entropy bonus at the start; it falls linearly to 0.
         clip_range: PPO's clip range.
         gae_lambda: λ of generalised advantage estimation (not the trade-off λ).
-        hidden: Units of each of the two tanh layers, of policy and value function alike.
-        lam_start: Share of λ that the training begins with.
-        lam_ramp: Share of the iterations over which it rises to λ.
     """
 
-    iterations: int = 32
     num_envs: int = 1024
     n_steps: int = 16
     batch_size: int = 2048
     n_epochs: int = 4
-    learning_rate: float = 5e-3
-    entropy: float = 0.003
     clip_range: float = 0.2
     gae_lambda: float = 0.95
-    hidden: int = 32
-    lam_start: float = 0.2
-    lam_ramp: float = 0.2
+
+    section: ClassVar[str] = "ppo"
+    counts: ClassVar[tuple[str, ...]] = (*LearnerSettings.counts, "num_envs", "n_steps", "batch_size", "n_epochs")
 
     def __post_init__(self) -> None:
         """Check what would otherwise fail later."""
-        for name in ("iterations", "num_envs", "n_steps", "batch_size", "n_epochs", "hidden"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"ppo.{name} is {getattr(self, name)}, expected at least 1.")
+        super().__post_init__()
         if self.num_envs * self.n_steps < 2:
-            raise ConfigError("ppo.num_envs * ppo.n_steps is 1, expected at least 2 decisions in an iteration.")
-        if not 0 < self.lam_start <= 1 or not 0 <= self.lam_ramp < 1:
             raise ConfigError(
-                f"ppo.lam_start is {self.lam_start} and ppo.lam_ramp {self.lam_ramp}, expected shares in (0, 1]."
+                f"{self.section}.num_envs * {self.section}.n_steps is 1, expected at least 2 decisions in an iteration."
             )
-
-    def lam_share(self, iteration: int) -> float:
-        """Return the share of λ that applies in an iteration, from 0."""
-        return rising_share(iteration, self.iterations, self.lam_start, self.lam_ramp)
 
 
 @dataclass(frozen=True)
@@ -101,13 +80,15 @@ class SeqSettings(PPOSettings):
     layers: int = 1
     heads: int = 4
 
+    section: ClassVar[str] = "seq"
+    counts: ClassVar[tuple[str, ...]] = (*PPOSettings.counts, "width", "layers", "heads")
+
     def __post_init__(self) -> None:
         """Check what would otherwise fail later."""
         super().__post_init__()
-        if min(self.width, self.layers, self.heads) < 1 or self.width % self.heads:
+        if self.width % self.heads:
             raise ConfigError(
-                f"seq.width is {self.width}, seq.layers {self.layers} and seq.heads {self.heads}, expected at least 1 "
-                "each, and a width that the heads divide."
+                f"seq.width is {self.width}, seq.heads {self.heads}, expected a width that the heads divide."
             )
 
 

@@ -16,6 +16,7 @@ from agents.evaluation.uncertainty import resample_weights
 from agents.health import Health, Reference, assess
 from agents.policy import MLP, ConditionedMLP, at
 from agents.ppo import PPOAgg, PPOSettings, SeqSettings, load_checkpoint, save_checkpoint
+from agents.schedule import LearnerSettings
 from agents.seq_policy import SeqPolicy
 from agents.tree_gradient import TreeAgg, TreeSettings
 from agents.validation import Baselines, Candidates, halves
@@ -28,11 +29,10 @@ if TYPE_CHECKING:
 
 Record = dict[str, float]
 Trainable = MLP | ConditionedMLP | SeqPolicy
-Settings = PPOSettings | TreeSettings
 
 
 def learner(
-    tables: DecisionTables, lam: Lam, settings: Settings, seed: int, outputs: Sequence[KVWriter] = ()
+    tables: DecisionTables, lam: Lam, settings: LearnerSettings, seed: int, outputs: Sequence[KVWriter] = ()
 ) -> PPOAgg | TreeAgg:
     """Return the learner that the settings belong to."""
     if isinstance(settings, TreeSettings):
@@ -41,6 +41,7 @@ def learner(
         from agents.seq import PPOSeq
 
         return PPOSeq(tables, lam, settings, seed, outputs)
+    assert isinstance(settings, PPOSettings)
     return PPOAgg(tables, lam, settings, seed, outputs)
 
 
@@ -110,7 +111,7 @@ class Result:
         return all(health.fine for health in self.health.values())
 
 
-def remedy(settings: Settings, attempt: int) -> Settings:
+def remedy(settings: LearnerSettings, attempt: int) -> LearnerSettings:
     """Return the settings of an attempt, from 0: the first as asked for, then more exploration and a slower λ."""
     if attempt == 0:
         return settings
@@ -142,7 +143,7 @@ class Training:
         tables: DecisionTables,
         validation: Validation,
         lam: Lam,
-        settings: Settings,
+        settings: LearnerSettings,
         seed: int,
         *,
         attempts: int = 3,

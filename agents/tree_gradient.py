@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agents.base import Knob
 from agents.policy import MLP, ConditionedMLP
-from agents.ppo import rising_share
+from agents.schedule import LearnerSettings
 from rollouts.errors import ConfigError
 from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE, MISSING
 from trim_env.episodes import Lam
@@ -120,30 +121,29 @@ class Forest:
 
 
 @dataclass(frozen=True)
-class TreeSettings:
-    """Settings of the learner.
+class TreeSettings(LearnerSettings):
+    """Settings of the exact tree gradient.
 
     Attributes:
-        iterations: Rounds, after each of which the router is measured on validation.
         updates: Gradient steps in a round.
         batch: Trees in a minibatch.
-        learning_rate: Of Adam, at the start; it falls linearly to a tenth.
         entropy: Weight of the entropy bonus at the start; it falls linearly to 0.
-        hidden: Units of each of the two tanh layers.
         weight_decay: Of AdamW.
-        lam_start: Share of λ that the training begins with.
-        lam_ramp: Share of the rounds over which it rises to λ.
     """
 
-    iterations: int = 32
     updates: int = 16
     batch: int = 1000
-    learning_rate: float = 5e-3
     entropy: float = 0.03
-    hidden: int = 32
     weight_decay: float = 0.0
-    lam_start: float = 0.2
-    lam_ramp: float = 0.2
+
+    section: ClassVar[str] = "tree"
+    counts: ClassVar[tuple[str, ...]] = (*LearnerSettings.counts, "updates", "batch")
+
+    def __post_init__(self) -> None:
+        """Check what would otherwise fail later."""
+        super().__post_init__()
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"tree.weight_decay is {self.weight_decay}, expected a number of at least 0.")
 
 
 class TreeAgg:
@@ -200,7 +200,7 @@ class TreeAgg:
         progress = self.iteration / settings.iterations
         for group in self.optimiser.param_groups:
             group["lr"] = settings.learning_rate * (1 - 0.9 * progress)
-        share = rising_share(self.iteration, settings.iterations, settings.lam_start, settings.lam_ramp)
+        share = settings.lam_share(self.iteration)
         found = [
             self._update(self._forests[self._random.integers(len(self._forests))], share, 1 - progress)
             for _ in range(settings.updates)

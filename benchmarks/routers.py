@@ -26,8 +26,8 @@ from agents.evaluation.uncertainty import difference, resample_weights
 from agents.policy import ConditionedMLP
 from agents.pomdp.fit import estimate
 from agents.ppo import PPOSettings
+from agents.schedule import LearnerSettings
 from agents.targets import SETTINGS
-from agents.trainer import Settings as LearnerSettings
 from agents.trainer import Training
 from agents.tree_gradient import TreeSettings
 from benchmarks.methods import RANGE, Data, heading, write

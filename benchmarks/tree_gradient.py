@@ -21,7 +21,7 @@ import tyro
 from agents.evaluation.run import run
 from agents.policy import at
 from agents.ppo import PPOSettings
-from agents.trainer import Settings as LearnerSettings
+from agents.schedule import LearnerSettings
 from agents.trainer import Training, Validation
 from agents.tree_gradient import TreeSettings
 from benchmarks.methods import heading, write

@@ -22,6 +22,7 @@ from agents.serve.service import Run, Service
 
 T = TypeVar("T")
 _log = logging.getLogger("trim.serve")
+_CHAT = "/v1/chat/completions"
 _GONE = "499"  # nginx' word for a client that left
 _RETRY = {"Retry-After": "1"}
 
@@ -38,8 +39,13 @@ def build(service: Service, api_key: str | None = None, max_body_bytes: int = 1 
         api_key: Key that clients must send; None: none.
         max_body_bytes: Largest request body.
     """
+
+    def count(path: str, status: int) -> None:
+        if path == _CHAT:
+            service.metrics.requests.labels(str(status)).inc()
+
     app = FastAPI(title="trim-routing", docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, api_key=api_key, max_body_bytes=max_body_bytes)  # type: ignore[arg-type]
+    app.add_middleware(Guard, api_key=api_key, max_body_bytes=max_body_bytes, count=count)  # type: ignore[arg-type]
 
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
@@ -58,14 +64,14 @@ def build(service: Service, api_key: str | None = None, max_body_bytes: int = 1 
 
     body = {"required": True, "content": {"application/json": {"schema": ChatRequest.model_json_schema()}}}
 
-    @app.post("/v1/chat/completions", openapi_extra={"requestBody": body})
+    @app.post(_CHAT, openapi_extra={"requestBody": body})
     async def chat(raw: Request) -> Response:
         """Solve a problem step by step, each step by the model that the policy chooses."""
         try:
             ask = _read(raw, await raw.body())
             run = service.begin(ask)
         except ApiError as error:
-            service.metrics.requests.labels(str(error.status)).inc()
+            count(_CHAT, error.status)
             raise
         return await (_stream(service, raw, run) if ask.stream else _whole(service, raw, run))
 

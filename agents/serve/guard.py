@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -22,9 +23,18 @@ _DRAINED_S, _DRAINED_BYTES = 2.0, 1 << 24  # of a body that is too big, before i
 class Guard:
     """ASGI middleware that lets nothing through that lacks the key or is too big."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_body_bytes: int) -> None:
-        """Keep only a hash of the key, so that comparing takes the same time whatever is offered."""
-        self.app = app
+    def __init__(
+        self, app: ASGIApp, api_key: str | None, max_body_bytes: int, count: Callable[[str, int], None]
+    ) -> None:
+        """Keep only a hash of the key, so that comparing takes the same time whatever is offered.
+
+        Args:
+            app: What is guarded.
+            api_key: Key that clients must send; None: none.
+            max_body_bytes: Largest request body.
+            count: Is told path and status of what was refused.
+        """
+        self.app, self._count = app, count
         self._key = None if api_key is None else _hash(api_key)
         self._most = max_body_bytes
 
@@ -38,6 +48,7 @@ class Guard:
             self._check_key(scope["path"], headers)
             body = await self._body(headers, receive)
         except ApiError as error:
+            self._count(scope["path"], error.status)
             await refusal(error)(scope, receive, send)
             return
         if body is not None:

@@ -1,6 +1,7 @@
 """Training: it learns a tiny oracle problem, repeats itself, survives kills, flags and remedies collapse."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,8 +19,9 @@ from agents import artefact
 from agents.evaluation.run import references, run
 from agents.experiment import TrainConfig, automatic_lams, resume, train
 from agents.oracle import tree_oracle
-from agents.ppo import PPOAgg, PPOSettings
+from agents.ppo import PPOAgg, PPOSettings, SeqSettings
 from agents.trainer import Training, Validation, remedy
+from agents.tree_gradient import TreeSettings
 from rollouts.compiling import compile_store
 from rollouts.errors import ConfigError, StoreError
 from trim_env.tables import decision_tables
@@ -66,6 +68,18 @@ def test_lam_rises_to_its_value():
     shares = [SMALL.lam_share(i) for i in range(6)]
     assert shares[0] == SMALL.lam_start and shares == sorted(shares) and shares[3:] == [1, 1, 1]
     assert replace(SMALL, lam_ramp=0.0).lam_share(0) == 1
+
+
+@pytest.mark.parametrize("settings", [PPOSettings, TreeSettings, SeqSettings])
+def test_every_learner_checks_its_settings(settings):
+    name = settings.section
+    for wrong in ({"iterations": 0}, {"hidden": 0}, {"learning_rate": 0.0}, {"learning_rate": math.nan},
+                  {"entropy": -1.0}, {"lam_start": 0.0}, {"lam_ramp": 1.0}):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"{name}.{next(iter(wrong))} "):
+            settings(**wrong)
+    for own in set(settings.counts) - {"iterations", "hidden"}:
+        with pytest.raises(ConfigError, match=f"{name}.{own} is 0, expected at least 1"):
+            settings(**{own: 0})
 
 
 def validation_of(trees):

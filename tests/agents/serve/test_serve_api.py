@@ -271,6 +271,7 @@ def test_the_key_is_asked_for_and_kept(guarded: Router, caplog: pytest.LogCaptur
             )
             fails(answer, 401, "API key")
     assert httpx.get(guarded.url.removesuffix("/v1") + "/health").status_code == 200
+    assert guarded.metric("trim_requests_total", status="401") == 6  # those for the model list are no requests
     answer = guarded.chat(trace=True)
     assert answer.status_code == 200
     everything = answer.text + caplog.text + guarded.client.get("/metrics").text + guarded.client.get("/v1/models").text
