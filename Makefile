@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
@@ -11,8 +12,8 @@ quickstart: install  ## train a router for six trade-offs on the bundled rollout
 	$(BIN)/python train.py --out $(OUT)
 	$(BIN)/python evaluate.py $(OUT)
 
-test: install-dev  ## the whole test suite; real vLLM engines and servers included
-	$(BIN)/python -m pytest -q
+test: install-dev  ## the whole test suite, real vLLM engines and servers included, on two cores
+	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: install-dev  ## format, lint and type check
 	$(BIN)/ruff format --check .
