@@ -1,71 +1,27 @@
-"""The commands of ``python -m rollouts``: each a frozen dataclass whose fields are its flags."""
+"""The commands of ``python -m rollouts`` that make stores: each a frozen dataclass whose fields are its flags."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from rollouts.annotate import grade_store, score_store
 from rollouts.config import load_family
-from rollouts.errors import ConfigError, DataError, StoreError, did_you_mean
-from rollouts.expand import Grower, Labeller, StepBuffer, grow_sequentially, load_trees
+from rollouts.errors import ConfigError, DataError
+from rollouts.expand import Grower, StepBuffer, grow_sequentially, label_of, load_trees
 from rollouts.expand import Progress as Counts
 from rollouts.family import Family
 from rollouts.grading import Grader, make_grader
+from rollouts.inspection import Repair, Show, Stats, StorePath, Verify
 from rollouts.nodes import ROLES
 from rollouts.problems import Problem, load_problems
-from rollouts.scoring.base import EXAMPLES, Example
+from rollouts.progress import console, progress_bar
+from rollouts.scoring.base import self_test_examples
 from rollouts.store import Store
-
-StorePath = Annotated[Path, tyro.conf.Positional]
-
-
-def console() -> Console:
-    """Return the console that people read; piped output stays free of it."""
-    return Console(stderr=True, highlight=False)
-
-
-@contextmanager
-def progress_bar(description: str, total: int | None, unit: str) -> Iterator[Callable[..., None]]:
-    """Show a bar with rate and remaining time; yields ``advance(count=1, note="")``."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
-    )
-    screen = console()
-    with Progress(*columns, console=screen, refresh_per_second=4) as bar:
-        task = bar.add_task(description, total=total, note="")
-
-        def advance(count: int = 1, note: str | None = None, completed: int | None = None) -> None:
-            fields = {} if note is None else {"note": note}
-            if completed is not None:
-                bar.update(task, completed=completed, **fields)  # type: ignore[arg-type]
-            else:
-                bar.update(task, advance=count, **fields)  # type: ignore[arg-type]
-
-        yield advance
 
 
 def parse_replicas(text: str) -> int | dict[str, int]:
@@ -84,21 +40,6 @@ def parse_replicas(text: str) -> int | dict[str, int]:
     if min(value.values() if isinstance(value, dict) else [value]) < 1:
         raise ConfigError(f"--replicas {text!r}: at least 1.")
     return value
-
-
-def self_test_examples(problems: Sequence[Problem]) -> Sequence[Example]:
-    """Return known paths of the kind of text that the problems need."""
-    if problems and all(problem.source == "tinymath" for problem in problems):
-        from rollouts.tinymath import generate_problems, solution_steps
-
-        examples = []
-        for problem in generate_problems("validation", 16):
-            right = tuple(solution_steps(problem.question)[:2])
-            value = right[1].rstrip().rpartition("=")[2]
-            wrong = (right[0], right[1].replace(f"={value}", f"={int(value) + 10}"))
-            examples.append(Example(problem.question, right, wrong))
-        return examples
-    return EXAMPLES
 
 
 @dataclass(frozen=True)
@@ -241,15 +182,6 @@ class Generate:
                 return grower(writers).run(load()) == 0
 
 
-def label_of(store: Store) -> Labeller | None:
-    """Return the function that gives exact labels of steps, for stores of problems that have them."""
-    if not store.manifest["process"]["labels"]:
-        return None
-    from rollouts.tinymath import label_steps
-
-    return label_steps
-
-
 def run_scoring(store: Store, family: Family, problems: Sequence[Problem] | None) -> None:
     """Score what is unscored, with a bar; the scorer is only loaded if there is anything."""
     total = store.steps.rows() - store.scores(family.scorer_name).rows()
@@ -357,145 +289,6 @@ class Grade:
         grader = make_grader(self.grader)
         with store.writing():
             run_grading(store, grader, None)
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Print what a store holds: trees, tokens, stop reasons, accuracies with intervals, oracle headroom.
-
-    Attributes:
-        store: Directory of the store.
-        scorer: Score table, if there are several.
-        grader: Grade table, if there are several.
-        json_out: Also write the numbers to this file.
-    """
-
-    store: StorePath
-    scorer: str | None = None
-    grader: str | None = None
-    json_out: Path | None = None
-
-    def run(self) -> None:
-        """Run the command."""
-        from rollouts.compiling import compile_store
-        from rollouts.stats import as_json, split_statistics, store_statistics
-        from rollouts.view import counts_table, statistics_table
-
-        store = Store(self.store)
-        out = Console(highlight=False)
-        counts = store_statistics(store)
-        out.print(counts_table(counts))
-        with progress_bar("Compiling", None, "trees") as advance:
-            trees = compile_store(store, self.scorer, self.grader, on_progress=advance)
-        present = dict.fromkeys(trees.splits[trees.problem].tolist())
-        rows = {split: split_statistics(trees, split) for split in present}
-        out.print(statistics_table(rows))
-        out.print(
-            f"K = {trees.meta['max_escalations']}, scorer {trees.meta['scorer']}, grader {trees.meta['grader']}; "
-            f"left out {trees.meta['left_out_trees']} trees, {trees.meta['orphans']} orphaned steps"
-        )
-        if self.json_out:
-            values = {"generated": counts, "splits": {split: as_json(row) for split, row in rows.items()}}
-            self.json_out.write_text(json.dumps({**values, "meta": trees.meta}, indent=1), encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class Show:
-    """Print one problem's tree: both proposals at every node, scores, tokens, correctness.
-
-    Attributes:
-        store: Directory of the store.
-        problem: Id of the problem; default the first.
-        replica: Which sample.
-        scorer: Score table, if there are several.
-        grader: Grade table, if there are several.
-        most: Most nodes to print.
-    """
-
-    store: StorePath
-    problem: str | None = None
-    replica: int = 0
-    scorer: str | None = None
-    grader: str | None = None
-    most: int = 60
-
-    def run(self) -> None:
-        """Run the command."""
-        from rollouts.view import show_tree
-
-        store = Store(self.store)
-        problems = {problem.id: problem for problem in store.problems()}
-        name = self.problem or next(iter(problems), "")
-        if name not in problems:
-            close = [item for item in problems if name[:12] in item][:20] or list(problems)[:20]
-            raise StoreError(f"{self.store}: no problem {name!r}.{did_you_mean(name, close)}")
-        trees = load_trees(store, [problems[name]], None, store.manifest["process"]["max_escalations"])
-        found = {tree.replica: tree for tree in trees}
-        if self.replica not in found:
-            raise StoreError(f"{self.store}: {name!r} has replicas {sorted(found)}, not {self.replica}.")
-        annotations = []
-        for kind, column, chosen in (("scores", "score", self.scorer), ("grades", "correct", self.grader)):
-            values: dict[tuple[int, str], Any] = {}
-            if store.names(kind):
-                table_name = store.choose(kind, chosen)
-                table = store.scores(table_name) if kind == "scores" else store.grades(table_name)
-                for part in table.read({name}):
-                    for row in part.to_pylist():
-                        if row["replica"] == self.replica:
-                            values.setdefault((row["prefix"], row["role"]), row[column])
-            annotations.append(values)
-        scores, grades = annotations
-        show_tree(Console(highlight=False), found[self.replica], scores, grades, self.most)
-
-
-@dataclass(frozen=True)
-class Verify:
-    """Check a store: shards readable, keys unique, trees closed, every step scored and every solution graded.
-
-    Attributes:
-        store: Directory of the store.
-    """
-
-    store: StorePath
-
-    def run(self) -> None:
-        """Run the command; problems make the exit code 2."""
-        from rollouts.verify import verify_store
-
-        findings = verify_store(Store(self.store))
-        out = Console(highlight=False)
-        for fact in findings.facts:
-            out.print(fact)
-        if findings.problems:
-            raise StoreError(f"{self.store}: " + " ".join(findings.problems))
-        out.print("The store is sound.")
-
-
-@dataclass(frozen=True)
-class Repair:
-    """Set unreadable shards aside and remove leftovers of crashes; `generate` then fills the gaps.
-
-    Attributes:
-        store: Directory of the store.
-        compact: Also merge all shards of each table into one, sorted, which is smaller and faster to read.
-    """
-
-    store: StorePath
-    compact: bool = False
-
-    def run(self) -> None:
-        """Run the command."""
-        store = Store(self.store)
-        out = Console(highlight=False)
-        with store.writing():
-            done = store.repair()
-            if self.compact:
-                for table in store.tables():
-                    before = len(table.shards())
-                    table.compact()
-                    done.append(f"{table.directory}: {before} shards became {len(table.shards())}")
-        for line in done or ["Nothing to repair."]:
-            out.print(line)
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {

@@ -21,6 +21,15 @@ from rollouts.store import Store
 Labeller = Callable[[str, Sequence[str]], Sequence[bool]]
 
 
+def label_of(store: Store) -> Labeller | None:
+    """Return the function that gives exact labels of steps, for stores of problems that have them."""
+    if not store.manifest["process"]["labels"]:
+        return None
+    from rollouts.tinymath import label_steps
+
+    return label_steps
+
+
 @dataclass
 class Progress:
     """What a run has done so far; handed to progress callbacks.

@@ -252,9 +252,10 @@ def open_live(store: str | Path, models: str = "tinymath", **options: Any) -> It
         ConfigError: The models file is wrong, or an option is.
         BackendError: A model cannot be started.
     """
-    from rollouts.commands import label_of, self_test_examples
     from rollouts.config import load_family
+    from rollouts.expand import label_of
     from rollouts.family import Family
+    from rollouts.scoring.base import self_test_examples
 
     opened = Store(store)
     process = opened.manifest["process"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rollouts.errors import ConfigError
+from rollouts.problems import Problem
 
 Scores = list[float | None]
 
@@ -70,6 +71,21 @@ EXAMPLES = (
         ),
     ),
 )
+
+
+def self_test_examples(problems: Sequence[Problem]) -> Sequence[Example]:
+    """Return known paths of the kind of text that the problems need."""
+    if problems and all(problem.source == "tinymath" for problem in problems):
+        from rollouts.tinymath import generate_problems, solution_steps
+
+        examples = []
+        for problem in generate_problems("validation", 16):
+            right = tuple(solution_steps(problem.question)[:2])
+            value = right[1].rstrip().rpartition("=")[2]
+            wrong = (right[0], right[1].replace(f"={value}", f"={int(value) + 10}"))
+            examples.append(Example(problem.question, right, wrong))
+        return examples
+    return EXAMPLES
 
 
 def self_test(scorer: Scorer, examples: Sequence[Example] = EXAMPLES) -> float:

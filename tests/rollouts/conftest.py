@@ -18,10 +18,10 @@ def embedded(tmp_path_factory):
     """Open the embedded family on vLLM: ``family``, ``writers`` by role, ``scorer``."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
-    from rollouts.commands import self_test_examples
     from rollouts.config import load_family
     from rollouts.family import Family
     from rollouts.problems import load_problems
+    from rollouts.scoring.base import self_test_examples
     from rollouts.store import Store
 
     problems = load_problems("tinymath:test", limit=200)

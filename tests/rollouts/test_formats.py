@@ -8,12 +8,12 @@ import pytest
 from vllm_server import start_generator, vllm_servers
 
 from rollouts.annotate import grade_store, score_store
-from rollouts.commands import self_test_examples
 from rollouts.compiling import compile_store
 from rollouts.config import embedded_family, parse_family
 from rollouts.expand import Grower, StepBuffer, load_trees
 from rollouts.family import Family
 from rollouts.grading import make_grader
+from rollouts.scoring.base import self_test_examples
 from rollouts.stats import split_statistics
 from rollouts.store import Store
 
