@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from yarl import URL
@@ -120,7 +121,7 @@ class Connection:
         elif url.user:
             self._headers["Authorization"] = aiohttp.BasicAuth(url.user, url.password or "").encode()
         self._limit, self._connect_s = model.concurrency + 2, connect_s
-        self._proxies = url.host not in _LOCAL  # proxies are not for this machine
+        self._proxy = _proxy_for(url)
         self._session: aiohttp.ClientSession | None = None
         self.url = str(url.with_user(None)).rstrip("/")
         self.root = self.url.removesuffix("/v1")
@@ -143,7 +144,9 @@ class Connection:
         body = None if payload is None else json.dumps(payload, separators=(",", ":")).encode()
         method = "GET" if payload is None else "POST"
         try:
-            async with session.request(method, self.address(path), data=body, allow_redirects=False) as answer:
+            async with session.request(
+                method, self.address(path), data=body, allow_redirects=False, proxy=self._proxy
+            ) as answer:
                 return Answer(answer.status, answer.headers, await answer.read())
         except (aiohttp.ClientError, OSError) as error:
             refused = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
@@ -157,7 +160,6 @@ class Connection:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=self._headers,
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s),
-                trust_env=self._proxies,
             )
         return self._session
 
@@ -183,6 +185,15 @@ def _checked(role: str, raw: str) -> URL:
         shown = "is" if set(raw) & set("@?") else f"{raw!r} is"  # the parts after these may be keys
         raise ConfigError(f"{role}: `url` {shown} not of the form http://host:8000/v1, without a query.")
     return url
+
+
+def _proxy_for(url: URL) -> str | None:
+    """Return the proxy that the environment names for a server; none for this machine.
+
+    aiohttp's own `trust_env` would also read ~/.netrc for each request, and its entries contradict our header.
+    """
+    host = url.host or ""
+    return None if host in _LOCAL or proxy_bypass(host) else getproxies().get(url.scheme)
 
 
 def _key(role: str, variable: str) -> str:
