@@ -13,7 +13,7 @@ quickstart: install  ## train a router for six trade-offs on the bundled rollout
 	$(BIN)/python evaluate.py $(OUT)
 
 test: install-dev  ## the whole test suite, real vLLM engines and servers included, on two cores
-	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: install-dev  ## format, lint and type check
 	$(BIN)/ruff format --check .
