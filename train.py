@@ -9,7 +9,7 @@
     python train.py --lam 3e-3 --ppo.iterations 3 --out runs/try  # a few seconds
     python train.py --resume runs/try                          # go on where a stopped run was
 
-Every setting is a field of `agents.experiment.TrainConfig`.
+Every setting is a field of `agents.runs.run.TrainConfig`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from typing import Any
 
 import tyro
 
-from agents.experiment import Listener, TrainConfig, Trained, resume, train
-from agents.health import Health
-from agents.trainer import Record, Training
+from agents.evaluation.health import Health
+from agents.evaluation.splits import Record
+from agents.learners.loop import Training
+from agents.runs.run import Listener, TrainConfig, Trained, resume, train
 from rollouts.errors import TrimError
 from trim_env.episodes import Lam
 

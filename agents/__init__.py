@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from agents.deployed import Policy
+    from agents.deploy.policy import Policy
 
 
 def load(folder: str | Path, runtime: str = "numpy") -> Policy:
-    """Read a router for use: see `agents.deployed.load`."""
-    from agents.deployed import load as load_policy
+    """Read a router for use: see `agents.deploy.policy.load`."""
+    from agents.deploy.policy import load as load_policy
 
     return load_policy(folder, runtime)

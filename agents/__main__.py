@@ -24,7 +24,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "export": Command("agents.export", "ExportConfig", "write portable artefacts of the routers of a run"),
+    "export": Command("agents.deploy.export", "ExportConfig", "write portable artefacts of the routers of a run"),
     "serve": Command("agents.serve.command", "ServeConfig", "serve routers over HTTP"),
 }
 

@@ -16,20 +16,20 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from agents.base import AnyRouter, Constant, Mixture, Threshold
-from agents.calibration import LEVEL, calibrate, reached
-from agents.evaluation.metrics import References
+from agents.evaluation.budgets import LEVEL, calibrate, reached
+from agents.evaluation.curves import References
 from agents.evaluation.outcomes import Outcomes, mix
-from agents.evaluation.run import references, run
-from agents.policy import ConditionedMLP
-from agents.pomdp.fit import estimate
-from agents.ppo import PPOSettings
-from agents.targets import SETTINGS
-from agents.trainer import Training
-from agents.validation import thresholds
+from agents.evaluation.splits import thresholds
+from agents.evaluation.targets import SETTINGS
+from agents.evaluation.walk import references, run
+from agents.learners.loop import Training
+from agents.learners.pomdp.fit import estimate
+from agents.learners.ppo import PPOSettings
+from agents.routers.base import AnyRouter, Constant, Mixture, Threshold
+from agents.routers.mlp import ConditionedMLP
 from benchmarks.methods import RANGE, Data, heading, write
-from rollouts.compiling import compile_store
-from rollouts.tree import Trees
+from rollouts.trees.arrays import Trees
+from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
 
 WANTED_ERROR = {0.05: 0.10, 0.10: 0.10, 0.20: 0.06, 0.40: 0.06}

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import tyro
 
-from agents.base import Threshold
-from agents.evaluation.metrics import Points
+from agents.evaluation.curves import Points
 from agents.evaluation.plots import cost_accuracy
-from agents.evaluation.run import references, run
+from agents.evaluation.splits import Candidates, Validation
 from agents.evaluation.table import MethodSummary, summarise
-from agents.policy import at
-from agents.ppo import PPOSettings
-from agents.trainer import Training, Validation
-from agents.validation import Candidates
-from rollouts.compiling import compile_store
+from agents.evaluation.walk import references, run
+from agents.learners.loop import Training
+from agents.learners.ppo import PPOSettings
+from agents.routers.base import Threshold
+from agents.routers.mlp import at
+from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
 METRICS = ("cpt_50", "cpt_80", "cpt_95", "accuracy_at_10", "accuracy_at_20", "accuracy_at_30")

@@ -17,18 +17,18 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from agents.evaluation.metrics import Curve, Points, References
+from agents.evaluation.bootstrap import Difference, difference, resample_weights
+from agents.evaluation.curves import Curve, Points, References
 from agents.evaluation.outcomes import Floats
-from agents.evaluation.run import references, run
 from agents.evaluation.spread import spread
-from agents.evaluation.uncertainty import Difference, difference, resample_weights
-from agents.policy import ConditionedMLP, at
-from agents.ppo import PPOSettings
-from agents.targets import SETTINGS
-from agents.trainer import Training
+from agents.evaluation.targets import SETTINGS
+from agents.evaluation.walk import references, run
+from agents.learners.loop import Training
+from agents.learners.ppo import PPOSettings
+from agents.routers.mlp import ConditionedMLP, at
 from benchmarks.methods import RANGE, Data, heading, write
 from benchmarks.robustness import LAMS, average
-from rollouts.compiling import compile_store
+from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
 MOST = 0.6

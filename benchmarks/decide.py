@@ -20,18 +20,18 @@ import numpy as np
 import tyro
 
 import agents
-from agents import artefact
-from agents.base import Knob, Threshold
-from agents.deployed import Policy, Proposal, decide_together
-from agents.policy import MLP
-from agents.pomdp.fit import estimate
-from rollouts.compiling import compile_store
+from agents.deploy.policy import Policy, Proposal, decide_together
+from agents.learners.pomdp.fit import estimate
+from agents.routers import artefact
+from agents.routers.base import Knob, Threshold
+from agents.routers.mlp import MLP
+from rollouts.trees.compile import compile_store
 from trim_env.features import schema_named
 
 IMPORT = """
 import time
 wall, core = time.perf_counter(), time.process_time()
-import agents.deployed
+import agents.deploy.policy
 print(time.process_time() - core, time.perf_counter() - wall)
 """
 ABOUT = {"max_steps": 30, "max_escalations": None}

@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 from benchmarks.methods import LAMS, METHODS, Data, Fitted, best_constant, fit, heading, returns, write
-from rollouts.compiling import compile_store
+from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
 

@@ -13,15 +13,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.base import AnyRouter, Constant
 from agents.evaluation.outcomes import Floats, Outcomes
-from agents.evaluation.run import run
-from agents.policy import at
-from agents.pomdp.fit import estimate
-from agents.ppo import PPOSettings
-from agents.trainer import Training, Validation
+from agents.evaluation.splits import Validation
+from agents.evaluation.walk import run
+from agents.learners.loop import Training
+from agents.learners.pomdp.fit import estimate
+from agents.learners.ppo import PPOSettings
+from agents.routers.base import AnyRouter, Constant
+from agents.routers.mlp import at
 from rollouts.errors import DataError
-from rollouts.tree import Trees
+from rollouts.trees.arrays import Trees
 from trim_env.tables import DecisionTables, decision_tables
 
 LAMS = (7.5e-4, 1.7e-3, 3.8e-3, 8.5e-3)

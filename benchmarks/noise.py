@@ -20,8 +20,8 @@ import tyro
 from numpy.typing import NDArray
 
 from benchmarks.methods import LAMS, METHODS, Data, Fitted, best_constant, fit, heading, returns, write
-from rollouts.compiling import compile_store
-from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE, Trees
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, Trees
+from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
 LEVELS: dict[str, tuple[float, ...]] = {

@@ -21,24 +21,24 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
+from agents.evaluation.bootstrap import Difference, holm, paired_means, resample_weights
 from agents.evaluation.compare import compare_curves
-from agents.evaluation.metrics import BUDGETS, CPT_TARGETS, Curve, Points, curve_metrics
+from agents.evaluation.curves import BUDGETS, CPT_TARGETS, Curve, Points, curve_metrics
+from agents.evaluation.oracle import tree_oracle
 from agents.evaluation.outcomes import Outcomes
-from agents.evaluation.run import Spent, by_problem, references, run, run_trees
+from agents.evaluation.splits import Candidates
 from agents.evaluation.spread import spread
-from agents.evaluation.uncertainty import Difference, holm, paired_means, resample_weights
-from agents.oracle import tree_oracle
-from agents.pomdp.dynamics import expected_tokens
-from agents.pomdp.fit import Estimates, estimate
-from agents.pomdp.latent import S0, labelled
-from agents.pomdp.model import Model
-from agents.pomdp.router import PomdpRouter
-from agents.pomdp.sample import SCHEMA, tokens_in
-from agents.pomdp.solver import after_score, backup, solve
-from agents.validation import Candidates
+from agents.evaluation.walk import Spent, by_problem, references, run, run_trees
+from agents.learners.pomdp.fit import Estimates, estimate
+from agents.routers.pomdp.dynamics import expected_tokens
+from agents.routers.pomdp.latent import S0, labelled
+from agents.routers.pomdp.model import Model
+from agents.routers.pomdp.router import PomdpRouter
+from agents.routers.pomdp.sample import SCHEMA, tokens_in
+from agents.routers.pomdp.solver import after_score, backup, solve
 from benchmarks.robustness import LAMS
-from rollouts.compiling import compile_store
-from rollouts.tree import CONTINUE_SMALL, Trees
+from rollouts.trees.arrays import CONTINUE_SMALL, Trees
+from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
 
 BATCH = 4096

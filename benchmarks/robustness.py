@@ -21,19 +21,19 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from agents.base import Threshold
+from agents.evaluation.bootstrap import Difference, difference, holm, resample_weights
 from agents.evaluation.compare import compare_curves
-from agents.evaluation.metrics import Curve, References
+from agents.evaluation.curves import Curve, References
+from agents.evaluation.oracle import tree_oracle
 from agents.evaluation.outcomes import Outcomes
-from agents.evaluation.run import references, run
-from agents.evaluation.uncertainty import Difference, difference, holm, resample_weights
-from agents.oracle import tree_oracle
-from agents.policy import at
-from agents.ppo import PPOSettings
-from agents.trainer import Training, Validation
-from agents.validation import Candidates
-from rollouts.compiling import compile_store
-from rollouts.tree import Trees
+from agents.evaluation.splits import Candidates, Validation
+from agents.evaluation.walk import references, run
+from agents.learners.loop import Training
+from agents.learners.ppo import PPOSettings
+from agents.routers.base import Threshold
+from agents.routers.mlp import at
+from rollouts.trees.arrays import Trees
+from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
 
 LAMS = (5e-4, 7.5e-4, 1.1e-3, 1.7e-3, 2.5e-3, 3.8e-3, 5.7e-3, 8.5e-3)

@@ -22,13 +22,14 @@ import numpy as np
 import tyro
 
 from rollouts.config import load_family
-from rollouts.expand import Grower, StepBuffer, load_trees
 from rollouts.family import Family
 from rollouts.models.base import CompletionRequest
-from rollouts.models.stepwise import Prefix, StepModel, next_steps
-from rollouts.nodes import LARGE, ROLES, SMALL
-from rollouts.problems import Problem, load_problems
-from rollouts.store import Store
+from rollouts.models.stepwise import StepModel, next_steps
+from rollouts.store.store import Store
+from rollouts.tasks.problems import Problem, load_problems
+from rollouts.text.steps import Prefix
+from rollouts.trees.grow import Grower, StepBuffer, load_trees
+from rollouts.trees.tree import LARGE, ROLES, SMALL
 
 
 @dataclass(frozen=True)

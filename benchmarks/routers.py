@@ -17,22 +17,22 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from agents.base import AnyRouter
+from agents.evaluation.bootstrap import difference, resample_weights
 from agents.evaluation.compare import compare_curves
-from agents.evaluation.metrics import Curve, Points, References
-from agents.evaluation.run import references, run
+from agents.evaluation.curves import Curve, Points, References
 from agents.evaluation.spread import spread
-from agents.evaluation.uncertainty import difference, resample_weights
-from agents.policy import ConditionedMLP
-from agents.pomdp.fit import estimate
-from agents.ppo import PPOSettings
-from agents.schedule import LearnerSettings
-from agents.targets import SETTINGS
-from agents.trainer import Training
-from agents.tree_gradient import TreeSettings
+from agents.evaluation.targets import SETTINGS
+from agents.evaluation.walk import references, run
+from agents.learners.exact import TreeSettings
+from agents.learners.loop import Training
+from agents.learners.pomdp.fit import estimate
+from agents.learners.ppo import PPOSettings
+from agents.learners.settings import LearnerSettings
+from agents.routers.base import AnyRouter
+from agents.routers.mlp import ConditionedMLP
 from benchmarks.methods import RANGE, Data, heading, write
 from benchmarks.robustness import average
-from rollouts.compiling import compile_store
+from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
 
 LOW = np.array([0.025, 0.05, 0.075, 0.1])

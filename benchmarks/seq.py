@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import tyro
 
+from agents.evaluation.bootstrap import paired_returns, resample_weights
 from agents.evaluation.outcomes import Outcomes, mix
-from agents.evaluation.run import run
-from agents.evaluation.uncertainty import paired_returns, resample_weights
-from agents.ppo import PPOSettings, SeqSettings
-from agents.trainer import Training, Validation
-from rollouts.compiling import compile_store
-from rollouts.tree import Trees
+from agents.evaluation.splits import Validation
+from agents.evaluation.walk import run
+from agents.learners.loop import Training
+from agents.learners.ppo import PPOSettings, SeqSettings
+from rollouts.trees.arrays import Trees
+from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
 

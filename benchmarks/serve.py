@@ -35,12 +35,12 @@ from urllib.request import urlopen
 import aiohttp
 import numpy as np
 
-from agents import artefact
-from agents.base import Threshold
+from agents.routers import artefact
+from agents.routers.base import Threshold
 from benchmarks.upstream import read_log, record
 from rollouts.models.base import CompletionRequest, Sampling
-from rollouts.models.wire import completion_payload, read_completion
-from rollouts.prompts import RewardFormat, load_tokenizer
+from rollouts.models.server.wire import completion_payload, read_completion
+from rollouts.text.prompts import RewardFormat, load_tokenizer
 from rollouts.tinymath import STEP_TAG, model_dir
 
 _MODEL = "trim-thr"

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from agents.evaluation.bootstrap import paired_means, resample_weights
 from agents.evaluation.outcomes import Floats
-from agents.evaluation.uncertainty import paired_means, resample_weights
 from benchmarks.methods import LAMS, METHODS, Data, Fitted, best_constant, fit, heading, returns, write
-from rollouts.compiling import compile_store
+from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
 SPLITS = ("test", "ood")

@@ -12,12 +12,13 @@ from typing import Any
 
 import tyro
 
-from agents.evaluation.run import run
-from agents.policy import at
-from agents.ppo import PPOSettings
-from agents.trainer import Training, Validation
+from agents.evaluation.splits import Validation
+from agents.evaluation.walk import run
+from agents.learners.loop import Training
+from agents.learners.ppo import PPOSettings
+from agents.routers.mlp import at
 from benchmarks.robustness import LAMS
-from rollouts.compiling import compile_store
+from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
 

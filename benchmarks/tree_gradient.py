@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from agents.evaluation.run import run
-from agents.policy import at
-from agents.ppo import PPOSettings
-from agents.schedule import LearnerSettings
-from agents.trainer import Training, Validation
-from agents.tree_gradient import TreeSettings
+from agents.evaluation.splits import Validation
+from agents.evaluation.walk import run
+from agents.learners.exact import TreeSettings
+from agents.learners.loop import Training
+from agents.learners.ppo import PPOSettings
+from agents.learners.settings import LearnerSettings
+from agents.routers.mlp import at
 from benchmarks.methods import heading, write
-from rollouts.compiling import compile_store
+from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
 LEARNERS: dict[str, LearnerSettings] = {"tree-agg": TreeSettings(), "ppo-agg": PPOSettings()}

@@ -61,7 +61,7 @@ def read_log(path: Path) -> list[Note]:
 
 def record(path: Path) -> Path:
     """Write the steps that the embedded models wrote for the bundled rollouts, for upstreams to answer with."""
-    from rollouts.store import Store
+    from rollouts.store.store import Store
 
     table = next(iter(Store("quickstart").steps.read(columns=["role", "text", "tokens", "stop_reason"])))
     rows = table.slice(0, 8_000).to_pylist()

@@ -12,7 +12,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on stderr and exit code 2, an interrupt exit code 130."""
     import tyro
 
-    from rollouts.commands import COMMANDS
+    from rollouts.cli.generate import COMMANDS
 
     try:
         command = tyro.extras.subcommand_cli_from_dict(

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.models.base import Sampling
-from rollouts.steps import Limits
+from rollouts.text.steps import Limits
 
 Role = Literal["small", "large", "scorer"]
 BackendKind = Literal["vllm", "server", "transformers"]

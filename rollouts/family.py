@@ -14,13 +14,13 @@ from rollouts.errors import ConfigError
 from rollouts.models.base import Backend
 from rollouts.models.open import open_backend
 from rollouts.models.stepwise import StepModel
-from rollouts.nodes import ROLES
-from rollouts.prompts import PromptFormat, RewardFormat, has_room, load_tokenizer
 from rollouts.scoring.base import EXAMPLES, Example, Scorer, self_test
 from rollouts.scoring.likelihood import LikelihoodScorer
 from rollouts.scoring.prm import RewardScorer
-from rollouts.steps import DELIMITER
-from rollouts.store import Store
+from rollouts.store.store import Store
+from rollouts.text.prompts import PromptFormat, RewardFormat, has_room, load_tokenizer
+from rollouts.text.steps import DELIMITER
+from rollouts.trees.tree import ROLES
 
 _ROOM_BEYOND_SOLUTION = 2048
 
@@ -136,7 +136,7 @@ class Family:
         """Load the model of ``small`` or ``large`` as a step writer, and record the start in the store."""
         model: GeneratorConfig = self.config.generator(role)
         if model.chat_only:
-            from rollouts.models.chat_writer import open_chat_writer
+            from rollouts.models.server.chat_writer import open_chat_writer
 
             with open_chat_writer(role, model, self.limits, self.fits) as writer:
                 store.record_engine({"role": role, **writer.describe()})
@@ -212,7 +212,7 @@ def engine_seed(run_seed: int, role: str, start: int) -> int:
 
 def chat_template_hash() -> str:
     """Return the hash of how a chat-only model is asked; part of the manifest."""
-    from rollouts.models.chat import step_request
+    from rollouts.models.server.chat import step_request
 
     text = step_request("question", ["One." + DELIMITER])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -9,9 +9,9 @@ import numpy as np
 from gymnasium import spaces
 
 from rollouts.errors import ConfigError, StoreError, did_you_mean
-from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, TERMINAL
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, TERMINAL
+from trim_env.costs import CostModel
 from trim_env.features import DEFAULT_SCHEMA, Schema, left_feature
-from trim_env.reward import CostModel
 from trim_env.tables import DecisionTables, Rollouts, decision_tables, draw, missing
 from trim_env.text import text_space
 from trim_env.vector import checked_lam
@@ -70,7 +70,7 @@ class TrimEnv(gymnasium.Env[Any, Any]):
 
     ## Reward
     ``-lam * cost`` at every step and 1 more at the end if the answer is correct. By default the cost is the number
-    of tokens that the large model decodes, so continuing costs nothing (`trim_env.reward.cost_model`).
+    of tokens that the large model decodes, so continuing costs nothing (`trim_env.costs.cost_model`).
 
     ## Episode End
     Termination when an accepted step is terminal: it closes a ``\boxed{}``, the model ended by itself, or a limit

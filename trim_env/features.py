@@ -216,8 +216,8 @@ def schema_named(name: str) -> Schema:
 
 
 def seen_of(trees: Any, rows: NDArray[Any] | slice = slice(None)) -> Seen:
-    """Return what a router may see at rows of compiled `rollouts.tree.Trees`."""
-    from rollouts.tree import CONTINUE_SMALL, TERMINAL
+    """Return what a router may see at rows of compiled `rollouts.trees.arrays.Trees`."""
+    from rollouts.trees.arrays import CONTINUE_SMALL, TERMINAL
 
     def column(values: NDArray[Any]) -> Floats:
         return np.asarray(values[rows], np.float64)

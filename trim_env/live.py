@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 
 from rollouts.errors import ConfigError, StoreError
-from rollouts.expand import Labeller
-from rollouts.grading import Grader, make_grader
-from rollouts.live_trees import LiveTrees, key_of
 from rollouts.models.stepwise import StepWriter
-from rollouts.nodes import LARGE, ROLES, SMALL
-from rollouts.on_policy import Episode, act, observe
-from rollouts.problems import Problem
 from rollouts.scoring.base import Scorer
-from rollouts.store import Store
+from rollouts.store.store import Store
+from rollouts.tasks.grading import Grader, make_grader
+from rollouts.tasks.problems import Problem
+from rollouts.trees.grow import Labeller
+from rollouts.trees.live import LiveTrees, key_of
+from rollouts.trees.on_policy import Episode, act, observe
+from rollouts.trees.tree import LARGE, ROLES, SMALL
+from trim_env.costs import CostModel, cost_model
 from trim_env.episodes import Array, EpisodesVectorEnv, Lam
 from trim_env.features import DEFAULT_SCHEMA, Schema, Seen, schema_named
-from trim_env.reward import CostModel, cost_model
 from trim_env.tables import checked_cap, checked_token_cap, cut, draw
 
 _READ_AHEAD = 16  # episodes of each environment whose trees are read from the store together
@@ -72,7 +72,7 @@ class LiveVectorEnv(EpisodesVectorEnv):
             num_envs: E.
             lam: Reward per unit of cost, λ; see `trim_env.vector.TrimVectorEnv`.
             schema: Feature schema (`trim_env.features.SCHEMAS`).
-            cost: Cost model (`trim_env.reward.cost_model`).
+            cost: Cost model (`trim_env.costs.cost_model`).
             max_escalations: Cap on escalations per episode; None: none, whatever the store is closed under.
             max_large_tokens: Cap on the tokens that the large model decodes in an episode. The store gets whole large
                 steps all the same; what an episode pays and accepts is what a request cut off there would give.
@@ -253,9 +253,9 @@ def open_live(store: str | Path, models: str = "tinymath", **options: Any) -> It
         BackendError: A model cannot be started.
     """
     from rollouts.config import load_family
-    from rollouts.expand import label_of
     from rollouts.family import Family
     from rollouts.scoring.base import self_test_examples
+    from rollouts.trees.grow import label_of
 
     opened = Store(store)
     process = opened.manifest["process"]

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rollouts.compiling import compile_store
 from rollouts.errors import ConfigError
-from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees
+from rollouts.trees.compile import compile_store
+from trim_env.costs import CostModel, cost_model
 from trim_env.features import DEFAULT_SCHEMA, Schema, schema_named, seen_of
-from trim_env.reward import CostModel, cost_model
 
 Rollouts = Trees | str | Path
 

@@ -7,7 +7,7 @@ import string
 import numpy as np
 from gymnasium.spaces import Text
 
-from rollouts.tree import Trees, iterate_by_depth
+from rollouts.trees.arrays import Trees, iterate_by_depth
 
 
 def text_space(trees: Trees) -> Text:

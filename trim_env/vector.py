@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from rollouts.errors import StoreError
-from rollouts.tree import MISSING
+from rollouts.trees.arrays import MISSING
+from trim_env.costs import CostModel
 from trim_env.episodes import EPISODE_INFO, FINISHED, Array, EpisodesVectorEnv, Lam, checked_lam
 from trim_env.features import DEFAULT_SCHEMA, Schema
-from trim_env.reward import CostModel
 from trim_env.tables import DecisionTables, Rollouts, decision_tables, missing
 
 
@@ -42,7 +42,7 @@ class TrimVectorEnv(EpisodesVectorEnv):
             lam: Reward per unit of cost, λ; with (low, high) every episode draws its own, log-uniformly, and sees it
                 as one more feature after those of the schema.
             schema: Feature schema (`trim_env.features.SCHEMAS`).
-            cost: Cost model (`trim_env.reward.cost_model`).
+            cost: Cost model (`trim_env.costs.cost_model`).
             max_escalations: Cap K on escalations per episode.
             max_large_tokens: Cap M on the tokens that the large model decodes in an episode; with one, the share left
                 is one more feature, after those of the schema and before λ.

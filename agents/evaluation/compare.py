@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agents.evaluation.metrics import Curve, Points, References
+from agents.evaluation.bootstrap import Difference, difference, paired_curves, paired_means, paired_returns
+from agents.evaluation.curves import Curve, Points, References
 from agents.evaluation.outcomes import Floats, Outcomes
-from agents.evaluation.uncertainty import Difference, difference, paired_curves, paired_means, paired_returns
 
 MIN_DIFFERING = 10
 """On fewer problems with different results the percentile bootstrap finds differences that a sign test does not."""

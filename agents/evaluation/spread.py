@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from agents.evaluation.metrics import TOLERANCE, Points, per_cost
+from agents.evaluation.curves import TOLERANCE, Points, per_cost
 from agents.evaluation.outcomes import Floats, Outcomes
 
 OPERATING_POINTS = 16

@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 import tyro
 
-from agents import artefact
-from agents.base import RandomRate, Router, Threshold, told_cap
+from agents.evaluation.bootstrap import Difference, holm, paired_returns, resample_weights
 from agents.evaluation.compare import compare_curves
-from agents.evaluation.metrics import Points, References
-from agents.evaluation.run import references, run
+from agents.evaluation.curves import Points, References
+from agents.evaluation.oracle import query_oracle, tree_oracle
+from agents.evaluation.splits import Candidates
 from agents.evaluation.spread import OPERATING_POINTS, spread
 from agents.evaluation.table import MethodSummary, as_plain, limits, summarise
-from agents.evaluation.uncertainty import Difference, holm, paired_returns, resample_weights
-from agents.oracle import query_oracle, tree_oracle
-from agents.policy import ConditionedMLP, at
-from agents.validation import Candidates
-from rollouts.compiling import compile_store
+from agents.evaluation.walk import references, run
+from agents.routers import artefact
+from agents.routers.base import RandomRate, Router, Threshold, told_cap
+from agents.routers.mlp import ConditionedMLP, at
 from rollouts.errors import ArtefactError, ConfigError
-from rollouts.tree import Trees
+from rollouts.trees.arrays import Trees
+from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
 
 TRIM_THR, RANDOM = "trim-thr", "random"

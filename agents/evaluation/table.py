@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agents.evaluation.metrics import (
+from agents.evaluation.bootstrap import (
+    RESAMPLES,
+    Estimate,
+    curve_band,
+    curve_estimates,
+    point_estimates,
+    resample_weights,
+)
+from agents.evaluation.curves import (
     BUDGETS,
     CPT_TARGETS,
     Curve,
@@ -22,14 +30,6 @@ from agents.evaluation.metrics import (
     gain_by_escalations,
 )
 from agents.evaluation.outcomes import Outcomes
-from agents.evaluation.uncertainty import (
-    RESAMPLES,
-    Estimate,
-    curve_band,
-    curve_estimates,
-    point_estimates,
-    resample_weights,
-)
 from rollouts.errors import DataError
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from agents.evaluation.bootstrap import resample_weights
 from agents.evaluation.suite import RANDOM, TRIM_THR, EvaluateConfig, Evaluation, load_methods
 from agents.evaluation.table import (
     NOTES,
@@ -23,15 +24,14 @@ from agents.evaluation.table import (
     method_rows,
     point_rows,
 )
-from agents.evaluation.uncertainty import resample_weights
 from agents.report.positions import positions, triple
 from agents.report.reliability import scorer_reliability
 from agents.report.routers import Shown, shown_routers
 from agents.report.traces import FLAGS, Traced, choose, flags, problem_record
 from agents.report.walks import Paths, follow
-from rollouts.compiling import compile_store
 from rollouts.errors import ConfigError
-from rollouts.store import Store
+from rollouts.store.store import Store
+from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
 
 TRACE_BYTES = 2_300_000

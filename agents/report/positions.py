@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.evaluation.bootstrap import Estimate, estimate
 from agents.evaluation.outcomes import Floats
-from agents.evaluation.uncertainty import Estimate, estimate
 from agents.report.walks import Paths
-from rollouts.tree import ESCALATE_LARGE
+from rollouts.trees.arrays import ESCALATE_LARGE
 
 PARTS = 10
 """Equal parts of a solution, from its first to its last step."""

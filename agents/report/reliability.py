@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.evaluation.bootstrap import estimate
 from agents.evaluation.outcomes import Floats
-from agents.evaluation.uncertainty import estimate
 from agents.report.positions import triple
 from agents.report.walks import Paths
-from rollouts.stats import auc, right_so_far
-from rollouts.tree import CONTINUE_SMALL, Trees
+from rollouts.trees.arrays import CONTINUE_SMALL, Trees
+from rollouts.trees.stats import auc, right_so_far
 
 BINS = 10
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agents.artefact import Artefact
-from agents.base import AnyRouter, Constant, Mixture, Threshold
 from agents.evaluation.suite import TRIM_THR
 from agents.evaluation.table import MethodSummary
-from agents.policy import ConditionedMLP
+from agents.routers.artefact import Artefact
+from agents.routers.base import AnyRouter, Constant, Mixture, Threshold
+from agents.routers.mlp import ConditionedMLP
 
 SETTINGS = 6
 """Operating points of a method that are shown step by step, at most."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.report.walks import Paths
-from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, STOP_REASONS, Trees
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, STOP_REASONS, Trees
 
 FLAGS = {
     "wrong": "The routed solution is wrong.",

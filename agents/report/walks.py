@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.base import AnyRouter, StatefulRouter
-from agents.evaluation.run import Spent, seen_by
+from agents.evaluation.walk import Spent, seen_by
+from agents.routers.base import AnyRouter, StatefulRouter
 from rollouts.errors import ConfigError, StoreError
-from rollouts.tree import ESCALATE_LARGE, MISSING
+from rollouts.trees.arrays import ESCALATE_LARGE, MISSING
 from trim_env.tables import DecisionTables, missing
 
 Ints = NDArray[np.int64]

@@ -17,12 +17,12 @@ from rollouts.config import FamilyConfig, ModelConfig
 from rollouts.errors import BackendError, ConfigError
 from rollouts.family import Family
 from rollouts.models.base import Completion, CompletionRequest, Sampling
-from rollouts.models.stepwise import Draft, Prefix, StepRules
-from rollouts.models.wire import completion_payload, pooling_payload, read_choice, read_completion, read_scores
-from rollouts.nodes import LARGE, ROLES, SMALL
-from rollouts.prompts import PromptFormat, RewardFormat, has_room
+from rollouts.models.server.wire import completion_payload, pooling_payload, read_choice, read_completion, read_scores
+from rollouts.models.stepwise import Draft, StepRules
 from rollouts.scoring.prm import fitting_input
-from rollouts.steps import Limits, Step, StopReason
+from rollouts.text.prompts import PromptFormat, RewardFormat, has_room
+from rollouts.text.steps import Limits, Prefix, Step, StopReason
+from rollouts.trees.tree import LARGE, ROLES, SMALL
 
 _SYSTEM_PROMPTS = 32  # formats of system prompts that requests bring, kept at hand
 _QUESTIONS = 256  # rendered questions kept at hand for each format

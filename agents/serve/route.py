@@ -10,14 +10,14 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from agents.deployed import Session
+from agents.deploy.policy import Session
 from agents.serve.models import Ledger, Models, Task
 from agents.serve.upstreams import SCORER, Unavailable
-from rollouts.answers import has_answer
 from rollouts.errors import ConfigError
-from rollouts.nodes import LARGE, SMALL
-from rollouts.steps import Step, StopReason, solution_text
-from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE
+from rollouts.tasks.answers import has_answer
+from rollouts.text.steps import Step, StopReason, solution_text
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
+from rollouts.trees.tree import LARGE, SMALL
 
 Fallback = Literal["small", "large", "error"]
 _UNSCORED = 1.0  # leaves the least score of a path and the product of its scores as they are

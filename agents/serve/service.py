@@ -9,13 +9,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from agents.deployed import Policy
+from agents.deploy.policy import Policy
 from agents.serve.api import ApiError, ChatRequest, bad_request
 from agents.serve.metrics import Metrics
 from agents.serve.models import Models, Task
 from agents.serve.route import Fallback, Route, RouteFailed, Written
 from rollouts.errors import ConfigError
-from rollouts.nodes import ROLES, SMALL
+from rollouts.trees.tree import ROLES, SMALL
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Exchanges with one upstream server: shared connections, time limits, and whether it is there.
 
 Knows neither prompts nor routing. Made for serving, where waiting is what must not happen; generating rollouts has the
-opposite needs and its own client (`rollouts.models.http`).
+opposite needs and its own client (`rollouts.models.server.http`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError, did_you_mean
-from rollouts.models.connection import Answer, Broken, Connection
+from rollouts.models.server.connection import Answer, Broken, Connection
 
 SCORER = "scorer"
 T = TypeVar("T")

@@ -25,7 +25,7 @@ def open_backend(role: str, model: ModelConfig, *, seed: int, pooling_tag: int |
         BackendError: The model could not be loaded; the message has the engine's words.
     """
     if model.backend == "server":
-        from rollouts.models.server import open_server
+        from rollouts.models.server.completions import open_server
 
         return open_server(role, model, pooling=pooling_tag is not None, step_tag_id=pooling_tag)
     if model.backend == "vllm":
@@ -64,7 +64,8 @@ def _open_vllm(role: str, model: ModelConfig, seed: int, pooling_tag: int | None
 
 
 def _open_transformers(role: str, model: ModelConfig, seed: int, pooling_tag: int | None) -> Backend:
-    from rollouts.models import transformers_engine, transformers_pooling
+    from rollouts.models.hf import generator as transformers_engine
+    from rollouts.models.hf import pooling as transformers_pooling
     from rollouts.models.process import EngineProcess
 
     if model.tensor_parallel > 1:

@@ -10,10 +10,11 @@ from typing import Any, Protocol
 
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Backend, Completion, CompletionRequest, Sampling
-from rollouts.prompts import PromptFormat, has_room
-from rollouts.steps import (
+from rollouts.text.prompts import PromptFormat, has_room
+from rollouts.text.steps import (
     DELIMITER,
     Limits,
+    Prefix,
     Segment,
     Step,
     StopReason,
@@ -24,25 +25,6 @@ from rollouts.steps import (
 )
 
 Fits = Callable[[str, Sequence[str]], bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """A partial solution that a model is asked to continue.
-
-    Attributes:
-        problem: Problem id.
-        question: Problem text.
-        replica: Index of the sample.
-        steps: Accepted steps.
-        used_tokens: Tokens of the accepted steps, against the solution's limit.
-    """
-
-    problem: str
-    question: str
-    replica: int
-    steps: tuple[str, ...]
-    used_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

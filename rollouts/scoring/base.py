@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rollouts.errors import ConfigError
-from rollouts.problems import Problem
+from rollouts.tasks.problems import Problem
 
 Scores = list[float | None]
 

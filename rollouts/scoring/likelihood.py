@@ -9,8 +9,8 @@ from typing import Any
 
 from rollouts.errors import ConfigError
 from rollouts.models.base import Backend, LogprobRequest
-from rollouts.prompts import PromptFormat
 from rollouts.scoring.base import Scores
+from rollouts.text.prompts import PromptFormat
 
 
 class LikelihoodScorer:

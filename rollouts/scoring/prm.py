@@ -8,8 +8,8 @@ from typing import Any
 
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Backend, PoolingRequest
-from rollouts.prompts import RewardFormat, has_room
 from rollouts.scoring.base import Scores
+from rollouts.text.prompts import RewardFormat, has_room
 
 
 class RewardScorer:

@@ -7,8 +7,8 @@ from concurrent.futures import Future
 from typing import Any
 
 from rollouts.models.base import Backend, Completion, CompletionRequest, Sampling
-from rollouts.prompts import PromptFormat
 from rollouts.scoring.base import Scores
+from rollouts.text.prompts import PromptFormat
 
 _INSTRUCTION = (
     "You check solutions of mathematics problems step by step. You are given a problem and the first steps of a "

@@ -3,7 +3,7 @@
 The family runs with no GPU, no download and no account. `generate_problems` gives the problems,
 `model_dir` the Hugging Face folder of the ``small`` or ``large`` language model or the process reward model
 ``prm``, `label_steps` the exact labels of a solution's steps. Importing this package imports neither
-torch nor transformers. ``python -m rollouts.tinymath.train`` trains the models anew; ``RESULTS.md`` says
+torch nor transformers. ``python -m rollouts.tinymath.training.train`` trains the models anew; ``RESULTS.md`` says
 how well they do.
 """
 
@@ -50,5 +50,5 @@ def model_dir(role: str) -> Path:
         raise ConfigError(f"unknown tinymath model {role!r}; expected one of {', '.join(ROLES)}")
     folder = Path(str(resources.files(__name__))) / "weights" / role
     if not (folder / "model.safetensors").is_file():
-        raise ConfigError(f"no weights in {folder}; train them with 'python -m rollouts.tinymath.train'")
+        raise ConfigError(f"no weights in {folder}; train them with 'python -m rollouts.tinymath.training.train'")
     return folder

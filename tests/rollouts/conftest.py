@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from contextlib import ExitStack
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # helper modules of these tests are imported by name
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +16,9 @@ def embedded(tmp_path_factory):
         pytest.skip("vLLM is not installed")
     from rollouts.config import load_family
     from rollouts.family import Family
-    from rollouts.problems import load_problems
     from rollouts.scoring.base import self_test_examples
-    from rollouts.store import Store
+    from rollouts.store.store import Store
+    from rollouts.tasks.problems import load_problems
 
     problems = load_problems("tinymath:test", limit=200)
     family = Family(load_family("tinymath"), seed=1, examples=self_test_examples(problems))

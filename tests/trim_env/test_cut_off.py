@@ -13,13 +13,13 @@ from made_stores import finished, rollout, same, writers
 from test_env import episodes_of_singles
 from test_live import empty, idle
 
-from rollouts.compiling import compile_store
 from rollouts.errors import ConfigError
-from rollouts.tree import CONTINUE_SMALL, ESCALATE_LARGE
-from rollouts.verify import verify_store
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
+from rollouts.trees.compile import compile_store
+from rollouts.trees.verify import verify_store
+from trim_env.costs import cost_model
 from trim_env.env import TrimEnv
 from trim_env.live import LiveVectorEnv
-from trim_env.reward import cost_model
 from trim_env.sb3 import SB3VecEnv
 from trim_env.tables import decision_tables
 from trim_env.vector import EPISODE_INFO, TrimVectorEnv

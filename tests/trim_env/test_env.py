@@ -12,8 +12,8 @@ from gymnasium.utils.env_checker import check_env
 from made_stores import LatexWriter, finished, rollout, same
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
-from rollouts.compiling import compile_store
 from rollouts.errors import ConfigError, StoreError
+from rollouts.trees.compile import compile_store
 from trim_env.env import TrimEnv
 from trim_env.features import SCHEMAS
 from trim_env.sb3 import SB3VecEnv

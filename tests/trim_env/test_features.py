@@ -9,10 +9,10 @@ import pytest
 from handmade import ScriptedScorer
 from made_stores import finished
 
-from rollouts.compiling import compile_store
 from rollouts.errors import ConfigError
-from rollouts.expand import load_trees
-from rollouts.nodes import SMALL
+from rollouts.trees.compile import compile_store
+from rollouts.trees.grow import load_trees
+from rollouts.trees.tree import SMALL
 from trim_env.features import SCHEMAS, Seen, schema_named, seen_of
 
 SEEN = Seen(

@@ -12,7 +12,7 @@ from made_stores import finished, rollout, same, writers
 from test_env import episodes_of_singles
 from test_live import empty, idle
 
-from rollouts.compiling import compile_store
+from rollouts.trees.compile import compile_store
 from trim_env.env import TrimEnv
 from trim_env.features import SCHEMAS
 from trim_env.live import LiveVectorEnv

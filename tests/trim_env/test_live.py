@@ -12,13 +12,12 @@ import pytest
 from handmade import ScriptedScorer, ScriptedWriter, process
 from made_stores import PROBLEMS, HorizonWriter, finished, grown, rollout, same, writers
 
-from rollouts.compiling import compile_store
 from rollouts.errors import BackendError, ConfigError, StoreError
-from rollouts.models.stepwise import Prefix
-from rollouts.nodes import LARGE, ROLES, SMALL
-from rollouts.steps import prefix_hash
-from rollouts.store import Store, locate
-from rollouts.verify import verify_store
+from rollouts.store.store import Store, locate
+from rollouts.text.steps import Prefix, prefix_hash
+from rollouts.trees.compile import compile_store
+from rollouts.trees.tree import LARGE, ROLES, SMALL
+from rollouts.trees.verify import verify_store
 from trim_env.features import Feature, Schema
 from trim_env.live import LiveVectorEnv, open_live
 from trim_env.sb3 import SB3VecEnv
@@ -379,7 +378,7 @@ def test_the_write_lock_is_held_until_closed(tmp_path):
 def test_real_models(tmp_path):
     from rollouts.config import load_family
     from rollouts.family import Family
-    from rollouts.problems import load_problems
+    from rollouts.tasks.problems import load_problems
 
     problems = list(load_problems("tinymath:train", limit=8))
     store = Store.create(tmp_path / "s", Family(load_family("tinymath:transformers")).process(0, labels=True))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from made_stores import HorizonWriter, finished, outcomes
 
-from rollouts.compiling import compile_store
 from rollouts.errors import StoreError
-from rollouts.expand import load_trees
+from rollouts.trees.compile import compile_store
+from rollouts.trees.grow import load_trees
 from trim_env.env import TrimEnv
 from trim_env.tables import decision_tables
 from trim_env.vector import TrimVectorEnv

@@ -4,9 +4,7 @@ import base64
 import hashlib
 import json
 import re
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +12,10 @@ from handmade import ScriptedScorer
 from made_reports import HOSTILE, made_page, score_router
 from made_stores import PROBLEMS, finished
 
-from agents.artefact import Artefact
-from agents.base import Constant, Knob, Mixture, RandomRate, Threshold
-from agents.evaluation.run import run
+import evaluate as evaluate_command
 from agents.evaluation.suite import EvaluateConfig
 from agents.evaluation.table import MethodSummary
+from agents.evaluation.walk import run
 from agents.report.gather import TraceLimits, gather
 from agents.report.positions import positions
 from agents.report.reliability import reliability, scorer_reliability
@@ -26,14 +23,13 @@ from agents.report.render import embedded, render, write
 from agents.report.routers import shown_routers, spread_out
 from agents.report.traces import Traced, choose, flags, problem_record
 from agents.report.walks import CUT_OFF, Paths, follow
-from rollouts.compiling import compile_store
+from agents.routers.artefact import Artefact
+from agents.routers.base import Constant, Knob, Mixture, RandomRate, Threshold
 from rollouts.errors import ConfigError
-from rollouts.expand import load_trees
-from rollouts.nodes import LARGE, SMALL
+from rollouts.trees.compile import compile_store
+from rollouts.trees.grow import load_trees
+from rollouts.trees.tree import LARGE, SMALL
 from trim_env.tables import decision_tables
-
-sys.path.insert(0, str(Path(__file__).parents[3]))
-import evaluate as evaluate_command  # noqa: E402
 
 
 class EverySecond:

@@ -15,8 +15,8 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from serve_harness import QUESTION, Router, Upstreams, policy, streamed
 
-from agents.base import Mixture, RandomRate, Threshold
-from agents.policy import ConditionedMLP
+from agents.routers.base import Mixture, RandomRate, Threshold
+from agents.routers.mlp import ConditionedMLP
 from agents.serve import guard
 from agents.serve.api import ApiError, parse_request
 

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from made_pomdps import made_model
 
-from agents.base import Threshold
-from agents.deployed import Policy
-from agents.pomdp.router import PomdpRouter
+from agents.deploy.policy import Policy
+from agents.routers.base import Threshold
+from agents.routers.pomdp.router import PomdpRouter
 from agents.serve.models import Task
 from agents.serve.route import Route, RouteFailed
 from agents.serve.upstreams import Unavailable
 from rollouts.models.base import Sampling
-from rollouts.steps import Limits, Step, StopReason
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from made_pomdps import made_model  # noqa: E402
+from rollouts.text.steps import Limits, Step, StopReason
 
 TASK = Task("q", {}, {"small": Sampling(), "large": Sampling()}, Limits(max_steps=6))
 ON, END = StopReason.DELIMITER, StopReason.BOXED
@@ -219,8 +214,8 @@ def test_routers_with_a_memory_live_through_every_fault() -> None:
 
 
 def _pomdp() -> PomdpRouter:
-    from agents.pomdp.router import routers
-    from agents.pomdp.solver import solve
+    from agents.routers.pomdp.router import routers
+    from agents.routers.pomdp.solver import solve
 
     model = made_model(steps=6)
     return routers(model, solve(model, [1e-3]))[0]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,18 +16,15 @@ import openai
 import pytest
 from scipy import stats
 from serve_harness import QUESTION, Router, policy
+from vllm_server import VllmServer, start_generator, vllm_servers
 
-from agents.base import Constant
-from agents.evaluation.run import references, run
-from agents.pomdp.fit import fit
-from rollouts.compiling import compile_store
-from rollouts.grading import make_grader
-from rollouts.store import Store
+from agents.evaluation.walk import references, run
+from agents.learners.pomdp.fit import fit
+from agents.routers.base import Constant
+from rollouts.store.store import Store
+from rollouts.tasks.grading import make_grader
+from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "rollouts"))
-
-from vllm_server import VllmServer, start_generator, vllm_servers  # noqa: E402
 
 __all__ = ["vllm_servers"]
 pytestmark = pytest.mark.vllm

@@ -1,0 +1,1 @@
+"""A router in use: loaded policies, sessions, exports."""

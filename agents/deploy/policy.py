@@ -1,0 +1,292 @@
+"""A router in use: feed it the score and the tokens of each proposal of a solution, get who writes the step.
+
+    policy = agents.load("DIR")
+    session = policy.session()                     # one per solution
+    action = session.decide(score=0.73, tokens=31)
+    if action:                                     # the large model writes the step instead
+        session.accept(score=0.91, tokens=44)
+    else:
+        session.accept()
+
+Knows nothing of models, texts or rollouts. Needs NumPy alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agents.deploy.session import Proposal, Session, decide_together
+from agents.routers import artefact
+from agents.routers.base import AnyRouter, Mixture, told_cap
+from agents.routers.mlp import MLP, ConditionedMLP
+from rollouts.errors import ArtefactError, ConfigError
+from trim_env.features import Schema, schema_named
+
+_KEPT = 256  # λ whose routers are kept at hand
+_TOLD = ("package", "small", "large", "scorer", "grader", "rollouts", "cost", "held_out", "calibration")
+
+
+def load(folder: str | Path, runtime: str = "numpy") -> Policy:
+    """Read a router for use.
+
+    Args:
+        folder: An exported artefact, or a ``policy`` folder of a run.
+        runtime: ``numpy``, or ``onnx`` to run networks by onnxruntime.
+
+    Raises:
+        ArtefactError: There is none, it is damaged, newer than this version or made for other features.
+        ConfigError: Unknown runtime, or onnxruntime is not installed.
+    """
+    folder = Path(folder)
+    if not (folder / "policy.json").exists():
+        below = sorted(str(file.parent) for file in folder.glob("*/policy.json"))
+        below += sorted(str(file.parent) for file in folder.glob("*/policy/policy.json"))
+        if below:
+            raise ArtefactError(f"{folder}: no policy here, but below it; load one of {', '.join(below)}.")
+    found = artefact.load(folder, runtime)
+    if runtime == "onnx" and not artefact.has_network(found.router):
+        raise ArtefactError(
+            f"{folder}: has no {artefact.ONNX}, as a router of kind {found.kind} is no network; load it with runtime "
+            "'numpy'."
+        )
+    return Policy(found.router, found.about, found.kind, runtime, str(folder))
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """A router with what is needed to use it.
+
+    Attributes:
+        router: The router; of a range of λ, the one that makes a router for each (`at`).
+        about: What its artefact says: models, scorer, rollouts, cap, held-out metrics.
+        kind: How it is stored (`agents.routers.artefact.Artefact`).
+        runtime: ``numpy`` or ``onnx``.
+        place: Where it comes from, for messages.
+    """
+
+    router: artefact.Storable
+    about: dict[str, Any]
+    kind: str = ""
+    runtime: str = "numpy"
+    place: str = "policy"
+    _at: dict[float, AnyRouter] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check that the router fits the features of this version and that all is said that sessions need."""
+        for name, least in (("max_steps", 1), ("max_escalations", 0)):
+            value = self.about.get(name)
+            if (value is None and name == "max_steps") or (value is not None and _whole(value) < least):
+                raise ArtefactError(f"{self.place}: says {name} is {value!r}, expected a whole number >= {least}.")
+        told = self.about.get("features")
+        columns = [column.name for column in self._checked(self.router).columns]
+        if told is not None and [each.get("name") for each in told] != columns:
+            raise ArtefactError(f"{self.place}: made for the features {told}, this version computes {columns}.")
+
+    def _checked(self, router: artefact.Storable) -> Schema:
+        if isinstance(router, Mixture):
+            self._checked(router.second)
+            return self._checked(router.first)
+        try:
+            schema = schema_named(router.schema)
+        except ConfigError as error:
+            raise ArtefactError(f"{self.place}: {error}") from error
+        if isinstance(router, MLP | ConditionedMLP):
+            wanted = schema.size + (told_cap(router) is not None) + isinstance(router, ConditionedMLP)
+            if router.weights["0.weight"].shape[1] != wanted:
+                raise ArtefactError(
+                    f"{self.place}: its network takes {router.weights['0.weight'].shape[1]} features; schema "
+                    f"{router.schema} and its knobs make {wanted}."
+                )
+        return schema
+
+    @property
+    def name(self) -> str:
+        """Name of the router, as in tables and plots."""
+        return self.router.name
+
+    @property
+    def schema(self) -> str:
+        """Its feature schema, with version."""
+        return self.router.schema
+
+    @property
+    def max_steps(self) -> int:
+        """Most steps of a solution; the step number among the features is a share of it."""
+        return int(self.about["max_steps"])
+
+    @property
+    def max_escalations(self) -> int | None:
+        """Most escalations of a solution; None without a cap."""
+        cap: int | None = self.about.get("max_escalations")
+        return cap
+
+    @property
+    def max_large_tokens(self) -> int | None:
+        """Most tokens that the large model may decode for a solution; None without a cap."""
+        cap: int | None = self.about.get("max_large_tokens")
+        return cap
+
+    @property
+    def lam_range(self) -> tuple[float, float] | None:
+        """Least and greatest λ that sessions may ask for; None if the router takes none."""
+        return (self.router.low, self.router.high) if isinstance(self.router, ConditionedMLP) else None
+
+    @property
+    def setting(self) -> str:
+        """The knob, or its range, for people to read."""
+        if isinstance(self.router, ConditionedMLP):
+            return f"lam={self.router.low:g}..{self.router.high:g}"
+        return str(self.router.knob)
+
+    @property
+    def default_lam(self) -> float | None:
+        """λ of sessions that name neither λ nor budget; None if they must."""
+        lam: float | None = self.about.get("default_lam")
+        return lam if self.lam_range else None
+
+    @property
+    def budget_range(self) -> tuple[float, float] | None:
+        """Least and greatest share of always-large's cost that sessions may ask for; None if the router takes none."""
+        shares = self._budgets()[1]
+        return (float(shares[0]), 1.0) if len(shares) else None
+
+    def _budgets(self) -> tuple[Any, Any]:
+        """Return logarithms of λ and the shares of always-large's cost that they come to, ascending in the shares.
+
+        A share is the greatest one of all λ that are not smaller: where the measured ones go up and down, the budget
+        is kept all the same.
+        """
+        rows = self.about.get("budgets", []) if self.lam_range else []
+        rows = sorted(rows, key=lambda row: -float(row["lam"]))
+        shares = np.maximum.accumulate([float(row["share"]) for row in rows]) if rows else np.zeros(0)
+        shares, first = np.unique(shares, return_index=True)
+        return np.log([float(rows[index]["lam"]) for index in first]), shares
+
+    def at(self, lam: float | None = None, budget: float | None = None) -> AnyRouter | Mixture:
+        """Return the router for a λ or a budget, if it takes one: the same object for the same setting.
+
+        Args:
+            lam: λ, reward lost per unit of cost.
+            budget: Share of always-large's cost to be spent in expectation.
+
+        Raises:
+            ConfigError: The router takes no such setting, it is out of range, or there is none and must be one.
+        """
+        if lam is not None and budget is not None:
+            raise ConfigError("Give either lam or budget, not both.")
+        if not isinstance(self.router, ConditionedMLP):
+            self._refuse(lam, budget)
+            return self.router
+        lam = self._lam_of(budget) if budget is not None else self.default_lam if lam is None else lam
+        low, high = self.router.low, self.router.high
+        if lam is None:
+            budgets = " or a budget" if self.budget_range else ""
+            raise ConfigError(f"{self.name} serves every lam from {low:g} to {high:g}: name one{budgets}.")
+        lam = _number("lam", lam)
+        if lam not in self._at:
+            if len(self._at) >= _KEPT:
+                self._at.clear()
+            self._at[lam] = self.router.at(lam)
+        return self._at[lam]
+
+    def _refuse(self, lam: float | None, budget: float | None) -> None:
+        """Raise `ConfigError` unless what is asked for is what the router was made for."""
+        assert not isinstance(self.router, ConditionedMLP)
+        made = {self.router.knob.name: self.router.knob.value}
+        calibration = self.about.get("calibration", {})
+        made.setdefault(str(calibration.get("target")), calibration.get("value", math.nan))
+        for name, value in (("lam", lam), ("budget", budget)):
+            if value is not None and not math.isclose(_number(name, value), made.get(name, math.nan), rel_tol=1e-6):
+                raise ConfigError(
+                    f"{name} is {value:g}, but {self.name} has one fixed setting, {self.router.knob}. Leave {name} "
+                    "out, or use a policy that was trained for a range (train.py --lam-range)."
+                )
+
+    def _lam_of(self, budget: float) -> float:
+        """Return the λ at which a budget is spent on validation."""
+        assert isinstance(self.router, ConditionedMLP)
+        budget, (logs, shares) = _number("budget", budget), self._budgets()
+        if not len(shares):
+            raise ConfigError(f"The artefact of {self.name} does not say what each lam costs; name lam instead.")
+        if not 0 < budget <= 1:
+            raise ConfigError(f"budget is {budget:g}, expected a share of always-large's cost, above 0 and at most 1.")
+        if budget < shares[0]:
+            raise ConfigError(f"budget is {budget:g}; the cheapest setting of {self.name} costs {shares[0]:.3g}.")
+        lam = float(np.exp(np.interp(budget, shares, logs)))
+        return min(max(lam, self.router.low), self.router.high)
+
+    def session(self, lam: float | None = None, budget: float | None = None, seed: int | None = None) -> Session:
+        """Begin a solution.
+
+        Args:
+            lam: λ for this solution, where `lam_range` is not None.
+            budget: Share of always-large's cost to be spent in expectation, where `budget_range` is not None.
+            seed: Of what routers draw: a random router's actions, which part of a mixture decides. None: from entropy.
+
+        Raises:
+            ConfigError: As of `at`.
+        """
+        router = self.at(lam, budget)
+        knob = router.knob
+        drawn = seed is not None or isinstance(router, Mixture)
+        generator = np.random.default_rng(seed) if drawn else None  # from entropy it takes as long as a decision
+        if isinstance(router, Mixture):
+            assert generator is not None
+            router = router.pick(float(generator.random()))
+        caps = self.max_escalations, self.max_large_tokens
+        return Session(router, knob, self.max_steps, caps, generator)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what users may know of it, as JSON holds it."""
+        described: dict[str, Any] = {
+            "name": self.name,
+            "kind": self.kind,
+            "schema": self.schema,
+            "features": [column.name for column in schema_named(self.schema).columns],
+            "knob": _describe_knob(self),
+            "budget_range": list(self.budget_range) if self.budget_range else None,
+            "max_steps": self.max_steps,
+            "max_escalations": self.max_escalations,
+            "max_large_tokens": self.max_large_tokens,
+            "runtime": self.runtime,
+            **{name: self.about[name] for name in _TOLD if name in self.about},
+        }
+        plain: dict[str, Any] = _finite(described)
+        return plain
+
+
+def _describe_knob(policy: Policy) -> dict[str, Any]:
+    if isinstance(policy.router, ConditionedMLP):
+        return {"name": "lam", "low": policy.router.low, "high": policy.router.high, "default": policy.default_lam}
+    return {"name": policy.router.knob.name, "value": policy.router.knob.value}
+
+
+def _finite(value: Any) -> Any:
+    """Return the same without numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {str(name): _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else -1
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{name} is {value!r}, expected a number.")
+    return number
+
+
+__all__ = ["Policy", "Proposal", "Session", "decide_together", "load"]

@@ -1,0 +1,168 @@
+"""Bootstrap over problems: intervals of every metric, paired differences, Holm correction (design §7).
+
+Everything takes the weights that `resample_weights` draws: whoever passes the same weights for two methods compares
+them on the same resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from agents.evaluation.curves import CPT_TARGETS, Curve, Points, References, curve_metrics, point_metrics
+from agents.evaluation.outcomes import Floats, Outcomes
+from rollouts.errors import DataError
+
+RESAMPLES = 2000
+LEVELS = (0.025, 0.975)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % percentile bootstrap interval over problems.
+
+    Attributes:
+        value: On the data as they are; NaN if undefined.
+        low: Lower end, among the resamples in which the value is defined; NaN if the value is undefined.
+        high: Upper end.
+        undefined: Share of the resamples in which the value is undefined, in [0, 1].
+    """
+
+    value: float
+    low: float
+    high: float
+    undefined: float
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A paired difference, first minus second.
+
+    Attributes:
+        p_value: Two-sided bootstrap p-value of no difference: twice the smaller share of resamples with a difference
+            of at most and of at least 0, each counted with one more, and at most 1. NaN if undefined.
+    """
+
+    p_value: float
+
+    @property
+    def shown(self) -> bool:
+        """Return whether the interval excludes 0 and no more resamples than it leaves out are undefined."""
+        return (self.low > 0 or self.high < 0) and self.undefined <= LEVELS[0]
+
+
+def resample_weights(problems: int, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
+    """Draw bootstrap resamples of the problems, with replacement.
+
+    Args:
+        problems: P, at least 1.
+        resamples: R.
+        seed: Same seed, same resamples.
+
+    Returns:
+        (R, P) share of each problem in each resample; rows sum to 1.
+    """
+    draws = np.random.default_rng(seed).integers(0, problems, (resamples, problems))
+    draws += problems * np.arange(resamples)[:, None]
+    counts = np.bincount(draws.ravel(), minlength=resamples * problems)
+    return counts.reshape(resamples, problems) / problems
+
+
+def estimate(value: Floats | float, samples: Floats) -> Estimate:
+    """Combine a value and its (R,) resampled values, NaN where undefined, into an estimate.
+
+    Where the value itself is undefined so is its interval, whatever some resamples say.
+    """
+    defined = samples[np.isfinite(samples)]
+    usable = len(defined) > 0 and bool(np.isfinite(value))
+    low, high = np.quantile(defined, LEVELS) if usable else (np.nan, np.nan)
+    return Estimate(float(value), float(low), float(high), 1 - len(defined) / len(samples))
+
+
+def difference(value: Floats | float, samples: Floats) -> Difference:
+    """Combine a difference and its (R,) resampled values into an estimate with a p-value."""
+    plain = estimate(value, samples)
+    defined = samples[np.isfinite(samples)]
+    tail = min((defined <= 0).sum(), (defined >= 0).sum())
+    p_value = float("nan") if np.isnan(plain.low) else min(1.0, 2 * (tail + 1) / (len(defined) + 1))
+    return Difference(plain.value, plain.low, plain.high, plain.undefined, float(p_value))
+
+
+def curve_estimates(points: Points, references: References, weights: Floats) -> dict[str, Estimate]:
+    """Return every metric of `curve_metrics` with its interval; the whole curve is recomputed in each resample."""
+    values = curve_metrics(Curve.of(points, references))
+    samples = curve_metrics(Curve.of(points, references, weights))
+    return {name: estimate(values[name], samples[name]) for name in values}
+
+
+def point_estimates(outcomes: Outcomes, references: References, weights: Floats) -> dict[str, Estimate]:
+    """Return every metric of `point_metrics` with its interval."""
+    values = point_metrics(outcomes, references)
+    samples = point_metrics(outcomes, references, weights)
+    return {name: estimate(values[name], samples[name]) for name in values}
+
+
+def curve_band(points: Points, references: References, weights: Floats, c: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return the curve's accuracy at (L,) costs and the pointwise 95 % band around it: value, low, high, each (L,)."""
+    value = Curve.of(points, references).accuracy_at(c)
+    samples = Curve.of(points, references, weights).accuracy_at(c)
+    estimates = [estimate(value[i], samples[:, i]) for i in range(len(c))]
+    return value, np.array([each.low for each in estimates]), np.array([each.high for each in estimates])
+
+
+def paired_curves(points: Points, baseline: Points, references: References, weights: Floats) -> dict[str, Difference]:
+    """Compare the curves of two methods on the same resamples.
+
+    Returns:
+        For each metric of `curve_metrics` the difference `points` minus `baseline`, and for each CPT also
+        ``cpt_80_percent``: that difference in percent of the baseline's CPT (negative: cheaper).
+    """
+
+    def differences(chosen: Floats | None) -> dict[str, Floats]:
+        own = curve_metrics(Curve.of(points, references, chosen))
+        other = curve_metrics(Curve.of(baseline, references, chosen))
+        percent = {f"cpt_{x}_percent": 100 * (own[f"cpt_{x}"] / other[f"cpt_{x}"] - 1) for x in CPT_TARGETS}
+        return {name: own[name] - other[name] for name in own} | percent
+
+    values, samples = differences(None), differences(weights)
+    return {name: difference(values[name], samples[name]) for name in values}
+
+
+def paired_means(first: Floats, second: Floats, weights: Floats) -> Difference:
+    """Return the difference of the means of two (P,) arrays of per-problem values, paired on problems."""
+    differences = first - second
+    return difference(differences.mean(), weights @ differences)
+
+
+def paired_returns(first: Outcomes, second: Outcomes, lam: float, weights: Floats) -> Difference:
+    """Return the difference of mean returns, ``correct - lam * cost``, of two routers.
+
+    Raises:
+        DataError: They are not on the same problems.
+    """
+    first.paired_with(second)
+    return paired_means(first.returns(lam), second.returns(lam), weights)
+
+
+def holm(p_values: Sequence[float] | Floats) -> Floats:
+    """Adjust p-values of several comparisons by Holm's step-down method.
+
+    Args:
+        p_values: m p-values; NaN for a comparison that could not be made, which still counts.
+
+    Returns:
+        (m,) adjusted p-values in the same order: reject where they are at most the level. NaN stays NaN.
+
+    Raises:
+        DataError: A p-value is outside [0, 1].
+    """
+    p = np.asarray(p_values, float)
+    if ((p < 0) | (p > 1)).any():
+        raise DataError(f"Holm correction: p-values must lie in [0, 1], got {p[(p < 0) | (p > 1)].tolist()}.")
+    order = np.argsort(p)  # NaN last
+    steps = p[order] * (len(p) - np.arange(len(p)))
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted

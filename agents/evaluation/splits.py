@@ -1,0 +1,126 @@
+"""What is chosen on validation, and on which half of it: choices on one half, the verdict on the other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.evaluation.bootstrap import resample_weights
+from agents.evaluation.curves import References
+from agents.evaluation.health import Health, Reference, assess
+from agents.evaluation.outcomes import Floats, Outcomes
+from agents.evaluation.spread import spread
+from agents.evaluation.walk import references, run
+from agents.routers.base import Constant, Router, Threshold
+from rollouts.errors import StoreError
+from rollouts.trees.arrays import CONTINUE_SMALL, Trees
+from trim_env.tables import DecisionTables
+
+CANDIDATES = 200
+Record = dict[str, float]
+
+
+def halves(trees: Trees, split: str = "validation") -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the tree indices of the choice half and of the verdict half of a split, told apart by hash of problem.
+
+    Raises:
+        StoreError: The split is empty, or all of its problems fall into one half.
+    """
+    indices = trees.select(split)
+    second = np.array([_bit(problem) for problem in trees.problem_ids])[trees.problem[indices]]
+    if second.all() or not second.any():
+        raise StoreError(
+            f"Split {split!r} has {len(np.unique(trees.problem[indices]))} problems, too few to be split in two "
+            "(one half for choices, one for the verdict). Generate rollouts for more validation problems."
+        )
+    return indices[~second], indices[second]
+
+
+def _bit(problem: str) -> bool:
+    return bool(hashlib.blake2b(problem.encode("utf-8"), digest_size=1, person=b"trim-halves").digest()[0] & 1)
+
+
+def thresholds(tables: DecisionTables, count: int = CANDIDATES) -> list[float]:
+    """Return candidate thresholds: quantiles of the proposals' scores in the split, and one above all scores."""
+    inside = np.isin(tables.trees.tree, tables.indices)
+    scores = tables.trees.score[inside, CONTINUE_SMALL]
+    levels = np.unique(np.quantile(scores[~np.isnan(scores)], np.linspace(0, 1, count)).astype(np.float32))
+    return [*levels.tolist(), float(np.nextafter(np.float32(levels[-1]), np.float32(2)))]
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """The best constant and the best threshold for one λ, chosen on some trees."""
+
+    constant: Constant
+    threshold: Threshold
+
+
+class Candidates:
+    """Outcomes of all thresholds and both constants on the choice half, run once for all λ."""
+
+    def __init__(self, tables: DecisionTables) -> None:
+        """Run them."""
+        self.thresholds: list[tuple[Router, Outcomes]] = [
+            (router, run(router, tables)) for router in (Threshold(level) for level in thresholds(tables))
+        ]
+        self._constants = [(router, run(router, tables)) for router in (Constant(0), Constant(1))]
+
+    def spread_over(self, large: Outcomes) -> list[float]:
+        """Return the thresholds of 16 operating points that spread over the cost of always-large on the same trees."""
+        swept = [(router.knob.value, outcomes) for router, outcomes in self.thresholds]
+        return [level for level, _ in spread(swept, large)]
+
+    def best(self, lam: float) -> Baselines:
+        """Return those with the greatest mean return."""
+        constant = max(self._constants, key=lambda item: float(item[1].returns(lam).mean()))[0]
+        threshold = max(self.thresholds, key=lambda item: float(item[1].returns(lam).mean()))[0]
+        assert isinstance(threshold, Threshold)
+        return Baselines(constant, threshold)
+
+
+class Validation:
+    """Both halves of the validation split, with what simple rules reach on them."""
+
+    def __init__(self, tables: Callable[[Any], DecisionTables], trees: Trees, split: str = "validation") -> None:
+        """Prepare the halves.
+
+        Args:
+            tables: From tree indices to tables.
+            trees: Compiled trees.
+            split: The split.
+        """
+        choice, verdict = halves(trees, split)
+        self.choice, self.verdict = tables(choice), tables(verdict)
+        self.references: tuple[References, References] = (references(self.choice), references(self.verdict))
+        self.candidates = Candidates(self.choice)
+        self._weights = tuple(resample_weights(len(each.small), 1000) for each in self.references)
+
+    def assess(self, router: Any, lam: float, *, final: bool) -> Health:
+        """Assess a router on the choice half or, finally, on the verdict half, against rules chosen on the former."""
+        tables, which = (self.verdict, 1) if final else (self.choice, 0)
+        simple = self.candidates.best(lam)
+        weights: Floats = self._weights[which]
+        return assess(
+            run(router, tables),
+            Reference(simple.constant.name, run(simple.constant, tables)),
+            Reference(f"the best threshold ({simple.threshold.threshold:.3f})", run(simple.threshold, tables)),
+            self.references[which].large,
+            lam,
+            weights,
+        )
+
+    def measure(self, outcomes: Outcomes, lam: float) -> Record:
+        """Return mean return, accuracy, large-token share and escalation rate on the choice half."""
+        large = max(float(self.references[0].large.cost.sum()), 1e-12)
+        return {
+            "return": float(outcomes.returns(lam).mean()),
+            "accuracy": float(outcomes.correct.mean()),
+            "share": float(outcomes.cost.sum()) / large,
+            "escalation_rate": float(outcomes.escalations.sum() / outcomes.steps.sum()),
+        }

@@ -1,0 +1,1 @@
+"""Who learns: from trees to routers."""

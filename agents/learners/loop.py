@@ -1,0 +1,200 @@
+"""Trains a router for one λ or for a range: attempts within a budget, the checkpoint that validation prefers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from agents.evaluation.health import Health
+from agents.evaluation.splits import Baselines, Record, Validation
+from agents.evaluation.walk import run
+from agents.learners.exact import TreeAgg, TreeSettings
+from agents.learners.ppo import PPOAgg, PPOSettings, SeqSettings, load_checkpoint, save_checkpoint
+from agents.learners.settings import LearnerSettings
+from agents.routers.mlp import MLP, ConditionedMLP, at
+from agents.routers.seq import SeqPolicy
+from rollouts.trees.arrays import CONTINUE_SMALL
+from trim_env.episodes import Lam
+from trim_env.tables import DecisionTables
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.logger import KVWriter
+
+Trainable = MLP | ConditionedMLP | SeqPolicy
+
+
+def learner(
+    tables: DecisionTables, lam: Lam, settings: LearnerSettings, seed: int, outputs: Sequence[KVWriter] = ()
+) -> PPOAgg | TreeAgg:
+    """Return the learner that the settings belong to."""
+    if isinstance(settings, TreeSettings):
+        return TreeAgg(tables, lam, settings, seed, outputs)
+    if isinstance(settings, SeqSettings):
+        from agents.learners.ppo_seq import PPOSeq
+
+        return PPOSeq(tables, lam, settings, seed, outputs)
+    assert isinstance(settings, PPOSettings)
+    return PPOAgg(tables, lam, settings, seed, outputs)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A trained router.
+
+    Attributes:
+        router: The checkpoint with the greatest return on the choice half, of all attempts.
+        health: Verdict on the other half, by λ.
+        records: What was logged, by iteration, of all attempts.
+        baselines: The best constant and the best threshold, by λ.
+        attempts: How many attempts it took.
+    """
+
+    router: Trainable
+    health: dict[float, Health]
+    records: list[Record]
+    baselines: dict[float, Baselines]
+    attempts: int
+
+    @property
+    def fine(self) -> bool:
+        """Whether the router neither collapsed nor is beaten, at any λ."""
+        return all(health.fine for health in self.health.values())
+
+
+def remedy(settings: LearnerSettings, attempt: int) -> LearnerSettings:
+    """Return the settings of an attempt, from 0: the first as asked for, then more exploration and a slower λ."""
+    if attempt == 0:
+        return settings
+    return replace(
+        settings,
+        iterations=int(settings.iterations * 1.5),
+        entropy=settings.entropy * 3**attempt,
+        lam_start=settings.lam_start / 2,
+        lam_ramp=max(settings.lam_ramp, 0.6),
+    )
+
+
+def checked_at(lam: Lam) -> tuple[float, ...]:
+    """Return the λ at which a training is validated: its own, or five that span its range."""
+    if isinstance(lam, tuple):
+        return tuple(float(f"{value:.3g}") for value in np.geomspace(*lam, 7)[1:-1])
+    return (lam,)
+
+
+class Training:
+    """One training for one λ, or for a range of λ, which can be stopped after any iteration and gone on with.
+
+    If the router is collapsed or beaten on the choice half, it is trained again: another seed, a warm start from the
+    best threshold by behaviour cloning, and the settings of `remedy`; at most `attempts` times in all.
+    """
+
+    def __init__(
+        self,
+        tables: DecisionTables,
+        validation: Validation,
+        lam: Lam,
+        settings: LearnerSettings,
+        seed: int,
+        *,
+        attempts: int = 3,
+        checkpoint: Path | None = None,
+        outputs: Sequence[KVWriter] = (),
+    ) -> None:
+        """Start, or go on from the checkpoint if there is one."""
+        self.tables, self.validation, self.lam, self.seed = tables, validation, lam, seed
+        self.settings, self.attempts, self.checkpoint, self.outputs = settings, attempts, checkpoint, list(outputs)
+        self.lams = checked_at(lam)
+        self.baselines = {each: validation.candidates.best(each) for each in self.lams}
+        self.records: list[Record] = []
+        self._best: tuple[float, Trainable] | None = None
+        if checkpoint is not None and checkpoint.is_file():
+            self._restore(load_checkpoint(checkpoint))
+        else:
+            self._begin(0)
+
+    def _begin(self, attempt: int) -> None:
+        self.attempt = attempt
+        self.learner = learner(
+            self.tables, self.lam, remedy(self.settings, attempt), self.seed + 1000 * attempt, self.outputs
+        )
+        if attempt:
+            trees = self.tables.trees
+            decided = ~np.isnan(trees.score[:, CONTINUE_SMALL])  # on always-large's path small steps may be missing
+            rows = np.flatnonzero(np.isin(trees.tree, self.tables.indices) & decided)
+            threshold = self.baselines[self.lams[len(self.lams) // 2]].threshold
+            features = self.tables.in_schema(threshold.schema)[rows]
+            self.learner.imitate(threshold.probability(features).astype(np.int64), rows)
+
+    @property
+    def planned(self) -> int:
+        """Iterations planned by now: those done, and those left of the attempt under way."""
+        return len(self.records) + self.learner.settings.iterations - self.learner.iteration
+
+    def run(self, on_iteration: Callable[[Record], None] | None = None) -> Result:
+        """Train to the end.
+
+        Args:
+            on_iteration: Called after each iteration, once its checkpoint is on disk.
+        """
+        while True:
+            while not self.learner.done:
+                record = self._iterate()
+                if on_iteration:
+                    on_iteration(record)
+            assert self._best is not None
+            router = self._best[1]
+            if self.attempt + 1 >= self.attempts or all(
+                each.fine for each in self._assess(router, final=False).values()
+            ):
+                break
+            self._begin(self.attempt + 1)
+        return Result(router, self._assess(router, final=True), self.records, self.baselines, self.attempt + 1)
+
+    def _assess(self, router: Trainable, *, final: bool) -> dict[float, Health]:
+        return {lam: self.validation.assess(at(router, lam), lam, final=final) for lam in self.lams}
+
+    def _iterate(self) -> Record:
+        record = self.learner.iterate()
+        router = self.learner.router()
+        measured = self._measure(router)
+        record |= {"attempt": float(self.attempt), **{f"validation/{name}": v for name, v in measured.items()}}
+        record["step"] = float(len(self.records) + 1)
+        if self._best is None or measured["return"] > self._best[0]:
+            self._best = (measured["return"], router)
+        self.records.append(record)
+        self.learner.log(record)
+        if self.checkpoint is not None:
+            save_checkpoint(self.checkpoint, self._state())
+        return record
+
+    def _measure(self, router: Trainable) -> Record:
+        """Return means, over the λ that are validated, of what `Validation.measure` finds."""
+        choice = self.validation.choice
+        found = [self.validation.measure(run(at(router, lam), choice), lam) for lam in self.lams]
+        return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
+
+    def _state(self) -> dict[str, Any]:
+        import torch
+
+        assert self._best is not None
+        weights = {name: torch.from_numpy(values) for name, values in self._best[1].weights.items()}
+        return {
+            "attempt": self.attempt,
+            "learner": self.learner.state(),
+            "records": self.records,
+            "best": {"return": self._best[0], "weights": weights},
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.attempt = int(state["attempt"])
+        self.learner = learner(
+            self.tables, self.lam, remedy(self.settings, self.attempt), self.seed + 1000 * self.attempt, self.outputs
+        )
+        self.learner.restore(state["learner"])
+        self.records = [dict(record) for record in state["records"]]
+        weights = {name: values.numpy() for name, values in state["best"]["weights"].items()}
+        self._best = (float(state["best"]["return"]), replace(self.learner.router(), weights=weights))

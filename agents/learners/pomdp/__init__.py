@@ -1,0 +1,1 @@
+"""TRIM-POMDP's parameters, measured from labelled trees or found by EM."""

@@ -1,0 +1,147 @@
+"""From trees to routers: estimates with or without labels, then a plan for each λ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.learners.pomdp.em import Agreement, agreement, em
+from agents.routers.pomdp.dynamics import Dynamics, Rate, measure
+from agents.routers.pomdp.latent import CLASSES, Floats, labelled, rows_of
+from agents.routers.pomdp.model import Model, preset
+from agents.routers.pomdp.observation import LEVELS, LabelledSteps, ObservationModel
+from agents.routers.pomdp.router import PomdpRouter, routers
+from agents.routers.pomdp.sample import Kinds, observations, observations_from, sample
+from agents.routers.pomdp.solver import solve
+from rollouts.errors import ConfigError, did_you_mean
+from rollouts.trees.arrays import Trees
+from trim_env.costs import CostModel
+
+LABELS = ("auto", "exact", "em")
+
+
+@dataclass(frozen=True, eq=False)
+class Estimates:
+    """Everything that a model is made of.
+
+    Attributes:
+        observed: What scores tell.
+        dynamics: How trajectories go on.
+        kinds: How proposals are sorted.
+        labels: ``exact`` or ``em``.
+        nodes: Number of decision nodes behind them.
+        agreement: How EM agrees with exact labels, where it was used and there are any.
+    """
+
+    observed: ObservationModel
+    dynamics: Dynamics
+    kinds: Kinds
+    labels: str
+    nodes: int
+    agreement: Agreement | None = None
+
+    def model(self, name: str = "measured") -> Model:
+        """Return the model of a preset.
+
+        Raises:
+            ConfigError: There is none of that name.
+        """
+        return preset(name, self.observed, self.dynamics, self.kinds)
+
+    def routers(
+        self, lams: Sequence[float] | Floats, name: str = "measured", *, price: float = 1.0
+    ) -> list[PomdpRouter]:
+        """Return the router for each λ.
+
+        Args:
+            lams: λ, return lost per unit of cost.
+            name: The preset.
+            price: Cost of a large token (`price_of`).
+        """
+        model = self.model(name)
+        found = routers(model, solve(model, price * np.asarray(lams, np.float64), count_tokens=False))
+        return [replace(router, lam=float(lam), price=price) for lam, router in zip(lams, found, strict=True)]
+
+    def report(self) -> dict[str, Any]:
+        """Return rates with counts and intervals, and what else a reader would ask for, as plain values."""
+        rates = {name: asdict(value) for name, value in vars(self.dynamics).items() if isinstance(value, Rate)}
+        small, large = (dict(zip(CLASSES, counts.tolist(), strict=True)) for counts in self.observed.counts)
+        return {
+            "labels": self.labels,
+            "nodes": self.nodes,
+            "scored_steps": {"small": small, "large": large},
+            **rates,
+            "hazard": [asdict(rate) for rate in self.dynamics.hazard],
+            "mean_large_tokens": self.dynamics.mean_large_tokens,
+            "agreement": asdict(self.agreement) if self.agreement else None,
+        }
+
+
+def estimate(
+    trees: Trees,
+    split: str | None = "train",
+    *,
+    labels: str = "auto",
+    steps: LabelledSteps | None = None,
+    indices: NDArray[Any] | None = None,
+    levels: int = LEVELS,
+) -> Estimates:
+    """Estimate what scores tell and how trajectories go on.
+
+    Args:
+        trees: Compiled trees.
+        split: Split to estimate from; None for all trees.
+        labels: ``exact``: step labels of the trees; ``em``: none, only scores and final outcomes; ``auto``: exact
+            ones where the trees have any.
+        steps: Labelled steps from elsewhere (`agents.routers.pomdp.observation.read_labelled`), scored by the same
+            reward model: they then tell what scores mean, and the trees the rest.
+        indices: Estimate from these trees instead of from a whole split.
+        levels: Levels of the last accepted step's score that the next one is conditioned on; 1: it is not.
+
+    Raises:
+        ConfigError: Unknown kind of labels.
+        DataError: Too few steps of a class.
+        StoreError: The split is empty.
+    """
+    if labels not in LABELS:
+        raise ConfigError(f"Unknown kind of labels {labels!r}.{did_you_mean(labels, LABELS)}")
+    rows = rows_of(trees, trees.select(split) if indices is None else np.asarray(indices, np.int64))
+    seen = sample(trees, rows, levels=levels)
+    told = observations_from(seen, steps) if steps is not None else None
+    exact = labelled(trees, rows)
+    if labels == "exact" or (labels == "auto" and (trees.label[rows] >= 0).any()):
+        return Estimates(told or observations(seen, exact), measure(seen, exact), seen.kinds, "exact", len(rows))
+    fitted = em(seen, told)
+    found = agreement(fitted.latent, exact)
+    return Estimates(fitted.observed, fitted.dynamics, seen.kinds, "em", len(rows), found)
+
+
+def price_of(cost: CostModel) -> float:
+    """Return what a large token costs.
+
+    Raises:
+        ConfigError: Other things than large tokens cost something, which the model knows nothing of.
+    """
+    if cost.large_prefill or cost.small_decode or cost.small_prefill:
+        raise ConfigError(
+            f"The POMDP plans for tokens that the large model decodes; cost model {cost.name!r} prices others as well. "
+            "Use --cost decode-only or prefill-20, or another agent."
+        )
+    return cost.large_decode
+
+
+def fit(
+    trees: Trees,
+    split: str | None = "train",
+    lam: float = 1e-3,
+    *,
+    preset: str = "measured",
+    labels: str = "auto",
+    steps: LabelledSteps | None = None,
+) -> PomdpRouter:
+    """Return the router for one λ; arguments as for `estimate`, and a preset (``measured`` or ``paper``)."""
+    return estimate(trees, split, labels=labels, steps=steps).routers([lam], preset)[0]

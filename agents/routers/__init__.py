@@ -1,0 +1,1 @@
+"""Who decides: routers, and the artefacts that they are kept in. NumPy only."""

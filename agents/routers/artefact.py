@@ -1,0 +1,339 @@
+"""Routers on disk: a folder with ``policy.json`` and, for networks, ``policy.safetensors`` (design section 8).
+
+``policy.json`` names the SHA-256 of every other file and its own digest. A mixture keeps its two routers in ``first``
+and ``second``. Reading needs NumPy alone (onnxruntime for ``policy.onnx``) and executes nothing. What is damaged,
+tampered with or newer than this version is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.routers.base import AnyRouter, Constant, Knob, Mixture, RandomRate, Threshold, told_cap
+from agents.routers.mlp import MLP, ConditionedMLP
+from agents.routers.pomdp.router import PomdpRouter
+from agents.routers.seq import SeqPolicy
+from rollouts.errors import ArtefactError, ConfigError, did_you_mean
+
+FORMAT = "trim-policy"
+VERSION = 2  # 2 adds `files` and `digest`; 1 named the weights' SHA-256 alone
+RUNTIMES = ("numpy", "onnx")
+WEIGHTS, ONNX = "policy.safetensors", "policy.onnx"
+Storable = AnyRouter | ConditionedMLP | Mixture
+_PARTS = ("first", "second")
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A router and what is known about it.
+
+    Attributes:
+        router: The router, or one for a whole range of λ.
+        about: Where it comes from: models, scorer, rollouts hash, cost model, cap, metrics, package version.
+        kind: How it is stored: ``mlp``, ``mlp-lam``, ``seq``, ``threshold``, ``constant``, ``random``, ``pomdp``,
+            ``mixture``.
+    """
+
+    router: Storable
+    about: dict[str, Any] = field(default_factory=dict)
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What a kind of router is built from.
+
+    Attributes:
+        folder: Its folder.
+        described: Contents of ``policy.json``.
+        files: Contents of the files that it names, as verified.
+        runtime: What networks are to be run by.
+    """
+
+    folder: Path
+    described: dict[str, Any]
+    files: dict[str, bytes]
+    runtime: str
+
+    @property
+    def name(self) -> str:
+        return str(self.described["name"])
+
+    @property
+    def schema(self) -> str:
+        return str(self.described["schema"])
+
+    @property
+    def knob(self) -> Knob:
+        return Knob(str(self.described["knob"]["name"]), float(self.described["knob"]["value"]))
+
+    @property
+    def weights(self) -> dict[str, NDArray[np.float32]]:
+        return read_safetensors(self.files[WEIGHTS])
+
+    @property
+    def told_cap(self) -> int | None:
+        cap = self.described.get("max_large_tokens")
+        return None if cap is None else int(cap)
+
+    def in_onnx(self, router: Any) -> Any:
+        """Return the same network run by onnxruntime, if that is asked for."""
+        if self.runtime != "onnx":
+            return router
+        if ONNX not in self.files:
+            raise ArtefactError(
+                f"{self.folder}: has no {ONNX}. Load it with runtime 'numpy', or export the run again with --onnx."
+            )
+        from agents.routers.onnx import on_onnxruntime
+
+        return on_onnxruntime(router, self.files[ONNX], self.folder / ONNX)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How routers of one class are stored.
+
+    Attributes:
+        router: The class.
+        plain: Its own entries of ``policy.json``.
+        build: Back from what is stored; raises KeyError, TypeError, ValueError or ConfigError if it is damaged.
+        network: Whether it has ``weights``, float32 arrays, which go into ``policy.safetensors``.
+        graph: Whether it has an ONNX form (`agents.routers.onnx`).
+    """
+
+    router: type
+    plain: Callable[[Any], dict[str, Any]]
+    build: Callable[[_Stored], Storable]
+    network: bool = False
+    graph: bool = False
+
+
+def _describe_network(router: Any) -> dict[str, Any]:
+    return {"activation": "tanh", "max_large_tokens": told_cap(router)}
+
+
+def _build_range(stored: _Stored) -> Storable:
+    knob = stored.described["knob"]
+    low, high = float(knob["low"]), float(knob["high"])
+    router: Storable = stored.in_onnx(
+        ConditionedMLP(stored.name, stored.schema, low, high, stored.weights, stored.told_cap)
+    )
+    return router
+
+
+def _build_network(stored: _Stored) -> Storable:
+    router: Storable = stored.in_onnx(MLP(stored.name, stored.schema, stored.knob, stored.weights, stored.told_cap))
+    return router
+
+
+def _build_sequence(stored: _Stored) -> Storable:
+    heads = int(stored.described["heads"])
+    return SeqPolicy(stored.name, stored.schema, stored.knob, stored.weights, heads, stored.told_cap)
+
+
+def _build_mixture(stored: _Stored) -> Storable:
+    parts = []
+    for part in _PARTS:
+        place = stored.folder / part
+        if hashlib.sha256((place / "policy.json").read_bytes()).hexdigest() != stored.described["parts"][part]:
+            raise ArtefactError(f"{place}: its policy.json is not the one that the mixture names.")
+        router = load(place, stored.runtime).router
+        if isinstance(router, ConditionedMLP | Mixture):
+            raise ArtefactError(f"{place}: a mixture is made of routers for one setting each.")
+        parts.append(router)
+    return Mixture(parts[0], parts[1], float(stored.described["share"]), stored.knob)
+
+
+_KINDS: dict[str, _Kind] = {
+    "mlp": _Kind(MLP, _describe_network, _build_network, network=True, graph=True),
+    "mlp-lam": _Kind(ConditionedMLP, _describe_network, _build_range, network=True, graph=True),
+    "seq": _Kind(
+        SeqPolicy, lambda r: {"heads": r.heads, "max_large_tokens": told_cap(r)}, _build_sequence, network=True
+    ),
+    "threshold": _Kind(Threshold, lambda _: {}, lambda s: Threshold(s.knob.value, s.name, s.schema)),
+    "constant": _Kind(Constant, lambda _: {}, lambda s: Constant(int(s.knob.value), s.schema)),
+    "random": _Kind(RandomRate, lambda _: {}, lambda s: RandomRate(s.knob.value, s.name, s.schema)),
+    "pomdp": _Kind(
+        PomdpRouter, lambda r: {"pomdp": r.to_plain()}, lambda s: PomdpRouter.from_plain(s.described["pomdp"])
+    ),
+    "mixture": _Kind(Mixture, lambda r: {"share": r.share}, _build_mixture),
+}
+
+
+def kind_of(router: Storable) -> str:
+    """Return the kind of a router.
+
+    Raises:
+        ArtefactError: Routers of this kind cannot be stored.
+    """
+    for name, kind in _KINDS.items():
+        if type(router) is kind.router:
+            return name
+    raise ArtefactError(f"A router of type {type(router).__name__} cannot be stored.")
+
+
+def has_network(router: Storable) -> bool:
+    """Return whether a router, or a part of a mixture, is a network that has an ONNX form."""
+    if isinstance(router, Mixture):
+        return has_network(router.first) or has_network(router.second)
+    return any(isinstance(router, kind.router) for kind in _KINDS.values() if kind.graph)
+
+
+def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx: bool = False) -> Path:
+    """Write a router into a new folder.
+
+    Args:
+        router: The router.
+        folder: The folder.
+        about: What is known about it; JSON holds it.
+        onnx: Write networks as ``policy.onnx`` as well.
+
+    Raises:
+        ArtefactError: There is something already, or routers of this kind cannot be stored.
+        ConfigError: ONNX is asked for and the ``onnx`` package is not installed.
+    """
+    folder, name = Path(folder), kind_of(router)
+    if (folder / "policy.json").exists():
+        raise ArtefactError(f"{folder}: holds a policy already; nothing was overwritten.")
+    folder.mkdir(parents=True, exist_ok=True)
+    kind, files, own = _KINDS[name], dict[str, bytes](), dict[str, Any]()
+    if kind.network:
+        files = _network_files(router, onnx and kind.graph)
+    if isinstance(router, Mixture):
+        for part in _PARTS:
+            save(getattr(router, part), folder / part, {}, onnx=onnx)
+        own["parts"] = {
+            part: hashlib.sha256((folder / part / "policy.json").read_bytes()).hexdigest() for part in _PARTS
+        }
+    for file, data in files.items():
+        (folder / file).write_bytes(data)
+    described: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": name,
+        "name": router.name,
+        "schema": router.schema,
+        "knob": _knob(router),
+        "about": dict(about),
+        **kind.plain(router),
+        **own,
+        "files": {file: hashlib.sha256(data).hexdigest() for file, data in files.items()},
+    }
+    described = json.loads(json.dumps(described))
+    described["digest"] = _digest(described)
+    (folder / "policy.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def _network_files(router: Any, onnx: bool) -> dict[str, bytes]:
+    from safetensors.numpy import save as to_bytes
+
+    files = {WEIGHTS: to_bytes({name: np.ascontiguousarray(values) for name, values in router.weights.items()})}
+    if onnx:
+        from agents.routers.onnx import to_onnx
+
+        files[ONNX] = to_onnx(router)
+    return files
+
+
+def _knob(router: Storable) -> dict[str, Any]:
+    if isinstance(router, ConditionedMLP):
+        return {"name": "lam", "low": router.low, "high": router.high}
+    return {"name": router.knob.name, "value": router.knob.value}
+
+
+def _digest(described: dict[str, Any]) -> str:
+    """Return the SHA-256 of the contents of ``policy.json`` but for the digest itself, however it is laid out."""
+    plain = {name: value for name, value in described.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def load(folder: str | Path, runtime: str = "numpy") -> Artefact:
+    """Read a router.
+
+    Args:
+        folder: Its folder.
+        runtime: ``numpy``, or ``onnx`` to run networks by onnxruntime.
+
+    Raises:
+        ArtefactError: There is none, it is damaged, a newer version wrote it, or it has no ONNX file.
+        ConfigError: Unknown runtime, or onnxruntime is not installed.
+    """
+    if runtime not in RUNTIMES:
+        raise ConfigError(f"Unknown runtime {runtime!r}.{did_you_mean(runtime, RUNTIMES)}")
+    folder = Path(folder)
+    file = folder / "policy.json"
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+        kind = _checked_kind(file, described)
+        stored = _Stored(folder, described, _read_files(folder, described), runtime)
+        try:
+            found = Artefact(_KINDS[kind].build(stored), dict(described["about"]), kind)
+        except ConfigError as error:
+            if runtime == "onnx" and isinstance(error.__cause__, ImportError):
+                raise
+            raise ArtefactError(f"{file}: damaged policy ({error})") from error
+        if described["version"] > 1 and described["digest"] != _digest(described):
+            raise ArtefactError(
+                f"{file}: damaged policy: its contents are not those that were written (its digest differs). "
+                "Export the run again; settings are changed there, not in the file."
+            )
+        return found
+    except FileNotFoundError as error:
+        raise ArtefactError(f"{folder}: no policy here ({Path(error.filename).name} is missing).") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError, struct.error) as error:
+        raise ArtefactError(f"{file}: damaged policy ({type(error).__name__}: {error}).") from error
+
+
+def _checked_kind(file: Path, described: dict[str, Any]) -> str:
+    if described["format"] != FORMAT:
+        raise ArtefactError(f"{file}: not a policy (format {described['format']!r}, expected {FORMAT!r}).")
+    if described["version"] > VERSION:
+        raise ArtefactError(
+            f"{file}: written in version {described['version']} of the format; this package reads up to {VERSION}. "
+            "Install a newer trim-routing."
+        )
+    kind = described["kind"]
+    if kind not in _KINDS:
+        raise ArtefactError(f"{file}: unknown kind of policy {kind!r}, known: {', '.join(_KINDS)}.")
+    return str(kind)
+
+
+def _read_files(folder: Path, described: dict[str, Any]) -> dict[str, bytes]:
+    """Return the contents of all files that ``policy.json`` names, each as its SHA-256 says."""
+    named = described["files"] if described["version"] > 1 else {WEIGHTS: described.get("weights")}
+    if described["version"] == 1 and not _KINDS[described["kind"]].network:
+        named = {}
+    files = {}
+    for name, digest in named.items():
+        if name not in (WEIGHTS, ONNX):
+            raise ArtefactError(f"{folder / 'policy.json'}: names a file {name!r} that no policy has.")
+        files[name] = (folder / name).read_bytes()
+        if hashlib.sha256(files[name]).hexdigest() != digest:
+            raise ArtefactError(f"{folder / name}: its contents are not those that policy.json names.")
+    return files
+
+
+def read_safetensors(data: bytes) -> dict[str, NDArray[np.float32]]:
+    """Parse float32 tensors in the safetensors format: a length in eight bytes, a JSON header, raw values."""
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    body = memoryview(data)[8 + size :]
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] != "F32":
+            raise ValueError(f"tensor {name} is {entry['dtype']}, expected F32")
+        begin, end = entry["data_offsets"]
+        tensors[name] = np.frombuffer(body[begin:end], "<f4").reshape(entry["shape"])
+    return tensors

@@ -1,0 +1,1 @@
+"""TRIM-POMDP's router: a filter over latent classes and a planner."""

@@ -1,0 +1,197 @@
+"""What can be seen at the nodes of trees, as a POMDP sees it, and what scores tell once the classes are known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.routers.pomdp.latent import Floats, Ints, Latent
+from agents.routers.pomdp.observation import (
+    LEVELS,
+    LabelledSteps,
+    ObservationModel,
+    as_feature,
+    fit_observations,
+    levels_of,
+    score_edges,
+    to_bins,
+)
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, TERMINAL, Trees
+from trim_env.features import schema_named, seen_of
+
+SCHEMA = "agg+/1"
+_SCORE, _TOKENS, _TERMINAL, _HAS_ANSWER = 0, 2, 4, 5  # columns of the schema
+TOKEN_BINS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Kinds:
+    """Sorts proposals by what is seen of them besides the score: J token bins, then ends with and without an answer.
+
+    Attributes:
+        token_edges: (J - 1,) float32 edges of the token bins, in the scale of the schema, ln(tokens / 20).
+        single: All proposals are of one kind, 0, as in the paper's model, which sees no ends.
+    """
+
+    token_edges: NDArray[np.float32]
+    single: bool = False
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return 1 if self.single else len(self.token_edges) + 3
+
+    @property
+    def terminal(self) -> NDArray[np.bool_]:
+        """(K,) whether accepting a proposal of the kind ends the episode."""
+        return np.arange(self.count) > len(self.token_edges) if not self.single else np.zeros(1, bool)
+
+    def of(self, features: NDArray[np.float32]) -> Ints:
+        """Return the (n,) kinds of proposals from their (n, d) features."""
+        if self.single:
+            return np.zeros(len(features), np.int64)
+        inner = np.searchsorted(self.token_edges, features[:, _TOKENS], side="right")
+        ends = self.count - 2 + (features[:, _HAS_ANSWER] < 0.5)
+        return np.where(features[:, _TERMINAL] > 0.5, ends, inner).astype(np.int64)
+
+
+def scores_in(features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the (n,) scores of the proposals, as features."""
+    column: NDArray[np.float32] = features[:, _SCORE]
+    return column
+
+
+def tokens_in(features: NDArray[np.float32]) -> Floats:
+    """Return the (n,) tokens of the proposals."""
+    return 20.0 * np.exp(features[:, _TOKENS].astype(np.float64))
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """M nodes with what is seen at them.
+
+    Attributes:
+        trees: The trees.
+        rows: (M,) rows of the nodes, ascending.
+        kinds: How proposals are sorted.
+        edges: Edges of the bins of scores.
+        kind: (M,) kind of the small model's proposal.
+        step: (M,) step number minus 1, 0..T-1.
+        level: (B,) level of each bin.
+        context: (M,) level of the score of the last accepted step; the number of levels at a root.
+        bin: (M, 2) bin of the score of each model's proposal; 0 where there is none.
+        present: (M, 2) whether it was generated.
+        ends: (M, 2) whether accepting it ends the episode.
+        answered: (M, 2) whether it states an answer.
+        same: (M,) whether both models wrote the same step.
+        tokens: (M, 2) tokens of the proposals.
+        max_steps: T.
+    """
+
+    trees: Trees
+    rows: Ints
+    kinds: Kinds
+    edges: NDArray[np.float32]
+    kind: Ints
+    step: Ints
+    level: Ints
+    context: Ints
+    bin: Ints
+    present: NDArray[np.bool_]
+    ends: NDArray[np.bool_]
+    answered: NDArray[np.bool_]
+    same: NDArray[np.bool_]
+    tokens: Floats
+    max_steps: int
+
+
+def sample(
+    trees: Trees,
+    rows: Ints,
+    edges: NDArray[np.float32] | None = None,
+    *,
+    levels: int = LEVELS,
+    token_bins: int = TOKEN_BINS,
+) -> Sample:
+    """Gather what is seen at some rows; edges of scores are quantiles of the scores there unless given."""
+    features = schema_named(SCHEMA)(seen_of(trees, rows), trees.meta["max_steps"])
+    child, scores = trees.child[rows], trees.score[rows]
+    present = child != MISSING
+    inner = (child[:, CONTINUE_SMALL] >= 0)[:, None] & np.array([True, False])
+    cuts = np.quantile(features[:, _TOKENS][inner[:, 0]], np.arange(1, token_bins) / token_bins) if inner.any() else []
+    kinds = Kinds(np.unique(np.asarray(cuts, np.float32)))
+    edges = score_edges(scores[present]) if edges is None else edges
+    level = levels_of(len(edges) + 1, levels)
+    bins = np.where(present, to_bins(edges, as_feature(scores)), 0)
+    both = child[:, CONTINUE_SMALL] == child[:, ESCALATE_LARGE]
+    ended = both & (child[:, CONTINUE_SMALL] == TERMINAL) & _same_text(trees, rows, both)
+    return Sample(
+        trees=trees,
+        rows=rows,
+        kinds=kinds,
+        edges=edges,
+        kind=kinds.of(features),
+        step=np.asarray(trees.depth[rows], np.int64),
+        level=level,
+        context=_contexts(trees, rows, edges, level),
+        bin=bins,
+        present=present,
+        ends=child == TERMINAL,
+        answered=np.asarray(trees.has_answer[rows]),
+        same=(both & (child[:, CONTINUE_SMALL] >= 0)) | ended,
+        tokens=np.asarray(trees.tokens[rows], np.float64),
+        max_steps=int(trees.meta["max_steps"]),
+    )
+
+
+def _contexts(trees: Trees, rows: Ints, edges: NDArray[np.float32], level: Ints) -> Ints:
+    before = np.full(trees.nodes, np.nan)
+    for action in (CONTINUE_SMALL, ESCALATE_LARGE):
+        child = trees.child[:, action]
+        before[child[child >= 0]] = trees.score[child >= 0, action]
+    return contexts_of(edges, level, before[rows])
+
+
+def contexts_of(edges: NDArray[np.float32], level: Ints, before: Floats) -> Ints:
+    """Return the (n,) contexts of steps from the scores of the steps before; NaN: there is none."""
+    return np.where(np.isnan(before), level.max() + 1, level[to_bins(edges, as_feature(before))])
+
+
+def _same_text(trees: Trees, rows: Ints, where: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    same = np.zeros(len(rows), bool)
+    for place in np.flatnonzero(where & (trees.child[rows, CONTINUE_SMALL] == TERMINAL)):
+        same[place] = trees.proposal(rows[place], CONTINUE_SMALL) == trees.proposal(rows[place], ESCALATE_LARGE)
+    return same
+
+
+def observations(seen: Sample, latent: Latent) -> ObservationModel:
+    """Estimate what scores tell from (weights of) what is hidden at the nodes of a sample.
+
+    Raises:
+        DataError: Too few steps of a class.
+    """
+    small = seen.present[:, CONTINUE_SMALL]
+    large = seen.present[:, ESCALATE_LARGE] & ~seen.ends[:, ESCALATE_LARGE]  # scores of last steps change nothing
+    return fit_observations(
+        seen.edges,
+        seen.level,
+        (seen.bin[small, 0], seen.context[small], seen.kind[small], latent.classes(CONTINUE_SMALL)[small]),
+        (seen.bin[large, 1], seen.context[large], latent.classes(ESCALATE_LARGE)[large]),
+        seen.kinds.count,
+    )
+
+
+def observations_from(seen: Sample, steps: LabelledSteps) -> ObservationModel:
+    """Estimate the same from labelled steps of other solutions: one for both models and all kinds of proposals.
+
+    Raises:
+        DataError: Too few steps of a class.
+    """
+    bins = to_bins(seen.edges, as_feature(steps.scores))
+    context = contexts_of(seen.edges, seen.level, steps.before)
+    weight = np.eye(3)[steps.classes]
+    none = (bins[:0], context[:0], weight[:0])
+    found = fit_observations(seen.edges, seen.level, (bins, context, np.zeros_like(bins), weight), none, 1)
+    return replace(found, small=np.repeat(found.small, seen.kinds.count, axis=1))

@@ -1,0 +1,67 @@
+"""What a run will cost: tokens, time and money, extrapolated from a few problems that are really generated."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from rollouts.family import Family
+from rollouts.store.store import Store
+from rollouts.tasks.problems import Problem
+from rollouts.trees.grow import Grower, StepBuffer, load_trees
+from rollouts.trees.tree import ROLES
+
+_SAMPLE = 8
+
+
+def estimate(
+    screen: Console,
+    family: Family,
+    problems: Sequence[Problem],
+    replicas: int | dict[str, int],
+    max_escalations: int | None,
+    in_flight: int,
+) -> None:
+    """Generate a few trees into a temporary store and print what all of them would take.
+
+    Time is extrapolated from a small, poorly batched sample, so it is an upper estimate. Scoring is not
+    included.
+    """
+    generator = np.random.default_rng(family.seed)
+    chosen = generator.choice(len(problems), size=min(_SAMPLE, len(problems)), replace=False)
+    sample = [problems[position] for position in sorted(chosen)]
+    total = sum(replicas if isinstance(replicas, int) else replicas.get(item.split, 1) for item in problems)
+    with tempfile.TemporaryDirectory() as scratch:
+        store = Store.create(Path(scratch) / "sample", family.process(max_escalations))
+        store.add_problems(sample)
+        with ExitStack() as stack:
+            writers = {role: stack.enter_context(family.open(role, store)) for role in ROLES}
+            grower = Grower(writers, StepBuffer(store.steps), in_flight=in_flight)
+            start = time.monotonic()
+            grower.run(load_trees(store, sample, 1, max_escalations))
+            seconds = time.monotonic() - start
+        counters = store.steps.counters()
+        prompts = {role: 0 for role in ROLES}
+        for table in store.steps.read(columns=["problem", "role", "prompt_tokens"]):
+            for role, count in zip(table["role"].to_pylist(), table["prompt_tokens"].to_pylist(), strict=True):
+                prompts[role] += count
+    factor = total / len(sample)
+    table = RichTable(title=f"Estimate for {total:,} trees, from {len(sample)} problems", title_justify="left")
+    for column in ("role", "tokens decoded", "prompt tokens (without caching)", "price"):
+        table.add_column(column, justify="left" if column == "role" else "right")
+    money = 0.0
+    for role in ROLES:
+        model = family.config.generator(role)
+        decoded, prompt = counters.get(f"decoded_{role}", 0) * factor, prompts[role] * factor
+        price = (decoded * model.price_output + prompt * model.price_input) / 1e6
+        money += price
+        table.add_row(role, f"{decoded:,.0f}", f"{prompt:,.0f}", f"{price:,.2f}")
+    screen.print(table)
+    screen.print(f"At most about {seconds * factor / 60:,.0f} minutes on this machine; price {money:,.2f} in all.")

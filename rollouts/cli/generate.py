@@ -1,0 +1,303 @@
+"""The commands of ``python -m rollouts`` that make stores: each a frozen dataclass whose fields are its flags."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from rollouts.cli.inspect import Repair, Show, Stats, StorePath, Verify
+from rollouts.config import load_family
+from rollouts.errors import ConfigError, DataError
+from rollouts.family import Family
+from rollouts.progress import console, progress_bar
+from rollouts.scoring.base import self_test_examples
+from rollouts.store.store import Store
+from rollouts.tasks.grading import Grader, make_grader
+from rollouts.tasks.problems import Problem, load_problems
+from rollouts.trees.annotate import grade_store, score_store
+from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, label_of, load_trees
+from rollouts.trees.grow import Progress as Counts
+from rollouts.trees.tree import ROLES
+
+
+def parse_replicas(text: str) -> int | dict[str, int]:
+    """Read ``2`` or ``train=1,test=2``.
+
+    Raises:
+        ConfigError: Neither.
+    """
+    try:
+        if "=" not in text:
+            value: int | dict[str, int] = int(text)
+        else:
+            value = {name.strip(): int(count) for name, count in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise ConfigError(f"--replicas {text!r}: expected a number, or split=number pairs.") from error
+    if min(value.values() if isinstance(value, dict) else [value]) < 1:
+        raise ConfigError(f"--replicas {text!r}: at least 1.")
+    return value
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Generate rollout trees; scores and grades follow. The same command goes on where it stopped.
+
+    Attributes:
+        out: Directory of the store.
+        problems: ``tinymath``, ``tinymath:test`` or JSONL files.
+        models: TOML file of the roles, or ``tinymath`` / ``tinymath:transformers`` for the embedded family.
+        limit: Most problems of each split.
+        split: Put all problems of JSONL files into this split instead of splitting them by hash.
+        max_escalations: K: every path with at most K escalations; None for complete trees.
+        replicas: Independent samples of every tree: a number, or by split, such as ``train=1,test=2``.
+        seed: Run seed.
+        grader: ``exact`` or ``numeric``.
+        sequential: One model in memory at a time, alternating over the whole frontier.
+        in_flight: Trees grown at once.
+        max_large_tokens: Stop after the large model has decoded so many tokens in this run; resumable.
+        dry_run: Generate nothing for the store; estimate tokens, time and money from a few problems.
+        flush_seconds: Longest time between two shards, seconds: what a crash can lose.
+        score: Score the trees at the end.
+        grade: Grade the solutions at the end.
+    """
+
+    out: StorePath
+    problems: tuple[str, ...] = ("tinymath",)
+    models: str = "tinymath"
+    limit: int | None = None
+    split: str | None = None
+    max_escalations: int | None = None
+    replicas: str = "1"
+    seed: int = 0
+    grader: str = "exact"
+    sequential: bool = False
+    in_flight: int = 256
+    max_large_tokens: int | None = None
+    dry_run: bool = False
+    flush_seconds: float = 10.0
+    score: bool = True
+    grade: bool = True
+
+    def run(self) -> None:
+        """Run the command."""
+        screen = console()
+        problems = self._load_problems(screen)
+        grader = make_grader(self.grader)
+        family = Family(load_family(self.models), seed=self.seed, examples=self_test_examples(problems))
+        replicas = parse_replicas(self.replicas)
+        most = max(replicas.values()) if isinstance(replicas, dict) else replicas
+        if most > 1 and (role := family.greedy()):
+            raise ConfigError(f"Temperature 0 ({role}) makes all replicas the same; use --replicas 1.")
+        problems = self._that_fit(screen, family, problems)
+        self._warn_of_unreadable_answers(screen, grader, problems)
+        if self.dry_run:
+            from rollouts.cli.estimate import estimate
+
+            estimate(screen, family, problems, replicas, self.max_escalations, self.in_flight)
+            return
+        labelled = all(problem.source == "tinymath" for problem in problems)
+        store = Store.create(self.out, family.process(self.max_escalations, labels=labelled))
+        with store.writing():
+            store.add_problems(problems)
+            closed = self._grow(screen, store, family, problems, replicas)
+            if self.score and family.config.scorer is not None:
+                run_scoring(store, family, problems)
+            if self.grade:
+                run_grading(store, grader, problems)
+        if not closed:
+            screen.print("The token budget is spent; the same command with a new budget goes on.")
+        elif self.score and self.grade and family.config.scorer is not None:
+            Stats(self.out).run()
+
+    def _load_problems(self, screen: Console) -> list[Problem]:
+        found: list[Problem] = []
+        for spec in self.problems:
+            loaded = load_problems(spec, split=self.split)
+            found.extend(loaded)
+            if loaded.skipped or loaded.repeated:
+                screen.print(f"{spec}: {loaded.skipped} identical rows left out, {loaded.repeated} repeated questions.")
+        if self.limit is not None:
+            seen: dict[str, int] = {}
+            kept = []
+            for problem in found:
+                seen[problem.split] = seen.get(problem.split, 0) + 1
+                if seen[problem.split] <= self.limit:
+                    kept.append(problem)
+            found = kept
+        if not found:
+            raise DataError(f"{', '.join(self.problems)}: no problems.")
+        return found
+
+    def _that_fit(self, screen: Console, family: Family, problems: list[Problem]) -> list[Problem]:
+        fitting = [problem for problem in problems if family.fits(problem.question, ())]
+        if len(fitting) < len(problems):
+            screen.print(f"{len(problems) - len(fitting)} problems are longer than a model's window and are left out.")
+        if not fitting:
+            raise DataError("Every problem is longer than some model's window; raise max_length.")
+        return fitting
+
+    def _warn_of_unreadable_answers(self, screen: Console, grader: Grader, problems: Sequence[Problem]) -> None:
+        if unreadable := grader.check_gold([problem.answer for problem in problems]):
+            some = ", ".join(repr(answer) for answer in unreadable[:5])
+            screen.print(f"{len(unreadable)} answers cannot be read by the grader and count as wrong: {some} ...")
+
+    def _grow(
+        self, screen: Console, store: Store, family: Family, problems: Sequence[Problem], replicas: int | dict[str, int]
+    ) -> bool:
+        def load() -> Iterator[Any]:
+            return load_trees(store, problems, replicas, self.max_escalations)
+
+        total = sum(replicas if isinstance(replicas, int) else replicas.get(item.split, 1) for item in problems)
+        labeller = label_of(store)
+        if not any(tree.wants() for tree in load()):
+            screen.print(f"All {total:,} trees are there.")
+            return True
+        counts = Counts(total=total)
+        buffer = StepBuffer(store.steps, labeller, seconds=self.flush_seconds)
+        with progress_bar("Growing", total, "trees") as advance:
+
+            def show(now: Counts) -> None:
+                tokens = ", ".join(f"{now.tokens[role]:,} {role}" for role in ROLES)
+                advance(completed=now.trees, note=f"{now.steps:,} steps; tokens {tokens}")
+
+            def grower(writers: Any) -> Grower:
+                counts.trees = 0
+                return Grower(
+                    writers,
+                    buffer,
+                    in_flight=self.in_flight,
+                    max_large_tokens=self.max_large_tokens,
+                    progress=counts,
+                    on_progress=show,
+                )
+
+            if self.sequential:
+                return grow_sequentially(lambda role: family.open(role, store), load, grower) == 0
+            with ExitStack() as stack:
+                writers = {role: stack.enter_context(family.open(role, store)) for role in ROLES}
+                return grower(writers).run(load()) == 0
+
+
+def run_scoring(store: Store, family: Family, problems: Sequence[Problem] | None) -> None:
+    """Score what is unscored, with a bar; the scorer is only loaded if there is anything."""
+    total = store.steps.rows() - store.scores(family.scorer_name).rows()
+    if total == 0:
+        return
+    with family.open_scorer(store) as scorer:
+        with progress_bar("Scoring", total, "steps") as advance:
+            report = score_store(store, scorer, problems, on_progress=advance)
+    if report.skipped:
+        console().print(
+            f"{report.skipped} steps exceed the scorer's window and have no score; their trees are left out."
+        )
+
+
+def run_grading(store: Store, grader: Grader, problems: Sequence[Problem] | None) -> None:
+    """Grade what is ungraded, with a bar."""
+    with progress_bar("Grading", None, "solutions") as advance:
+        report = grade_store(store, grader, problems, on_progress=advance)
+    if report.errors:
+        console().print(f"The grader failed on {report.errors} answers; they are graded wrong.")
+
+
+@dataclass(frozen=True)
+class Expand:
+    """Add the nodes that a router reaches to a bounded store, then grade the new solutions.
+
+    Attributes:
+        store: Directory of the store.
+        router: ``threshold:0.5``, ``random:0.3``, or ``module:function`` from features to actions
+            (`rollouts.trees.on_policy.FEATURES`).
+        models: The models that made the store.
+        split: Only this split.
+        episodes: Walks per tree, for routers that draw at random.
+        seed: Seed of a random router.
+        grader: ``exact`` or ``numeric``.
+    """
+
+    store: StorePath
+    router: str
+    models: str = "tinymath"
+    split: str | None = None
+    episodes: int = 1
+    seed: int = 0
+    grader: str = "exact"
+
+    def run(self) -> None:
+        """Run the command."""
+        from rollouts.trees.on_policy import expand_on_policy, load_router
+
+        store = Store(self.store)
+        problems = store.problems(self.split)
+        router = load_router(self.router, self.seed)
+        process = store.manifest["process"]
+        family = Family(load_family(self.models), seed=process["seed"], examples=self_test_examples(problems))
+        Store.create(self.store, family.process(process["max_escalations"], labels=process["labels"]))
+        with store.writing(), ExitStack() as stack:
+            writers = {role: stack.enter_context(family.open(role, store)) for role in ROLES}
+            scorer = stack.enter_context(family.open_scorer(store))
+            with progress_bar("Expanding", None, "trees") as advance:
+                labeller = label_of(store)
+                added = expand_on_policy(
+                    store, writers, scorer, router, problems,
+                    episodes=self.episodes, labeller=labeller, on_progress=advance,
+                )  # fmt: skip
+            run_grading(store, make_grader(self.grader), problems)
+        console().print(f"{added:,} steps added.")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Add a scorer's table to a store, without any generating model (but the one that scores).
+
+    Attributes:
+        store: Directory of the store.
+        models: TOML file with the [scorer] section, or ``tinymath``.
+    """
+
+    store: StorePath
+    models: str = "tinymath"
+
+    def run(self) -> None:
+        """Run the command."""
+        store = Store(self.store)
+        problems = store.problems()
+        family = Family(load_family(self.models), examples=self_test_examples(problems))
+        with store.writing():
+            run_scoring(store, family, None)
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Add a grader's table to a store.
+
+    Attributes:
+        store: Directory of the store.
+        grader: ``exact`` or ``numeric``.
+    """
+
+    store: StorePath
+    grader: str = "exact"
+
+    def run(self) -> None:
+        """Run the command."""
+        store = Store(self.store)
+        grader = make_grader(self.grader)
+        with store.writing():
+            run_grading(store, grader, None)
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "generate": Generate,
+    "expand": Expand,
+    "score": Score,
+    "grade": Grade,
+    "stats": Stats,
+    "show": Show,
+    "verify": Verify,
+    "repair": Repair,
+}

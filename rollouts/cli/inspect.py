@@ -1,0 +1,157 @@
+"""The commands of ``python -m rollouts`` that look at a store and keep it well."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from rollouts.errors import StoreError, did_you_mean
+from rollouts.progress import progress_bar
+from rollouts.store.store import Store
+from rollouts.trees.grow import load_trees
+
+StorePath = Annotated[Path, tyro.conf.Positional]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Print what a store holds: trees, tokens, stop reasons, accuracies with intervals, oracle headroom.
+
+    Attributes:
+        store: Directory of the store.
+        scorer: Score table, if there are several.
+        grader: Grade table, if there are several.
+        json_out: Also write the numbers to this file.
+    """
+
+    store: StorePath
+    scorer: str | None = None
+    grader: str | None = None
+    json_out: Path | None = None
+
+    def run(self) -> None:
+        """Run the command."""
+        from rollouts.cli.view import counts_table, statistics_table
+        from rollouts.trees.compile import compile_store
+        from rollouts.trees.stats import as_json, split_statistics, store_statistics
+
+        store = Store(self.store)
+        out = Console(highlight=False)
+        counts = store_statistics(store)
+        out.print(counts_table(counts))
+        with progress_bar("Compiling", None, "trees") as advance:
+            trees = compile_store(store, self.scorer, self.grader, on_progress=advance)
+        present = dict.fromkeys(trees.splits[trees.problem].tolist())
+        rows = {split: split_statistics(trees, split) for split in present}
+        out.print(statistics_table(rows))
+        out.print(
+            f"K = {trees.meta['max_escalations']}, scorer {trees.meta['scorer']}, grader {trees.meta['grader']}; "
+            f"left out {trees.meta['left_out_trees']} trees, {trees.meta['orphans']} orphaned steps"
+        )
+        if self.json_out:
+            values = {"generated": counts, "splits": {split: as_json(row) for split, row in rows.items()}}
+            self.json_out.write_text(json.dumps({**values, "meta": trees.meta}, indent=1), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print one problem's tree: both proposals at every node, scores, tokens, correctness.
+
+    Attributes:
+        store: Directory of the store.
+        problem: Id of the problem; default the first.
+        replica: Which sample.
+        scorer: Score table, if there are several.
+        grader: Grade table, if there are several.
+        most: Most nodes to print.
+    """
+
+    store: StorePath
+    problem: str | None = None
+    replica: int = 0
+    scorer: str | None = None
+    grader: str | None = None
+    most: int = 60
+
+    def run(self) -> None:
+        """Run the command."""
+        from rollouts.cli.view import show_tree
+
+        store = Store(self.store)
+        problems = {problem.id: problem for problem in store.problems()}
+        name = self.problem or next(iter(problems), "")
+        if name not in problems:
+            close = [item for item in problems if name[:12] in item][:20] or list(problems)[:20]
+            raise StoreError(f"{self.store}: no problem {name!r}.{did_you_mean(name, close)}")
+        trees = load_trees(store, [problems[name]], None, store.manifest["process"]["max_escalations"])
+        found = {tree.replica: tree for tree in trees}
+        if self.replica not in found:
+            raise StoreError(f"{self.store}: {name!r} has replicas {sorted(found)}, not {self.replica}.")
+        annotations = []
+        for kind, column, chosen in (("scores", "score", self.scorer), ("grades", "correct", self.grader)):
+            values: dict[tuple[int, str], Any] = {}
+            if store.names(kind):
+                table_name = store.choose(kind, chosen)
+                table = store.scores(table_name) if kind == "scores" else store.grades(table_name)
+                for part in table.read({name}):
+                    for row in part.to_pylist():
+                        if row["replica"] == self.replica:
+                            values.setdefault((row["prefix"], row["role"]), row[column])
+            annotations.append(values)
+        scores, grades = annotations
+        show_tree(Console(highlight=False), found[self.replica], scores, grades, self.most)
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check a store: shards readable, keys unique, trees closed, every step scored and every solution graded.
+
+    Attributes:
+        store: Directory of the store.
+    """
+
+    store: StorePath
+
+    def run(self) -> None:
+        """Run the command; problems make the exit code 2."""
+        from rollouts.trees.verify import verify_store
+
+        findings = verify_store(Store(self.store))
+        out = Console(highlight=False)
+        for fact in findings.facts:
+            out.print(fact)
+        if findings.problems:
+            raise StoreError(f"{self.store}: " + " ".join(findings.problems))
+        out.print("The store is sound.")
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Set unreadable shards aside and remove leftovers of crashes; `generate` then fills the gaps.
+
+    Attributes:
+        store: Directory of the store.
+        compact: Also merge all shards of each table into one, sorted, which is smaller and faster to read.
+    """
+
+    store: StorePath
+    compact: bool = False
+
+    def run(self) -> None:
+        """Run the command."""
+        store = Store(self.store)
+        out = Console(highlight=False)
+        with store.writing():
+            done = store.repair()
+            if self.compact:
+                for table in store.tables():
+                    before = len(table.shards())
+                    table.compact()
+                    done.append(f"{table.directory}: {before} shards became {len(table.shards())}")
+        for line in done or ["Nothing to repair."]:
+            out.print(line)

@@ -1,0 +1,117 @@
+"""What a person sees in the terminal: a store's statistics, and one problem's tree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table as RichTable
+from rich.text import Text
+from rich.tree import Tree as RichTree
+
+from rollouts.trees.stats import SplitStatistics
+from rollouts.trees.tree import LARGE, ROLES, SMALL, Node, RolloutTree
+
+_COLOUR = {SMALL: "cyan", LARGE: "magenta"}
+Annotation = Mapping[tuple[int, str], Any]
+
+
+def statistics_table(rows: Mapping[str, SplitStatistics]) -> RichTable:
+    """Return a table with one column per split."""
+    table = RichTable(title="Rollout trees", title_justify="left")
+    table.add_column("")
+    for split in rows:
+        table.add_column(split, justify="right")
+
+    def line(name: str, value: Any) -> None:
+        table.add_row(name, *(value(item) for item in rows.values()))
+
+    line("problems / trees", lambda item: f"{item.problems:,} / {item.trees:,}")
+    line("decision nodes (merged)", lambda item: f"{item.nodes:,} ({item.merged:,})")
+    line("always-small accuracy", lambda item: str(item.small_accuracy))
+    line("always-large accuracy", lambda item: str(item.large_accuracy))
+    line("oracle accuracy (hindsight)", lambda item: str(item.oracle_accuracy))
+    line("oracle large-token share", lambda item: f"{100 * item.oracle_share:.1f} %")
+    line("steps, small / large", lambda item: f"{item.small_steps:.1f} / {item.large_steps:.1f}")
+    line("tokens, small / large", lambda item: f"{item.small_tokens:.0f} / {item.large_tokens:.0f}")
+    line("AUC, min score: solution right", lambda item: f"{item.min_score_auc:.3f}")
+    line("AUC, score: steps so far right", lambda item: "-" if item.step_auc is None else f"{item.step_auc:.3f}")
+    return table
+
+
+def counts_table(counts: Mapping[str, Any]) -> RichTable:
+    """Return a table of what was generated, by role."""
+    table = RichTable(title="Generated", title_justify="left")
+    table.add_column("")
+    for role in ROLES:
+        table.add_column(role, justify="right")
+    requests, reasons = counts["requests"], counts["stop_reasons"]
+    for label, key in (
+        ("requests", "requests"),
+        ("tokens decoded", "decoded"),
+        ("of them cut", "cut_tokens"),
+        ("dropped segments", "dropped"),
+    ):
+        table.add_row(label, *(f"{requests.get(f'{key}_{role}', 0):,}" for role in ROLES))
+    for reason in sorted({name.split(" ", 1)[1] for name in reasons}):
+        table.add_row(f"steps ended by {reason}", *(f"{reasons.get(f'{role} {reason}', 0):,}" for role in ROLES))
+    return table
+
+
+def show_tree(console: Console, tree: RolloutTree, scores: Annotation, grades: Annotation, most: int = 60) -> None:
+    """Print one problem's tree: at each node both proposals with score, tokens and, at the end, correctness.
+
+    Args:
+        console: Where to print.
+        tree: The tree.
+        scores: Scores by (prefix, role).
+        grades: Correctness by (prefix, role).
+        most: Decision nodes shown; the rest is counted.
+    """
+    console.print(Text(tree.problem.question, style="bold"))
+    console.print(
+        f"[dim]{escape(tree.problem.id)}, replica {tree.replica}; answer {escape(tree.problem.answer)}; ", end=""
+    )
+    console.print(f"[dim]{len(tree.nodes)} nodes; a line ends in score, tokens, and how the solution ends[/]")
+    root = RichTree(Text("problem"), guide_style="dim")
+    left = [most]
+    _grow(root, tree, tree.root, scores, grades, left)
+    console.print(root)
+    if left[0] <= 0:
+        console.print(f"[dim]... {len(tree.nodes) - most} more nodes; --most shows more[/]")
+
+
+def _grow(
+    branch: RichTree, tree: RolloutTree, node: Node, scores: Annotation, grades: Annotation, left: list[int]
+) -> None:
+    if left[0] <= 0:
+        return
+    left[0] -= 1
+    same = len({step.text for step in node.proposals.values()}) == 1 and len(node.proposals) == len(ROLES)
+    for role in ROLES[:1] if same else ROLES:
+        if role not in node.proposals:
+            continue
+        line = _line("both" if same else role, node, role, scores, grades)
+        twig = branch.add(line)
+        child = tree.child(node, role)
+        if child is not None:
+            _grow(twig, tree, child, scores, grades, left)
+
+
+def _line(author: str, node: Node, role: str, scores: Annotation, grades: Annotation) -> Group | Text:
+    step = node.proposals[role]
+    text = Text()
+    text.append(f"{author:5} ", style=f"bold {_COLOUR.get(author, 'white')}")
+    text.append(step.text.strip() or "(nothing)", style="default")
+    score = scores.get((node.key, role))
+    if score is not None:
+        colour = "green" if score >= 0.7 else "yellow" if score >= 0.3 else "red"
+        text.append(f"  {score:.2f}", style=colour)
+    text.append(f"  {step.tokens} tok", style="dim")
+    if step.terminal:
+        correct = grades.get((node.key, role))
+        mark, style = {True: ("right", "bold green"), False: ("wrong", "bold red"), None: ("ungraded", "dim")}[correct]
+        text.append(f"  {mark} ({step.stop_reason})", style=style)
+    return text

@@ -1,0 +1,353 @@
+"""Runs Hugging Face models inside an engine process; in float64 a draw depends on its request's seed alone."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rollouts.errors import BackendError, ConfigError
+from rollouts.models.base import (
+    Capabilities,
+    Completion,
+    CompletionRequest,
+    Finish,
+    LogprobRequest,
+    Request,
+    Sampling,
+)
+from rollouts.models.hf.load import PADDED_TOKENS, describe, groups, load, pad_right, refuse, window
+from rollouts.models.hf.packing import logprobs, packs
+
+PACKED_TOKENS = 2048  # of one pass over sequences that begin alike: its mask has the square of them
+_LOGITS = 2**27  # most logits that are in memory at once
+
+
+@dataclass(eq=False)
+class _Row:
+    """One completion under way."""
+
+    key: int
+    request: CompletionRequest
+    limit: int
+    uniforms: np.ndarray
+    stream: Any
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, prompt included."""
+        return len(self.request.prompt_ids) + len(self.ids)
+
+
+class _Batch:
+    """The rows that are decoded together: a left-padded key-value cache and its mask."""
+
+    def __init__(self, rows: list[_Row], layers: list[tuple[Any, Any]], mask: Any) -> None:
+        from rollouts.models.hf.cache import roomy_cache
+
+        self.rows = rows
+        self.cache: Any = roomy_cache(layers)
+        self.mask = mask
+
+    def _layers(self) -> list[tuple[Any, Any]]:
+        return [(layer.keys, layer.values) for layer in self.cache.layers]
+
+    def keep(self, places: list[int]) -> _Batch:
+        """Return a batch of these rows alone, without the padding that they share."""
+        import torch
+
+        index = torch.tensor(places, device=self.mask.device)
+        mask = self.mask[index]
+        first = int(mask.argmax(1).min())
+        layers = [
+            (keys[index.to(keys.device), :, first:], values[index.to(values.device), :, first:])
+            for keys, values in self._layers()
+        ]
+        return _Batch([self.rows[place] for place in places], layers, mask[:, first:])
+
+    def join(self, other: _Batch) -> _Batch:
+        """Return a batch of the rows of both."""
+        import torch
+        from torch.nn.functional import pad
+
+        width = max(self.mask.shape[1], other.mask.shape[1])
+
+        def stack(own: Any, new: Any) -> Any:
+            return torch.cat([pad(each, (0, 0, width - each.shape[2], 0)) for each in (own, new)])
+
+        layers = [
+            (stack(keys, new_keys), stack(values, new_values))
+            for (keys, values), (new_keys, new_values) in zip(self._layers(), other._layers(), strict=True)
+        ]
+        mask = torch.cat([pad(each.mask, (width - each.mask.shape[1], 0)) for each in (self, other)])
+        return _Batch(self.rows + other.rows, layers, mask)
+
+
+class TransformersGenerator:
+    """Completions and log-probabilities from an ``AutoModelForCausalLM``, with continuous batching.
+
+    Every request draws from a random stream of its own, seeded by `CompletionRequest.seed`: token i is the
+    inverse cumulative distribution at the stream's i-th number. What else is in the batch moves logits only by
+    rounding, some 1e-15 in float64, where it practically never changes a token; in shorter formats it
+    sometimes does, so only float64 counts as reproducible.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, window: int, max_batch: int, description: dict[str, Any]) -> None:
+        """Take over a loaded model; use `generator` to load one."""
+        self.capabilities = Capabilities(
+            token_ids=True, prompt_logprobs=True, reproducible=description["dtype"] == "float64"
+        )
+        self.window = window
+        self.description: Mapping[str, Any] = description
+        self._model = model
+        self._tokenizer = tokenizer
+        self._vocabulary = int(model.get_input_embeddings().num_embeddings)
+        self._max_batch = max_batch
+        self._ends = _end_ids(model, tokenizer)
+        self._waiting: deque[tuple[int, CompletionRequest]] = deque()
+        self._scoring: list[tuple[int, LogprobRequest]] = []
+        self._finished: list[tuple[int, Any]] = []
+        self._batch: _Batch | None = None
+
+    def add(self, key: int, request: Request) -> None:
+        """Queue a `CompletionRequest` or a `LogprobRequest`; one that cannot be served is answered by the next step."""
+        if isinstance(request, CompletionRequest):
+            refusal = self._refusal(request.prompt_ids)
+            if refusal is None and request.max_tokens < 1:
+                refusal = f"max_tokens is {request.max_tokens}, expected at least 1."
+            if refusal is None:
+                self._waiting.append((key, request))
+            else:
+                self._finished.append((key, Completion("", 0, (), "failed", refusal)))
+        elif isinstance(request, LogprobRequest):
+            refusal = self._refusal(request.ids)
+            if refusal is None and not 0 < request.start <= len(request.ids):
+                refusal = f"log-probabilities from position {request.start} of {len(request.ids)} ids."
+            if refusal is None:
+                self._scoring.append((key, request))
+            else:
+                self._finished.append((key, BackendError(refusal)))
+        else:
+            self._finished.append((key, BackendError("a generating model cannot answer a PoolingRequest.")))
+
+    def _refusal(self, ids: tuple[int, ...]) -> str | None:
+        # As in vLLM, a prompt that fills the window is refused: not even one token could follow.
+        return refuse(ids, self.window - 1, self._vocabulary)
+
+    def step(self) -> list[tuple[int, Any]]:
+        """Score one batch of log-probability requests, admit new rows, decode one token of every row."""
+        import torch
+
+        with torch.inference_mode():
+            if self._scoring:
+                self._score()
+            self._admit()
+            if self._batch is not None:
+                self._decode(self._batch)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _admit(self) -> None:
+        active = len(self._batch.rows) if self._batch else 0
+        free = self._max_batch - active
+        # Joining copies the cache: wait until a quarter of the batch is free, or all that wait fit.
+        if not self._waiting or free < min(len(self._waiting), max(1, self._max_batch // 4)):
+            return
+        taken = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        taken.sort(key=lambda item: len(item[1].prompt_ids))
+        rows = [self._row(key, request) for key, request in taken]
+        for group in groups([row.length for row in rows], PADDED_TOKENS, self._max_rows()):
+            batch = self._prefill(rows[group])
+            if batch is not None:
+                self._batch = batch if self._batch is None else self._batch.join(batch)
+
+    def _max_rows(self) -> int:
+        # Logits of a prefill are (rows x distinct lengths): at most rows squared.
+        return max(1, min(self._max_batch, int((_LOGITS / self._vocabulary) ** 0.5)))
+
+    def _row(self, key: int, request: CompletionRequest) -> _Row:
+        from tokenizers.decoders import DecodeStream
+
+        limit = min(request.max_tokens, self.window - len(request.prompt_ids))
+        uniforms = np.random.Generator(np.random.Philox(request.seed)).random(limit)
+        stream = DecodeStream(ids=list(request.prompt_ids), skip_special_tokens=True)
+        return _Row(key, request, limit, uniforms, stream)
+
+    def _prefill(self, rows: list[_Row]) -> _Batch | None:
+        """Run the prompts and draw their first tokens; None if all of them end there."""
+        import torch
+        from transformers import DynamicCache
+
+        # Padding on the right is invisible to causal attention, so no mask is needed; the cache is then
+        # shifted so that rows of different length end in the same column.
+        ids, lengths = pad_right([row.request.prompt_ids for row in rows], self._model.device)
+        last, place = torch.unique(lengths - 1, return_inverse=True)
+        cache: Any = DynamicCache()
+        logits = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last).logits
+        logits = logits[torch.arange(len(rows), device=ids.device), place]
+        columns = torch.arange(ids.shape[1], device=ids.device) - (ids.shape[1] - lengths)[:, None]
+
+        def shift(values: Any) -> Any:
+            index = columns.clamp(min=0).to(values.device)[:, None, :, None]
+            return values.gather(2, index.expand(-1, values.shape[1], -1, values.shape[3]))
+
+        layers = [(shift(layer.keys), shift(layer.values)) for layer in cache.layers]
+        batch = _Batch(rows, layers, (columns >= 0).long())
+        return self._extend(batch, logits)
+
+    def _decode(self, batch: _Batch) -> None:
+        import torch
+
+        device = self._model.device
+        ids = torch.tensor([[row.ids[-1]] for row in batch.rows], device=device)
+        positions = torch.tensor([[row.length - 1] for row in batch.rows], device=device)
+        batch.mask = torch.cat([batch.mask, torch.ones_like(batch.mask[:, :1])], dim=1)
+        output = self._model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=None if bool(batch.mask.all()) else batch.mask,
+            past_key_values=batch.cache,
+            use_cache=True,
+        )
+        self._batch = self._extend(batch, output.logits[:, -1])
+
+    def _extend(self, batch: _Batch, logits: Any) -> _Batch | None:
+        """Draw a token for every row; rows that end leave the batch."""
+        kept = []
+        for place, (row, token) in enumerate(zip(batch.rows, _draw(batch.rows, logits), strict=True)):
+            finish = self._append(row, token)
+            if finish is None:
+                kept.append(place)
+            else:
+                ids = tuple(row.ids)
+                self._finished.append((row.key, Completion(row.text, len(ids), ids, finish)))
+        if len(kept) == len(batch.rows):
+            return batch
+        return batch.keep(kept) if kept else None
+
+    def _append(self, row: _Row, token: int) -> Finish | None:
+        from tokenizers.decoders import DecodeStream
+
+        row.ids.append(token)
+        try:
+            piece = row.stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        except Exception:  # bytes that are no text can confuse the stream; vLLM starts a new one as well
+            row.stream = DecodeStream(skip_special_tokens=True)
+            piece = row.stream.step(self._tokenizer.backend_tokenizer, token) or ""
+        row.text += piece
+        end = _stop_end(row.text, len(piece), row.request.stop)
+        if end is not None:
+            row.text = row.text[:end]
+            return "stop"
+        if token in self._ends:
+            return "eos"
+        return "length" if len(row.ids) >= row.limit else None
+
+    def _score(self) -> None:
+        """Answer the log-probability requests that fit into one forward pass, those that begin alike together."""
+        self._scoring.sort(key=lambda item: item[1].ids)
+        sequences = [request.ids for _, request in self._scoring]
+        pack = next(packs(sequences, self._packed(max(map(len, sequences)))))
+        taken = [self._scoring[member] for member in pack.members]
+        self._scoring = self._scoring[len(taken) :]
+        values = logprobs(self._model, pack, [request.start for _, request in taken])
+        self._finished += [(key, each) for (key, _), each in zip(taken, values, strict=True)]
+
+    def _packed(self, longest: int) -> int:
+        """Return how many tokens a pass may have: 1 where a window of attention would cut paths off."""
+        config = self._model.config.get_text_config()
+        sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        if sliding and longest > (getattr(config, "sliding_window", None) or longest):
+            return 1
+        return max(1, min(PACKED_TOKENS, _LOGITS // self._vocabulary))
+
+
+def _stop_end(text: str, new: int, stop: tuple[str, ...]) -> int | None:
+    """Return where the stop string ends that the last `new` characters completed first, if they did."""
+    if not new:
+        return None
+    ends = []
+    for string in stop:
+        found = text.find(string, max(0, len(text) - new - len(string) + 1))
+        if found >= 0:
+            ends.append(found + len(string))
+    return min(ends, default=None)
+
+
+def _draw(rows: list[_Row], logits: Any) -> list[int]:
+    """Draw one token per row from its logits, in float64."""
+    import torch
+
+    logits = logits.double()
+    tokens = [0] * len(rows)
+    alike: dict[Sampling, list[int]] = {}
+    for place, row in enumerate(rows):
+        alike.setdefault(row.request.sampling, []).append(place)
+    for sampling, places in alike.items():
+        chosen = logits if len(alike) == 1 else logits[torch.tensor(places, device=logits.device)]
+        if sampling.temperature == 0.0:
+            drawn = chosen.argmax(1)
+        else:
+            uniforms = [float(rows[place].uniforms[len(rows[place].ids)]) for place in places]
+            cumulative = _probabilities(chosen, sampling).cumsum(1)
+            targets = torch.tensor(uniforms, device=logits.device, dtype=torch.float64)[:, None] * cumulative[:, -1:]
+            drawn = (cumulative <= targets).sum(1).clamp(max=logits.shape[1] - 1)
+        for place, token in zip(places, drawn.tolist(), strict=True):
+            tokens[place] = token
+    return tokens
+
+
+def _probabilities(logits: Any, sampling: Sampling) -> Any:
+    """Apply temperature, min_p, top_k and top_p, in vLLM's order."""
+    import torch
+
+    logits = logits / sampling.temperature
+    if sampling.min_p > 0.0:
+        floor = logits.max(1, keepdim=True).values + float(np.log(sampling.min_p))
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    if 0 < sampling.top_k < logits.shape[1]:
+        least = logits.topk(sampling.top_k, dim=1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_p < 1.0:
+        ordered, index = logits.sort(1)
+        outside = ordered.softmax(1).cumsum(1) <= 1.0 - sampling.top_p
+        outside[:, -1] = False
+        logits = logits.masked_fill(outside.scatter(1, index, outside), -torch.inf)
+    return logits.softmax(1)
+
+
+def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Return every id that ends a sequence, wherever it is declared."""
+    found: set[int] = set()
+    for owner in (getattr(model, "generation_config", None), model.config, tokenizer):
+        value = getattr(owner, "eos_token_id", None)
+        found.update([value] if isinstance(value, int) else value or ())
+    return frozenset(found)
+
+
+def generator(
+    model: str,
+    *,
+    tokenizer: str,
+    revision: str | None,
+    dtype: str,
+    max_length: int | None,
+    max_batch: int,
+    gpus: int,
+    threads: int,
+    seed: int,
+) -> TransformersGenerator:
+    """Load a language model; runs in the engine's process. `seed` is recorded only: requests bring their own."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    loaded, _ = load(AutoModelForCausalLM, model, revision=revision, dtype=dtype, gpus=gpus, threads=threads)
+    kinds = set(getattr(loaded.config.get_text_config(), "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise ConfigError(f"{model}: layers of kind {', '.join(sorted(kinds))} need backend 'vllm'.")
+    words = AutoTokenizer.from_pretrained(tokenizer, revision=revision if tokenizer == model else None)
+    return TransformersGenerator(loaded, words, window(loaded.config, max_length), max_batch, describe(loaded, seed))

@@ -1,0 +1,275 @@
+"""Single steps from a large model that can only be asked by chat: vendors' APIs that continue no partial answer."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from rollouts.config import GeneratorConfig
+from rollouts.errors import BackendError, ConfigError, did_you_mean
+from rollouts.models.base import Capabilities, Completion, Sampling
+from rollouts.models.server.http import HttpServer, RequestFailed
+from rollouts.text.steps import DELIMITER, closes_box, normalise
+
+_REQUEST = (
+    "Problem:\n{question}\n\n{so_far}Write only the next step of the solution (step {number}): one short paragraph of "
+    "plain reasoning, without a heading, a step number or blank lines. Do not repeat earlier steps and do not go on "
+    "to later ones. If this step finishes the solution, end it with the final answer in \\boxed{{}}."
+)
+_SO_FAR = "Solution so far:\n{steps}\n\n"
+_PROBE = "Answer with the word OK."
+_PROBE_TOKENS = 16  # some APIs refuse less
+# A server that refuses one of these is not sent it, as long as the value wanted is the one it would use anyway.
+_NEUTRAL: dict[str, Any] = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "n": 1,
+    "top_p": 1.0,
+    "temperature": 1.0,
+}
+_BEYOND_OPENAI = ("top_k", "min_p", "repetition_penalty")
+# Headings that name a step, a line of their own: "Step 4", "**Step 4: Add**", "### Step 4: Add".
+_HEADING = re.compile(
+    r"(?:\#{1,6}[ \t]+(?:\*\*|__)?step\b[^\n]*|(?P<bold>\*\*|__)step\s+\d+\b[^\n]*?(?P=bold)|step\s+\d+)"
+    r"[:.]?[ \t]*(?:\n+|$)",
+    re.IGNORECASE,
+)
+# Labels before a step on its own line: "Step 4:", "**Step 4 (add):**", "Next step -".
+_LABEL = re.compile(
+    r"(?P<bold>\*\*|__)?(?:the\s+)?(?:next\s+)?step(?:\s+\d+)?(?:\s*\([^)\n]*\))?"
+    r"\s*(?:[:.)]|\s[-\u2013\u2014](?=\s)|(?=\*\*|__))(?P<close>\*\*|__)?[:.]?\s*",
+    re.IGNORECASE,
+)
+_THINKING = re.compile(r"\s*<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL)
+
+
+def step_request(question: str, steps: Sequence[str]) -> str:
+    """Return the message that asks for the step after `steps`."""
+    numbered = "\n".join(f"Step {number}: {step.strip()}" for number, step in enumerate(steps, 1))
+    so_far = _SO_FAR.format(steps=numbered) if steps else ""
+    return _REQUEST.format(question=question, so_far=so_far, number=len(steps) + 1)
+
+
+def first_step(answer: str, number: int) -> tuple[str, bool]:
+    """Cut an answer after its first step.
+
+    Labels and headings that models write before a step (``Step 4:``, ``**Step 4: Add**``, ``4.``), decorative
+    lines and a block of thinking are taken out.
+
+    Args:
+        answer: What the model wrote.
+        number: Number of the step that was asked for; a bare number is a label only if it is this one, or 1.
+
+    Returns:
+        The step without its delimiter and without a blank line inside, empty if there is none; and whether a
+        delimiter completed it.
+    """
+    rest, before = _THINKING.sub("", answer, count=1).lstrip(), None
+    while rest != before:
+        before = rest
+        rest = re.sub(rf"^(?:\({number}\)|(?:{number}|1)[.)])\s+", "", rest)
+        rest = _HEADING.sub("", rest, count=1) if _HEADING.match(rest) else rest
+        if label := _LABEL.match(rest):
+            opened = label["bold"] or ""
+            rest = (opened if not label["close"] else "") + rest[label.end() :]
+        rest = rest.lstrip()
+    block, complete = normalise(rest)
+    if rest.startswith("<think") or not any(map(str.isalnum, block)):
+        return "", False  # nothing but thinking that was cut off, or but decoration
+    return block.rstrip().rsplit(DELIMITER, 1)[-1], complete
+
+
+class ChatBackend:
+    """Asks for one step at a time by chat.
+
+    Not a `Backend`: such an API takes no prompt of token ids. Tokens are those that the server bills, what it
+    wrote beyond the step and any reasoning it hides included.
+
+    Attributes:
+        role: Named in errors.
+        capabilities: Nothing but single steps.
+        window: Most tokens of prompt and answer together, or None if neither server nor configuration says.
+        template_hash: Hash of how two known requests are worded; part of the manifest.
+    """
+
+    capabilities = Capabilities(continue_prefix=False)
+
+    def __init__(self, role: str, model: GeneratorConfig) -> None:
+        """Connect, and find out which fields the server takes; `open_chat` says more."""
+        self.role = role
+        self._model = model.model
+        self._system = model.system_prompt
+        self._unsent: set[str] = set()
+        self._limit = "max_tokens"
+        self._stop = True
+        probes = [str(self._system), step_request(_PROBE, ()), step_request(_PROBE, ["One." + DELIMITER])]
+        self.template_hash = hashlib.blake2b("\x00".join(probes).encode(), digest_size=8).hexdigest()
+        self._http = HttpServer(role, model)
+        try:
+            cards = self._cards()
+            self._negotiate(model.sampling.sampling(), cards)
+            sizes = [size for size in (cards.get(self._model, {}).get("max_model_len"), model.max_length) if size]
+            self.window: int | None = min(sizes, default=None)
+            version = self._http.peek("/version")
+            self._version = version.get("version") if isinstance(version, dict) else None
+        except BaseException:
+            self._http.close()
+            raise
+
+    def _cards(self) -> dict[str, dict[str, Any]]:
+        """Return what the server lists; many vendors list nothing, or not everything that they serve."""
+        try:
+            return {card["id"]: card for card in self._http.peek("models")["data"]}
+        except (TypeError, LookupError):
+            return {}
+
+    def _negotiate(self, sampling: Sampling, cards: Mapping[str, Any]) -> None:
+        """Ask something trivial, leaving out one refused field after the other."""
+        for _ in range(len(_NEUTRAL) + 3):
+            payload = self._payload(_PROBE, _PROBE_TOKENS, sampling, stop=self._stop)
+            self._http.heartbeat = ("chat/completions", payload)
+            try:
+                self._http.ask("chat/completions", payload, lambda body: int(body["usage"]["completion_tokens"]))
+                return
+            except RequestFailed as error:
+                if not self._leave_out(str(error), payload):
+                    raise ConfigError(
+                        f"{self.role}: {self._http.url} refuses a chat with {self._model}: {error}"
+                    ) from None
+            except BackendError as error:
+                known = did_you_mean(self._model, cards) if cards and self._model not in cards else ""
+                raise BackendError(f"{error}{known}") from None
+        raise ConfigError(f"{self.role}: {self._http.url} refuses every way to chat with {self._model}.")
+
+    def _leave_out(self, refusal: str, payload: Mapping[str, Any]) -> bool:
+        """Adapt to a refusal; return whether there was anything to adapt."""
+        if self._limit == "max_tokens" and "max_completion_tokens" in refusal:
+            self._limit = "max_completion_tokens"
+            return True
+        named = [name for name in _NEUTRAL if name in payload and re.search(rf"\b{name}\b", refusal)]
+        if not named and self._stop and re.search(r"\bstop\b", refusal):
+            self._stop = False
+            return True
+        named = named or [name for name in _BEYOND_OPENAI if name in payload]
+        wanted = [f"{name} = {payload[name]}" for name in named if payload[name] != _NEUTRAL[name]]
+        if wanted:
+            raise ConfigError(f"{self.role}: {self._http.url} refuses {', '.join(wanted)} ({refusal}).")
+        self._unsent.update(named)
+        return bool(named)
+
+    def submit(self, question: str, steps: Sequence[str], max_tokens: int, sampling: Sampling) -> Future[Completion]:
+        """Ask for the step after `steps`.
+
+        Args:
+            question: The problem.
+            steps: Accepted steps.
+            max_tokens: Most tokens of the answer.
+            sampling: Sampling parameters.
+
+        Returns:
+            A future. Its text ends with a delimiter and finish is ``stop``, unless the step closes a box
+            (``eos``), was cut off (``length``) or the request failed (``failed``).
+
+        Raises:
+            ConfigError: The server does not take one of the sampling parameters.
+            BackendError: The server is gone; raised by the future if it is found out later.
+        """
+        for name in self._unsent & {"temperature", "top_p", "top_k", "min_p"}:
+            if getattr(sampling, name) != _NEUTRAL[name]:
+                raise ConfigError(f"{self.role}: {self._http.url} takes no {name}.")
+        content, number = step_request(question, steps), len(steps) + 1
+        return self._http.submit(lambda: self._step(content, number, max_tokens, sampling))
+
+    async def _step(self, content: str, number: int, max_tokens: int, sampling: Sampling) -> Completion:
+        billed = 0
+        # An answer that begins with a heading or with thinking ends at the first blank line in it, without a step:
+        # then it is asked for again without the stop string.
+        for stop in (True, False) if self._stop else (False,):
+            payload = self._payload(content, max_tokens, sampling, stop=stop)
+            try:
+                answer, tokens, reason = await self._http.post("chat/completions", payload, _read)
+            except RequestFailed as error:
+                return Completion("", billed, None, "failed", str(error))
+            billed += tokens
+            step, complete = first_step(answer, number)
+            if reason not in ("stop", "length"):
+                return Completion("", billed, None, "failed", f"the server ended the answer with {reason!r}")
+            if closes_box(step):
+                return Completion(step, billed, None, "eos")
+            if reason == "length" and not complete:
+                return Completion(step, billed, None, "length")
+            if step:
+                return Completion(step + DELIMITER, billed, None, "stop")
+        return Completion("", billed, None, "failed", f"the answer has no step in it: {answer[:80]!r}")
+
+    def _payload(self, content: str, max_tokens: int, sampling: Sampling, *, stop: bool) -> dict[str, Any]:
+        messages = [{"role": "user", "content": content}]
+        if self._system is not None:
+            messages.insert(0, {"role": "system", "content": self._system})
+        fields = {
+            **_NEUTRAL,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+        }
+        return {
+            "model": self._model,
+            "messages": messages,
+            self._limit: max_tokens,
+            "stream": False,
+            **({"stop": [DELIMITER]} if stop else {}),
+            **{name: value for name, value in fields.items() if name not in self._unsent},
+        }
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return the server's URL and version, the model's name, and which fields it is not sent."""
+        unsent = sorted(self._unsent | (set() if self._stop else {"stop"}))
+        return {
+            "engine": "chat",
+            "version": self._version,
+            "url": self._http.url,
+            "model": self._model,
+            "seed": None,
+            "unsent": unsent,
+        }
+
+    def close(self) -> None:
+        """Cancel what is pending and disconnect."""
+        self._http.close()
+
+    def __enter__(self) -> ChatBackend:
+        """Return itself; the connection is closed on exit."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the connection."""
+        self.close()
+
+
+def _read(body: Any) -> tuple[str, int, str]:
+    choice = body["choices"][0]
+    text = choice["message"].get("content") or ""
+    if not isinstance(text, str):
+        raise TypeError("message.content is not text")
+    return text, int(body["usage"]["completion_tokens"]), str(choice["finish_reason"])
+
+
+def open_chat(role: str, model: GeneratorConfig) -> ChatBackend:
+    """Connect to a chat API and find out which request fields it takes.
+
+    Args:
+        role: Named in errors; ``large``.
+        model: Configuration with backend ``server`` and ``chat_only``.
+
+    Raises:
+        ConfigError: No key, or the server refuses a parameter that the configuration wants.
+        BackendError: The server is not there, refuses the key, or has no such model.
+    """
+    return ChatBackend(role, model)

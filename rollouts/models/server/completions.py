@@ -1,0 +1,172 @@
+"""A backend over an OpenAI-compatible HTTP server that continues token prompts, as vLLM serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+from rollouts.config import ModelConfig
+from rollouts.errors import BackendError, ConfigError, did_you_mean
+from rollouts.models.base import (
+    Backend,
+    Capabilities,
+    Completion,
+    CompletionRequest,
+    LogprobRequest,
+    PoolingRequest,
+    Request,
+    Sampling,
+)
+from rollouts.models.server.http import HttpServer, RequestFailed
+from rollouts.models.server.wire import (
+    completion_payload,
+    pooling_payload,
+    read_choice,
+    read_completion,
+    read_logprobs,
+    read_scores,
+    serve_prm,
+)
+
+
+class ServerBackend(Backend):
+    """Completions, log-probabilities or step scores from one model of a server.
+
+    The token ids of prompts are ours and those of completions the server's; nothing is tokenised here.
+    """
+
+    def __init__(self, role: str, model: ModelConfig, *, pooling: bool, step_tag_id: int | None) -> None:
+        """Connect, and find out what the server can do; `open_server` says more."""
+        self.role = role
+        self._model, self._tag = model.model, step_tag_id
+        self._http = HttpServer(role, model)
+        try:
+            card = self._card()
+            windows = [size for size in (card.get("max_model_len"), model.max_length) if isinstance(size, int)]
+            if not windows:
+                raise ConfigError(f"{role}: {self._http.url} does not tell the model's window; set `max_length`.")
+            self.window = min(windows)
+            version = self._http.peek("/version")
+            self._description = {
+                "engine": "server",
+                "version": version.get("version") if isinstance(version, dict) else None,
+                "url": self._http.url,
+                "model": card["id"],
+                "root": card.get("root"),  # what the server calls `model` may be another name for it
+                "seed": None,  # the server's own
+            }
+            self.capabilities = self._probe_pooling() if pooling else self._probe_generator()
+        except BaseException:
+            self._http.close()
+            raise
+
+    def _card(self) -> dict[str, Any]:
+        """Return the server's entry for the model."""
+        url = self._http.url
+        try:
+            cards = self._http.ask("models", None, lambda body: {card["id"]: card for card in body["data"]})
+        except RequestFailed as error:
+            raise BackendError(f"{self.role}: {url}/models: {error}") from None
+        if self._model not in cards:
+            raise ConfigError(f"{self.role}: {url} does not serve {self._model!r}.{did_you_mean(self._model, cards)}")
+        return dict(cards[self._model])
+
+    def _probe_generator(self) -> Capabilities:
+        smallest = completion_payload(self._model, self.window, CompletionRequest((1, 2, 3), 1, Sampling()))
+        url = self._http.url
+        try:
+            choice, _ = self._http.ask("completions", smallest, read_choice)
+        except RequestFailed as error:
+            raise ConfigError(
+                f"{self.role}: {url} does not continue token ids ({error}). "
+                "Serve a generating model with vLLM, or set chat_only = true for a vendor's chat API."
+            ) from None
+        if "stop_reason" not in choice:
+            raise ConfigError(
+                f"{self.role}: {url} does not tell a stop string from the end of the sequence (no `stop_reason`). "
+                "Serve the model with vLLM, or set chat_only = true."
+            )
+        self._http.heartbeat = ("completions", smallest)
+        try:
+            self._http.ask(
+                "completions", {**smallest, "prompt_logprobs": 0}, lambda body: read_logprobs(body, (1, 2, 3), 1)
+            )
+            logprobs = True
+        except RequestFailed:
+            logprobs = False
+        return Capabilities(token_ids=isinstance(choice.get("token_ids"), list), prompt_logprobs=logprobs)
+
+    def _probe_pooling(self) -> Capabilities:
+        ids = (1, 2, 3) if self._tag is None else (1, self._tag, 2, self._tag)
+        path, payload = "/pooling", pooling_payload(self._model, ids)
+        try:
+            self._http.ask(path, payload, lambda body: self._scores(body, ids))
+        except RequestFailed as error:
+            raise ConfigError(
+                f"{self.role}: {self._http.address(path)} serves no step scores ({error}). {serve_prm(self._tag)}"
+            ) from None
+        self._http.heartbeat = (path, payload)
+        return Capabilities(pooling=True, continue_prefix=False)
+
+    def submit(self, request: Request) -> Future[Any]:
+        """Start one request; see `HttpServer` for what is retried and when the server counts as gone."""
+        if isinstance(request, CompletionRequest) and self.capabilities.continue_prefix:
+            return self._http.submit(lambda: self._complete(request))
+        if isinstance(request, LogprobRequest) and self.capabilities.prompt_logprobs:
+            smallest = completion_payload(self._model, self.window, CompletionRequest(request.ids, 1, Sampling(1.0)))
+            payload = {**smallest, "prompt_logprobs": 0}
+            return self._http.submit(
+                lambda: self._measure(
+                    "completions", payload, lambda body: read_logprobs(body, request.ids, request.start)
+                )
+            )
+        if isinstance(request, PoolingRequest) and self.capabilities.pooling:
+            path, payload = "/pooling", pooling_payload(self._model, request.ids)
+            return self._http.submit(lambda: self._measure(path, payload, lambda body: self._scores(body, request.ids)))
+        raise ConfigError(f"{self.role}: {self._http.url} cannot answer a {type(request).__name__}.")
+
+    async def _complete(self, request: CompletionRequest) -> Completion:
+        try:
+            payload = completion_payload(self._model, self.window, request)
+            return await self._http.post("completions", payload, read_completion)
+        except RequestFailed as error:
+            return Completion("", 0, None, "failed", str(error))
+
+    async def _measure(self, path: str, payload: Mapping[str, Any], parse: Callable[[Any], list[float]]) -> list[float]:
+        try:
+            return await self._http.post(path, payload, parse)
+        except RequestFailed as error:
+            raise BackendError(f"{self.role}: {self._http.url} did not answer a request: {error}") from None
+
+    def _scores(self, body: Any, ids: tuple[int, ...]) -> list[float]:
+        try:
+            return read_scores(body, ids, self._tag)
+        except BackendError as error:
+            raise BackendError(f"{self.role}: {self._http.url}: {self._model} returned {error}") from None
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return the server's URL and version, and what it says that the model is."""
+        return self._description
+
+    def close(self) -> None:
+        """Cancel what is pending and disconnect."""
+        self._http.close()
+
+
+def open_server(
+    role: str, model: ModelConfig, *, pooling: bool = False, step_tag_id: int | None = None
+) -> ServerBackend:
+    """Connect to a server and find out what it can do.
+
+    Args:
+        role: ``small``, ``large`` or ``scorer``; errors name it.
+        model: Configuration with backend ``server``; `model.model` is the name that the server uses.
+        pooling: The model is a process reward model.
+        step_tag_id: Its step tag; given, the number of scores is checked against the number of tags.
+
+    Raises:
+        ConfigError: No such model there, no known window, no key, or the server cannot do what is needed.
+        BackendError: The server is not there or refuses us.
+    """
+    return ServerBackend(role, model, pooling=pooling, step_tag_id=step_tag_id)

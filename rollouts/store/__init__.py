@@ -1,0 +1,1 @@
+"""Where rollouts are kept: a folder of append-only Parquet tables."""

@@ -1,0 +1,1 @@
+"""How a solution is written down: steps, prompts, tokens."""

@@ -1,0 +1,194 @@
+"""Prompts: the one function from (problem, accepted steps) to token ids, for generating and for reward models."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+from rollouts.errors import ConfigError
+from rollouts.text.steps import DELIMITER
+from rollouts.text.tokens import encoder_of
+
+_PROBE = "What is 6 times 7?"
+_REMEMBERED = 4096
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """Load a fast tokenizer from a folder or the local hub cache.
+
+    Raises:
+        ConfigError: There is none, or it is not a fast one.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"No tokenizer at {name!r} ({str(error).splitlines()[0]}). Give a model folder.") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(f"The tokenizer of {name!r} has no fast implementation, which step cutting needs.")
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+class PromptFormat:
+    """Renders prefixes for one generating model.
+
+    The chat template with its generation prompt is followed by the accepted steps: the assistant's message is
+    continued. Thinking is switched off where the template knows it; the empty thinking block then belongs to
+    the prompt.
+
+    Attributes:
+        encode: From text to token ids.
+        template_hash: Hash of how two known prompts are rendered; part of the manifest.
+    """
+
+    def __init__(
+        self, tokenizer: Any, system_prompt: str | None = None, name: str = "model", *, remembered: int = _REMEMBERED
+    ) -> None:
+        """Render a few prompts at once, so that a template that cannot be used is found before a run.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            system_prompt: System message; None sends none.
+            name: Named in errors.
+            remembered: Most questions whose rendering is kept.
+
+        Raises:
+            ConfigError: No chat template, a thinking block that stays open, or a question that the template loses.
+        """
+        self.tokenizer = tokenizer
+        self.encode = encoder_of(tokenizer)
+        self.system_prompt = system_prompt
+        self.name = name
+        self._head = lru_cache(maxsize=remembered)(self._render)
+        self._self_test()
+        probe = self.text(_PROBE, ["One." + DELIMITER])
+        self.template_hash = hashlib.blake2b(probe.encode(), digest_size=8).hexdigest()
+
+    def _render(self, question: str) -> str:
+        messages = [{"role": "user", "content": question}]
+        if self.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+                )
+            )
+        except ValueError as error:
+            raise ConfigError(f"{self.name}: the tokenizer has no chat template ({error}).") from error
+        except Exception as error:  # templates are programs of their own and raise what they like
+            raise ConfigError(f"{self.name}: the chat template failed ({error}). Try system_prompt = null.") from error
+
+    def _self_test(self) -> None:
+        head = self._render(_PROBE)
+        if _PROBE not in head:
+            raise ConfigError(f"{self.name}: the chat template does not contain the question it was given.")
+        if self.system_prompt is not None and self.system_prompt not in head:
+            raise ConfigError(f"{self.name}: the chat template drops the system prompt. Set it to null.")
+        answer = head[head.rindex(_PROBE) :]
+        for opening, closing in (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]")):
+            if answer.rfind(opening) > answer.rfind(closing):
+                raise ConfigError(
+                    f"{self.name}: its chat template opens a thinking block ({opening}) that enable_thinking=False "
+                    "does not close; steps of a thinking model cannot be routed. Use a model that can switch it off."
+                )
+
+    def text(self, question: str, steps: Sequence[str] = ()) -> str:
+        """Return the prompt as text."""
+        return self._head(question) + "".join(steps)
+
+    def ids(self, question: str, steps: Sequence[str] = ()) -> tuple[int, ...]:
+        """Return the prompt as token ids; the only place where prompts are tokenised."""
+        return self.encode(self.text(question, steps))
+
+    def step_spans(self, question: str, steps: Sequence[str]) -> tuple[tuple[int, ...], list[int]]:
+        """Tokenise a whole path.
+
+        Returns:
+            The ids, and len(steps) + 1 token positions: step i is ``ids[positions[i]:positions[i + 1]]``. A
+            token that straddles a boundary belongs to the step in which it starts.
+        """
+        text = self.text(question, steps)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        bounds = [len(self._head(question))]
+        for step in steps:
+            bounds.append(bounds[-1] + len(step))
+        starts = [start for start, _ in encoded["offset_mapping"]]
+        positions, token = [], 0
+        for bound in bounds[:-1]:
+            while token < len(starts) and starts[token] < bound:
+                token += 1
+            positions.append(token)
+        return tuple(encoded["input_ids"]), [*positions, len(starts)]
+
+    def pieces(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> Iterator[str]:
+        """Yield the text that each decoded token adds; special tokens add nothing."""
+        from tokenizers.decoders import DecodeStream
+
+        backend = self.tokenizer.backend_tokenizer
+        stream = DecodeStream(ids=list(prompt_ids[-8:]), skip_special_tokens=True)
+        for token in ids:
+            yield stream.step(backend, token) or ""
+
+
+class RewardFormat:
+    """Renders whole paths for a process reward model in the layout of Qwen2.5-Math-PRM.
+
+    The steps, without their delimiters, are each followed by the step tag, within the assistant's message.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        system_prompt: str | None,
+        step_tag: str,
+        name: str = "scorer",
+        *,
+        remembered: int = _REMEMBERED,
+    ) -> None:
+        """Check the step tag; arguments as of `PromptFormat`.
+
+        Raises:
+            ConfigError: The tag is not one token of the tokenizer.
+        """
+        self.tokenizer = tokenizer
+        self.system_prompt = system_prompt
+        self.step_tag = step_tag
+        self.encode = encoder_of(tokenizer)
+        ids = self.encode(step_tag)
+        if len(ids) != 1:
+            raise ConfigError(f"{name}: step tag {step_tag!r} is {len(ids)} tokens of its tokenizer, expected one.")
+        self.step_tag_id: int = ids[0]
+        self._head = lru_cache(maxsize=remembered)(self._render)
+        probe = self.text(_PROBE, ["One." + DELIMITER])
+        self.template_hash = hashlib.blake2b(probe.encode(), digest_size=8).hexdigest()
+
+    def _render(self, question: str) -> tuple[str, str]:
+        messages = [{"role": "user", "content": question}]
+        if self.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        marker = "\u241e"
+        messages.append({"role": "assistant", "content": marker})
+        head, _, tail = str(self.tokenizer.apply_chat_template(messages, tokenize=False)).partition(marker)
+        return head, tail.rstrip("\n")
+
+    def text(self, question: str, steps: Sequence[str]) -> str:
+        """Return the input that scores each of `steps`; a tag inside a step's own text is taken out."""
+        head, tail = self._head(question)
+        cleaned = (step.replace(self.step_tag, "").strip() for step in steps)
+        return head + "".join(step + self.step_tag for step in cleaned) + tail
+
+    def ids(self, question: str, steps: Sequence[str]) -> tuple[int, ...]:
+        """Return the input as token ids; it holds exactly one step tag per step."""
+        return self.encode(self.text(question, steps))
+
+
+def has_room(prompts: PromptFormat | RewardFormat, window: int, question: str, steps: Sequence[str]) -> bool:
+    """Whether a prefix leaves room for at least one token in a window."""
+    text = prompts.text(question, steps)
+    return len(text.encode()) < window or len(prompts.ids(question, steps)) < window  # a token is at least one byte

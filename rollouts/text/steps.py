@@ -1,0 +1,180 @@
+"""Steps of a solution: where one ends, when it is the last, and how many tokens it cost."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from rollouts.tasks.answers import last_boxed
+
+DELIMITER = "\n\n"
+ROOT_HASH = 0  # the empty prefix
+_BLANK_RUN = re.compile(r"\n{2,}")
+
+
+class StopReason(StrEnum):
+    """Why a step ended; every reason but `DELIMITER` makes the step terminal."""
+
+    DELIMITER = "delimiter"  # a blank line: the solution goes on
+    BOXED = "boxed"  # the step closed a \boxed{...}
+    EOS = "eos"  # the model stopped by itself
+    LENGTH = "length"  # the step or the solution reached its token limit
+    CONTEXT = "context"  # no room is left in some role's window
+    MAX_STEPS = "max_steps"  # the horizon: this was the last step allowed
+    FAILED = "failed"  # the request failed or exceeded its time
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    r"""One step as it was generated.
+
+    Attributes:
+        text: Normalised text, with its delimiter ``"\n\n"`` where it ended at one.
+        tokens: Tokens decoded for it, its delimiter or end-of-sequence token included, as the backend counted.
+        stop_reason: Why it ended.
+        prompt_tokens: Tokens of the prompt that it was decoded from (its node's prefix with the problem).
+    """
+
+    text: str
+    tokens: int
+    stop_reason: StopReason
+    prompt_tokens: int = 0
+
+    @property
+    def terminal(self) -> bool:
+        """Whether accepting this step ends the episode."""
+        return self.stop_reason is not StopReason.DELIMITER
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Token and step limits of a solution (design section 1); part of every manifest.
+
+    Attributes:
+        step_tokens: Most tokens of one step.
+        solution_tokens: Most tokens of accepted text in one solution.
+        max_steps: Most accepted steps of one solution.
+    """
+
+    step_tokens: int = 512
+    solution_tokens: int = 2048
+    max_steps: int = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """A partial solution that a model is asked to continue.
+
+    Attributes:
+        problem: Problem id.
+        question: Problem text.
+        replica: Index of the sample.
+        steps: Accepted steps.
+        used_tokens: Tokens of the accepted steps, against the solution's limit.
+    """
+
+    problem: str
+    question: str
+    replica: int
+    steps: tuple[str, ...]
+    used_tokens: int
+
+
+def is_decorative(text: str) -> bool:
+    r"""Whether a piece of text holds neither letter nor digit (``---``, ``\[``, nothing at all)."""
+    return not any(character.isalnum() for character in text)
+
+
+def normalise(raw: str) -> tuple[str, bool]:
+    """Return the first step of a decoded text, normalised, and whether a delimiter completed it.
+
+    Runs of blank lines become one delimiter; blank lines before the step belong to the step before it and
+    vanish; decorative blocks are merged into the block that follows.
+    """
+    blocks: list[str] = []
+    position = 0
+    for match in _BLANK_RUN.finditer(raw):
+        block = raw[position : match.start()]
+        position = match.end()
+        block = block if blocks else block.lstrip("\n")
+        if not block:
+            continue
+        blocks.append(block)
+        if not is_decorative(block):
+            return DELIMITER.join(blocks) + DELIMITER, True
+    tail = raw[position:] if blocks else raw[position:].lstrip("\n")
+    blocks.append(tail)
+    return DELIMITER.join(blocks), False
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A step cut out of a longer generation.
+
+    Attributes:
+        text: Normalised text.
+        start: Index of its first token in the generation.
+        end: Index one past its last token.
+        complete: Whether a delimiter completed it.
+    """
+
+    text: str
+    start: int
+    end: int
+    complete: bool
+
+
+def cut_segments(pieces: Iterable[str]) -> list[Segment]:
+    """Cut a decoded generation into steps.
+
+    Args:
+        pieces: The text that each token added, in order; tokens that only complete a character with a later
+            one add ``""``.
+
+    Returns:
+        The steps. The last one is incomplete: it ended where the generation did, and is present (perhaps
+        with empty text) only if tokens followed the last delimiter.
+    """
+    segments: list[Segment] = []
+    text, start, index = "", 0, -1
+    for index, piece in enumerate(pieces):
+        text += piece
+        if "\n" in piece and DELIMITER in text[-len(piece) - 1 :]:
+            step, complete = normalise(text)
+            if complete:
+                segments.append(Segment(step, start, index + 1, True))
+                text, start = "", index + 1
+    if index + 1 > start:
+        segments.append(Segment(normalise(text)[0], start, index + 1, False))
+    return segments
+
+
+def closes_box(text: str) -> bool:
+    r"""Whether a step contains a completely closed ``\boxed{...}``."""
+    return "\\boxed" in text and last_boxed(text) is not None
+
+
+def solution_text(steps: Sequence[str]) -> str:
+    """Return the whole solution as graded: the concatenation of its steps."""
+    return "".join(steps)
+
+
+def extend_hash(parent: int, step: str) -> int:
+    """Return the 64-bit key of the prefix that extends the one with key `parent` by `step`.
+
+    Chained, so that it is a hash of the *list* of steps: two lists with one concatenation have two keys. Keys
+    are only compared within one problem and replica.
+    """
+    digest = hashlib.blake2b(parent.to_bytes(8, "little") + step.encode("utf-8", "surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def prefix_hash(steps: Sequence[str]) -> int:
+    """Return the 64-bit key of a list of steps."""
+    key = ROOT_HASH
+    for step in steps:
+        key = extend_hash(key, step)
+    return key

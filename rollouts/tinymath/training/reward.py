@@ -1,0 +1,99 @@
+"""What the process reward model learns from: sampled solutions with exact labels, and where it starts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from transformers import Qwen2ForCausalLM
+
+from rollouts.tinymath.problems import Program, training_programs
+from rollouts.tinymath.training.batches import Document, Encoder, corrupted_solution, reward_document
+from rollouts.tinymath.training.folders import TAG, ProcessRewardModel, build_tokenizer, new_model
+from rollouts.tinymath.training.sampling import MAX_NEW_TOKENS, sample_solutions
+
+Solved = tuple[Program, list[str]]
+
+
+def reward_model_from(large: Qwen2ForCausalLM) -> ProcessRewardModel:
+    """The large model's trunk, two more layers that change nothing at first, and a fresh head.
+
+    Knowing what the large model would have written is most of the judgement; the added layers compare it
+    with what stands there.
+    """
+    model = new_model("prm")
+    assert isinstance(model, ProcessRewardModel)
+    model.model.load_state_dict(large.model.state_dict(), strict=False)
+    ids = build_tokenizer().get_vocab()
+    embedding = model.model.embed_tokens.weight.data
+    embedding[ids[TAG]] = embedding[ids["ĊĊ"]]  # a tag stands where the large model knows a delimiter
+    for layer in model.model.layers[large.config.num_hidden_layers :]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return model
+
+
+def draw_programs(count: int, seed: int) -> list[Program]:
+    """Programs to sample solutions of, none of which can occur in a split."""
+    return list(islice(training_programs(random.Random(f"tinymath-reward-{seed}")), count))
+
+
+def small_solutions(
+    small: Qwen2ForCausalLM, programs: list[Program], seed: int, max_new_tokens: int = MAX_NEW_TOKENS
+) -> list[Solved]:
+    """One solution of each program by the small model alone."""
+    return _solve(small, programs, [[]] * len(programs), seed, max_new_tokens)
+
+
+def routed_solutions(
+    small: Qwen2ForCausalLM,
+    large: Qwen2ForCausalLM,
+    solved: list[Solved],
+    seed: int,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+) -> list[Solved]:
+    """Solutions as routing makes them, from the small model's own.
+
+    Each is cut at a random step. The large model continues there, which gives one solution; cut again one
+    or two steps later and continued by the small model, it gives another.
+    """
+    generator = random.Random(f"tinymath-routed-{seed}")
+    programs = [program for program, _ in solved]
+    cuts = [generator.randrange(len(steps)) for _, steps in solved]
+    prefixes = [steps[:cut] for (_, steps), cut in zip(solved, cuts, strict=True)]
+    rescued = _solve(large, programs, prefixes, seed, max_new_tokens)
+    ends = [cut + generator.choice([1, 1, 2]) for cut in cuts]
+    back = [(*pair, end) for pair, end in zip(rescued, ends, strict=True) if len(pair[1]) > end]
+    prefixes = [steps[:end] for _, steps, end in back]
+    return [*rescued, *_solve(small, [program for program, _, _ in back], prefixes, seed, max_new_tokens)]
+
+
+def _solve(
+    model: Qwen2ForCausalLM,
+    programs: list[Program],
+    prefixes: list[list[str]],
+    seed: int,
+    max_new_tokens: int,
+) -> list[Solved]:
+    if not programs:
+        return []
+    questions = [program.question for program in programs]
+    solutions = sample_solutions(model, questions, prefixes=prefixes, seed=seed, max_new_tokens=max_new_tokens)
+    return list(zip(programs, solutions, strict=True))
+
+
+def reward_documents(
+    encoder: Encoder, solved: list[Solved], generator: random.Random, corrupted_share: float = 0.2
+) -> Iterator[Document]:
+    """Endless labelled solutions: the sampled ones in random order, again and again, and corrupted ones."""
+    drawn = training_programs(generator)
+    while True:
+        for program, steps in generator.sample(solved, len(solved)):
+            if generator.random() < corrupted_share:
+                other = next(drawn)
+                yield reward_document(encoder, other, corrupted_solution(other, generator)[0])
+            document = reward_document(encoder, program, steps)
+            if len(document.tokens) <= 512:
+                yield document

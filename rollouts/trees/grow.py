@@ -1,0 +1,307 @@
+"""Growing trees: asks models for missing proposals without barriers and appends what comes back to a store."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from rollouts.models.stepwise import Generation, StepWriter
+from rollouts.store.shards import STEPS, Table, columns_of
+from rollouts.store.store import Store
+from rollouts.tasks.problems import Problem
+from rollouts.text.steps import Step
+from rollouts.trees.tree import LARGE, ROLES, Node, RolloutTree, Want
+
+Labeller = Callable[[str, Sequence[str]], Sequence[bool]]
+
+
+def label_of(store: Store) -> Labeller | None:
+    """Return the function that gives exact labels of steps, for stores of problems that have them."""
+    if not store.manifest["process"]["labels"]:
+        return None
+    from rollouts.tinymath import label_steps
+
+    return label_steps
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; handed to progress callbacks.
+
+    Attributes:
+        trees: Trees finished in this pass.
+        total: Trees in this pass.
+        steps: Steps generated in this run.
+        tokens: Tokens decoded in this run, by role.
+    """
+
+    trees: int = 0
+    total: int = 0
+    steps: int = 0
+    tokens: Counter[str] = field(default_factory=Counter)
+
+
+class StepBuffer:
+    """Rows of the step table on their way to the disk, shard by shard."""
+
+    def __init__(
+        self, table: Table, labeller: Labeller | None = None, rows: int = 20_000, seconds: float = 10.0
+    ) -> None:
+        """Name the table.
+
+        Args:
+            table: Where rows go.
+            labeller: Exact labels of the steps of a path, where the problems have them.
+            rows: Rows after which a shard is written.
+            seconds: Seconds after which a shard is written.
+        """
+        self.table = table
+        self.labeller = labeller
+        self.max_rows = rows
+        self.max_seconds = seconds
+        self._rows: list[dict[str, Any]] = []
+        self._counters: Counter[str] = Counter()
+        self._last = time.monotonic()
+
+    def add(self, tree: RolloutTree, role: str, new: Iterable[tuple[Node, Step]], generation: Generation) -> None:
+        """Add the new proposals of one generation; they always land in one shard."""
+        for node, step in new:
+            label = None
+            if self.labeller is not None:
+                label = bool(self.labeller(tree.problem.question, [*node.steps, step.text])[-1])
+            self._rows.append(
+                {
+                    "problem": tree.problem.id,
+                    "replica": tree.replica,
+                    "prefix": node.key,
+                    "role": role,
+                    "text": step.text,
+                    "tokens": step.tokens,
+                    "prompt_tokens": step.prompt_tokens,
+                    "stop_reason": str(step.stop_reason),
+                    "terminal": step.terminal,
+                    "label": label,
+                }
+            )
+        self._counters[f"requests_{role}"] += 1
+        self._counters[f"decoded_{role}"] += generation.decoded
+        self._counters[f"dropped_{role}"] += generation.dropped
+        self._counters[f"cut_tokens_{role}"] += generation.cut_tokens
+
+    def flush_if_due(self) -> None:
+        """Write a shard if there are enough rows or enough time has passed."""
+        if len(self._rows) >= self.max_rows or time.monotonic() - self._last >= self.max_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write a shard if there is anything to write."""
+        if self._rows:
+            self.table.append(columns_of(self._rows, STEPS), self._counters)
+        self._rows, self._counters = [], Counter()
+        self._last = time.monotonic()
+
+
+def load_trees(
+    store: Store,
+    problems: Sequence[Problem],
+    replicas: int | Mapping[str, int] | None,
+    max_escalations: int | None,
+    chunk: int = 128,
+) -> Iterator[RolloutTree]:
+    """Yield the trees of problems as the store has them, reading a chunk of problems at a time.
+
+    Args:
+        store: The store.
+        problems: In the order wanted.
+        replicas: Replicas per problem, one number or by split; None: those that the store has.
+        max_escalations: K of the trees.
+        chunk: Problems read together; memory grows with it, not with the number of problems.
+    """
+    index = store.steps.problem_shards()
+    shards = store.steps.shards()
+    for start in range(0, len(problems), chunk):
+        part = problems[start : start + chunk]
+        ids = [problem.id for problem in part]
+        rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        positions = sorted({position for name in ids for position in index.get(name, ())})
+        for table in store.steps.read_these([shards[position] for position in positions], ids):
+            for row in table.drop_columns(["label"]).to_pylist():
+                rows.setdefault((row["problem"], row["replica"]), []).append(row)
+        for problem in part:
+            if replicas is None:
+                wanted: Iterable[int] = sorted(replica for name, replica in rows if name == problem.id)
+            else:
+                wanted = range(replicas if isinstance(replicas, int) else replicas.get(problem.split, 1))
+            for replica in wanted:
+                tree_rows = rows.pop((problem.id, replica), ())
+                yield RolloutTree.from_rows(problem, replica, max_escalations, tree_rows)
+
+
+class Grower:
+    """Grows many trees at once: as soon as an answer makes a proposal askable, it is asked for.
+
+    There are no rounds to wait for: engines batch whatever is under way, so a batch never runs dry because one
+    long solution is still being written.
+    """
+
+    def __init__(
+        self,
+        writers: Mapping[str, StepWriter],
+        buffer: StepBuffer,
+        *,
+        in_flight: int = 256,
+        max_large_tokens: int | None = None,
+        progress: Progress | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        """Name the models.
+
+        Args:
+            writers: The roles that can be asked now; a missing role's proposals are left for another pass.
+            buffer: Where new rows go.
+            in_flight: Trees grown at once.
+            max_large_tokens: Stop asking the large model after so many of its tokens in `progress`; the store
+                stays resumable.
+            progress: Counts to go on from; default: fresh ones.
+            on_progress: Called about once a second.
+        """
+        self.writers = writers
+        self.buffer = buffer
+        self.in_flight = in_flight
+        self.max_large_tokens = max_large_tokens
+        self.on_progress = on_progress
+        self.progress = progress if progress is not None else Progress()
+        self.budget_spent = False
+        self._answers: queue.SimpleQueue[tuple[RolloutTree, Want, Future[Generation]]] = queue.SimpleQueue()
+        self._pending: Counter[int] = Counter()
+
+    def run(self, trees: Iterable[RolloutTree]) -> int:
+        """Grow trees until nothing more can be asked of the roles at hand.
+
+        Everything that came back before an error or an interrupt is written to the store.
+
+        Returns:
+            Trees that are still not closed (their missing proposals belong to another role, or the token
+            budget is spent).
+
+        Raises:
+            BackendError: A model is gone; the message names it.
+        """
+        source = iter(trees)
+        active: dict[int, RolloutTree] = {}
+        open_trees = 0
+        last = time.monotonic()
+        try:
+            while True:
+                taken = 0
+                for tree in islice(source, self.in_flight - len(active)):
+                    taken += 1
+                    active[id(tree)] = tree
+                    self._ask(tree, tree.wants(self.writers))
+                    if not self._pending[id(tree)]:
+                        open_trees += self._finish(active, tree)
+                if not active:
+                    if taken:
+                        continue  # all of these were closed already; there may be more
+                    return open_trees
+                tree, want, future = self._answers.get()
+                self._take(tree, want, future.result())
+                if not self._pending[id(tree)]:
+                    open_trees += self._finish(active, tree)
+                self.buffer.flush_if_due()
+                if self.on_progress and time.monotonic() - last > 1.0:
+                    last = time.monotonic()
+                    self.on_progress(self.progress)
+        finally:
+            self._salvage()
+            self.buffer.flush()
+            if self.on_progress:
+                self.on_progress(self.progress)
+
+    def _salvage(self) -> None:
+        """Record the answers that are there already when the run breaks off."""
+        while True:
+            try:
+                tree, want, future = self._answers.get_nowait()
+            except queue.Empty:
+                return
+            if not future.cancelled() and future.exception() is None:
+                self._record(tree, want, future.result())
+
+    def _finish(self, active: dict[int, RolloutTree], tree: RolloutTree) -> int:
+        del active[id(tree)]
+        del self._pending[id(tree)]
+        self.progress.trees += 1
+        return int(tree.missing() > 0)
+
+    def _ask(self, tree: RolloutTree, wants: Iterable[Want]) -> None:
+        for want in wants:
+            if want.role == LARGE and self.max_large_tokens is not None:
+                if self.progress.tokens[LARGE] >= self.max_large_tokens:
+                    self.budget_spent = True
+                    continue
+            want.node.asked.add(want.role)
+            self._pending[id(tree)] += 1
+            future = self.writers[want.role].submit(tree.prefix(want.node), whole=want.whole)
+            future.add_done_callback(lambda done, want=want: self._answers.put((tree, want, done)))  # type: ignore[misc]
+
+    def _take(self, tree: RolloutTree, want: Want, generation: Generation) -> None:
+        touched = self._record(tree, want, generation)
+        roles: Collection[str] = self.writers
+        self._ask(tree, [item for node in touched for item in tree.wants_at(node, roles)])
+
+    def _record(self, tree: RolloutTree, want: Want, generation: Generation) -> list[Node]:
+        """Insert an answer; return the nodes at which something may have become askable."""
+        self._pending[id(tree)] -= 1
+        want.node.asked.discard(want.role)
+        new = tree.insert_path(want.node, want.role, generation.steps)
+        self.buffer.add(tree, want.role, new, generation)
+        self.progress.steps += len(new)
+        self.progress.tokens[want.role] += generation.decoded
+        touched: dict[int, Node] = {want.node.key: want.node}
+        for node, step in new:
+            touched[node.key] = node
+            if not step.terminal:
+                child = tree.nodes[node.child_key(step)]
+                touched[child.key] = child
+        if tree.relaxed:
+            tree.relaxed = False
+            return list(tree.nodes.values())
+        return list(touched.values())
+
+
+def grow_sequentially(
+    open_writer: Callable[[str], Any],
+    load: Callable[[], Iterable[RolloutTree]],
+    make_grower: Callable[[Mapping[str, StepWriter]], Grower],
+) -> int:
+    """Grow trees with one model in memory at a time, alternating over the whole frontier on disk.
+
+    Args:
+        open_writer: Context manager that loads the model of a role.
+        load: Reads all trees again from the store.
+        make_grower: Makes a grower for the writers at hand.
+
+    Returns:
+        Trees that are still not closed (only if the token budget is spent).
+    """
+    before: int | None = None
+    while True:
+        for role in ROLES:
+            if not any(tree.wants((role,)) for tree in load()):
+                continue
+            with open_writer(role) as writer:
+                grower = make_grower({role: writer})
+                still_open = grower.run(load())
+            if grower.budget_spent:
+                return still_open
+        still_open = sum(tree.missing() > 0 for tree in load())
+        if still_open == 0 or still_open == before and not any(tree.wants() for tree in load()):
+            return still_open
+        before = still_open

@@ -1,0 +1,194 @@
+"""The rollout tree of one problem and replica while it is being grown: its nodes, and what is still missing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from rollouts.tasks.problems import Problem
+from rollouts.text.steps import ROOT_HASH, Prefix, Step, StopReason, extend_hash
+
+SMALL, LARGE = "small", "large"
+ROLES = (SMALL, LARGE)  # position = action
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A decision node: a prefix and the two models' proposals from it.
+
+    Attributes:
+        key: Hash of the list of accepted steps.
+        steps: The accepted steps' texts.
+        used_tokens: Their tokens, each counted as features count it (`accepted_tokens`).
+        escalations: Least number of escalations on a path to here.
+        all_large: Whether the always-large path passes here.
+        proposals: What each role has proposed so far.
+        asked: Roles with a request under way.
+    """
+
+    key: int
+    steps: tuple[str, ...]
+    used_tokens: int
+    escalations: int
+    all_large: bool
+    proposals: dict[str, Step] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
+
+    def child_key(self, step: Step) -> int:
+        """Return the key of the node that accepting a proposal leads to."""
+        return extend_hash(self.key, step.text)
+
+    def accepted_tokens(self, role: str) -> int:
+        """Return the tokens of an accepted proposal as features count them: the small model's if it wrote that text."""
+        small = self.proposals.get(SMALL)
+        step = self.proposals[role]
+        return small.tokens if small is not None and small.text == step.text else step.tokens
+
+
+class Want(NamedTuple):
+    """A proposal that is missing: at which node, by whom, and whether to ask for the whole rest."""
+
+    node: Node
+    role: str
+    whole: bool
+
+
+class RolloutTree:
+    """One problem in one replica.
+
+    Small proposals are inserted before large ones at every node that needs both, so that it is known at once
+    whether the two models wrote the same step, and nodes never have to be re-counted.
+    """
+
+    def __init__(self, problem: Problem, replica: int, max_escalations: int | None) -> None:
+        """Start with the root.
+
+        Args:
+            problem: The problem.
+            replica: Index of the sample.
+            max_escalations: K: grow every path with at most so many escalations, and the always-large path;
+                None: grow the complete tree.
+        """
+        self.problem = problem
+        self.replica = replica
+        self.max_escalations = max_escalations
+        self.root = Node(ROOT_HASH, (), 0, 0, True)
+        self.nodes = {ROOT_HASH: self.root}
+        self.orphans = 0
+        self.relaxed = False  # whether some node learned of a cheaper way since this was last set to False
+
+    @classmethod
+    def from_rows(
+        cls, problem: Problem, replica: int, max_escalations: int | None, rows: Iterable[Mapping[str, Any]]
+    ) -> RolloutTree:
+        """Rebuild a tree from rows of the step table; of duplicate keys the first wins.
+
+        Rows that no path reaches (a shard between was set aside) are counted in `orphans` and left out.
+        """
+        tree = cls(problem, replica, max_escalations)
+        found: dict[int, dict[str, Step]] = {}
+        for row in rows:
+            step = Step(row["text"], row["tokens"], StopReason(row["stop_reason"]), row["prompt_tokens"])
+            found.setdefault(row["prefix"], {}).setdefault(row["role"], step)
+        stack = [tree.root]
+        while stack:
+            node = stack.pop()
+            proposals = found.pop(node.key, {})
+            for role in ROLES:
+                if role in proposals:
+                    child = tree.insert(node, role, proposals[role])
+                    if child is not None and child not in stack:
+                        stack.append(child)
+        tree.orphans = sum(len(proposals) for proposals in found.values())
+        return tree
+
+    def insert(self, node: Node, role: str, step: Step) -> Node | None:
+        """Record a proposal; return the node it leads to, or None if it is terminal."""
+        node.proposals[role] = step
+        if step.terminal:
+            return None
+        key = node.child_key(step)
+        escalations = node.escalations + (role == LARGE)
+        all_large = node.all_large and role == LARGE
+        child = self.nodes.get(key)
+        if child is None:
+            used = node.used_tokens + node.accepted_tokens(role)
+            child = Node(key, (*node.steps, step.text), used, escalations, all_large)
+            self.nodes[key] = child
+        else:
+            self._relax(child, escalations, all_large)
+        return child
+
+    def _relax(self, node: Node, escalations: int, all_large: bool) -> None:
+        """Tell a node, and all below it, of another way to reach it: answers come in any order."""
+        if escalations >= node.escalations and (node.all_large or not all_large):
+            return
+        node.escalations = min(node.escalations, escalations)
+        node.all_large = node.all_large or all_large
+        self.relaxed = True
+        for role in node.proposals:
+            if (child := self.child(node, role)) is not None:
+                self._relax(child, node.escalations + (role == LARGE), node.all_large and role == LARGE)
+
+    def insert_path(self, node: Node, role: str, steps: Sequence[Step]) -> list[tuple[Node, Step]]:
+        """Record the consecutive steps of one generation, stopping where a proposal is there already.
+
+        Returns:
+            The proposals that are new, with their nodes.
+        """
+        new: list[tuple[Node, Step]] = []
+        position: Node | None = node
+        for step in steps:
+            if position is None or role in position.proposals:
+                break
+            new.append((position, step))
+            position = self.insert(position, role, step)
+        return new
+
+    def needs_small(self, node: Node) -> bool:
+        """Whether closure asks for the small model's proposal at a node."""
+        return self.max_escalations is None or node.escalations <= self.max_escalations
+
+    def needs_large(self, node: Node) -> bool:
+        """Whether closure asks for the large model's proposal at a node."""
+        return self.max_escalations is None or node.escalations < self.max_escalations or node.all_large
+
+    def wants(self, roles: Collection[str] = ROLES) -> list[Want]:
+        """Return the proposals that are missing, not asked for, and can be asked for now."""
+        return [want for node in self.nodes.values() for want in self.wants_at(node, roles)]
+
+    def wants_at(self, node: Node, roles: Collection[str] = ROLES) -> Iterator[Want]:
+        """Yield what `wants` would, for one node."""
+        small_missing = self.needs_small(node) and SMALL not in node.proposals
+        if small_missing:
+            if SMALL in roles and SMALL not in node.asked:
+                yield Want(node, SMALL, True)
+        elif LARGE in roles and self.needs_large(node) and LARGE not in node.proposals and LARGE not in node.asked:
+            beyond = self.max_escalations is not None and node.escalations >= self.max_escalations
+            yield Want(node, LARGE, beyond)  # beyond K only the always-large path goes on: ask for all of it
+
+    def missing(self) -> int:
+        """Return how many proposals closure still asks for at the nodes that exist."""
+        return sum(
+            (self.needs_small(node) and SMALL not in node.proposals)
+            + (self.needs_large(node) and LARGE not in node.proposals)
+            for node in self.nodes.values()
+        )
+
+    def prefix(self, node: Node) -> Prefix:
+        """Return what a model is asked to continue at a node."""
+        return Prefix(self.problem.id, self.problem.question, self.replica, node.steps, node.used_tokens)
+
+    def child(self, node: Node, role: str) -> Node | None:
+        """Return the node that accepting `role`'s proposal leads to, or None if it is terminal or missing."""
+        step = node.proposals.get(role)
+        return None if step is None or step.terminal else self.nodes[node.child_key(step)]
+
+    def leaf_edges(self) -> Iterator[tuple[Node, str]]:
+        """Yield the proposals after which nothing follows; their paths cover all proposals."""
+        for node in self.nodes.values():
+            for role in node.proposals:
+                child = self.child(node, role)
+                if child is None or not child.proposals:
+                    yield node, role

@@ -1,0 +1,398 @@
+"""Exported routers are the trained ones on every decision; what was tampered with is refused; the command line."""
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import agents
+from agents import __main__ as command
+from agents.deploy import wandb_artifacts as registry
+from agents.deploy.export import ExportConfig, export
+from agents.evaluation.walk import run, run_trees
+from agents.learners.ppo import PPOSettings
+from agents.routers import artefact
+from agents.routers import onnx as graph
+from agents.routers.base import Constant, Mixture, RandomRate, StatefulRouter, Threshold
+from agents.runs.run import TrainConfig, train
+from rollouts.errors import ArtefactError, ConfigError
+from rollouts.trees.compile import compile_store
+from trim_env.tables import decision_tables
+
+QUICK = PPOSettings(iterations=2, num_envs=64, n_steps=8, hidden=16)
+SPAN = (3e-4, 1e-2)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return decision_tables(compile_store("quickstart"), "test")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A folder with a run of every kind, and the routers as training returned them."""
+
+    folder: Path
+    trained: dict
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+
+    def trained(name, **settings):
+        return train(TrainConfig(tracking="none", attempts=1, out=folder / name, **settings))
+
+    span = trained("span", lam_range=SPAN, ppo=QUICK)
+    one = trained("one", lam=(3e-3,), ppo=QUICK)
+    threshold = trained("threshold", agent="threshold", lam=(1e-3, 3e-3), budget=0.2)
+    pomdp = trained("pomdp", agent="pomdp", lam=(3e-3,))
+    about = agents.load(folder / "one" / "lam-0.003" / "policy").about
+    routers = {
+        "mlp-lam": span.routers,
+        "mlp": one.routers[3e-3],
+        "threshold": threshold.routers[3e-3],
+        "pomdp": pomdp.routers[3e-3],
+        "constant": Constant(1),
+        "random": RandomRate(0.3),
+        "mixture": Mixture(one.routers[3e-3], threshold.routers[1e-3], 0.3, threshold_knob(folder)),
+    }
+    for kind in ("constant", "random", "mixture"):
+        artefact.save(routers[kind], folder / kind / "policy", about)
+    return Runs(folder, routers)
+
+
+def threshold_knob(folder):
+    return agents.load(folder / "threshold" / "budget-0.2" / "policy").router.knob
+
+
+PLACES = {"mlp-lam": "span", "mlp": "one", "threshold": "threshold/lam-0.003", "pomdp": "pomdp"}
+
+
+@pytest.fixture(scope="module")
+def exported(runs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    for kind in runs.trained:
+        export(ExportConfig(str(runs.folder / PLACES.get(kind, kind)), folder / kind, onnx=True))
+    return folder
+
+
+def decisions(router, tables):
+    """Return the probabilities of escalating at every node of the split's trees, or along every path of a state."""
+    if not isinstance(router, StatefulRouter):
+        rows = np.flatnonzero(np.isin(tables.trees.tree, tables.indices))
+        assert len(rows) > 20_000
+        return router.probability(tables.in_schema(router.schema)[rows])
+    kept = []
+
+    class Kept:
+        name, schema, knob = router.name, router.schema, router.knob
+        start, accept = router.start, router.accept
+
+        def decide(self, features, state):
+            kept.append(router.decide(features, state))
+            return kept[-1]
+
+    run_trees(tables, Kept())
+    return np.concatenate([each[0] for each in kept])
+
+
+NETWORKS = ("mlp", "mlp-lam", "mixture")
+
+
+@pytest.mark.parametrize("runtime", ["numpy", "onnx"])
+@pytest.mark.parametrize("kind", ["mlp", "mlp-lam", "threshold", "constant", "random", "pomdp", "mixture"])
+def test_exported_routers_are_the_trained_ones(runs, exported, tables, kind, runtime):
+    if runtime == "onnx" and kind not in NETWORKS:
+        with pytest.raises(ArtefactError, match="has no policy.onnx, .* no network"):
+            agents.load(exported / kind, runtime=runtime)
+        return
+    policy, trained = agents.load(exported / kind, runtime=runtime), runs.trained[kind]
+    assert (policy.kind, policy.runtime) == (kind, runtime)
+    if kind == "mlp-lam":
+        pairs = [(policy.at(lam), router) for lam, router in trained.items()]
+        assert len(pairs) == 5
+    elif kind == "mixture":
+        assert (policy.router.share, policy.router.knob) == (trained.share, trained.knob)
+        pairs = [(policy.router.first, trained.first), (policy.router.second, trained.second)]
+    else:
+        pairs = [(policy.router, trained)]
+    for found, wanted in pairs:
+        assert (decisions(found, tables) == decisions(wanted, tables)).all()
+        assert (found.name, found.schema, found.knob) == (wanted.name, wanted.schema, wanted.knob)
+    if kind in NETWORKS:
+        assert isinstance(pairs[0][0], graph.OnnxMLP) == (runtime == "onnx")
+
+
+@pytest.mark.parametrize("lam", [SPAN[0], 1.7e-3, SPAN[1]])
+def test_onnx_files_stand_alone(exported, tables, lam):
+    rows = np.flatnonzero(np.isin(tables.trees.tree, tables.indices))
+    features = tables.in_schema("agg+")[rows]
+    session = onnxruntime.InferenceSession(exported / "mlp-lam" / "policy.onnx", providers=["CPUExecutionProvider"])
+    inputs = {"features": features, "lam": np.full(len(rows), lam)}
+    action, logits = session.run(["action", "logits"], inputs)
+    router = agents.load(exported / "mlp-lam").at(lam)
+    assert action.dtype == np.int64 and (action == router.probability(features)).all()
+    assert logits == pytest.approx(router.logits(features), abs=1e-12)
+    mixed = np.where(np.arange(len(rows)) % 2, SPAN[0], lam)  # every row has its own
+    action, logits = session.run(["action", "logits"], {"features": features, "lam": mixed})
+    assert logits[::2] == pytest.approx(router.logits(features[::2]), abs=1e-12)
+    other = agents.load(exported / "mlp-lam").at(SPAN[0])
+    assert logits[1::2] == pytest.approx(other.logits(features[1::2]), abs=1e-12)
+
+
+def test_an_artefact_says_where_it_comes_from(runs, exported, tables):
+    for kind in runs.trained:
+        described = json.loads((exported / kind / "policy.json").read_text())
+        about = described["about"]
+        assert about["rollouts"]["hash"] == tables.trees.meta["hash"] and about["package"]
+        assert about["small"] and about["large"] and about["scorer"] and about["max_steps"] == 16
+        assert about["features"][0].keys() == {"name", "low", "high"}
+        assert set(described["files"]) == {each.name for each in (exported / kind).iterdir() if each.is_file()} - {
+            "policy.json"
+        }
+    described = json.loads((exported / "mlp" / "policy.json").read_text())
+    assert set(described["files"]) == {"policy.safetensors", "policy.onnx"}
+    assert described["about"]["held_out"][0]["lam"] == 3e-3
+
+
+def test_a_range_says_what_each_lam_costs(exported):
+    rows = agents.load(exported / "mlp-lam").about["budgets"]
+    assert len(rows) == 24 and rows[0]["lam"] == pytest.approx(SPAN[0]) and rows[-1]["lam"] == pytest.approx(SPAN[1])
+    assert all(0 <= row["share"] <= 1.2 and 0 < row["accuracy"] < 1 for row in rows)
+
+
+def put(folder, name, change):
+    data = bytearray((folder / name).read_bytes())
+    change(data)
+    (folder / name).write_bytes(bytes(data))
+
+
+def flip(data):
+    data[len(data) // 2] ^= 1
+
+
+def edit(folder, change):
+    described = json.loads((folder / "policy.json").read_text())
+    change(described)
+    (folder / "policy.json").write_text(json.dumps(described))
+
+
+def sealed(folder, change):
+    """Change policy.json and its digest with it, as somebody who knows the format can."""
+
+    def both(described):
+        change(described)
+        described["digest"] = artefact._digest(described)
+
+    edit(folder, both)
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "message"),
+    [
+        ("mlp", lambda p: put(p, "policy.onnx", flip), r"policy.onnx: its contents are not those"),
+        ("mlp", lambda p: put(p, "policy.safetensors", flip), r"policy.safetensors: its contents are not those"),
+        ("mlp", lambda p: put(p, "policy.onnx", lambda d: d.pop()), r"policy.onnx: its contents are not those"),
+        ("mlp", lambda p: (p / "policy.onnx").unlink(), r"policy.onnx is missing"),
+        ("mlp", lambda p: edit(p, lambda d: d["knob"].update(value=1.0)), r"policy.json: .*digest"),
+        ("mlp", lambda p: edit(p, lambda d: d["about"].update(max_steps=30)), r"policy.json: .*digest"),
+        ("threshold", lambda p: edit(p, lambda d: d["knob"].update(value=0.9)), r"policy.json: .*digest"),
+        ("threshold", lambda p: edit(p, lambda d: d.pop("digest")), r"policy.json: .*'digest'"),
+        ("threshold", lambda p: sealed(p, lambda d: d.update(version=3)), "written in version 3 of the format"),
+        ("threshold", lambda p: sealed(p, lambda d: d.update(kind="mlp")), "policy.json: .*policy.safetensors"),
+        ("random", lambda p: sealed(p, lambda d: d["knob"].update(value=3.0)), "policy.json: .*expected a probability"),
+        ("mlp", lambda p: sealed(p, lambda d: d["files"].update({"../x": "0"})), "names a file '../x'"),
+        ("mlp", lambda p: sealed(p, lambda d: d["files"].update({"/etc/passwd": "0"})), "names a file '/etc/passwd'"),
+        ("mixture", lambda p: put(p / "first", "policy.safetensors", flip), r"first/policy.safetensors: its contents"),
+        ("mixture", lambda p: edit(p / "second", lambda d: d["knob"].update(value=1)), "second: .* the mixture names"),
+        ("mixture", lambda p: shutil.rmtree(p / "second"), "no policy here"),
+        ("pomdp", lambda p: edit(p, lambda d: d["pomdp"].update(price=2.0)), "policy.json: .*digest"),
+    ],
+)
+def test_tampering_is_named(exported, tmp_path, kind, damage, message):
+    folder = shutil.copytree(exported / kind, tmp_path / "p")
+    agents.load(folder)
+    damage(folder)
+    with pytest.raises(ArtefactError, match=message):
+        agents.load(folder)
+
+
+def test_no_cut_and_no_changed_letter_goes_unnoticed(exported, tmp_path):
+    folder = shutil.copytree(exported / "threshold", tmp_path / "p")
+    whole = (folder / "policy.json").read_bytes()
+    for length in range(0, len(whole) - 2, 37):
+        (folder / "policy.json").write_bytes(whole[:length])
+        with pytest.raises(ArtefactError, match="policy.json"):
+            agents.load(folder)
+    refused = 0
+    for place in range(0, len(whole), 11):
+        changed = bytearray(whole)
+        changed[place] ^= 4
+        (folder / "policy.json").write_bytes(bytes(changed))
+        try:
+            agents.load(folder)
+        except ArtefactError as error:
+            refused += "policy.json" in str(error) or "policy here" in str(error)
+        else:
+            pytest.fail(f"byte {place} may be changed")
+    assert refused == len(range(0, len(whole), 11))
+
+
+def test_an_onnx_file_of_another_network_is_refused(exported, tmp_path):
+    folder = shutil.copytree(exported / "mlp", tmp_path / "p")
+    shutil.copy(exported / "mlp-lam" / "policy.onnx", folder)
+    digest = artefact.hashlib.sha256((folder / "policy.onnx").read_bytes()).hexdigest()
+    sealed(folder, lambda d: d["files"].update({"policy.onnx": digest}))
+    with pytest.raises(ArtefactError, match=r"policy.onnx: takes .*'lam'"):
+        agents.load(folder, runtime="onnx")
+    (folder / "policy.onnx").write_bytes(b"no graph")
+    digest = artefact.hashlib.sha256(b"no graph").hexdigest()
+    sealed(folder, lambda d: d["files"].update({"policy.onnx": digest}))
+    with pytest.raises(ArtefactError, match=r"policy.onnx: onnxruntime does not take it"):
+        agents.load(folder, runtime="onnx")
+
+
+def test_artefacts_of_version_1_are_read(exported, tmp_path):
+    folder = shutil.copytree(exported / "mlp", tmp_path / "p")
+
+    def older(described):
+        described.update(version=1, weights=described.pop("files")["policy.safetensors"])
+        described.pop("digest")
+
+    edit(folder, older)
+    assert agents.load(folder).session().decide(0.5, 10) in (0, 1)
+    put(folder, "policy.safetensors", flip)
+    with pytest.raises(ArtefactError, match="not those that policy.json names"):
+        agents.load(folder)
+
+
+def test_packages_that_lack_are_named(runs, exported, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    arguments = ["export", str(runs.folder / "one"), "--out", str(tmp_path / "x"), "--onnx"]
+    assert command.main(arguments) == 2 and "pip install 'trim-routing[onnx]'" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(ConfigError, match="Runtime 'onnx' needs onnxruntime"):
+        agents.load(exported / "mlp", runtime="onnx")
+    with pytest.raises(ArtefactError, match="has no policy.onnx. .*--onnx"):
+        agents.load(runs.folder / "one" / "lam-0.003" / "policy", runtime="onnx")
+
+
+def test_the_command_exports_all_routers_or_the_one_that_is_meant(runs, tmp_path, capsys):
+    run_, out = str(runs.folder / "threshold"), tmp_path / "all"
+    assert command.main(["export", run_, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert {each.name for each in out.iterdir()} == {"lam-0.001", "lam-0.003", "budget-0.2"}
+    assert all(f"{out}/{name}: " in printed for name in ("lam-0.001", "lam-0.003", "budget-0.2"))
+    assert command.main(["export", run_, "--lam", "1e-3", "--out", str(tmp_path / "one")]) == 0
+    assert agents.load(tmp_path / "one").router == agents.load(out / "lam-0.001").router
+    assert command.main(["export", run_, "--budget", "0.2", "--out", str(tmp_path / "two")]) == 0
+    assert agents.load(tmp_path / "two").about["calibration"]["value"] == 0.2
+    again = ["export", str(out / "lam-0.001"), "--out", str(tmp_path / "again"), "--onnx"]
+    assert command.main(again) == 0 and "no policy.onnx" in capsys.readouterr().err
+    span = ["export", str(runs.folder / "span"), "--lam", "2e-3", "--out", str(tmp_path / "span")]
+    assert command.main(span) == 0 and "lam=0.0003..0.01" in capsys.readouterr().out
+    assert agents.load(tmp_path / "span").session().knob.value == 2e-3
+
+
+def test_routers_that_training_advises_against_say_so(runs, tmp_path, capsys):
+    found = agents.load(runs.folder / "one" / "lam-0.003" / "policy")
+    for verdict, warned in (("beaten", True), ("better", False)):
+        about = {**found.about, "held_out": [{"lam": 3e-3, "verdict": verdict, "sentence": "It is so."}]}
+        artefact.save(found.router, tmp_path / verdict, about)
+        assert command.main(["export", str(tmp_path / verdict), "--out", str(tmp_path / f"out-{verdict}")]) == 0
+        assert ("advised against at λ = 0.003. It is so." in capsys.readouterr().err) == warned
+
+
+def test_mistakes_are_one_line(runs, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    run_, out = str(runs.folder / "threshold"), str(tmp_path / "never")
+    for arguments, message in (
+        (["exprt"], "Unknown command 'exprt'. Did you mean 'export'"),
+        (["export", str(tmp_path), "--out", out], "no router here"),
+        (["export", run_, "--out", str(tmp_path / "full")], "nothing was overwritten"),
+        (
+            ["export", run_, "--out", out, "--lam", "5"],
+            "no routers are for lam 5, expected one; the run has budget-0.2",
+        ),
+        (["export", run_, "--out", out, "--budget", "0.3"], "no routers are for budget 0.3"),
+        (["export", run_, "--out", out, "--lam", "1e-3", "--budget", "0.2"], "either --lam or --budget"),
+        (["export", "wandb:policy", "--out", out], "expected wandb:ENTITY/PROJECT/ARTIFACT:VERSION"),
+    ):
+        assert command.main(arguments) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+    assert not Path(out).exists()
+    assert command.main([]) == 0 and "export" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        command.main(["export", run_])
+    assert ended.value.code != 0 and "--out" in capsys.readouterr().err
+
+
+@pytest.fixture
+def nobody(tmp_path, monkeypatch):
+    """No login for Weights & Biases."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+
+
+def test_offline_artifacts_wait_for_a_sync(runs, tmp_path, nobody):
+    export(ExportConfig(str(runs.folder / "mixture"), tmp_path / "mine", onnx=True, to_wandb=True))
+    (offline,) = (tmp_path / "wandb").glob("offline-run-*")
+    wanted = (b"trim-agg-mine", b"first/policy.onnx", b"second/policy.json")
+    for _ in range(200):  # the library's own process writes the file, a moment after the run has ended
+        logged = next(offline.glob("*.wandb")).read_bytes()
+        if all(name in logged for name in wanted):
+            break
+        time.sleep(0.1)
+    for name in wanted:
+        assert name in logged, name
+    assert {each.name for each in (tmp_path / "mine").iterdir()} == {"policy.json", "first", "second"}
+
+
+def test_an_artifact_holds_a_whole_artefact(exported, tmp_path):
+    policy = agents.load(exported / "mixture")
+    artifact = registry.as_artifact(exported / "mixture", policy)
+    assert (artifact.type, artifact.metadata["kind"]) == ("policy", "mixture")
+    for path, entry in artifact.manifest.entries.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(entry.local_path, tmp_path / path)
+    assert agents.load(tmp_path).describe() == policy.describe()
+
+
+def test_fetching_needs_a_login(tmp_path, nobody, capsys):
+    assert command.main(["export", "wandb:team/trim-routing/policy-1:v0", "--out", str(tmp_path / "x")]) == 2
+    assert "fetching needs a login. Say `wandb login`" in capsys.readouterr().err
+
+
+def test_what_is_fetched_is_exported(exported, tmp_path, monkeypatch, capsys):
+    import wandb
+
+    def artifact(name, type):
+        if name.endswith(":v9"):
+            raise wandb.errors.CommError("not found")
+        assert (name, type) == ("team/trim-routing/policy-1:v0", "policy")
+        return SimpleNamespace(download=lambda root: shutil.copytree(exported / "mlp", root))
+
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(artifact=artifact))
+    export(ExportConfig("wandb:team/trim-routing/policy-1:v0", tmp_path / "mine"))
+    assert agents.load(tmp_path / "mine").router.knob == agents.load(exported / "mlp").router.knob
+    assert command.main(["export", "wandb:team/trim-routing/policy-1:v9", "--out", str(tmp_path / "x")]) == 2
+    assert "cannot be fetched (not found)" in capsys.readouterr().err
+
+
+def test_outcomes_of_an_exported_mixture_are_those_of_the_trained_one(runs, exported, tables):
+    found, wanted = run(agents.load(exported / "mixture").router, tables), run(runs.trained["mixture"], tables)
+    assert (found.correct == wanted.correct).all() and (found.cost == wanted.cost).all()
+    assert isinstance(runs.trained["threshold"], Threshold)

@@ -1,0 +1,267 @@
+"""Curves and metrics against hand-worked examples, brute force, and properties that must hold for any points."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from made_outcomes import level, outcomes, references
+
+from agents.evaluation.curves import (
+    Curve,
+    EscalationGain,
+    References,
+    curve_metrics,
+    gain_by_escalations,
+    ibc,
+    point_metrics,
+)
+from agents.evaluation.spread import assign, spread
+from rollouts.errors import DataError
+
+GRID = np.linspace(0, 1, 201)
+# Multiples of 1/64 and 1/16: exact in floating point, so that ties are ties.
+accuracies = st.integers(0, 64).map(lambda i: i / 64)
+costs = st.integers(0, 20).map(lambda i: i / 16)
+point_lists = st.lists(st.tuples(accuracies, costs), max_size=8)
+
+
+def points_of(pairs):
+    return [(float(i), level(accuracy, cost)) for i, (accuracy, cost) in enumerate(pairs)]
+
+
+def curve_of(pairs, small=0.25, large=0.75, scale=1.0):
+    points = [(float(i), level(accuracy, scale * cost)) for i, (accuracy, cost) in enumerate(pairs)]
+    return Curve.of(points, references(small, large, scale))
+
+
+def brute_force(pairs, small, large):
+    """The curve by definition: a point is a knot if no point that costs at most as much is as good or better."""
+    candidates = {(0.0, small), (1.0, large)} | {(c, a) for a, c in pairs if 0 < c <= 1}
+    knots = sorted(
+        (c, a) for c, a in candidates if not any((c2, a2) != (c, a) and c2 <= c and a2 >= a for c2, a2 in candidates)
+    )
+    return [c for c, _ in knots], [a for _, a in knots]
+
+
+def test_hand_worked_curve():
+    # always-small 0.4 at 0, always-large 0.8 at 100 tokens; two points: (0.1, 0.6) and (0.5, 0.76).
+    # Segments: 0 -> 0.1 rises 0.2, 0.1 -> 0.5 rises 0.16, 0.5 -> 1 rises 0.04.
+    points = [(2.0, level(0.76, 50)), (1.0, level(0.6, 10))]
+    curve = Curve.of(points, references())
+    assert np.allclose(
+        curve.accuracy_at(np.array([0, 0.05, 0.1, 0.3, 0.5, 0.75, 1])), [0.4, 0.5, 0.6, 0.68, 0.76, 0.78, 0.8]
+    )
+    # PGR 50 % is accuracy 0.6, exactly at the first point; 80 % is 0.72, 0.12/0.16 of the way from 0.1 to 0.5;
+    # 95 % is 0.78, half of the way from 0.5 to 1, hence by mixing.
+    assert curve.cpt(50) == pytest.approx(0.1)
+    assert curve.cpt(80) == pytest.approx(0.4)
+    assert curve.cpt(95) == pytest.approx(0.75)
+    assert [bool(curve.by_mixing(x)) for x in (50, 80, 90, 95)] == [False, False, False, True]
+    metrics = curve_metrics(curve)
+    assert metrics["cpt_80_cost"] == pytest.approx(40)
+    # At 20 %: 0.6 + 0.16 / 4 = 0.64, PGR (0.64 - 0.4) / 0.4.
+    assert metrics["accuracy_at_20"] == pytest.approx(0.64)
+    assert metrics["pgr_at_20"] == pytest.approx(0.6)
+
+
+def test_hand_worked_delta_ibc():
+    # One point (c, PGR) = (0.25, 0.5). Levels up to 0.5 lie on the line from the origin: ratio 2 at each of 50 levels.
+    # Above: c = 0.25 + (p - 0.5) / 0.5 * 0.75 = 1.5 p - 0.5.
+    expected = np.mean([2.0] * 50 + [p / (1.5 * p - 0.5) for p in np.arange(51, 101) / 100]) - 1
+    curve = Curve.of([(0.0, level(0.6, 25))], references())
+    assert curve.delta_ibc() == pytest.approx(expected)
+    assert Curve.of([], references()).delta_ibc() == pytest.approx(0)  # random mixing
+
+
+def test_hand_worked_operating_point():
+    # Gains 0.2 for 10 tokens: IBC 0.02; always-large gains 0.4 for 100: 0.004; so 5 times as much, a gain of 4.
+    point = level(0.6, 10)
+    assert ibc(point, references()) == pytest.approx(0.02)
+    assert ibc(references().large, references()) == pytest.approx(0.004)
+    metrics = point_metrics(point, references())
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
+        {"accuracy": 0.6, "c": 0.1, "pgr": 0.5, "ibc_gain": 4.0}
+    )
+    assert np.isnan(ibc(references().small, references()))
+
+
+def test_normalised_cost_is_a_ratio_of_sums():
+    # Tokens 30 of 200 and 30 of 100: 60 / 300 = 0.2, not the mean ratio 0.225.
+    small, large = outcomes([0, 0], [0, 0]), outcomes([1, 1], [200, 100])
+    assert point_metrics(outcomes([1, 0], [30, 30]), References(small, large))["c"] == pytest.approx(0.2)
+
+
+def test_accuracy_above_always_large_is_kept():
+    curve = Curve.of([(0.0, level(0.9, 40))], references())
+    assert curve.accuracy_at(np.array([0.4, 0.7, 1.0])).tolist() == pytest.approx([0.9, 0.9, 0.9])
+    assert curve.cpt(95) == pytest.approx(0.4 * 0.38 / 0.5)
+    assert not curve.by_mixing(95)
+    assert curve.cpt(125) == pytest.approx(0.4)
+    assert np.isnan(curve.cpt(126))
+
+
+def test_points_beyond_always_large_and_free_points_are_not_on_the_curve():
+    bare = Curve.of([], references())
+    curve = Curve.of([(0.0, level(0.95, 101)), (1.0, level(0.7, 0))], references())
+    assert np.array_equal(curve.accuracy_at(GRID), bare.accuracy_at(GRID))
+    assert curve.delta_ibc() == bare.delta_ibc()
+    assert curve.by_mixing(50)
+
+
+def test_a_point_equal_to_always_large_does_not_count_as_reaching():
+    """The threshold that always escalates is always-large: levels before it are still reached by mixing."""
+    curve = Curve.of([(0.1, level(0.6, 10)), (1.0, level(0.8, 100))], references())
+    assert curve.by_mixing(95) and not curve.by_mixing(50)
+
+
+def test_dominated_last_point_does_not_hide_mixing():
+    curve = Curve.of([(0.1, level(0.6, 10)), (0.2, level(0.59, 90))], references())
+    assert curve.mixing_from == pytest.approx(0.1)
+    assert curve.by_mixing(80)
+
+
+def test_cost_of_always_small_starts_the_curve():
+    # With small tokens priced, always-small has c 0.2: cheaper budgets buy nothing, random mixing starts there.
+    curve = Curve.of([], references(small_cost=20))
+    assert np.isnan(curve.accuracy_at(np.array([0.1]))[0])
+    assert curve.accuracy_at(np.array([0.2, 0.6])).tolist() == pytest.approx([0.4, 0.6])
+    assert curve.cpt(50) == pytest.approx(0.6)
+    assert np.isnan(curve_metrics(curve)["accuracy_at_15"])
+
+
+@pytest.mark.parametrize("large", [0.4, 0.3])
+def test_no_gap_is_undefined_and_never_an_error(large):
+    curve = Curve.of([(0.0, level(0.5, 10))], references(0.4, large))
+    metrics = curve_metrics(curve)
+    needs_gap = {name for name in metrics if not name.startswith("accuracy")}
+    assert {name for name, value in metrics.items() if np.isnan(value)} == needs_gap
+    assert not curve.by_mixing(50)
+    assert np.isnan(point_metrics(level(0.5, 10), references(0.4, large))["pgr"])
+
+
+def test_free_always_large_is_undefined():
+    metrics = curve_metrics(Curve.of([(0.0, level(0.5, 0))], references(cost=0)))
+    assert all(np.isnan(value) for value in metrics.values())
+
+
+def test_other_problems_are_refused():
+    other = outcomes([0.5, 0.5], [1, 1])
+    with pytest.raises(DataError, match="cannot be paired"):
+        Curve.of([(0.0, other)], references())
+    with pytest.raises(DataError, match="no problems"):
+        References(outcomes([], []), outcomes([], []))
+
+
+@given(point_lists, accuracies, accuracies)
+def test_curve_agrees_with_brute_force(pairs, small, large):
+    assume(small < large)
+    knots = brute_force(pairs, small, large)
+    curve = curve_of(pairs, small, large)
+    assert np.allclose(curve.accuracy_at(GRID), np.interp(GRID, *knots))
+    shares = np.array([0.01, 0.5, 0.8, 0.95, 1.0])
+    levels = small + shares * (large - small)
+    expected = [np.interp(each, knots[1], knots[0]) for each in levels]  # accuracies of knots ascend strictly
+    assert np.allclose(curve.cost_at(shares), expected)
+    steps = np.arange(1, 101) / 100
+    inverse = np.interp(small + steps * (large - small), knots[1], knots[0])
+    assert curve.delta_ibc() == pytest.approx(np.mean(steps / inverse) - 1)
+
+
+@given(point_lists, st.sampled_from([1e-6, 0.37, 3.0, 1e5]))
+def test_scale_of_costs_does_not_matter(pairs, scale):
+    plain, scaled = curve_metrics(curve_of(pairs)), curve_metrics(curve_of(pairs, scale=scale))
+    for name in plain:
+        factor = scale if name.endswith("_cost") else 1.0
+        assert scaled[name] == pytest.approx(factor * plain[name]), name
+
+
+@given(point_lists, st.tuples(accuracies, costs), accuracies, costs)
+def test_a_dominated_point_changes_nothing(pairs, best, loss, extra):
+    assume(0 < best[1] <= 1)
+    before = curve_of([*pairs, best])
+    after = curve_of([*pairs, best, (max(0.0, best[0] - loss), best[1] + extra)])
+    assert np.array_equal(before.accuracy_at(GRID), after.accuracy_at(GRID))
+    assert before.mixing_from == after.mixing_from
+
+
+@given(point_lists, costs, accuracies)
+def test_a_point_on_or_above_the_curve_never_lowers_it(pairs, cost, rise):
+    before = curve_of(pairs)
+    height = before.accuracy_at(np.array([min(cost, 1.0)]))[0]
+    after = curve_of([*pairs, (height + rise, cost)])
+    assert (after.accuracy_at(GRID) >= before.accuracy_at(GRID) - 1e-12).all()
+
+
+@given(point_lists)
+def test_curve_and_cpt_ascend(pairs):
+    curve = curve_of(pairs)
+    assert (np.diff(curve.accuracy_at(GRID)) >= -1e-12).all()
+    cpt = curve.cost_at(np.linspace(0.01, 1, 60))
+    assert (np.diff(cpt) >= -1e-12).all()
+    assert (cpt > 0).all() and (cpt <= 1).all()
+
+
+@given(point_lists, st.sampled_from([50, 80, 95]))
+def test_by_mixing_means_that_no_operating_point_reaches_it(pairs, percent):
+    reached = any(accuracy >= 0.25 + percent / 100 * 0.5 for accuracy, cost in pairs if 0 < cost < 1)
+    assert bool(curve_of(pairs).by_mixing(percent)) == (not reached)
+
+
+@given(point_lists, st.lists(st.integers(1, 9), min_size=3, max_size=3))
+def test_weights_equal_repeated_problems(pairs, counts):
+    """A row of weights gives the curve of data in which each problem appears so many times."""
+    generator = np.random.default_rng(0)
+
+    def on_three(accuracy, cost):
+        return outcomes(accuracy * generator.random(3), cost * (1 + generator.random(3)))
+
+    points = [(0.0, on_three(*pair)) for pair in pairs]
+    refs = References(on_three(0.3, 0.0), on_three(1.0, 1.0))
+    index = np.repeat(np.arange(3), counts)
+    repeated = Curve.of(
+        [(knob, each.take(index)) for knob, each in points], References(refs.small.take(index), refs.large.take(index))
+    )
+    weights = np.array([[1 / 3] * 3, np.array(counts) / sum(counts)])
+    weighted = curve_metrics(Curve.of(points, refs, weights))
+    for i, plain in enumerate((Curve.of(points, refs), repeated)):
+        for name, value in curve_metrics(plain).items():
+            assert weighted[name][i] == pytest.approx(float(value), nan_ok=True), name
+
+
+def test_gain_by_number_of_escalations():
+    # Problems with 0, 2 (2.4 rounded), 2 escalations gain 0, 1 and 0.5.
+    small = outcomes([1, 0, 0], 0)
+    routed = outcomes([1, 1, 0.5], 1, escalations=[0, 2.4, 2])
+    assert gain_by_escalations(routed, small) == (EscalationGain(0, 1, 0.0), EscalationGain(2, 2, 0.75))
+
+
+def test_spread_takes_nearest_candidates_to_equally_spaced_targets():
+    # Targets 0.25, 0.5, 0.75; the cluster at 0.5 gives one point only.
+    shares = [0.02, 0.27, 0.49, 0.5, 0.52, 0.71, 0.97, 1.0, 1.3]
+    chosen = spread([(c, level(c / 2, 100 * c)) for c in reversed(shares)], level(0.8, 100), count=3)
+    assert [knob for knob, _ in chosen] == [0.27, 0.5, 0.71]
+
+
+def test_spread_merges_candidates_that_cost_the_same_and_keeps_the_better():
+    candidates = [(1.0, level(0.5, 30)), (2.0, level(0.6, 30)), (3.0, level(0.6, 30)), (4.0, level(0.7, 60))]
+    assert [knob for knob, _ in spread(candidates, level(0.8, 100))] == [2.0, 4.0]
+
+
+@given(st.lists(st.integers(0, 130), max_size=60), st.integers(1, 16))
+def test_spread_points_are_distinct_and_inside(percents, count):
+    chosen = spread([(float(i), level(0.5, c)) for i, c in enumerate(percents)], level(0.8, 100), count)
+    c = [each.cost[0] for _, each in chosen]
+    assert len(c) == min(count, len({x for x in percents if 0 < x < 100}))
+    assert (np.diff(c) > 0).all()
+    assert all(0 < each < 100 for each in c)
+
+
+@given(st.lists(st.integers(0, 50), min_size=3, max_size=7, unique=True))
+def test_assignment_is_the_best_there_is(values):
+    from itertools import permutations
+
+    targets, values = np.array([11.0, 24.5, 38.0]), np.array(sorted(values), float)
+    chosen = assign(targets, values)
+    best = min(sum(abs(t - v) for t, v in zip(targets, each, strict=True)) for each in permutations(values, 3))
+    assert len(set(chosen)) == 3
+    assert np.abs(targets - values[chosen]).sum() == pytest.approx(best)

@@ -1,0 +1,266 @@
+"""Training: it learns a tiny oracle problem, repeats itself, survives kills, flags and remedies collapse."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_trees import telling
+from scripted_store import scripted_store
+
+from agents.evaluation.oracle import tree_oracle
+from agents.evaluation.splits import Validation
+from agents.evaluation.walk import references, run
+from agents.learners.exact import TreeSettings
+from agents.learners.loop import Training, remedy
+from agents.learners.ppo import PPOAgg, PPOSettings, SeqSettings
+from agents.routers import artefact
+from agents.runs.run import TrainConfig, automatic_lams, resume, train
+from rollouts.errors import ConfigError, StoreError
+from rollouts.trees.compile import compile_store
+from trim_env.tables import decision_tables
+
+ROOT = Path(__file__).parents[3]
+SMALL = PPOSettings(iterations=6, num_envs=64, n_steps=8, batch_size=256, n_epochs=2, hidden=16)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return scripted_store(tmp_path_factory.mktemp("training") / "s", 120).path
+
+
+@pytest.fixture(scope="module")
+def trees(store):
+    return compile_store(store)
+
+
+def test_ppo_solves_a_problem_whose_answer_is_known(trees):
+    tables = decision_tables(telling(trees), "train")
+    learner = PPOAgg(tables, 0.001, replace(SMALL, iterations=40, n_epochs=4), seed=0)
+    before = run(learner.router(), tables).returns(0.001).mean()
+    while not learner.done:
+        record = learner.iterate()
+    best = tree_oracle(tables, 0.001).returns(0.001).mean()
+    after = run(learner.router(), tables).returns(0.001).mean()
+    assert after == pytest.approx(best, abs=0.005)
+    assert before < best - 0.05
+    assert record["train/return"] > best - 0.1  # sampled, so a little below
+
+
+def test_the_router_is_the_policy_that_was_trained(trees):
+    import torch
+
+    tables = decision_tables(trees, "train")
+    learner = PPOAgg(tables, 0.01, SMALL, seed=0)
+    learner.iterate()
+    with torch.no_grad():
+        actions, _ = learner.learner.predict(tables.features, deterministic=True)
+    assert (learner.router().probability(tables.features) == actions).all()
+
+
+def test_lam_rises_to_its_value():
+    shares = [SMALL.lam_share(i) for i in range(6)]
+    assert shares[0] == SMALL.lam_start and shares == sorted(shares) and shares[3:] == [1, 1, 1]
+    assert replace(SMALL, lam_ramp=0.0).lam_share(0) == 1
+
+
+@pytest.mark.parametrize("settings", [PPOSettings, TreeSettings, SeqSettings])
+def test_every_learner_checks_its_settings(settings):
+    name = settings.section
+    for wrong in ({"iterations": 0}, {"hidden": 0}, {"learning_rate": 0.0}, {"learning_rate": math.nan},
+                  {"entropy": -1.0}, {"lam_start": 0.0}, {"lam_ramp": 1.0}):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"{name}.{next(iter(wrong))} "):
+            settings(**wrong)
+    for own in set(settings.counts) - {"iterations", "hidden"}:
+        with pytest.raises(ConfigError, match=f"{name}.{own} is 0, expected at least 1"):
+            settings(**{own: 0})
+
+
+def validation_of(trees):
+    return Validation(lambda indices: decision_tables(trees, indices=indices), trees)
+
+
+def test_same_seed_same_result_another_seed_another(trees):
+    tables, validation = decision_tables(trees, "train"), validation_of(trees)
+    results = [Training(tables, validation, 0.01, SMALL, seed, attempts=1).run() for seed in (3, 3, 4)]
+    first, again, other = (result.router.weights for result in results)
+    assert all((first[name] == again[name]).all() for name in first)
+    assert any((first[name] != other[name]).any() for name in first)
+    assert results[0].records == results[1].records
+
+
+def test_the_best_checkpoint_of_the_choice_half_is_returned(trees):
+    validation = validation_of(trees)
+    result = Training(decision_tables(trees, "train"), validation, 0.01, SMALL, 0, attempts=1).run()
+    best = max(record["validation/return"] for record in result.records)
+    assert run(result.router, validation.choice).returns(0.01).mean() == pytest.approx(best)
+
+
+def test_a_collapsed_router_is_trained_again_and_never_passed_off(trees):
+    """Learning rate 0 leaves a random network, which cannot keep up with telling scores."""
+    clear = telling(trees)
+    tables, validation = decision_tables(clear, "train"), validation_of(clear)
+    stuck = replace(SMALL, iterations=2, learning_rate=1e-12)
+    alone = Training(tables, validation, 0.001, stuck, 1, attempts=1).run()
+    assert alone.attempts == 1 and not alone.fine
+    helped = Training(tables, validation, 0.001, stuck, 1, attempts=2).run()
+    assert helped.attempts == 2
+    assert helped.fine  # the warm start alone imitates the best threshold
+    assert len(helped.records) == 2 + remedy(stuck, 1).iterations
+
+
+def test_a_warm_start_leaves_out_nodes_where_the_small_model_was_never_asked(tmp_path):
+    """Beyond K escalations a bounded store has always-large's path, without proposals of the small model."""
+    trees = compile_store(scripted_store(tmp_path / "s", 60, max_escalations=1), cache=False)
+    assert np.isnan(trees.score[:, 0]).any()
+    validation = Validation(lambda indices: decision_tables(trees, indices=indices), trees)
+    stuck = replace(SMALL, iterations=1, learning_rate=1e-12)
+    result = Training(decision_tables(trees, "train"), validation, 0.001, stuck, 1, attempts=3).run()
+    assert result.attempts > 1
+    assert all(np.isfinite(values).all() for values in result.router.weights.values())
+
+
+def test_automatic_lams_span_the_point_where_both_models_are_even(trees):
+    correct = trees.correct.copy()
+    correct[:, 1] = np.where(correct[:, 1] >= 0, 0, -1)
+    with pytest.raises(ConfigError, match="nothing to route for"):
+        automatic_lams(replace(trees, correct=correct), TrainConfig())
+    lams = automatic_lams(trees, TrainConfig())
+    both = references(decision_tables(trees, "train"))
+    even = (both.large.correct.mean() - both.small.correct.mean()) / both.large.cost.mean()
+    assert len(lams) == 6 and list(lams) == sorted(lams)
+    assert (lams[0], lams[-1]) == (pytest.approx(even / 8, rel=0.05), pytest.approx(even * 4, rel=0.05))
+
+
+@pytest.fixture
+def configured(store, tmp_path):
+    return TrainConfig(str(store), lam=(0.02,), out=tmp_path / "run", tracking="none", ppo=SMALL, attempts=2)
+
+
+def test_a_run_folder_has_everything(configured):
+    trained = train(replace(configured, lam=(0.005, 0.05)))
+    folder = trained.folder
+    described = json.loads((folder / "config.json").read_text())
+    assert described["rollouts"]["hash"] == compile_store(configured.rollouts).meta["hash"]
+    assert described["versions"]["torch"] and described["config"]["ppo"]["iterations"] == SMALL.iterations
+    assert (folder / "curve.png").stat().st_size > 10_000 and (folder / "curve.svg").exists()
+    report = (folder / "report.txt").read_text()
+    for lam, router in trained.routers.items():
+        place = folder / f"lam-{lam:g}"
+        lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+        assert {"train/return", "validation/return", "train/approx_kl", "validation/share"} <= lines[0].keys()
+        assert (place / "training.png").stat().st_size > 10_000
+        stored = artefact.load(place / "policy")
+        assert all((stored.router.weights[name] == router.weights[name]).all() for name in router.weights)
+        assert stored.about["rollouts"]["hash"] == described["rollouts"]["hash"]
+        assert trained.health[lam].sentence in report
+
+
+def test_threshold_agent_stores_the_best_threshold(configured):
+    trained = train(replace(configured, agent="threshold"))
+    router = artefact.load(trained.folder / "lam-0.02" / "policy").router
+    trees = compile_store(configured.rollouts)
+    assert router == validation_of(trees).candidates.best(0.02).threshold
+
+
+def test_a_finished_run_resumes_to_itself(configured):
+    first = train(configured)
+    again = resume(configured.out)
+    assert again.health == first.health
+
+
+def test_bad_settings_are_refused_before_anything_is_written(configured, tmp_path, store):
+    def refused(message, kind=ConfigError, **changes):
+        with pytest.raises(kind, match=message):
+            train(replace(configured, **changes))
+        assert not configured.out.exists()
+
+    refused("Unknown agent 'ppo-ag'. Did you mean 'ppo-agg'", agent="ppo-ag")
+    refused("Unknown feature schema 'ag'. Did you mean 'agg'", schema="ag")
+    refused("Unknown cost model 'decode'. Did you mean 'decode-only'", cost="decode")
+    refused("Unknown tracking 'wanb'. Did you mean 'wandb'", tracking="wanb")
+    refused("lam is -1", lam=(-1.0,))
+    refused("names a value twice", lam=(0.1, 0.1))
+    refused("no rollout store here", kind=StoreError, rollouts=str(tmp_path / "nowhere"))
+    bare = scripted_store(tmp_path / "bare", 30, splits=("train", "test")).path
+    refused("No trees in split 'validation'", kind=StoreError, rollouts=str(bare))
+    configured.out.mkdir()
+    (configured.out / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="nothing was overwritten"):
+        train(configured)
+    assert [file.name for file in configured.out.iterdir()] == ["mine.txt"]
+
+
+def test_resuming_on_changed_rollouts_is_refused(configured, tmp_path):
+    train(configured)
+    file = configured.out / "config.json"
+    described = json.loads(file.read_text())
+    file.write_text(json.dumps({**described, "rollouts": {**described["rollouts"], "hash": "other"}}))
+    with pytest.raises(StoreError, match="the run was begun on other"):
+        resume(configured.out)
+    with pytest.raises(ConfigError, match="no run to resume"):
+        resume(tmp_path)
+
+
+def command(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "COLUMNS": "200"}
+    line = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_a_killed_run_resumes_to_the_same_end(store, tmp_path):
+    plain = ["--rollouts", store, "--lam", "0.01", "--tracking", "none", "--ppo.num-envs", "64", "--ppo.n-steps", "8"]
+    plain += ["--ppo.iterations", "40", "--ppo.hidden", "16", "--attempts", "1"]
+    whole = command(*plain, "--out", tmp_path / "whole")
+    assert whole.wait(200) == 0, whole.stderr.read()
+    killed = command(*plain, "--out", tmp_path / "killed")
+    lines = tmp_path / "killed" / "lam-0.01" / "metrics.jsonl"
+    for target in (5, 17):
+        deadline = time.monotonic() + 100
+        while not lines.exists() or lines.read_text().count("\n") < target:
+            assert time.monotonic() < deadline and killed.poll() is None
+            time.sleep(0.005)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        assert not (tmp_path / "killed" / "lam-0.01" / "policy").exists()
+        killed = command("--resume", tmp_path / "killed")
+    assert killed.wait(200) == 0, killed.stderr.read()
+    assert lines.read_text() == (tmp_path / "whole" / "lam-0.01" / "metrics.jsonl").read_text()
+    ends = [artefact.load(tmp_path / name / "lam-0.01" / "policy") for name in ("whole", "killed")]
+    assert all((ends[0].router.weights[name] == ends[1].router.weights[name]).all() for name in ends[0].router.weights)
+    assert ends[0].about == ends[1].about
+
+
+def test_one_policy_for_a_range_of_lam(configured):
+    trained = train(replace(configured, lam=(), lam_range=(0.002, 0.2)))
+    stored = artefact.load(trained.folder / "lam-0.002-to-0.2" / "policy").router
+    assert (stored.low, stored.high) == (0.002, 0.2) and len(trained.routers) == 5
+    trees = compile_store(configured.rollouts)
+    features = decision_tables(trees, "test").features
+    for lam in (0.002, 0.017, 0.2):
+        told = np.concatenate([features, np.full((len(features), 1), np.log10(lam) + 3, np.float32)], axis=1)
+        whole = replace(stored.at(lam), weights=stored.weights)  # the network with λ as its last input
+        assert stored.at(lam).logits(features) == pytest.approx(whole.logits(told), abs=1e-5)
+    for lam in (0.001, 0.3, 0.0):
+        with pytest.raises(ConfigError, match="this policy was trained for 0.002 to 0.2"):
+            stored.at(lam)
+    assert resume(configured.out).health == trained.health
+
+
+def test_a_policy_told_lam_spends_less_where_it_is_dearer(trees):
+    tables = decision_tables(telling(trees), "train")
+    learner = PPOAgg(tables, (0.001, 0.5), replace(SMALL, iterations=40, num_envs=256), seed=0)
+    while not learner.done:
+        learner.iterate()
+    router = learner.router()
+    cheap, dear = run(router.at(0.001), tables), run(router.at(0.5), tables)
+    assert dear.large_tokens.mean() < 0.2 * cheap.large_tokens.mean()
+    assert cheap.correct.mean() > dear.correct.mean() + 0.05

@@ -1,0 +1,113 @@
+"""The command line on real models, without vLLM: every command, each as a user would type it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rollouts.__main__ import main
+from rollouts.config import embedded_family
+from rollouts.store.store import Store
+from rollouts.tinymath import model_dir
+
+PROBLEMS = [
+    "--problems",
+    "tinymath:test",
+    "--limit",
+    "5",
+    "--models",
+    "tinymath:transformers",
+    "--max-escalations",
+    "1",
+]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "trees"
+    assert main(["generate", str(out), *PROBLEMS]) == 0
+    return out
+
+
+def rows(store):
+    found = [row for table in Store(store).steps.read() for row in table.to_pylist()]
+    return {(row["problem"], row["prefix"], row["role"]): row["text"] for row in found}
+
+
+def test_stats_show_and_verify(store, tmp_path, capsys):
+    capsys.readouterr()
+    assert main(["stats", str(store), "--json-out", str(tmp_path / "s.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "always-small accuracy" in printed and "steps ended by boxed" in printed
+    numbers = json.loads((tmp_path / "s.json").read_text())
+    assert numbers["splits"]["test"]["trees"] == 5 and numbers["meta"]["max_escalations"] == 1
+    assert main(["show", str(store), "--problem", "tinymath-test-00003"]) == 0
+    shown = capsys.readouterr().out
+    assert "Find d" in shown and "tok" in shown and ("right (" in shown or "wrong (" in shown)
+    assert main(["show", str(store), "--problem", "tinymath-test-0003"]) == 2
+    assert "Did you mean" in capsys.readouterr().err
+    assert main(["verify", str(store)]) == 0
+
+
+def test_the_same_command_again_does_nothing(store, capsys):
+    before = rows(store)
+    assert main(["generate", str(store), *PROBLEMS]) == 0
+    assert "All 5 trees are there" in capsys.readouterr().err
+    assert rows(store) == before
+
+
+def test_one_model_at_a_time_gives_the_same_store(store, tmp_path):
+    assert main(["generate", str(tmp_path / "s"), *PROBLEMS, "--sequential", "--no-score"]) == 0
+    assert rows(tmp_path / "s") == rows(store)
+
+
+def test_another_setting_is_refused(store, capsys):
+    assert main(["generate", str(store), *PROBLEMS[:-1], "2"]) == 2
+    assert "max_escalations is 1 there and 2 here" in capsys.readouterr().err
+
+
+def test_expand_reaches_beyond_the_cap(store, capsys):
+    before = rows(store)
+    models = ["--models", "tinymath:transformers"]
+    assert main(["expand", str(store), "--router", "threshold:0.9", *models]) == 0
+    after = rows(store)
+    assert before.items() <= after.items()
+    assert main(["verify", str(store)]) == 0
+    assert main(["expand", str(store), "--router", "treshold:0.9", *models]) == 2
+    assert "Did you mean 'threshold'" in capsys.readouterr().err
+
+
+def test_likelihood_needs_no_reward_model(store, tmp_path):
+    values = embedded_family("transformers").model_dump()
+    file = tmp_path / "models.toml"
+    sections = ["[scorer]\nkind = 'likelihood'\nunder = 'large'\nname = 'likely'\n"]
+    for role in ("small", "large"):
+        model = values[role]
+        sections.append(
+            f"[{role}]\nbackend = 'transformers'\nmodel = '{model_dir(role)}'\nname = '{model['name']}'\n"
+            f"dtype = 'float32'\nmax_length = 1024\n"
+        )
+    file.write_text("\n".join(sections))
+    assert main(["score", str(store), "--models", str(file)]) == 0
+    assert Store(store).names("scores") == ["likely", "tinymath-prm"]
+    assert main(["stats", str(store)]) == 2  # which of the two?
+    assert main(["stats", str(store), "--scorer", "likely"]) == 0
+    assert main(["grade", str(store), "--grader", "numeric"]) == 0
+    assert Store(store).names("grades") == ["exact", "numeric"]
+
+
+def test_dry_run_estimates_and_writes_nothing(tmp_path, capsys):
+    assert main(["generate", str(tmp_path / "s"), *PROBLEMS, "--dry-run"]) == 0
+    printed = capsys.readouterr().err
+    assert "Estimate for 5 trees" in printed and "tokens decoded" in printed
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_token_budget_stops_the_run_and_a_new_one_goes_on(tmp_path, capsys, store):
+    out = str(tmp_path / "s")
+    assert main(["generate", out, *PROBLEMS, "--max-large-tokens", "30", "--no-score"]) == 0
+    assert "token budget is spent" in capsys.readouterr().err
+    assert 0 < len(rows(out))
+    assert main(["generate", out, *PROBLEMS]) == 0
+    assert main(["verify", out]) == 0

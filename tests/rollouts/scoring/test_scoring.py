@@ -1,0 +1,141 @@
+"""Scorers: the self-test finds wrong ones, and inputs that do not fit are never truncated or padded."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Future
+
+import pytest
+
+from rollouts.errors import BackendError, ConfigError
+from rollouts.models.base import Capabilities, Completion, LogprobRequest, PoolingRequest
+from rollouts.scoring.base import EXAMPLES, score_paths, self_test
+from rollouts.scoring.likelihood import LikelihoodScorer
+from rollouts.scoring.prm import RewardScorer
+from rollouts.scoring.self_evaluation import SelfEvaluationScorer, read_digit
+from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
+from rollouts.tinymath import model_dir
+
+RIGHT = {example.right[-1] for example in EXAMPLES}
+
+
+class Stub:
+    """Scores paths by a function of the question and the steps so far."""
+
+    name = "stub"
+    tolerance = 1e-6
+
+    def __init__(self, rule, count=lambda n: n):
+        self.rule, self.count = rule, count
+
+    def process(self):
+        return {}
+
+    def submit(self, question, steps):
+        future: Future = Future()
+        future.set_result([self.rule(steps, i) for i in range(self.count(len(steps)))])
+        return future
+
+
+def good(steps, i):
+    return 0.9 if i == 0 or steps[i] in RIGHT else 0.2
+
+
+def test_a_good_scorer_passes():
+    assert self_test(Stub(good)) == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [
+        (Stub(lambda steps, i: 1 - good(steps, i)), "prefers wrong steps"),
+        (Stub(lambda steps, i: 0.5), "prefers wrong steps"),
+        (Stub(good, count=lambda n: 1), "1 scores for 2 steps"),
+        (Stub(lambda steps, i: 3.0), r"expected numbers in \[0, 1\]"),
+        (Stub(lambda steps, i: float("nan")), r"expected numbers in \[0, 1\]"),
+        (Stub(lambda steps, i: 0.9 / len(steps)), "must not depend on later steps"),
+    ],
+)
+def test_wrong_scorers_are_found(scorer, message):
+    with pytest.raises(ConfigError, match=message):
+        self_test(scorer)
+
+
+class Answers:
+    """A backend that answers at once."""
+
+    role = "scorer"
+
+    def __init__(self, answer, window=1024, **can):
+        self.answer, self.window = answer, window
+        self.capabilities = Capabilities(**can)
+        self.requests: list = []
+
+    def submit(self, request):
+        self.requests.append(request)
+        future: Future = Future()
+        future.set_result(self.answer(request))
+        return future
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(str(model_dir("small")))
+
+
+STEPS = ["a=1\n\n", "b=2\n\n", "c=3"]
+
+
+def test_prm_scores_what_fits_and_nothing_else(tokenizer):
+    prompts = RewardFormat(tokenizer, None, "<extra_0>")
+    tags = prompts.step_tag_id
+    backend = Answers(lambda r: [0.5] * r.ids.count(tags), window=len(prompts.ids("q", STEPS[:2])), pooling=True)
+    scorer = RewardScorer("prm", backend, prompts, "m")
+    assert score_paths(scorer, [("q", STEPS)]) == [[0.5, 0.5, None]]
+    assert isinstance(backend.requests[0], PoolingRequest) and backend.requests[0].ids == prompts.ids("q", STEPS[:2])
+    assert scorer.has_room("q", STEPS[:1]) and not scorer.has_room("q", STEPS)
+    assert score_paths(scorer, [("q" * 999, STEPS)]) == [[None, None, None]]
+
+
+def test_a_reward_model_that_answers_with_another_count_is_an_error(tokenizer):
+    scorer = RewardScorer(
+        "prm", Answers(lambda r: [0.5], pooling=True), RewardFormat(tokenizer, None, "<extra_0>"), "m"
+    )
+    with pytest.raises(BackendError, match="1 scores came back for 3 steps"):
+        score_paths(scorer, [("q", STEPS)])
+
+
+def test_what_a_backend_lacks_is_an_error_before_the_run(tokenizer):
+    with pytest.raises(ConfigError, match="pooling"):
+        RewardScorer("prm", Answers(None), RewardFormat(tokenizer, None, "<extra_0>"), "m")
+    with pytest.raises(ConfigError, match="log-probabilities"):
+        LikelihoodScorer("l", Answers(None), PromptFormat(tokenizer), "m")
+
+
+def test_likelihood_is_the_least_token_probability_of_each_step(tokenizer):
+    prompts = PromptFormat(tokenizer)
+    ids, positions = prompts.step_spans("q", STEPS)
+
+    def answer(request: LogprobRequest):
+        return [math.log(0.9) - 0.01 * (i % 7) for i in range(request.start, len(request.ids))]
+
+    backend = Answers(answer, prompt_logprobs=True)
+    scorer = LikelihoodScorer("l", backend, prompts, "m")
+    (scores,) = score_paths(scorer, [("q", STEPS)])
+    for score, start, end in zip(scores, positions, positions[1:], strict=False):
+        assert score == pytest.approx(0.9 * math.exp(-0.01 * max(i % 7 for i in range(start, end))))
+    small = Answers(answer, window=positions[2], prompt_logprobs=True)
+    (cut,) = score_paths(LikelihoodScorer("l", small, prompts, "m"), [("q", STEPS)])
+    assert cut[0] == scores[0] and cut[1:] == [None, None]
+    assert score_paths(scorer, [("q", [""])]) == [[0.0]]
+
+
+def test_self_evaluation_asks_about_every_step(tokenizer):
+    replies = iter(["9", " I say 3.", "no idea"])
+    backend = Answers(lambda r: Completion(next(replies), 2, None, "eos"))
+    (scores,) = score_paths(SelfEvaluationScorer("s", backend, tokenizer, "m"), [("q", STEPS)])
+    assert scores == [1.0, pytest.approx(1 / 3), None]
+    assert all(request.sampling.temperature == 0 for request in backend.requests)
+    shown = tokenizer.decode(backend.requests[1].prompt_ids)
+    assert "Step 2: b=2" in shown and "c=3" not in shown
+    assert read_digit("") is None

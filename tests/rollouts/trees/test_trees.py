@@ -1,0 +1,335 @@
+"""Growing, storing, compiling and walking trees, against brute force over scripted models."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from handmade import ScriptedScorer, ScriptedWriter, ShuffledWriter, problem, process
+
+from rollouts.errors import BackendError, StoreError
+from rollouts.store.store import Store
+from rollouts.tasks.grading import make_grader
+from rollouts.text.steps import Prefix, solution_text
+from rollouts.trees.annotate import grade_store, score_store
+from rollouts.trees.arrays import MISSING, walk
+from rollouts.trees.compile import compile_store
+from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, load_trees
+from rollouts.trees.on_policy import FEATURES, expand_on_policy
+from rollouts.trees.stats import oracle, split_statistics
+from rollouts.trees.tree import LARGE, ROLES, SMALL, RolloutTree
+
+PROBLEMS = [problem(f"p{i}", "train" if i % 2 else "test") for i in range(6)]
+
+
+def writers(asked=None):
+    return {role: ScriptedWriter(role, asked=asked) for role in ROLES}
+
+
+def grow(path, max_escalations=None, replicas=2, who=None, **options) -> Store:
+    store = Store.create(path, process(max_escalations))
+    store.add_problems(PROBLEMS)
+    trees = load_trees(store, PROBLEMS, replicas, max_escalations, chunk=4)
+    Grower(who or writers(), StepBuffer(store.steps), **options).run(trees)
+    return store
+
+
+def finish(store: Store) -> Store:
+    score_store(store, ScriptedScorer())
+    grade_store(store, make_grader("exact"))
+    return store
+
+
+def all_steps(store: Store) -> dict:
+    rows = itertools.chain.from_iterable(table.to_pylist() for table in store.steps.read())
+    return {(r["problem"], r["replica"], r["prefix"], r["role"]): (r["text"], r["tokens"]) for r in rows}
+
+
+def paths(item, replica, limit=99):
+    """Yield every path of the scripted models as (actions, texts), by brute force."""
+    who = writers()
+
+    def extend(texts, actions):
+        for action, role in enumerate(ROLES):
+            if sum(actions) + action > limit:
+                continue
+            step = who[role].step(Prefix(item.id, item.question, replica, (), 0), texts)
+            if step.terminal:
+                yield (*actions, action), (*texts, step.text)
+            else:
+                yield from extend((*texts, step.text), (*actions, action))
+
+    yield from extend((), ())
+
+
+def follow(tree: RolloutTree, actions):
+    node, texts = tree.root, []
+    for action in actions:
+        step = node.proposals[ROLES[action]]
+        texts.append(step.text)
+        node = tree.child(node, ROLES[action])
+    assert node is None
+    return tuple(texts)
+
+
+@pytest.mark.parametrize("cap", [None, 0, 1, 2])
+def test_every_path_within_the_cap_exists_and_so_does_always_large(tmp_path, cap):
+    store = grow(tmp_path / "s", cap)
+    limit = 99 if cap is None else cap
+    for tree in load_trees(store, PROBLEMS, 2, cap):
+        assert tree.missing() == 0 and tree.orphans == 0
+        wanted = dict(paths(tree.problem, tree.replica, limit))
+        assert all(follow(tree, actions) == texts for actions, texts in wanted.items())
+        node, depth = tree.root, 0
+        while node is not None:
+            node, depth = tree.child(node, LARGE) if LARGE in node.proposals else pytest.fail("gap"), depth + 1
+        if cap is not None:  # nothing beyond the closure
+            beyond = [n for n in tree.nodes.values() if n.escalations > cap and not n.all_large]
+            assert not beyond
+
+
+@pytest.mark.parametrize("cap", [None, 0, 1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_answers_in_any_order_give_the_same_closed_trees(tmp_path, cap, seed):
+    shuffled = grow(tmp_path / "a", cap, who={role: ShuffledWriter(role, seed) for role in ROLES})
+    ordered = grow(tmp_path / "b", cap, who={role: ScriptedWriter(role, merge=2) for role in ROLES})
+    assert all(tree.missing() == 0 for tree in load_trees(shuffled, PROBLEMS, 2, cap))
+    assert all_steps(shuffled) == all_steps(ordered)
+
+
+def test_large_is_asked_for_single_steps_and_nothing_twice(tmp_path):
+    asked = []
+    grow(tmp_path / "s", who=writers(asked))
+    assert len({item[:4] for item in asked}) == len(asked)
+    assert not any(whole for *_, role, whole in asked if role == LARGE)
+    assert all(whole for *_, role, whole in asked if role == SMALL)
+    written = len(all_steps(Store(tmp_path / "s")))
+    small_requests = sum(role == SMALL for *_, role, _ in asked)
+    assert small_requests < written / 3  # most small proposals come from longer requests
+
+
+@pytest.mark.parametrize("cap", [None, 1])
+def test_one_role_at_a_time_gives_the_same_store(tmp_path, cap):
+    together = grow(tmp_path / "a", cap)
+    store = Store.create(tmp_path / "b", process(cap))
+    store.add_problems(PROBLEMS)
+    buffer = StepBuffer(store.steps)
+
+    class Opened:
+        def __init__(self, role):
+            self.writer = ScriptedWriter(role)
+
+        def __enter__(self):
+            return self.writer
+
+        def __exit__(self, *_):
+            pass
+
+    left = grow_sequentially(Opened, lambda: load_trees(store, PROBLEMS, 2, cap), lambda who: Grower(who, buffer))
+    assert left == 0
+    assert all_steps(store) == all_steps(together)
+
+
+class DyingWriter(ScriptedWriter):
+    def __init__(self, role, after, asked):
+        super().__init__(role, asked=asked)
+        self.left = after
+
+    def submit(self, prefix, *, whole):
+        self.left -= 1
+        if self.left < 0:
+            raise BackendError("large: gone")
+        return super().submit(prefix, whole=whole)
+
+
+def test_a_dead_model_loses_nothing_and_the_rest_is_generated_once(tmp_path):
+    reference = all_steps(grow(tmp_path / "whole"))
+    asked: list = []
+    before: dict = {}
+    for attempt in range(1, 40):
+        who = {SMALL: ScriptedWriter(SMALL, asked=asked), LARGE: DyingWriter(LARGE, attempt, asked)}
+        try:
+            grow(tmp_path / "cut", who=who, in_flight=3)
+        except BackendError as error:
+            assert "large" in str(error)
+        now = all_steps(Store(tmp_path / "cut"))
+        assert all(now[key] == value for key, value in before.items())
+        before = now
+        if now == reference:
+            break
+    assert before == reference
+    assert len({item[:4] for item in asked}) == len(asked)
+
+
+def test_token_budget_stops_and_resumes(tmp_path):
+    store = Store.create(tmp_path / "s", process())
+    store.add_problems(PROBLEMS)
+    for _ in range(50):
+        grower = Grower(writers(), StepBuffer(store.steps), max_large_tokens=40)
+        still_open = grower.run(load_trees(store, PROBLEMS, 2, None))
+        assert grower.progress.tokens[LARGE] < 40 + 10 * 20  # what was under way may finish
+        if not still_open:
+            break
+        assert grower.budget_spent
+    assert all_steps(store) == all_steps(grow(tmp_path / "whole"))
+
+
+def test_of_duplicate_keys_the_first_wins(tmp_path):
+    store = finish(grow(tmp_path / "s"))
+    rows = store.steps.read_shard(store.steps.shards()[0]).to_pydict()
+    rows["text"] = ["other\n\n"] * len(rows["text"])
+    before = all_paths_of(store)
+    store.steps.append(rows)
+    assert all_paths_of(store) == before
+
+
+def all_paths_of(store):
+    return [sorted(n.steps for n in tree.nodes.values()) for tree in load_trees(store, PROBLEMS, 2, None)]
+
+
+def test_compaction_keeps_every_row_once(tmp_path):
+    store = grow(tmp_path / "s")
+    rows, counters = all_steps(store), store.steps.counters()
+    duplicate = store.steps.read_shard(store.steps.shards()[0]).to_pydict()
+    store.steps.append(duplicate)
+    store.steps.compact()
+    assert len(store.steps.shards()) == 1 and store.steps.rows() == len(rows)
+    assert all_steps(store) == rows and store.steps.counters() == counters
+    store.steps.append(duplicate)  # numbering goes on after compaction
+    assert len(store.steps.shards()) == 2
+
+
+@pytest.mark.parametrize("cap", [None, 1])
+def test_compiled_walks_equal_brute_force(tmp_path, cap):
+    store = finish(grow(tmp_path / "s", cap))
+    trees = compile_store(store, cache=False)
+    who, scorer = writers(), ScriptedScorer()
+    generator = np.random.default_rng(0)
+    for index in trees.select():
+        item = next(p for p in PROBLEMS if p.id == trees.problem_ids[trees.problem[index]])
+        replica = int(trees.replica[index])
+        for _ in range(6):
+            plan = generator.integers(0, 2, 30)
+            if cap is not None:
+                plan = plan * (np.cumsum(plan) <= cap)
+            where = {"t": 0}
+
+            def policy(rows, plan=plan, where=where):
+                where["t"] += 1
+                return np.array([plan[where["t"] - 1]])
+
+            got = walk(trees, np.array([index]), policy)
+            texts, large, steps, scores, node = (), 0, 0, [], trees.root[index]
+            while True:
+                role = ROLES[plan[steps]]
+                prefix = Prefix(item.id, item.question, replica, (), 0)
+                assert trees.min_score[node] == pytest.approx(min(scores, default=1.0))
+                assert trees.product_score[node] == pytest.approx(np.prod(scores) if scores else 1.0)
+                assert trees.score[node, 0] == pytest.approx(
+                    scorer.of(item.question, (*texts, who[SMALL].step(prefix, texts).text))
+                )
+                step = who[role].step(prefix, texts)
+                texts = (*texts, step.text)
+                scores.append(scorer.of(item.question, texts))
+                large += step.tokens * (role == LARGE)
+                node = trees.child[node, plan[steps]]
+                steps += 1
+                if step.terminal:
+                    break
+            assert got.large_tokens[0] == large and got.steps[0] == steps
+            assert got.correct[0] == ("\\boxed{7}" in solution_text(texts))
+            assert got.escalations[0] == sum(plan[:steps])
+
+
+def test_merged_nodes_share_a_child_and_the_small_models_token_count(tmp_path):
+    trees = compile_store(finish(grow(tmp_path / "s")), cache=False)
+    same = (trees.child[:, 0] == trees.child[:, 1]) & (trees.child[:, 0] >= 0)
+    assert same.sum() > 5
+    assert (trees.accepted_tokens[same, 0] == trees.accepted_tokens[same, 1]).all()
+    assert (trees.score[same, 0] == trees.score[same, 1]).all()
+
+
+def test_beyond_the_cap_is_an_error_that_names_it(tmp_path):
+    trees = compile_store(finish(grow(tmp_path / "s", 1)), cache=False)
+    alternate = {"t": 0}
+
+    def policy(rows):
+        alternate["t"] += 1
+        return np.full(len(rows), alternate["t"] % 3 != 0).astype(int)
+
+    with pytest.raises(StoreError, match="K = 1"):
+        walk(trees, trees.select(), policy)
+
+
+def test_oracle_equals_the_best_of_all_paths(tmp_path):
+    store = finish(grow(tmp_path / "s"))
+    trees = compile_store(store, cache=False)
+    reachable, cost = oracle(trees)
+    for index in trees.select():
+        item = next(p for p in PROBLEMS if p.id == trees.problem_ids[trees.problem[index]])
+        replica = int(trees.replica[index])
+        right = []
+        for actions, texts in paths(item, replica):
+            if "\\boxed{7}" in texts[-1]:
+                plan = iter(actions)
+                got = walk(trees, np.array([index]), lambda rows, plan=plan: np.array([next(plan)]))
+                right.append(int(got.large_tokens[0]))
+        assert reachable[trees.root[index]] == bool(right)
+        if right:
+            assert cost[trees.root[index]] == min(right)
+
+
+def test_compiling_is_cached_by_content(tmp_path):
+    store = finish(grow(tmp_path / "s"))
+    first = compile_store(store)
+    again = compile_store(tmp_path / "s")
+    assert again.meta["hash"] == first.meta["hash"] and np.array_equal(first.child, again.child)
+    assert isinstance(again.child, np.memmap)
+    assert split_statistics(again, "train").trees == 6
+
+
+@pytest.mark.parametrize(("kind", "remedy"), [("scores", "score"), ("grades", "grade")])
+def test_missing_annotations_are_named_with_the_remedy(tmp_path, kind, remedy):
+    store = grow(tmp_path / "s")
+    if kind == "grades":
+        score_store(store, ScriptedScorer(), PROBLEMS)
+    with pytest.raises(StoreError, match=f"rollouts {remedy}"):
+        compile_store(store)
+    if kind == "scores":
+        score_store(store, ScriptedScorer(), PROBLEMS[:2])
+        grade_store(store, make_grader("exact"))
+        with pytest.raises(StoreError, match="no score"):
+            compile_store(store)
+
+
+def test_scoring_shares_prefixes_and_resumes(tmp_path):
+    store = grow(tmp_path / "s")
+    scorer = ScriptedScorer()
+    report = score_store(store, scorer, PROBLEMS[:3])
+    assert scorer.paths < report.rows
+    rest = score_store(store, scorer)
+    assert report.rows + rest.rows == store.steps.rows()
+    assert score_store(store, scorer).rows == 0
+    for table in store.scores("scripted").read():
+        assert len({tuple(row[name] for name in ("problem", "replica", "prefix", "role")) for row in table.to_pylist()})
+
+
+def test_on_policy_expansion_adds_what_the_router_reaches(tmp_path):
+    store = finish(grow(tmp_path / "s", 1))
+    before = all_steps(store)
+
+    def router(rows):
+        assert rows.shape[1] == len(FEATURES)
+        return rows[:, 0] < 0.8
+
+    added = expand_on_policy(store, writers(), ScriptedScorer(), router, PROBLEMS)
+    assert added > 0
+    after = all_steps(store)
+    assert all(after[key] == value for key, value in before.items()) and len(after) == len(before) + added
+    grade_store(store, make_grader("exact"))
+    trees = compile_store(store, cache=False)
+    got = walk(trees, trees.select(), lambda rows: (trees.score[rows, 0] < 0.8).astype(int))
+    assert got.escalations.max() > 1
+    assert (trees.child == MISSING).any()
+    assert expand_on_policy(store, writers(), ScriptedScorer(), router, PROBLEMS) == 0
