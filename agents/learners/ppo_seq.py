@@ -2,7 +2,8 @@
 
 The objective, the rise of λ and everything else is that of TRIM-Agg (`agents.learners.ppo`); only the network
 differs. It is a features extractor of Stable-Baselines3, shared by policy and value function, over the flat
-observations of the `seq` schema. There is no dropout, so log-probabilities are the same while collecting and while learning.
+observations of the `seq` schema. There is no dropout, so log-probabilities are the same while collecting and while
+learning.
 """
 
 from __future__ import annotations

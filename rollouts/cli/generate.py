@@ -13,7 +13,7 @@ from rollouts.cli.inspect import Repair, Show, Stats, StorePath, Verify
 from rollouts.config import load_family
 from rollouts.errors import ConfigError, DataError
 from rollouts.family import Family
-from rollouts.progress import console, progress_bar
+from rollouts.cli.progress import console, progress_bar
 from rollouts.scoring.base import self_test_examples
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader, make_grader

@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from rollouts.errors import StoreError, did_you_mean
-from rollouts.progress import progress_bar
+from rollouts.cli.progress import progress_bar
 from rollouts.store.store import Store
 from rollouts.trees.grow import load_trees
 
