@@ -1,4 +1,4 @@
-"""Others' work by name: ``module:object`` stands for an object of the user's own wherever a name of ours could stand."""
+"""Others' work by name: ``module:object`` stands for an object of the user's own where a name of ours could stand."""
 
 from __future__ import annotations
 

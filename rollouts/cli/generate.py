@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from rollouts.cli.inspect import Repair, Show, Stats, StorePath, Verify
+from rollouts.cli.progress import console, progress_bar
 from rollouts.config import load_family
 from rollouts.errors import ConfigError, DataError
 from rollouts.family import Family
-from rollouts.cli.progress import console, progress_bar
 from rollouts.scoring.base import self_test_examples
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader, make_grader

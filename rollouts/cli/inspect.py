@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from rollouts.errors import StoreError, did_you_mean
 from rollouts.cli.progress import progress_bar
+from rollouts.errors import StoreError, did_you_mean
 from rollouts.store.store import Store
 from rollouts.trees.grow import load_trees
 
