@@ -27,9 +27,8 @@ from rollouts.models.base import CompletionRequest
 from rollouts.models.stepwise import StepModel, next_steps
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem, load_problems
-from rollouts.text.steps import Prefix
+from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix
 from rollouts.trees.grow import Grower, StepBuffer, load_trees
-from rollouts.trees.tree import LARGE, ROLES, SMALL
 
 
 @dataclass(frozen=True)

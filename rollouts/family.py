@@ -19,8 +19,7 @@ from rollouts.scoring.likelihood import LikelihoodScorer
 from rollouts.scoring.prm import RewardScorer
 from rollouts.store.store import Store
 from rollouts.text.prompts import PromptFormat, RewardFormat, has_room, load_tokenizer
-from rollouts.text.steps import DELIMITER
-from rollouts.trees.tree import ROLES
+from rollouts.text.steps import DELIMITER, ROLES
 
 _ROOM_BEYOND_SOLUTION = 2048
 

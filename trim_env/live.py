@@ -15,10 +15,10 @@ from rollouts.scoring.base import Scorer
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader, make_grader
 from rollouts.tasks.problems import Problem
+from rollouts.text.steps import LARGE, ROLES, SMALL
 from rollouts.trees.grow import Labeller
 from rollouts.trees.live import LiveTrees, key_of
 from rollouts.trees.on_policy import Episode, act, observe
-from rollouts.trees.tree import LARGE, ROLES, SMALL
 from trim_env.costs import CostModel, cost_model
 from trim_env.episodes import Array, EpisodesVectorEnv, Lam
 from trim_env.features import DEFAULT_SCHEMA, Schema, Seen, schema_named

@@ -21,8 +21,7 @@ from rollouts.models.server.wire import completion_payload, pooling_payload, rea
 from rollouts.models.stepwise import Draft, StepRules
 from rollouts.scoring.prm import fitting_input
 from rollouts.text.prompts import PromptFormat, RewardFormat, has_room
-from rollouts.text.steps import Limits, Prefix, Step, StopReason
-from rollouts.trees.tree import LARGE, ROLES, SMALL
+from rollouts.text.steps import LARGE, ROLES, SMALL, Limits, Prefix, Step, StopReason
 
 _SYSTEM_PROMPTS = 32  # formats of system prompts that requests bring, kept at hand
 _QUESTIONS = 256  # rendered questions kept at hand for each format

@@ -15,9 +15,8 @@ from agents.serve.models import Ledger, Models, Task
 from agents.serve.upstreams import SCORER, Unavailable
 from rollouts.errors import ConfigError
 from rollouts.tasks.answers import has_answer
-from rollouts.text.steps import Step, StopReason, solution_text
+from rollouts.text.steps import LARGE, SMALL, Step, StopReason, solution_text
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
-from rollouts.trees.tree import LARGE, SMALL
 
 Fallback = Literal["small", "large", "error"]
 _UNSCORED = 1.0  # leaves the least score of a path and the product of its scores as they are

@@ -15,7 +15,7 @@ from agents.serve.metrics import Metrics
 from agents.serve.models import Models, Task
 from agents.serve.route import Fallback, Route, RouteFailed, Written
 from rollouts.errors import ConfigError
-from rollouts.trees.tree import ROLES, SMALL
+from rollouts.text.steps import ROLES, SMALL
 
 
 @dataclass(frozen=True)

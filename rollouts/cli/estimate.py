@@ -15,8 +15,8 @@ from rich.table import Table as RichTable
 from rollouts.family import Family
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
+from rollouts.text.steps import ROLES
 from rollouts.trees.grow import Grower, StepBuffer, load_trees
-from rollouts.trees.tree import ROLES
 
 _SAMPLE = 8
 

@@ -18,10 +18,10 @@ from rollouts.scoring.base import self_test_examples
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader, make_grader
 from rollouts.tasks.problems import Problem, load_problems
+from rollouts.text.steps import ROLES
 from rollouts.trees.annotate import grade_store, score_store
 from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, label_of, load_trees
 from rollouts.trees.grow import Progress as Counts
-from rollouts.trees.tree import ROLES
 
 
 def parse_replicas(text: str) -> int | dict[str, int]:

@@ -11,8 +11,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 from rich.tree import Tree as RichTree
 
+from rollouts.text.steps import LARGE, ROLES, SMALL
 from rollouts.trees.stats import SplitStatistics
-from rollouts.trees.tree import LARGE, ROLES, SMALL, Node, RolloutTree
+from rollouts.trees.tree import Node, RolloutTree
 
 _COLOUR = {SMALL: "cyan", LARGE: "magenta"}
 Annotation = Mapping[tuple[int, str], Any]

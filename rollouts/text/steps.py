@@ -10,6 +10,8 @@ from enum import StrEnum
 
 from rollouts.tasks.answers import last_boxed
 
+SMALL, LARGE = "small", "large"  # who writes a step
+ROLES = (SMALL, LARGE)  # position = action
 DELIMITER = "\n\n"
 ROOT_HASH = 0  # the empty prefix
 _BLANK_RUN = re.compile(r"\n{2,}")

@@ -13,9 +13,9 @@ from rollouts.store.shards import KEY, Table, columns_of
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grade, Grader
 from rollouts.tasks.problems import Problem
-from rollouts.text.steps import solution_text
+from rollouts.text.steps import ROLES, solution_text
 from rollouts.trees.grow import load_trees
-from rollouts.trees.tree import ROLES, Node, RolloutTree
+from rollouts.trees.tree import Node, RolloutTree
 
 Edge = tuple[Node, str]
 _SHARD_ROWS = 50_000

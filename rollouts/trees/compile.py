@@ -19,9 +19,10 @@ from rollouts.store.shards import KEY, Table
 from rollouts.store.store import Store
 from rollouts.tasks.answers import has_answer
 from rollouts.tasks.problems import Problem
+from rollouts.text.steps import ROLES
 from rollouts.trees.arrays import MISSING, STOP_REASONS, TERMINAL, Trees
 from rollouts.trees.grow import load_trees
-from rollouts.trees.tree import ROLES, Node, RolloutTree
+from rollouts.trees.tree import Node, RolloutTree
 
 _FORMAT = 2  # of the compiled files
 

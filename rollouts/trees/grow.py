@@ -15,8 +15,8 @@ from rollouts.models.stepwise import Generation, StepWriter
 from rollouts.store.shards import STEPS, Table, columns_of
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
-from rollouts.text.steps import Step
-from rollouts.trees.tree import LARGE, ROLES, Node, RolloutTree, Want
+from rollouts.text.steps import LARGE, ROLES, Step
+from rollouts.trees.tree import Node, RolloutTree, Want
 
 Labeller = Callable[[str, Sequence[str]], Sequence[bool]]
 

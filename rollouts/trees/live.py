@@ -20,9 +20,9 @@ from rollouts.store.shards import KEY, Table, columns_of
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader
 from rollouts.tasks.problems import Problem
-from rollouts.text.steps import solution_text
+from rollouts.text.steps import LARGE, ROLES, SMALL, solution_text
 from rollouts.trees.grow import Grower, Labeller, StepBuffer, load_trees
-from rollouts.trees.tree import LARGE, ROLES, SMALL, Node, RolloutTree
+from rollouts.trees.tree import Node, RolloutTree
 
 TreeKey = tuple[str, int]  # problem id, replica
 Place = tuple[RolloutTree, Node, str]  # a proposal: tree, node, role

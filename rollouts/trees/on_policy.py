@@ -17,9 +17,10 @@ from rollouts.scoring.base import Scorer
 from rollouts.store.store import Store
 from rollouts.tasks.answers import has_answer
 from rollouts.tasks.problems import Problem
+from rollouts.text.steps import LARGE, ROLES, SMALL
 from rollouts.trees.grow import load_trees
 from rollouts.trees.live import LiveTrees
-from rollouts.trees.tree import LARGE, ROLES, SMALL, Node, RolloutTree
+from rollouts.trees.tree import Node, RolloutTree
 
 FEATURES = (
     "score",  # of the small model's proposal

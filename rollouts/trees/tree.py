@@ -7,10 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rollouts.tasks.problems import Problem
-from rollouts.text.steps import ROOT_HASH, Prefix, Step, StopReason, extend_hash
-
-SMALL, LARGE = "small", "large"
-ROLES = (SMALL, LARGE)  # position = action
+from rollouts.text.steps import LARGE, ROLES, ROOT_HASH, SMALL, Prefix, Step, StopReason, extend_hash
 
 
 @dataclass(slots=True, eq=False)

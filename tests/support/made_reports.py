@@ -18,11 +18,10 @@ from agents.routers.mlp import MLP
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
 from rollouts.tasks.problems import Problem
-from rollouts.text.steps import prefix_hash
+from rollouts.text.steps import ROLES, prefix_hash
 from rollouts.trees.annotate import grade_store, score_store
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import Grower, StepBuffer, load_trees
-from rollouts.trees.tree import ROLES
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script>",

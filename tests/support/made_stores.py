@@ -11,10 +11,10 @@ from handmade import ScriptedScorer, ScriptedWriter, problem, process
 from rollouts.store.store import Store
 from rollouts.tasks.answers import final_answer
 from rollouts.tasks.grading import make_grader
-from rollouts.text.steps import Step, StopReason
+from rollouts.text.steps import LARGE, ROLES, SMALL, Step, StopReason
 from rollouts.trees.annotate import grade_store, score_store
 from rollouts.trees.grow import Grower, StepBuffer, load_trees
-from rollouts.trees.tree import LARGE, ROLES, SMALL, Node, RolloutTree
+from rollouts.trees.tree import Node, RolloutTree
 
 PROBLEMS = [problem(f"p{i}", "test" if i == 5 else "train") for i in range(6)]
 

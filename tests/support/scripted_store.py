@@ -8,10 +8,9 @@ from handmade import ScriptedScorer, ScriptedWriter, problem, process
 
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
-from rollouts.text.steps import prefix_hash
+from rollouts.text.steps import ROLES, prefix_hash
 from rollouts.trees.annotate import grade_store, score_store
 from rollouts.trees.grow import Grower, StepBuffer, load_trees
-from rollouts.trees.tree import ROLES
 
 
 class AbleLarge(ScriptedWriter):

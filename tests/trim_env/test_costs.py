@@ -7,10 +7,10 @@ import pytest
 from made_stores import finished
 
 from rollouts.errors import ConfigError
+from rollouts.text.steps import LARGE, SMALL
 from rollouts.trees.arrays import MISSING
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import load_trees
-from rollouts.trees.tree import LARGE, SMALL
 from trim_env.costs import cost_model
 from trim_env.env import TrimEnv
 from trim_env.tables import decision_tables

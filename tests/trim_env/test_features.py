@@ -10,9 +10,9 @@ from handmade import ScriptedScorer
 from made_stores import finished
 
 from rollouts.errors import ConfigError
+from rollouts.text.steps import SMALL
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import load_trees
-from rollouts.trees.tree import SMALL
 from trim_env.features import SCHEMAS, Seen, schema_named, seen_of
 
 SEEN = Seen(

@@ -14,9 +14,8 @@ from made_stores import PROBLEMS, HorizonWriter, finished, grown, rollout, same,
 
 from rollouts.errors import BackendError, ConfigError, StoreError
 from rollouts.store.store import Store, locate
-from rollouts.text.steps import Prefix, prefix_hash
+from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, prefix_hash
 from rollouts.trees.compile import compile_store
-from rollouts.trees.tree import LARGE, ROLES, SMALL
 from rollouts.trees.verify import verify_store
 from trim_env.features import Feature, Schema
 from trim_env.live import LiveVectorEnv, open_live

@@ -26,9 +26,9 @@ from agents.report.walks import CUT_OFF, Paths, follow
 from agents.routers.artefact import Artefact
 from agents.routers.base import Constant, Knob, Mixture, RandomRate, Threshold
 from rollouts.errors import ConfigError
+from rollouts.text.steps import LARGE, SMALL
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import load_trees
-from rollouts.trees.tree import LARGE, SMALL
 from trim_env.tables import decision_tables
 
 

@@ -11,14 +11,14 @@ from handmade import ScriptedScorer, ScriptedWriter, ShuffledWriter, problem, pr
 from rollouts.errors import BackendError, StoreError
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
-from rollouts.text.steps import Prefix, solution_text
+from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, solution_text
 from rollouts.trees.annotate import grade_store, score_store
 from rollouts.trees.arrays import MISSING, walk
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, load_trees
 from rollouts.trees.on_policy import FEATURES, expand_on_policy
 from rollouts.trees.stats import oracle, split_statistics
-from rollouts.trees.tree import LARGE, ROLES, SMALL, RolloutTree
+from rollouts.trees.tree import RolloutTree
 
 PROBLEMS = [problem(f"p{i}", "train" if i % 2 else "test") for i in range(6)]
 

@@ -13,12 +13,11 @@ from rollouts.models.stepwise import Generation, next_steps, rests
 from rollouts.scoring.base import score_paths
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
-from rollouts.text.steps import Prefix
+from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix
 from rollouts.trees.annotate import grade_store, score_store
 from rollouts.trees.arrays import walk
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import Grower, StepBuffer, load_trees
-from rollouts.trees.tree import LARGE, ROLES, SMALL
 
 pytestmark = pytest.mark.vllm
 
