@@ -17,7 +17,7 @@ from rollouts.tasks.grading import Grader, make_grader
 from rollouts.tasks.problems import Problem
 from rollouts.text.steps import LARGE, ROLES, SMALL
 from rollouts.trees.grow import Labeller
-from rollouts.trees.live import LiveTrees, key_of
+from rollouts.trees.live import LiveTrees
 from rollouts.trees.on_policy import Episode, act, observe
 from trim_env.costs import CostModel, cost_model
 from trim_env.episodes import Array, EpisodesVectorEnv, Lam
@@ -194,7 +194,7 @@ class LiveVectorEnv(EpisodesVectorEnv):
         self._seen = self.schema(seen, self._max_steps)
         if self.schema.history:
             self._remember()
-        self._live.forget(self._memory, {key_of(episode.tree) for episode in self._episodes})
+        self._live.forget(self._memory, {episode.tree.key for episode in self._episodes})
         return self._seen.copy()
 
     def _remember(self) -> None:

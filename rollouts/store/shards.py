@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class Table:
         """Name the table; the directory is made at the first `append`."""
         self.directory = directory
         self.schema = schema
+        self._mentioned: dict[tuple[Path, int], set[str]] = {}
 
     def shards(self) -> list[Path]:
         """Return the shards in the order in which they were written."""
@@ -73,29 +74,36 @@ class Table:
             return []
         return sorted(path for path in self.directory.iterdir() if _SHARD.fullmatch(path.name))
 
-    def append(self, rows: Mapping[str, Sequence[Any]], counters: Mapping[str, int] | None = None) -> Path:
+    def next_shard(self) -> Path:
+        """Return where the next shard goes."""
+        existing = self.shards()
+        number = int(_SHARD.fullmatch(existing[-1].name).group(1)) + 1 if existing else 0  # type: ignore[union-attr]
+        return self.directory / f"part-{number:06d}.parquet"
+
+    def append(
+        self,
+        rows: Mapping[str, Sequence[Any]],
+        counters: Mapping[str, int] | None = None,
+        path: Path | None = None,
+    ) -> None:
         """Write one shard.
 
         Args:
             rows: Columns of the schema, equally long.
             counters: Whole numbers to be summed over shards (`counters`), such as dropped segments.
+            path: Where to; default `next_shard`.
         """
         arrays = [pa.array(rows[field.name], type=field.type) for field in self.schema]
-        return self._write(pa.Table.from_arrays(arrays, schema=self.schema), counters or {})
+        self._write(pa.Table.from_arrays(arrays, schema=self.schema), counters or {}, path or self.next_shard())
 
-    def _write(self, table: pa.Table, counters: Mapping[str, int]) -> Path:
+    def _write(self, table: pa.Table, counters: Mapping[str, int], path: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        existing = self.shards()
-        number = int(_SHARD.fullmatch(existing[-1].name).group(1)) + 1 if existing else 0  # type: ignore[union-attr]
-        path = self.directory / f"part-{number:06d}.parquet"
-        metadata = {f"trim.{name}": str(value) for name, value in counters.items()}
-        table = table.replace_schema_metadata(metadata)
+        table = table.replace_schema_metadata({f"trim.{name}": str(value) for name, value in counters.items()})
 
         def write(target: Path) -> None:
             pq.write_table(table, target, compression="zstd", compression_level=12, write_page_checksum=True)
 
         write_atomically(path, write)
-        return path
 
     def read_shard(self, path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         """Return one shard.
@@ -118,20 +126,31 @@ class Table:
         return table
 
     def read(self, problems: Collection[str] | None = None, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Yield the shards one by one, cut to some problems."""
-        yield from self.read_these(self.shards(), problems, columns)
-
-    def read_these(
-        self, paths: Iterable[Path], problems: Collection[str] | None = None, columns: Sequence[str] | None = None
-    ) -> Iterator[pa.Table]:
-        """Yield some of the shards one by one, cut to some problems."""
-        wanted = None if problems is None else pa.array(sorted(problems), type=pa.string())
-        for path in paths:
-            table = self.read_shard(path, columns)
-            if wanted is not None:
+        """Yield the shards one by one, cut to some problems; shards without any of them are not read."""
+        for path in self.shards():
+            if problems is None:
+                table = self.read_shard(path, columns)
+            elif self._problems_of(path).isdisjoint(problems):
+                continue
+            else:
+                table = self.read_shard(path, columns)
+                wanted = pa.array(sorted(problems), type=pa.string())
                 table = table.filter(pc.is_in(pc.cast(table["problem"], pa.string()), value_set=wanted))
             if table.num_rows:
                 yield table
+
+    def _problems_of(self, path: Path) -> set[str]:
+        """Return the problems that a shard mentions; read once, as shards do not change."""
+        key = path, path.stat().st_mtime_ns
+        if key not in self._mentioned:
+            column = self.read_shard(path, ["problem"])["problem"]
+            self._mentioned[key] = set(pc.unique(pc.cast(column, pa.string())).to_pylist())
+        return self._mentioned[key]
+
+    def keys(self) -> pa.Table:
+        """Return the keys of all rows, texts as plain strings; duplicates included."""
+        schema = pa.schema([_plain_field(self.schema.field(name)) for name in KEY])
+        return pa.concat_tables([schema.empty_table(), *(_plain(table) for table in self.read(columns=KEY))])
 
     def rows(self) -> int:
         """Return the number of rows, from the shards' footers alone."""
@@ -147,15 +166,6 @@ class Table:
                     totals[key] = totals.get(key, 0) + int(value)
         return totals
 
-    def problem_shards(self) -> dict[str, list[int]]:
-        """Return, for every problem, the positions in `shards` of those that mention it."""
-        index: dict[str, list[int]] = {}
-        for position, path in enumerate(self.shards()):
-            column = self.read_shard(path, ["problem"])["problem"]
-            for name in pc.unique(pc.cast(column, pa.string())).to_pylist():
-                index.setdefault(name, []).append(position)
-        return index
-
     def compact(self) -> None:
         """Rewrite all shards as one, sorted by key, duplicates dropped (first wins), then remove the old ones.
 
@@ -164,18 +174,16 @@ class Table:
         old = self.shards()
         if not old:
             return
-        tables = [_plain(self.read_shard(path)) for path in old]
-        table = pa.concat_tables(tables)
-        table = table.append_column("_order", pa.array(range(table.num_rows), type=pa.int64()))
-        table = table.sort_by([(name, "ascending") for name in (*KEY, "_order")])
-        keep = _first_of_each(table)
-        table = table.filter(keep).drop_columns(["_order"]).cast(_plain_schema(self.schema))
+        table = pa.concat_tables([_plain(self.read_shard(path)) for path in old])
+        numbered = table.append_column("row", pa.array(range(table.num_rows), type=pa.int64()))
+        first = numbered.group_by(KEY).aggregate([("row", "min")]).sort_by([(name, "ascending") for name in KEY])
+        table = table.take(first["row_min"])
         arrays = [
             table[field.name].dictionary_encode() if pa.types.is_dictionary(field.type) else table[field.name]
             for field in self.schema
         ]
-        counters = self.counters()
-        self._write(pa.Table.from_arrays(arrays, names=self.schema.names).cast(self.schema), counters)
+        table = pa.Table.from_arrays(arrays, names=self.schema.names).cast(self.schema)
+        self._write(table, self.counters(), self.next_shard())
         for path in old:
             path.unlink()
 
@@ -184,30 +192,9 @@ class Table:
         return sorted(self.directory.glob(".*.tmp")) if self.directory.is_dir() else []
 
 
-def _plain_schema(schema: pa.Schema) -> pa.Schema:
-    return pa.schema(
-        [
-            pa.field(field.name, pa.string(), field.nullable) if pa.types.is_dictionary(field.type) else field
-            for field in schema
-        ]
-    )
+def _plain_field(field: pa.Field) -> pa.Field:
+    return field.with_type(pa.string()) if pa.types.is_dictionary(field.type) else field
 
 
 def _plain(table: pa.Table) -> pa.Table:
-    return table.replace_schema_metadata(None).cast(_plain_schema(table.schema.remove_metadata()))
-
-
-def _first_of_each(table: pa.Table) -> pa.Array:
-    """Return a mask that is true where a sorted table's key differs from the row before."""
-    differs = None
-    for name in KEY:
-        column = table[name].combine_chunks()
-        changed = pc.not_equal(column[1:], column[:-1])
-        differs = changed if differs is None else pc.or_(differs, changed)
-    return pa.concat_arrays([pa.array([True]), differs]) if table.num_rows > 1 else pa.array([True] * table.num_rows)
-
-
-def columns_of(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> dict[str, list[Any]]:
-    """Turn row mappings into columns."""
-    materialised = list(rows)
-    return {name: [row[name] for row in materialised] for name in schema.names}
+    return table.replace_schema_metadata(None).cast(pa.schema([_plain_field(field) for field in table.schema]))

@@ -1,24 +1,30 @@
-"""Adding scores and grades to an existing store, without any generating model."""
+"""Scores and grades of proposals: what is left to do, and adding them to a store without any generating model."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from itertools import chain, groupby, islice
+from typing import TypeVar
+
+import numpy as np
 
 from rollouts.scoring.base import Scorer, Scores
-from rollouts.store.shards import KEY, Table, columns_of
+from rollouts.store.rows import RowKey, Rows
 from rollouts.store.store import Store
-from rollouts.tasks.grading import Grade, Grader
+from rollouts.tasks.grading import Grader
 from rollouts.tasks.problems import Problem
-from rollouts.text.steps import ROLES, solution_text
+from rollouts.text.steps import LARGE, SMALL, solution_text
 from rollouts.trees.grow import load_trees
-from rollouts.trees.tree import Node, RolloutTree
+from rollouts.trees.tree import Node, Place, RolloutTree
 
-Edge = tuple[Node, str]
-_SHARD_ROWS = 50_000
+Path = tuple[RolloutTree, list[tuple[Node, str]]]  # consecutive proposals
+_LIMITS = {"rows": 50_000, "seconds": 60.0}  # of a shard
+_What = TypeVar("_What")
+_Answer = TypeVar("_Answer")
 
 
 @dataclass
@@ -36,24 +42,29 @@ class Report:
     errors: int = 0
 
 
-@dataclass
-class _Rows:
-    """Rows of one table on their way to the disk."""
+def left(store: Store, rows: Rows, problems: Sequence[Problem] | None = None, chunk: int = 128) -> Iterator[Place]:
+    """Yield the proposals (of a grade table: the terminal ones) that have no row yet.
 
-    table: Table
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    The table has the rows of a tree at hand until the first proposal of the next is asked for.
 
-    def add(self, tree: RolloutTree, edge: Edge, values: Mapping[str, Any]) -> None:
-        node, role = edge
-        key = {"problem": tree.problem.id, "replica": tree.replica, "prefix": node.key, "role": role}
-        self.rows.append({**key, **values})
-        if len(self.rows) >= _SHARD_ROWS:
-            self.flush()
+    Args:
+        store: The store.
+        rows: A score or grade table of it.
+        problems: Problems to look at; default all.
+        chunk: Problems read together.
+    """
+    chosen = store.problems() if problems is None else problems
+    for start in range(0, len(chosen), chunk):
+        part = chosen[start : start + chunk]
+        lacking = rows.lacking(store.steps, {problem.id for problem in part})
+        for tree in load_trees(store, [item for item in part if item.id in lacking], None, None, along=[rows]):
+            yield from (place for place in tree.places() if is_left(rows, place))
 
-    def flush(self) -> None:
-        if self.rows:
-            self.table.append(columns_of(self.rows, self.table.schema))
-            self.rows = []
+
+def is_left(rows: Rows, place: Place) -> bool:
+    """Whether a proposal of a tree at hand should have a row and has none."""
+    tree, node, role = place
+    return (node.proposals[role].terminal or not rows.of_solutions) and tree.row_key(node, role) not in rows
 
 
 def score_store(
@@ -79,73 +90,85 @@ def score_store(
     Raises:
         BackendError: The scorer is gone; what came back before is kept.
     """
-    table = store.attach("scores", scorer.name, scorer.process())
-    report, rows = Report(), _Rows(table)
-    pending: deque[tuple[RolloutTree, list[list[Edge]], Future[Scores]]] = deque()
+    rows = Rows(store.attach("scores", scorer.name, scorer.process()), **_LIMITS)
+    report = Report()
+    by_tree = (places for _, places in groupby(left(store, rows, problems), lambda place: place[0]))
 
-    def drain(limit: int) -> None:
-        while len(pending) > limit:
-            tree, edges, future = pending.popleft()
-            for same, score in zip(edges, future.result(), strict=True):
-                report.skipped += score is None
-                for edge in same:
-                    rows.add(tree, edge, {"score": score})
-                    report.rows += 1
-            if on_progress:
-                on_progress(sum(len(same) for same in edges))
+    def took(scores: Scores) -> None:
+        report.skipped += scores.count(None)
+        rows.flush_if_due()
+        if on_progress:
+            on_progress(rows.added - report.rows)
+        report.rows = rows.added
 
     try:
-        for tree, done in _trees_with_done(store, table, problems):
-            for path, edges in _unscored_paths(tree, done):
-                pending.append((tree, edges, scorer.submit(tree.problem.question, path)))
-                drain(in_flight)
-        drain(0)
+        score_paths(scorer, rows, chain.from_iterable(paths(rows, places) for places in by_tree), in_flight, took)
     finally:
         rows.flush()
+    report.rows = rows.added
     return report
 
 
-def _trees_with_done(
-    store: Store, table: Table, problems: Sequence[Problem] | None
-) -> Iterator[tuple[RolloutTree, set[tuple[int, str]]]]:
-    """Yield every tree with the (prefix, role) keys that a table has for it."""
-    chosen = list(problems) if problems is not None else store.problems()
-    chunk = 128
-    for start in range(0, len(chosen), chunk):
-        part = chosen[start : start + chunk]
-        done: dict[tuple[str, int], set[tuple[int, str]]] = {}
-        for rows in table.read({problem.id for problem in part}, KEY):
-            for problem, replica, prefix, role in zip(*(rows[name].to_pylist() for name in KEY), strict=True):
-                done.setdefault((problem, replica), set()).add((prefix, role))
-        for tree in load_trees(store, part, None, None, chunk=chunk):
-            yield tree, done.get((tree.problem.id, tree.replica), set())
+def paths(rows: Rows, places: Iterable[Place]) -> Iterator[Path]:
+    """Yield paths without a score that together cover some proposals; one forward pass scores all of a path.
 
-
-def _unscored_paths(tree: RolloutTree, done: set[tuple[int, str]]) -> Iterator[tuple[list[str], list[list[Edge]]]]:
-    """Yield paths that together cover the proposals without a score, and the proposals that each step stands for.
-
-    A proposal appears once: under the first path that reaches it; positions already covered have no edges.
+    A proposal appears once, under the first path that reaches it. Where the other model wrote the same text and has
+    a score, that is put down and nothing is asked.
     """
-    for leaf, role in tree.leaf_edges():
-        steps = [*leaf.steps, leaf.proposals[role].text]
-        edges: list[list[Edge]] = []
-        node: Node | None = tree.root
-        for text in steps:
-            assert node is not None
-            same = [
-                (node, writer)
-                for writer in ROLES
-                if writer in node.proposals and node.proposals[writer].text == text and (node.key, writer) not in done
-            ]
-            done.update((node.key, writer) for _, writer in same)
-            edges.append(same)
-            node = next(
-                (tree.child(node, writer) for writer in ROLES if writer in node.proposals
-                 and node.proposals[writer].text == text and not node.proposals[writer].terminal),
-                None,
-            )  # fmt: skip
-        if any(edges):
-            yield steps, edges
+    covered: set[RowKey] = set()
+
+    def scored(tree: RolloutTree, node: Node, role: str) -> bool:
+        key = tree.row_key(node, role)
+        for same in node.twins(role):
+            if (twin := tree.row_key(node, same)) in rows:
+                rows.put(key, score=rows[twin])
+        return key in covered or key in rows
+
+    for tree, node, role in places:
+        edges: list[tuple[Node, str]] = []
+        at: Node | None = node
+        while at is not None and role in at.proposals and not scored(tree, at, role):
+            edges.append((at, role))
+            covered.update(tree.row_key(at, same) for same in at.twins(role))
+            at = tree.child(at, role)
+            role = SMALL if at is not None and SMALL in at.proposals else LARGE
+        if edges:
+            yield tree, edges
+
+
+def score_paths(
+    scorer: Scorer,
+    rows: Rows,
+    wanted: Iterable[Path],
+    in_flight: int | None = None,
+    on_scores: Callable[[Scores], None] | None = None,
+) -> None:
+    """Put down the scores of paths (`paths`), each for all proposals of that text.
+
+    Args:
+        scorer: The scorer.
+        rows: Its table.
+        wanted: The paths.
+        in_flight: Paths under way at once; None: all.
+        on_scores: Called with the new scores of every path.
+    """
+
+    def ask(path: Path) -> Future[Scores]:
+        tree, edges = path
+        texts = [*edges[0][0].steps, *(node.proposals[role].text for node, role in edges)]
+        return scorer.submit(tree.problem.question, texts)
+
+    def take(path: Path, scores: Scores) -> None:
+        tree, edges = path
+        new = scores[len(edges[0][0].steps) :]
+        for (node, role), score in zip(edges, new, strict=True):
+            stored = None if score is None else float(np.float32(score))  # what the table will give back
+            for same in node.twins(role):
+                rows.put(tree.row_key(node, same), score=stored)
+        if on_scores:
+            on_scores(new)
+
+    ask_all(wanted, ask, take, in_flight)
 
 
 def grade_store(
@@ -165,40 +188,61 @@ def grade_store(
         workers: Processes.
         on_progress: Called with the number of solutions graded since the last call.
     """
-    table = store.attach("grades", grader.name, grader.describe())
-    report, rows = Report(), _Rows(table)
-    batch: list[tuple[RolloutTree, Edge]] = []
-
-    def drain() -> None:
-        pairs = [
-            (tree.problem.answer, solution_text([*node.steps, node.proposals[role].text]))
-            for tree, (node, role) in batch
-        ]
-        for (tree, edge), grade in zip(batch, grader.grade_many(pairs, workers), strict=True):
-            rows.add(tree, edge, _grade_values(grade))
-            report.rows += 1
-            report.errors += grade.error is not None
-        if on_progress:
-            on_progress(len(batch))
-        batch.clear()
-
+    rows = Rows(store.attach("grades", grader.name, grader.describe()), **_LIMITS)
+    report = Report()
+    places = left(store, rows, problems)
     try:
-        for tree, done in _trees_with_done(store, table, problems):
-            batch.extend((tree, edge) for edge in _solutions(tree) if (edge[0].key, edge[1]) not in done)
-            if len(batch) >= 10_000:
-                drain()
-        drain()
+        while batch := list(islice(places, 10_000)):
+            report.errors += grade_places(grader, rows, batch, workers)
+            rows.flush_if_due()
+            if on_progress:
+                on_progress(len(batch))
     finally:
         rows.flush()
+    report.rows = rows.added
     return report
 
 
-def _solutions(tree: RolloutTree) -> Iterable[Edge]:
-    for node in tree.nodes.values():
-        for role, step in node.proposals.items():
-            if step.terminal:
-                yield node, role
+def grade_places(grader: Grader, rows: Rows, places: Sequence[Place], workers: int = 1) -> int:
+    """Put down the grades of solutions; return on how many the grader failed."""
+    pairs = [
+        (tree.problem.answer, solution_text([*node.steps, node.proposals[role].text])) for tree, node, role in places
+    ]
+    grades = grader.grade_many(pairs, workers)
+    for (tree, node, role), grade in zip(places, grades, strict=True):
+        rows.put(
+            tree.row_key(node, role), correct=grade.correct, extracted=grade.extracted, error=grade.error
+        )
+    return sum(grade.error is not None for grade in grades)
 
 
-def _grade_values(grade: Grade) -> dict[str, Any]:
-    return {"correct": grade.correct, "extracted": grade.extracted, "error": grade.error}
+def ask_all(
+    items: Iterable[_What],
+    ask: Callable[[_What], Future[_Answer]],
+    take: Callable[[_What, _Answer], None],
+    in_flight: int | None = None,
+) -> None:
+    """Send requests, at most so many under way; take every answer that comes, then raise the first error."""
+    error: Exception | None = None
+    under_way: deque[tuple[_What, Future[_Answer]]] = deque()
+
+    def settle(most: float) -> None:
+        nonlocal error
+        while len(under_way) > most:
+            item, future = under_way.popleft()
+            try:
+                take(item, future.result())
+            except Exception as caught:
+                error = error or caught
+
+    try:
+        for item in items:
+            under_way.append((item, ask(item)))
+            settle(math.inf if in_flight is None else in_flight)
+            if error:
+                break
+    except Exception as caught:
+        error = error or caught
+    settle(0)
+    if error is not None:
+        raise error

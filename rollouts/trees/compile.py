@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,36 +15,42 @@ from typing import Any
 import numpy as np
 
 from rollouts.errors import StoreError
-from rollouts.store.shards import KEY, Table
+from rollouts.store.rows import Rows
 from rollouts.store.store import Store
 from rollouts.tasks.answers import has_answer
-from rollouts.tasks.problems import Problem
 from rollouts.text.steps import ROLES
 from rollouts.trees.arrays import MISSING, STOP_REASONS, TERMINAL, Trees
 from rollouts.trees.grow import load_trees
-from rollouts.trees.tree import Node, RolloutTree
+from rollouts.trees.tree import RolloutTree
 
 _FORMAT = 2  # of the compiled files
 
-_PER_ACTION: dict[str, Any] = {
-    "child": np.int32,
-    "tokens": np.int32,
-    "accepted_tokens": np.int32,
-    "prompt_tokens": np.int32,
-    "score": np.float32,
-    "correct": np.int8,
-    "stop_reason": np.int8,
-    "has_answer": np.bool_,
-    "label": np.int8,
-}
-_PER_NODE: dict[str, Any] = {
-    "tree": np.int32,
-    "depth": np.int16,
-    "prefix_tokens": np.int32,
-    "min_score": np.float32,
-    "product_score": np.float32,
-}
-_ARRAYS = (*_PER_ACTION, *_PER_NODE, "root", "problem", "replica", "splits", "text", "text_end")
+_PER_ACTION = np.dtype(
+    [
+        ("child", np.int32),
+        ("tokens", np.int32),
+        ("accepted_tokens", np.int32),
+        ("prompt_tokens", np.int32),
+        ("score", np.float32),
+        ("correct", np.int8),
+        ("stop_reason", np.int8),
+        ("has_answer", np.bool_),
+        ("label", np.int8),
+        ("text_end", np.int64),
+    ]
+)
+_ABSENT = (MISSING, 0, 0, 0, np.nan, -1, -1, False, -1)  # all but where its text ends
+_PER_NODE = np.dtype(
+    [
+        ("tree", np.int32),
+        ("depth", np.int16),
+        ("prefix_tokens", np.int32),
+        ("min_score", np.float32),
+        ("product_score", np.float32),
+    ]
+)
+_PER_TREE = np.dtype([("root", np.int32), ("problem", np.int32), ("replica", np.int16)])
+_ARRAYS = (*_PER_ACTION.names, *_PER_NODE.names, *_PER_TREE.names, "splits", "text")
 
 
 def compile_store(
@@ -129,21 +135,6 @@ def _load(directory: Path) -> Trees:
     return Trees(**arrays, problem_ids=ids, questions=questions, meta=described["meta"])
 
 
-class _Annotations:
-    """Scores and grades of a chunk of problems, by (problem, replica, prefix, role)."""
-
-    def __init__(self, table: Table, column: str, problems: Iterable[str]) -> None:
-        self._values: dict[tuple[Any, ...], Any] = {}
-        for part in table.read(set(problems), [*KEY, column]):
-            keys = zip(*(part[name].to_pylist() for name in KEY), strict=True)
-            for key, value in zip(keys, part[column].to_pylist(), strict=True):
-                self._values.setdefault(key, value)
-
-    def of(self, tree: RolloutTree, node: Node, role: str) -> Any:
-        """Return the value, or Ellipsis if there is no row."""
-        return self._values.get((tree.problem.id, tree.replica, node.key, role), ...)
-
-
 @dataclass
 class _Counts:
     incomplete: int = 0
@@ -155,49 +146,52 @@ class _Counts:
 
 
 def _compile(store: Store, scorer: str, grader: str, on_progress: Callable[[int], None] | None) -> Trees:
-    problems = store.problems()
-    counts = _Counts()
-    columns: dict[str, list[Any]] = {name: [] for name in (*_PER_ACTION, *_PER_NODE)}
-    texts = _Texts()
-    roots: list[tuple[int, int, int]] = []
-    labels = _labels(store)
-    for start in range(0, len(problems), 256):
-        part = problems[start : start + 256]
-        ids = [problem.id for problem in part]
-        scores = _Annotations(store.scores(scorer), "score", ids)
-        grades = _Annotations(store.grades(grader), "correct", ids)
-        positions = {problem.id: start + offset for offset, problem in enumerate(part)}
-        chunk_labels = _Annotations(store.steps, "label", ids) if labels else None
-        for tree in load_trees(store, part, None, store.manifest["process"].get("max_escalations"), chunk=256):
-            first = len(columns["tree"])
-            if _append_tree(columns, len(roots), first, tree, scores, grades, chunk_labels, counts):
-                texts.add(tree)
-                roots.append((first, positions[tree.problem.id], tree.replica))
-            if on_progress:
-                on_progress(1)
+    problems, process = store.problems(), store.manifest["process"]
+    positions = {problem.id: position for position, problem in enumerate(problems)}
+    tables = [Rows(store.scores(scorer)), Rows(store.grades(grader))]
+    if process.get("labels"):
+        tables.append(Rows(store.steps, "label"))
+    counts, text = _Counts(), bytearray()
+    actions, nodes, roots = [], [], []
+    first = 0
+    for tree in load_trees(store, problems, None, process.get("max_escalations"), chunk=256, along=tables):
+        if rows := _rows_of(tree, len(roots), first, len(text), tables, counts):
+            roots.append((first, positions[tree.problem.id], tree.replica))
+            actions.append(np.array(rows[0], _PER_ACTION))
+            nodes.append(np.array(rows[1], _PER_NODE))
+            text += rows[2]
+            first += len(rows[1])
+        if on_progress:
+            on_progress(1)
     _refuse(store, counts, scorer, grader, len(roots))
-    return _assemble(store, scorer, grader, columns, texts, roots, problems, counts)
-
-
-class _Texts:
-    """The proposals of trees one after another, and where each ends."""
-
-    def __init__(self) -> None:
-        self.data = bytearray()
-        self.ends: list[tuple[int, ...]] = []
-
-    def add(self, tree: RolloutTree) -> None:
-        for node in tree.nodes.values():
-            ends = []
-            for role in ROLES:
-                if role in node.proposals:
-                    self.data += node.proposals[role].text.encode("utf-8", "replace")
-                ends.append(len(self.data))
-            self.ends.append(tuple(ends))
-
-
-def _labels(store: Store) -> bool:
-    return bool(store.manifest["process"].get("labels"))
+    arrays: dict[str, Any] = {}
+    for rows in (np.concatenate(actions).reshape(-1, len(ROLES)), np.concatenate(nodes), np.array(roots, _PER_TREE)):
+        arrays |= {name: np.ascontiguousarray(rows[name]) for name in rows.dtype.names}
+    digest = hashlib.blake2b(digest_size=12)
+    for name in sorted(arrays.keys() - {"text_end"}):
+        digest.update(name.encode() + arrays[name].tobytes())
+    for item in problems:
+        digest.update(f"{item.id}|{item.split}\n".encode())
+    meta = {
+        "store": str(store.path),
+        "scorer": scorer,
+        "grader": grader,
+        "max_escalations": process.get("max_escalations"),
+        "max_steps": process["limits"]["max_steps"],
+        "small": process["small"]["model"],
+        "large": process["large"]["model"],
+        "left_out_trees": counts.without_score,
+        "orphans": counts.orphans,
+        "hash": digest.hexdigest(),
+    }
+    return Trees(
+        **arrays,
+        text=np.frombuffer(text, np.uint8),
+        problem_ids=tuple(item.id for item in problems),
+        questions=tuple(item.question for item in problems),
+        splits=np.asarray([item.split for item in problems]),
+        meta=meta,
+    )
 
 
 def _refuse(store: Store, counts: _Counts, scorer: str, grader: str, trees: int) -> None:
@@ -219,116 +213,66 @@ def _refuse(store: Store, counts: _Counts, scorer: str, grader: str, trees: int)
         raise StoreError(f"{store.path}: no trees yet. Run `python -m rollouts generate`.")
 
 
-def _append_tree(
-    columns: dict[str, list[Any]],
-    index: int,
-    first: int,
-    tree: RolloutTree,
-    scores: _Annotations,
-    grades: _Annotations,
-    labels: _Annotations | None,
-    counts: _Counts,
-) -> bool:
-    """Append a tree's nodes to the columns; return False, leaving them as they were, if it cannot be used."""
+def _rows_of(
+    tree: RolloutTree, number: int, first: int, written: int, tables: Sequence[Rows], counts: _Counts
+) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], bytearray] | None:
+    """Return a tree's rows and the text of its proposals, or None if it cannot be used.
+
+    Args:
+        tree: The tree.
+        number: Its position among the trees.
+        first: Row of its root.
+        written: Bytes of text before it.
+        tables: Scores, grades and perhaps labels.
+        counts: Counts to add to.
+
+    Returns:
+        Rows of `_PER_ACTION` (small, large, small, ...), rows of `_PER_NODE`, text.
+    """
+    scores, grades, *labels = tables
     counts.orphans += tree.orphans
     counts.incomplete += tree.missing() > 0
-    order = list(tree.nodes.values())  # insertion order: parents before children
-    row_of = {node.key: first + offset for offset, node in enumerate(order)}
-    prefix_scores: dict[int, tuple[float, float]] = {tree.root.key: (1.0, 1.0)}
-    rows: dict[str, list[Any]] = {name: [] for name in columns}
-    for node in order:
-        cells: dict[str, list[Any]] = {name: [] for name in _PER_ACTION}
+    row_of = {key: first + offset for offset, key in enumerate(tree.nodes)}
+    before = {tree.root.key: (1.0, 1.0)}  # least and product of the scores of the accepted steps
+    actions: list[tuple[Any, ...]] = []
+    nodes: list[tuple[Any, ...]] = []
+    text = bytearray()
+    for node in tree.nodes.values():
+        least, product = before[node.key]
+        nodes.append((number, len(node.steps), node.used_tokens, least, product))
         for role in ROLES:
             step = node.proposals.get(role)
             if step is None:
-                for name, value in _ABSENT.items():
-                    cells[name].append(value)
+                actions.append((*_ABSENT, written + len(text)))
                 continue
-            score, grade = scores.of(tree, node, role), grades.of(tree, node, role)
-            if score is ... or (step.terminal and grade is ...):
-                counts.unscored += score is ...
-                counts.ungraded += step.terminal and grade is ...
-                score, grade = (0.0 if score is ... else score), (False if grade is ... else grade)
-            if score is not None and not 0.0 <= score <= 1.0:
-                counts.not_numbers += 1
+            key = tree.row_key(node, role)
+            score, grade = scores.get(key, ...), grades.get(key, ...) if step.terminal else -1
+            counts.unscored += score is ...
+            counts.ungraded += grade is ...
             if score is None:
                 counts.without_score += 1
-                return False
-            label = labels.of(tree, node, role) if labels else None
-            cells["child"].append(TERMINAL if step.terminal else row_of[node.child_key(step)])
-            cells["tokens"].append(step.tokens)
-            cells["accepted_tokens"].append(node.accepted_tokens(role))
-            cells["prompt_tokens"].append(step.prompt_tokens)
-            cells["score"].append(score)
-            cells["correct"].append(int(grade) if step.terminal else -1)
-            cells["stop_reason"].append(STOP_REASONS.index(step.stop_reason))
-            cells["has_answer"].append(has_answer(step.text))
-            cells["label"].append(-1 if label is None or label is ... else int(label))
+                return None
+            score, grade = (0.0 if score is ... else score), (0 if grade is ... else grade)
+            counts.not_numbers += not 0.0 <= score <= 1.0
+            label = labels[0].get(key) if labels else None
+            child = TERMINAL
             if not step.terminal:
-                least, product = prefix_scores[node.key]
-                child = node.child_key(step)
-                prefix_scores.setdefault(child, (min(least, score), product * score))
-        for name, values in cells.items():
-            rows[name].append(values)
-        least, product = prefix_scores[node.key]
-        for name, value in zip(_PER_NODE, (index, len(node.steps), node.used_tokens, least, product), strict=True):
-            rows[name].append(value)
-    for name, values in rows.items():
-        columns[name].extend(values)
-    return True
-
-
-_ABSENT: dict[str, Any] = {
-    "child": MISSING,
-    "tokens": 0,
-    "accepted_tokens": 0,
-    "prompt_tokens": 0,
-    "score": np.nan,
-    "correct": -1,
-    "stop_reason": -1,
-    "has_answer": False,
-    "label": -1,
-}
-
-
-def _assemble(
-    store: Store,
-    scorer: str,
-    grader: str,
-    columns: dict[str, list[Any]],
-    texts: _Texts,
-    roots: Sequence[tuple[int, int, int]],
-    problems: Sequence[Problem],
-    counts: _Counts,
-) -> Trees:
-    arrays: dict[str, Any] = {name: np.asarray(columns[name], kind) for name, kind in _PER_ACTION.items()}
-    arrays |= {name: np.asarray(columns[name], kind) for name, kind in _PER_NODE.items()}
-    root, problem, replica = (np.asarray(column) for column in zip(*roots, strict=True))
-    arrays |= {"root": root.astype(np.int32), "problem": problem.astype(np.int32), "replica": replica.astype(np.int16)}
-    digest = hashlib.blake2b(digest_size=12)
-    for name in sorted(arrays):
-        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
-    for item in problems:
-        digest.update(f"{item.id}|{item.split}\n".encode())
-    process = store.manifest["process"]
-    meta = {
-        "store": str(store.path),
-        "scorer": scorer,
-        "grader": grader,
-        "max_escalations": process.get("max_escalations"),
-        "max_steps": process["limits"]["max_steps"],
-        "small": process["small"]["model"],
-        "large": process["large"]["model"],
-        "left_out_trees": counts.without_score,
-        "orphans": counts.orphans,
-        "hash": digest.hexdigest(),
-    }
-    return Trees(
-        **arrays,
-        text=np.frombuffer(bytes(texts.data), np.uint8),
-        text_end=np.asarray(texts.ends, np.int64),
-        problem_ids=tuple(item.id for item in problems),
-        questions=tuple(item.question for item in problems),
-        splits=np.asarray([item.split for item in problems]),
-        meta=meta,
-    )
+                child_key = node.child_key(step)
+                child = row_of[child_key]
+                before.setdefault(child_key, (min(least, score), product * score))
+            text += step.text.encode("utf-8", "replace")
+            actions.append(
+                (
+                    child,
+                    step.tokens,
+                    node.accepted_tokens(role),
+                    step.prompt_tokens,
+                    score,
+                    grade,
+                    STOP_REASONS.index(step.stop_reason),
+                    has_answer(step.text),
+                    -1 if label is None else label,
+                    written + len(text),
+                )
+            )
+    return actions, nodes, text

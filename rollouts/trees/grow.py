@@ -12,12 +12,14 @@ from itertools import islice
 from typing import Any
 
 from rollouts.models.stepwise import Generation, StepWriter
-from rollouts.store.shards import STEPS, Table, columns_of
+from rollouts.store.rows import Rows, TreeKey
+from rollouts.store.shards import KEY, Table
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
-from rollouts.text.steps import LARGE, ROLES, Step
+from rollouts.text.steps import LARGE, ROLES, Step, StopReason
 from rollouts.trees.tree import Node, RolloutTree, Want
 
+_COLUMNS = (*KEY, "text", "tokens", "stop_reason", "prompt_tokens")
 Labeller = Callable[[str, Sequence[str]], Sequence[bool]]
 
 
@@ -47,27 +49,19 @@ class Progress:
     tokens: Counter[str] = field(default_factory=Counter)
 
 
-class StepBuffer:
+class StepBuffer(Rows):
     """Rows of the step table on their way to the disk, shard by shard."""
 
-    def __init__(
-        self, table: Table, labeller: Labeller | None = None, rows: int = 20_000, seconds: float = 10.0
-    ) -> None:
+    def __init__(self, table: Table, labeller: Labeller | None = None, **limits: Any) -> None:
         """Name the table.
 
         Args:
             table: Where rows go.
             labeller: Exact labels of the steps of a path, where the problems have them.
-            rows: Rows after which a shard is written.
-            seconds: Seconds after which a shard is written.
+            limits: When a shard is due; see `Rows`.
         """
-        self.table = table
+        super().__init__(table, **limits)
         self.labeller = labeller
-        self.max_rows = rows
-        self.max_seconds = seconds
-        self._rows: list[dict[str, Any]] = []
-        self._counters: Counter[str] = Counter()
-        self._last = time.monotonic()
 
     def add(self, tree: RolloutTree, role: str, new: Iterable[tuple[Node, Step]], generation: Generation) -> None:
         """Add the new proposals of one generation; they always land in one shard."""
@@ -75,36 +69,27 @@ class StepBuffer:
             label = None
             if self.labeller is not None:
                 label = bool(self.labeller(tree.problem.question, [*node.steps, step.text])[-1])
-            self._rows.append(
-                {
-                    "problem": tree.problem.id,
-                    "replica": tree.replica,
-                    "prefix": node.key,
-                    "role": role,
-                    "text": step.text,
-                    "tokens": step.tokens,
-                    "prompt_tokens": step.prompt_tokens,
-                    "stop_reason": str(step.stop_reason),
-                    "terminal": step.terminal,
-                    "label": label,
-                }
+            self.put(
+                tree.row_key(node, role),
+                text=step.text,
+                tokens=step.tokens,
+                prompt_tokens=step.prompt_tokens,
+                stop_reason=str(step.stop_reason),
+                terminal=step.terminal,
+                label=label,
             )
-        self._counters[f"requests_{role}"] += 1
-        self._counters[f"decoded_{role}"] += generation.decoded
-        self._counters[f"dropped_{role}"] += generation.dropped
-        self._counters[f"cut_tokens_{role}"] += generation.cut_tokens
+        counts = {
+            "requests": 1,
+            "decoded": generation.decoded,
+            "dropped": generation.dropped,
+            "cut_tokens": generation.cut_tokens,
+        }
+        self.count({f"{name}_{role}": value for name, value in counts.items()})
 
-    def flush_if_due(self) -> None:
-        """Write a shard if there are enough rows or enough time has passed."""
-        if len(self._rows) >= self.max_rows or time.monotonic() - self._last >= self.max_seconds:
-            self.flush()
 
-    def flush(self) -> None:
-        """Write a shard if there is anything to write."""
-        if self._rows:
-            self.table.append(columns_of(self._rows, STEPS), self._counters)
-        self._rows, self._counters = [], Counter()
-        self._last = time.monotonic()
+def replicas_of(problem: Problem, replicas: int | Mapping[str, int]) -> int:
+    """Return how many replicas of a problem are wanted: one number for all, or by split (default 1)."""
+    return replicas if isinstance(replicas, int) else replicas.get(problem.split, 1)
 
 
 def load_trees(
@@ -113,6 +98,7 @@ def load_trees(
     replicas: int | Mapping[str, int] | None,
     max_escalations: int | None,
     chunk: int = 128,
+    along: Sequence[Rows] = (),
 ) -> Iterator[RolloutTree]:
     """Yield the trees of problems as the store has them, reading a chunk of problems at a time.
 
@@ -122,25 +108,33 @@ def load_trees(
         replicas: Replicas per problem, one number or by split; None: those that the store has.
         max_escalations: K of the trees.
         chunk: Problems read together; memory grows with it, not with the number of problems.
+        along: Rows to have at hand for a tree until the next is asked for.
     """
-    index = store.steps.problem_shards()
-    shards = store.steps.shards()
     for start in range(0, len(problems), chunk):
         part = problems[start : start + chunk]
-        ids = [problem.id for problem in part]
-        rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
-        positions = sorted({position for name in ids for position in index.get(name, ())})
-        for table in store.steps.read_these([shards[position] for position in positions], ids):
-            for row in table.drop_columns(["label"]).to_pylist():
-                rows.setdefault((row["problem"], row["replica"]), []).append(row)
-        for problem in part:
-            if replicas is None:
-                wanted: Iterable[int] = sorted(replica for name, replica in rows if name == problem.id)
-            else:
-                wanted = range(replicas if isinstance(replicas, int) else replicas.get(problem.split, 1))
-            for replica in wanted:
-                tree_rows = rows.pop((problem.id, replica), ())
-                yield RolloutTree.from_rows(problem, replica, max_escalations, tree_rows)
+        found: dict[TreeKey, list[tuple[int, str, Step]]] = {}
+        for table in store.steps.read({problem.id for problem in part}, _COLUMNS):
+            for name, replica, prefix, role, text, tokens, reason, prompt in zip(
+                *(table[column].to_pylist() for column in _COLUMNS), strict=True
+            ):
+                step = Step(text, tokens, StopReason(reason), prompt)
+                found.setdefault((name, replica), []).append((prefix, role, step))
+        wanted = [
+            (problem, replica)
+            for problem in part
+            for replica in (
+                sorted(replica for name, replica in found if name == problem.id)
+                if replicas is None
+                else range(replicas_of(problem, replicas))
+            )
+        ]
+        keys = [(problem.id, replica) for problem, replica in wanted]
+        for rows in along:
+            rows.read(keys)
+        for problem, replica in wanted:
+            yield RolloutTree.from_rows(problem, replica, max_escalations, found.pop((problem.id, replica), ()))
+        for rows in along:
+            rows.forget(keys)
 
 
 class Grower:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from rollouts.store.rows import RowKey, TreeKey
 from rollouts.tasks.problems import Problem
-from rollouts.text.steps import LARGE, ROLES, ROOT_HASH, SMALL, Prefix, Step, StopReason, extend_hash
+from rollouts.text.steps import LARGE, ROLES, ROOT_HASH, SMALL, Prefix, Step, extend_hash
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +43,11 @@ class Node:
         step = self.proposals[role]
         return small.tokens if small is not None and small.text == step.text else step.tokens
 
+    def twins(self, role: str) -> Iterator[str]:
+        """Yield the roles whose proposal has the text of `role`'s: `role` itself and perhaps the other."""
+        text = self.proposals[role].text
+        return (same for same in ROLES if same in self.proposals and self.proposals[same].text == text)
+
 
 class Want(NamedTuple):
     """A proposal that is missing: at which node, by whom, and whether to ask for the whole rest."""
@@ -56,6 +62,12 @@ class RolloutTree:
 
     Small proposals are inserted before large ones at every node that needs both, so that it is known at once
     whether the two models wrote the same step, and nodes never have to be re-counted.
+
+    Attributes:
+        key: What names it: its problem's id and its replica.
+        nodes: Its nodes by key, parents before children.
+        orphans: Steps of the store that no path reaches.
+        relaxed: Whether some node learned of a cheaper way since this was last set to False.
     """
 
     def __init__(self, problem: Problem, replica: int, max_escalations: int | None) -> None:
@@ -70,24 +82,24 @@ class RolloutTree:
         self.problem = problem
         self.replica = replica
         self.max_escalations = max_escalations
+        self.key: TreeKey = (problem.id, replica)
         self.root = Node(ROOT_HASH, (), 0, 0, True)
         self.nodes = {ROOT_HASH: self.root}
         self.orphans = 0
-        self.relaxed = False  # whether some node learned of a cheaper way since this was last set to False
+        self.relaxed = False
 
     @classmethod
     def from_rows(
-        cls, problem: Problem, replica: int, max_escalations: int | None, rows: Iterable[Mapping[str, Any]]
+        cls, problem: Problem, replica: int, max_escalations: int | None, rows: Iterable[tuple[int, str, Step]]
     ) -> RolloutTree:
-        """Rebuild a tree from rows of the step table; of duplicate keys the first wins.
+        """Rebuild a tree from (prefix, role, step) rows of the step table; of duplicate keys the first wins.
 
         Rows that no path reaches (a shard between was set aside) are counted in `orphans` and left out.
         """
         tree = cls(problem, replica, max_escalations)
         found: dict[int, dict[str, Step]] = {}
-        for row in rows:
-            step = Step(row["text"], row["tokens"], StopReason(row["stop_reason"]), row["prompt_tokens"])
-            found.setdefault(row["prefix"], {}).setdefault(row["role"], step)
+        for prefix, role, step in rows:
+            found.setdefault(prefix, {}).setdefault(role, step)
         stack = [tree.root]
         while stack:
             node = stack.pop()
@@ -182,10 +194,15 @@ class RolloutTree:
         step = node.proposals.get(role)
         return None if step is None or step.terminal else self.nodes[node.child_key(step)]
 
-    def leaf_edges(self) -> Iterator[tuple[Node, str]]:
-        """Yield the proposals after which nothing follows; their paths cover all proposals."""
+    def row_key(self, node: Node, role: str) -> RowKey:
+        """Return what joins the rows of all tables to a proposal."""
+        return (self.problem.id, self.replica, node.key, role)
+
+    def places(self) -> Iterator[Place]:
+        """Yield where there are proposals."""
         for node in self.nodes.values():
             for role in node.proposals:
-                child = self.child(node, role)
-                if child is None or not child.proposals:
-                    yield node, role
+                yield self, node, role
+
+
+Place = tuple[RolloutTree, Node, str]  # a proposal that is there or may be: tree, node, role
