@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,7 @@ from rollouts.family import Family
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
 from rollouts.text.steps import ROLES
-from rollouts.trees.grow import Grower, StepBuffer, load_trees
+from rollouts.trees.grow import Grower, StepBuffer, load_trees, replicas_of
 
 _SAMPLE = 8
 
@@ -37,7 +38,7 @@ def estimate(
     generator = np.random.default_rng(family.seed)
     chosen = generator.choice(len(problems), size=min(_SAMPLE, len(problems)), replace=False)
     sample = [problems[position] for position in sorted(chosen)]
-    total = sum(replicas if isinstance(replicas, int) else replicas.get(item.split, 1) for item in problems)
+    total = sum(replicas_of(problem, replicas) for problem in problems)
     with tempfile.TemporaryDirectory() as scratch:
         store = Store.create(Path(scratch) / "sample", family.process(max_escalations))
         store.add_problems(sample)
@@ -48,8 +49,8 @@ def estimate(
             grower.run(load_trees(store, sample, 1, max_escalations))
             seconds = time.monotonic() - start
         counters = store.steps.counters()
-        prompts = {role: 0 for role in ROLES}
-        for table in store.steps.read(columns=["problem", "role", "prompt_tokens"]):
+        prompts: Counter[str] = Counter()
+        for table in store.steps.read(columns=["role", "prompt_tokens"]):
             for role, count in zip(table["role"].to_pylist(), table["prompt_tokens"].to_pylist(), strict=True):
                 prompts[role] += count
     factor = total / len(sample)

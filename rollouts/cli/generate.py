@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from rollouts.config import load_family
 from rollouts.errors import ConfigError, DataError
 from rollouts.family import Family
 from rollouts.scoring.base import self_test_examples
+from rollouts.store.rows import Rows
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader, make_grader
 from rollouts.tasks.problems import Problem, load_problems
 from rollouts.text.steps import ROLES
-from rollouts.trees.annotate import grade_store, score_store
-from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, label_of, load_trees
+from rollouts.trees.annotate import grade_store, left, score_store
+from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, label_of, load_trees, replicas_of
 from rollouts.trees.grow import Progress as Counts
 
 
@@ -121,10 +123,10 @@ class Generate:
             if loaded.skipped or loaded.repeated:
                 screen.print(f"{spec}: {loaded.skipped} identical rows left out, {loaded.repeated} repeated questions.")
         if self.limit is not None:
-            seen: dict[str, int] = {}
+            seen: Counter[str] = Counter()
             kept = []
             for problem in found:
-                seen[problem.split] = seen.get(problem.split, 0) + 1
+                seen[problem.split] += 1
                 if seen[problem.split] <= self.limit:
                     kept.append(problem)
             found = kept
@@ -151,13 +153,12 @@ class Generate:
         def load() -> Iterator[Any]:
             return load_trees(store, problems, replicas, self.max_escalations)
 
-        total = sum(replicas if isinstance(replicas, int) else replicas.get(item.split, 1) for item in problems)
-        labeller = label_of(store)
+        total = sum(replicas_of(problem, replicas) for problem in problems)
         if not any(tree.wants() for tree in load()):
             screen.print(f"All {total:,} trees are there.")
             return True
         counts = Counts(total=total)
-        buffer = StepBuffer(store.steps, labeller, seconds=self.flush_seconds)
+        buffer = StepBuffer(store.steps, label_of(store), seconds=self.flush_seconds)
         with progress_bar("Growing", total, "trees") as advance:
 
             def show(now: Counts) -> None:
@@ -184,12 +185,11 @@ class Generate:
 
 def run_scoring(store: Store, family: Family, problems: Sequence[Problem] | None) -> None:
     """Score what is unscored, with a bar; the scorer is only loaded if there is anything."""
-    total = store.steps.rows() - store.scores(family.scorer_name).rows()
+    total = sum(1 for _ in left(store, Rows(store.scores(family.scorer_name)), problems))
     if total == 0:
         return
-    with family.open_scorer(store) as scorer:
-        with progress_bar("Scoring", total, "steps") as advance:
-            report = score_store(store, scorer, problems, on_progress=advance)
+    with family.open_scorer(store) as scorer, progress_bar("Scoring", total, "steps") as advance:
+        report = score_store(store, scorer, problems, on_progress=advance)
     if report.skipped:
         console().print(
             f"{report.skipped} steps exceed the scorer's window and have no score; their trees are left out."
@@ -241,10 +241,9 @@ class Expand:
             writers = {role: stack.enter_context(family.open(role, store)) for role in ROLES}
             scorer = stack.enter_context(family.open_scorer(store))
             with progress_bar("Expanding", None, "trees") as advance:
-                labeller = label_of(store)
                 added = expand_on_policy(
                     store, writers, scorer, router, problems,
-                    episodes=self.episodes, labeller=labeller, on_progress=advance,
+                    episodes=self.episodes, labeller=label_of(store), on_progress=advance,
                 )  # fmt: skip
             run_grading(store, make_grader(self.grader), problems)
         console().print(f"{added:,} steps added.")

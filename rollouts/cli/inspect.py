@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 from rollouts.cli.progress import progress_bar
 from rollouts.errors import StoreError, did_you_mean
+from rollouts.store.rows import Rows
 from rollouts.store.store import Store
 from rollouts.trees.grow import load_trees
 
@@ -38,7 +39,7 @@ class Stats:
         """Run the command."""
         from rollouts.cli.view import counts_table, statistics_table
         from rollouts.trees.compile import compile_store
-        from rollouts.trees.stats import as_json, split_statistics, store_statistics
+        from rollouts.trees.stats import split_statistics, store_statistics
 
         store = Store(self.store)
         out = Console(highlight=False)
@@ -54,7 +55,7 @@ class Stats:
             f"left out {trees.meta['left_out_trees']} trees, {trees.meta['orphans']} orphaned steps"
         )
         if self.json_out:
-            values = {"generated": counts, "splits": {split: as_json(row) for split, row in rows.items()}}
+            values = {"generated": counts, "splits": {split: asdict(row) for split, row in rows.items()}}
             self.json_out.write_text(json.dumps({**values, "meta": trees.meta}, indent=1), encoding="utf-8")
 
 
@@ -92,19 +93,14 @@ class Show:
         found = {tree.replica: tree for tree in trees}
         if self.replica not in found:
             raise StoreError(f"{self.store}: {name!r} has replicas {sorted(found)}, not {self.replica}.")
+        tree = found[self.replica]
         annotations = []
-        for kind, column, chosen in (("scores", "score", self.scorer), ("grades", "correct", self.grader)):
-            values: dict[tuple[int, str], Any] = {}
-            if store.names(kind):
-                table_name = store.choose(kind, chosen)
-                table = store.scores(table_name) if kind == "scores" else store.grades(table_name)
-                for part in table.read({name}):
-                    for row in part.to_pylist():
-                        if row["replica"] == self.replica:
-                            values.setdefault((row["prefix"], row["role"]), row[column])
-            annotations.append(values)
+        for kind, open_table, chosen in (("scores", store.scores, self.scorer), ("grades", store.grades, self.grader)):
+            rows = Rows(open_table(store.choose(kind, chosen) if store.names(kind) else "none"))
+            rows.read([tree.key])
+            annotations.append(rows)
         scores, grades = annotations
-        show_tree(Console(highlight=False), found[self.replica], scores, grades, self.most)
+        show_tree(Console(highlight=False), tree, scores, grades, self.most)
 
 
 @dataclass(frozen=True)

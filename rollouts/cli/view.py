@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 from rich.tree import Tree as RichTree
 
+from rollouts.store.rows import Rows
 from rollouts.text.steps import LARGE, ROLES, SMALL
 from rollouts.trees.stats import SplitStatistics
 from rollouts.trees.tree import Node, RolloutTree
 
 _COLOUR = {SMALL: "cyan", LARGE: "magenta"}
-Annotation = Mapping[tuple[int, str], Any]
 
 
 def statistics_table(rows: Mapping[str, SplitStatistics]) -> RichTable:
@@ -61,14 +61,14 @@ def counts_table(counts: Mapping[str, Any]) -> RichTable:
     return table
 
 
-def show_tree(console: Console, tree: RolloutTree, scores: Annotation, grades: Annotation, most: int = 60) -> None:
+def show_tree(console: Console, tree: RolloutTree, scores: Rows, grades: Rows, most: int = 60) -> None:
     """Print one problem's tree: at each node both proposals with score, tokens and, at the end, correctness.
 
     Args:
         console: Where to print.
         tree: The tree.
-        scores: Scores by (prefix, role).
-        grades: Correctness by (prefix, role).
+        scores: Scores, with the tree at hand.
+        grades: Grades, likewise.
         most: Decision nodes shown; the rest is counted.
     """
     console.print(Text(tree.problem.question, style="bold"))
@@ -84,9 +84,7 @@ def show_tree(console: Console, tree: RolloutTree, scores: Annotation, grades: A
         console.print(f"[dim]... {len(tree.nodes) - most} more nodes; --most shows more[/]")
 
 
-def _grow(
-    branch: RichTree, tree: RolloutTree, node: Node, scores: Annotation, grades: Annotation, left: list[int]
-) -> None:
+def _grow(branch: RichTree, tree: RolloutTree, node: Node, scores: Rows, grades: Rows, left: list[int]) -> None:
     if left[0] <= 0:
         return
     left[0] -= 1
@@ -94,25 +92,25 @@ def _grow(
     for role in ROLES[:1] if same else ROLES:
         if role not in node.proposals:
             continue
-        line = _line("both" if same else role, node, role, scores, grades)
+        line = _line("both" if same else role, tree, node, role, scores, grades)
         twig = branch.add(line)
         child = tree.child(node, role)
         if child is not None:
             _grow(twig, tree, child, scores, grades, left)
 
 
-def _line(author: str, node: Node, role: str, scores: Annotation, grades: Annotation) -> Group | Text:
+def _line(author: str, tree: RolloutTree, node: Node, role: str, scores: Rows, grades: Rows) -> Text:
     step = node.proposals[role]
     text = Text()
     text.append(f"{author:5} ", style=f"bold {_COLOUR.get(author, 'white')}")
     text.append(step.text.strip() or "(nothing)", style="default")
-    score = scores.get((node.key, role))
+    score = scores.get(tree.row_key(node, role))
     if score is not None:
         colour = "green" if score >= 0.7 else "yellow" if score >= 0.3 else "red"
         text.append(f"  {score:.2f}", style=colour)
     text.append(f"  {step.tokens} tok", style="dim")
     if step.terminal:
-        correct = grades.get((node.key, role))
+        correct = grades.get(tree.row_key(node, role))
         mark, style = {True: ("right", "bold green"), False: ("wrong", "bold red"), None: ("ungraded", "dim")}[correct]
         text.append(f"  {mark} ({step.stop_reason})", style=style)
     return text

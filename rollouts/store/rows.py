@@ -98,7 +98,10 @@ class Rows:
             self.flush()
 
     def flush(self) -> None:
-        """Write a shard if there is anything to write; after an interrupt the next call goes on, and no row is twice."""
+        """Write a shard if there is anything to write.
+
+        After an interrupt the next call goes on from there: no row is lost, and none is written twice.
+        """
         while self._begun or self._new:
             if self._begun is None:
                 begun = (self.table.next_shard(), self._new, self._counters), [], Counter()  # type: ignore[var-annotated]

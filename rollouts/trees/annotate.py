@@ -210,9 +210,7 @@ def grade_places(grader: Grader, rows: Rows, places: Sequence[Place], workers: i
     ]
     grades = grader.grade_many(pairs, workers)
     for (tree, node, role), grade in zip(places, grades, strict=True):
-        rows.put(
-            tree.row_key(node, role), correct=grade.correct, extracted=grade.extracted, error=grade.error
-        )
+        rows.put(tree.row_key(node, role), correct=grade.correct, extracted=grade.extracted, error=grade.error)
     return sum(grade.error is not None for grade in grades)
 
 

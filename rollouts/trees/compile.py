@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ _PER_NODE = np.dtype(
     ]
 )
 _PER_TREE = np.dtype([("root", np.int32), ("problem", np.int32), ("replica", np.int16)])
-_ARRAYS = (*_PER_ACTION.names, *_PER_NODE.names, *_PER_TREE.names, "splits", "text")
+_ARRAYS = [field.name for field in fields(Trees) if field.name not in ("problem_ids", "questions", "meta")]
 
 
 def compile_store(
@@ -152,7 +152,9 @@ def _compile(store: Store, scorer: str, grader: str, on_progress: Callable[[int]
     if process.get("labels"):
         tables.append(Rows(store.steps, "label"))
     counts, text = _Counts(), bytearray()
-    actions, nodes, roots = [], [], []
+    actions: list[Any] = []
+    nodes: list[Any] = []
+    roots: list[tuple[int, int, int]] = []
     first = 0
     for tree in load_trees(store, problems, None, process.get("max_escalations"), chunk=256, along=tables):
         if rows := _rows_of(tree, len(roots), first, len(text), tables, counts):
@@ -165,8 +167,8 @@ def _compile(store: Store, scorer: str, grader: str, on_progress: Callable[[int]
             on_progress(1)
     _refuse(store, counts, scorer, grader, len(roots))
     arrays: dict[str, Any] = {}
-    for rows in (np.concatenate(actions).reshape(-1, len(ROLES)), np.concatenate(nodes), np.array(roots, _PER_TREE)):
-        arrays |= {name: np.ascontiguousarray(rows[name]) for name in rows.dtype.names}
+    for table in (np.concatenate(actions).reshape(-1, len(ROLES)), np.concatenate(nodes), np.array(roots, _PER_TREE)):
+        arrays |= {name: np.ascontiguousarray(table[name]) for name in table.dtype.fields}
     digest = hashlib.blake2b(digest_size=12)
     for name in sorted(arrays.keys() - {"text_end"}):
         digest.update(name.encode() + arrays[name].tobytes())

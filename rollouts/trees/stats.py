@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rollouts.store.store import Store
-from rollouts.trees.arrays import (
-    CONTINUE_SMALL,
-    ESCALATE_LARGE,
-    MISSING,
-    Trees,
-    iterate_by_depth,
-    walk,
-)
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees, iterate_by_depth, walk
 
 
 @dataclass(frozen=True)
@@ -171,29 +164,20 @@ def right_so_far(trees: Trees) -> NDArray[np.bool_]:
 
 def small_path_min_scores(trees: Trees, indices: NDArray[Any]) -> NDArray[np.float64]:
     """Return, for each tree, the least score along its always-small path."""
-    node = trees.root[indices].astype(np.int64)
-    least = np.ones(len(indices))
-    alive = np.arange(len(indices))
-    while len(alive):
-        rows = node[alive]
-        least[alive] = np.minimum(least[alive], trees.score[rows, CONTINUE_SMALL])
-        child = trees.child[rows, CONTINUE_SMALL]
-        node[alive] = child
-        alive = alive[child >= 0]
-    return least
+    least = np.ones(len(trees.root))
+
+    def follow(rows: NDArray[Any]) -> NDArray[np.int64]:
+        least[trees.tree[rows]] = np.minimum(trees.min_score[rows], trees.score[rows, CONTINUE_SMALL])
+        return np.full(len(rows), CONTINUE_SMALL)
+
+    walk(trees, indices, follow)
+    return np.asarray(least[indices])
 
 
 def store_statistics(store: Store) -> dict[str, Any]:
     """Return counts that need no compiling: rows, stop reasons, tokens and requests by role, dropped segments."""
     reasons: Counter[str] = Counter()
-    rows = 0
-    for table in store.steps.read(columns=["problem", "role", "stop_reason"]):
-        rows += table.num_rows
-        for role, reason in zip(table["role"].to_pylist(), table["stop_reason"].to_pylist(), strict=True):
-            reasons[f"{role} {reason}"] += 1
-    return {"steps": rows, "stop_reasons": dict(sorted(reasons.items())), "requests": store.steps.counters()}
-
-
-def as_json(statistics: SplitStatistics) -> dict[str, Any]:
-    """Return statistics as plain values."""
-    return asdict(statistics)
+    for table in store.steps.read(columns=["role", "stop_reason"]):
+        pairs = zip(table["role"].to_pylist(), table["stop_reason"].to_pylist(), strict=True)
+        reasons.update(f"{role} {reason}" for role, reason in pairs)
+    return {"steps": reasons.total(), "stop_reasons": dict(sorted(reasons.items())), "requests": store.steps.counters()}

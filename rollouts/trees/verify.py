@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from rollouts.errors import StoreError
-from rollouts.store.shards import KEY, Table
+from rollouts.store.rows import Rows
+from rollouts.store.shards import KEY
 from rollouts.store.store import Store
+from rollouts.trees.annotate import is_left
 from rollouts.trees.grow import load_trees
 
 
@@ -27,19 +32,18 @@ class Findings:
 def verify_store(store: Store) -> Findings:
     """Check that shards are readable, keys unique, trees closed, steps scored and solutions graded."""
     findings = Findings()
-    problems = store.problems()
-    known = {problem.id for problem in problems}
+    known = pa.array([problem.id for problem in store.problems()], type=pa.string())
     for table in store.tables():
         name = str(table.directory.relative_to(store.path))
         try:
-            rows, duplicates, strangers = _keys(table, known)
+            keys = table.keys()
         except StoreError as error:
             findings.problems.append(str(error))
             continue
-        findings.facts.append(f"{name}: {rows:,} rows in {len(table.shards())} shards")
-        if duplicates:
+        findings.facts.append(f"{name}: {keys.num_rows:,} rows in {len(table.shards())} shards")
+        if duplicates := keys.num_rows - keys.group_by(KEY).aggregate([]).num_rows:
             findings.problems.append(f"{name}: {duplicates} duplicate keys.")
-        if strangers:
+        if strangers := pc.sum(pc.invert(pc.is_in(keys["problem"], value_set=known))).as_py():
             findings.problems.append(f"{name}: {strangers} rows of problems that problems.parquet does not have.")
         if table.leftovers():
             findings.problems.append(f"{name}: unfinished shards of a crash; `python -m rollouts repair` removes them.")
@@ -48,50 +52,23 @@ def verify_store(store: Store) -> Findings:
     return findings
 
 
-def _keys(table: Table, known: set[str]) -> tuple[int, int, int]:
-    seen: set[tuple[object, ...]] = set()
-    rows = strangers = 0
-    for part in table.read(columns=KEY):
-        for key in zip(*(part[name].to_pylist() for name in KEY), strict=True):
-            rows += 1
-            strangers += key[0] not in known
-            seen.add(key)
-    return rows, rows - len(seen), strangers
-
-
 def _trees(store: Store, findings: Findings) -> None:
     counts: Counter[str] = Counter()
-    tables = {name: store.scores(name) for name in store.names("scores")}
-    have = {name: _key_set(table) for name, table in tables.items()}
-    graded = {name: _key_set(store.grades(name)) for name in store.names("grades")}
-    for tree in load_trees(store, store.problems(), None, store.manifest["process"]["max_escalations"]):
-        counts["trees"] += 1
-        counts["nodes"] += len(tree.nodes)
-        counts["open"] += tree.missing() > 0
-        counts["orphans"] += tree.orphans
-        for node in tree.nodes.values():
-            for role, step in node.proposals.items():
-                key = (tree.problem.id, tree.replica, node.key, role)
-                for name, keys in have.items():
-                    counts[f"unscored {name}"] += key not in keys
-                if step.terminal:
-                    for name, keys in graded.items():
-                        counts[f"ungraded {name}"] += key not in keys
+    tables = {("unscored", name): Rows(store.scores(name)) for name in store.names("scores")}
+    tables |= {("ungraded", name): Rows(store.grades(name)) for name in store.names("grades")}
+    trees = load_trees(
+        store, store.problems(), None, store.manifest["process"]["max_escalations"], along=list(tables.values())
+    )
+    missing: Counter[tuple[str, str]] = Counter()
+    for tree in trees:
+        counts.update(trees=1, nodes=len(tree.nodes), open=tree.missing() > 0, orphans=tree.orphans)
+        for which, rows in tables.items():
+            missing[which] += sum(is_left(rows, place) for place in tree.places())
     findings.facts.append(
         f"{counts['trees']:,} trees, {counts['nodes']:,} decision nodes, {counts['orphans']} orphaned steps"
     )
     if counts["open"]:
         findings.problems.append(f"{counts['open']} trees are not closed; the same `generate` closes them.")
-    for kind, names, remedy in (("unscored", have, "score"), ("ungraded", graded, "grade")):
-        for name in names:
-            if counts[f"{kind} {name}"]:
-                findings.problems.append(
-                    f"{counts[f'{kind} {name}']} rows {kind} by {name!r}; `python -m rollouts {remedy}` adds them."
-                )
-
-
-def _key_set(table: Table) -> set[tuple[object, ...]]:
-    keys: set[tuple[object, ...]] = set()
-    for part in table.read(columns=KEY):
-        keys.update(zip(*(part[name].to_pylist() for name in KEY), strict=True))
-    return keys
+    for (kind, name), count in (+missing).items():
+        remedy = "score" if kind == "unscored" else "grade"
+        findings.problems.append(f"{count} rows {kind} by {name!r}; `python -m rollouts {remedy}` adds them.")
