@@ -152,10 +152,6 @@ class Table:
         schema = pa.schema([_plain_field(self.schema.field(name)) for name in KEY])
         return pa.concat_tables([schema.empty_table(), *(_plain(table) for table in self.read(columns=KEY))])
 
-    def rows(self) -> int:
-        """Return the number of rows, from the shards' footers alone."""
-        return sum(pq.read_metadata(path).num_rows for path in self.shards())
-
     def counters(self) -> dict[str, int]:
         """Return the shards' counters, summed."""
         totals: dict[str, int] = {}

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,8 @@ class Store:
         if not file.is_file():
             raise StoreError(f"{self.path}: no rollout store here (no manifest.json). Make one with "
                              "`python -m rollouts generate`.")  # fmt: skip
-        try:
-            self.manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            version = self.manifest["schema_version"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise StoreError(f"{file}: damaged manifest ({error!r}). Restore it from a copy.") from error
+        self.manifest = _read_manifest(file)
+        version = self.manifest["schema_version"]
         if not isinstance(version, int) or version > SCHEMA_VERSION:
             raise StoreError(
                 f"{file}: schema version {version!r}, this version reads up to {SCHEMA_VERSION}. Upgrade trim-routing."
@@ -139,9 +137,8 @@ class Store:
         new = [problem for problem in problems if problem.id not in known]
         if not new:
             return
-        rows = [*known.values(), *dict.fromkeys(new)]
-        columns = {name: [getattr(row, name) for row in rows] for name in _PROBLEMS.names}
-        table = pa.table(columns, schema=_PROBLEMS)
+        rows = [asdict(row) for row in (*known.values(), *dict.fromkeys(new))]
+        table = pa.Table.from_pylist(rows, schema=_PROBLEMS)
         write_atomically(
             self.path / "problems.parquet", lambda target: pq.write_table(table, target, compression="zstd")
         )
@@ -175,15 +172,11 @@ class Store:
         else:
             directory.mkdir(parents=True, exist_ok=True)
             _write_json(file, {"schema_version": SCHEMA_VERSION, "process": dict(process)})
-        return Table(directory, SCORES if kind == "scores" else GRADES)
+        return self.scores(name) if kind == "scores" else self.grades(name)
 
     def table_manifest(self, kind: str, name: str) -> dict[str, Any]:
         """Return the manifest of a score or grade table."""
-        file = self.path / kind / name / "manifest.json"
-        try:
-            return dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, OSError) as error:
-            raise StoreError(f"{file}: missing or damaged ({error}).") from error
+        return _read_manifest(self.path / kind / name / "manifest.json")
 
     def names(self, kind: str) -> list[str]:
         """Return the names of the score or grade tables that are there."""
@@ -246,6 +239,14 @@ class Store:
                     shutil.move(path, target)
                     done.append(f"moved {path} to {target}: {error}")
         return done
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return {**manifest, "schema_version": manifest["schema_version"], "process": dict(manifest["process"])}
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise StoreError(f"{file}: missing or damaged manifest ({error!r}). Restore it from a copy.") from error
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -22,7 +22,7 @@ from rollouts.trees.grow import load_trees
 from rollouts.trees.tree import Node, Place, RolloutTree
 
 Path = tuple[RolloutTree, list[tuple[Node, str]]]  # consecutive proposals
-_LIMITS = {"rows": 50_000, "seconds": 60.0}  # of a shard
+_ROWS, _SECONDS = 50_000, 60.0  # of a shard
 _What = TypeVar("_What")
 _Answer = TypeVar("_Answer")
 
@@ -90,7 +90,7 @@ def score_store(
     Raises:
         BackendError: The scorer is gone; what came back before is kept.
     """
-    rows = Rows(store.attach("scores", scorer.name, scorer.process()), **_LIMITS)
+    rows = Rows(store.attach("scores", scorer.name, scorer.process()), rows=_ROWS, seconds=_SECONDS)
     report = Report()
     by_tree = (places for _, places in groupby(left(store, rows, problems), lambda place: place[0]))
 
@@ -188,7 +188,7 @@ def grade_store(
         workers: Processes.
         on_progress: Called with the number of solutions graded since the last call.
     """
-    rows = Rows(store.attach("grades", grader.name, grader.describe()), **_LIMITS)
+    rows = Rows(store.attach("grades", grader.name, grader.describe()), rows=_ROWS, seconds=_SECONDS)
     report = Report()
     places = left(store, rows, problems)
     try:

@@ -8,9 +8,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -25,32 +26,21 @@ from rollouts.trees.tree import RolloutTree
 
 _FORMAT = 2  # of the compiled files
 
-_PER_ACTION = np.dtype(
-    [
-        ("child", np.int32),
-        ("tokens", np.int32),
-        ("accepted_tokens", np.int32),
-        ("prompt_tokens", np.int32),
-        ("score", np.float32),
-        ("correct", np.int8),
-        ("stop_reason", np.int8),
-        ("has_answer", np.bool_),
-        ("label", np.int8),
-        ("text_end", np.int64),
-    ]
-)
+_TYPES = {  # of the arrays
+    name: get_args(get_args(hint)[1])[0]
+    for name, hint in get_type_hints(Trees).items()
+    if get_origin(hint) is np.ndarray
+}
+
+
+def _row_of(names: str) -> np.dtype[np.void]:
+    return np.dtype([(name, _TYPES[name]) for name in names.split()])
+
+
+_PER_ACTION = _row_of("child tokens accepted_tokens prompt_tokens score correct stop_reason has_answer label text_end")
 _ABSENT = (MISSING, 0, 0, 0, np.nan, -1, -1, False, -1)  # all but where its text ends
-_PER_NODE = np.dtype(
-    [
-        ("tree", np.int32),
-        ("depth", np.int16),
-        ("prefix_tokens", np.int32),
-        ("min_score", np.float32),
-        ("product_score", np.float32),
-    ]
-)
-_PER_TREE = np.dtype([("root", np.int32), ("problem", np.int32), ("replica", np.int16)])
-_ARRAYS = [field.name for field in fields(Trees) if field.name not in ("problem_ids", "questions", "meta")]
+_PER_NODE = _row_of("tree depth prefix_tokens min_score product_score")
+_PER_TREE = _row_of("root problem replica")
 
 
 def compile_store(
@@ -76,18 +66,15 @@ def compile_store(
     store = store if isinstance(store, Store) else Store(store)
     scorer, grader = store.choose("scores", scorer), store.choose("grades", grader)
     key = _cache_key(store, scorer, grader)
-    if cache:
-        for parent in _cache_parents(store):
-            if (parent / key / "meta.json").is_file():
-                return _load(parent / key)
+    folders = [parent / key for parent in _cache_parents(store)] if cache else []
+    for folder in folders:
+        if (folder / "meta.json").is_file():
+            return _load(folder)
     trees = _compile(store, scorer, grader, on_progress)
-    if cache:
-        for parent in _cache_parents(store):
-            try:
-                _save(trees, parent, key)
-            except OSError:
-                continue
-            return _load(parent / key)
+    for folder in folders:
+        with suppress(OSError):
+            _save(trees, folder)
+            return _load(folder)
     return trees
 
 
@@ -107,30 +94,28 @@ def _cache_key(store: Store, scorer: str, grader: str) -> str:
     return digest.hexdigest()
 
 
-def _save(trees: Trees, parent: Path, key: str) -> None:
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=parent))
-    try:
-        for name in _ARRAYS:
-            np.save(temporary / f"{name}.npy", getattr(trees, name))
+def _save(trees: Trees, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+        made = Path(scratch) / folder.name
+        made.mkdir()
+        for name in _TYPES:
+            np.save(made / f"{name}.npy", getattr(trees, name))
         text = json.dumps({"problem_ids": trees.problem_ids, "questions": trees.questions, "meta": trees.meta})
-        (temporary / "meta.json").write_text(text, encoding="utf-8")
-        if (parent / key).exists():
-            shutil.rmtree(temporary)
-        else:
-            os.replace(temporary, parent / key)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not (parent / key / "meta.json").is_file():  # another process may have been first
-            raise
-    for old in parent.iterdir():
-        if old.name != key and not old.name.startswith("."):
+        (made / "meta.json").write_text(text, encoding="utf-8")
+        try:
+            os.replace(made, folder)
+        except OSError:
+            if not (folder / "meta.json").is_file():  # another process may have been first
+                raise
+    for old in folder.parent.iterdir():
+        if old.name != folder.name and not old.name.startswith("."):
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _load(directory: Path) -> Trees:
-    described = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-    arrays: dict[str, Any] = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
+def _load(folder: Path) -> Trees:
+    described = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    arrays: dict[str, Any] = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _TYPES}
     ids, questions = tuple(described["problem_ids"]), tuple(described["questions"])
     return Trees(**arrays, problem_ids=ids, questions=questions, meta=described["meta"])
 
@@ -168,7 +153,7 @@ def _compile(store: Store, scorer: str, grader: str, on_progress: Callable[[int]
     _refuse(store, counts, scorer, grader, len(roots))
     arrays: dict[str, Any] = {}
     for table in (np.concatenate(actions).reshape(-1, len(ROLES)), np.concatenate(nodes), np.array(roots, _PER_TREE)):
-        arrays |= {name: np.ascontiguousarray(table[name]) for name in table.dtype.fields}
+        arrays |= {name: np.ascontiguousarray(table[name]) for name in table.dtype.names or ()}
     digest = hashlib.blake2b(digest_size=12)
     for name in sorted(arrays.keys() - {"text_end"}):
         digest.update(name.encode() + arrays[name].tobytes())

@@ -258,12 +258,9 @@ class Grower:
         self.buffer.add(tree, want.role, new, generation)
         self.progress.steps += len(new)
         self.progress.tokens[want.role] += generation.decoded
-        touched: dict[int, Node] = {want.node.key: want.node}
-        for node, step in new:
-            touched[node.key] = node
-            if not step.terminal:
-                child = tree.nodes[node.child_key(step)]
-                touched[child.key] = child
+        touched = {node.key: node for node in (want.node, *(node for node, _ in new))}
+        if new and (child := tree.child(new[-1][0], want.role)) is not None:
+            touched[child.key] = child
         if tree.relaxed:
             tree.relaxed = False
             return list(tree.nodes.values())

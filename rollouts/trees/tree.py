@@ -155,13 +155,14 @@ class RolloutTree:
             position = self.insert(position, role, step)
         return new
 
-    def needs_small(self, node: Node) -> bool:
-        """Whether closure asks for the small model's proposal at a node."""
-        return self.max_escalations is None or node.escalations <= self.max_escalations
-
-    def needs_large(self, node: Node) -> bool:
-        """Whether closure asks for the large model's proposal at a node."""
-        return self.max_escalations is None or node.escalations < self.max_escalations or node.all_large
+    def lacks(self, node: Node) -> list[str]:
+        """Return the roles whose proposals closure asks for at a node and that are not there."""
+        cap = self.max_escalations
+        needed = {
+            SMALL: cap is None or node.escalations <= cap,
+            LARGE: cap is None or node.escalations < cap or node.all_large,
+        }
+        return [role for role in ROLES if needed[role] and role not in node.proposals]
 
     def wants(self, roles: Collection[str] = ROLES) -> list[Want]:
         """Return the proposals that are missing, not asked for, and can be asked for now."""
@@ -169,21 +170,15 @@ class RolloutTree:
 
     def wants_at(self, node: Node, roles: Collection[str] = ROLES) -> Iterator[Want]:
         """Yield what `wants` would, for one node."""
-        small_missing = self.needs_small(node) and SMALL not in node.proposals
-        if small_missing:
-            if SMALL in roles and SMALL not in node.asked:
-                yield Want(node, SMALL, True)
-        elif LARGE in roles and self.needs_large(node) and LARGE not in node.proposals and LARGE not in node.asked:
-            beyond = self.max_escalations is not None and node.escalations >= self.max_escalations
-            yield Want(node, LARGE, beyond)  # beyond K only the always-large path goes on: ask for all of it
+        for role in self.lacks(node)[:1]:
+            if role in roles and role not in node.asked:
+                # beyond K only the always-large path goes on: ask for all of it
+                beyond = self.max_escalations is not None and node.escalations >= self.max_escalations
+                yield Want(node, role, role == SMALL or beyond)
 
     def missing(self) -> int:
         """Return how many proposals closure still asks for at the nodes that exist."""
-        return sum(
-            (self.needs_small(node) and SMALL not in node.proposals)
-            + (self.needs_large(node) and LARGE not in node.proposals)
-            for node in self.nodes.values()
-        )
+        return sum(len(self.lacks(node)) for node in self.nodes.values())
 
     def prefix(self, node: Node) -> Prefix:
         """Return what a model is asked to continue at a node."""

@@ -150,7 +150,7 @@ def test_an_almost_empty_store_is_filled_once(tmp_path, closed, memory):
     env = LiveVectorEnv(store.path, who, ScriptedScorer(), **options)
     first = rollout(env, 40, seed=0)
     env.close()
-    assert env.generated == store.steps.rows()
+    assert env.generated == store.steps.keys().num_rows
     assert len({item[:4] for item in asked}) == len(asked) > 20
     findings = verify_store(store)
     assert not [line for line in findings.problems if closed is not None or "not closed" not in line]
@@ -192,7 +192,11 @@ def test_scores_and_grades_that_miss_are_added_without_generating(tmp_path):
     seen = rollout(env, 30, seed=3)
     env.close()
     assert env.generated == 0
-    assert len({(question, *steps) for question, steps in scorer.asked}) == len(scorer.asked) < store.steps.rows() / 2
+    assert (
+        len({(question, *steps) for question, steps in scorer.asked})
+        == len(scorer.asked)
+        < store.steps.keys().num_rows / 2
+    )
     assert not verify_store(store).problems
     assert same(rollout(TrimVectorEnv(compile_store(store), None, 24), 30, seed=3), seen)
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
+from concurrent.futures import Future
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from handmade import ScriptedScorer, ScriptedWriter, ShuffledWriter, problem, process
 
+from rollouts.cli.generate import run_grading, run_scoring
 from rollouts.errors import BackendError, StoreError
+from rollouts.store.rows import Rows
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
 from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, solution_text
@@ -19,6 +25,7 @@ from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, load_tree
 from rollouts.trees.on_policy import FEATURES, expand_on_policy
 from rollouts.trees.stats import oracle, split_statistics
 from rollouts.trees.tree import RolloutTree
+from rollouts.trees.verify import verify_store
 
 PROBLEMS = [problem(f"p{i}", "train" if i % 2 else "test") for i in range(6)]
 
@@ -27,11 +34,11 @@ def writers(asked=None):
     return {role: ScriptedWriter(role, asked=asked) for role in ROLES}
 
 
-def grow(path, max_escalations=None, replicas=2, who=None, **options) -> Store:
+def grow(path, max_escalations=None, replicas=2, who=None, flush_rows=20_000, **options) -> Store:
     store = Store.create(path, process(max_escalations))
     store.add_problems(PROBLEMS)
     trees = load_trees(store, PROBLEMS, replicas, max_escalations, chunk=4)
-    Grower(who or writers(), StepBuffer(store.steps), **options).run(trees)
+    Grower(who or writers(), StepBuffer(store.steps, rows=flush_rows), **options).run(trees)
     return store
 
 
@@ -162,6 +169,29 @@ def test_a_dead_model_loses_nothing_and_the_rest_is_generated_once(tmp_path):
     assert len({item[:4] for item in asked}) == len(asked)
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_an_interrupt_while_a_shard_is_written_doubles_no_step(tmp_path, monkeypatch, written):
+    reference = all_steps(grow(tmp_path / "whole"))
+    replace, calls = os.replace, itertools.count()
+
+    def interrupted(source, target):
+        first = str(target).endswith(".parquet") and "steps" in str(target) and next(calls) == 0
+        if written or not first:
+            replace(source, target)
+        if first:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    asked: list = []
+    with pytest.raises(KeyboardInterrupt):
+        grow(tmp_path / "cut", who=writers(asked), in_flight=3, flush_rows=20)
+    store = Store(tmp_path / "cut")
+    assert 0 < store.steps.keys().num_rows == len(all_steps(store)) < len(reference)
+    grow(tmp_path / "cut", who=writers(asked))
+    assert store.steps.keys().num_rows == len(reference) and all_steps(store) == reference
+    assert len({item[:4] for item in asked}) == len(asked)
+
+
 def test_token_budget_stops_and_resumes(tmp_path):
     store = Store.create(tmp_path / "s", process())
     store.add_problems(PROBLEMS)
@@ -194,7 +224,7 @@ def test_compaction_keeps_every_row_once(tmp_path):
     duplicate = store.steps.read_shard(store.steps.shards()[0]).to_pydict()
     store.steps.append(duplicate)
     store.steps.compact()
-    assert len(store.steps.shards()) == 1 and store.steps.rows() == len(rows)
+    assert len(store.steps.shards()) == 1 and store.steps.keys().num_rows == len(rows)
     assert all_steps(store) == rows and store.steps.counters() == counters
     store.steps.append(duplicate)  # numbering goes on after compaction
     assert len(store.steps.shards()) == 2
@@ -309,10 +339,103 @@ def test_scoring_shares_prefixes_and_resumes(tmp_path):
     report = score_store(store, scorer, PROBLEMS[:3])
     assert scorer.paths < report.rows
     rest = score_store(store, scorer)
-    assert report.rows + rest.rows == store.steps.rows()
+    assert report.rows + rest.rows == store.steps.keys().num_rows
     assert score_store(store, scorer).rows == 0
     for table in store.scores("scripted").read():
         assert len({tuple(row[name] for name in ("problem", "replica", "prefix", "role")) for row in table.to_pylist()})
+
+
+class FailingScorer(ScriptedScorer):
+    """Fails on one path, of those that it answers later."""
+
+    def submit(self, question, steps):
+        future = super().submit(question, steps)
+        if self.paths == 3:
+            future = Future()
+            future.set_exception(BackendError("scorer: gone"))
+        return future
+
+
+def test_what_a_scorer_gave_before_and_after_a_failure_is_kept(tmp_path):
+    store = grow(tmp_path / "s")
+    with pytest.raises(BackendError, match="gone"):
+        score_store(store, FailingScorer(), in_flight=4)
+    kept = store.scores("scripted").keys().num_rows
+    scorer = ScriptedScorer()
+    report = score_store(store, scorer)
+    assert kept > 0 and report.rows == store.steps.keys().num_rows - kept
+    assert not verify_store(store).problems[1:]  # grades alone are missing
+    whole = finish(grow(tmp_path / "t"))
+    assert sorted(scores_of(store)) == sorted(scores_of(whole))
+
+
+def scores_of(store):
+    return [tuple(row.values()) for part in store.scores("scripted").read() for row in part.to_pylist()]
+
+
+def test_a_text_that_the_other_model_wrote_takes_its_score(tmp_path):
+    store = finish(grow(tmp_path / "s"))
+    shutil.rmtree(store.scores("scripted").directory)
+    rows = Rows(store.attach("scores", "scripted", ScriptedScorer().process()))
+    twins = 0
+    for tree in load_trees(store, PROBLEMS, 2, None):
+        for node in tree.nodes.values():
+            for role in node.proposals:
+                if role == LARGE or len(list(node.twins(role))) == 1:
+                    rows.put(tree.row_key(node, role), score=0.5)
+                else:
+                    twins += 1
+    rows.flush()
+    scorer = ScriptedScorer()
+    assert score_store(store, scorer).rows == twins > 0
+    assert scorer.paths == 0 and {row[-1] for row in scores_of(store)} == {0.5}
+
+
+class OneScorer:
+    """Stands for a family: opens the scripted scorer, and counts how often."""
+
+    scorer_name = "scripted"
+
+    def __init__(self):
+        self.opened = 0
+
+    @contextmanager
+    def open_scorer(self, store):
+        self.opened += 1
+        yield ScriptedScorer()
+
+
+def test_score_and_grade_finish_exactly_when_nothing_is_left(tmp_path):
+    store = grow(tmp_path / "s", replicas=1)
+    family, grader = OneScorer(), make_grader("exact")
+    run_scoring(store, family, PROBLEMS[:3])
+    run_scoring(store, family, PROBLEMS[:3])
+    assert family.opened == 1
+    run_scoring(store, family, None)
+    run_grading(store, grader, None)
+    assert family.opened == 2 and not verify_store(store).problems
+
+    orphans = {name: [] for name in store.steps.schema.names}
+    for row in itertools.islice(next(store.steps.read()).to_pylist(), 10):
+        for name, value in {**row, "prefix": row["prefix"] ^ 1, "terminal": True}.items():
+            orphans[name].append(value)
+    store.steps.append(orphans)  # more steps than scores, but no path reaches them
+    run_scoring(store, family, None)
+    assert family.opened == 2
+
+    scores = store.scores("scripted")
+    kept = scores.read_shard(scores.shards()[0]).slice(10).to_pydict()
+    for name in kept:
+        kept[name] += [0.0] * 20 if name == "score" else 2 * orphans[name]
+    scores.shards()[0].unlink()
+    scores.append(kept)  # as many scores as steps, but not of these
+    assert scores.keys().num_rows == store.steps.keys().num_rows
+    run_scoring(store, family, None)
+    assert family.opened == 3
+    (store.grades("exact").shards()[0]).unlink()
+    run_grading(store, grader, None)
+    compile_store(store, cache=False)
+    assert [line for line in verify_store(store).problems if "duplicate" not in line] == []
 
 
 def test_on_policy_expansion_adds_what_the_router_reaches(tmp_path):

@@ -124,7 +124,9 @@ def test_text_of_a_path_is_its_steps_and_scores_equal_scoring_the_whole_path(emb
             scores[row["problem"], row["replica"], row["prefix"], row["role"]] = row["score"]
     checked = 0
     for tree in trees:
-        for leaf, role in tree.leaf_edges():
+        for _, leaf, role in tree.places():
+            if (child := tree.child(leaf, role)) is not None and child.proposals:
+                continue  # on the path of another
             texts = [*leaf.steps, leaf.proposals[role].text]
             (whole,) = score_paths(embedded.scorer, [(tree.problem.question, texts)])
             node = tree.root
