@@ -127,21 +127,19 @@ class Table:
 
     def read(self, problems: Collection[str] | None = None, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield the shards one by one, cut to some problems; shards without any of them are not read."""
+        wanted = None if problems is None else pa.array(sorted(problems), type=pa.string())
         for path in self.shards():
-            if problems is None:
-                table = self.read_shard(path, columns)
-            elif self._problems_of(path).isdisjoint(problems):
+            if problems is not None and self._problems_of(path).isdisjoint(problems):
                 continue
-            else:
-                table = self.read_shard(path, columns)
-                wanted = pa.array(sorted(problems), type=pa.string())
+            table = self.read_shard(path, columns)
+            if wanted is not None:
                 table = table.filter(pc.is_in(pc.cast(table["problem"], pa.string()), value_set=wanted))
             if table.num_rows:
                 yield table
 
     def _problems_of(self, path: Path) -> set[str]:
         """Return the problems that a shard mentions; read once, as shards do not change."""
-        key = path, path.stat().st_mtime_ns
+        key = path, path.stat().st_mtime_ns if path.exists() else 0
         if key not in self._mentioned:
             column = self.read_shard(path, ["problem"])["problem"]
             self._mentioned[key] = set(pc.unique(pc.cast(column, pa.string())).to_pylist())
@@ -149,8 +147,8 @@ class Table:
 
     def keys(self) -> pa.Table:
         """Return the keys of all rows, texts as plain strings; duplicates included."""
-        schema = pa.schema([_plain_field(self.schema.field(name)) for name in KEY])
-        return pa.concat_tables([schema.empty_table(), *(_plain(table) for table in self.read(columns=KEY))])
+        empty = _plain(self.schema.empty_table().select(KEY))
+        return pa.concat_tables([empty, *(_plain(table).cast(empty.schema) for table in self.read(columns=KEY))])
 
     def counters(self) -> dict[str, int]:
         """Return the shards' counters, summed."""
@@ -188,9 +186,7 @@ class Table:
         return sorted(self.directory.glob(".*.tmp")) if self.directory.is_dir() else []
 
 
-def _plain_field(field: pa.Field) -> pa.Field:
-    return field.with_type(pa.string()) if pa.types.is_dictionary(field.type) else field
-
-
 def _plain(table: pa.Table) -> pa.Table:
-    return table.replace_schema_metadata(None).cast(pa.schema([_plain_field(field) for field in table.schema]))
+    """Return a table with its texts as plain strings, so that shards can be joined."""
+    fields = [field.with_type(pa.string()) if pa.types.is_dictionary(field.type) else field for field in table.schema]
+    return table.replace_schema_metadata(None).cast(pa.schema(fields))
