@@ -146,9 +146,9 @@ class Table:
         return self._mentioned[key]
 
     def keys(self) -> pa.Table:
-        """Return the keys of all rows, texts as plain strings; duplicates included."""
+        """Return the keys of all rows, duplicates included; whole shards are read, so that damage anywhere is found."""
         empty = _plain(self.schema.empty_table().select(KEY))
-        return pa.concat_tables([empty, *(_plain(table).cast(empty.schema) for table in self.read(columns=KEY))])
+        return pa.concat_tables([empty, *(_plain(table.select(KEY)).cast(empty.schema) for table in self.read())])
 
     def counters(self) -> dict[str, int]:
         """Return the shards' counters, summed."""

@@ -42,7 +42,7 @@ class Report:
     errors: int = 0
 
 
-def left(store: Store, rows: Rows, problems: Sequence[Problem] | None = None, chunk: int = 128) -> Iterator[Place]:
+def left(store: Store, rows: Rows, problems: Sequence[Problem] | None = None, chunk: int = 256) -> Iterator[Place]:
     """Yield the proposals (of a grade table: the terminal ones) that have no row yet.
 
     The table has the rows of a tree at hand until the first proposal of the next is asked for.
