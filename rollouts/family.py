@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rollouts.errors import ConfigError
 from rollouts.models.base import Backend
 from rollouts.models.open import open_backend
 from rollouts.models.stepwise import StepModel
+from rollouts.plugins import build_plugin, is_plugin
 from rollouts.scoring.base import EXAMPLES, Example, Scorer, self_test
 from rollouts.scoring.likelihood import LikelihoodScorer
 from rollouts.scoring.prm import RewardScorer
@@ -41,7 +43,7 @@ class Family:
         self.config = config
         self.seed = seed
         self.examples = examples
-        self.limits = config.limits.limits()
+        self.limits = config.limits
         self._continuing = [role for role in ROLES if not config.generator(role).chat_only]
         for role in self._continuing:
             self.prompts(role)
@@ -106,7 +108,7 @@ class Family:
         described: dict[str, Any] = {
             "mode": "chat" if self.config.large.chat_only else "continue",
             "delimiter": DELIMITER,
-            "limits": self.config.limits.model_dump(),
+            "limits": asdict(self.limits),
             "max_escalations": max_escalations,
             "seed": self.seed,
             "labels": labels,
@@ -120,7 +122,7 @@ class Family:
                 "licence": model.licence,
                 "system_prompt": model.system_prompt,
                 "template_hash": self.prompts(role).template_hash if role in self._continuing else chat_template_hash(),
-                "sampling": model.sampling.model_dump(),
+                "sampling": asdict(model.sampling),
             }
         return described
 
@@ -142,7 +144,7 @@ class Family:
                 yield writer
             return
         with self._backend(role, model, store) as backend:
-            prompts, sampling = self.prompts(role), model.sampling.sampling()
+            prompts, sampling = self.prompts(role), model.sampling
             yield StepModel(backend, prompts, sampling, self.limits, seed=self.seed, fits=self.fits)
 
     @contextmanager
@@ -171,6 +173,8 @@ class Family:
         scorer = self.config.scorer
         if scorer is None:
             raise ConfigError("No [scorer] section in the models file.")
+        if is_plugin(scorer.kind):
+            return _file_name(scorer.name or scorer.kind)
         model = scorer.model if scorer.model is not None else self.config.generator(scorer.under)
         return _file_name(scorer.name or f"{scorer.kind}-{model.display_name}")
 
@@ -183,6 +187,17 @@ class Family:
         """
         name, scorer = self.scorer_name, self.config.scorer
         assert scorer is not None
+        if is_plugin(scorer.kind):
+            with ExitStack() as stack:
+                own: Scorer = build_plugin(scorer.kind, "[scorer] kind", Scorer, name, **scorer.options)
+                if hasattr(own, "close"):
+                    stack.callback(own.close)
+                if own.name != name:
+                    raise ConfigError(f"[scorer] kind {scorer.kind!r}: `name` is {own.name!r}, expected {name!r}.")
+                if check:
+                    self_test(own, self.examples, informed=False)
+                yield own
+            return
         if scorer.kind == "prm":
             assert scorer.model is not None and self.reward_prompts is not None
             prompts = self.reward_prompts

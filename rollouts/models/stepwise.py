@@ -6,14 +6,15 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+from rollouts.config import Limits, Sampling
 from rollouts.errors import BackendError, ConfigError
-from rollouts.models.base import Backend, Completion, CompletionRequest, Sampling
+from rollouts.models.base import Backend, Completion, CompletionRequest
+from rollouts.models.futures import forward
 from rollouts.text.prompts import PromptFormat, has_room
 from rollouts.text.steps import (
     DELIMITER,
-    Limits,
     Prefix,
     Segment,
     Step,
@@ -301,11 +302,8 @@ class StepModel:
             future.set_result(draft.generation)
             return
 
-        def answered(answer: Future[Any]) -> None:
-            try:
-                draft.take(answer.result())
-                self._ask(draft, future)
-            except BaseException as error:  # whatever it is, it belongs to whoever waits
-                future.set_exception(error)
+        def take(completion: Completion) -> None:
+            draft.take(completion)
+            self._ask(draft, future)
 
-        self.backend.submit(draft.request()).add_done_callback(answered)
+        forward(self.backend.submit(draft.request()), take, future)

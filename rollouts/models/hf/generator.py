@@ -9,16 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from rollouts.config import Sampling
 from rollouts.errors import BackendError, ConfigError
-from rollouts.models.base import (
-    Capabilities,
-    Completion,
-    CompletionRequest,
-    Finish,
-    LogprobRequest,
-    Request,
-    Sampling,
-)
+from rollouts.models.base import Capabilities, Completion, CompletionRequest, Finish, LogprobRequest, Request
 from rollouts.models.hf.load import PADDED_TOKENS, describe, groups, load, pad_right, refuse, window
 from rollouts.models.hf.packing import logprobs, packs
 

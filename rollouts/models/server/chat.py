@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from rollouts.config import GeneratorConfig
+from rollouts.config import GeneratorConfig, Sampling
 from rollouts.errors import BackendError, ConfigError, did_you_mean
-from rollouts.models.base import Capabilities, Completion, Sampling
+from rollouts.models.base import Capabilities, Completion
 from rollouts.models.server.http import HttpServer, RequestFailed
 from rollouts.text.steps import DELIMITER, closes_box, normalise
 
@@ -113,7 +113,7 @@ class ChatBackend:
         self._http = HttpServer(role, model)
         try:
             cards = self._cards()
-            self._negotiate(model.sampling.sampling(), cards)
+            self._negotiate(model.sampling, cards)
             sizes = [size for size in (cards.get(self._model, {}).get("max_model_len"), model.max_length) if size]
             self.window: int | None = min(sizes, default=None)
             version = self._http.peek("/version")

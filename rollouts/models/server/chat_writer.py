@@ -7,11 +7,12 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
-from rollouts.config import GeneratorConfig
-from rollouts.models.base import Completion, Sampling
+from rollouts.config import GeneratorConfig, Limits, Sampling
+from rollouts.models.base import Completion
+from rollouts.models.futures import forward
 from rollouts.models.server.chat import ChatBackend, open_chat
 from rollouts.models.stepwise import Fits, Generation, close_step
-from rollouts.text.steps import Limits, Prefix, Segment, Step, StopReason, normalise
+from rollouts.text.steps import Prefix, Segment, Step, StopReason, normalise
 
 
 class ChatWriter:
@@ -35,14 +36,8 @@ class ChatWriter:
         """Ask for the next step; `whole` makes no difference."""
         budget = min(self.limits.step_tokens, self.limits.solution_tokens - prefix.used_tokens)
         result: Future[Generation] = Future()
-
-        def done(answer: Future[Completion]) -> None:
-            try:
-                result.set_result(self._read(prefix, answer.result()))
-            except BaseException as error:
-                result.set_exception(error)
-
-        self.backend.submit(prefix.question, prefix.steps, budget, self.sampling).add_done_callback(done)
+        answer = self.backend.submit(prefix.question, prefix.steps, budget, self.sampling)
+        forward(answer, lambda completion: result.set_result(self._read(prefix, completion)), result)
         return result
 
     def _read(self, prefix: Prefix, completion: Completion) -> Generation:
@@ -59,4 +54,4 @@ class ChatWriter:
 def open_chat_writer(role: str, model: GeneratorConfig, limits: Limits, fits: Fits) -> Iterator[ChatWriter]:
     """Connect to the chat server of a role."""
     with open_chat(role, model) as backend:
-        yield ChatWriter(role, backend, model.sampling.sampling(), limits, fits)
+        yield ChatWriter(role, backend, model.sampling, limits, fits)

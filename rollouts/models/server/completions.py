@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from rollouts.config import ModelConfig
+from rollouts.config import ModelConfig, Sampling
 from rollouts.errors import BackendError, ConfigError, did_you_mean
 from rollouts.models.base import (
     Backend,
@@ -16,7 +16,6 @@ from rollouts.models.base import (
     LogprobRequest,
     PoolingRequest,
     Request,
-    Sampling,
 )
 from rollouts.models.server.http import HttpServer, RequestFailed
 from rollouts.models.server.wire import (

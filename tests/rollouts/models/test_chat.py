@@ -17,8 +17,9 @@ from fake_server import (
 )
 from vllm_server import vllm_servers
 
+from rollouts.config import Sampling
 from rollouts.errors import BackendError, ConfigError
-from rollouts.models.base import Completion, Sampling
+from rollouts.models.base import Completion
 from rollouts.models.server.chat import first_step, open_chat
 
 __all__ = ["fake", "vllm_servers"]

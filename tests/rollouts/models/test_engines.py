@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from rollouts import tinymath
-from rollouts.config import ModelConfig, embedded_family
+from rollouts.config import ModelConfig, Sampling, embedded_family
 from rollouts.errors import BackendError, ConfigError
-from rollouts.models.base import Completion, CompletionRequest, LogprobRequest, PoolingRequest, Sampling
+from rollouts.models.base import Completion, CompletionRequest, LogprobRequest, PoolingRequest
 from rollouts.models.open import open_backend
 from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
 

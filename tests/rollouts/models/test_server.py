@@ -22,9 +22,9 @@ from fake_server import (
 )
 from vllm_server import free_port
 
-from rollouts.config import ModelConfig
+from rollouts.config import ModelConfig, Sampling
 from rollouts.errors import BackendError, ConfigError
-from rollouts.models.base import Completion, CompletionRequest, LogprobRequest, PoolingRequest, Sampling
+from rollouts.models.base import Completion, CompletionRequest, LogprobRequest, PoolingRequest
 from rollouts.models.server.completions import open_server
 
 __all__ = ["fake"]

@@ -15,8 +15,9 @@ from fake_server import (
 )
 from vllm_server import VllmServer, vllm_servers
 
+from rollouts.config import Sampling
 from rollouts.errors import BackendError, ConfigError
-from rollouts.models.base import Completion, LogprobRequest, PoolingRequest, Sampling
+from rollouts.models.base import Completion, LogprobRequest, PoolingRequest
 from rollouts.models.server.chat import open_chat
 from rollouts.models.server.completions import ServerBackend, open_server
 from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
