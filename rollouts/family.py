@@ -137,11 +137,11 @@ class Family:
         """Load the model of ``small`` or ``large`` as a step writer, and record the start in the store."""
         model: GeneratorConfig = self.config.generator(role)
         if model.chat_only:
-            from rollouts.models.server.chat_writer import open_chat_writer
+            from rollouts.models.server.chat import ChatBackend, ChatWriter
 
-            with open_chat_writer(role, model, self.limits, self.fits) as writer:
-                store.record_engine({"role": role, **writer.describe()})
-                yield writer
+            with ChatBackend(role, model) as chat:
+                store.record_engine({"role": role, **chat.describe()})
+                yield ChatWriter(role, chat, model.sampling, self.limits, self.fits)
             return
         with self._backend(role, model, store) as backend:
             prompts, sampling = self.prompts(role), model.sampling

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Capabilities, PoolingRequest, Request
 from rollouts.models.hf.load import PADDED_TOKENS, describe, groups, load, pad_right, refuse, window
@@ -64,18 +65,7 @@ class TransformersPooling:
         return finished + [(key, answer) for (key, _), answer in zip(taken, answers, strict=True)]
 
 
-def pooling(
-    model: str,
-    *,
-    step_tag_id: int,
-    revision: str | None,
-    dtype: str,
-    max_length: int | None,
-    max_batch: int,
-    gpus: int,
-    threads: int,
-    seed: int,
-) -> TransformersPooling:
+def pooling(model: ModelConfig, seed: int, step_tag_id: int) -> TransformersPooling:
     """Load a process reward model; runs in the engine's process.
 
     Raises:
@@ -85,24 +75,26 @@ def pooling(
     from transformers import Qwen2Config, Qwen2Model
 
     # The configuration is read by name: that of Qwen2.5-Math-PRM-7B points to code of its own.
-    config = Qwen2Config.from_pretrained(model, revision=revision)
+    config = Qwen2Config.from_pretrained(model.model, revision=model.revision)
     if config.model_type != "qwen2":
-        raise ConfigError(f"{model}: a {config.model_type!r} model; the transformers backend scores with Qwen2 ones.")
-    trunk, report = load(Qwen2Model, model, revision=revision, dtype=dtype, gpus=gpus, threads=threads)
+        raise ConfigError(
+            f"{model.model}: a {config.model_type!r} model; the transformers backend scores with Qwen2 ones."
+        )
+    trunk, report = load(Qwen2Model, model)
     if report["missing_keys"]:
-        raise ConfigError(f"{model}: weights are missing: {', '.join(sorted(report['missing_keys'])[:4])}.")
-    weights = _head_weights(model, revision)
+        raise ConfigError(f"{model.model}: weights are missing: {', '.join(sorted(report['missing_keys'])[:4])}.")
+    weights = _head_weights(model.model, model.revision)
     labels, width = weights["score.2.weight"].shape
     if labels != 2:
-        raise ConfigError(f"{model}: its head has {labels} labels, expected 2.")
+        raise ConfigError(f"{model.model}: its head has {labels} labels, expected 2.")
     head = torch.nn.Sequential(
         torch.nn.Linear(config.hidden_size, width), torch.nn.ReLU(), torch.nn.Linear(width, labels)
     )
     head.load_state_dict({name.removeprefix("score."): value for name, value in weights.items()})
     # As in vLLM, the head computes in float32 whatever the trunk's format is.
     head.to(trunk.device, torch.float64 if trunk.dtype == torch.float64 else torch.float32)
-    limit = window(config, max_length)
-    return TransformersPooling(trunk, head.eval(), step_tag_id, limit, max_batch, describe(trunk, seed))
+    limit = window(config, model.max_length)
+    return TransformersPooling(trunk, head.eval(), step_tag_id, limit, model.max_batch, describe(trunk, seed))
 
 
 def _head_weights(model: str, revision: str | None) -> dict[str, Any]:
