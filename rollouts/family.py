@@ -19,6 +19,7 @@ from rollouts.plugins import build_plugin, is_plugin
 from rollouts.scoring.base import EXAMPLES, Example, Scorer, self_test
 from rollouts.scoring.likelihood import LikelihoodScorer
 from rollouts.scoring.prm import RewardScorer
+from rollouts.scoring.self_evaluation import SelfEvaluationScorer
 from rollouts.store.store import Store
 from rollouts.text.prompts import PromptFormat, RewardFormat, has_room, load_tokenizer
 from rollouts.text.steps import DELIMITER, ROLES
@@ -44,13 +45,10 @@ class Family:
         self.seed = seed
         self.examples = examples
         self.limits = config.limits
+        self._formats: dict[str, PromptFormat] = {}
         self._continuing = [role for role in ROLES if not config.generator(role).chat_only]
         for role in self._continuing:
             self.prompts(role)
-
-    @cached_property
-    def _formats(self) -> dict[str, PromptFormat]:
-        return {}
 
     def prompts(self, role: str) -> PromptFormat:
         """Return the prompt format of a generating role."""
@@ -187,35 +185,28 @@ class Family:
         """
         name, scorer = self.scorer_name, self.config.scorer
         assert scorer is not None
-        if is_plugin(scorer.kind):
-            with ExitStack() as stack:
-                own: Scorer = build_plugin(scorer.kind, "[scorer] kind", Scorer, name, **scorer.options)
-                if hasattr(own, "close"):
-                    stack.callback(own.close)
-                if own.name != name:
-                    raise ConfigError(f"[scorer] kind {scorer.kind!r}: `name` is {own.name!r}, expected {name!r}.")
-                if check:
-                    self_test(own, self.examples, informed=False)
-                yield own
-            return
-        if scorer.kind == "prm":
-            assert scorer.model is not None and self.reward_prompts is not None
-            prompts = self.reward_prompts
-            with self._backend("scorer", scorer.model, store, prompts.step_tag_id) as backend:
-                built: Scorer = RewardScorer(name, backend, prompts, scorer.model.display_name)
-                if check:
-                    self_test(built, self.examples)
-                yield built
-            return
-        model = self.config.generator(scorer.under)
-        prompts_under = self.prompts(scorer.under)
-        with self._backend(scorer.under, model, store) as backend:
-            if scorer.kind == "likelihood":
-                yield LikelihoodScorer(name, backend, prompts_under, model.display_name)
+        with ExitStack() as stack:
+            built: Scorer
+            if is_plugin(scorer.kind):
+                built = build_plugin(scorer.kind, "[scorer] kind", Scorer, name, **scorer.options)
+                stack.callback(getattr(built, "close", lambda: None))
+                if built.name != name:
+                    raise ConfigError(f"[scorer] kind {scorer.kind!r}: `name` is {built.name!r}, expected {name!r}.")
+            elif scorer.model is not None:
+                assert self.reward_prompts is not None
+                prompts, tag = self.reward_prompts, self.reward_prompts.step_tag_id
+                backend = stack.enter_context(self._backend("scorer", scorer.model, store, tag))
+                built = RewardScorer(name, backend, prompts, scorer.model.display_name)
             else:
-                from rollouts.scoring.self_evaluation import SelfEvaluationScorer
-
-                yield SelfEvaluationScorer(name, backend, prompts_under.tokenizer, model.display_name)
+                under, model = self.prompts(scorer.under), self.config.generator(scorer.under)
+                backend = stack.enter_context(self._backend(scorer.under, model, store))
+                if scorer.kind == "likelihood":
+                    built = LikelihoodScorer(name, backend, under, model.display_name)
+                else:
+                    built = SelfEvaluationScorer(name, backend, under.tokenizer, model.display_name)
+            if check and (scorer.kind == "prm" or is_plugin(scorer.kind)):
+                self_test(built, self.examples, informed=scorer.kind == "prm")
+            yield built
 
 
 def engine_seed(run_seed: int, role: str, start: int) -> int:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from rollouts.config import Limits, Sampling
@@ -277,24 +278,14 @@ class StepModel:
             raise ConfigError(f"{backend.role}: its backend cannot continue a partial answer; set chat_only = true.")
         self.role = backend.role
         self.backend = backend
-        self.prompts = prompts
-        self.sampling = sampling
-        self.limits = limits
-        self.seed = seed
-        self.fits: Fits = fits or self.has_room
         self.whole_paths = backend.capabilities.token_ids
-
-    def has_room(self, question: str, steps: Sequence[str]) -> bool:
-        """Whether this model's window has room for at least one token after a prefix."""
-        return has_room(self.prompts, self.backend.window, question, steps)
+        fits = fits or partial(has_room, prompts, backend.window)
+        self._rules = StepRules(backend.role, prompts, backend.window, sampling, limits, fits, seed)
 
     def submit(self, prefix: Prefix, *, whole: bool) -> Future[Generation]:
         """Ask for the next step of a prefix, or for the whole rest where token ids make that possible."""
-        rules = StepRules(
-            self.role, self.prompts, self.backend.window, self.sampling, self.limits, self.fits, self.seed
-        )
         future: Future[Generation] = Future()
-        self._ask(Draft(rules, prefix, whole=whole and self.whole_paths), future)
+        self._ask(Draft(self._rules, prefix, whole=whole and self.whole_paths), future)
         return future
 
     def _ask(self, draft: Draft, future: Future[Generation]) -> None:

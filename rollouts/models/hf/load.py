@@ -74,7 +74,7 @@ def load(kind: Any, model: ModelConfig) -> tuple[Any, Any]:
         loaded, report = kind.from_pretrained(
             model.model, revision=model.revision, dtype=model.dtype, output_loading_info=True, **placement
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{model.model}: the model cannot be loaded ({error}).") from error
     if gpus == 1:
         loaded.to("cuda:0")

@@ -9,7 +9,7 @@ from typing import Any
 
 from rollouts.config import GeneratorConfig, Limits, Sampling
 from rollouts.errors import BackendError, ConfigError, did_you_mean
-from rollouts.models.base import Capabilities, Completion
+from rollouts.models.base import Completion
 from rollouts.models.futures import forward
 from rollouts.models.server.http import HttpServer, RequestFailed
 from rollouts.models.stepwise import Fits, Generation, close_step
@@ -95,11 +95,7 @@ class ChatBackend:
 
     Attributes:
         role: Named in errors.
-        capabilities: Nothing but single steps.
-        window: Most tokens of prompt and answer together, or None if neither server nor configuration says.
     """
-
-    capabilities = Capabilities(continue_prefix=False)
 
     def __init__(self, role: str, model: GeneratorConfig) -> None:
         """Connect, and find out which request fields the server takes.
@@ -120,24 +116,21 @@ class ChatBackend:
         self._stop = True
         self._http = HttpServer(role, model)
         try:
-            cards = self._cards()
-            self._negotiate(model.sampling, cards)
-            sizes = [size for size in (cards.get(self._model, {}).get("max_model_len"), model.max_length) if size]
-            self.window: int | None = min(sizes, default=None)
+            self._negotiate(model.sampling, self._listed())
             version = self._http.peek("/version")
             self._version = version.get("version") if isinstance(version, dict) else None
         except BaseException:
             self._http.close()
             raise
 
-    def _cards(self) -> dict[str, dict[str, Any]]:
-        """Return what the server lists; many vendors list nothing, or not everything that they serve."""
+    def _listed(self) -> list[str]:
+        """Return the models that the server lists; many vendors list nothing, or not everything that they serve."""
         try:
-            return {card["id"]: card for card in self._http.peek("models")["data"]}
+            return [card["id"] for card in self._http.peek("models")["data"]]
         except (TypeError, LookupError):
-            return {}
+            return []
 
-    def _negotiate(self, sampling: Sampling, cards: Mapping[str, Any]) -> None:
+    def _negotiate(self, sampling: Sampling, listed: Sequence[str]) -> None:
         """Ask something trivial, leaving out one refused field after the other."""
         for _ in range(len(_NEUTRAL) + 3):
             payload = self._payload(_PROBE, _PROBE_TOKENS, sampling, stop=self._stop)
@@ -151,7 +144,7 @@ class ChatBackend:
                         f"{self.role}: {self._http.url} refuses a chat with {self._model}: {error}"
                     ) from None
             except BackendError as error:
-                known = did_you_mean(self._model, cards) if cards and self._model not in cards else ""
+                known = did_you_mean(self._model, listed) if listed and self._model not in listed else ""
                 raise BackendError(f"{error}{known}") from None
         raise ConfigError(f"{self.role}: {self._http.url} refuses every way to chat with {self._model}.")
 

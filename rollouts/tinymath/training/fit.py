@@ -15,8 +15,8 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Qwen2ForCausalLM
 
+from rollouts.models.hf.reward_model import ProcessRewardModel
 from rollouts.tinymath.training.batches import IGNORE, Batch
-from rollouts.tinymath.training.folders import ProcessRewardModel
 
 
 @dataclass(frozen=True)

@@ -12,29 +12,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from rollouts.models.hf.reward_model import ProcessRewardModel
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
-
-
-class ProcessRewardModel(torch.nn.Module):
-    """A Qwen2 trunk and a two-label head at every token: the layout of ``Qwen2ForProcessRewardModel``."""
-
-    def __init__(self, config: Qwen2Config) -> None:
-        """Make a model with fresh weights."""
-        super().__init__()
-        self.config = config
-        self.model = Qwen2Model(config)
-        self.score = torch.nn.Sequential(
-            torch.nn.Linear(config.hidden_size, config.hidden_size),
-            torch.nn.ReLU(),
-            torch.nn.Linear(config.hidden_size, 2),
-        )
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of shape (batch, length, 2); label 1 is "every step so far is right"."""
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        return self.score(hidden)
 
 
 def new_model(role: str) -> Qwen2ForCausalLM | ProcessRewardModel:

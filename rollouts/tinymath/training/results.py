@@ -15,10 +15,11 @@ import numpy as np
 from scipy.stats import mannwhitneyu
 from transformers import Qwen2ForCausalLM
 
+from rollouts.models.hf.reward_model import ProcessRewardModel
 from rollouts.tinymath.labels import label_steps
 from rollouts.tinymath.problems import Definition, TinyProblem, answer_step, generate_problems, parse_question
 from rollouts.tinymath.training.batches import Encoder
-from rollouts.tinymath.training.folders import ProcessRewardModel, load_model
+from rollouts.tinymath.training.folders import load_model
 from rollouts.tinymath.training.sampling import MAX_NEW_TOKENS, sample_solutions, score_solutions
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from transformers import Qwen2ForCausalLM
 
+from rollouts.models.hf.reward_model import ProcessRewardModel
 from rollouts.tinymath.problems import Program, training_programs
 from rollouts.tinymath.training.batches import Document, Encoder, corrupted_solution, reward_document
-from rollouts.tinymath.training.folders import ProcessRewardModel, new_model
+from rollouts.tinymath.training.folders import new_model
 from rollouts.tinymath.training.sampling import MAX_NEW_TOKENS, sample_solutions
 
 Solved = tuple[Program, list[str]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import Qwen2ForCausalLM
 
 from rollouts.config import Sampling
@@ -12,10 +13,11 @@ from rollouts.models.base import CompletionRequest, PoolingRequest
 from rollouts.models.hf.generator import TransformersGenerator
 from rollouts.models.hf.load import describe
 from rollouts.models.hf.pooling import TransformersPooling
+from rollouts.models.hf.reward_model import ProcessRewardModel
 from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
 from rollouts.tinymath import STEP_TAG
 from rollouts.tinymath.problems import STEP_DELIMITER
-from rollouts.tinymath.training.folders import WEIGHTS, ProcessRewardModel
+from rollouts.tinymath.training.folders import WEIGHTS
 
 # A solution of the longest program has about 330 tokens.
 MAX_NEW_TOKENS = 420
@@ -32,8 +34,11 @@ def _answers(engine: Any, requests: Sequence[Any]) -> list[Any]:
     for key, request in enumerate(requests):
         engine.add(key, request)
     answers: dict[int, Any] = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the operations of such models are shorter than waking a second thread
     while len(answers) < len(requests):
         answers.update(engine.step())
+    torch.set_num_threads(threads)
     return [answers[key] for key in range(len(requests))]
 
 

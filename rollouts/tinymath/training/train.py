@@ -94,7 +94,6 @@ def main(settings: TrainSettings) -> None:
     count, routed = (8, 4) if settings.quick else (_SOLUTIONS, _ROUTED)
     # Models that know nothing never end a solution.
     sampling: dict[str, Any] = {"seed": settings.seed, "max_new_tokens": 16 if settings.quick else MAX_NEW_TOKENS}
-    cores = torch.get_num_threads()
     models: dict[str, Any] = {}
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         training = {role: pool.submit(train_language_model, role, settings) for role in ("small", "large")}
@@ -102,9 +101,7 @@ def main(settings: TrainSettings) -> None:
             trained.result()
             models[role] = load_model(role, settings.output / role)
             if role == "small":
-                torch.set_num_threads(1)  # the large model still trains on the other core
                 solved = solve(models["small"], draw_programs(count, settings.seed), **sampling)
-    torch.set_num_threads(cores)
     solved += routed_solutions(models["small"], models["large"], solved[:routed], **sampling)
     print(f"{len(solved)} solutions sampled after {time.monotonic() - started:.0f} s", flush=True)
     train_reward_model(models["large"], solved, settings)
