@@ -81,10 +81,8 @@ def grow(writers: dict[str, StepModel], family: Family, problems: list[Problem],
 
 
 def replay(writer: StepModel, log: list[tuple[CompletionRequest, Any]]) -> tuple[float, int]:
-    """Send one role's recorded requests as one batch, decoding as many tokens for each as was recorded."""
-    requests = [
-        replace(request, stop=(), max_tokens=future.result().tokens, exact_length=True) for request, future in log
-    ]
+    """Send one role's recorded requests as one batch, each with room for as many tokens as was recorded."""
+    requests = [replace(request, stop=(), max_tokens=future.result().tokens) for request, future in log]
     start = time.perf_counter()
     futures = [writer.backend.submit(request) for request in requests]
     tokens = sum(future.result().tokens for future in futures)

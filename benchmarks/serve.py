@@ -38,7 +38,8 @@ import numpy as np
 from agents.routers import artefact
 from agents.routers.base import Threshold
 from benchmarks.upstream import read_log, record
-from rollouts.models.base import CompletionRequest, Sampling
+from rollouts.config import Sampling
+from rollouts.models.base import CompletionRequest
 from rollouts.models.server.wire import completion_payload, read_completion
 from rollouts.text.prompts import RewardFormat, load_tokenizer
 from rollouts.tinymath import STEP_TAG, model_dir

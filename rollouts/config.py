@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.dataclasses import dataclass
 
 from rollouts.errors import ConfigError, did_you_mean
-from rollouts.models.base import Sampling
-from rollouts.text.steps import Limits
+from rollouts.plugins import is_plugin
 
-Role = Literal["small", "large", "scorer"]
 BackendKind = Literal["vllm", "server", "transformers"]
-ScorerKind = Literal["prm", "likelihood", "self-evaluation"]
+SCORER_KINDS = ("prm", "likelihood", "self-evaluation")
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class SamplingConfig(_Section):
-    """Sampling parameters of a role. Penalties are refused: they would make whole paths and single steps differ."""
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
+class Sampling:
+    """Sampling parameters of one role; all of them are sent with every request.
+
+    Presence and frequency penalties do not exist here: they depend on what was decoded in the same request,
+    so stepwise and whole-path generation would be two different processes.
+    """
 
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.7
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
 
-    def sampling(self) -> Sampling:
-        """Return the parameters as backends take them."""
-        return Sampling(**self.model_dump())
+
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
+class Limits:
+    """Token and step limits of a solution (design section 1); part of every manifest.
+
+    Attributes:
+        step_tokens: Most tokens of one step.
+        solution_tokens: Most tokens of accepted text in one solution.
+        max_steps: Most accepted steps of one solution.
+    """
+
+    step_tokens: Annotated[int, Field(ge=1)] = 512
+    solution_tokens: Annotated[int, Field(ge=1)] = 2048
+    max_steps: Annotated[int, Field(ge=1)] = 30
 
 
 class ModelConfig(_Section):
@@ -108,7 +124,7 @@ class GeneratorConfig(ModelConfig):
     """
 
     system_prompt: str | None = "Please reason step by step, and put your final answer within \\boxed{}."
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: Sampling = Sampling()
     chat_only: bool = False
 
     @model_validator(mode="after")
@@ -123,38 +139,38 @@ class ScorerConfig(_Section):
 
     Attributes:
         kind: ``prm`` (a process reward model, given in `model`), ``likelihood`` (least token probability of
-            the step under `under`) or ``self-evaluation`` (`under` is asked for 0-9).
+            the step under `under`), ``self-evaluation`` (`under` is asked for 0-9) or ``module:object`` (a scorer
+            of one's own, `rollouts.scoring.base.Scorer`).
         name: Name of the score table; default: kind and model.
+        options: Table handed to a scorer of one's own.
         model: The reward model, for ``prm``.
-        under: The generating role whose model scores, for the other kinds.
+        under: The generating role whose model scores, for ``likelihood`` and ``self-evaluation``.
         system_prompt: System message in the reward model's input.
         step_tag: Text of the token at which the reward model is read.
     """
 
-    kind: ScorerKind = "prm"
+    kind: str = "prm"
     name: str | None = None
+    options: dict[str, Any] = {}
     model: ModelConfig | None = None
     under: Literal["small", "large"] = "large"
     system_prompt: str | None = "Please reason step by step, and put your final answer within \\boxed{}."
     step_tag: str = "<extra_0>"
 
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if kind not in SCORER_KINDS and not is_plugin(kind):
+            raise ValueError(f"Input should be {', '.join(map(repr, SCORER_KINDS))} or 'module:object'")
+        return kind
+
     @model_validator(mode="after")
-    def _prm_needs_model(self) -> ScorerConfig:
+    def _consistent(self) -> ScorerConfig:
         if (self.kind == "prm") != (self.model is not None):
             raise ValueError("kind 'prm' needs a section [scorer.model]; the other kinds take none")
+        if self.options and self.kind in SCORER_KINDS:
+            raise ValueError("`options` are for a scorer of your own, kind 'module:object'")
         return self
-
-
-class LimitsConfig(_Section):
-    """Token and step limits of a solution."""
-
-    step_tokens: Annotated[int, Field(ge=1)] = 512
-    solution_tokens: Annotated[int, Field(ge=1)] = 2048
-    max_steps: Annotated[int, Field(ge=1)] = 30
-
-    def limits(self) -> Limits:
-        """Return the limits as the step code takes them."""
-        return Limits(**self.model_dump())
 
 
 class FamilyConfig(_Section):
@@ -163,7 +179,7 @@ class FamilyConfig(_Section):
     small: GeneratorConfig
     large: GeneratorConfig
     scorer: ScorerConfig | None = None
-    limits: LimitsConfig = LimitsConfig()
+    limits: Limits = Limits()
 
     def generator(self, role: str) -> GeneratorConfig:
         """Return the configuration of ``small`` or ``large``."""
@@ -210,15 +226,15 @@ def parse_family(values: dict[str, Any]) -> FamilyConfig:
 
 def _explain(item: Any) -> str:
     place = ".".join(str(part) for part in item["loc"]) or "the file"
-    if item["type"] == "extra_forbidden":
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         key = str(item["loc"][-1])
         if key in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
             return f"{place}: penalties are refused, they make stepwise and whole-path generation differ"
         known = {*GeneratorConfig.model_fields, *ScorerConfig.model_fields, *FamilyConfig.model_fields}
-        known |= {*SamplingConfig.model_fields, *LimitsConfig.model_fields}
+        known |= {field.name for section in (Sampling, Limits) for field in dataclasses.fields(section)}
         return f"{place}: unknown key.{did_you_mean(key, known)}"
     found = "" if item["type"] == "missing" else f" (found {item['input']!r})"
-    return f"{place}: {item['msg']}{found}"
+    return f"{place}: {item['msg'].removeprefix('Value error, ')}{found}"
 
 
 def embedded_family(backend: str = "vllm", dtype: str | None = None) -> FamilyConfig:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from rollouts.errors import ConfigError
 from rollouts.models.base import Backend
 from rollouts.models.open import open_backend
 from rollouts.models.stepwise import StepModel
+from rollouts.plugins import build_plugin, is_plugin
 from rollouts.scoring.base import EXAMPLES, Example, Scorer, self_test
 from rollouts.scoring.likelihood import LikelihoodScorer
 from rollouts.scoring.prm import RewardScorer
+from rollouts.scoring.self_evaluation import SelfEvaluationScorer
 from rollouts.store.store import Store
 from rollouts.text.prompts import PromptFormat, RewardFormat, has_room, load_tokenizer
 from rollouts.text.steps import DELIMITER, ROLES
@@ -41,14 +44,11 @@ class Family:
         self.config = config
         self.seed = seed
         self.examples = examples
-        self.limits = config.limits.limits()
+        self.limits = config.limits
+        self._formats: dict[str, PromptFormat] = {}
         self._continuing = [role for role in ROLES if not config.generator(role).chat_only]
         for role in self._continuing:
             self.prompts(role)
-
-    @cached_property
-    def _formats(self) -> dict[str, PromptFormat]:
-        return {}
 
     def prompts(self, role: str) -> PromptFormat:
         """Return the prompt format of a generating role."""
@@ -106,7 +106,7 @@ class Family:
         described: dict[str, Any] = {
             "mode": "chat" if self.config.large.chat_only else "continue",
             "delimiter": DELIMITER,
-            "limits": self.config.limits.model_dump(),
+            "limits": asdict(self.limits),
             "max_escalations": max_escalations,
             "seed": self.seed,
             "labels": labels,
@@ -120,7 +120,7 @@ class Family:
                 "licence": model.licence,
                 "system_prompt": model.system_prompt,
                 "template_hash": self.prompts(role).template_hash if role in self._continuing else chat_template_hash(),
-                "sampling": model.sampling.model_dump(),
+                "sampling": asdict(model.sampling),
             }
         return described
 
@@ -135,14 +135,14 @@ class Family:
         """Load the model of ``small`` or ``large`` as a step writer, and record the start in the store."""
         model: GeneratorConfig = self.config.generator(role)
         if model.chat_only:
-            from rollouts.models.server.chat_writer import open_chat_writer
+            from rollouts.models.server.chat import ChatBackend, ChatWriter
 
-            with open_chat_writer(role, model, self.limits, self.fits) as writer:
-                store.record_engine({"role": role, **writer.describe()})
-                yield writer
+            with ChatBackend(role, model) as chat:
+                store.record_engine({"role": role, **chat.describe()})
+                yield ChatWriter(role, chat, model.sampling, self.limits, self.fits)
             return
         with self._backend(role, model, store) as backend:
-            prompts, sampling = self.prompts(role), model.sampling.sampling()
+            prompts, sampling = self.prompts(role), model.sampling
             yield StepModel(backend, prompts, sampling, self.limits, seed=self.seed, fits=self.fits)
 
     @contextmanager
@@ -171,6 +171,8 @@ class Family:
         scorer = self.config.scorer
         if scorer is None:
             raise ConfigError("No [scorer] section in the models file.")
+        if is_plugin(scorer.kind):
+            return _file_name(scorer.name or scorer.kind)
         model = scorer.model if scorer.model is not None else self.config.generator(scorer.under)
         return _file_name(scorer.name or f"{scorer.kind}-{model.display_name}")
 
@@ -183,24 +185,28 @@ class Family:
         """
         name, scorer = self.scorer_name, self.config.scorer
         assert scorer is not None
-        if scorer.kind == "prm":
-            assert scorer.model is not None and self.reward_prompts is not None
-            prompts = self.reward_prompts
-            with self._backend("scorer", scorer.model, store, prompts.step_tag_id) as backend:
-                built: Scorer = RewardScorer(name, backend, prompts, scorer.model.display_name)
-                if check:
-                    self_test(built, self.examples)
-                yield built
-            return
-        model = self.config.generator(scorer.under)
-        prompts_under = self.prompts(scorer.under)
-        with self._backend(scorer.under, model, store) as backend:
-            if scorer.kind == "likelihood":
-                yield LikelihoodScorer(name, backend, prompts_under, model.display_name)
+        with ExitStack() as stack:
+            built: Scorer
+            if is_plugin(scorer.kind):
+                built = build_plugin(scorer.kind, "[scorer] kind", Scorer, name, **scorer.options)
+                stack.callback(getattr(built, "close", lambda: None))
+                if built.name != name:
+                    raise ConfigError(f"[scorer] kind {scorer.kind!r}: `name` is {built.name!r}, expected {name!r}.")
+            elif scorer.model is not None:
+                assert self.reward_prompts is not None
+                prompts, tag = self.reward_prompts, self.reward_prompts.step_tag_id
+                backend = stack.enter_context(self._backend("scorer", scorer.model, store, tag))
+                built = RewardScorer(name, backend, prompts, scorer.model.display_name)
             else:
-                from rollouts.scoring.self_evaluation import SelfEvaluationScorer
-
-                yield SelfEvaluationScorer(name, backend, prompts_under.tokenizer, model.display_name)
+                under, model = self.prompts(scorer.under), self.config.generator(scorer.under)
+                backend = stack.enter_context(self._backend(scorer.under, model, store))
+                if scorer.kind == "likelihood":
+                    built = LikelihoodScorer(name, backend, under, model.display_name)
+                else:
+                    built = SelfEvaluationScorer(name, backend, under.tokenizer, model.display_name)
+            if check and (scorer.kind == "prm" or is_plugin(scorer.kind)):
+                self_test(built, self.examples, informed=scorer.kind == "prm")
+            yield built
 
 
 def engine_seed(run_seed: int, role: str, start: int) -> int:

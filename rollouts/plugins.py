@@ -9,7 +9,7 @@ import sys
 from functools import reduce
 from typing import Any
 
-from rollouts.errors import ConfigError
+from rollouts.errors import ConfigError, TrimError
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -39,6 +39,35 @@ def load_plugin(name: str, what: str) -> Any:
     except Exception as error:  # whatever a user's module raises
         raise ConfigError(f"{what} {name!r}: module {module} cannot be imported ({error!r}).") from error
     return loaded_plugin(name, what)
+
+
+def build_plugin(name: str, what: str, protocol: type, *arguments: Any, **options: Any) -> Any:
+    """Import a class or function that a user has named, call it and check what it returns.
+
+    Args:
+        name: ``module:object``.
+        what: What it is to be, for messages.
+        protocol: The `typing.Protocol` whose attributes and methods the returned object must have.
+        arguments: Handed to the object, as are `options`.
+        options: The user's own.
+
+    Raises:
+        ConfigError: It cannot be imported or called so, or what it returns lacks an attribute or a method.
+    """
+    factory = load_plugin(name, what)
+    try:
+        built = factory(*arguments, **options)
+    except TrimError:
+        raise
+    except Exception as error:  # whatever a user's class raises
+        given = ", ".join([*map(repr, arguments), *(f"{key}={value!r}" for key, value in options.items())])
+        raise ConfigError(f"{what} {name!r}: calling it with ({given}) failed: {error!r}.") from error
+    needed = dict.fromkeys([*protocol.__annotations__, *vars(protocol)])
+    for attribute in (each for each in needed if not each.startswith("_")):
+        if not hasattr(built, attribute):
+            of = f"{protocol.__module__}.{protocol.__name__}"
+            raise ConfigError(f"{what} {name!r} has no `{attribute}`; what it must have is described in `{of}`.")
+    return built
 
 
 def loaded_plugin(name: str, what: str) -> Any:

@@ -89,9 +89,10 @@ class LiveVectorEnv(EpisodesVectorEnv):
             if not isinstance(store, Store):
                 store = Store(store)
                 opened.enter_context(store.writing())
-            if not isinstance(grader, Grader):
+            if isinstance(grader, str):
                 grader = make_grader(grader)
-                opened.callback(grader.close)
+                if hasattr(grader, "close"):
+                    opened.callback(grader.close)
             self.schema = schema if isinstance(schema, Schema) else schema_named(schema)
             self.cost_model = cost if isinstance(cost, CostModel) else cost_model(cost)
             self._roots = _roots(store, split, replicas)

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from rollouts.config import Sampling
 from rollouts.errors import did_you_mean
-from rollouts.models.base import Sampling
 
 DONE = "data: [DONE]\n\n"
 _SHOWN = 200  # characters of a wrong value that an error repeats

@@ -13,15 +13,15 @@ from functools import lru_cache
 from typing import Any
 
 from agents.serve.upstreams import SCORER, Observer, Probe, Unavailable, Upstream
-from rollouts.config import FamilyConfig, ModelConfig
+from rollouts.config import FamilyConfig, Limits, ModelConfig, Sampling
 from rollouts.errors import BackendError, ConfigError
 from rollouts.family import Family
-from rollouts.models.base import Completion, CompletionRequest, Sampling
+from rollouts.models.base import Completion, CompletionRequest
 from rollouts.models.server.wire import completion_payload, pooling_payload, read_choice, read_completion, read_scores
 from rollouts.models.stepwise import Draft, StepRules
 from rollouts.scoring.prm import fitting_input
 from rollouts.text.prompts import PromptFormat, RewardFormat, has_room
-from rollouts.text.steps import LARGE, ROLES, SMALL, Limits, Prefix, Step, StopReason
+from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, Step, StopReason
 
 _SYSTEM_PROMPTS = 32  # formats of system prompts that requests bring, kept at hand
 _QUESTIONS = 256  # rendered questions kept at hand for each format

@@ -76,7 +76,7 @@ class Service:
                 "messages",
             )
         own = self.models.family.config
-        sampling = {role: ask.sampling(own.generator(role).sampling.sampling()) for role in ROLES}
+        sampling = {role: ask.sampling(own.generator(role).sampling) for role in ROLES}
         limits = self.models.limits
         most = [limit for limit in (limits.solution_tokens, self.settings.max_tokens, ask.limit()) if limit]
         task = Task(question, formats, sampling, replace(limits, solution_tokens=min(most)))

@@ -18,7 +18,7 @@ from rollouts.family import Family
 from rollouts.scoring.base import self_test_examples
 from rollouts.store.rows import Rows
 from rollouts.store.store import Store
-from rollouts.tasks.grading import Grader, make_grader
+from rollouts.tasks.grading import Grader, make_grader, unreadable_answers
 from rollouts.tasks.problems import Problem, load_problems
 from rollouts.text.steps import ROLES
 from rollouts.trees.annotate import grade_store, left, score_store
@@ -57,7 +57,7 @@ class Generate:
         max_escalations: K: every path with at most K escalations; None for complete trees.
         replicas: Independent samples of every tree: a number, or by split, such as ``train=1,test=2``.
         seed: Run seed.
-        grader: ``exact`` or ``numeric``.
+        grader: ``exact``, ``numeric`` or ``module:object`` (`rollouts.tasks.grading.Grader`).
         sequential: One model in memory at a time, alternating over the whole frontier.
         in_flight: Trees grown at once.
         max_large_tokens: Stop after the large model has decoded so many tokens in this run; resumable.
@@ -143,7 +143,7 @@ class Generate:
         return fitting
 
     def _warn_of_unreadable_answers(self, screen: Console, grader: Grader, problems: Sequence[Problem]) -> None:
-        if unreadable := grader.check_gold([problem.answer for problem in problems]):
+        if unreadable := unreadable_answers(grader, [problem.answer for problem in problems]):
             some = ", ".join(repr(answer) for answer in unreadable[:5])
             screen.print(f"{len(unreadable)} answers cannot be read by the grader and count as wrong: {some} ...")
 
@@ -216,7 +216,7 @@ class Expand:
         split: Only this split.
         episodes: Walks per tree, for routers that draw at random.
         seed: Seed of a random router.
-        grader: ``exact`` or ``numeric``.
+        grader: ``exact``, ``numeric`` or ``module:object`` (`rollouts.tasks.grading.Grader`).
     """
 
     store: StorePath
@@ -276,7 +276,7 @@ class Grade:
 
     Attributes:
         store: Directory of the store.
-        grader: ``exact`` or ``numeric``.
+        grader: ``exact``, ``numeric`` or ``module:object`` (`rollouts.tasks.grading.Grader`).
     """
 
     store: StorePath

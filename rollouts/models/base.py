@@ -8,21 +8,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rollouts.config import Sampling
+
 Finish = Literal["stop", "eos", "length", "failed"]
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """Sampling parameters of one role; all of them are sent with every request.
-
-    Presence and frequency penalties do not exist here: they depend on what was decoded in the same request,
-    so stepwise and whole-path generation would be two different processes.
-    """
-
-    temperature: float = 0.7
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +42,6 @@ class CompletionRequest:
         sampling: All sampling parameters.
         stop: Strings that end the completion; they are part of its text and tokens.
         seed: 63-bit seed of this draw; only reproducible backends use it.
-        exact_length: Decode exactly `max_tokens`, past any end of sequence; for benchmarks, in-process vLLM only.
     """
 
     prompt_ids: tuple[int, ...]
@@ -62,7 +49,6 @@ class CompletionRequest:
     sampling: Sampling
     stop: tuple[str, ...] = ()
     seed: int = 0
-    exact_length: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,18 @@
-"""Opens the backend that a model's configuration names."""
+"""Opens the backend that a model's configuration names.
+
+To add a backend: write what answers requests, either a `rollouts.models.base.Backend` of its own (as
+`rollouts.models.server.completions`), or an engine that runs in a process (`rollouts.models.process.Engine`, as
+`rollouts.models.vllm_engine` and `rollouts.models.hf`); then an opener here with a row in `OPENERS`, and its name in
+`rollouts.config.BackendKind`.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
+from collections.abc import Callable, Mapping
 
-from rollouts.config import ModelConfig
+from rollouts.config import BackendKind, ModelConfig
 from rollouts.errors import ConfigError
 from rollouts.models.base import Backend
 
@@ -24,13 +30,13 @@ def open_backend(role: str, model: ModelConfig, *, seed: int, pooling_tag: int |
         ConfigError: A package is missing, or the configuration asks for what the backend cannot do.
         BackendError: The model could not be loaded; the message has the engine's words.
     """
-    if model.backend == "server":
-        from rollouts.models.server.completions import open_server
+    return OPENERS[model.backend](role, model, seed, pooling_tag)
 
-        return open_server(role, model, pooling=pooling_tag is not None, step_tag_id=pooling_tag)
-    if model.backend == "vllm":
-        return _open_vllm(role, model, seed, pooling_tag)
-    return _open_transformers(role, model, seed, pooling_tag)
+
+def _open_server(role: str, model: ModelConfig, seed: int, pooling_tag: int | None) -> Backend:
+    from rollouts.models.server.completions import ServerBackend
+
+    return ServerBackend(role, model, pooling_tag)
 
 
 def _open_vllm(role: str, model: ModelConfig, seed: int, pooling_tag: int | None) -> Backend:
@@ -42,49 +48,30 @@ def _open_vllm(role: str, model: ModelConfig, seed: int, pooling_tag: int | None
     from rollouts.models import vllm_engine
     from rollouts.models.process import EngineProcess
 
-    settings: dict[str, Any] = {
-        "model": model.model,
-        "revision": model.revision,
-        "tokenizer": model.tokenizer or model.model,
-        "tokenizer_revision": model.revision if model.tokenizer is None else None,
-        "tensor_parallel_size": model.tensor_parallel,
-        "max_model_len": model.max_length,
-        "dtype": model.dtype,
-        "max_num_seqs": model.max_batch,
-    }
-    if model.devices:
-        settings["gpu_memory_utilization"] = model.memory_share
-    environment = {**_environment(model), **vllm_engine.environment()}
-    if not model.devices:
-        environment["VLLM_CPU_KVCACHE_SPACE"] = str(model.cpu_cache_gib)
-    common = {"seed": seed & 0xFFFFFFFF, "on_gpu": bool(model.devices), "threads": model.threads}
+    environment = {**_environment(model), **vllm_engine.environment(model)}
     if pooling_tag is None:
-        return EngineProcess(role, vllm_engine.generator, environment, settings=settings, **common)
-    return EngineProcess(role, vllm_engine.pooling, environment, settings=settings, step_tag_id=pooling_tag, **common)
+        return EngineProcess(role, vllm_engine.generator, environment, model=model, seed=seed)
+    return EngineProcess(role, vllm_engine.pooling, environment, model=model, seed=seed, step_tag_id=pooling_tag)
 
 
 def _open_transformers(role: str, model: ModelConfig, seed: int, pooling_tag: int | None) -> Backend:
-    from rollouts.models.hf import generator as transformers_engine
-    from rollouts.models.hf import pooling as transformers_pooling
+    from rollouts.models.hf.generator import generator
+    from rollouts.models.hf.pooling import pooling
     from rollouts.models.process import EngineProcess
 
     if model.tensor_parallel > 1:
         raise ConfigError(f"{role}: tensor_parallel is for backend 'vllm'; transformers spreads over `devices`.")
-    common: dict[str, Any] = {
-        "model": model.model,
-        "revision": model.revision,
-        "dtype": model.dtype,
-        "max_length": model.max_length,
-        "max_batch": model.max_batch,
-        "gpus": len(model.devices),
-        "threads": model.threads,
-        "seed": seed,
-    }
-    environment = _environment(model)
-    if pooling_tag is not None:
-        return EngineProcess(role, transformers_pooling.pooling, environment, step_tag_id=pooling_tag, **common)
-    tokenizer = model.tokenizer or model.model
-    return EngineProcess(role, transformers_engine.generator, environment, tokenizer=tokenizer, **common)
+    if pooling_tag is None:
+        return EngineProcess(role, generator, _environment(model), model=model, seed=seed)
+    return EngineProcess(role, pooling, _environment(model), model=model, seed=seed, step_tag_id=pooling_tag)
+
+
+#: Every backend: what is called with (role, model, seed, pooling tag) and returns it, ready for requests.
+OPENERS: Mapping[BackendKind, Callable[[str, ModelConfig, int, int | None], Backend]] = {
+    "vllm": _open_vllm,
+    "transformers": _open_transformers,
+    "server": _open_server,
+}
 
 
 def _environment(model: ModelConfig) -> dict[str, str]:

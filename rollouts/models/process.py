@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import queue
 import sys
 import threading
 import time
@@ -75,8 +76,7 @@ class EngineProcess(Backend):
         with _exported(environment):
             self._process.start()
         theirs.close()
-        self._outbox: list[tuple[int, Request]] = []
-        self._outbox_ready = threading.Condition()
+        self._outbox: queue.SimpleQueue[tuple[int, Request] | None] = queue.SimpleQueue()  # None: the end
         self._await_start()
         self._reader = threading.Thread(target=self._read, name=f"trim-{role}-reader", daemon=True)
         self._writer = threading.Thread(target=self._write, name=f"trim-{role}-writer", daemon=True)
@@ -112,9 +112,7 @@ class EngineProcess(Backend):
                 raise BackendError(self._failure or f"{self.role}: its process was closed.")
             key = next(self._keys)
             self._futures[key] = future
-        with self._outbox_ready:
-            self._outbox.append((key, request))
-            self._outbox_ready.notify()
+        self._outbox.put((key, request))
         return future
 
     def describe(self) -> Mapping[str, Any]:
@@ -123,11 +121,11 @@ class EngineProcess(Backend):
 
     def _write(self) -> None:
         while True:
-            with self._outbox_ready:
-                while not self._outbox and not self._closed:
-                    self._outbox_ready.wait()
-                closing = self._closed  # it may change while the batch is being sent
-                batch, self._outbox = self._outbox, []
+            batch = [self._outbox.get()]
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    batch.append(self._outbox.get_nowait())
+            closing = None in batch
             try:
                 self._connection.send(None if closing else batch)
             except (OSError, ValueError):
@@ -174,8 +172,7 @@ class EngineProcess(Backend):
             if self._closed:
                 return
             self._closed = True
-        with self._outbox_ready:
-            self._outbox_ready.notify()
+        self._outbox.put(None)
         self._process.join(15)
         if self._process.is_alive():
             self._process.kill()

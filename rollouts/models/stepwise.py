@@ -6,14 +6,16 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
+from rollouts.config import Limits, Sampling
 from rollouts.errors import BackendError, ConfigError
-from rollouts.models.base import Backend, Completion, CompletionRequest, Sampling
+from rollouts.models.base import Backend, Completion, CompletionRequest
+from rollouts.models.futures import forward
 from rollouts.text.prompts import PromptFormat, has_room
 from rollouts.text.steps import (
     DELIMITER,
-    Limits,
     Prefix,
     Segment,
     Step,
@@ -276,24 +278,14 @@ class StepModel:
             raise ConfigError(f"{backend.role}: its backend cannot continue a partial answer; set chat_only = true.")
         self.role = backend.role
         self.backend = backend
-        self.prompts = prompts
-        self.sampling = sampling
-        self.limits = limits
-        self.seed = seed
-        self.fits: Fits = fits or self.has_room
         self.whole_paths = backend.capabilities.token_ids
-
-    def has_room(self, question: str, steps: Sequence[str]) -> bool:
-        """Whether this model's window has room for at least one token after a prefix."""
-        return has_room(self.prompts, self.backend.window, question, steps)
+        fits = fits or partial(has_room, prompts, backend.window)
+        self._rules = StepRules(backend.role, prompts, backend.window, sampling, limits, fits, seed)
 
     def submit(self, prefix: Prefix, *, whole: bool) -> Future[Generation]:
         """Ask for the next step of a prefix, or for the whole rest where token ids make that possible."""
-        rules = StepRules(
-            self.role, self.prompts, self.backend.window, self.sampling, self.limits, self.fits, self.seed
-        )
         future: Future[Generation] = Future()
-        self._ask(Draft(rules, prefix, whole=whole and self.whole_paths), future)
+        self._ask(Draft(self._rules, prefix, whole=whole and self.whole_paths), future)
         return future
 
     def _ask(self, draft: Draft, future: Future[Generation]) -> None:
@@ -301,11 +293,8 @@ class StepModel:
             future.set_result(draft.generation)
             return
 
-        def answered(answer: Future[Any]) -> None:
-            try:
-                draft.take(answer.result())
-                self._ask(draft, future)
-            except BaseException as error:  # whatever it is, it belongs to whoever waits
-                future.set_exception(error)
+        def take(completion: Completion) -> None:
+            draft.take(completion)
+            self._ask(draft, future)
 
-        self.backend.submit(draft.request()).add_done_callback(answered)
+        forward(self.backend.submit(draft.request()), take, future)

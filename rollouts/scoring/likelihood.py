@@ -9,6 +9,7 @@ from typing import Any
 
 from rollouts.errors import ConfigError
 from rollouts.models.base import Backend, LogprobRequest
+from rollouts.models.futures import forward, settled
 from rollouts.scoring.base import Scores
 from rollouts.text.prompts import PromptFormat
 
@@ -45,22 +46,17 @@ class LikelihoodScorer:
         kept = len(steps)
         while kept and positions[kept] >= self.backend.window:
             kept -= 1
-        result: Future[Scores] = Future()
+        unread: Scores = [None] * (len(steps) - kept)
         if kept == 0 or positions[kept] == positions[0]:
-            result.set_result([0.0] * kept + [None] * (len(steps) - kept))
-            return result
+            return settled([*[0.0] * kept, *unread])
+        result: Future[Scores] = Future()
 
-        def done(answer: Future[list[float]]) -> None:
-            try:
-                logprobs = answer.result()
-                scores: Scores = []
-                for start, end in zip(positions[:kept], positions[1 : kept + 1], strict=True):
-                    span = logprobs[start - positions[0] : end - positions[0]]
-                    scores.append(min(1.0, math.exp(min(span))) if span else 0.0)
-                result.set_result([*scores, *[None] * (len(steps) - kept)])
-            except BaseException as error:
-                result.set_exception(error)
+        def take(logprobs: list[float]) -> None:
+            scores: Scores = []
+            for start, end in zip(positions[:kept], positions[1 : kept + 1], strict=True):
+                span = logprobs[start - positions[0] : end - positions[0]]
+                scores.append(min(1.0, math.exp(min(span))) if span else 0.0)
+            result.set_result(scores + unread)
 
-        request = LogprobRequest(ids[: positions[kept]], positions[0])
-        self.backend.submit(request).add_done_callback(done)
+        forward(self.backend.submit(LogprobRequest(ids[: positions[kept]], positions[0])), take, result)
         return result

@@ -8,8 +8,9 @@ from typing import Any
 
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Backend, PoolingRequest
+from rollouts.models.futures import forward, settled
 from rollouts.scoring.base import Scores
-from rollouts.text.prompts import RewardFormat, has_room
+from rollouts.text.prompts import RewardFormat
 
 
 class RewardScorer:
@@ -39,28 +40,20 @@ class RewardScorer:
             "template_hash": self.prompts.template_hash,
         }
 
-    def has_room(self, question: str, steps: Sequence[str]) -> bool:
-        """Whether a path fits into the reward model's window, with room for one step more."""
-        return has_room(self.prompts, self.backend.window, question, steps)
-
     def submit(self, question: str, steps: Sequence[str]) -> Future[Scores]:
         """Score one path with one forward pass over the steps that fit."""
         ids, kept = fitting_input(self.prompts, self.backend.window, question, steps)
-        result: Future[Scores] = Future()
+        unread: Scores = [None] * (len(steps) - kept)
         if kept == 0:
-            result.set_result([None] * len(steps))
-            return result
+            return settled(unread)
+        result: Future[Scores] = Future()
 
-        def done(answer: Future[list[float]]) -> None:
-            try:
-                scores = answer.result()
-                if len(scores) != kept:
-                    raise BackendError(f"{self.backend.role}: {len(scores)} scores came back for {kept} steps.")
-                result.set_result([*scores, *[None] * (len(steps) - kept)])
-            except BaseException as error:
-                result.set_exception(error)
+        def take(scores: Scores) -> None:
+            if len(scores) != kept:
+                raise BackendError(f"{self.backend.role}: {len(scores)} scores came back for {kept} steps.")
+            result.set_result(scores + unread)
 
-        self.backend.submit(PoolingRequest(ids)).add_done_callback(done)
+        forward(self.backend.submit(PoolingRequest(ids)), take, result)
         return result
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
-from rollouts.models.base import Backend, Completion, CompletionRequest, Sampling
+from rollouts.config import Sampling
+from rollouts.models.base import Backend, Completion, CompletionRequest
+from rollouts.models.futures import forward, settled
 from rollouts.scoring.base import Scores
 from rollouts.text.prompts import PromptFormat
 
@@ -45,31 +48,23 @@ class SelfEvaluationScorer:
 
     def submit(self, question: str, steps: Sequence[str]) -> Future[Scores]:
         """Ask about every step of one path."""
-        result: Future[Scores] = Future()
+        prompts = [self.prompts.ids(self._question(question, steps[: end + 1])) for end in range(len(steps))]
+        asked = {place: ids for place, ids in enumerate(prompts) if len(ids) + _MOST_TOKENS <= self.backend.window}
         scores: Scores = [None] * len(steps)
-        missing = [len(steps)]
+        if not asked:
+            return settled(scores)
+        result: Future[Scores] = Future()
+        missing = set(asked)
 
-        def settle() -> None:
-            missing[0] -= 1
-            if missing[0] == 0 and not result.done():
+        def take(place: int, completion: Completion) -> None:
+            scores[place] = read_digit(completion.text)
+            missing.remove(place)
+            if not missing:
                 result.set_result(scores)
 
-        def done(position: int, answer: Future[Completion]) -> None:
-            try:
-                scores[position] = read_digit(answer.result().text)
-            except BaseException as error:
-                if not result.done():
-                    result.set_exception(error)
-                return
-            settle()
-
-        for position in range(len(steps)):
-            ids = self.prompts.ids(self._question(question, steps[: position + 1]))
-            if len(ids) + _MOST_TOKENS > self.backend.window:
-                settle()
-                continue
-            future = self.backend.submit(CompletionRequest(ids, _MOST_TOKENS, _GREEDY))
-            future.add_done_callback(lambda answer, position=position: done(position, answer))  # type: ignore[misc]
+        for place, ids in asked.items():
+            answer = self.backend.submit(CompletionRequest(ids, _MOST_TOKENS, _GREEDY))
+            forward(answer, partial(take, place), result)
         return result
 
 

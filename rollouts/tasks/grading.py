@@ -13,21 +13,23 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from importlib.metadata import version
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, Protocol
 
 from rollouts.errors import BackendError, ConfigError, did_you_mean
+from rollouts.plugins import build_plugin, is_plugin
 from rollouts.tasks.answers import final_answer, last_number, quick_equal
 
 GRADERS = ("exact", "numeric")
@@ -69,11 +71,43 @@ def _grade_numeric(answer: str, text: str, extracted: str) -> Grade:
     return Grade(abs(gold[0] - found[0]) <= (0 if whole else TOLERANCE), found[1])
 
 
-Progress = Callable[[int], None]
+class Grader(Protocol):
+    """Grades solutions; the interface that stores are graded through.
+
+    For a grader of one's own, ``my_module:MyGrader`` stands where ``exact`` and ``numeric`` could stand. The class, or
+    function, is called without arguments. A ``close`` method, if there is one, may be called when the grader is no
+    longer needed.
+
+    Attributes:
+        name: Name of the grade table: letters, digits, ``-``, ``_`` and ``.``.
+    """
+
+    name: str
+
+    def grade_many(self, pairs: Sequence[tuple[str, str]], workers: int = 1) -> list[Grade]:
+        r"""Grade pairs of (gold answer, whole solution).
+
+        Args:
+            pairs: P pairs; the answer as the problem file has it, the solution as all its steps in one text. Every
+                solution that ended comes, with or without an answer in it.
+            workers: Most processes at work at once, for graders that need some.
+
+        Returns:
+            P grades, in order. The same pair always gets the same grade. A fault on one pair makes that grade wrong,
+            with its `error` set, and the others go on; an exception ends the run.
+        """
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return all that decides the grades, such as rules, versions and limits, as JSON takes it.
+
+        It goes into the table's manifest. A grader that says something else is refused for that table.
+        """
+
+
 _Key = tuple[str, str, bool]  # gold answer, final answer or tail of the solution, which of the two it is
 
 
-class Grader:
+class AnswerGrader:
     """Grades final answers; the same inputs give the same grades.
 
     Limits count processor time, so that a busy machine changes no verdict. Processes start when math-verify
@@ -91,7 +125,7 @@ class Grader:
     def __init__(self, name: str, time_limit: float = 5.0) -> None:
         """See the class."""
         if name not in GRADERS:
-            raise ConfigError(f"unknown grader {name!r}.{did_you_mean(name, GRADERS)}")
+            raise ConfigError(f"unknown grader {name!r}.{did_you_mean(name, [*GRADERS, 'module:object'])}")
         if not 0 < time_limit < math.inf:
             raise ConfigError(f"time limit of the grader is {time_limit}; expected seconds above 0")
         self.name, self.time_limit = name, time_limit
@@ -102,9 +136,9 @@ class Grader:
         self._pid, self._lock, self._workers = os.getpid(), threading.Lock(), list[_Worker]()
         weakref.finalize(self, _stop_all, self._workers, self._pid)
 
-    def __reduce__(self) -> tuple[type[Grader], tuple[str, float]]:
+    def __reduce__(self) -> tuple[type[AnswerGrader], tuple[str, float]]:
         """Pickle the settings, not the processes."""
-        return Grader, (self.name, self.time_limit)
+        return AnswerGrader, (self.name, self.time_limit)
 
     def close(self) -> None:
         """End the processes; the grader can be used again."""
@@ -123,9 +157,7 @@ class Grader:
         """Grade one whole solution against the gold answer; see `grade_many`."""
         return self.grade_many([(answer, solution)])[0]
 
-    def grade_many(
-        self, pairs: Sequence[tuple[str, str]], workers: int = 1, progress: Progress | None = None
-    ) -> list[Grade]:
+    def grade_many(self, pairs: Sequence[tuple[str, str]], workers: int = 1) -> list[Grade]:
         """Grade pairs of (gold answer, whole solution), in order.
 
         A fault on one pair makes that answer wrong, with its `error` set. Equal pairs are graded once.
@@ -134,7 +166,6 @@ class Grader:
             pairs: Of a solution only the final answer counts: its last closed box, else its last line
                 ``#### x``, else what the grader finds last in its text.
             workers: Most processes at work at once.
-            progress: Called in this thread with the number of pairs graded since its last call.
 
         Raises:
             ConfigError: `workers` is below 1.
@@ -155,26 +186,16 @@ class Grader:
                     asked.setdefault(key, []).append(index)
                 else:
                     grades[index] = grade
-            if progress and grades:
-                progress(len(grades))
             if len(self._memo) + len(asked) > _MEMO_ENTRIES:
                 self._memo.clear()
             try:
                 for key, grade in self._ask(list(asked), workers):
                     self._memo[key] = grade
                     grades.update(dict.fromkeys(asked[key], grade))
-                    if progress:
-                        progress(len(asked[key]))
             except BaseException:  # Ctrl-C among others: leave no process with a question under way
                 self.close()
                 raise
             return [grades[index] for index in range(len(pairs))]
-
-    def check_gold(self, answers: Sequence[str]) -> list[str]:
-        """The gold answers (each once) that cannot be read: all that is graded against them is an error."""
-        unique = list(dict.fromkeys(answers))
-        grades = self.grade_many([(answer, "\\boxed{0}") for answer in unique])
-        return [answer for answer, grade in zip(unique, grades, strict=True) if grade.error is not None]
 
     def _quick(self, answer: str, text: str, marked: bool) -> Grade | None:
         """The grade, where no process is needed for it."""
@@ -212,8 +233,27 @@ class Grader:
 
 
 def make_grader(name: str) -> Grader:
-    """The grader of that name with its default limits; raises `ConfigError` for an unknown name."""
-    return Grader(name)
+    """The grader of that name with its default limits.
+
+    Args:
+        name: ``exact``, ``numeric`` or ``module:object``.
+
+    Raises:
+        ConfigError: The name is unknown, or what it stands for is no `Grader`.
+    """
+    if not is_plugin(name):
+        return AnswerGrader(name)
+    grader: Grader = build_plugin(name, "grader", Grader)
+    if not (isinstance(grader.name, str) and re.fullmatch(r"[\w-][\w.-]*", grader.name)):
+        raise ConfigError(f"grader {name!r}: `name` is {grader.name!r}; expected letters, digits, '-', '_' and '.'.")
+    return grader
+
+
+def unreadable_answers(grader: Grader, answers: Sequence[str]) -> list[str]:
+    """The gold answers (each once) that a grader cannot read: all that is graded against them is an error."""
+    unique = list(dict.fromkeys(answers))
+    grades = grader.grade_many([(answer, "\\boxed{0}") for answer in unique])
+    return [answer for answer, grade in zip(unique, grades, strict=True) if grade.error is not None]
 
 
 class _Worker:

@@ -34,6 +34,12 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def chat_messages(question: str, system_prompt: str | None) -> list[dict[str, str]]:
+    """Return the messages that ask a question; None sends no system message."""
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    return [*system, {"role": "user", "content": question}]
+
+
 class PromptFormat:
     """Renders prefixes for one generating model.
 
@@ -70,9 +76,7 @@ class PromptFormat:
         self.template_hash = hashlib.blake2b(probe.encode(), digest_size=8).hexdigest()
 
     def _render(self, question: str) -> str:
-        messages = [{"role": "user", "content": question}]
-        if self.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        messages = chat_messages(question, self.system_prompt)
         try:
             return str(
                 self.tokenizer.apply_chat_template(
@@ -169,11 +173,8 @@ class RewardFormat:
         self.template_hash = hashlib.blake2b(probe.encode(), digest_size=8).hexdigest()
 
     def _render(self, question: str) -> tuple[str, str]:
-        messages = [{"role": "user", "content": question}]
-        if self.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
         marker = "\u241e"
-        messages.append({"role": "assistant", "content": marker})
+        messages = [*chat_messages(question, self.system_prompt), {"role": "assistant", "content": marker}]
         head, _, tail = str(self.tokenizer.apply_chat_template(messages, tokenize=False)).partition(marker)
         return head, tail.rstrip("\n")
 

@@ -52,21 +52,6 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Token and step limits of a solution (design section 1); part of every manifest.
-
-    Attributes:
-        step_tokens: Most tokens of one step.
-        solution_tokens: Most tokens of accepted text in one solution.
-        max_steps: Most accepted steps of one solution.
-    """
-
-    step_tokens: int = 512
-    solution_tokens: int = 2048
-    max_steps: int = 30
-
-
-@dataclass(frozen=True, slots=True)
 class Prefix:
     """A partial solution that a model is asked to continue.
 

@@ -17,7 +17,6 @@ from rollouts.tinymath.labels import label_steps
 from rollouts.tinymath.problems import SPLITS, STEP_DELIMITER, TinyProblem, generate_problems, solution_steps
 
 __all__ = [
-    "PROMPT_SYSTEM",
     "ROLES",
     "SPLITS",
     "STEP_DELIMITER",
@@ -31,8 +30,6 @@ __all__ = [
 
 #: The models of the family.
 ROLES = ("small", "large", "prm")
-#: The family is used without a system prompt: a message list is the question alone, as the user's turn.
-PROMPT_SYSTEM: str | None = None
 #: The token after each step at which the process reward model is read.
 STEP_TAG = "<extra_0>"
 

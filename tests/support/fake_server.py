@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from vllm_server import VllmServer
 
-from rollouts.config import GeneratorConfig, ModelConfig
+from rollouts.config import GeneratorConfig, ModelConfig, Sampling
 from rollouts.errors import BackendError
-from rollouts.models.base import CompletionRequest, Sampling
+from rollouts.models.base import CompletionRequest
 
 KEY = "sk-very-secret"
 HANG, DROP = object(), object()

@@ -9,16 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from rollouts.config import ModelConfig, Sampling
 from rollouts.errors import BackendError, ConfigError
-from rollouts.models.base import (
-    Capabilities,
-    Completion,
-    CompletionRequest,
-    Finish,
-    LogprobRequest,
-    Request,
-    Sampling,
-)
+from rollouts.models.base import Capabilities, Completion, CompletionRequest, Finish, LogprobRequest, Request
 from rollouts.models.hf.load import PADDED_TOKENS, describe, groups, load, pad_right, refuse, window
 from rollouts.models.hf.packing import logprobs, packs
 
@@ -330,24 +323,15 @@ def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(found)
 
 
-def generator(
-    model: str,
-    *,
-    tokenizer: str,
-    revision: str | None,
-    dtype: str,
-    max_length: int | None,
-    max_batch: int,
-    gpus: int,
-    threads: int,
-    seed: int,
-) -> TransformersGenerator:
+def generator(model: ModelConfig, seed: int) -> TransformersGenerator:
     """Load a language model; runs in the engine's process. `seed` is recorded only: requests bring their own."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded, _ = load(AutoModelForCausalLM, model, revision=revision, dtype=dtype, gpus=gpus, threads=threads)
+    loaded, _ = load(AutoModelForCausalLM, model)
     kinds = set(getattr(loaded.config.get_text_config(), "layer_types", None) or ())
     if kinds - {"full_attention", "sliding_attention"}:
-        raise ConfigError(f"{model}: layers of kind {', '.join(sorted(kinds))} need backend 'vllm'.")
-    words = AutoTokenizer.from_pretrained(tokenizer, revision=revision if tokenizer == model else None)
-    return TransformersGenerator(loaded, words, window(loaded.config, max_length), max_batch, describe(loaded, seed))
+        raise ConfigError(f"{model.model}: layers of kind {', '.join(sorted(kinds))} need backend 'vllm'.")
+    tokenizer = model.tokenizer or model.model
+    words = AutoTokenizer.from_pretrained(tokenizer, revision=model.revision if tokenizer == model.model else None)
+    limit = window(loaded.config, model.max_length)
+    return TransformersGenerator(loaded, words, limit, model.max_batch, describe(loaded, seed))

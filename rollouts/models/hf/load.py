@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rollouts.config import ModelConfig
 from rollouts.errors import ConfigError
 from rollouts.models.process import cpu_threads
 
@@ -44,8 +45,12 @@ def pad_right(prompts: list[tuple[int, ...]], device: Any) -> tuple[Any, Any]:
     return torch.from_numpy(ids).to(device), torch.tensor([len(prompt) for prompt in prompts], device=device)
 
 
-def load(kind: Any, name: str, *, revision: str | None, dtype: str, gpus: int, threads: int) -> tuple[Any, Any]:
-    """Load a model in inference mode onto the GPUs, or the CPU if `gpus` is 0.
+def load(kind: Any, model: ModelConfig) -> tuple[Any, Any]:
+    """Load a model in inference mode onto its GPUs, or the CPU if it names none.
+
+    Args:
+        kind: Class of transformers.
+        model: What to load.
 
     Returns:
         The model and transformers' report of missing and unexpected weights.
@@ -59,20 +64,21 @@ def load(kind: Any, name: str, *, revision: str | None, dtype: str, gpus: int, t
     if not os.environ.get("TRIM_VERBOSE"):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+    gpus = len(model.devices)
     if not gpus:
-        torch.set_num_threads(threads or cpu_threads(name, revision))
+        torch.set_num_threads(model.threads or cpu_threads(model.model, model.revision))
     elif torch.cuda.device_count() < gpus:
         raise ConfigError(f"`devices` names {gpus} GPU(s), torch sees {torch.cuda.device_count()}.")
     placement = {"device_map": "balanced"} if gpus > 1 else {}
     try:
-        model, report = kind.from_pretrained(
-            name, revision=revision, dtype=dtype, output_loading_info=True, **placement
+        loaded, report = kind.from_pretrained(
+            model.model, revision=model.revision, dtype=model.dtype, output_loading_info=True, **placement
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}: the model cannot be loaded ({error}).") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{model.model}: the model cannot be loaded ({error}).") from error
     if gpus == 1:
-        model.to("cuda:0")
-    return model.eval(), report
+        loaded.to("cuda:0")
+    return loaded.eval(), report
 
 
 def window(config: Any, max_length: int | None) -> int:

@@ -1,17 +1,14 @@
-"""Runs process reward models in the ``Qwen2ForProcessRewardModel`` layout, for which transformers has no class."""
+"""Runs process reward models in the ``Qwen2ForProcessRewardModel`` layout."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
+from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Capabilities, PoolingRequest, Request
 from rollouts.models.hf.load import PADDED_TOKENS, describe, groups, load, pad_right, refuse, window
-
-# A linear layer, ReLU, a linear layer with two labels.
-_HEAD = ("score.0.weight", "score.0.bias", "score.2.weight", "score.2.bias")
 
 
 class TransformersPooling:
@@ -64,73 +61,30 @@ class TransformersPooling:
         return finished + [(key, answer) for (key, _), answer in zip(taken, answers, strict=True)]
 
 
-def pooling(
-    model: str,
-    *,
-    step_tag_id: int,
-    revision: str | None,
-    dtype: str,
-    max_length: int | None,
-    max_batch: int,
-    gpus: int,
-    threads: int,
-    seed: int,
-) -> TransformersPooling:
+def pooling(model: ModelConfig, seed: int, step_tag_id: int) -> TransformersPooling:
     """Load a process reward model; runs in the engine's process.
 
     Raises:
         ConfigError: The folder holds another kind of model, or weights are missing.
     """
     import torch
-    from transformers import Qwen2Config, Qwen2Model
+    from transformers import Qwen2Config
+
+    from rollouts.models.hf.reward_model import ProcessRewardModel
 
     # The configuration is read by name: that of Qwen2.5-Math-PRM-7B points to code of its own.
-    config = Qwen2Config.from_pretrained(model, revision=revision)
+    config = Qwen2Config.from_pretrained(model.model, revision=model.revision)
     if config.model_type != "qwen2":
-        raise ConfigError(f"{model}: a {config.model_type!r} model; the transformers backend scores with Qwen2 ones.")
-    trunk, report = load(Qwen2Model, model, revision=revision, dtype=dtype, gpus=gpus, threads=threads)
-    if report["missing_keys"]:
-        raise ConfigError(f"{model}: weights are missing: {', '.join(sorted(report['missing_keys'])[:4])}.")
-    weights = _head_weights(model, revision)
-    labels, width = weights["score.2.weight"].shape
-    if labels != 2:
-        raise ConfigError(f"{model}: its head has {labels} labels, expected 2.")
-    head = torch.nn.Sequential(
-        torch.nn.Linear(config.hidden_size, width), torch.nn.ReLU(), torch.nn.Linear(width, labels)
-    )
-    head.load_state_dict({name.removeprefix("score."): value for name, value in weights.items()})
-    # As in vLLM, the head computes in float32 whatever the trunk's format is.
-    head.to(trunk.device, torch.float64 if trunk.dtype == torch.float64 else torch.float32)
-    limit = window(config, max_length)
-    return TransformersPooling(trunk, head.eval(), step_tag_id, limit, max_batch, describe(trunk, seed))
-
-
-def _head_weights(model: str, revision: str | None) -> dict[str, Any]:
-    """Read the head's tensors from the model's one file or from its shards."""
-    from safetensors import safe_open
-    from transformers.utils.hub import cached_file
-
-    def find(name: str) -> str | None:
-        found: str | None = cached_file(model, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return found
-
-    index = find("model.safetensors.index.json")
-    if index is not None:
-        with open(index, encoding="utf-8") as file:
-            places: dict[str, str] = json.load(file)["weight_map"]
-    else:
-        places = dict.fromkeys(_HEAD, "model.safetensors")
-    weights = {}
-    for name in _HEAD:
-        path = find(places[name]) if name in places else None
-        if path is not None:
-            with safe_open(path, framework="pt") as tensors:
-                if name in tensors.keys():
-                    weights[name] = tensors.get_tensor(name)
-    missing = sorted(set(_HEAD) - set(weights))
-    if missing:
         raise ConfigError(
-            f"{model}: no weight {', '.join(missing)}. Expected the layout of Qwen2ForProcessRewardModel: model.* "
-            "of Qwen2Model and a head score.0, ReLU, score.2, in safetensors."
+            f"{model.model}: a {config.model_type!r} model; the transformers backend scores with Qwen2 ones."
         )
-    return weights
+    loaded, report = load(ProcessRewardModel, model)
+    if report["missing_keys"]:
+        raise ConfigError(
+            f"{model.model}: no weight {', '.join(sorted(report['missing_keys'])[:4])}. Expected the layout of "
+            "Qwen2ForProcessRewardModel: model.* of Qwen2Model and a head score.0, ReLU, score.2, in safetensors."
+        )
+    trunk = loaded.model
+    head = loaded.score.to(torch.float64 if trunk.dtype == torch.float64 else torch.float32)
+    limit = window(config, model.max_length)
+    return TransformersPooling(trunk, head, step_tag_id, limit, model.max_batch, describe(trunk, seed))

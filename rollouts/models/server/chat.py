@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from rollouts.config import GeneratorConfig
+from rollouts.config import GeneratorConfig, Limits, Sampling
 from rollouts.errors import BackendError, ConfigError, did_you_mean
-from rollouts.models.base import Capabilities, Completion, Sampling
+from rollouts.models.base import Completion
+from rollouts.models.futures import forward
 from rollouts.models.server.http import HttpServer, RequestFailed
-from rollouts.text.steps import DELIMITER, closes_box, normalise
+from rollouts.models.stepwise import Fits, Generation, close_step
+from rollouts.text.prompts import chat_messages
+from rollouts.text.steps import DELIMITER, Prefix, Segment, Step, StopReason, closes_box, normalise
 
 _REQUEST = (
     "Problem:\n{question}\n\n{so_far}Write only the next step of the solution (step {number}): one short paragraph of "
@@ -93,43 +95,42 @@ class ChatBackend:
 
     Attributes:
         role: Named in errors.
-        capabilities: Nothing but single steps.
-        window: Most tokens of prompt and answer together, or None if neither server nor configuration says.
-        template_hash: Hash of how two known requests are worded; part of the manifest.
     """
 
-    capabilities = Capabilities(continue_prefix=False)
-
     def __init__(self, role: str, model: GeneratorConfig) -> None:
-        """Connect, and find out which fields the server takes; `open_chat` says more."""
+        """Connect, and find out which request fields the server takes.
+
+        Args:
+            role: Named in errors; ``large``.
+            model: Configuration with backend ``server`` and ``chat_only``.
+
+        Raises:
+            ConfigError: No key, or the server refuses a parameter that the configuration wants.
+            BackendError: The server is not there, refuses the key, or has no such model.
+        """
         self.role = role
         self._model = model.model
         self._system = model.system_prompt
         self._unsent: set[str] = set()
         self._limit = "max_tokens"
         self._stop = True
-        probes = [str(self._system), step_request(_PROBE, ()), step_request(_PROBE, ["One." + DELIMITER])]
-        self.template_hash = hashlib.blake2b("\x00".join(probes).encode(), digest_size=8).hexdigest()
         self._http = HttpServer(role, model)
         try:
-            cards = self._cards()
-            self._negotiate(model.sampling.sampling(), cards)
-            sizes = [size for size in (cards.get(self._model, {}).get("max_model_len"), model.max_length) if size]
-            self.window: int | None = min(sizes, default=None)
+            self._negotiate(model.sampling, self._listed())
             version = self._http.peek("/version")
             self._version = version.get("version") if isinstance(version, dict) else None
         except BaseException:
             self._http.close()
             raise
 
-    def _cards(self) -> dict[str, dict[str, Any]]:
-        """Return what the server lists; many vendors list nothing, or not everything that they serve."""
+    def _listed(self) -> list[str]:
+        """Return the models that the server lists; many vendors list nothing, or not everything that they serve."""
         try:
-            return {card["id"]: card for card in self._http.peek("models")["data"]}
+            return [card["id"] for card in self._http.peek("models")["data"]]
         except (TypeError, LookupError):
-            return {}
+            return []
 
-    def _negotiate(self, sampling: Sampling, cards: Mapping[str, Any]) -> None:
+    def _negotiate(self, sampling: Sampling, listed: Sequence[str]) -> None:
         """Ask something trivial, leaving out one refused field after the other."""
         for _ in range(len(_NEUTRAL) + 3):
             payload = self._payload(_PROBE, _PROBE_TOKENS, sampling, stop=self._stop)
@@ -143,7 +144,7 @@ class ChatBackend:
                         f"{self.role}: {self._http.url} refuses a chat with {self._model}: {error}"
                     ) from None
             except BackendError as error:
-                known = did_you_mean(self._model, cards) if cards and self._model not in cards else ""
+                known = did_you_mean(self._model, listed) if listed and self._model not in listed else ""
                 raise BackendError(f"{error}{known}") from None
         raise ConfigError(f"{self.role}: {self._http.url} refuses every way to chat with {self._model}.")
 
@@ -209,9 +210,6 @@ class ChatBackend:
         return Completion("", billed, None, "failed", f"the answer has no step in it: {answer[:80]!r}")
 
     def _payload(self, content: str, max_tokens: int, sampling: Sampling, *, stop: bool) -> dict[str, Any]:
-        messages = [{"role": "user", "content": content}]
-        if self._system is not None:
-            messages.insert(0, {"role": "system", "content": self._system})
         fields = {
             **_NEUTRAL,
             "temperature": sampling.temperature,
@@ -221,7 +219,7 @@ class ChatBackend:
         }
         return {
             "model": self._model,
-            "messages": messages,
+            "messages": chat_messages(content, self._system),
             self._limit: max_tokens,
             "stream": False,
             **({"stop": [DELIMITER]} if stop else {}),
@@ -261,15 +259,32 @@ def _read(body: Any) -> tuple[str, int, str]:
     return text, int(body["usage"]["completion_tokens"]), str(choice["finish_reason"])
 
 
-def open_chat(role: str, model: GeneratorConfig) -> ChatBackend:
-    """Connect to a chat API and find out which request fields it takes.
+class ChatWriter:
+    """Asks for one step at a time; the manifest records this as another process than continuing a prefix."""
 
-    Args:
-        role: Named in errors; ``large``.
-        model: Configuration with backend ``server`` and ``chat_only``.
+    whole_paths = False
 
-    Raises:
-        ConfigError: No key, or the server refuses a parameter that the configuration wants.
-        BackendError: The server is not there, refuses the key, or has no such model.
-    """
-    return ChatBackend(role, model)
+    def __init__(self, role: str, backend: ChatBackend, sampling: Sampling, limits: Limits, fits: Fits) -> None:
+        """Name the server and the limits."""
+        self.role = role
+        self.backend = backend
+        self.sampling = sampling
+        self.limits = limits
+        self.fits = fits
+
+    def submit(self, prefix: Prefix, *, whole: bool) -> Future[Generation]:
+        """Ask for the next step; `whole` makes no difference."""
+        budget = min(self.limits.step_tokens, self.limits.solution_tokens - prefix.used_tokens)
+        result: Future[Generation] = Future()
+        answer = self.backend.submit(prefix.question, prefix.steps, budget, self.sampling)
+        forward(answer, lambda completion: result.set_result(self._read(prefix, completion)), result)
+        return result
+
+    def _read(self, prefix: Prefix, completion: Completion) -> Generation:
+        if completion.finish == "failed":
+            return Generation((Step("", completion.tokens, StopReason.FAILED),), completion.tokens)
+        text, complete = normalise(completion.text)
+        ending = StopReason.LENGTH if completion.finish == "length" else StopReason.EOS
+        segment = Segment(text, 0, completion.tokens, complete)
+        step = close_step(prefix, (), segment, ending, self.limits, self.fits, 0)
+        return Generation((step,), completion.tokens)

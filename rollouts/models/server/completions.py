@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from rollouts.config import ModelConfig
+from rollouts.config import ModelConfig, Sampling
 from rollouts.errors import BackendError, ConfigError, did_you_mean
 from rollouts.models.base import (
     Backend,
@@ -16,7 +16,6 @@ from rollouts.models.base import (
     LogprobRequest,
     PoolingRequest,
     Request,
-    Sampling,
 )
 from rollouts.models.server.http import HttpServer, RequestFailed
 from rollouts.models.server.wire import (
@@ -36,10 +35,20 @@ class ServerBackend(Backend):
     The token ids of prompts are ours and those of completions the server's; nothing is tokenised here.
     """
 
-    def __init__(self, role: str, model: ModelConfig, *, pooling: bool, step_tag_id: int | None) -> None:
-        """Connect, and find out what the server can do; `open_server` says more."""
+    def __init__(self, role: str, model: ModelConfig, step_tag_id: int | None = None) -> None:
+        """Connect, and find out what the server can do.
+
+        Args:
+            role: ``small``, ``large`` or ``scorer``; errors name it.
+            model: Configuration with backend ``server``; `model.model` is the name that the server uses.
+            step_tag_id: For a process reward model, the id of its step tag; None for a generating model.
+
+        Raises:
+            ConfigError: No such model there, no known window, no key, or the server cannot do what is needed.
+            BackendError: The server is not there or refuses us.
+        """
         self.role = role
-        self._model, self._tag = model.model, step_tag_id
+        self._model = model.model
         self._http = HttpServer(role, model)
         try:
             card = self._card()
@@ -56,7 +65,11 @@ class ServerBackend(Backend):
                 "root": card.get("root"),  # what the server calls `model` may be another name for it
                 "seed": None,  # the server's own
             }
-            self.capabilities = self._probe_pooling() if pooling else self._probe_generator()
+            if step_tag_id is None:
+                self.capabilities = self._probe_generator()
+            else:
+                self._tag = step_tag_id
+                self.capabilities = self._probe_pooling()
         except BaseException:
             self._http.close()
             raise
@@ -98,7 +111,7 @@ class ServerBackend(Backend):
         return Capabilities(token_ids=isinstance(choice.get("token_ids"), list), prompt_logprobs=logprobs)
 
     def _probe_pooling(self) -> Capabilities:
-        ids = (1, 2, 3) if self._tag is None else (1, self._tag, 2, self._tag)
+        ids = (1, self._tag, 2, self._tag)
         path, payload = "/pooling", pooling_payload(self._model, ids)
         try:
             self._http.ask(path, payload, lambda body: self._scores(body, ids))
@@ -152,21 +165,3 @@ class ServerBackend(Backend):
     def close(self) -> None:
         """Cancel what is pending and disconnect."""
         self._http.close()
-
-
-def open_server(
-    role: str, model: ModelConfig, *, pooling: bool = False, step_tag_id: int | None = None
-) -> ServerBackend:
-    """Connect to a server and find out what it can do.
-
-    Args:
-        role: ``small``, ``large`` or ``scorer``; errors name it.
-        model: Configuration with backend ``server``; `model.model` is the name that the server uses.
-        pooling: The model is a process reward model.
-        step_tag_id: Its step tag; given, the number of scores is checked against the number of tags.
-
-    Raises:
-        ConfigError: No such model there, no known window, no key, or the server cannot do what is needed.
-        BackendError: The server is not there or refuses us.
-    """
-    return ServerBackend(role, model, pooling=pooling, step_tag_id=step_tag_id)

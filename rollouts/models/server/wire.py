@@ -90,14 +90,14 @@ def read_logprobs(body: Any, ids: Sequence[int], start: int) -> list[float]:
     return [float(row[str(token)]["logprob"]) for token, row in zip(ids[start:], rows[start:], strict=True)]
 
 
-def read_scores(body: Any, ids: Sequence[int], step_tag_id: int | None) -> list[float]:
+def read_scores(body: Any, ids: Sequence[int], step_tag_id: int) -> list[float]:
     """Return P(label 1) at every step tag of `ids`.
 
     Raises:
         BackendError: Not two probabilities for each step tag: the server does not serve a process reward model so.
     """
     rows = body["data"][0]["data"]
-    expected = len(rows) if step_tag_id is None else list(ids).count(step_tag_id)
+    expected = list(ids).count(step_tag_id)
     if len(rows) != expected:
         raise BackendError(f"{len(rows)} rows for {expected} step tags. {serve_prm(step_tag_id)}")
     for row in rows:
@@ -106,10 +106,9 @@ def read_scores(body: Any, ids: Sequence[int], step_tag_id: int | None) -> list[
     return [float(row[1]) for row in rows]
 
 
-def serve_prm(step_tag_id: int | None) -> str:
+def serve_prm(step_tag_id: int) -> str:
     """Return how a process reward model is served."""
-    tag = "TAG_ID" if step_tag_id is None else step_tag_id
     return (
         "Serve it with: vllm serve MODEL --runner pooling "
-        f'--pooler-config \'{{"step_tag_id": {tag}, "returned_token_ids": [0, 1]}}\''
+        f'--pooler-config \'{{"step_tag_id": {step_tag_id}, "returned_token_ids": [0, 1]}}\''
     )

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rollouts.text.prompts import PromptFormat, load_tokenizer
+from rollouts.tinymath import STEP_TAG
 from rollouts.tinymath.labels import SolutionReader
 from rollouts.tinymath.problems import (
     STEP_DELIMITER,
@@ -16,37 +18,32 @@ from rollouts.tinymath.problems import (
     render_step,
     training_programs,
 )
-from rollouts.tinymath.training.folders import END, PAD, START, TAG, build_tokenizer
+from rollouts.tinymath.training.folders import WEIGHTS
 
 IGNORE = -100
 ROW_LENGTH = 512
 
 
 class Encoder:
-    """Text to token ids, piece by piece; the same ids as the tokenizer's for the family's texts."""
+    """Text to token ids, one for each character; the same ids as the tokenizer's for the family's texts."""
 
     def __init__(self) -> None:
         """Take the ids from the family's tokenizer."""
-        self._ids = build_tokenizer().get_vocab()
-        newline, delimiter = self._ids["Ċ"], self._ids["ĊĊ"]
-        self.pad, self.end, self.tag = self._ids[PAD], self._ids[END], self._ids[TAG]
-        self._start = self._ids[START]
-        self._characters = {chr(code): self._ids[chr(code)] for code in range(33, 127)}
-        self._characters |= {" ": self._ids["Ġ"], "\n": newline}
-        self._delimiter = delimiter
+        self._prompts = PromptFormat(load_tokenizer(str(WEIGHTS / "prm")))
+        tokenizer, encode = self._prompts.tokenizer, self._prompts.encode
+        self.pad, self.end = tokenizer.pad_token_id, tokenizer.eos_token_id
+        (self.tag,), (self.delimiter,) = encode(STEP_TAG), encode(STEP_DELIMITER)
+        self._characters = {character: encode(character)[0] for character in "\n" + "".join(map(chr, range(32, 127)))}
 
     def text(self, text: str) -> list[int]:
         """Ids of an ASCII text that ends in the delimiter, or has none; what is not ASCII becomes ``?``."""
         body = text.removesuffix(STEP_DELIMITER)
         ids = [self._characters.get(character, self._characters["?"]) for character in body]
-        return ids if len(body) == len(text) else [*ids, self._delimiter]
+        return ids if len(body) == len(text) else [*ids, self.delimiter]
 
     def prompt(self, question: str) -> list[int]:
         """Ids of the chat template's text for a question, up to where the first step begins."""
-        return [
-            self._start, *self.text("user\n" + question), self.end, *self.text("\n"),
-            self._start, *self.text("assistant\n"),
-        ]  # fmt: skip
+        return list(self._prompts.ids(question))
 
 
 @dataclass

@@ -1,19 +1,22 @@
-"""The training loop that all three models share: fixed shapes, compiled, a schedule counted in steps."""
+"""The training loop that all three models share: fixed shapes, compiled, a schedule counted in steps.
+
+The layers' matrices learn by Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/). The bundled
+weights were made with an own implementation of it, which computed in float32 where torch's computes in bfloat16.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Qwen2ForCausalLM
 
+from rollouts.models.hf.reward_model import ProcessRewardModel
 from rollouts.tinymath.training.batches import IGNORE, Batch
-from rollouts.tinymath.training.folders import ProcessRewardModel, save_model
-from rollouts.tinymath.training.muon import Muon
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,8 @@ def loss_of(
     mask: torch.Tensor,
 ) -> torch.Tensor:
     """Mean cross-entropy over the labelled tokens, in nats."""
-    if isinstance(model, ProcessRewardModel):
-        logits = model(tokens, attention_mask=mask)
-    else:
-        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+    output = model(input_ids=tokens, attention_mask=mask)
+    logits = output if isinstance(model, ProcessRewardModel) else output.logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
 
@@ -58,20 +59,15 @@ def _optimisers(model: torch.nn.Module, schedule: Schedule, inherited: frozenset
 
     In 400 steps of the small model the loss came to 0.47 so, and to 1.14 with AdamW alone.
     """
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    matrices, others = [], []
     for name, parameter in model.named_parameters():
-        key = (parameter.dim() == 2 and "layers." in name, name in inherited)
-        groups.setdefault(key, []).append(parameter)
-    matrices, others = (
-        [
-            {"params": parameters, "lr": rate * (schedule.inherited_share if slow else 1.0)}
-            for (matrix, slow), parameters in groups.items()
-            if matrix == wanted
-        ]
-        for wanted, rate in ((True, schedule.matrix_rate), (False, schedule.rate))
-    )
+        share = schedule.inherited_share if name in inherited else 1.0
+        if parameter.dim() == 2 and "layers." in name:
+            matrices.append({"params": [parameter], "lr": schedule.matrix_rate * share})
+        else:
+            others.append({"params": [parameter], "lr": schedule.rate * share})
     return [
-        Muon(matrices, lr=schedule.matrix_rate),
+        torch.optim.Muon(matrices, lr=schedule.matrix_rate, weight_decay=0.01),
         torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
@@ -81,52 +77,37 @@ def fit(
     role: str,
     batches: Iterator[Batch],
     schedule: Schedule,
-    folder: Path,
     *,
     inherited: frozenset[str] = frozenset(),
     compiled: bool = True,
-    save_every_seconds: float = 180.0,
-    report: Callable[[str], None] = print,
 ) -> None:
-    """Train a model in place and leave it in its folder; on the way it is saved every few minutes.
+    """Train a model in place; the loss is printed now and then.
 
     Args:
         model: Trained in place, in float32.
-        role: Name of its folder's configuration, and of its lines in the report.
+        role: Named in what is printed.
         batches: At least as many as the schedule has steps.
         schedule: Steps and learning rates.
-        folder: Where it is saved.
         inherited: Names of parameters that already know much, and learn more slowly.
         compiled: Whether to compile; not worth the minute it takes for a few steps.
-        save_every_seconds: Time between two saves on the way.
-        report: Takes a line of text now and then.
     """
     model.train()
     optimisers = _optimisers(model, schedule, inherited)
-    peaks = [group["lr"] for optimiser in optimisers for group in optimiser.param_groups]
-    groups = [group for optimiser in optimisers for group in optimiser.param_groups]
+    rates = [LambdaLR(optimiser, schedule.share) for optimiser in optimisers]
     compute = torch.compile(loss_of, dynamic=False) if compiled else loss_of
-    started = saved = time.monotonic()
-    total, count = torch.zeros(()), 0
-    for step in range(schedule.steps):
-        for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * schedule.share(step)
+    started, losses = time.monotonic(), []
+    for step in range(1, schedule.steps + 1):
         batch = next(batches)
         loss = compute(model, batch.tokens, batch.targets, batch.mask)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser in optimisers:
+        for optimiser, rate in zip(optimisers, rates, strict=True):
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        total, count = total + loss.detach(), count + 1
-        now = time.monotonic()
-        if count == 200 or step == 0 or step + 1 == schedule.steps:
-            speed = (step + 1) * batch.tokens.numel() / (now - started)
-            report(f"{role} step {step + 1}/{schedule.steps} loss {total / count:.4f} {speed:.0f} tokens/s "
-                   f"{now - started:.0f} s")  # fmt: skip
-            total, count = torch.zeros(()), 0
-        if now - saved > save_every_seconds:
-            save_model(model, role, folder)
-            saved = now
-    save_model(model, role, folder)
+            rate.step()
+        losses.append(loss.item())
+        if step % 200 == 0 or step in (1, schedule.steps):
+            mean, seconds = sum(losses) / len(losses), time.monotonic() - started
+            print(f"{role} step {step}/{schedule.steps} loss {mean:.4f} {seconds:.0f} s", flush=True)
+            losses = []
     model.eval()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from transformers import Qwen2ForCausalLM
 
+from rollouts.models.hf.reward_model import ProcessRewardModel
 from rollouts.tinymath.problems import Program, training_programs
 from rollouts.tinymath.training.batches import Document, Encoder, corrupted_solution, reward_document
-from rollouts.tinymath.training.folders import TAG, ProcessRewardModel, build_tokenizer, new_model
+from rollouts.tinymath.training.folders import new_model
 from rollouts.tinymath.training.sampling import MAX_NEW_TOKENS, sample_solutions
 
 Solved = tuple[Program, list[str]]
@@ -26,9 +28,9 @@ def reward_model_from(large: Qwen2ForCausalLM) -> ProcessRewardModel:
     model = new_model("prm")
     assert isinstance(model, ProcessRewardModel)
     model.model.load_state_dict(large.model.state_dict(), strict=False)
-    ids = build_tokenizer().get_vocab()
+    encoder = Encoder()
     embedding = model.model.embed_tokens.weight.data
-    embedding[ids[TAG]] = embedding[ids["ĊĊ"]]  # a tag stands where the large model knows a delimiter
+    embedding[encoder.tag] = embedding[encoder.delimiter]  # a tag stands where the large model knows a delimiter
     for layer in model.model.layers[large.config.num_hidden_layers :]:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
@@ -40,48 +42,40 @@ def draw_programs(count: int, seed: int) -> list[Program]:
     return list(islice(training_programs(random.Random(f"tinymath-reward-{seed}")), count))
 
 
-def small_solutions(
-    small: Qwen2ForCausalLM, programs: list[Program], seed: int, max_new_tokens: int = MAX_NEW_TOKENS
+def solve(
+    model: Qwen2ForCausalLM,
+    programs: list[Program],
+    prefixes: list[list[str]] | None = None,
+    *,
+    seed: int,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[Solved]:
-    """One solution of each program by the small model alone."""
-    return _solve(small, programs, [[]] * len(programs), seed, max_new_tokens)
+    """One solution of each program by a model, from its accepted steps on."""
+    questions = [program.question for program in programs]
+    solutions = sample_solutions(model, questions, prefixes=prefixes, seed=seed, max_new_tokens=max_new_tokens)
+    return list(zip(programs, solutions, strict=True))
 
 
 def routed_solutions(
     small: Qwen2ForCausalLM,
     large: Qwen2ForCausalLM,
     solved: list[Solved],
-    seed: int,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    **sampling: Any,
 ) -> list[Solved]:
     """Solutions as routing makes them, from the small model's own.
 
     Each is cut at a random step. The large model continues there, which gives one solution; cut again one
-    or two steps later and continued by the small model, it gives another.
+    or two steps later and continued by the small model, it gives another. `sampling` is that of `solve`.
     """
-    generator = random.Random(f"tinymath-routed-{seed}")
+    generator = random.Random(f"tinymath-routed-{sampling['seed']}")
     programs = [program for program, _ in solved]
-    cuts = [generator.randrange(len(steps)) for _, steps in solved]
+    cuts = [generator.randrange(len(steps) or 1) for _, steps in solved]
     prefixes = [steps[:cut] for (_, steps), cut in zip(solved, cuts, strict=True)]
-    rescued = _solve(large, programs, prefixes, seed, max_new_tokens)
+    rescued = solve(large, programs, prefixes, **sampling)
     ends = [cut + generator.choice([1, 1, 2]) for cut in cuts]
     back = [(*pair, end) for pair, end in zip(rescued, ends, strict=True) if len(pair[1]) > end]
     prefixes = [steps[:end] for _, steps, end in back]
-    return [*rescued, *_solve(small, [program for program, _, _ in back], prefixes, seed, max_new_tokens)]
-
-
-def _solve(
-    model: Qwen2ForCausalLM,
-    programs: list[Program],
-    prefixes: list[list[str]],
-    seed: int,
-    max_new_tokens: int,
-) -> list[Solved]:
-    if not programs:
-        return []
-    questions = [program.question for program in programs]
-    solutions = sample_solutions(model, questions, prefixes=prefixes, seed=seed, max_new_tokens=max_new_tokens)
-    return list(zip(programs, solutions, strict=True))
+    return [*rescued, *solve(small, [program for program, _, _ in back], prefixes, **sampling)]
 
 
 def reward_documents(

@@ -9,14 +9,15 @@ nothing; give it ``--output`` another folder::
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import random
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -25,15 +26,15 @@ from transformers import Qwen2ForCausalLM
 from rollouts.errors import TrimError
 from rollouts.tinymath.training.batches import Encoder, language_documents, pack
 from rollouts.tinymath.training.fit import Schedule, fit
-from rollouts.tinymath.training.folders import load_model, new_model
-from rollouts.tinymath.training.results import measure_family, write_results
+from rollouts.tinymath.training.folders import WEIGHTS, load_model, new_model, save_model
+from rollouts.tinymath.training.results import measure_family, render_results
 from rollouts.tinymath.training.reward import (
     Solved,
     draw_programs,
     reward_documents,
     reward_model_from,
     routed_solutions,
-    small_solutions,
+    solve,
 )
 from rollouts.tinymath.training.sampling import MAX_NEW_TOKENS
 
@@ -50,7 +51,7 @@ _SOLUTIONS, _ROUTED = 3600, 1200
 class TrainSettings:
     """What to train, and where it goes."""
 
-    output: Path = Path(__file__).parents[1] / "weights"
+    output: Path = WEIGHTS
     """Folder that gets one model folder for each role."""
     results: Path | None = None
     """File for the table of results; by default RESULTS.md of this package, for its own weights only."""
@@ -62,53 +63,16 @@ class TrainSettings:
     """Share of training problems with one corrupted step, which is read but not learned."""
 
 
-_report = functools.partial(print, flush=True)
-
-
 def train_language_model(role: str, settings: TrainSettings) -> None:
     """Train the small or the large model on one core and save it."""
     torch.set_num_threads(1)
     torch.manual_seed(settings.seed)
     model = new_model(role)
     encoder = Encoder()
-    generator = random.Random(settings.seed + 1)
-    documents = language_documents(encoder, generator, settings.corrupted_share)
+    documents = language_documents(encoder, random.Random(settings.seed + 1), settings.corrupted_share)
     schedule = _QUICK if settings.quick else _SCHEDULES[role]
-    fit(
-        model,
-        role,
-        pack(documents, schedule.rows, encoder.pad),
-        schedule,
-        settings.output / role,
-        compiled=not settings.quick,
-        report=_report,
-    )
-
-
-def start_language_models(settings: TrainSettings) -> Mapping[str, multiprocessing.process.BaseProcess]:
-    """Begin to train both language models, each in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    workers = {
-        role: context.Process(target=train_language_model, args=(role, settings), daemon=True)
-        for role in ("small", "large")
-    }
-    for worker in workers.values():
-        worker.start()
-    return workers
-
-
-def wait_for(role: str, worker: multiprocessing.process.BaseProcess, settings: TrainSettings) -> Qwen2ForCausalLM:
-    """The trained model, as soon as its process has ended.
-
-    Raises:
-        TrimError: The process failed; its own message stands above.
-    """
-    worker.join()
-    if worker.exitcode:
-        raise TrimError(f"training of the {role} model failed; see the messages above")
-    model = load_model(role, settings.output / role)
-    assert isinstance(model, Qwen2ForCausalLM)
-    return model
+    fit(model, role, pack(documents, schedule.rows, encoder.pad), schedule, compiled=not settings.quick)
+    save_model(model, role, settings.output / role)
 
 
 def train_reward_model(large: Qwen2ForCausalLM, solved: list[Solved], settings: TrainSettings) -> None:
@@ -118,16 +82,10 @@ def train_reward_model(large: Qwen2ForCausalLM, solved: list[Solved], settings: 
     encoder = Encoder()
     documents = reward_documents(encoder, solved, random.Random(settings.seed + 2))
     schedule = _QUICK if settings.quick else _SCHEDULES["prm"]
-    fit(
-        model,
-        "prm",
-        pack(documents, schedule.rows, encoder.pad),
-        schedule,
-        settings.output / "prm",
-        inherited=frozenset(f"model.{name}" for name in large.model.state_dict()),
-        compiled=not settings.quick,
-        report=_report,
-    )
+    inherited = frozenset(f"model.{name}" for name in large.model.state_dict())
+    batches = pack(documents, schedule.rows, encoder.pad)
+    fit(model, "prm", batches, schedule, inherited=inherited, compiled=not settings.quick)
+    save_model(model, "prm", settings.output / "prm")
 
 
 def main(settings: TrainSettings) -> None:
@@ -135,26 +93,27 @@ def main(settings: TrainSettings) -> None:
     started = time.monotonic()
     count, routed = (8, 4) if settings.quick else (_SOLUTIONS, _ROUTED)
     # Models that know nothing never end a solution.
-    length = 16 if settings.quick else MAX_NEW_TOKENS
-    workers = start_language_models(settings)
-    small = wait_for("small", workers["small"], settings)
-    cores = torch.get_num_threads()
-    torch.set_num_threads(1)  # the large model still trains on the other core
-    solved = small_solutions(small, draw_programs(count, settings.seed), settings.seed, length)
-    _report(f"small model's solutions sampled after {time.monotonic() - started:.0f} s")
-    large = wait_for("large", workers["large"], settings)
-    torch.set_num_threads(cores)
-    solved += routed_solutions(small, large, solved[:routed], settings.seed, length)
-    _report(f"{len(solved)} solutions sampled after {time.monotonic() - started:.0f} s")
-    train_reward_model(large, solved, settings)
+    sampling: dict[str, Any] = {"seed": settings.seed, "max_new_tokens": 16 if settings.quick else MAX_NEW_TOKENS}
+    models: dict[str, Any] = {}
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        training = {role: pool.submit(train_language_model, role, settings) for role in ("small", "large")}
+        for role, trained in training.items():
+            trained.result()
+            models[role] = load_model(role, settings.output / role)
+            if role == "small":
+                solved = solve(models["small"], draw_programs(count, settings.seed), **sampling)
+    solved += routed_solutions(models["small"], models["large"], solved[:routed], **sampling)
+    print(f"{len(solved)} solutions sampled after {time.monotonic() - started:.0f} s", flush=True)
+    train_reward_model(models["large"], solved, settings)
     minutes = (time.monotonic() - started) / 60
-    _report(f"trained in {minutes:.1f} minutes")
-    limit = 4 if settings.quick else None
-    figures = measure_family(settings.output, limit=limit, seed=settings.seed, max_new_tokens=length)
+    figures = measure_family(settings.output, limit=4 if settings.quick else None, **sampling)
+    text = render_results(figures, minutes)
     results = settings.results
-    if results is None and not settings.quick and settings.output == TrainSettings.output:
-        results = Path(__file__).parents[1] / "RESULTS.md"
-    _report(write_results(figures, results, minutes))
+    if results is None and not settings.quick and settings.output == WEIGHTS:
+        results = WEIGHTS.parent / "RESULTS.md"
+    if results is not None:
+        results.write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

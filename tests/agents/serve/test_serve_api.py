@@ -305,7 +305,7 @@ def test_a_seed_fixes_the_routers_draws(upstreams: Upstreams, tmp_path: Path) ->
 
 
 def test_sampling_is_the_rollouts_unless_the_request_says_otherwise() -> None:
-    from rollouts.models.base import Sampling
+    from rollouts.config import Sampling
 
     usual = Sampling(0.7, 0.9, 20, 0.1)
     ask = parse_request(b'{"messages": [{"role": "user", "content": "q"}]}')

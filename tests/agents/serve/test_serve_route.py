@@ -14,8 +14,8 @@ from agents.routers.pomdp.router import PomdpRouter
 from agents.serve.models import Task
 from agents.serve.route import Route, RouteFailed
 from agents.serve.upstreams import Unavailable
-from rollouts.models.base import Sampling
-from rollouts.text.steps import Limits, Step, StopReason
+from rollouts.config import Limits, Sampling
+from rollouts.text.steps import Step, StopReason
 
 TASK = Task("q", {}, {"small": Sampling(), "large": Sampling()}, Limits(max_steps=6))
 ON, END = StopReason.DELIMITER, StopReason.BOXED

@@ -17,9 +17,10 @@ from fake_server import (
 )
 from vllm_server import vllm_servers
 
+from rollouts.config import Sampling
 from rollouts.errors import BackendError, ConfigError
-from rollouts.models.base import Completion, Sampling
-from rollouts.models.server.chat import first_step, open_chat
+from rollouts.models.base import Completion
+from rollouts.models.server.chat import ChatBackend, first_step
 
 __all__ = ["fake", "vllm_servers"]
 
@@ -68,7 +69,7 @@ def test_first_step_of_an_answer(answer: str, step: str) -> None:
     ],
 )
 def test_chat_answers(fake: FakeServer, replies: list[Reply], expected: Completion) -> None:
-    with open_chat("large", chat_config(fake)) as backend:
+    with ChatBackend("large", chat_config(fake)) as backend:
         first = len(fake.seen)
         fake.fault = lambda *_: replies[len(fake.seen) - first - 1]
         assert backend.submit("Find c.", ["a=1\n\n", "b=2\n\n"], 64, Sampling(0.5)).result(10) == expected
@@ -95,9 +96,9 @@ def test_chat_leaves_out_what_a_vendor_refuses(fake: FakeServer) -> None:
         return error_reply(422, "Extra inputs are not permitted") if "top_k" in body else None
 
     fake.fault = vendor
-    with open_chat("large", chat_config(fake, system_prompt=None)) as backend:
+    with ChatBackend("large", chat_config(fake, system_prompt=None)) as backend:
         done = backend.submit("Find a.", [], 64, Sampling(0.5)).result(10)
-        assert done == Completion("a=1\n\n", 2, None, "stop") and backend.window is None
+        assert done == Completion("a=1\n\n", 2, None, "stop")
         assert backend.describe()["unsent"] == ["min_p", "repetition_penalty", "stop", "top_k", "top_p"]
         with pytest.raises(ConfigError, match="takes no top_k"):
             backend.submit("Find a.", [], 64, Sampling(0.5, top_k=5))
@@ -106,7 +107,7 @@ def test_chat_leaves_out_what_a_vendor_refuses(fake: FakeServer) -> None:
         gone(submit, [submit()], "HTTP 500: boom")
     fake.fault = vendor
     with pytest.raises(ConfigError, match="refuses min_p = 0.1"):
-        open_chat("large", chat_config(fake, sampling={"min_p": 0.1}))
+        ChatBackend("large", chat_config(fake, sampling={"min_p": 0.1}))
     fake.fault = lambda path, *_: error_reply(404, "no such model") if "chat" in path else None
     with pytest.raises(BackendError, match="no such model.*Did you mean 'fake'"):
-        open_chat("large", chat_config(fake, model="fak"))
+        ChatBackend("large", chat_config(fake, model="fak"))

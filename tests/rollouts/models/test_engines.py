@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from rollouts import tinymath
-from rollouts.config import ModelConfig, embedded_family
+from rollouts.config import ModelConfig, Sampling, embedded_family
 from rollouts.errors import BackendError, ConfigError
-from rollouts.models.base import Completion, CompletionRequest, LogprobRequest, PoolingRequest, Sampling
+from rollouts.models.base import Completion, CompletionRequest, LogprobRequest, PoolingRequest
 from rollouts.models.open import open_backend
 from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
 
@@ -330,17 +330,9 @@ class TestRewardModelFolders:
     def load(self, folder, paths):
         from rollouts.models.hf.pooling import pooling
 
-        return pooling(
-            str(folder),
-            step_tag_id=paths[1],
-            revision=None,
-            dtype="float32",
-            max_length=1024,
-            max_batch=8,
-            gpus=0,
-            threads=1,
-            seed=0,
-        )
+        shape = {"dtype": "float32", "max_length": 1024, "max_batch": 8, "threads": 1}
+        model = ModelConfig(backend="transformers", model=str(folder), **shape)
+        return pooling(model, seed=0, step_tag_id=paths[1])
 
     def scores(self, engine, paths):
         for key, ids in enumerate(paths[0]):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rollouts import tinymath
+from rollouts.config import ModelConfig
 from rollouts.models.base import LogprobRequest
 from rollouts.models.hf.generator import TransformersGenerator, generator
 from rollouts.models.hf.packing import packs
@@ -41,10 +42,8 @@ def test_what_is_shared_is_computed_once(branching):
 @pytest.fixture(scope="module")
 def model() -> TransformersGenerator:
     folder = tinymath.model_dir("large")
-    return generator(
-        str(folder), tokenizer=str(folder), revision=None, dtype="float64", max_length=None, max_batch=8, gpus=0,
-        threads=1, seed=0,
-    )  # fmt: skip
+    config = ModelConfig(backend="transformers", model=str(folder), dtype="float64", max_batch=8, threads=1)
+    return generator(config, seed=0)
 
 
 def answers(model, requests):

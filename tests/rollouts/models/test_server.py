@@ -22,10 +22,10 @@ from fake_server import (
 )
 from vllm_server import free_port
 
-from rollouts.config import ModelConfig
+from rollouts.config import ModelConfig, Sampling
 from rollouts.errors import BackendError, ConfigError
-from rollouts.models.base import Completion, CompletionRequest, LogprobRequest, PoolingRequest, Sampling
-from rollouts.models.server.completions import open_server
+from rollouts.models.base import Completion, CompletionRequest, LogprobRequest, PoolingRequest
+from rollouts.models.server.completions import ServerBackend
 
 __all__ = ["fake"]
 
@@ -34,7 +34,7 @@ __all__ = ["fake"]
 
 
 def test_every_sampling_field_is_sent_and_no_seed(fake: FakeServer) -> None:
-    with open_server("large", config(fake)) as backend:
+    with ServerBackend("large", config(fake)) as backend:
         sampling = Sampling(0.3, 0.9, 20, 0.05)
         done = backend.submit(CompletionRequest((7, 8), 500, sampling, ("\n\n",), seed=3)).result(10)
         assert done == Completion("x\n\n", 2, (5, 6), "stop")
@@ -64,7 +64,7 @@ def test_every_sampling_field_is_sent_and_no_seed(fake: FakeServer) -> None:
 def test_finish_reasons_without_token_ids(fake: FakeServer, choice: Any, finish: str, text: str) -> None:
     body = {"choices": [{"text": "x", **choice}], "usage": {"completion_tokens": 4}}
     fake.fault = lambda path, _, count: (200, {}, body) if path == "/v1/completions" else None
-    with open_server("large", config(fake)) as backend:
+    with ServerBackend("large", config(fake)) as backend:
         assert not backend.capabilities.token_ids and not backend.capabilities.prompt_logprobs
         done = backend.submit(ask()).result(10)
     assert (done.finish, done.text, done.tokens, done.token_ids) == (finish, text, 4, None)
@@ -72,19 +72,19 @@ def test_finish_reasons_without_token_ids(fake: FakeServer, choice: Any, finish:
 
 def test_what_a_server_lacks_is_found_at_the_start(fake: FakeServer) -> None:
     with pytest.raises(ConfigError, match="does not serve 'fak'. Did you mean 'fake'?"):
-        open_server("large", config(fake, model="fak"))
+        ServerBackend("large", config(fake, model="fak"))
     fake.card = {"id": "fake"}
     with pytest.raises(ConfigError, match="max_length"):
-        open_server("large", config(fake))
-    with open_server("large", config(fake, max_length=64)) as backend:
+        ServerBackend("large", config(fake))
+    with ServerBackend("large", config(fake, max_length=64)) as backend:
         assert backend.window == 64
     plain = {"choices": [{"text": "x", "finish_reason": "stop"}], "usage": {"completion_tokens": 1}}
     fake.fault = lambda path, *_: (200, {}, plain) if path == "/v1/completions" else None
     with pytest.raises(ConfigError, match="stop_reason"):
-        open_server("large", config(fake, max_length=64))
+        ServerBackend("large", config(fake, max_length=64))
     fake.fault = lambda path, *_: error_reply(404, "Not Found") if path == "/v1/completions" else None
     with pytest.raises(ConfigError, match="chat_only"):
-        open_server("large", config(fake, max_length=64))
+        ServerBackend("large", config(fake, max_length=64))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_what_a_server_lacks_is_found_at_the_start(fake: FakeServer) -> None:
     ],
 )
 def test_wrong_scores_are_errors_not_scores(fake: FakeServer, rows: Any, words: str) -> None:
-    with open_server("scorer", config(fake), pooling=True, step_tag_id=TAG) as backend:
+    with ServerBackend("scorer", config(fake), TAG) as backend:
         assert backend.submit(PoolingRequest((1, TAG, 2, TAG))).result(10) == [0.75, 0.75]
         fake.fault = lambda *_: (200, {}, {"data": [{"data": rows}]})
         with pytest.raises(BackendError, match=words) as caught:
@@ -113,7 +113,7 @@ def test_wrong_scores_are_errors_not_scores(fake: FakeServer, rows: Any, words: 
 
 @pytest.mark.parametrize("reply", [error_reply(500, "boom"), (200, {}, b"<html>"), (200, {}, {"choices": []}), DROP])
 def test_a_passing_fault_is_retried(fake: FakeServer, reply: Any) -> None:
-    with open_server("large", config(fake)) as backend:
+    with ServerBackend("large", config(fake)) as backend:
         pending = {"left": 1}
 
         def fault(path: str, body: Any, count: int) -> Any:
@@ -127,7 +127,7 @@ def test_a_passing_fault_is_retried(fake: FakeServer, reply: Any) -> None:
 
 
 def test_a_fault_of_one_request_fails_it_alone(fake: FakeServer) -> None:
-    with open_server("large", config(fake)) as backend:
+    with ServerBackend("large", config(fake)) as backend:
         fake.fault = lambda path, body, count: error_reply(500, "boom") if body and body["prompt"] == [66] else None
         bad, good = backend.submit(ask(66)), [backend.submit(ask(index)) for index in range(20)]
         assert {future.result(10).finish for future in good} == {"stop"}
@@ -139,7 +139,7 @@ def test_refused_requests_fail_alone_with_the_servers_words(fake: FakeServer) ->
     fake.fault = lambda path, body, count: (
         error_reply(400, "too long") if body and len(body.get("prompt", ())) > 9 else None
     )
-    with open_server("large", config(fake)) as backend:
+    with ServerBackend("large", config(fake)) as backend:
         assert backend.submit(ask(*range(50))).result(10).detail == "HTTP 400: too long"
         with pytest.raises(BackendError, match="large: http.*too long"):
             backend.submit(LogprobRequest(tuple(range(50)), 1)).result(10)
@@ -147,7 +147,7 @@ def test_refused_requests_fail_alone_with_the_servers_words(fake: FakeServer) ->
 
 
 def test_retry_after_pauses_all_requests(fake: FakeServer) -> None:
-    with open_server("large", config(fake)) as backend:
+    with ServerBackend("large", config(fake)) as backend:
         before = fake.counts["/v1/completions"]
         fake.fault = lambda path, body, count: (
             error_reply(429, "slow", **{"Retry-After": "1.5"}) if count == before else None
@@ -171,7 +171,7 @@ def test_a_rate_limit_uses_up_no_retries_while_others_are_served(fake: FakeServe
             served[0] = time.monotonic()
             return None
 
-    with open_server("large", config(fake)) as backend:
+    with ServerBackend("large", config(fake)) as backend:
         fake.fault = one_in_a_while
         futures = [backend.submit(ask()) for _ in range(8)]
         assert {future.result(60).finish for future in futures} == {"stop"}
@@ -180,7 +180,7 @@ def test_a_rate_limit_uses_up_no_retries_while_others_are_served(fake: FakeServe
 
 
 def test_a_long_retry_after_is_an_error_at_once(fake: FakeServer) -> None:
-    with open_server("large", config(fake)) as backend:
+    with ServerBackend("large", config(fake)) as backend:
         fake.fault = lambda *_: error_reply(429, "quota", **{"Retry-After": "3600"})
         gone(lambda: backend.submit(ask()), [backend.submit(ask())], "3600 s", "quota")
 
@@ -191,14 +191,14 @@ def test_a_long_retry_after_is_an_error_at_once(fake: FakeServer) -> None:
 def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
     with pytest.raises(BackendError, match=f"large: {url} gave no answer in 2 attempts .ClientConnectorError"):
-        open_server("large", ModelConfig(backend="server", model="fake", url=url, retries=1))
+        ServerBackend("large", ModelConfig(backend="server", model="fake", url=url, retries=1))
     for wrong in ("localhost:8000/v1", "http://host/v1?key=1", "http://host:port/v1", "us:pw@host"):
         with pytest.raises(ConfigError, match="large: `url`(?!.*pw)"):
-            open_server("large", ModelConfig(backend="server", model="fake", url=wrong))
+            ServerBackend("large", ModelConfig(backend="server", model="fake", url=wrong))
 
 
 def test_a_request_beyond_its_time_fails_and_is_not_redrawn(fake: FakeServer) -> None:
-    with open_server("large", config(fake, timeout_s=1.5)) as backend:
+    with ServerBackend("large", config(fake, timeout_s=1.5)) as backend:
         fake.fault = lambda path, body, count: HANG if body and body["prompt"] == [66] else None
         slow = [backend.submit(ask(66)), backend.submit(LogprobRequest((66,), 1))]
         assert backend.submit(ask()).result(10).finish == "stop"
@@ -212,7 +212,7 @@ def test_a_request_beyond_its_time_fails_and_is_not_redrawn(fake: FakeServer) ->
 
 
 def test_a_server_that_answers_heartbeats_only_is_no_server(fake: FakeServer) -> None:
-    with open_server("large", config(fake, timeout_s=1.0, concurrency=32)) as backend:
+    with ServerBackend("large", config(fake, timeout_s=1.0, concurrency=32)) as backend:
         fake.fault = lambda path, body, count: HANG if real(body) else None
         futures = [backend.submit(ask(index)) for index in range(200)]
         outcomes = Counter("failed" if future.exception(30) is None else "raised" for future in futures)
@@ -222,7 +222,7 @@ def test_a_server_that_answers_heartbeats_only_is_no_server(fake: FakeServer) ->
 
 @pytest.mark.parametrize("reply", [HANG, DROP, error_reply(502, "bad gateway"), (200, {}, b"<html>login</html>")])
 def test_a_server_that_went_bad_ends_everything(fake: FakeServer, reply: Any) -> None:
-    with open_server("large", config(fake, timeout_s=1.0, concurrency=4)) as backend:
+    with ServerBackend("large", config(fake, timeout_s=1.0, concurrency=4)) as backend:
         fake.fault = lambda *_: reply
         began = time.monotonic()
         gone(
@@ -234,7 +234,7 @@ def test_a_server_that_went_bad_ends_everything(fake: FakeServer, reply: Any) ->
 
 
 def test_a_server_that_dies_in_the_middle(fake: FakeServer) -> None:
-    with open_server("large", config(fake, concurrency=4)) as backend:
+    with ServerBackend("large", config(fake, concurrency=4)) as backend:
         fake.delay = 0.05
         futures = [backend.submit(ask(index)) for index in range(400)]
         futures[8].result(10)
@@ -248,7 +248,7 @@ def test_a_server_that_dies_in_the_middle(fake: FakeServer) -> None:
 
 @pytest.mark.parametrize("status", [401, 403, 402, 404, 301])
 def test_a_lasting_refusal_is_not_retried(fake: FakeServer, status: int) -> None:
-    with open_server("large", config(fake, retries=9)) as backend:
+    with ServerBackend("large", config(fake, retries=9)) as backend:
         fake.fault = lambda *_: error_reply(status, "go away")
         began = time.monotonic()
         gone(
@@ -264,10 +264,10 @@ def test_the_key_is_sent_and_never_shown(
 ) -> None:
     caplog.set_level(0)
     with pytest.raises(ConfigError, match="TRIM_TEST_KEY is not set"):
-        open_server("large", config(fake, api_key_env="TRIM_TEST_KEY"))
+        ServerBackend("large", config(fake, api_key_env="TRIM_TEST_KEY"))
     monkeypatch.setenv("TRIM_TEST_KEY", KEY)
     url = fake.url.replace("//", "//user:hunter2@")
-    with open_server("large", config(fake, url=url, api_key_env="TRIM_TEST_KEY")) as backend:
+    with ServerBackend("large", config(fake, url=url, api_key_env="TRIM_TEST_KEY")) as backend:
         shown = repr(backend) + str(backend.describe())
         fake.fault = lambda *_: error_reply(401, f"Incorrect API key provided: {KEY}")
         with pytest.raises(BackendError, match="api_key_env") as caught:
@@ -276,12 +276,12 @@ def test_the_key_is_sent_and_never_shown(
     assert KEY not in shown and "hunter2" not in shown and "provided: ***" in shown
     monkeypatch.setenv("TRIM_TEST_KEY", "sk-\u00e9")
     with pytest.raises(ConfigError, match="characters") as wrong:
-        open_server("large", config(fake, api_key_env="TRIM_TEST_KEY"))
+        ServerBackend("large", config(fake, api_key_env="TRIM_TEST_KEY"))
     assert "sk-" not in str(wrong.value)
 
 
 def test_at_most_so_many_requests_at_once_and_a_quick_end(fake: FakeServer) -> None:
-    backend = open_server("large", config(fake, concurrency=5))
+    backend = ServerBackend("large", config(fake, concurrency=5))
     fake.delay = 0.02
     assert len([backend.submit(ask(index)).result for index in range(50)]) == 50
     backend.submit(ask()).result(10)

@@ -15,10 +15,11 @@ from fake_server import (
 )
 from vllm_server import VllmServer, vllm_servers
 
+from rollouts.config import Sampling
 from rollouts.errors import BackendError, ConfigError
-from rollouts.models.base import Completion, LogprobRequest, PoolingRequest, Sampling
-from rollouts.models.server.chat import open_chat
-from rollouts.models.server.completions import ServerBackend, open_server
+from rollouts.models.base import Completion, LogprobRequest, PoolingRequest
+from rollouts.models.server.chat import ChatBackend
+from rollouts.models.server.completions import ServerBackend
 from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
 from rollouts.tinymath import STEP_TAG, model_dir
 
@@ -31,7 +32,7 @@ STEPS = ["a=70+33=103\n\n", "b=a+49=103+49=152\n\n"]
 
 @pytest.fixture(scope="module")
 def small(vllm_servers: tuple[VllmServer, VllmServer]) -> Iterator[ServerBackend]:
-    with open_server("small", config(vllm_servers[0], timeout_s=60)) as backend:
+    with ServerBackend("small", config(vllm_servers[0], timeout_s=60)) as backend:
         yield backend
 
 
@@ -63,11 +64,11 @@ def test_vllm_is_recognised(small: ServerBackend, vllm_servers: tuple[VllmServer
     assert re.match(r"\d+\.\d+", described["version"]) and described["model"] == "tinymath-small"
     assert described["url"] == vllm_servers[0].url and described["root"].endswith("small")
     with pytest.raises(ConfigError, match="Did you mean 'tinymath-small'"):
-        open_server("small", config(vllm_servers[0], model="tinymath-smal"))
+        ServerBackend("small", config(vllm_servers[0], model="tinymath-smal"))
     with pytest.raises(ConfigError, match="--runner pooling"):
-        open_server("scorer", config(vllm_servers[0]), pooling=True, step_tag_id=3)
+        ServerBackend("scorer", config(vllm_servers[0]), 3)
     with pytest.raises(ConfigError, match="does not continue token ids"):
-        open_server("small", config(vllm_servers[1]))
+        ServerBackend("small", config(vllm_servers[1]))
 
 
 @pytest.mark.vllm
@@ -139,7 +140,7 @@ def test_vllm_scores_are_the_reward_models(vllm_servers: tuple[VllmServer, VllmS
         hidden = torch.relu(hidden @ weights["score.0.weight"].T + weights["score.0.bias"])
         scores = (hidden @ weights["score.2.weight"].T + weights["score.2.bias"]).softmax(-1)[:, 1]
     expected = [float(score) for token, score in zip(ids, scores, strict=True) if token == prompts.step_tag_id]
-    with open_server("scorer", config(vllm_servers[1]), pooling=True, step_tag_id=prompts.step_tag_id) as backend:
+    with ServerBackend("scorer", config(vllm_servers[1]), prompts.step_tag_id) as backend:
         assert backend.capabilities.pooling and not backend.capabilities.continue_prefix
         futures = [backend.submit(PoolingRequest(ids)) for _ in range(8)]
         for future in futures:
@@ -148,12 +149,12 @@ def test_vllm_scores_are_the_reward_models(vllm_servers: tuple[VllmServer, VllmS
             backend.submit(PoolingRequest(ids * 30)).result(60)
         assert backend.submit(PoolingRequest(ids)).result(60) == pytest.approx(expected, abs=2e-3)
     with pytest.raises(BackendError, match="rows for 2 step tags"):
-        open_server("scorer", config(vllm_servers[1]), pooling=True, step_tag_id=prompts.step_tag_id - 1)
+        ServerBackend("scorer", config(vllm_servers[1]), prompts.step_tag_id - 1)
 
 
 @pytest.mark.vllm
 def test_vllm_chat_gives_one_step(vllm_servers: tuple[VllmServer, VllmServer]) -> None:
-    with open_chat("large", chat_config(vllm_servers[0])) as backend:
+    with ChatBackend("large", chat_config(vllm_servers[0])) as backend:
         assert backend.window == 1024 and backend.describe()["unsent"] == []
         futures = [backend.submit(QUESTION, STEPS, 64, Sampling(1.0)) for _ in range(8)]
         for done in [future.result(60) for future in futures]:

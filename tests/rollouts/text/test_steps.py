@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rollouts.config import Limits
 from rollouts.models.stepwise import close_step
 from rollouts.text.steps import (
     DELIMITER,
-    Limits,
     Prefix,
     Segment,
     StopReason,
