@@ -13,7 +13,7 @@ from typing import Any
 from rollouts.errors import ConfigError
 
 STYLES = ("page.css",)
-SCRIPTS = ("tools.js", "curves.js", "bars.js", "tables.js", "browser.js", "main.js")
+SCRIPTS = ("tools.js", "pictures.js", "curves.js", "bars.js", "tables.js", "browser.js", "main.js")
 FILE = "report.html"
 
 # Inside <script> a browser looks for "</script" and "<!--"; inside JSON all of these may be written as escapes.

@@ -33,7 +33,7 @@ function startTables() {
     `${row.method}, λ=${Number(row.lam.toPrecision(3))}`,
     decimal(row.threshold, 3),
     interval(row.difference, (x) => `${x < 0 ? "−" : "+"}${Math.abs(x).toFixed(4)}`),
-    known(row.p) ? (row.p < 0.001 ? "< 0.001" : row.p.toFixed(3)) : "undefined",
+    known(row.holm) ? (row.holm < 0.001 ? "< 0.001" : row.holm.toFixed(3)) : "undefined",
   ]);
   byId("metric-tables").append(
     table(headline.map((row, i) => row.map((text, k) => (i === 0 && k === 0 ? "Method" : text.replace("\n", " ")))), { class: "wide" }),
