@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -16,12 +17,12 @@ from agents.evaluation.compare import MIN_DIFFERING, compare, compare_curves, nu
 from agents.evaluation.curves import References
 from agents.evaluation.plots import Level, TrainingHistory, cost_accuracy, training_curve
 from agents.evaluation.table import (
+    as_plain,
     method_rows,
     point_rows,
     rich_table,
     summarise,
     to_csv,
-    to_json,
     to_markdown,
 )
 from rollouts.errors import DataError
@@ -54,6 +55,10 @@ def test_summary_holds_points_by_cost_and_flags(summaries):
     assert point.discarded_tokens == pytest.approx(0.8 * point.large_tokens)
     assert point.total_tokens > point.large_tokens
     assert sum(group.problems for group in point.gain_by_escalations) == 200
+
+
+def to_json(summaries):
+    return json.dumps([as_plain(asdict(summary)) for summary in summaries], allow_nan=False)
 
 
 def test_same_seed_same_summary(summaries):
