@@ -21,10 +21,9 @@ class Subject(TypedDict):
     hash: str  # of the rollouts
     caps: str  # in words; empty without any
     rollouts: str
-    small: str  # names of the models, the scorer and the grader
+    small: str  # names of the models and the scorer
     large: str
     scorer: str
-    grader: str
     trees: int
     left_out_trees: int  # for want of a score
     resamples: int  # of the bootstrap
@@ -160,8 +159,6 @@ class Sampling(TypedDict):
 
     shown: int
     wanted: int
-    problems: int  # of the split
-    trees: int
     megabytes: float  # most of the traces
 
 

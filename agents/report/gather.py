@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -34,27 +34,17 @@ from rollouts.store.store import Store
 from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
 
-
-@dataclass(frozen=True)
-class TraceLimits:
-    """How much of the traces goes on the page.
-
-    Attributes:
-        problems: Problems, at most.
-        bytes: Bytes of JSON, at most; so that a phone still opens the page.
-    """
-
-    problems: int = 60
-    bytes: int = 2_300_000
+TRACE_BYTES = 2_300_000
+"""Most bytes of traces on a page, so that a phone still opens it."""
 
 
-def gather(config: EvaluateConfig, evaluation: Evaluation, most: TraceLimits | None = None) -> dict[str, Any]:
+def gather(config: EvaluateConfig, evaluation: Evaluation, trace_bytes: int = TRACE_BYTES) -> dict[str, Any]:
     """Return the `Page` of an evaluation as JSON holds it.
 
     Args:
         config: Settings of the evaluation.
         evaluation: What was found.
-        most: How much of the traces is wanted; default: as the settings say.
+        trace_bytes: Bytes of traces as JSON, at most.
 
     Raises:
         TrimError: As `agents.evaluation.suite.evaluate`.
@@ -87,7 +77,7 @@ def gather(config: EvaluateConfig, evaluation: Evaluation, most: TraceLimits | N
     constants = {"always-small": everything[0].small, "always-large": everything[0].large}
     traced = Traced(trees, tables.indices, paths, marks, small, large)
     answers = {each.id: each.answer for each in Store(config.rollouts).problems()}
-    problems, sampling = _problems(traced, answers, most or TraceLimits(config.report_problems), seed)
+    problems, sampling = _problems(traced, answers, config, trace_bytes)
     page: Page = {
         "subject": _subject(evaluation, tables, seed),
         "sentences": evaluation.sentences,
@@ -113,25 +103,19 @@ def gather(config: EvaluateConfig, evaluation: Evaluation, most: TraceLimits | N
 
 
 def _problems(
-    traced: Traced, answers: Mapping[str, str], most: TraceLimits, seed: int
+    traced: Traced, answers: Mapping[str, str], config: EvaluateConfig, most: int
 ) -> tuple[list[Problem], Sampling]:
     """Return the traces of problems drawn at random, as many as fit, and how many those are."""
-    chosen = choose(traced.trees, traced.indices, most.problems, seed)
+    chosen = choose(traced.trees, traced.indices, config.report_problems, config.seed)
     records: list[Problem] = []
     size = 0
     for position in chosen:
         record = problem_record(traced, position, answers)
         size += len(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace"))
-        if size > most.bytes:
+        if size > most:
             break
         records.append(record)
-    return records, {
-        "shown": len(records),
-        "wanted": len(chosen),
-        "problems": len(np.unique(traced.trees.problem[traced.indices])),
-        "trees": len(traced.indices),
-        "megabytes": most.bytes / 1e6,
-    }
+    return records, {"shown": len(records), "wanted": len(chosen), "megabytes": most / 1e6}
 
 
 def _first(settings: Sequence[Setting]) -> int:
@@ -153,7 +137,6 @@ def _subject(evaluation: Evaluation, tables: DecisionTables, seed: int) -> Subje
         "small": str(meta["small"]),
         "large": str(meta["large"]),
         "scorer": str(meta["scorer"]),
-        "grader": str(meta["grader"]),
         "trees": len(tables.indices),
         "left_out_trees": int(meta["left_out_trees"]),
         "resamples": evaluation.methods[0].resamples,

@@ -7,16 +7,16 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from agents.serve.upstreams import SCORER
 from rollouts.text.steps import LARGE, ROLES, SMALL
 
+SCORER = "scorer"
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _SHORT = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1)
 _SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 class Metrics:
-    """Counters of one service; it is the observer of its upstreams."""
+    """Counters of one service and of its upstreams."""
 
     def __init__(self) -> None:
         """Begin at zero, in a registry of its own."""

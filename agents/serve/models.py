@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from agents.serve.upstreams import SCORER, Observer, Probe, Unavailable, Upstream
+from agents.serve.metrics import SCORER, Metrics
+from agents.serve.upstreams import Probe, Unavailable, Upstream
 from rollouts.config import FamilyConfig, ModelConfig
 from rollouts.errors import BackendError
 from rollouts.family import Family
@@ -95,13 +96,13 @@ class Task:
 class Models:
     """Three upstreams, and what is needed to ask them."""
 
-    def __init__(self, config: FamilyConfig, timeout_s: float, observer: Observer) -> None:
+    def __init__(self, config: FamilyConfig, timeout_s: float, metrics: Metrics) -> None:
         """Load tokenizers and prepare connections.
 
         Args:
             config: The family, each role with a server's URL, its scorer a process reward model.
             timeout_s: Longest time of one upstream request, seconds.
-            observer: Who is told what happens to upstreams.
+            metrics: What counts answers and failures of upstreams.
 
         Raises:
             ConfigError: A role cannot be served as it is configured.
@@ -117,7 +118,7 @@ class Models:
             SCORER: (scorer.model, _scores(self._reward.step_tag_id)),
         }
         self.upstreams = {
-            role: Upstream(role, model, probe, timeout_s, observer) for role, (model, probe) in roles.items()
+            role: Upstream(role, model, probe, timeout_s, metrics) for role, (model, probe) in roles.items()
         }
         self._brought = lru_cache(maxsize=_SYSTEM_PROMPTS)(self._with_system_prompt)
         self._own = {role: self._with_system_prompt(role, config.generator(role).system_prompt) for role in ROLES}

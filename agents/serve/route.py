@@ -12,8 +12,9 @@ from typing import Any
 
 from agents.deploy.policy import Session
 from agents.serve.config import Fallback
+from agents.serve.metrics import SCORER
 from agents.serve.models import Ledger, Models, Task
-from agents.serve.upstreams import SCORER, Unavailable
+from agents.serve.upstreams import Unavailable
 from rollouts.errors import ConfigError
 from rollouts.tasks.answers import has_answer
 from rollouts.text.steps import LARGE, SMALL, Step, StopReason, solution_text

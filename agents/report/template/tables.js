@@ -57,7 +57,7 @@ function startNotes() {
     ["Cost", `The cost model is ${subject.cost}. In the browser of problems the cost is the tokens that the large model decoded, also as a share of what always-large decodes in the same tree.`],
     ["Caps", subject.caps ? `Every router but always-large: ${subject.caps} per problem.` : "None."],
     ["Intervals", `95 % percentile bootstrap over problems, ${whole(subject.resamples)} resamples, seed ${subject.seed}. They cover the draw of problems, not the training of the routers. Replicas of a problem are resampled together.`],
-    ["Solutions shown", `${plural(sampling.shown, "problem")} of ${whole(sampling.problems)}, drawn at random (not picked), the first replica of each: what shares of them are wrong or rescued is an estimate of the whole. ` +
+    ["Solutions shown", `${plural(sampling.shown, "problem")} of ${whole(subject.problems)}, drawn at random (not picked), the first replica of each: what shares of them are wrong or rescued is an estimate of the whole. ` +
       (sampling.shown < sampling.wanted ? `${whole(sampling.wanted)} were drawn; the rest is left out to keep the traces below ${sampling.megabytes} MB. ` : "") +
       "At most 6 settings of a method are shown step by step, and none of a method that draws its actions (random)."],
     ...Object.entries(data.flags).map(([name, text]) => [FLAG_NAMES[name], text]),

@@ -17,7 +17,7 @@ from agents.evaluation.bootstrap import Estimate
 from agents.evaluation.suite import EvaluateConfig
 from agents.evaluation.table import MethodSummary
 from agents.evaluation.walk import run
-from agents.report.gather import TraceLimits, gather
+from agents.report.gather import gather
 from agents.report.positions import positions
 from agents.report.reliability import reliability, scorer_reliability
 from agents.report.render import embedded, render, write
@@ -306,7 +306,7 @@ def test_traces_that_do_not_fit_are_left_out_and_counted(page):
     config = EvaluateConfig((page.run,), str(page.store))
     found = evaluate(config)
     size = len(json.dumps(page.content["problems"][0], ensure_ascii=False).encode())
-    small = gather(config, found, TraceLimits(problems=20, bytes=3 * size))
+    small = gather(replace(config, report_problems=20), found, trace_bytes=3 * size)
     assert 1 <= small["sampling"]["shown"] < small["sampling"]["wanted"] == 20
     assert len(small["problems"]) == small["sampling"]["shown"]
     none = gather(replace(config, report_problems=0), found)
