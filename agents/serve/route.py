@@ -36,7 +36,7 @@ class RouteFailed(Exception):
         self.status = status
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Written:
     """An accepted step and how it came about.
 
@@ -57,13 +57,13 @@ class Written:
 
     step: int
     author: str
-    action: int | None
-    score: float | None
+    action: int | None = None
+    score: float | None = None
     tokens: int | None
-    large_score: float | None
+    large_score: float | None = None
     large_tokens: int | None
-    late_scores: tuple[float, ...]
-    fallback: str | None
+    late_scores: tuple[float, ...] = ()
+    fallback: str | None = None
     stop_reason: str
     text: str
 
@@ -166,7 +166,7 @@ class Route:
         action = self.session.decide(scores[-1], *_seen(proposal))
         if action == CONTINUE_SMALL:
             self.session.accept()
-            note = self._note(proposal, SMALL, action=action, proposal=proposal, score=scores[-1], late=late)
+            note = self._note(proposal, SMALL, action=action, proposal=proposal, score=scores[-1], late_scores=late)
             return proposal, note
         return await self._escalate(models, proposal, scores[-1], late)
 
@@ -176,11 +176,9 @@ class Route:
         for place, owed in enumerate(self._owed, first):
             self._tell(owed, scores[place])
             if scores[place] is not None:
-                known = self.written[place]
-                large = known.author == LARGE
-                self.written[place] = (
-                    replace(known, large_score=scores[place]) if large else replace(known, score=scores[place])
-                )
+                name = "large_score" if owed.author == LARGE else "score"
+                known: dict[str, Any] = {name: scores[place]}
+                self.written[place] = replace(self.written[place], **known)
         self._owed = []
         return tuple(score for score in scores[first:] if score is not None)
 
@@ -206,7 +204,7 @@ class Route:
     ) -> tuple[Step, Written]:
         """Let the large model write the step; keep the proposal if it does not answer or has too few tokens left."""
         left = self.session.large_tokens_left
-        common: dict[str, Any] = {"action": ESCALATE_LARGE, "proposal": proposal, "score": score, "late": late}
+        common: dict[str, Any] = {"action": ESCALATE_LARGE, "proposal": proposal, "score": score, "late_scores": late}
         try:
             step = await models.step(LARGE, self.task, self._texts, self.used, self.ledger, most=left)
         except Unavailable as fault:
@@ -246,29 +244,16 @@ class Route:
         return proposal, self._note(proposal, SMALL, proposal=proposal, fallback=words)
 
     def _note(
-        self,
-        step: Step,
-        author: str,
-        *,
-        action: int | None = None,
-        proposal: Step | None = None,
-        score: float | None = None,
-        large: Step | None = None,
-        late: tuple[float, ...] = (),
-        fallback: str | None = None,
+        self, step: Step, author: str, proposal: Step | None = None, large: Step | None = None, **more: Any
     ) -> Written:
         return Written(
             step=len(self.written) + 1,
             author=author,
-            action=action,
-            score=score,
             tokens=None if proposal is None else proposal.tokens,
-            large_score=None,
             large_tokens=None if large is None else large.tokens,
-            late_scores=late,
-            fallback=fallback,
             stop_reason=step.stop_reason.value,
             text=step.text,
+            **more,
         )
 
     def usage(self) -> dict[str, Any]:
