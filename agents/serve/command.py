@@ -8,13 +8,12 @@ import logging
 import os
 import socket
 import sys
-from typing import Any, TypeVar
+from typing import Any
 
 from agents.serve.config import ServeConfig
 from rollouts.config import FamilyConfig, ModelConfig, load_family, parse_family
 from rollouts.errors import ConfigError
 
-_Model = TypeVar("_Model", bound=ModelConfig)
 _EMBEDDED = "tinymath"
 
 
@@ -38,29 +37,26 @@ def family_of(config: ServeConfig, about: dict[str, Any]) -> FamilyConfig:
             "taken from it."
         )
     family = load_family(source)
-    if family.scorer is None or family.scorer.model is None:
+    scorer = family.scorer.model if family.scorer else None
+    if scorer is None:
         raise ConfigError(f"{source}: serving needs a process reward model, a section [scorer.model].")
     if family.large.chat_only:
         raise ConfigError("large: chat_only models cannot be served; the large model must continue token ids (vLLM).")
-    scorer = family.scorer.model_copy(update={"model": _served(family.scorer.model, config.prm, "prm", config)})
-    update = {
-        "small": _served(family.small, config.small, "small", config),
-        "large": _served(family.large, config.large, "large", config),
-        "scorer": scorer,
-    }
-    family = family.model_copy(update=update)
-    parse_family(family.model_dump())
-    return family
+    values = family.model_dump()
+    values["small"] |= _server(family.small, config.small, "small", config)
+    values["large"] |= _server(family.large, config.large, "large", config)
+    values["scorer"]["model"] |= _server(scorer, config.prm, "prm", config)
+    return parse_family(values)
 
 
-def _served(model: _Model, url: str | None, flag: str, config: ServeConfig) -> _Model:
-    """Return a model's configuration behind a server."""
+def _server(model: ModelConfig, url: str | None, flag: str, config: ServeConfig) -> dict[str, Any]:
+    """Return what a model's configuration says behind a server."""
     url = url or model.url
     if url is None:
         raise ConfigError(f"Where is its server? Give --{flag} http://host:port/v1.")
     if url.rstrip("/").count("/") == 2:
         url = url.rstrip("/") + "/v1"
-    update = {
+    return {
         "backend": "server",
         "url": url,
         "tokenizer": model.tokenizer or model.model,
@@ -68,7 +64,6 @@ def _served(model: _Model, url: str | None, flag: str, config: ServeConfig) -> _
         "dtype": "auto",
         "concurrency": max(model.concurrency, config.max_concurrent),
     }
-    return model.model_copy(update=update)
 
 
 def _check_origin(config: ServeConfig, family: Any, policy: Any) -> None:
