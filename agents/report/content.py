@@ -56,14 +56,6 @@ class Method(TypedDict):
     cpt_80: Estimate
 
 
-class Reference(TypedDict):
-    """One of the two constants."""
-
-    name: str
-    c: Estimate
-    accuracy: Estimate
-
-
 class Tables(TypedDict):
     """Tables as text, the first row a header."""
 
@@ -169,7 +161,7 @@ class Page(TypedDict):
     sentences: Sequence[str]
     caption: str
     methods: list[Method]
-    references: list[Reference]
+    references: dict[str, Mapping[str, Estimate]]  # `curves.point_metrics` of always-small and always-large
     tables: Tables
     at_lam: Sequence[AtLam]
     settings: list[Setting]

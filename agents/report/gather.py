@@ -74,7 +74,6 @@ def gather(config: EvaluateConfig, evaluation: Evaluation, trace_bytes: int = TR
         for each, path, own in zip(shown, paths, marks, strict=True)
     ]
     everything = [*evaluation.methods, evaluation.query_oracle, evaluation.oracle]
-    constants = {"always-small": everything[0].small, "always-large": everything[0].large}
     traced = Traced(trees, tables.indices, paths, marks, small, large)
     answers = {each.id: each.answer for each in Store(config.rollouts).problems()}
     problems, sampling = _problems(traced, answers, config, trace_bytes)
@@ -83,7 +82,7 @@ def gather(config: EvaluateConfig, evaluation: Evaluation, trace_bytes: int = TR
         "sentences": evaluation.sentences,
         "caption": caption(everything, limits(subject)),
         "methods": [_method(each, _kind(each, evaluation)) for each in everything],
-        "references": [{"name": name, "c": of["c"], "accuracy": of["accuracy"]} for name, of in constants.items()],
+        "references": {"always-small": everything[0].small, "always-large": everything[0].large},
         "tables": {
             "headline": headline_rows(everything),
             "all": method_rows(everything),

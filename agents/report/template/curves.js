@@ -87,7 +87,7 @@ function startCurves() {
     const height = clamp(0.58 * width, 280, 460);
     const edge = { left: 46, right: 14, top: 14, bottom: 46 };
     const lines = visible();
-    const [small, large] = data.references;
+    const [small, large] = Object.values(data.references);
     const heights = [small, large].flatMap((each) => each.accuracy);
     for (const { method } of lines) {
       if (method.kind !== "oracle") heights.push(...method.band.low, ...method.band.high);
@@ -134,14 +134,14 @@ function startCurves() {
         group.append(mark(method, i, point, 4.5, point.on_curve || method.kind === "oracle" ? "mark" : "mark open"));
       svg.append(group);
     }
-    for (const each of [small, large]) {
+    for (const [name, each] of Object.entries(data.references)) {
       const right = each === large;
       const low = right ? y(each.accuracy[0]) + 26 < height - edge.bottom : y(each.accuracy[0]) + 20 > height - edge.bottom;
       svg.append(
         draw("circle", { class: "reference", cx: x(each.c[0]), cy: y(each.accuracy[0]), r: 5 }),
         draw("text", { class: "named", x: x(each.c[0]) + (right ? -8 : 9), "text-anchor": right ? "end" : "start",
           y: y(each.accuracy[0]) + (right === low ? 22 : right ? -12 : low ? -10 : 16) },
-          `${each.name} ${percent(each.accuracy[0])}`),
+          `${name} ${percent(each.accuracy[0])}`),
       );
     }
     geometry.cursor = draw("g", { class: "reading" });

@@ -3,7 +3,7 @@
 function startSummary() {
   const first = data.methods[0];
   const swept = data.methods.find((method) => method.kind === "threshold");
-  const [small, large] = data.references;
+  const [small, large] = Object.values(data.references);
   const goal = (method) => `80\u00a0% of the gap, ${method.name}`;
   const costOf = ({ cpt_80 }) => (known(cpt_80[0]) ? `${range(cpt_80)} of always-large's cost` : "there is no gap, or it is not recovered");
   const tile = (label, value, note) => el("div", { class: "tile" }, el("dt", {}, label), el("dd", {}, value, el("small", {}, note)));
