@@ -43,9 +43,9 @@ def family_of(config: ServeConfig, about: dict[str, Any]) -> FamilyConfig:
     if family.large.chat_only:
         raise ConfigError("large: chat_only models cannot be served; the large model must continue token ids (vLLM).")
     values = family.model_dump()
+    values["scorer"]["model"] |= _server(scorer, config.prm, "prm", config)
     values["small"] |= _server(family.small, config.small, "small", config)
     values["large"] |= _server(family.large, config.large, "large", config)
-    values["scorer"]["model"] |= _server(scorer, config.prm, "prm", config)
     return parse_family(values)
 
 
