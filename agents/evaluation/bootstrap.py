@@ -6,12 +6,12 @@ them on the same resamples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from agents.evaluation.curves import CPT_TARGETS, Curve, Points, References, curve_metrics, point_metrics
+from agents.evaluation.curves import CPT_TARGETS, Curve, Points, References, curve_metrics
 from agents.evaluation.outcomes import Floats, Outcomes
 from rollouts.errors import DataError
 
@@ -87,29 +87,24 @@ def difference(value: Floats | float, samples: Floats) -> Difference:
     defined = samples[np.isfinite(samples)]
     tail = min((defined <= 0).sum(), (defined >= 0).sum())
     p_value = float("nan") if np.isnan(plain.low) else min(1.0, 2 * (tail + 1) / (len(defined) + 1))
-    return Difference(plain.value, plain.low, plain.high, plain.undefined, float(p_value))
+    return Difference(**asdict(plain), p_value=float(p_value))
+
+
+def estimates(metrics: Callable[[Floats | None], Mapping[str, Floats]], weights: Floats) -> dict[str, Estimate]:
+    """Return metrics with their intervals; `metrics`, a function of weights, is computed anew in each resample."""
+    values, samples = metrics(None), metrics(weights)
+    return {name: estimate(values[name], samples[name]) for name in values}
 
 
 def curve_estimates(points: Points, references: References, weights: Floats) -> dict[str, Estimate]:
-    """Return every metric of `curve_metrics` with its interval; the whole curve is recomputed in each resample."""
-    values = curve_metrics(Curve.of(points, references))
-    samples = curve_metrics(Curve.of(points, references, weights))
-    return {name: estimate(values[name], samples[name]) for name in values}
+    """Return every metric of `curve_metrics` with its interval."""
+    return estimates(lambda chosen: curve_metrics(Curve.of(points, references, chosen)), weights)
 
 
-def point_estimates(outcomes: Outcomes, references: References, weights: Floats) -> dict[str, Estimate]:
-    """Return every metric of `point_metrics` with its interval."""
-    values = point_metrics(outcomes, references)
-    samples = point_metrics(outcomes, references, weights)
-    return {name: estimate(values[name], samples[name]) for name in values}
-
-
-def curve_band(points: Points, references: References, weights: Floats, c: Floats) -> tuple[Floats, Floats, Floats]:
-    """Return the curve's accuracy at (L,) costs and the pointwise 95 % band around it: value, low, high, each (L,)."""
-    value = Curve.of(points, references).accuracy_at(c)
-    samples = Curve.of(points, references, weights).accuracy_at(c)
-    estimates = [estimate(value[i], samples[:, i]) for i in range(len(c))]
-    return value, np.array([each.low for each in estimates]), np.array([each.high for each in estimates])
+def curve_band(points: Points, references: References, weights: Floats, c: Floats) -> list[Estimate]:
+    """Return the curve's accuracy at each of (L,) costs with its pointwise 95 % band."""
+    value, samples = (Curve.of(points, references, chosen).accuracy_at(c) for chosen in (None, weights))
+    return [estimate(value[i], samples[:, i]) for i in range(len(c))]
 
 
 def paired_curves(points: Points, baseline: Points, references: References, weights: Floats) -> dict[str, Difference]:

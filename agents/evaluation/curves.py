@@ -163,30 +163,26 @@ class Curve:
     def accuracy_at(self, c: Floats) -> Floats:
         """Return (..., L) accuracies at (L,) costs; NaN at costs below the cheapest knot."""
         place = (self.cost[..., None, :] <= c[:, None]).sum(axis=-1) - 1
-        left = np.clip(place, 0, None)
-        right = np.minimum(left + 1, self.cost.shape[-1] - 1)
-        c0, c1, a0, a1 = self._ends(left, right)
+        (c0, c1), (a0, a1) = self._segments(place)
         width = np.where(c1 > c0, c1 - c0, 1.0)
         value = a0 + (a1 - a0) * np.clip((c - c0) / width, 0.0, 1.0)
         return np.where(place >= 0, value, np.nan)
 
     def cost_at(self, pgr: Floats) -> Floats:
         """Return the least c, (..., L), at which the curve recovers (L,) shares of the gap; NaN if it never does."""
-        gap = self.gap[..., None]
-        level = self.small_accuracy[..., None] + pgr * gap
+        level = self.small_accuracy[..., None] + pgr * self.gap[..., None]
         place = (self.accuracy[..., None, :] < level[..., :, None]).sum(axis=-1)
-        right = np.minimum(place, self.cost.shape[-1] - 1)
-        left = np.clip(right - 1, 0, None)
-        c0, c1, a0, a1 = self._ends(left, right)
+        (c0, c1), (a0, a1) = self._segments(np.minimum(place, self.cost.shape[-1] - 1) - 1)
         height = np.where(a1 > a0, a1 - a0, 1.0)
         value = np.where(place == 0, self.cost[..., :1], c0 + (c1 - c0) * (level - a0) / height)
         return np.where(level <= self.accuracy[..., -1:] + TOLERANCE, value, np.nan)
 
-    def _ends(self, left: NDArray[np.intp], right: NDArray[np.intp]) -> tuple[Floats, Floats, Floats, Floats]:
-        """Return costs and accuracies at both ends of segments."""
-        c0, c1 = (np.take_along_axis(self.cost, index, axis=-1) for index in (left, right))
-        a0, a1 = (np.take_along_axis(self.accuracy, index, axis=-1) for index in (left, right))
-        return c0, c1, a0, a1
+    def _segments(self, left: NDArray[np.intp]) -> list[tuple[Floats, Floats]]:
+        """Return costs and accuracies, each at both ends of the segments that begin at some knots."""
+        left = np.maximum(left, 0)
+        right = np.minimum(left + 1, self.cost.shape[-1] - 1)
+        along = np.take_along_axis
+        return [(along(each, left, axis=-1), along(each, right, axis=-1)) for each in (self.cost, self.accuracy)]
 
     def cpt(self, percent: float) -> Floats:
         """Return CPT(x %), (...): the least c at which the curve reaches a PGR of x %."""
@@ -207,15 +203,6 @@ class Curve:
         p = np.arange(1, IBC_LEVELS + 1) / IBC_LEVELS
         value: Floats = (p / self.cost_at(p)).mean(axis=-1) - 1
         return value
-
-
-def ibc(outcomes: Outcomes, references: References) -> float:
-    """Return IBC = (r - r_w) / mean cost, gain in accuracy per unit of cost; NaN at no cost.
-
-    IBC_base is that of ``references.large``.
-    """
-    gain = outcomes.correct.mean() - references.small.correct.mean()
-    return float(per_cost(gain, outcomes.cost.mean()))
 
 
 def point_metrics(outcomes: Outcomes, references: References, weights: Floats | None = None) -> dict[str, Floats]:

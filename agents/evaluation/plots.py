@@ -70,11 +70,13 @@ def cost_accuracy(
         DataError: There are no methods, or they were evaluated on different problems.
     """
     drawn = [*methods, oracle] if oracle else list(methods)
-    if len({_references(method) for method in drawn}) != 1:
+    shared = {(m.problems, m.small["accuracy"].value, m.large["accuracy"].value, m.large_cost) for m in drawn}
+    if len(shared) != 1:
         raise DataError("A cost-accuracy figure needs methods summarised on the same problems and references.")
     if not methods[0].large_cost > 0:
         raise DataError("A cost-accuracy figure needs a cost of always-large above 0: it is the unit of the x-axis.")
-    figure = _figure("Accuracy against large-model tokens", _subtitle(methods[0], dataset))
+    subtitle = f"{dataset}, {methods[0].problems:,} problems; bands: 95 % bootstrap over problems"
+    figure = _figure("Accuracy against large-model tokens", subtitle)
     axes = figure.add_axes((0.075, 0.12, 0.655, 0.71))
     for i, method in enumerate(methods):
         _draw_method(axes, method, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)])
@@ -153,16 +155,6 @@ def _figure(title: str, subtitle: str) -> Figure:
     figure.text(0.02, 0.955, title, fontsize=21, fontweight="bold", color=INK, va="center")
     figure.text(0.02, 0.895, subtitle, fontsize=14, color=GREY, va="center")
     return figure
-
-
-def _references(method: MethodSummary) -> tuple[float, ...]:
-    """Return what methods in one figure must share."""
-    return (method.problems, method.small["accuracy"].value, method.large["accuracy"].value, method.large_cost)
-
-
-def _subtitle(method: MethodSummary, dataset: str) -> str:
-    """Say what the figure rests on."""
-    return f"{dataset}, {method.problems:,} problems; bands: 95 % bootstrap over problems"
 
 
 def _draw_method(axes: Axes, method: MethodSummary, colour: str, marker: str) -> None:

@@ -20,7 +20,7 @@ from agents.evaluation.spread import OPERATING_POINTS, spread
 from agents.evaluation.table import MethodSummary, as_plain, limits, summarise
 from agents.evaluation.walk import references, run
 from agents.routers import artefact
-from agents.routers.base import RandomRate, Router, Threshold, told_cap
+from agents.routers.base import RandomRate, Threshold, told_cap
 from agents.routers.mlp import ConditionedMLP, at
 from rollouts.errors import ArtefactError, ConfigError
 from rollouts.trees.arrays import Trees
@@ -283,6 +283,3 @@ def save(evaluation: Evaluation, folder: Path) -> list[Path]:
         dataset += f", {caps}"
     pictures = cost_accuracy(evaluation.methods, dataset, folder / "curve", evaluation.oracle)
     return [*(folder / name for name in texts), *pictures]
-
-
-__all__ = ["AtLam", "EvaluateConfig", "Evaluation", "Router", "evaluate", "load_methods", "save"]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from agents.evaluation.bootstrap import (
     Estimate,
     curve_band,
     curve_estimates,
-    point_estimates,
+    estimates,
     resample_weights,
 )
 from agents.evaluation.curves import (
@@ -28,6 +27,7 @@ from agents.evaluation.curves import (
     Points,
     References,
     gain_by_escalations,
+    point_metrics,
 )
 from agents.evaluation.outcomes import Outcomes
 from rollouts.errors import DataError
@@ -49,7 +49,7 @@ class PointSummary:
     Attributes:
         knob: λ, threshold or budget.
         on_curve: Whether it may lie on the curve, 0 < c <= 1; others are reported only.
-        metrics: ``accuracy``, ``c``, ``pgr``, ``ibc_gain`` (see `metrics.point_metrics`).
+        metrics: ``accuracy``, ``c``, ``pgr``, ``ibc_gain`` (see `curves.point_metrics`).
         large_tokens: Tokens that the large model decoded.
         total_tokens: Tokens that both models decoded, discarded ones included.
         discarded_tokens: Tokens of the small model that escalations threw away.
@@ -88,10 +88,10 @@ class MethodSummary:
         problems: Number of problems.
         resamples: Bootstrap resamples.
         seed: Seed of the bootstrap.
-        small: `metrics.point_metrics` of always-small.
+        small: `curves.point_metrics` of always-small.
         large: The same of always escalating.
         large_cost: Mean cost per problem of always escalating, in the unit of the cost model.
-        metrics: Metrics of the curve (see `metrics.curve_metrics`); for a method with one operating point also
+        metrics: Metrics of the curve (see `curves.curve_metrics`); for a method with one operating point also
             those of the point.
         by_mixing: The ``cpt_..`` that the method reaches only by mixing with always-large.
         mixing_from: c beyond which the curve is such a mixture.
@@ -128,31 +128,34 @@ def summarise(
     weights = resample_weights(len(references.small), resamples, seed)
     curve = Curve.of(points, references)
     metrics = curve_estimates(points, references, weights)
-    details = [_point(knob, outcomes, references, weights) for knob, outcomes in points]
+
+    def point_estimates(outcomes: Outcomes) -> dict[str, Estimate]:
+        return estimates(lambda chosen: point_metrics(outcomes, references, chosen), weights)
+
+    details = [_point(knob, outcomes, point_estimates(outcomes), references.small) for knob, outcomes in points]
     if len(points) == 1:
         metrics = details[0].metrics | metrics
     knots = np.unique(np.stack([curve.cost, curve.accuracy], axis=1), axis=0)
     c = np.union1d(np.linspace(0, 1, 101), knots[np.isfinite(knots[:, 0]), 0])
+    band = curve_band(points, references, weights, c)
     return MethodSummary(
         name=name,
         problems=len(references.small),
         resamples=resamples,
         seed=seed,
-        small=point_estimates(references.small, references, weights),
-        large=point_estimates(references.large, references, weights),
+        small=point_estimates(references.small),
+        large=point_estimates(references.large),
         large_cost=float(curve.large_cost),
         metrics=metrics,
         by_mixing=tuple(f"cpt_{x}" for x in CPT_TARGETS if curve.by_mixing(x)),
         mixing_from=float(curve.mixing_from),
         knots=tuple((float(cost), float(accuracy)) for cost, accuracy in knots),
-        band=Band(*(tuple(each.tolist()) for each in (c, *curve_band(points, references, weights, c)))),
+        band=Band(tuple(c.tolist()), *(tuple(getattr(each, end) for each in band) for end in ("value", "low", "high"))),
         points=tuple(sorted(details, key=lambda point: point.metrics["c"].value)),
     )
 
 
-def _point(knob: float, outcomes: Outcomes, references: References, weights: Any) -> PointSummary:
-    """Summarise one operating point."""
-    metrics = point_estimates(outcomes, references, weights)
+def _point(knob: float, outcomes: Outcomes, metrics: dict[str, Estimate], small: Outcomes) -> PointSummary:
     return PointSummary(
         knob=float(knob),
         on_curve=0 < metrics["c"].value <= 1,
@@ -162,7 +165,7 @@ def _point(knob: float, outcomes: Outcomes, references: References, weights: Any
         discarded_tokens=float(outcomes.discarded_tokens.mean()),
         escalations=float(outcomes.escalations.mean()),
         steps=float(outcomes.steps.mean()),
-        gain_by_escalations=gain_by_escalations(outcomes, references.small),
+        gain_by_escalations=gain_by_escalations(outcomes, small),
     )
 
 
@@ -178,20 +181,19 @@ def _cost(x: float) -> str:
     return f"{x:,.1f}" if abs(x) >= 10 else f"{x:.3g}"
 
 
-def _rows() -> list[tuple[str, str, Callable[[float], str]]]:
-    """Return (metric, label, format) of the rows of the table of methods."""
-    rows: list[tuple[str, str, Callable[[float], str]]] = [
-        ("accuracy", "Accuracy, %", _percent),
-        ("c", "Cost, %", _percent),
-        ("pgr", "PGR, %", _percent),
-        ("ibc_gain", "IBC, gain over always-large", _ratio),
-    ]
-    rows += [(f"cpt_{x}", f"CPT({x} %), %", _percent) for x in CPT_TARGETS]
-    rows += [(f"cpt_{x}_cost", f"CPT({x} %), cost per problem", _cost) for x in CPT_TARGETS]
-    rows += [("delta_ibc", "ΔIBC", _ratio)]
-    rows += [(f"accuracy_at_{b}", f"Accuracy at {b} % cost, %", _percent) for b in BUDGETS]
-    rows += [(f"pgr_at_{b}", f"PGR at {b} % cost, %", _percent) for b in BUDGETS]
-    return rows
+ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("accuracy", "Accuracy, %", _percent),
+    ("c", "Cost, %", _percent),
+    ("pgr", "PGR, %", _percent),
+    ("ibc_gain", "IBC, gain over always-large", _ratio),
+    *((f"cpt_{x}", f"CPT({x} %), %", _percent) for x in CPT_TARGETS),
+    *((f"cpt_{x}_cost", f"CPT({x} %), cost per problem", _cost) for x in CPT_TARGETS),
+    ("delta_ibc", "ΔIBC", _ratio),
+    *((f"accuracy_at_{b}", f"Accuracy at {b} % cost, %", _percent) for b in BUDGETS),
+    *((f"pgr_at_{b}", f"PGR at {b} % cost, %", _percent) for b in BUDGETS),
+)
+"""(metric, label, format) of the rows of the table of methods."""
+HEADLINES = ("cpt_50", "cpt_80", "cpt_95", "delta_ibc", "accuracy_at_10", "accuracy_at_20", "accuracy_at_30")
 
 
 def _cell(each: Estimate | None, style: Callable[[float], str] = _percent, mark: str = "") -> str:
@@ -204,33 +206,28 @@ def _cell(each: Estimate | None, style: Callable[[float], str] = _percent, mark:
     return f"{style(each.value)} [{style(each.low)}, {style(each.high)}]{mark}{share}"
 
 
+def _metric_cell(summary: MethodSummary, metric: str, style: Callable[[float], str]) -> str:
+    mark = f" {MIXING_MARK}" if metric in _marked(summary) else ""
+    return _cell(summary.metrics.get(metric), style, mark)
+
+
 def method_rows(summaries: Sequence[MethodSummary]) -> list[list[str]]:
     """Return the table of methods as text: a header, then one row for each metric that some method has."""
     table = [["Metric", *(summary.name for summary in summaries)]]
-    for metric, label, style in _rows():
+    for metric, label, style in ROWS:
         if any(metric in summary.metrics for summary in summaries):
-            cells = [
-                _cell(s.metrics.get(metric), style, f" {MIXING_MARK}" if metric in _marked(s) else "")
-                for s in summaries
-            ]
-            table.append([label, *cells])
+            table.append([label, *(_metric_cell(summary, metric, style) for summary in summaries)])
     return table
-
-
-HEADLINES = ("cpt_50", "cpt_80", "cpt_95", "delta_ibc", "accuracy_at_10", "accuracy_at_20", "accuracy_at_30")
 
 
 def headline_rows(summaries: Sequence[MethodSummary]) -> list[list[str]]:
     """Return a table that fits a terminal: a row for each method, the interval below each value."""
-    labels = {metric: (label, style) for metric, label, style in _rows()}
-    short = [labels[metric][0].replace("Accuracy at ", "acc @ ").replace(" cost, %", "") for metric in HEADLINES]
+    rows = [row for row in ROWS if row[0] in HEADLINES]
+    short = [label.replace("Accuracy at ", "acc @ ").replace(" cost, %", "") for _, label, _ in rows]
     table = [["", *short]]
     for summary in summaries:
-        row = [summary.name]
-        for metric in HEADLINES:
-            mark = f" {MIXING_MARK}" if metric in _marked(summary) else ""
-            row.append(_cell(summary.metrics.get(metric), labels[metric][1], mark).replace(" [", "\n["))
-        table.append(row)
+        cells = (_metric_cell(summary, metric, style) for metric, _, style in rows)
+        table.append([summary.name, *(cell.replace(" [", "\n[") for cell in cells)])
     return table
 
 
@@ -317,8 +314,3 @@ def as_plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [as_plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def to_json(summaries: Sequence[MethodSummary]) -> str:
-    """Return summaries with all their fields as a JSON list; undefined values are null."""
-    return json.dumps([as_plain(asdict(summary)) for summary in summaries], indent=1, allow_nan=False)

@@ -12,8 +12,7 @@ from typing import Any
 
 from rollouts.errors import ConfigError
 
-STYLES = ("page.css",)
-SCRIPTS = ("tools.js", "curves.js", "bars.js", "tables.js", "browser.js", "main.js")
+SCRIPTS = ("tools.js", "pictures.js", "curves.js", "bars.js", "tables.js", "browser.js", "main.js")
 FILE = "report.html"
 
 # Inside <script> a browser looks for "</script" and "<!--"; inside JSON all of these may be written as escapes.
@@ -22,7 +21,7 @@ _ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028",
 
 def render(content: dict[str, Any]) -> str:
     """Return the page. Text of models stays data: it is in the JSON block alone, and scripts put it in as text."""
-    styles = "\n".join(_part(name) for name in STYLES)
+    styles = _part("page.css")
     scripts = "(() => {\n'use strict';\n" + "\n".join(_part(name) for name in SCRIPTS) + "\n})();"
     return Template(_part("page.html")).substitute(
         style=styles,

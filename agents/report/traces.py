@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.report.content import End, Problem, Proposal, Run
 from agents.report.walks import Paths
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, STOP_REASONS, Trees
 
@@ -60,17 +61,8 @@ def choose(trees: Trees, indices: NDArray[np.integer[Any]], count: int, seed: in
     return sorted(first[drawn].tolist())
 
 
-def problem_record(traced: Traced, position: int, answers: Mapping[str, str]) -> dict[str, Any]:
-    """Return one problem with every step that one of the routers accepted or rejected.
-
-    Returns:
-        ``id``, ``replica``, ``question``, ``answer`` (None where unknown), ``small`` and ``large`` (always-small and
-        always-large in this tree: ``right``, ``large_tokens``), ``nodes`` and ``runs``. A node holds two proposals, the
-        small model's and the large model's: ``text``, ``score``, ``tokens``, ``label`` (None without exact labels), and
-        ``next``, the position of the next node, or where it ends ``stop`` and ``right``; None where nothing was
-        generated or no router saw it. A run, one for each router, has its ``actions`` from node 0 on as a string of
-        digits (as in `Paths.actions`), ``right``, ``large_tokens`` and ``flags``.
-    """
+def problem_record(traced: Traced, position: int, answers: Mapping[str, str]) -> Problem:
+    """Return one problem with every step that one of the routers accepted or rejected."""
     trees, tree = traced.trees, int(traced.indices[position])
     order: dict[int, int] = {}
     shown: set[tuple[int, int]] = set()
@@ -81,14 +73,13 @@ def problem_record(traced: Traced, position: int, answers: Mapping[str, str]) ->
             order.setdefault(row, len(order))
             shown |= {(row, CONTINUE_SMALL), (row, int(action == ESCALATE_LARGE))}
     problem = int(trees.problem[tree])
-    runs = []
+    runs: list[Run] = []
     for paths, marks in zip(traced.paths, traced.marks, strict=True):
         actions = paths.actions[position]
         runs.append(
             {
                 "actions": "".join(map(str, actions[actions >= 0].tolist())),
-                "right": bool(paths.correct[position]),
-                "large_tokens": int(paths.large_tokens[position]),
+                **_end(paths, position),
                 "flags": [name for name, which in marks.items() if which[position]],
             }
         )
@@ -110,23 +101,23 @@ def problem_record(traced: Traced, position: int, answers: Mapping[str, str]) ->
     }
 
 
-def _end(paths: Paths, position: int) -> dict[str, Any]:
+def _end(paths: Paths, position: int) -> End:
     return {"right": bool(paths.correct[position]), "large_tokens": int(paths.large_tokens[position])}
 
 
-def _proposal(trees: Trees, row: int, action: int, order: Mapping[int, int]) -> dict[str, Any] | None:
+def _proposal(trees: Trees, row: int, action: int, order: Mapping[int, int]) -> Proposal | None:
     child, label = int(trees.child[row, action]), int(trees.label[row, action])
     if child == MISSING:
         return None
-    record: dict[str, Any] = {
+    record: Proposal = {
         "text": trees.proposal(row, action).strip("\n"),
         "score": round(float(trees.score[row, action]), 4),
         "tokens": int(trees.tokens[row, action]),
         "label": None if label < 0 else bool(label),
     }
     if child >= 0:
-        return record | {"next": order.get(child)}
-    return record | {
-        "stop": STOP_REASONS[trees.stop_reason[row, action]].value,
-        "right": bool(trees.correct[row, action] == 1),
-    }
+        record["next"] = order.get(child)
+    else:
+        record["stop"] = STOP_REASONS[trees.stop_reason[row, action]].value
+        record["right"] = bool(trees.correct[row, action] == 1)
+    return record

@@ -11,12 +11,15 @@ import uuid
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rollouts.config import Sampling
 from rollouts.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from agents.serve.route import Written
 
 DONE = "data: [DONE]\n\n"
 _SHOWN = 200  # characters of a wrong value that an error repeats
@@ -232,37 +235,26 @@ def fingerprint() -> str:
         return "trim-routing"
 
 
-def new_id() -> str:
-    """Return the id of an answer."""
-    return f"chatcmpl-{uuid.uuid4().hex}"
+def _head(kind: str, model: str) -> dict[str, Any]:
+    """Return what an answer begins with; `kind` is its ``object``."""
+    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
 
 
 def completion(
-    answer_id: str, model: str, text: str, finish_reason: str, usage: Mapping[str, Any], trim: Mapping[str, Any]
+    model: str, text: str, finish_reason: str, usage: Mapping[str, Any], trim: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return a whole answer."""
-    message = {
-        "role": "assistant",
-        "content": text,
-        "refusal": None,
-        "annotations": None,
-        "audio": None,
-        "function_call": None,
-        "reasoning": None,
-    }
+    unused = ("refusal", "annotations", "audio", "function_call", "reasoning")
     choice = {
         "index": 0,
-        "message": message,
+        "message": {"role": "assistant", "content": text, **dict.fromkeys(unused)},
         "logprobs": None,
         "finish_reason": finish_reason,
         "stop_reason": None,
         "token_ids": None,
     }
     return {
-        "id": answer_id,
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model,
+        **_head("chat.completion", model),
         "choices": [choice],
         "service_tier": None,
         "system_fingerprint": fingerprint(),
@@ -272,25 +264,31 @@ def completion(
 
 
 class Chunks:
-    """The chunks of one streamed answer, as lines of server-sent events."""
+    """The chunks of one streamed answer, as lines of server-sent events.
 
-    def __init__(self, answer_id: str, model: str, include_usage: bool) -> None:
-        """Fix what all chunks have in common; with `include_usage` each has a ``usage``, null but in the last one."""
-        self._common = {
-            "id": answer_id,
-            "object": "chat.completion.chunk",
-            "created": int(time.time()),
-            "model": model,
-        }
-        self._usage = {"usage": None} if include_usage else {}
+    Attributes:
+        include_usage: Whether each has a ``usage``, null but in the last one.
+    """
+
+    def __init__(self, model: str, ask: ChatRequest) -> None:
+        """Fix what all chunks of the answer to a request have in common."""
+        self.include_usage = bool(ask.stream_options and ask.stream_options.include_usage)
+        self._trace = ask.trace
+        self._common = _head("chat.completion.chunk", model)
 
     def first(self) -> str:
         """Return the chunk that names the role."""
         return self._event({"role": "assistant", "content": ""}, None)
 
-    def step(self, text: str, finish_reason: str | None, **more: Any) -> str:
+    def step(self, written: Written) -> str:
         """Return the chunk of one step."""
-        return self._event({"content": text}, finish_reason, **more)
+        more = {"trim": written.plain(text=False)} if self._trace else {}
+        return self._event({"content": written.text}, None, **more)
+
+    def end(self, finish_reason: str, trim: Mapping[str, Any]) -> str:
+        """Return the chunk after the last step."""
+        software = {} if self.include_usage else {"system_fingerprint": fingerprint()}
+        return self._event({"content": ""}, finish_reason, trim=trim, **software)
 
     def usage(self, usage: Mapping[str, Any]) -> str:
         """Return the chunk that only tells what was spent."""
@@ -300,8 +298,8 @@ class Chunks:
         choice: dict[str, Any] = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         if finish_reason is not None:
             choice["stop_reason"] = None
-            more = more if self._usage else {**more, "system_fingerprint": fingerprint()}
-        return event({**self._common, "choices": [choice], **self._usage, **more})
+        usage = {"usage": None} if self.include_usage else {}
+        return event({**self._common, "choices": [choice], **usage, **more})
 
 
 def event(value: Mapping[str, Any]) -> str:

@@ -8,78 +8,13 @@ import logging
 import os
 import socket
 import sys
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any
 
+from agents.serve.config import ServeConfig
 from rollouts.config import FamilyConfig, ModelConfig, load_family, parse_family
 from rollouts.errors import ConfigError
 
-_Model = TypeVar("_Model", bound=ModelConfig)
 _EMBEDDED = "tinymath"
-
-
-@dataclass(frozen=True)
-class ServeConfig:
-    """Serve a policy with the interface of an OpenAI-compatible server, in front of three vLLM servers.
-
-    Attributes:
-        policy: Folder of the policy: an exported artefact, or ``lam-*/policy`` of a run.
-        small: Base URL of the small model's server, http://host:8001/v1; default: the models file's.
-        large: Base URL of the large model's server; likewise.
-        prm: Base URL of the reward model's server; likewise.
-        models: The models file that the rollouts were generated with: prompts, sampling and limits are taken from
-            it. Left out: the embedded family, if the policy was trained on it.
-        name: Name that clients ask for; default: the policy's.
-        host: Address to listen on; 0.0.0.0 for all.
-        port: Port; 0 for any that is free.
-        lam: λ of requests that name neither lam nor budget.
-        budget: Budget of requests that name neither.
-        when_scorer_fails: Who writes a step whose proposal cannot be scored: small, large, or error to end the request.
-        upstream_timeout: Longest time of one upstream request, seconds.
-        request_timeout: Longest time of one request, seconds; what was accepted until then is the answer.
-        max_tokens: Most tokens of an answer, if fewer than in the rollouts.
-        max_concurrent: Most requests under way at once.
-        max_body_bytes: Largest request body.
-        api_key_env: Environment variable with the key that clients must send; left out, none is asked for.
-        upstream_key_env: Environment variable with the key of the upstream servers, where the models file names none.
-        runtime: numpy or onnx.
-        other_models: Serve other models than those that the policy was trained for.
-        access_log: Log every request.
-    """
-
-    policy: str
-    small: str | None = None
-    large: str | None = None
-    prm: str | None = None
-    models: str | None = None
-    name: str | None = None
-    host: str = "127.0.0.1"
-    port: int = 8080
-    lam: float | None = None
-    budget: float | None = None
-    when_scorer_fails: Literal["small", "large", "error"] = "small"
-    upstream_timeout: float = 30.0
-    request_timeout: float = 300.0
-    max_tokens: int | None = None
-    max_concurrent: int = 256
-    max_body_bytes: int = 1 << 18
-    api_key_env: str | None = None
-    upstream_key_env: str | None = None
-    runtime: str = "numpy"
-    other_models: bool = False
-    access_log: bool = False
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without a file.
-
-        Raises:
-            ConfigError: A value is out of range.
-        """
-        for name in ("upstream_timeout", "request_timeout", "max_concurrent", "max_body_bytes"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected a number above 0.")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ConfigError(f"max_tokens is {self.max_tokens}, expected at least 1.")
 
 
 def family_of(config: ServeConfig, about: dict[str, Any]) -> FamilyConfig:
@@ -102,27 +37,26 @@ def family_of(config: ServeConfig, about: dict[str, Any]) -> FamilyConfig:
             "taken from it."
         )
     family = load_family(source)
-    if family.scorer is None or family.scorer.model is None:
+    scorer = family.scorer.model if family.scorer else None
+    if scorer is None:
         raise ConfigError(f"{source}: serving needs a process reward model, a section [scorer.model].")
-    scorer = family.scorer.model_copy(update={"model": _served(family.scorer.model, config.prm, "prm", config)})
-    update = {
-        "small": _served(family.small, config.small, "small", config),
-        "large": _served(family.large, config.large, "large", config),
-        "scorer": scorer,
-    }
-    family = family.model_copy(update=update)
-    parse_family(family.model_dump())
-    return family
+    if family.large.chat_only:
+        raise ConfigError("large: chat_only models cannot be served; the large model must continue token ids (vLLM).")
+    values = family.model_dump()
+    values["scorer"]["model"] |= _server(scorer, config.prm, "prm", config)
+    values["small"] |= _server(family.small, config.small, "small", config)
+    values["large"] |= _server(family.large, config.large, "large", config)
+    return parse_family(values)
 
 
-def _served(model: _Model, url: str | None, flag: str, config: ServeConfig) -> _Model:
-    """Return a model's configuration behind a server."""
+def _server(model: ModelConfig, url: str | None, flag: str, config: ServeConfig) -> dict[str, Any]:
+    """Return what a model's configuration says behind a server."""
     url = url or model.url
     if url is None:
         raise ConfigError(f"Where is its server? Give --{flag} http://host:port/v1.")
     if url.rstrip("/").count("/") == 2:
         url = url.rstrip("/") + "/v1"
-    update = {
+    return {
         "backend": "server",
         "url": url,
         "tokenizer": model.tokenizer or model.model,
@@ -130,7 +64,6 @@ def _served(model: _Model, url: str | None, flag: str, config: ServeConfig) -> _
         "dtype": "auto",
         "concurrency": max(model.concurrency, config.max_concurrent),
     }
-    return model.model_copy(update=update)
 
 
 def _check_origin(config: ServeConfig, family: Any, policy: Any) -> None:
@@ -175,22 +108,13 @@ class Server:
         from agents.serve.app import build
         from agents.serve.metrics import Metrics
         from agents.serve.models import Models
-        from agents.serve.service import Service, Settings
+        from agents.serve.service import Service
 
         policy = agents.load(config.policy, config.runtime)
         metrics = Metrics()
         self.models = Models(family_of(config, policy.about), config.upstream_timeout, metrics)
         _check_origin(config, self.models.family, policy)
-        settings = Settings(
-            name=config.name or policy.name,
-            when_scorer_fails=config.when_scorer_fails,
-            request_timeout_s=config.request_timeout,
-            max_tokens=config.max_tokens,
-            max_concurrent=config.max_concurrent,
-            lam=config.lam,
-            budget=config.budget,
-        )
-        self.service = Service(policy, self.models, metrics, settings)
+        self.service = Service(policy, self.models, metrics, config)
         app = build(self.service, _key(config.api_key_env), config.max_body_bytes)
         self._uvicorn = uvicorn.Server(
             uvicorn.Config(
@@ -221,7 +145,7 @@ class Server:
         try:
             await self.models.start()
             up = ", ".join(f"{role} {'up' if each.up else 'DOWN'}" for role, each in self.models.upstreams.items())
-            print(f"Serving {self.service.settings.name!r} at {self.url} ({up}).", flush=True)
+            print(f"Serving {self.service.name!r} at {self.url} ({up}).", flush=True)
             await self._uvicorn.serve(sockets=[self._listening])
         finally:
             await self.models.close()

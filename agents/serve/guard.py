@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import secrets
 from collections.abc import Callable
-from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -18,6 +17,8 @@ from agents.serve.api import ApiError
 _GUARDED = "/v1"
 _BODY_S = 10.0  # a body that takes longer is not coming
 _DRAINED_S, _DRAINED_BYTES = 2.0, 1 << 24  # of a body that is too big, before it is refused
+_RETRY, _CLOSE = {"Retry-After": "1"}, {"Connection": "close"}  # the rest of the body is not worth reading
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: _CLOSE, 413: _CLOSE, 429: _RETRY, 503: _RETRY}
 
 
 class Guard:
@@ -115,10 +116,6 @@ def _hash(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def refusal(error: ApiError, headers: dict[str, Any] | None = None) -> JSONResponse:
+def refusal(error: ApiError) -> JSONResponse:
     """Return the response that an error becomes."""
-    if error.status == 401:
-        headers = {"WWW-Authenticate": "Bearer", **(headers or {})}
-    if error.status in (413, 408):
-        headers = {"Connection": "close", **(headers or {})}  # the rest of the body is not worth reading
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
+    return JSONResponse(error.body(), status_code=error.status, headers=_HEADERS.get(error.status))

@@ -2,46 +2,45 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from agents.serve.upstreams import SCORER
 from rollouts.text.steps import LARGE, ROLES, SMALL
 
+SCORER = "scorer"
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _SHORT = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1)
 _SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 class Metrics:
-    """Counters of one service; it is the observer of its upstreams."""
+    """Counters of one service and of its upstreams."""
 
     def __init__(self) -> None:
         """Begin at zero, in a registry of its own."""
         self.under_way = 0
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter("trim_requests", "Requests by HTTP status; 499: the client left.", ["status"],
-                                registry=registry)  # fmt: skip
-        self.in_flight = Gauge("trim_requests_in_flight", "Requests under way.", registry=registry)
-        self.seconds = Histogram("trim_request_seconds", "Duration of routed requests.", buckets=_SECONDS,
-                                 registry=registry)  # fmt: skip
-        self.steps = Counter("trim_steps", "Accepted steps by author.", ["author"], registry=registry)
-        self.escalations = Counter("trim_escalations", "Escalations that the policy decided.", registry=registry)
-        self.fallbacks = Counter("trim_fallbacks", "Steps that went another way because an upstream failed.",
-                                 registry=registry)  # fmt: skip
-        self.tokens = Counter("trim_tokens", "Tokens that upstreams read (prompt) and decoded (completion), and "
-                              "decoded ones that no answer has (discarded).", ["model", "kind"],
-                              registry=registry)  # fmt: skip
-        self.share = Histogram("trim_large_token_share", "Share of an answer's tokens that the large model wrote.",
-                               buckets=_SHARES, registry=registry)  # fmt: skip
-        self.overhead = Histogram("trim_router_seconds", "Time of a step that was not waiting for upstreams.",
-                                  buckets=_SHORT, registry=registry)  # fmt: skip
-        self.upstream_seconds = Histogram("trim_upstream_seconds", "Duration of answered upstream requests.", ["model"],
-                                          buckets=_SECONDS, registry=registry)  # fmt: skip
-        self.upstream_errors = Counter("trim_upstream_errors", "Failed upstream requests.", ["model", "kind"],
-                                       registry=registry)  # fmt: skip
-        self.upstream_up = Gauge("trim_upstream_up", "Whether an upstream answers.", ["model"], registry=registry)
+        self.registry = CollectorRegistry()
+        counter = partial(Counter, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self.requests = counter("trim_requests", "Requests by HTTP status; 499: the client left.", ["status"])
+        self.in_flight = gauge("trim_requests_in_flight", "Requests under way.")
+        self.seconds = histogram("trim_request_seconds", "Duration of routed requests.", buckets=_SECONDS)
+        self.steps = counter("trim_steps", "Accepted steps by author.", ["author"])
+        self.escalations = counter("trim_escalations", "Escalations that the policy decided.")
+        self.fallbacks = counter("trim_fallbacks", "Steps that went another way because an upstream failed.")
+        words = "Tokens that upstreams read (prompt) and decoded (completion), and decoded ones that no answer has"
+        self.tokens = counter("trim_tokens", f"{words} (discarded).", ["model", "kind"])
+        words = "Share of an answer's tokens that the large model wrote."
+        self.share = histogram("trim_large_token_share", words, buckets=_SHARES)
+        words = "Time of a step that was not waiting for upstreams."
+        self.overhead = histogram("trim_router_seconds", words, buckets=_SHORT)
+        words = "Duration of answered upstream requests."
+        self.upstream_seconds = histogram("trim_upstream_seconds", words, ["model"], buckets=_SECONDS)
+        self.upstream_errors = counter("trim_upstream_errors", "Failed upstream requests.", ["model", "kind"])
+        self.upstream_up = gauge("trim_upstream_up", "Whether an upstream answers.", ["model"])
         self._steps = {author: self.steps.labels(author) for author in (SMALL, LARGE)}
         self._answered = {role: self.upstream_seconds.labels(role) for role in (*ROLES, SCORER)}
 

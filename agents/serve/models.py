@@ -7,14 +7,16 @@ upstream servers instead of for engines.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from agents.serve.upstreams import SCORER, Observer, Probe, Unavailable, Upstream
+from agents.serve.metrics import SCORER, Metrics
+from agents.serve.upstreams import Probe, Unavailable, Upstream
 from rollouts.config import FamilyConfig, Limits, ModelConfig, Sampling
-from rollouts.errors import BackendError, ConfigError
+from rollouts.errors import BackendError
 from rollouts.family import Family
 from rollouts.models.base import Completion, CompletionRequest
 from rollouts.models.server.wire import completion_payload, pooling_payload, read_choice, read_completion, read_scores
@@ -43,6 +45,12 @@ class Spent:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
+    def add(self, prompt_tokens: int, completion_tokens: int = 0) -> None:
+        """Charge an answered request."""
+        self.requests += 1
+        self.prompt_tokens += prompt_tokens
+        self.completion_tokens += completion_tokens
+
 
 @dataclass
 class Ledger:
@@ -57,6 +65,15 @@ class Ledger:
     roles: dict[str, Spent] = field(default_factory=lambda: {role: Spent() for role in (*ROLES, SCORER)})
     waited: float = 0.0
     prompt_tokens: int = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waited."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.waited += time.monotonic() - began
 
 
 @dataclass(frozen=True)
@@ -79,45 +96,32 @@ class Task:
 class Models:
     """Three upstreams, and what is needed to ask them."""
 
-    def __init__(self, config: FamilyConfig, timeout_s: float, observer: Observer) -> None:
+    def __init__(self, config: FamilyConfig, timeout_s: float, metrics: Metrics) -> None:
         """Load tokenizers and prepare connections.
 
         Args:
-            config: The family, each role with a server's URL.
+            config: The family, each role with a server's URL, its scorer a process reward model.
             timeout_s: Longest time of one upstream request, seconds.
-            observer: Who is told what happens to upstreams.
+            metrics: What counts answers and failures of upstreams.
 
         Raises:
             ConfigError: A role cannot be served as it is configured.
         """
         self.family = Family(config)
         self.limits = self.family.limits
-        self._reward = self._reward_format(config)
-        assert config.scorer is not None and config.scorer.model is not None
+        scorer, prompts = config.scorer, self.family.reward_prompts
+        assert scorer is not None and scorer.model is not None and prompts is not None
+        self._reward = RewardFormat(prompts.tokenizer, scorer.system_prompt, scorer.step_tag, remembered=_QUESTIONS)
         roles: dict[str, tuple[ModelConfig, Probe]] = {
             SMALL: (config.small, _GENERATES),
             LARGE: (config.large, _GENERATES),
-            SCORER: (config.scorer.model, _scores(self._reward.step_tag_id)),
+            SCORER: (scorer.model, _scores(self._reward.step_tag_id)),
         }
         self.upstreams = {
-            role: Upstream(role, model, probe, timeout_s, observer) for role, (model, probe) in roles.items()
+            role: Upstream(role, model, probe, timeout_s, metrics) for role, (model, probe) in roles.items()
         }
         self._brought = lru_cache(maxsize=_SYSTEM_PROMPTS)(self._with_system_prompt)
         self._own = {role: self._with_system_prompt(role, config.generator(role).system_prompt) for role in ROLES}
-
-    def _reward_format(self, config: FamilyConfig) -> RewardFormat:
-        if config.scorer is None or config.scorer.kind != "prm":
-            kind = "none" if config.scorer is None else config.scorer.kind
-            raise ConfigError(
-                f"The models file's scorer is {kind!r}; serving needs a process reward model (kind 'prm') behind --prm."
-            )
-        if config.large.chat_only:
-            raise ConfigError(
-                "large: chat_only models cannot be served; the large model must continue token ids (vLLM)."
-            )
-        assert self.family.reward_prompts is not None
-        tokenizer = self.family.reward_prompts.tokenizer
-        return RewardFormat(tokenizer, config.scorer.system_prompt, config.scorer.step_tag, remembered=_QUESTIONS)
 
     def _with_system_prompt(self, role: str, system_prompt: str | None) -> PromptFormat:
         tokenizer = self.family.prompts(role).tokenizer
@@ -210,17 +214,11 @@ class Models:
         return step
 
     async def _complete(self, role: str, window: int, request: CompletionRequest, ledger: Ledger) -> Completion:
-        began = time.monotonic()
-        try:
+        with ledger.waiting():
             completion = await self.upstreams[role].post(
                 "completions", lambda model: completion_payload(model, window, request), read_completion
             )
-        finally:
-            ledger.waited += time.monotonic() - began
-        spent = ledger.roles[role]
-        spent.requests += 1
-        spent.prompt_tokens += len(request.prompt_ids)
-        spent.completion_tokens += completion.tokens
+        ledger.roles[role].add(len(request.prompt_ids), completion.tokens)
         return completion
 
     async def scores(self, task: Task, steps: Sequence[str], ledger: Ledger) -> list[float]:
@@ -233,20 +231,15 @@ class Models:
         unread = [0.0] * (len(steps) - kept)  # as environments have it
         if not kept:
             return unread
-        began = time.monotonic()
-        try:
+        with ledger.waiting():
             scores = await self.upstreams[SCORER].post(
                 "/pooling",
                 lambda model: pooling_payload(model, ids),
                 lambda body: read_scores(body, ids, self._reward.step_tag_id),
             )
-        finally:
-            ledger.waited += time.monotonic() - began
         if len(scores) != kept:
             raise Unavailable(SCORER, "malformed", f"{len(scores)} scores for {kept} steps")
-        spent = ledger.roles[SCORER]
-        spent.requests += 1
-        spent.prompt_tokens += len(ids)
+        ledger.roles[SCORER].add(len(ids))
         return scores + unread
 
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from agents.deploy.policy import Session
+from agents.serve.config import Fallback
+from agents.serve.metrics import SCORER
 from agents.serve.models import Ledger, Models, Task
-from agents.serve.upstreams import SCORER, Unavailable
+from agents.serve.upstreams import Unavailable
 from rollouts.errors import ConfigError
 from rollouts.tasks.answers import has_answer
 from rollouts.text.steps import LARGE, SMALL, Step, StopReason, solution_text
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
 
-Fallback = Literal["small", "large", "error"]
 _UNSCORED = 1.0  # leaves the least score of a path and the product of its scores as they are
 
 
@@ -35,7 +36,7 @@ class RouteFailed(Exception):
         self.status = status
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Written:
     """An accepted step and how it came about.
 
@@ -56,13 +57,13 @@ class Written:
 
     step: int
     author: str
-    action: int | None
-    score: float | None
+    action: int | None = None
+    score: float | None = None
     tokens: int | None
-    large_score: float | None
+    large_score: float | None = None
     large_tokens: int | None
-    late_scores: tuple[float, ...]
-    fallback: str | None
+    late_scores: tuple[float, ...] = ()
+    fallback: str | None = None
     stop_reason: str
     text: str
 
@@ -109,9 +110,13 @@ class Route:
     _owed: list[_Owed] = field(default_factory=list)
 
     @property
+    def _texts(self) -> tuple[str, ...]:
+        return tuple(step.text for step in self.written)
+
+    @property
     def text(self) -> str:
         """The solution so far."""
-        return solution_text([step.text for step in self.written])
+        return solution_text(self._texts)
 
     @property
     def finish_reason(self) -> str:
@@ -146,24 +151,24 @@ class Route:
 
     async def _next(self, models: Models) -> tuple[Step, Written]:
         """Return the next accepted step, and how it came about."""
-        earlier = tuple(step.text for step in self.written)
+        earlier = self._texts
         try:
             proposal = await models.step(SMALL, self.task, earlier, self.used, self.ledger)
         except Unavailable as fault:
-            return await self._without_small(models, earlier, fault)
+            return await self._without_small(models, fault)
         if not proposal.terminal:
             asyncio.get_running_loop().call_soon(models.prepare, self.task, (*earlier, proposal.text))
         try:
             scores = await models.scores(self.task, [*earlier, proposal.text], self.ledger)
         except Unavailable as fault:
-            return await self._without_scorer(models, earlier, proposal, fault)
+            return await self._without_scorer(models, proposal, fault)
         late = self._settle(scores[:-1])
         action = self.session.decide(scores[-1], *_seen(proposal))
         if action == CONTINUE_SMALL:
             self.session.accept()
-            note = self._note(proposal, SMALL, action=action, proposal=proposal, score=scores[-1], late=late)
+            note = self._note(proposal, SMALL, action=action, proposal=proposal, score=scores[-1], late_scores=late)
             return proposal, note
-        return await self._escalate(models, earlier, proposal, scores[-1], late)
+        return await self._escalate(models, proposal, scores[-1], late)
 
     def _settle(self, scores: Sequence[float | None]) -> tuple[float, ...]:
         """Tell the session of the steps that had no score; `scores` are those of all accepted steps."""
@@ -171,11 +176,9 @@ class Route:
         for place, owed in enumerate(self._owed, first):
             self._tell(owed, scores[place])
             if scores[place] is not None:
-                known = self.written[place]
-                large = known.author == LARGE
-                self.written[place] = (
-                    replace(known, large_score=scores[place]) if large else replace(known, score=scores[place])
-                )
+                name = "large_score" if owed.author == LARGE else "score"
+                known: dict[str, Any] = {name: scores[place]}
+                self.written[place] = replace(self.written[place], **known)
         self._owed = []
         return tuple(score for score in scores[first:] if score is not None)
 
@@ -197,13 +200,13 @@ class Route:
         self.session.accept(score, tokens, terminal=owed.step.terminal)
 
     async def _escalate(
-        self, models: Models, earlier: tuple[str, ...], proposal: Step, score: float, late: tuple[float, ...]
+        self, models: Models, proposal: Step, score: float, late: tuple[float, ...]
     ) -> tuple[Step, Written]:
         """Let the large model write the step; keep the proposal if it does not answer or has too few tokens left."""
         left = self.session.large_tokens_left
-        common: dict[str, Any] = {"action": ESCALATE_LARGE, "proposal": proposal, "score": score, "late": late}
+        common: dict[str, Any] = {"action": ESCALATE_LARGE, "proposal": proposal, "score": score, "late_scores": late}
         try:
-            step = await models.step(LARGE, self.task, earlier, self.used, self.ledger, most=left)
+            step = await models.step(LARGE, self.task, self._texts, self.used, self.ledger, most=left)
         except Unavailable as fault:
             self.session.accept(action=CONTINUE_SMALL)
             return proposal, self._note(proposal, SMALL, fallback=_words(fault, "the proposal was kept"), **common)
@@ -214,27 +217,23 @@ class Route:
         self._owed.append(_Owed(step, LARGE, decided=True))
         return step, self._note(step, LARGE, large=step, **common)
 
-    async def _without_small(
-        self, models: Models, earlier: tuple[str, ...], fault: Unavailable
-    ) -> tuple[Step, Written]:
+    async def _without_small(self, models: Models, fault: Unavailable) -> tuple[Step, Written]:
         """Let the large model write a step for which there is no proposal."""
         try:
-            step = await models.step(LARGE, self.task, earlier, self.used, self.ledger)
+            step = await models.step(LARGE, self.task, self._texts, self.used, self.ledger)
         except Unavailable as second:
             raise RouteFailed(f"Neither model answers: {_brief(fault)}; {_brief(second)}.") from second
         self._owed.append(_Owed(step, LARGE, decided=False))
         return step, self._note(step, LARGE, large=step, fallback=_words(fault, "the large model wrote the step"))
 
-    async def _without_scorer(
-        self, models: Models, earlier: tuple[str, ...], proposal: Step, fault: Unavailable
-    ) -> tuple[Step, Written]:
+    async def _without_scorer(self, models: Models, proposal: Step, fault: Unavailable) -> tuple[Step, Written]:
         """Do what is configured for proposals that cannot be scored."""
         if self.when_scorer_fails == "error":
             raise RouteFailed(f"The proposal cannot be scored: {_brief(fault)}.") from fault
         words = _words(fault, "the proposal was kept")
         if self.when_scorer_fails == "large":
             try:
-                step = await models.step(LARGE, self.task, earlier, self.used, self.ledger)
+                step = await models.step(LARGE, self.task, self._texts, self.used, self.ledger)
             except Unavailable as second:
                 words = _words(fault, _words(second, "the proposal was kept"))
             else:
@@ -245,29 +244,16 @@ class Route:
         return proposal, self._note(proposal, SMALL, proposal=proposal, fallback=words)
 
     def _note(
-        self,
-        step: Step,
-        author: str,
-        *,
-        action: int | None = None,
-        proposal: Step | None = None,
-        score: float | None = None,
-        large: Step | None = None,
-        late: tuple[float, ...] = (),
-        fallback: str | None = None,
+        self, step: Step, author: str, proposal: Step | None = None, large: Step | None = None, **more: Any
     ) -> Written:
         return Written(
             step=len(self.written) + 1,
             author=author,
-            action=action,
-            score=score,
             tokens=None if proposal is None else proposal.tokens,
-            large_score=None,
             large_tokens=None if large is None else large.tokens,
-            late_scores=late,
-            fallback=fallback,
             stop_reason=step.stop_reason.value,
             text=step.text,
+            **more,
         )
 
     def usage(self) -> dict[str, Any]:
@@ -331,6 +317,3 @@ def _brief(fault: Unavailable) -> str:
 
 def _words(fault: Unavailable, instead: str) -> str:
     return f"{_brief(fault)}: {instead}"
-
-
-__all__ = ["Fallback", "Route", "RouteFailed", "Written"]

@@ -12,13 +12,13 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
+from agents.serve.metrics import Metrics
 from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError, did_you_mean
 from rollouts.models.server.connection import Answer, Broken, Connection
 
-SCORER = "scorer"
 T = TypeVar("T")
 _log = logging.getLogger("trim.serve")
 _CONNECT_S = 2.0
@@ -35,25 +35,14 @@ class Unavailable(Exception):
     Attributes:
         role: ``small``, ``large`` or ``scorer``.
         kind: ``down``, ``timeout``, ``connection``, ``status``, ``busy``, ``malformed`` or ``refused``.
+        pause: Seconds after which the request may be sent once more; None if it may not.
+        suspect: Whether the upstream may be down.
     """
 
-    def __init__(self, role: str, kind: str, words: str) -> None:
+    def __init__(self, role: str, kind: str, words: str, pause: float | None = None, *, suspect: bool = True) -> None:
         """Say why; `words` are for the log, as they may be the upstream's own."""
         super().__init__(f"{role}: {words}")
-        self.role, self.kind = role, kind
-
-
-class Observer(Protocol):
-    """Who is told what happens to upstreams."""
-
-    def upstream_answered(self, role: str, seconds: float) -> None:
-        """A request was answered."""
-
-    def upstream_failed(self, role: str, kind: str) -> None:
-        """An attempt failed."""
-
-    def upstream_state(self, role: str, up: bool) -> None:
-        """It was found to be there, or not."""
+        self.role, self.kind, self.pause, self.suspect = role, kind, pause, suspect
 
 
 @dataclass(frozen=True)
@@ -72,12 +61,6 @@ class Probe:
     check: Callable[[Any], Any]
 
 
-class _Fault(Exception):
-    def __init__(self, kind: str, words: str, *, again: bool = False, suspect: bool = True, pause: float = 0.0) -> None:
-        super().__init__(words)
-        self.kind, self.again, self.suspect, self.pause = kind, again, suspect, pause
-
-
 class Upstream:
     """One upstream server and the connections to it, shared by all requests.
 
@@ -93,7 +76,7 @@ class Upstream:
         trouble: Why it counts as down; None while it is up.
     """
 
-    def __init__(self, role: str, model: ModelConfig, probe: Probe, timeout_s: float, observer: Observer) -> None:
+    def __init__(self, role: str, model: ModelConfig, probe: Probe, timeout_s: float, metrics: Metrics) -> None:
         """Prepare the connections; nothing is sent before `start`.
 
         Args:
@@ -101,7 +84,7 @@ class Upstream:
             model: URL, key, and the names that the server may use for the model.
             probe: The smallest real request.
             timeout_s: Longest time of one request, seconds.
-            observer: Who is told.
+            metrics: What counts its answers and failures.
 
         Raises:
             ConfigError: The URL is none, or the variable with the key is not set.
@@ -109,14 +92,14 @@ class Upstream:
         self.role = role
         self._connection = Connection(role, model, _CONNECT_S)
         self.url = self._connection.url
-        self._names, self._probe, self._timeout, self._observer = _names(model), probe, timeout_s, observer
+        self._names, self._probe, self._timeout, self._metrics = _names(model), probe, timeout_s, metrics
         self._slots = asyncio.Semaphore(model.concurrency)
         self.model: str | None = None
         self.window: int | None = None
         self.trouble: str | None = _UNASKED
         self._watcher: asyncio.Task[None] | None = None
         self._tried, self._tried_at = asyncio.Event(), 0.0
-        observer.upstream_state(role, False)
+        metrics.upstream_state(role, False)
 
     @property
     def up(self) -> bool:
@@ -155,14 +138,11 @@ class Upstream:
         async with self._slots:
             try:
                 return await self._attempt(path, payload, parse)
-            except _Fault as fault:
-                if not fault.again:
-                    raise Unavailable(self.role, fault.kind, str(fault)) from None
+            except Unavailable as fault:
+                if fault.pause is None:
+                    raise
                 await asyncio.sleep(fault.pause)
-            try:
-                return await self._attempt(path, payload, parse)
-            except _Fault as fault:
-                raise Unavailable(self.role, fault.kind, str(fault)) from None
+            return await self._attempt(path, payload, parse)
 
     async def _attempt(self, path: str, payload: Callable[[str], Mapping[str, Any]], parse: Callable[[Any], T]) -> T:
         if self.trouble is not None or self.model is None:
@@ -170,13 +150,13 @@ class Upstream:
         began = time.monotonic()
         try:
             answer = await self._exchange(path, payload(self.model), parse, self._timeout)
-        except _Fault as fault:
-            self._observer.upstream_failed(self.role, fault.kind)
-            _log.warning("%s: %s", self.role, fault)
+        except Unavailable as fault:
+            self._metrics.upstream_failed(self.role, fault.kind)
+            _log.warning("%s", fault)
             if fault.suspect:
                 self._watch()
             raise
-        self._observer.upstream_answered(self.role, time.monotonic() - began)
+        self._metrics.upstream_answered(self.role, time.monotonic() - began)
         return answer
 
     async def _exchange(self, path: str, payload: Any, parse: Callable[[Any], T], timeout: float) -> T:
@@ -184,29 +164,29 @@ class Upstream:
             async with asyncio.timeout(timeout):
                 answer = await self._connection.request(path, payload)
         except TimeoutError:
-            raise _Fault("timeout", f"no answer within {timeout:g} s") from None
+            raise Unavailable(self.role, "timeout", f"no answer within {timeout:g} s") from None
         except Broken as error:
-            raise _Fault("connection", str(error), again=not error.refused) from None
+            raise Unavailable(self.role, "connection", str(error), None if error.refused else 0.0) from None
         if not answer.ok:
             raise self._refusal(answer)
         try:
             return parse(answer.json())
         except BackendError as error:
-            raise _Fault("malformed", self._connection.clean(str(error))) from None
+            raise Unavailable(self.role, "malformed", self._connection.clean(str(error))) from None
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             words = f"an answer that cannot be read: {answer.text[:80]!r}, {type(error).__name__}: {error}"
-            raise _Fault("malformed", self._connection.clean(words), again=True) from None
+            raise Unavailable(self.role, "malformed", self._connection.clean(words), 0.0) from None
 
-    def _refusal(self, answer: Answer) -> _Fault:
+    def _refusal(self, answer: Answer) -> Unavailable:
         status = answer.status
         words = f"HTTP {status}: {self._connection.clean(answer.words)[:300]}"
         if status in _BUSY:
             pause = max(answer.retry_after, 0.25)
-            patient = pause <= _LONGEST_PATIENCE_S
-            return _Fault("busy", words, again=patient, suspect=status == 503, pause=pause)
+            patient = pause if pause <= _LONGEST_PATIENCE_S else None
+            return Unavailable(self.role, "busy", words, patient, suspect=status == 503)
         if 400 <= status < 500 and status not in (401, 403, 404):
-            return _Fault("refused", words, suspect=False)
-        return _Fault("status", words)
+            return Unavailable(self.role, "refused", words, suspect=False)
+        return Unavailable(self.role, "status", words)
 
     def _watch(self) -> None:
         """See to it that somebody asks whether the server is there."""
@@ -238,9 +218,9 @@ class Upstream:
                 await self._identify()
             assert self.model is not None
             await self._exchange(self._probe.path, self._probe.payload(self.model), self._probed, _PROBE_S)
-        except _Fault as fault:
+        except Unavailable as fault:
             if fault.kind != "refused":  # else somebody is there
-                self._set(str(fault))
+                self._set(str(fault).removeprefix(f"{self.role}: "))
                 return
         self._set(None)
 
@@ -267,7 +247,7 @@ class Upstream:
         before, self.trouble = self.trouble, trouble
         if (trouble is None) == (before is None) and before != _UNASKED:
             return
-        self._observer.upstream_state(self.role, trouble is None)
+        self._metrics.upstream_state(self.role, trouble is None)
         if trouble is None:
             _log.warning("%s: %s answers", self.role, self.url)
         else:

@@ -2,20 +2,17 @@
 
 /** Makes columns readable one by one: by pointer, or by arrow keys once focused. Returns a function that re-lays them. */
 function readable(box, label) {
-  const layer = el("div", { class: "cursor", role: "slider", tabindex: 0, "aria-label": label, "aria-valuemin": 1 });
-  const tip = el("div", { class: "tip", hidden: true });
-  box.append(layer, tip);
+  const { layer, tip, tell } = pointer(box, { "aria-label": label, "aria-valuemin": 1 });
   let columns = [];
   let now = -1;
-  let size = [0, 0];
+  let total = 0;
   const show = (index) => {
     now = columns.length ? clamp(index, 0, columns.length - 1) : -1;
     tip.hidden = now < 0;
     box.querySelectorAll(".column").forEach((each, i) => each.classList.toggle("now", i === now));
     if (now < 0) return;
     const { x, lines } = columns[now];
-    tip.replaceChildren(...lines.map((line, i) => el(i ? "span" : "strong", {}, line)));
-    tip.style.left = `${clamp(x + 12 + tip.offsetWidth < size[0] ? x + 12 : x - 12 - tip.offsetWidth, 0, Math.max(size[0] - tip.offsetWidth, 0))}px`;
+    tell(lines, x, 12, total);
     tip.style.top = "8px";
     layer.setAttribute("aria-valuenow", now + 1);
     layer.setAttribute("aria-valuetext", lines.join(", "));
@@ -26,11 +23,7 @@ function readable(box, label) {
   };
   layer.addEventListener("pointermove", (event) => {
     const left = event.clientX - layer.getBoundingClientRect().left;
-    let best = 0;
-    columns.forEach((each, i) => {
-      if (Math.abs(each.x - left) < Math.abs(columns[best].x - left)) best = i;
-    });
-    show(best);
+    if (columns.length) show(columns.indexOf(nearest(columns, (each) => each.x, left)));
   });
   layer.addEventListener("pointerleave", () => document.activeElement === layer || hide());
   layer.addEventListener("focus", () => layer.matches(":focus-visible") && show(Math.max(now, 0)));
@@ -43,7 +36,7 @@ function readable(box, label) {
     show((now < 0 ? 0 : now) + moves[event.key]);
   });
   return (width, height, found) => {
-    size = [width, height];
+    total = width;
     columns = found;
     now = Math.min(now, columns.length - 1);
     layer.style.height = `${height}px`;
@@ -53,55 +46,36 @@ function readable(box, label) {
   };
 }
 
-/** Starts a picture with a frame: grid, ticks and the names of both axes. Returns the SVG. */
-function frame(width, height, edge, x, y, axes) {
-  const svg = draw("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": axes.title });
-  for (const [value, text] of axes.y)
-    svg.append(
-      draw("line", { class: "grid", x1: edge.left, x2: width - edge.right, y1: y(value), y2: y(value) }),
-      draw("text", { class: "tick", x: edge.left - 8, y: y(value) + 4, "text-anchor": "end" }, text),
-    );
-  for (const [value, text] of axes.x)
-    svg.append(draw("text", { class: "tick", x: x(value), y: height - edge.bottom + 18, "text-anchor": "middle" }, text));
-  svg.append(
-    draw("text", { class: "axis", x: (edge.left + width - edge.right) / 2, y: height - 8, "text-anchor": "middle" }, axes.below),
-    draw("text", { class: "axis", x: 13, y: (height - edge.bottom + edge.top) / 2, "text-anchor": "middle",
-      transform: `rotate(-90 13 ${(height - edge.bottom + edge.top) / 2})` }, axes.beside),
-  );
-  return svg;
-}
-
-const whisker = (x, low, high) =>
-  known(low) && known(high) && draw("path", { class: "whisker", d: `M${x - 4},${low}h8M${x},${low}V${high}M${x - 4},${high}h8` });
-
 function startPositions() {
   const box = byId("position-chart");
   const measure = byId("position-measure");
   const lay = readable(box, "Where the router escalates, column by column; left and right choose one");
-  let width = 0;
   settingSelects(byId("position-method"), byId("position-setting"));
+  const head = { per_100: "Per 100 solutions", share: "Share of decisions", parts: "Share of escalations" };
 
   const columns = () => {
     const { decisions, escalations, share, per_100, parts } = chosen.setting.positions;
     if (measure.value === "parts")
       return parts.map((value, i) => ({
-        name: `${10 * i}–${10 * (i + 1)} %`, value, lines: [`${10 * i} to ${10 * (i + 1)} % of the solution`, `${interval(value)} of all escalations`],
+        name: `${10 * i}–${10 * (i + 1)} %`, value, cells: [interval(value)],
+        lines: [`${10 * i} to ${10 * (i + 1)} % of the solution`, `${interval(value)} of all escalations`],
       }));
     const last = decisions.findLastIndex((n) => n > 0) + 1;
-    return decisions.slice(0, last).map((n, i) => ({
-      name: String(i + 1),
-      value: measure.value === "share" ? share[i] : per_100[i],
-      lines: [
-        `Step ${i + 1}`,
-        `${interval(per_100[i], decimal)} escalations in 100 solutions`,
-        `${interval(share[i])} of the decisions`,
-        `${whole(escalations[i])} of ${plural(n, "decision")} escalated`,
-      ],
-    }));
+    return decisions.slice(0, last).map((n, i) => {
+      const cells = [interval(per_100[i], decimal), interval(share[i]), whole(escalations[i])];
+      return {
+        name: String(i + 1), value: measure.value === "share" ? share[i] : per_100[i], cells,
+        lines: [
+          `Step ${i + 1}`,
+          `${cells[0]} escalations in 100 solutions`,
+          `${cells[1]} of the decisions`,
+          `${cells[2]} of ${plural(n, "decision")} escalated`,
+        ],
+      };
+    });
   };
 
-  function redraw() {
-    if (!width) return;
+  const redraw = onWidth(box, (width) => {
     const height = clamp(0.36 * width, 220, 300);
     const edge = { left: 46, right: 12, top: 14, bottom: 46 };
     const found = columns();
@@ -112,12 +86,12 @@ function startPositions() {
     const room = (width - edge.left - edge.right) / Math.max(found.length, 1);
     const x = (i) => edge.left + room * (i + 0.5);
     const every = Math.ceil((measure.value === "parts" ? 62 : 26) / room);
-    const svg = frame(width, height, edge, x, y, {
+    const svg = frame(box, width, height, edge, x, y, {
       title: "Escalations by their place in the solution; the table below holds the same numbers",
       y: ticks(0, factor * top, height / 55).map((tick) => [tick / factor, decimal(tick, factor * top < 5 ? 1 : 0)]),
       x: found.map((each, i) => [i, each.name]).filter(([i]) => i % every === 0),
       below: measure.value === "parts" ? "Place in the solution" : "Step",
-      beside: { per_100: "Per 100 solutions", share: "Decisions, %", parts: "Escalations, %" }[measure.value],
+      beside: { per_100: head.per_100, share: "Decisions, %", parts: "Escalations, %" }[measure.value],
     });
     found.forEach((each, i) => {
       const [value, low, high] = each.value;
@@ -126,12 +100,10 @@ function startPositions() {
       return svg.append(
         draw("g", { class: "column" },
           draw("rect", { x: x(i) - wide / 2, y: y(value), width: wide, height: Math.max(y(0) - y(value), 0) }),
-          whisker(x(i), known(low) ? y(low) : null, known(high) ? y(high) : null)),
+          whisker(x(i), y, low, high)),
       );
     });
     svg.append(draw("line", { class: "zero", x1: edge.left, x2: width - edge.right, y1: y(0), y2: y(0) }));
-    box.querySelector(":scope > svg")?.remove();
-    box.prepend(svg);
     lay(width, height, found.map((each, i) => ({ x: x(i), lines: each.lines })));
     const { method, label, counts } = chosen.setting;
     const trees = data.subject.trees;
@@ -142,40 +114,29 @@ function startPositions() {
         `${percent(counts.wrong / trees)} wrong (the words are explained below). Lines on the columns are 95 % bootstrap ` +
         "intervals over problems; late steps rest on few solutions.",
     );
-    box.parentElement.querySelector(".as-table")?.remove();
-    box.after(tableOf("As a table", [
-      measure.value === "parts"
-        ? ["Place", "Share of escalations"]
-        : ["Step", "Per 100 solutions", "Share of decisions", "Escalations"],
-      ...found.map((each) => measure.value === "parts"
-        ? [each.name, interval(each.value)]
-        : [each.name, each.lines[1].replace(" escalations in 100 solutions", ""), each.lines[2].replace(" of the decisions", ""), each.lines[3].split(" ")[0]]),
-    ]));
-  }
+    tabulate(box, [
+      measure.value === "parts" ? ["Place", head.parts] : ["Step", head.per_100, head.share, "Escalations"],
+      ...found.map((each) => [each.name, ...each.cells]),
+    ]);
+  });
   measure.addEventListener("change", redraw);
   chosen.listeners.push(redraw);
-  onWidth(box, (now) => {
-    width = now;
-    redraw();
-  });
 }
 
 function startScorer() {
   const box = byId("scorer-chart");
   const select = byId("scorer-target");
   const lay = readable(box, "Score bins; left and right choose one");
-  let width = 0;
   select.append(...data.reliability.map((each, i) => el("option", { value: i }, each.text)));
 
-  function redraw() {
-    if (!width) return;
+  const redraw = onWidth(box, (width) => {
     const target = data.reliability[Number(select.value)];
     const height = clamp(0.5 * width, 300, 380);
     const edge = { left: 46, right: 16, top: 14, bottom: 46 };
     const counts = 54; // room for the columns of counts
     const x = (score) => edge.left + (width - edge.left - edge.right) * score;
     const y = (share) => height - edge.bottom - counts - (height - edge.top - edge.bottom - counts) * share;
-    const svg = frame(width, height, edge, x, y, {
+    const svg = frame(box, width, height, edge, x, y, {
       title: "Share that is right against the score; the table below holds the same numbers",
       y: [0, 0.2, 0.4, 0.6, 0.8, 1].map((tick) => [tick, decimal(100 * tick, 0)]),
       x: [0, 0.2, 0.4, 0.6, 0.8, 1].map((tick) => [tick, decimal(tick)]),
@@ -188,15 +149,13 @@ function startScorer() {
       const tall = Math.max(((counts - 12) * bin.count) / tallest, 1);
       svg.append(draw("rect", { class: "count", x: x(bin.low) + 2, width: Math.max(x(bin.high) - x(bin.low) - 4, 1), y: floor - tall, height: tall }));
     });
-    svg.append(draw("path", { class: "thin", d: target.bins.map((bin, i) => `${i ? "L" : "M"}${x(bin.score).toFixed(1)},${y(bin.right[0]).toFixed(1)}`).join("") }));
+    svg.append(draw("path", { class: "thin", d: polyline(target.bins.map((bin) => [x(bin.score), y(bin.right[0])])) }));
     target.bins.forEach((bin) => {
       const [value, low, high] = bin.right;
-      svg.append(draw("g", { class: "column dot" }, whisker(x(bin.score), known(low) ? y(low) : null, known(high) ? y(high) : null),
+      svg.append(draw("g", { class: "column dot" }, whisker(x(bin.score), y, low, high),
         draw("circle", { cx: x(bin.score), cy: y(value), r: 5 })));
     });
     svg.append(draw("line", { class: "zero", x1: edge.left, x2: width - edge.right, y1: floor, y2: floor }));
-    box.querySelector(":scope > svg")?.remove();
-    box.prepend(svg);
     const name = (bin) => `${decimal(bin.low)} to ${decimal(bin.high)}`;
     lay(width, height, target.bins.map((bin) => ({
       x: x(bin.score),
@@ -208,15 +167,10 @@ function startScorer() {
       `lenient. Mean distance (expected calibration error) ${decimal(target.error, 3)}; the chance that something right ` +
       `scores above something wrong (AUC) is ${decimal(target.auc, 3)}. A router needs the order of scores more than their ` +
       "level. Grey columns count the cases; lines are 95 % bootstrap intervals over problems.";
-    box.parentElement.querySelector(".as-table")?.remove();
-    box.after(tableOf("As a table", [
+    tabulate(box, [
       ["Scores", "Cases", "Mean score", "Right"],
       ...target.bins.map((bin) => [name(bin), whole(bin.count), decimal(bin.score, 3), interval(bin.right)]),
-    ]));
-  }
-  select.addEventListener("change", redraw);
-  onWidth(box, (now) => {
-    width = now;
-    redraw();
+    ]);
   });
+  select.addEventListener("change", redraw);
 }

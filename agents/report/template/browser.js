@@ -10,6 +10,13 @@ const LARGE = { name: "large model", letter: "L", className: "large" };
 const share = (tokens, all) => (all > 0 ? percent(tokens / all, 0) : tokens > 0 ? "more than none" : "0 %");
 const rightOrWrong = (right) => el("span", { class: right ? "verdict right" : "verdict wrong" }, right ? "✓ right" : "✗ wrong");
 
+/** What a run is beside wrong. */
+const flagsOf = (run) => run.flags.filter((name) => name !== "wrong")
+  .map((name) => el("span", { class: `flag ${name}` }, FLAG_NAMES[name].toLowerCase()));
+const shareOf = (run, problem) => share(run.large_tokens, problem.large.large_tokens);
+const pair = (...parts) => el("span", { class: "pair" }, parts);
+const fact = (term, ...parts) => el("div", {}, el("dt", {}, term), el("dd", {}, parts));
+
 /** The steps of a run: what was accepted, by whom, and what was rejected. */
 function stepsOf(problem, run) {
   const steps = [];
@@ -102,23 +109,21 @@ function startBrowser() {
     }
     list.replaceChildren(...state.found.map((i, place) => option(data.problems[i], place)));
     const { trees } = data.subject;
-    const { counts } = chosen.setting;
-    const everywhere = state.filter === "all" ? "" :
-      ` In all ${plural(trees, "solution")} of the split: ${whole(counts[state.filter])} (${percent(counts[state.filter] / trees)}).`;
-    byId("problem-count").textContent =
-      `${plural(state.found.length, "problem")} of ${data.problems.length} shown.${everywhere}` +
-      (state.filter === "all" ? "" : ` ${data.flags[state.filter]}`);
+    const count = chosen.setting.counts[state.filter];
+    byId("problem-count").textContent = `${plural(state.found.length, "problem")} of ${data.problems.length} shown.` +
+      (state.filter === "all" ? "" :
+        ` In all ${plural(trees, "solution")} of the split: ${whole(count)} (${percent(count / trees)}). ${data.flags[state.filter]}`);
     show();
   }
 
   function option(problem, place) {
     const run = runOf(problem);
-    const others = run.flags.filter((name) => name !== "wrong");
+    const flags = flagsOf(run);
     const item = el("div", { role: "option", id: `option-${place}`, "aria-selected": "false", "data-id": problem.id },
       el("span", { class: "line" }, rightOrWrong(run.right), el("b", { dir: "auto" }, problem.id),
-        el("span", { class: "cost" }, share(run.large_tokens, problem.large.large_tokens))),
+        el("span", { class: "cost" }, shareOf(run, problem))),
       el("span", { class: "question", dir: "auto" }, problem.question.slice(0, 160)),
-      others.length > 0 && el("span", { class: "flags" }, others.map((name) => el("span", { class: `flag ${name}` }, FLAG_NAMES[name].toLowerCase()))));
+      flags.length > 0 && el("span", { class: "flags" }, flags));
     item.addEventListener("click", () => choose(place));
     return item;
   }
@@ -161,12 +166,10 @@ function startBrowser() {
       el("p", { class: "text question", dir: "auto" }, problem.question),
       known(problem.answer) && el("p", { class: "answer" }, "Reference answer: ", el("bdi", {}, problem.answer)),
       el("dl", { class: "facts" },
-        el("div", {}, el("dt", {}, chosen.setting.method), el("dd", {}, rightOrWrong(run.right),
-          run.flags.filter((name) => name !== "wrong").map((name) => [" ", el("span", { class: `flag ${name}` }, FLAG_NAMES[name].toLowerCase())]))),
-        el("div", {}, el("dt", {}, "Cost"), el("dd", {}, `${plural(run.large_tokens, "large token")}, `,
-          el("span", { class: "pair" }, `${share(run.large_tokens, problem.large.large_tokens)} of always-large's ${whole(problem.large.large_tokens)}`))),
-        el("div", {}, el("dt", {}, "Escalations"), el("dd", {}, `${escalations} of ${plural(steps.length, "step")}`)),
-        el("div", {}, el("dt", {}, "In the same tree"), el("dd", {}, el("span", { class: "pair" }, "always-small ", rightOrWrong(problem.small.right)), " ", el("span", { class: "pair" }, "always-large ", rightOrWrong(problem.large.right))))),
+        fact(chosen.setting.method, rightOrWrong(run.right), flagsOf(run).map((flag) => [" ", flag])),
+        fact("Cost", `${plural(run.large_tokens, "large token")}, `, pair(`${shareOf(run, problem)} of always-large's ${whole(problem.large.large_tokens)}`)),
+        fact("Escalations", `${escalations} of ${plural(steps.length, "step")}`),
+        fact("In the same tree", pair("always-small ", rightOrWrong(problem.small.right)), " ", pair("always-large ", rightOrWrong(problem.large.right)))),
       strip(steps),
       el("p", { class: "strip-key", "aria-hidden": "true" }, "Height: the score of each step. S: small model, L: large model."),
       el("ol", { class: "steps" }, steps.map((step, i) => stepItem(step, i + 1))),

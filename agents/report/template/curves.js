@@ -38,17 +38,12 @@ function startCurves() {
   const state = { c: 0.2, point: null };
   let geometry = null;
 
-  const slider = el("div", {
-    class: "cursor",
-    role: "slider",
-    tabindex: 0,
+  const { layer, tip, tell } = pointer(box, {
     "aria-label": "Cost at which the curves are read; left and right move it, up and down go through operating points",
     "aria-valuemin": 0,
     "aria-valuemax": 100,
     "aria-describedby": "curve-note",
   });
-  const tip = el("div", { class: "tip", hidden: true });
-  box.append(slider, tip);
 
   const rows = data.methods.map((method, i) => {
     const value = el("output", {});
@@ -84,13 +79,15 @@ function startCurves() {
       .flatMap(({ method, i }) => method.points.map((point) => ({ method, i, point })))
       .sort((a, b) => a.point.c - b.point.c);
 
-  function redraw() {
-    if (!geometry) return;
-    const width = geometry.width;
+  const mark = (method, i, { c, accuracy }, size, kind) =>
+    draw("path", { class: kind, d: shapeOf(method, i)(size),
+      transform: `translate(${geometry.x(c).toFixed(1)},${geometry.y(accuracy[0]).toFixed(1)})` });
+
+  const redraw = onWidth(box, (width) => {
     const height = clamp(0.58 * width, 280, 460);
     const edge = { left: 46, right: 14, top: 14, bottom: 46 };
     const lines = visible();
-    const [small, large] = data.references;
+    const [small, large] = Object.values(data.references);
     const heights = [small, large].flatMap((each) => each.accuracy);
     for (const { method } of lines) {
       if (method.kind !== "oracle") heights.push(...method.band.low, ...method.band.high);
@@ -102,27 +99,15 @@ function startCurves() {
     const most = Math.max(1, ...lines.flatMap(({ method }) => method.points.map((point) => point.c)));
     const x = (c) => edge.left + ((width - edge.left - edge.right) * (c + 0.01)) / (most + 0.02);
     const y = (a) => height - edge.bottom - ((height - edge.top - edge.bottom) * (a - range[0])) / (range[1] - range[0]);
-    Object.assign(geometry, { height, edge, x, y, most });
-    const path = (points) => points.map(([c, a], k) => `${k ? "L" : "M"}${x(c).toFixed(1)},${y(a).toFixed(1)}`).join("");
-    const svg = draw("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img",
-      "aria-label": `Curves of accuracy against ${COST}; the tables below hold the same numbers` });
-
-    for (const tick of ticks(100 * range[0], 100 * range[1], height / 48))
-      svg.append(
-        draw("line", { class: "grid", x1: edge.left, x2: width - edge.right, y1: y(tick / 100), y2: y(tick / 100) }),
-        draw("text", { class: "tick", x: edge.left - 8, y: y(tick / 100) + 4, "text-anchor": "end" }, decimal(tick, 0)),
-      );
-    for (const tick of ticks(0, 100 * most, width / 75))
-      svg.append(
-        draw("line", { class: "grid", x1: x(tick / 100), x2: x(tick / 100), y1: edge.top, y2: height - edge.bottom }),
-        draw("text", { class: "tick", x: x(tick / 100), y: height - edge.bottom + 18, "text-anchor": "middle" }, decimal(tick, 0)),
-      );
-    svg.append(
-      draw("text", { class: "axis", x: (edge.left + width - edge.right) / 2, y: height - 8, "text-anchor": "middle" },
-        `${COST[0].toUpperCase()}${COST.slice(1)}, % of always-large`),
-      draw("text", { class: "axis", x: 13, y: (height - edge.bottom + edge.top) / 2, "text-anchor": "middle",
-        transform: `rotate(-90 13 ${(height - edge.bottom + edge.top) / 2})` }, "Accuracy, %"),
-    );
+    geometry = { width, height, edge, x, y, most };
+    const path = (points) => polyline(points.map(([c, a]) => [x(c), y(a)]));
+    const svg = frame(box, width, height, edge, x, y, {
+      title: `Curves of accuracy against ${COST}; the tables below hold the same numbers`,
+      y: ticks(100 * range[0], 100 * range[1], height / 48).map((tick) => [tick / 100, decimal(tick, 0)]),
+      x: ticks(0, 100 * most, width / 75).map((tick) => [tick / 100, decimal(tick, 0)]),
+      upright: true,
+      below: `${COST[0].toUpperCase()}${COST.slice(1)}, % of always-large`, beside: "Accuracy, %",
+    });
 
     for (const { method, i } of lines) {
       if (method.kind === "oracle") continue;
@@ -146,27 +131,24 @@ function startCurves() {
           draw("path", { class: rises ? "stroke mixing" : "stroke", d: path(rest) }));
       }
       for (const point of method.points)
-        group.append(draw("path", { class: point.on_curve || method.kind === "oracle" ? "mark" : "mark open",
-          d: shapeOf(method, i)(4.5), transform: `translate(${x(point.c).toFixed(1)},${y(point.accuracy[0]).toFixed(1)})` }));
+        group.append(mark(method, i, point, 4.5, point.on_curve || method.kind === "oracle" ? "mark" : "mark open"));
       svg.append(group);
     }
-    for (const each of [small, large]) {
+    for (const [name, each] of Object.entries(data.references)) {
       const right = each === large;
       const low = right ? y(each.accuracy[0]) + 26 < height - edge.bottom : y(each.accuracy[0]) + 20 > height - edge.bottom;
       svg.append(
         draw("circle", { class: "reference", cx: x(each.c[0]), cy: y(each.accuracy[0]), r: 5 }),
         draw("text", { class: "named", x: x(each.c[0]) + (right ? -8 : 9), "text-anchor": right ? "end" : "start",
           y: y(each.accuracy[0]) + (right === low ? 22 : right ? -12 : low ? -10 : 16) },
-          `${each.name} ${percent(each.accuracy[0])}`),
+          `${name} ${percent(each.accuracy[0])}`),
       );
     }
     geometry.cursor = draw("g", { class: "reading" });
     svg.append(geometry.cursor);
-    box.querySelector(":scope > svg")?.remove();
-    box.prepend(svg);
-    slider.style.height = `${height}px`;
+    layer.style.height = `${height}px`;
     read();
-  }
+  });
 
   /** Shows what the curves say at the cursor. */
   function read() {
@@ -183,23 +165,19 @@ function startCurves() {
       said.push(`${method.name} ${interval(values)}`);
       geometry.cursor.append(draw("circle", { class: seriesOf(method, i), cx: x(c), cy: y(values[0]), r: 4 }));
     });
-    slider.setAttribute("aria-valuenow", (100 * c).toFixed(1));
+    layer.setAttribute("aria-valuenow", (100 * c).toFixed(1));
     let text = `At ${percent(c)} cost: ${said.join("; ")}`;
     tip.hidden = !state.point;
     if (state.point) {
       const { method, i, point } = state.point;
-      const where = draw("path", { class: `${seriesOf(method, i)} ring`, d: shapeOf(method, i)(8),
-        transform: `translate(${x(point.c).toFixed(1)},${y(point.accuracy[0]).toFixed(1)})` });
-      geometry.cursor.append(where);
+      geometry.cursor.append(mark(method, i, point, 8, `${seriesOf(method, i)} ring`));
       const lines = describe(state.point);
-      tip.replaceChildren(el("strong", {}, method.name), ...lines.map((line) => el("span", {}, line)));
-      const left = x(point.c) + 14 + tip.offsetWidth < geometry.width ? x(point.c) + 14 : x(point.c) - 14 - tip.offsetWidth;
-      tip.style.left = `${clamp(left, 0, Math.max(geometry.width - tip.offsetWidth, 0))}px`;
+      tell([method.name, ...lines], x(point.c), 14, geometry.width);
       const top = y(point.accuracy[0]) + 12;
       tip.style.top = `${top + tip.offsetHeight > height ? Math.max(y(point.accuracy[0]) - tip.offsetHeight - 12, 0) : top}px`;
       text = `${method.name}, ${lines.join(", ")}`;
     }
-    slider.setAttribute("aria-valuetext", text);
+    layer.setAttribute("aria-valuetext", text);
   }
 
   const traceOf = ({ method, point }) =>
@@ -235,8 +213,8 @@ function startCurves() {
     byId("problem-list").focus({ preventScroll: true });
   }
 
-  slider.addEventListener("pointermove", (event) => {
-    const place = slider.getBoundingClientRect();
+  layer.addEventListener("pointermove", (event) => {
+    const place = layer.getBoundingClientRect();
     const [left, top] = [event.clientX - place.left, event.clientY - place.top];
     const { x, y, edge, width, most } = geometry;
     state.c = clamp(((left - edge.left) / (width - edge.left - edge.right)) * (most + 0.02) - 0.01, 0, most);
@@ -249,12 +227,12 @@ function startCurves() {
     if (state.point) state.c = state.point.point.c;
     read();
   });
-  slider.addEventListener("pointerleave", () => {
+  layer.addEventListener("pointerleave", () => {
     state.point = null;
     read();
   });
-  slider.addEventListener("click", openTraces);
-  slider.addEventListener("keydown", (event) => {
+  layer.addEventListener("click", openTraces);
+  layer.addEventListener("keydown", (event) => {
     const steps = { ArrowLeft: -0.01, ArrowRight: 0.01, PageDown: -0.1, PageUp: 0.1, Home: -9, End: 9 };
     if (event.key in steps) {
       state.point = null;
@@ -277,10 +255,6 @@ function startCurves() {
     } else return;
     event.preventDefault();
     read();
-  });
-  onWidth(box, (width) => {
-    geometry = { ...geometry, width };
-    redraw();
   });
   byId("curve-note").textContent =
     `${tidy(data.caption)} Bands and brackets are 95 % bootstrap intervals over problems (${whole(data.subject.resamples)} ` +

@@ -3,7 +3,7 @@
 function startSummary() {
   const first = data.methods[0];
   const swept = data.methods.find((method) => method.kind === "threshold");
-  const [small, large] = data.references;
+  const [small, large] = Object.values(data.references);
   const goal = (method) => `80\u00a0% of the gap, ${method.name}`;
   const costOf = ({ cpt_80 }) => (known(cpt_80[0]) ? `${range(cpt_80)} of always-large's cost` : "there is no gap, or it is not recovered");
   const tile = (label, value, note) => el("div", { class: "tile" }, el("dt", {}, label), el("dd", {}, value, el("small", {}, note)));
@@ -33,7 +33,7 @@ function startTables() {
     `${row.method}, λ=${Number(row.lam.toPrecision(3))}`,
     decimal(row.threshold, 3),
     interval(row.difference, (x) => `${x < 0 ? "−" : "+"}${Math.abs(x).toFixed(4)}`),
-    known(row.p) ? (row.p < 0.001 ? "< 0.001" : row.p.toFixed(3)) : "undefined",
+    known(row.holm) ? (row.holm < 0.001 ? "< 0.001" : row.holm.toFixed(3)) : "undefined",
   ]);
   byId("metric-tables").append(
     table(headline.map((row, i) => row.map((text, k) => (i === 0 && k === 0 ? "Method" : text.replace("\n", " ")))), { class: "wide" }),
@@ -57,7 +57,7 @@ function startNotes() {
     ["Cost", `The cost model is ${subject.cost}. In the browser of problems the cost is the tokens that the large model decoded, also as a share of what always-large decodes in the same tree.`],
     ["Caps", subject.caps ? `Every router but always-large: ${subject.caps} per problem.` : "None."],
     ["Intervals", `95 % percentile bootstrap over problems, ${whole(subject.resamples)} resamples, seed ${subject.seed}. They cover the draw of problems, not the training of the routers. Replicas of a problem are resampled together.`],
-    ["Solutions shown", `${plural(sampling.shown, "problem")} of ${whole(sampling.problems)}, drawn at random (not picked), the first replica of each: what shares of them are wrong or rescued is an estimate of the whole. ` +
+    ["Solutions shown", `${plural(sampling.shown, "problem")} of ${whole(subject.problems)}, drawn at random (not picked), the first replica of each: what shares of them are wrong or rescued is an estimate of the whole. ` +
       (sampling.shown < sampling.wanted ? `${whole(sampling.wanted)} were drawn; the rest is left out to keep the traces below ${sampling.megabytes} MB. ` : "") +
       "At most 6 settings of a method are shown step by step, and none of a method that draws its actions (random)."],
     ...Object.entries(data.flags).map(([name, text]) => [FLAG_NAMES[name], text]),

@@ -41,8 +41,11 @@ const COST = data.subject.cost === "decode-only" ? "large-model tokens" : "cost"
 const tidy = (text) => text.replaceAll(" %", "\u00a0%");
 
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
+/** The first of some items whose place is nearest to a value. */
+const nearest = (items, place, value) =>
+  items.reduce((best, each) => (Math.abs(place(each) - value) < Math.abs(place(best) - value) ? each : best));
 
-/** Calls back with the width of a box, now and whenever it changes. */
+/** Draws with the width of a box, now and whenever it changes; returns a function that draws once more. */
 function onWidth(box, redraw) {
   let last = 0;
   const now = () => {
@@ -54,11 +57,7 @@ function onWidth(box, redraw) {
   };
   new ResizeObserver(now).observe(box);
   now();
-}
-
-/** A closed table of what a picture shows. */
-function tableOf(title, rows) {
-  return el("details", { class: "as-table" }, el("summary", {}, title), table(rows));
+  return () => last && redraw(last);
 }
 
 /** A table that becomes one card for each row where the screen is narrow; an interval goes below its value. */
@@ -136,12 +135,8 @@ function settingSelects(methodSelect, settingSelect) {
   };
   methodSelect.addEventListener("change", () => {
     const cost = chosen.setting.share;
-    let best = -1;
-    data.settings.forEach((each, i) => {
-      if (each.method !== methodSelect.value) return;
-      if (best < 0 || Math.abs(each.share - cost) < Math.abs(data.settings[best].share - cost)) best = i;
-    });
-    chosen.set(best);
+    const own = data.settings.map((each, i) => [each, i]).filter(([each]) => each.method === methodSelect.value);
+    chosen.set(nearest(own, ([each]) => each.share, cost)[1]);
   });
   settingSelect.addEventListener("change", () => chosen.set(Number(settingSelect.value)));
   chosen.listeners.push(show);

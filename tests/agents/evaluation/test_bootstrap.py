@@ -158,9 +158,9 @@ def test_a_difference_with_many_undefined_resamples_is_not_shown():
 def test_band_contains_the_curve():
     points, refs = simulated(200, SHARES, 3)
     c = np.linspace(0, 1, 11)
-    value, low, high = curve_band(points, refs, resample_weights(200, 200), c)
-    assert (low < value).all() and (value < high).all()
-    assert value[0] == pytest.approx(refs.small.correct.mean())
+    band = curve_band(points, refs, resample_weights(200, 200), c)
+    assert len(band) == 11 and all(each.low < each.value < each.high for each in band)
+    assert band[0].value == pytest.approx(refs.small.correct.mean())
 
 
 def test_holm():

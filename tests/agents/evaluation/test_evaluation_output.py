@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,12 +18,12 @@ from agents.evaluation.compare import MIN_DIFFERING, compare, compare_curves, nu
 from agents.evaluation.curves import References
 from agents.evaluation.plots import Level, TrainingHistory, cost_accuracy, training_curve
 from agents.evaluation.table import (
+    as_plain,
     method_rows,
     point_rows,
     rich_table,
     summarise,
     to_csv,
-    to_json,
     to_markdown,
 )
 from rollouts.errors import DataError
@@ -54,6 +56,10 @@ def test_summary_holds_points_by_cost_and_flags(summaries):
     assert point.discarded_tokens == pytest.approx(0.8 * point.large_tokens)
     assert point.total_tokens > point.large_tokens
     assert sum(group.problems for group in point.gain_by_escalations) == 200
+
+
+def to_json(summaries):
+    return json.dumps([as_plain(asdict(summary)) for summary in summaries], allow_nan=False)
 
 
 def test_same_seed_same_summary(summaries):
@@ -162,6 +168,18 @@ def test_importing_loads_neither_matplotlib_nor_rich():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["import evaluate; evaluate.main(['--help'])", "from agents.__main__ import main; main(['serve', '--help'])"],
+)
+def test_help_loads_nothing_heavy(command):
+    code = f"import sys\ntry:\n    {command}\nexcept SystemExit:\n    pass\n"
+    code += "print('loaded:', {'torch', 'matplotlib', 'scipy', 'wandb'} & {*sys.modules})"
+    root = Path(__file__).parents[3]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert "usage:" in result.stdout and result.stdout.endswith("loaded: set()\n")
 
 
 def solved(count, tokens, problems=200):

@@ -13,10 +13,11 @@ from made_reports import HOSTILE, made_page, score_router
 from made_stores import PROBLEMS, finished
 
 import evaluate as evaluate_command
+from agents.evaluation.bootstrap import Estimate
 from agents.evaluation.suite import EvaluateConfig
 from agents.evaluation.table import MethodSummary
 from agents.evaluation.walk import run
-from agents.report.gather import TraceLimits, gather
+from agents.report.gather import gather
 from agents.report.positions import positions
 from agents.report.reliability import reliability, scorer_reliability
 from agents.report.render import embedded, render, write
@@ -146,25 +147,26 @@ def test_positions_count_escalations_step_by_step():
     found = positions(paths, np.array([0, 0, 1, 1]), weights)
     assert found["decisions"] == [4, 3, 1, 1]
     assert found["escalations"] == [1, 2, 1, 0]
-    assert [each[0] for each in found["share"]] == [1 / 4, 2 / 3, 1, 0]
-    assert [each[0] for each in found["per_100"]] == [25, 50, 25, 0]
+    assert [each.value for each in found["share"]] == [1 / 4, 2 / 3, 1, 0]
+    assert [each.value for each in found["per_100"]] == [25, 50, 25, 0]
     # one resample is problem 0 alone (0 of 2 escalated at step 1), the other problem 1 alone (1 of 2)
-    assert found["share"][0][1:] == pytest.approx((0.0125, 0.4875))
-    parts = [each[0] for each in found["parts"]]
+    assert (found["share"][0].low, found["share"][0].high) == pytest.approx((0.0125, 0.4875))
+    parts = [each.value for each in found["parts"]]
     # "01": its second step lies at 0.75; "0110": at 0.375 and 0.625; "10": at 0.25
     assert parts == pytest.approx([0, 0, 0.25, 0.25, 0, 0, 0.25, 0.25, 0, 0])
     never = positions(made_paths(["00"]), np.array([0]), np.ones((3, 1)))
-    assert np.isnan([each[0] for each in never["parts"]]).all() and never["share"][0] == (0, 0, 0)
+    assert np.isnan([each.value for each in never["parts"]]).all() and never["share"][0] == Estimate(0, 0, 0, 0)
 
 
 def test_reliability_of_known_scores():
     scores = np.array([0.05, 0.05, 0.35, 0.95, 1.0, 0.95])
     right = np.array([False, True, False, True, True, False])
     problem = np.array([0, 1, 0, 1, 0, 1])
-    found = reliability(scores, right, problem, np.array([[0.5, 0.5], [1.0, 0.0]]))
+    found = reliability("made", "up?", scores, right, problem, np.array([[0.5, 0.5], [1.0, 0.0]]))
     assert [(each["low"], each["count"]) for each in found["bins"]] == [(0.0, 2), (0.3, 1), (0.9, 3)]
-    assert [each["right"][0] for each in found["bins"]] == pytest.approx([0.5, 0.0, 2 / 3])
-    assert found["bins"][0]["right"][1:] == pytest.approx((0.0125, 0.4875))
+    shares = [each["right"] for each in found["bins"]]
+    assert [each.value for each in shares] == pytest.approx([0.5, 0.0, 2 / 3])
+    assert (shares[0].low, shares[0].high) == pytest.approx((0.0125, 0.4875))
     assert found["error"] == pytest.approx((2 * 0.45 + 0.35 + 3 * (0.9666667 - 2 / 3)) / 6)
     assert found["auc"] == pytest.approx(
         np.mean([(s > o) + 0.5 * (s == o) for s in scores[right] for o in scores[~right]])
@@ -192,7 +194,7 @@ def test_the_scorer_is_judged_on_the_small_models_solutions(store, trees):
         assert found["count"] == len(pairs) == sum(each["count"] for each in found["bins"])
         for each in found["bins"]:
             inside = pairs[(pairs[:, 0] >= each["low"]) & (pairs[:, 0] < each["high"])]
-            assert each["count"] == len(inside) and each["right"][0] == pytest.approx(inside[:, 1].mean())
+            assert each["count"] == len(inside) and each["right"].value == pytest.approx(inside[:, 1].mean())
 
 
 def test_flags_say_what_they_are_defined_as():
@@ -304,7 +306,7 @@ def test_traces_that_do_not_fit_are_left_out_and_counted(page):
     config = EvaluateConfig((page.run,), str(page.store))
     found = evaluate(config)
     size = len(json.dumps(page.content["problems"][0], ensure_ascii=False).encode())
-    small = gather(config, found, TraceLimits(problems=20, bytes=3 * size))
+    small = gather(replace(config, report_problems=20), found, trace_bytes=3 * size)
     assert 1 <= small["sampling"]["shown"] < small["sampling"]["wanted"] == 20
     assert len(small["problems"]) == small["sampling"]["shown"]
     none = gather(replace(config, report_problems=0), found)

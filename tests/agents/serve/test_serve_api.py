@@ -232,8 +232,11 @@ def test_too_many_at_once_are_told_to_come_back(guarded: Router, upstreams: Upst
         end = time.monotonic() + 5
         while guarded.metric("trim_requests_in_flight") < 2 and time.monotonic() < end:
             time.sleep(0.02)
+        refused = guarded.metric("trim_requests_total", status="429")
         answer = guarded.chat()
         fails(answer, 429, "Too many")
+        assert guarded.metric("trim_requests_total", status="429") == refused + 1
+        assert guarded.metric("trim_requests_in_flight") == 2
         assert answer.headers["Retry-After"] == "1"
     finally:
         upstreams.well()

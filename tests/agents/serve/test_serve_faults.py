@@ -183,11 +183,14 @@ def test_nobody_there_is_an_error_at_once(router: Router, upstreams: Upstreams) 
     router.chat()
     for role in ("small", "large"):
         router.wait_down(role)
+    failed = router.metric("trim_requests_total", status="503")
     began = time.monotonic()
     answers = router.chats(20)
     assert time.monotonic() - began < 5
     assert {answer.status_code for answer in answers} == {503}
     assert router.chat(stream=True).status_code == 503
+    assert router.metric("trim_requests_total", status="503") == failed + 21
+    assert router.metric("trim_requests_in_flight") == 0
     health = router.client.get("/health")
     assert health.status_code == 503 and health.json()["status"] == "unavailable"
     assert health.json()["upstreams"] == {"small": {"up": False}, "large": {"up": False}, "scorer": {"up": True}}

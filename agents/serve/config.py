@@ -1,0 +1,75 @@
+"""The settings of the service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rollouts.errors import ConfigError
+
+Fallback = Literal["small", "large", "error"]
+"""Who writes a step whose proposal cannot be scored; ``error`` ends the request."""
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Serve a policy with the interface of an OpenAI-compatible server, in front of three vLLM servers.
+
+    Attributes:
+        policy: Folder of the policy: an exported artefact, or ``lam-*/policy`` of a run.
+        small: Base URL of the small model's server, http://host:8001/v1; default: the models file's.
+        large: Base URL of the large model's server; likewise.
+        prm: Base URL of the reward model's server; likewise.
+        models: The models file that the rollouts were generated with: prompts, sampling and limits are taken from
+            it. Left out: the embedded family, if the policy was trained on it.
+        name: Name that clients ask for; default: the policy's.
+        host: Address to listen on; 0.0.0.0 for all.
+        port: Port; 0 for any that is free.
+        lam: λ of requests that name neither lam nor budget.
+        budget: Budget of requests that name neither.
+        when_scorer_fails: Who writes a step whose proposal cannot be scored: small, large, or error to end the request.
+        upstream_timeout: Longest time of one upstream request, seconds.
+        request_timeout: Longest time of one request, seconds; what was accepted until then is the answer.
+        max_tokens: Most tokens of an answer, if fewer than in the rollouts.
+        max_concurrent: Most requests under way at once.
+        max_body_bytes: Largest request body.
+        api_key_env: Environment variable with the key that clients must send; left out, none is asked for.
+        upstream_key_env: Environment variable with the key of the upstream servers, where the models file names none.
+        runtime: numpy or onnx.
+        other_models: Serve other models than those that the policy was trained for.
+        access_log: Log every request.
+    """
+
+    policy: str
+    small: str | None = None
+    large: str | None = None
+    prm: str | None = None
+    models: str | None = None
+    name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8080
+    lam: float | None = None
+    budget: float | None = None
+    when_scorer_fails: Fallback = "small"
+    upstream_timeout: float = 30.0
+    request_timeout: float = 300.0
+    max_tokens: int | None = None
+    max_concurrent: int = 256
+    max_body_bytes: int = 1 << 18
+    api_key_env: str | None = None
+    upstream_key_env: str | None = None
+    runtime: str = "numpy"
+    other_models: bool = False
+    access_log: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a file.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        for name in ("upstream_timeout", "request_timeout", "max_concurrent", "max_body_bytes"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected a number above 0.")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ConfigError(f"max_tokens is {self.max_tokens}, expected at least 1.")
