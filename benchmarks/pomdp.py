@@ -28,17 +28,18 @@ from agents.evaluation.oracle import tree_oracle
 from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.splits import Candidates
 from agents.evaluation.spread import spread
-from agents.evaluation.walk import Spent, by_problem, references, run, run_trees
+from agents.evaluation.walk import by_problem, references, run, run_trees
 from agents.learners.pomdp.fit import Estimates, estimate
-from agents.routers.pomdp.dynamics import expected_tokens
-from agents.routers.pomdp.latent import S0, labelled
-from agents.routers.pomdp.model import Model
+from agents.learners.pomdp.latent import labelled
+from agents.learners.pomdp.solver import solve
+from agents.routers.pomdp.backup import after_score, backup
+from agents.routers.pomdp.belief import S0
+from agents.routers.pomdp.model import SCHEMA, Model, expected_tokens, tokens_in
 from agents.routers.pomdp.router import PomdpRouter
-from agents.routers.pomdp.sample import SCHEMA, tokens_in
-from agents.routers.pomdp.solver import after_score, backup, solve
 from benchmarks.robustness import LAMS
 from rollouts.trees.arrays import CONTINUE_SMALL, Trees
 from rollouts.trees.compile import compile_store
+from trim_env.graph import Spent
 from trim_env.tables import DecisionTables, decision_tables
 
 BATCH = 4096

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 import gymnasium
@@ -9,11 +10,10 @@ import numpy as np
 from gymnasium import spaces
 
 from rollouts.errors import ConfigError, StoreError, did_you_mean
-from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, TERMINAL
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, TERMINAL, Trees, graph_of
 from trim_env.costs import CostModel
 from trim_env.features import DEFAULT_SCHEMA, Schema, left_feature
 from trim_env.tables import DecisionTables, Rollouts, decision_tables, draw, missing
-from trim_env.text import text_space
 from trim_env.vector import checked_lam
 
 
@@ -308,3 +308,21 @@ def _closest(name: str, known: tuple[str, ...]) -> str:
 
     close = difflib.get_close_matches(name, known, n=1)
     return f" Did you mean {close[0]!r}?" if close else f" They have {len(known)}, the first is {known[0]!r}."
+
+
+def text_space(trees: Trees) -> spaces.Text:
+    """Return a space that contains every partial solution and proposal of these trees.
+
+    The alphabet is printable ASCII and every other character that occurs in them, LaTeX and CJK included.
+    """
+    alphabet = set(string.printable).union(*trees.questions)
+    if len(trees.text) and int(trees.text.max()) > 127:
+        alphabet.update(bytes(trees.text).decode("utf-8"))
+    return spaces.Text(min_length=0, max_length=longest_solution(trees), charset="".join(sorted(alphabet)))
+
+
+def longest_solution(trees: Trees) -> int:
+    """Return an upper bound, in characters, of question, accepted steps and proposal together."""
+    sizes = np.diff(trees.text_end.reshape(-1), prepend=0).reshape(-1, 2)  # bytes: at least as many as characters
+    rest = graph_of(trees).backward(lambda rows, later: (sizes[rows] + later).max(axis=1))
+    return int(rest.max()) + max(map(len, trees.questions), default=0) + 2

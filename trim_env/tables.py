@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,9 @@ from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees
 from rollouts.trees.compile import compile_store
 from trim_env.costs import CostModel, cost_model
 from trim_env.features import DEFAULT_SCHEMA, Schema, schema_named, seen_of
+
+if TYPE_CHECKING:
+    from trim_env.graph import StateGraph
 
 Rollouts = Trees | str | Path
 
@@ -73,6 +77,13 @@ class DecisionTables:
     def roots(self) -> NDArray[np.int64]:
         """(R,) rows of the roots of the split's trees."""
         return np.array(self.trees.root[self.indices], np.int64)
+
+    @cached_property
+    def graph(self) -> StateGraph:
+        """All states that the caps let a walk through the split's trees reach."""
+        from trim_env.graph import reachable
+
+        return reachable(self)
 
     def take(self, rows: NDArray[np.int64], actions: NDArray[np.int64], left: NDArray[np.int64]) -> Taken:
         """Return what becomes of (n,) actions at (n,) nodes, the cap on large tokens applied (design section 5).

@@ -1,10 +1,11 @@
-"""TRIM-Agg without sampled actions: the exact gradient of a policy's expected return on complete trees.
+"""TRIM-Agg without sampled actions: the exact gradient of a policy's expected return on rollout trees.
 
-On a complete tree the expected return of a stochastic policy is a sum over its nodes. With p(s) the probability of
-escalating at node s, d(s) that of reaching s and Q the expected returns after either action, both by one pass over
-the tree, the gradient with respect to the policy's logit z(s) = ln p/(1 - p) is d(s) p(s) (1 - p(s)) (Q1(s) - Q0(s)):
-the policy gradient theorem (Sutton et al. 2000) with nothing left to chance but the models' texts. Those are frozen
-draws, one per node and replica: what is exact on them may be overfitted to them, so choose on held-out problems.
+On a tree the expected return of a stochastic policy is a sum over states: a node and what is spent of the caps. With
+p(s) the probability of escalating in state s, d(s) that of reaching s and Q the expected returns after either action,
+both by one pass over the states, the gradient with respect to the policy's logit z(s) = ln p/(1 - p) is
+d(s) p(s) (1 - p(s)) (Q1(s) - Q0(s)): the policy gradient theorem (Sutton et al. 2000) with nothing left to chance but
+the models' texts. Those are frozen draws, one per node and replica: what is exact on them may be overfitted to them,
+so choose on held-out problems.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -22,102 +23,56 @@ from numpy.typing import NDArray
 from agents.learners.settings import LearnerSettings
 from agents.routers.base import Knob
 from agents.routers.mlp import MLP, ConditionedMLP
-from rollouts.errors import ConfigError
-from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING
+from rollouts.errors import ConfigError, StoreError
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
 from trim_env.episodes import Lam
-from trim_env.features import lam_feature
-from trim_env.tables import DecisionTables
+from trim_env.features import lam_feature, left_feature
+from trim_env.graph import Floats, Ints
+from trim_env.tables import DecisionTables, missing
 
 if TYPE_CHECKING:
     from stable_baselines3.common.logger import KVWriter
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
-
-def check_complete(tables: DecisionTables) -> None:
-    """Raise `ConfigError` where what is allowed at a node depends on how it was reached."""
-    if tables.max_escalations is not None:
-        raise ConfigError(
-            f"The exact tree gradient needs complete trees; these are cut at {tables.max_escalations} escalations. "
-            "Train ppo-agg, or generate without --max-escalations."
-        )
-    if tables.max_large_tokens is not None:
-        raise ConfigError(
-            f"The exact tree gradient knows no cap on large tokens ({tables.max_large_tokens}). Train ppo-agg."
-        )
-
 
 class Forest:
-    """The nodes of some complete trees, level by level, for passes in both directions.
+    """All states of some trees that the caps let a policy reach.
 
     Attributes:
-        rows: (n,) rows of the nodes in the compiled trees, by depth.
+        graph: The n states.
         trees: How many trees there are.
-        roots: (trees,) positions of the roots in `rows`.
+        missing: (m,) proposals, as tables address them, that the caps allow and that were not generated.
+        seen: (n, d) what the policy is told in them: the features and, under a cap on large tokens, the share left.
     """
 
-    def __init__(self, tables: DecisionTables, indices: Ints) -> None:
-        """Gather the nodes.
+    def __init__(self, tables: DecisionTables) -> None:
+        """Gather the states."""
+        self.graph = tables.graph
+        self.missing: Ints = self.graph.moved.taken.place[self.graph.missing]
+        self.trees = len(tables.indices)
+        self.seen = tables.features[self.graph.rows]
+        if tables.max_large_tokens is not None:
+            left = left_feature(self.graph.spent.left, tables.max_large_tokens)
+            self.seen = np.concatenate([self.seen, left[:, None]], axis=1)
+        self._solved, self._cost = tables.solved[self.graph.moved.taken.place], self.graph.moved.taken.cost
+
+    def gradient(self, escalate: Floats, lam: float) -> tuple[float, Floats, Floats]:
+        """Return the mean expected return, its derivatives with respect to the logits, and expected visits.
 
         Args:
-            tables: The tables.
-            indices: (trees,) indices of the trees.
-
-        Raises:
-            ConfigError: Escalations are capped, or proposals are missing: the trees are not complete.
-        """
-        check_complete(tables)
-        trees = tables.trees
-        inside = np.flatnonzero(np.isin(trees.tree, indices))
-        depth = trees.depth[inside]
-        order = np.argsort(depth, kind="stable")
-        self.rows: Ints = inside[order].astype(np.int64)
-        self.trees = len(indices)
-        bounds = np.searchsorted(depth[order], np.arange(int(depth.max(initial=0)) + 2))
-        self._levels = [slice(int(a), int(b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-        position = np.full(trees.nodes, -1, np.int64)
-        position[self.rows] = np.arange(len(self.rows))
-        self.roots: Ints = position[trees.root[indices]]
-        place = 2 * self.rows[:, None] + np.arange(2)
-        child = tables.child[place]
-        if (child == MISSING).any():
-            raise ConfigError(
-                f"The exact tree gradient needs complete trees; {int((child == MISSING).sum())} proposals are missing."
-            )
-        # an end is one more position, whose value stays 0 and whose reach nobody asks for
-        self._child = np.where(child >= 0, position[np.maximum(child, 0)], len(self.rows))
-        self._solved, self._cost = tables.solved[place], tables.cost[place]
-
-    def gradient(self, escalate: Floats, lam: float) -> tuple[float, Floats]:
-        """Return the mean expected return, and its derivative with respect to each node's logit.
-
-        Args:
-            escalate: (n,) probabilities of escalating at `rows`.
+            escalate: (n,) probabilities of escalating.
             lam: λ.
+
+        Returns:
+            The mean over trees, (n,) derivatives, and (n,) visits of states where the caps leave a choice, 0 of others.
         """
-        value = self.values(escalate, lam)
-        later = self._solved - lam * self._cost + value[self._child]
-        slope = self.reach(escalate)[:-1] * escalate * (1 - escalate) * (later[:, ESCALATE_LARGE] - later[:, 0])
-        return float(value[self.roots].mean()), slope / self.trees
-
-    def values(self, escalate: Floats, lam: float) -> Floats:
-        """Return the (n + 1,) expected returns from every node on; the last is 0."""
-        value = np.zeros(len(self.rows) + 1)
         both = np.stack([1 - escalate, escalate], axis=1)
-        now = (both * (self._solved - lam * self._cost)).sum(axis=1)
-        for level in reversed(self._levels):
-            value[level] = now[level] + (both[level] * value[self._child[level]]).sum(axis=1)
-        return value
-
-    def reach(self, escalate: Floats) -> Floats:
-        """Return the (n + 1,) probabilities of reaching every node of its tree; the last is that of ending."""
-        reach = np.zeros(len(self.rows) + 1)
-        np.add.at(reach, self.roots, 1.0)
-        for level in self._levels:
-            for action, share in ((CONTINUE_SMALL, 1 - escalate[level]), (ESCALATE_LARGE, escalate[level])):
-                np.add.at(reach, self._child[level, action], reach[level] * share)
-        return reach
+        now = self._solved - lam * self._cost
+        own = (both * now).sum(axis=1)
+        value = self.graph.backward(lambda level, later: own[level] + (both[level] * later).sum(axis=1))
+        worth = now + value[self.graph.child]
+        reach = np.where(self.graph.open, self.graph.reach(both)[:-1], 0.0)
+        slope = reach * escalate * (1 - escalate) * (worth[:, ESCALATE_LARGE] - worth[:, CONTINUE_SMALL])
+        return float(value[self.graph.roots].mean()), slope / self.trees, reach / self.trees
 
 
 @dataclass(frozen=True)
@@ -163,7 +118,7 @@ class TreeAgg:
         """Build network and optimiser.
 
         Raises:
-            ConfigError: The trees are not complete.
+            StoreError: Proposals that the caps allow were not generated.
         """
         import torch
         from stable_baselines3.common.logger import Logger
@@ -173,7 +128,7 @@ class TreeAgg:
         self.iteration = 0
         self._random = np.random.default_rng(seed)
         torch.manual_seed(seed)
-        inputs = tables.features.shape[1] + isinstance(lam, tuple)
+        inputs = tables.features.shape[1] + (tables.max_large_tokens is not None) + isinstance(lam, tuple)
         self.network = torch.nn.Sequential(
             torch.nn.Linear(inputs, settings.hidden),
             torch.nn.Tanh(),
@@ -187,7 +142,10 @@ class TreeAgg:
         self._logger = Logger(folder=None, output_formats=list(outputs))
         parts = -(-len(tables.indices) // settings.batch)
         shuffled = self._random.permutation(tables.indices)
-        self._forests = [Forest(tables, np.sort(part)) for part in np.array_split(shuffled, parts)]
+        self._forests = [Forest(replace(tables, indices=np.sort(part))) for part in np.array_split(shuffled, parts)]
+        absent = np.concatenate([forest.missing for forest in self._forests])
+        if len(absent):
+            raise StoreError(missing(tables, absent))
 
     @property
     def done(self) -> bool:
@@ -211,14 +169,14 @@ class TreeAgg:
     def _update(self, forest: Forest, share: float, left: float) -> float:
         import torch
 
-        lam, inputs = self._inputs(forest.rows)
+        lam, inputs = self._inputs(forest.seen)
         logits = self.network(inputs)
         z = logits[:, ESCALATE_LARGE] - logits[:, CONTINUE_SMALL]
         escalate = torch.sigmoid(z).detach().numpy().astype(np.float64)
-        value, slope = forest.gradient(escalate, share * lam)
+        value, slope, visits = forest.gradient(escalate, share * lam)
         log_p = torch.nn.functional.logsigmoid(z)
         entropy = -(torch.sigmoid(z) * log_p + torch.sigmoid(-z) * (log_p - z))
-        visited = torch.as_tensor(forest.reach(escalate)[:-1] / forest.trees, dtype=torch.float32)
+        visited = torch.as_tensor(visits, dtype=torch.float32)
         loss = -(torch.as_tensor(slope, dtype=torch.float32) * z).sum()
         loss = loss - self.settings.entropy * left * (visited * entropy).sum()
         self.optimiser.zero_grad()
@@ -226,11 +184,10 @@ class TreeAgg:
         self.optimiser.step()
         return value
 
-    def _inputs(self, rows: Ints) -> tuple[float, Any]:
-        """Return λ and the (n, d) inputs of the network at some nodes."""
+    def _inputs(self, seen: NDArray[np.float32]) -> tuple[float, Any]:
+        """Return λ and the inputs of the network, which is told it, where (n, d) features are seen."""
         import torch
 
-        seen = self.tables.features[rows]
         if not isinstance(self.lam, tuple):
             return self.lam, torch.as_tensor(seen)
         low, high = self.lam
@@ -248,11 +205,13 @@ class TreeAgg:
         """
         import torch
 
-        wanted = torch.as_tensor(actions, dtype=torch.float32)
+        wanted, seen = torch.as_tensor(actions, dtype=torch.float32), self.tables.features[rows]
+        if self.tables.max_large_tokens is not None:  # imitate it whatever is left
+            seen = np.concatenate([seen, self._random.random((len(rows), 1)).astype(np.float32)], axis=1)
         optimiser = torch.optim.Adam(self.network.parameters(), lr=3e-3)
         for _ in range(updates):
             part = self._random.integers(len(rows), size=min(1024, len(rows)))
-            _, inputs = self._inputs(rows[part])
+            _, inputs = self._inputs(seen[part])
             logits = self.network(inputs)
             z = logits[:, ESCALATE_LARGE] - logits[:, CONTINUE_SMALL]
             loss = torch.nn.functional.binary_cross_entropy_with_logits(z, wanted[part])
@@ -291,5 +250,5 @@ class TreeAgg:
             for kind in ("weight", "bias")
         }
         if isinstance(self.lam, tuple):
-            return ConditionedMLP("tree-agg", self.tables.schema.id, *self.lam, weights)
-        return MLP("tree-agg", self.tables.schema.id, Knob("lam", self.lam), weights)
+            return ConditionedMLP("tree-agg", self.tables.schema.id, *self.lam, weights, self.tables.max_large_tokens)
+        return MLP("tree-agg", self.tables.schema.id, Knob("lam", self.lam), weights, self.tables.max_large_tokens)

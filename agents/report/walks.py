@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.evaluation.walk import Spent, seen_by
+from agents.evaluation.walk import seen_by
 from agents.routers.base import AnyRouter, StatefulRouter
 from rollouts.errors import ConfigError, StoreError
 from rollouts.trees.arrays import ESCALATE_LARGE, MISSING
+from trim_env.graph import Spent
 from trim_env.tables import DecisionTables, missing
 
 Ints = NDArray[np.int64]

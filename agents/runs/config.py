@@ -32,7 +32,7 @@ class TrainConfig:
 
     Attributes:
         rollouts: Path of a rollout store, or the name of a bundled one.
-        agent: ``ppo-agg`` (TRIM-Agg), ``tree-agg`` (the same policy, by the exact gradient on complete trees),
+        agent: ``ppo-agg`` (TRIM-Agg), ``tree-agg`` (the same policy, by the exact gradient on the trees),
             ``ppo-seq`` (TRIM-Seq: a transformer over all steps so far), ``pomdp`` (TRIM-POMDP) or ``threshold``
             (TRIM-Thr, the best threshold for each λ).
         lam: λ, reward lost per unit of cost; several make a sweep. Left out: six values that span the trade-off

@@ -22,7 +22,6 @@ from agents.evaluation.health import Health, as_plain
 from agents.evaluation.splits import Record, Validation
 from agents.evaluation.targets import budgets, meet_target
 from agents.evaluation.walk import references, run
-from agents.learners.exact import check_complete
 from agents.learners.loop import Result, Training, checked_at
 from agents.learners.pomdp.fit import estimate, price_of
 from agents.routers import artefact
@@ -87,8 +86,6 @@ def train(config: TrainConfig, listener: Listener | None = None) -> Trained:
     trees = _compile(config, listener)
     config = _with_lams(config, trees)
     validation = _validation(config, trees)  # fails now, if it must, and not after the folder was made
-    if config.agent == "tree-agg":
-        check_complete(validation.choice)
     folder = config.out or settings.new_folder(config)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: exists already; nothing was overwritten. Choose another --out, or --resume it.")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,56 +100,60 @@ class Trees:
         return chosen
 
 
-class Walk(NamedTuple):
-    """Outcome of one episode per tree; arrays of equal length."""
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """States in which one of two actions is taken, each leading to a later state or to none: n states, by depth.
 
-    correct: NDArray[np.bool_]
-    large_tokens: NDArray[np.int64]
-    small_tokens: NDArray[np.int64]
-    steps: NDArray[np.int64]
-    escalations: NDArray[np.int64]
-
-
-def walk(trees: Trees, indices: NDArray[Any], policy: Callable[[NDArray[Any]], NDArray[Any]]) -> Walk:
-    """Run one episode in each of some trees.
-
-    Args:
-        trees: Compiled trees.
-        indices: (E,) tree indices, repeats allowed.
-        policy: From the rows of the nodes where episodes stand, (n,) ints, to actions, (n,) of 0 and 1.
-
-    Raises:
-        StoreError: A proposal that the policy needs was not generated.
+    Attributes:
+        child: (n, 2) position of the state that an action leads to; n, where it leads to none.
+        levels: Positions of the states of each depth, from the first on.
+        roots: Positions of the states where it begins.
     """
-    count = len(indices)
-    node = trees.root[indices].astype(np.int64)
-    correct = np.zeros(count, bool)
-    totals = np.zeros((4, count), np.int64)
-    alive = np.arange(count)
-    while len(alive):
-        rows = node[alive]
-        action = np.asarray(policy(rows)).astype(np.int64)
-        child = trees.child[rows, action]
-        if (child == MISSING).any():
-            raise StoreError(
-                f"{int((child == MISSING).sum())} proposals that this policy needs were not generated "
-                f"(K = {trees.meta['max_escalations']}). Expand the store with the policy, or cap its escalations."
-            )
-        totals[0, alive] += np.where(action == ESCALATE_LARGE, trees.tokens[rows, ESCALATE_LARGE], 0)
-        totals[1, alive] += np.where(
-            trees.child[rows, CONTINUE_SMALL] == MISSING, 0, trees.tokens[rows, CONTINUE_SMALL]
-        )
-        totals[2, alive] += 1
-        totals[3, alive] += action
-        ended = child == TERMINAL
-        correct[alive[ended]] = trees.correct[rows[ended], action[ended]] == 1
-        node[alive] = child
-        alive = alive[~ended]
-    return Walk(correct, *totals)
+
+    child: NDArray[np.int64]
+    levels: list[Any]
+    roots: NDArray[np.int64]
+
+    def backward(self, step: Callable[[Any, NDArray[Any]], NDArray[Any]], end: Any = 0.0) -> NDArray[np.float64]:
+        """Return the (n + 1, ...) values of all states, those of later ones first; the last is that of an end.
+
+        Args:
+            step: From the (m,) states of a level and the (m, 2, ...) values of what they lead to, to their own.
+            end: Value of an end, of shape (...).
+        """
+        value = np.empty((len(self.child) + 1, *np.shape(end)))
+        value[-1] = end
+        for level in reversed(self.levels):
+            value[level] = step(level, value[self.child[level]])
+        return value
+
+    def forward(self, step: Callable[[Any, NDArray[Any]], NDArray[Any]], start: NDArray[Any]) -> NDArray[np.float64]:
+        """Return the (n + 1, ...) masses that arrive at all states; the last is what arrives at ends.
+
+        Args:
+            step: From the (m,) states of a level and their (m, ...) masses, to the (m, 2, ...) that actions pass on.
+            start: (n, ...) masses to begin with.
+        """
+        mass = np.zeros((len(start) + 1, *start.shape[1:]))
+        mass[:-1] = start
+        for level in self.levels:
+            passed = step(level, mass[level])
+            np.add.at(mass, self.child[level].reshape(-1), passed.reshape(-1, *start.shape[1:]))
+        return mass
+
+    def reach(self, share: NDArray[Any], start: NDArray[Any] | None = None) -> NDArray[np.float64]:
+        """Return the (n + 1,) masses that arrive, of which the (n, 2) shares are passed on; one starts at each root."""
+        if start is None:
+            start = np.bincount(self.roots, minlength=len(self.child)).astype(np.float64)
+        return self.forward(lambda level, mass: mass[:, None] * share[level], start)
 
 
-def iterate_by_depth(trees: Trees) -> Iterator[NDArray[np.int64]]:
-    """Yield node rows grouped by depth, deepest first: the order of backward induction."""
-    order = np.argsort(trees.depth, kind="stable")
-    bounds = np.flatnonzero(np.diff(trees.depth[order])) + 1
-    yield from reversed(np.split(order, bounds))
+def graph_of(trees: Trees, rows: NDArray[np.int64] | None = None) -> Graph:
+    """Return the graph of all nodes, or of the (n,) nodes of some trees; what was not generated leads nowhere."""
+    rows = np.arange(trees.nodes) if rows is None else rows
+    position = np.full(trees.nodes + 2, len(rows))  # the last two are those of -1 and -2
+    position[rows] = np.arange(len(rows))
+    depth = trees.depth[rows]
+    order = np.argsort(depth, kind="stable")
+    levels = np.split(order, np.flatnonzero(np.diff(depth[order])) + 1)
+    return Graph(position[trees.child[rows]], levels, levels[0])

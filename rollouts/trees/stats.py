@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rollouts.errors import StoreError
 from rollouts.store.store import Store
-from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees, iterate_by_depth, walk
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees, graph_of
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,21 @@ def auc(scores: NDArray[Any], positive: NDArray[np.bool_]) -> float:
     return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def always(action: int) -> Callable[[NDArray[Any]], NDArray[np.int64]]:
-    """Return the policy that always takes one action."""
-    return lambda rows: np.full(len(rows), action)
+def always(trees: Trees, indices: NDArray[Any], action: int) -> NDArray[np.float64]:
+    """Return, (4, E), whether always taking one action solves some trees, its large tokens, small tokens and steps.
+
+    Raises:
+        StoreError: A proposal that it needs was not generated.
+    """
+    there = trees.child != MISSING
+    small = trees.tokens[:, CONTINUE_SMALL] * there[:, CONTINUE_SMALL]
+    own = [trees.correct[:, action] == 1, trees.tokens[:, ESCALATE_LARGE] * action, small, np.ones(trees.nodes)]
+    now = np.where(there[:, [action]], np.stack(own, axis=1), np.nan)
+    found = graph_of(trees).backward(lambda rows, later: now[rows] + later[:, action], np.zeros(4))
+    ends: NDArray[np.float64] = found[trees.root[indices]].T
+    if np.isnan(ends).any():
+        raise StoreError(f"{int(np.isnan(ends[0]).sum())} trees lack the path of one model. Run `generate` again.")
+    return ends
 
 
 def oracle(trees: Trees) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
@@ -104,30 +116,20 @@ def oracle(trees: Trees) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
         (N,) whether some path from the node ends correctly, and (N,) the least large tokens that it takes (of
         any path, where none is correct).
     """
-    reachable = np.zeros(trees.nodes, bool)
-    cost = np.zeros(trees.nodes, np.int64)
-    for rows in iterate_by_depth(trees):
-        good = np.zeros((len(rows), 2), bool)
-        price = np.full((len(rows), 2), np.iinfo(np.int64).max // 4)
-        for action in (CONTINUE_SMALL, ESCALATE_LARGE):
-            child = trees.child[rows, action]
-            own = trees.tokens[rows, action] if action == ESCALATE_LARGE else np.zeros(len(rows), np.int64)
-            inner = child >= 0
-            good[:, action] = np.where(inner, reachable[child], trees.correct[rows, action] == 1)
-            price[:, action] = np.where(inner, cost[child], 0) + own
-            good[child == MISSING, action] = False
-            price[child == MISSING, action] = np.iinfo(np.int64).max // 4
-        reachable[rows] = good.any(axis=1)
-        usable = np.where(good == good.any(axis=1, keepdims=True), price, np.iinfo(np.int64).max // 2)
-        cost[rows] = usable.min(axis=1)
-    return reachable, cost
+    prize = 2.0**40  # of a correct end: more than all tokens, and sums stay exact
+    now = np.where(trees.child == MISSING, -np.inf, prize * (trees.correct == 1))
+    now[:, ESCALATE_LARGE] -= trees.tokens[:, ESCALATE_LARGE]
+    value = graph_of(trees).backward(lambda rows, later: (now[rows] + later).max(axis=1))[:-1]
+    reachable = value > 0
+    return reachable, (prize * reachable - value).astype(np.int64)
 
 
 def split_statistics(trees: Trees, split: str | None = None) -> SplitStatistics:
     """Compute the statistics of one split, or of all trees."""
     indices = trees.select(split)
     member = np.isin(trees.tree, indices)
-    small, large = walk(trees, indices, always(CONTINUE_SMALL)), walk(trees, indices, always(ESCALATE_LARGE))
+    small, _, small_tokens, small_steps = always(trees, indices, CONTINUE_SMALL)
+    large, large_tokens, _, large_steps = always(trees, indices, ESCALATE_LARGE)
     reachable, cost = oracle(trees)
     roots = trees.root[indices]
     merged = (trees.child[:, 0] == trees.child[:, 1]) & (trees.child[:, 0] >= 0)
@@ -137,41 +139,31 @@ def split_statistics(trees: Trees, split: str | None = None) -> SplitStatistics:
         trees=len(indices),
         nodes=int(member.sum()),
         merged=int((merged & member).sum()),
-        small_accuracy=bootstrap(by_problem(trees, indices, small.correct)),
-        large_accuracy=bootstrap(by_problem(trees, indices, large.correct)),
-        large_tokens=float(large.large_tokens.mean()),
-        small_tokens=float(small.small_tokens.mean()),
-        small_steps=float(small.steps.mean()),
-        large_steps=float(large.steps.mean()),
+        small_accuracy=bootstrap(by_problem(trees, indices, small)),
+        large_accuracy=bootstrap(by_problem(trees, indices, large)),
+        large_tokens=float(large_tokens.mean()),
+        small_tokens=float(small_tokens.mean()),
+        small_steps=float(small_steps.mean()),
+        large_steps=float(large_steps.mean()),
         oracle_accuracy=bootstrap(by_problem(trees, indices, reachable[roots])),
-        oracle_share=float(cost[roots].sum() / max(1, large.large_tokens.sum())),
-        min_score_auc=auc(small_path_min_scores(trees, indices), small.correct),
+        oracle_share=float(cost[roots].sum() / max(1, large_tokens.sum())),
+        min_score_auc=auc(small_path_min_scores(trees, indices), small == 1),
         step_auc=auc(trees.score[labelled], right_so_far(trees)[labelled]) if labelled.any() else None,
     )
 
 
 def right_so_far(trees: Trees) -> NDArray[np.bool_]:
     """Return, (N, 2), whether a proposal and all accepted steps before it are right, by exact labels."""
-    right = np.zeros((trees.nodes, 2), bool)
-    before = np.ones(trees.nodes, bool)
-    for rows in reversed(list(iterate_by_depth(trees))):
-        for action in (CONTINUE_SMALL, ESCALATE_LARGE):
-            right[rows, action] = before[rows] & (trees.label[rows, action] == 1)
-            child = trees.child[rows, action]
-            before[child[child >= 0]] = right[rows[child >= 0], action]
-    return right
+    right: NDArray[np.bool_] = trees.label == 1
+    return np.logical_and(right, graph_of(trees).reach(right)[:-1, None] > 0)
 
 
 def small_path_min_scores(trees: Trees, indices: NDArray[Any]) -> NDArray[np.float64]:
     """Return, for each tree, the least score along its always-small path."""
-    least = np.ones(len(trees.root))
-
-    def follow(rows: NDArray[Any]) -> NDArray[np.int64]:
-        least[trees.tree[rows]] = np.minimum(trees.min_score[rows], trees.score[rows, CONTINUE_SMALL])
-        return np.full(len(rows), CONTINUE_SMALL)
-
-    walk(trees, indices, follow)
-    return np.asarray(least[indices])
+    score = trees.score[:, CONTINUE_SMALL]
+    least = graph_of(trees).backward(lambda rows, later: np.minimum(score[rows], later[:, CONTINUE_SMALL]), 1.0)
+    found: NDArray[np.float64] = least[trees.root[indices]]
+    return found
 
 
 def store_statistics(store: Store) -> dict[str, Any]:

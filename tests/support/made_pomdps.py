@@ -6,8 +6,7 @@ from itertools import product
 
 import numpy as np
 
-from agents.routers.pomdp.model import Model
-from agents.routers.pomdp.sample import Kinds
+from agents.routers.pomdp.model import Kinds, Model
 from rollouts.trees.arrays import MISSING, TERMINAL, Trees
 
 

@@ -8,17 +8,17 @@ that the large model ends correctly is probably right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.routers.pomdp.dynamics import Dynamics, ends_right, measure
-from agents.routers.pomdp.latent import RIGHT, S0, S1, S2, WRONG, Floats, Ints, Latent
-from agents.routers.pomdp.observation import ObservationModel
-from agents.routers.pomdp.sample import Sample, observations
-from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
+from agents.learners.pomdp.dynamics import Dynamics, ends_right, measure
+from agents.learners.pomdp.latent import Latent
+from agents.learners.pomdp.observation import ObservationModel
+from agents.learners.pomdp.sample import Sample, observations
+from agents.routers.pomdp.belief import RIGHT, S0, S1, S2, WRONG, Floats, Ints
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, Graph, graph_of
 
 ITERATIONS = 40
 TOLERANCE = 1e-4  # of the mean log-likelihood per node
@@ -54,14 +54,14 @@ def em(seen: Sample, observed: ObservationModel | None = None, iterations: int =
         DataError: Too few steps of a class are expected.
     """
     latent = first_guess(seen)
-    links = _Links.of(seen)
+    graph = graph_of(seen.trees, seen.rows)
     history: list[float] = []
     while True:
         scores = observed or observations(seen, latent)
         dynamics = measure(seen, latent)
         if len(history) >= iterations or (len(history) > 1 and history[-1] - history[-2] < TOLERANCE):
             return Fitted(latent, scores, dynamics, history)
-        latent, likelihood = posterior(seen, links, scores, dynamics, agreement_rates(seen, latent))
+        latent, likelihood = posterior(seen, graph, scores, dynamics, agreement_rates(seen, latent))
         history.append(likelihood)
 
 
@@ -90,33 +90,14 @@ def agreement_rates(seen: Sample, latent: Latent) -> Floats:
     return rates
 
 
-@dataclass(frozen=True, eq=False)
-class _Links:
-    """Children by position in the sample (-1: none), and positions by depth, from the roots."""
-
-    child: Ints
-    depths: list[Ints]
-
-    @classmethod
-    def of(cls, seen: Sample) -> _Links:
-        child = np.asarray(seen.trees.child[seen.rows], np.int64)
-        place = np.searchsorted(seen.rows, np.maximum(child, 0))
-        order = np.argsort(seen.step, kind="stable")
-        depths = np.split(order, np.flatnonzero(np.diff(seen.step[order])) + 1)
-        return cls(np.where(child >= 0, place, -1), depths)
-
-    def upwards(self) -> Iterator[Ints]:
-        yield from reversed(self.depths)
-
-
 def posterior(
-    seen: Sample, links: _Links, observed: ObservationModel, dynamics: Dynamics, same: Floats
+    seen: Sample, graph: Graph, observed: ObservationModel, dynamics: Dynamics, same: Floats
 ) -> tuple[Latent, float]:
     """Return the posterior of what is hidden and the mean log-likelihood per node.
 
     Args:
         seen: All nodes of some trees.
-        links: Their links.
+        graph: Their graph.
         observed: What scores tell.
         dynamics: How trajectories go on.
         same: (3,) from `agreement_rates`.
@@ -127,35 +108,35 @@ def posterior(
     tells = seen.present[:, 1] & ~seen.same & ~seen.ends[:, 1]
     large_likelihood = np.where(tells[:, None], observed.large[seen.context, :, seen.bin[:, 1]], 1.0)  # (M, 2)
     joint = np.zeros_like(local)  # (M, prefix, small, large): likelihood of all that is below a node
-    below = np.ones((len(local), 2))  # of a right and of a wrong prefix, up to a factor
-    total = 0.0
-    for at in links.upwards():
-        after = ends[at].copy()  # (m, action, trajectory right or wrong)
-        for action in (CONTINUE_SMALL, ESCALATE_LARGE):
-            child = links.child[at, action]
-            after[child >= 0, action] = below[child[child >= 0]]
+    scale = np.empty((len(local), 1))
+
+    def up(at: Ints, later: Floats) -> Floats:
+        after = ends[at] * later  # (m, action, trajectory right or wrong)
         small = np.zeros((len(at), 2, 2))  # by prefix, trajectory
         small[:, RIGHT, RIGHT] = likelihood[at, S0] * after[:, 0, RIGHT]
         small[:, RIGHT, WRONG] = likelihood[at, S2] * after[:, 0, WRONG]
         small[:, WRONG, WRONG] = likelihood[at, S1] * after[:, 0, WRONG]
         large = np.where(seen.same[at, None], 1.0, large_likelihood[at] * after[:, 1])
         joint[at] = local[at] * small[:, :, :, None] * large[:, None, None, :]
-        own = joint[at].sum(axis=(2, 3))
-        scale = own.max(axis=1, keepdims=True)
-        joint[at] /= scale[:, :, None, None]
-        below[at] = own / scale
-        total += float(np.log(scale).sum())
-    weight = np.zeros_like(joint)
-    prefix = np.zeros_like(below)
-    roots = links.depths[0]
-    prefix[roots, RIGHT] = 1.0
-    total += float(np.log(below[roots, RIGHT]).sum())
-    for at in links.depths:
-        weight[at] = joint[at] * (prefix[at] / np.maximum(below[at], 1e-300))[:, :, None, None]
-        for action in (CONTINUE_SMALL, ESCALATE_LARGE):
-            child = links.child[at, action]
-            prefix[child[child >= 0]] = weight[at[child >= 0]].sum(axis=(1, 3 - action))
-    return Latent(seen.rows, weight), total / len(local)
+        own: Floats = joint[at].sum(axis=(2, 3))
+        scale[at] = own.max(axis=1, keepdims=True)
+        joint[at] /= scale[at][:, :, None, None]
+        return own / scale[at]
+
+    below = graph.backward(up, np.ones(2))[:-1]  # of a right and of a wrong prefix, up to the factor `scale`
+    weight = np.empty_like(joint)
+
+    def down(at: Ints, prefix: Floats) -> Floats:
+        weight[at] = joint[at] * (prefix / np.maximum(below[at], 1e-300))[:, :, None, None]
+        on = np.stack([weight[at].sum(axis=(1, 3)), weight[at].sum(axis=(1, 2))], axis=1)
+        on[seen.same[at], ESCALATE_LARGE] = 0.0  # the one state that both lead to is told once
+        return on
+
+    start = np.zeros_like(below)
+    start[graph.roots, RIGHT] = 1.0
+    graph.forward(down, start)
+    likely = np.log(scale).sum() + np.log(below[graph.roots, RIGHT]).sum()
+    return Latent(seen.rows, weight), float(likely) / len(local)
 
 
 def _local(seen: Sample, dynamics: Dynamics, same: Floats) -> Floats:

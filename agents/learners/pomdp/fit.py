@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.learners.pomdp.dynamics import Dynamics, Rate, measure
 from agents.learners.pomdp.em import Agreement, agreement, em
-from agents.routers.pomdp.dynamics import Dynamics, Rate, measure
-from agents.routers.pomdp.latent import CLASSES, Floats, labelled, rows_of
-from agents.routers.pomdp.model import Model, preset
-from agents.routers.pomdp.observation import LEVELS, LabelledSteps, ObservationModel
-from agents.routers.pomdp.router import PomdpRouter, routers
-from agents.routers.pomdp.sample import Kinds, observations, observations_from, sample
-from agents.routers.pomdp.solver import solve
+from agents.learners.pomdp.latent import CLASSES, labelled, rows_of
+from agents.learners.pomdp.observation import LEVELS, LabelledSteps, ObservationModel
+from agents.learners.pomdp.presets import preset
+from agents.learners.pomdp.sample import observations, observations_from, sample
+from agents.learners.pomdp.solver import routers, solve
+from agents.routers.pomdp.belief import Floats
+from agents.routers.pomdp.model import Kinds, Model
+from agents.routers.pomdp.router import PomdpRouter
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.trees.arrays import Trees
 from trim_env.costs import CostModel
@@ -97,7 +99,7 @@ def estimate(
         split: Split to estimate from; None for all trees.
         labels: ``exact``: step labels of the trees; ``em``: none, only scores and final outcomes; ``auto``: exact
             ones where the trees have any.
-        steps: Labelled steps from elsewhere (`agents.routers.pomdp.observation.read_labelled`), scored by the same
+        steps: Labelled steps from elsewhere (`agents.learners.pomdp.observation.read_labelled`), scored by the same
             reward model: they then tell what scores mean, and the trees the rest.
         indices: Estimate from these trees instead of from a whole split.
         levels: Levels of the last accepted step's score that the next one is conditioned on; 1: it is not.

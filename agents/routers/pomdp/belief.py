@@ -9,7 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.routers.pomdp.latent import RIGHT, S0, S1, S2, WRONG, Floats
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+S0, S1, S2 = 0, 1, 2
+RIGHT, WRONG = 0, 1
 
 
 def predicted(g: Floats, p_small: Floats) -> Floats:

@@ -1,4 +1,4 @@
-"""The decision process that is planned for, and its two presets; what was measured goes in, plain arrays come out."""
+"""The decision process that is planned for, as plain arrays, and how it reads what a router is shown."""
 
 from __future__ import annotations
 
@@ -8,14 +8,43 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.routers.pomdp.dynamics import Dynamics, expected_tokens
-from agents.routers.pomdp.latent import Floats
-from agents.routers.pomdp.observation import ObservationModel
-from agents.routers.pomdp.sample import Kinds
-from rollouts.errors import ConfigError, did_you_mean
+from agents.routers.pomdp.belief import Floats, Ints
+from trim_env.features import logit
 
-PRESETS = ("measured", "paper")
+SCHEMA = "agg+/1"
+SCORE, TOKENS, TERMINAL, HAS_ANSWER = 0, 2, 4, 5  # columns of the schema
 _KINDS_OF_NUMBERS: dict[str, Any] = {"edges": np.float32, "level": np.int64}
+
+
+@dataclass(frozen=True, eq=False)
+class Kinds:
+    """Sorts proposals by what is seen of them besides the score: J token bins, then ends with and without an answer.
+
+    Attributes:
+        token_edges: (J - 1,) float32 edges of the token bins, in the scale of the schema, ln(tokens / 20).
+        single: All proposals are of one kind, 0, as in the paper's model, which sees no ends.
+    """
+
+    token_edges: NDArray[np.float32]
+    single: bool = False
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return 1 if self.single else len(self.token_edges) + 3
+
+    @property
+    def terminal(self) -> NDArray[np.bool_]:
+        """(K,) whether accepting a proposal of the kind ends the episode."""
+        return np.arange(self.count) > len(self.token_edges) if not self.single else np.zeros(1, bool)
+
+    def of(self, features: NDArray[np.float32]) -> Ints:
+        """Return the (n,) kinds of proposals from their (n, d) features."""
+        if self.single:
+            return np.zeros(len(features), np.int64)
+        inner = np.searchsorted(self.token_edges, features[:, TOKENS], side="right")
+        ends = self.count - 2 + (features[:, HAS_ANSWER] < 0.5)
+        return np.where(features[:, TERMINAL] > 0.5, ends, inner).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +53,7 @@ class Model:
 
     Attributes:
         kinds: How proposals are sorted.
-        edges: (B - 1,) float32 edges of the bins of scores (`agents.routers.pomdp.observation`).
+        edges: (B - 1,) float32 edges of the bins of scores, in the scale of `as_feature`.
         level: (B,) int64 level of each bin; a context is the level of the last accepted step's score, or, last of
             C, the start.
         small: (C, K, 3, B) P(bin of the proposal's score | context, kind, S0, S1, S2).
@@ -130,68 +159,28 @@ class Model:
             raise ValueError("ends and large_ends let the last step be followed by another one")
 
 
-def measured(observed: ObservationModel, dynamics: Dynamics, kinds: Kinds) -> Model:
-    """Return the model as measured."""
-    ends = np.broadcast_to(kinds.terminal.astype(np.float64), dynamics.kind.shape).copy()
-    wrong = np.arange(kinds.count) == kinds.count - 1  # ends without an answer
-    right = dynamics.end_value[0, wrong.astype(int)], dynamics.end_value[1, wrong.astype(int)]
-    ends[-1] = 1.0
-    return Model(
-        kinds=kinds,
-        edges=observed.edges,
-        level=observed.level,
-        small=observed.small,
-        large=observed.large,
-        kind=dynamics.kind,
-        p_small=dynamics.p_small,
-        p_large=dynamics.p_large,
-        repair=dynamics.repair.value,
-        ends=ends,
-        large_ends=dynamics.large_ends,
-        end_value=np.stack([right[0], right[1], right[1]], axis=1),
-        large_end_value=dynamics.end_value[:, 0],
-        tokens=expected_tokens(dynamics.token_line, dynamics.small_tokens),
-        token_line=dynamics.token_line,
-    )
+def scores_in(features: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the (n,) scores of the proposals, as features."""
+    column: NDArray[np.float32] = features[:, SCORE]
+    return column
 
 
-def paper(observed: ObservationModel, dynamics: Dynamics) -> Model:
-    """Return the model under the paper's assumptions, with constants measured from the same trees.
-
-    One accuracy per model; scores are independent given the class; what is wrong stays wrong; scores of large steps
-    tell nothing; whether a proposal is the last is not seen, only its hazard by step is known; future escalations
-    cost the mean number of tokens, the present one as many as the proposal has.
-    """
-    steps, bins = len(dynamics.kind), observed.bins
-    ends = np.array([[rate.value] for rate in dynamics.hazard])
-    ends[-1] = 1.0
-    line = np.zeros((steps, 1, 2))
-    line[..., 1] = 1.0
-    return Model(
-        kinds=Kinds(np.zeros(0, np.float32), single=True),
-        edges=observed.edges,
-        level=np.zeros(bins, np.int64),
-        small=observed.pooled[None, None],
-        large=np.full((1, 2, bins), 1 / bins),
-        kind=np.ones((steps, 1)),
-        p_small=np.full((steps, 1), dynamics.small_right.value),
-        p_large=np.full((2, 1), dynamics.large_right.value),
-        repair=0.0,
-        ends=ends,
-        large_ends=ends,
-        end_value=np.array([[1.0, 0.0, 0.0]]),
-        large_end_value=np.array([1.0, 0.0]),
-        tokens=np.full((steps, 1), dynamics.mean_large_tokens),
-        token_line=line,
-    )
+def tokens_in(features: NDArray[np.float32]) -> Floats:
+    """Return the (n,) tokens of the proposals."""
+    return 20.0 * np.exp(features[:, TOKENS].astype(np.float64))
 
 
-def preset(name: str, observed: ObservationModel, dynamics: Dynamics, kinds: Kinds) -> Model:
-    """Return the model of a preset.
+def as_feature(scores: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """Return scores in the scale of the schema ``agg+``: log-odds, clipped at 1e-4, divided by 3; NaN stays NaN."""
+    return logit(np.asarray(scores, np.float64)).astype(np.float32)
 
-    Raises:
-        ConfigError: There is none of that name.
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"Unknown POMDP preset {name!r}.{did_you_mean(name, PRESETS)}")
-    return measured(observed, dynamics, kinds) if name == "measured" else paper(observed, dynamics)
+
+def to_bins(edges: NDArray[np.float32], values: NDArray[np.float32]) -> Ints:
+    """Return the (n,) bins, 0..len(edges), of scores in the scale of `as_feature`."""
+    return np.searchsorted(edges, values, side="right").astype(np.int64)
+
+
+def expected_tokens(line: Floats, small: Floats | NDArray[Any]) -> Floats:
+    """Return E[large tokens], at least 1, from (..., 2) intercepts and slopes and (...) small tokens."""
+    result: Floats = np.maximum(line[..., 0] + line[..., 1] * small, 1.0)
+    return result

@@ -9,13 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.routers.base import Knob
-from agents.routers.pomdp.belief import after_large, after_small, corrected, predicted, scored
-from agents.routers.pomdp.dynamics import expected_tokens
-from agents.routers.pomdp.latent import Floats
-from agents.routers.pomdp.model import Model
-from agents.routers.pomdp.observation import as_feature, to_bins
-from agents.routers.pomdp.sample import SCHEMA, scores_in, tokens_in
-from agents.routers.pomdp.solver import Solution, after_score, backup
+from agents.routers.pomdp.backup import after_score, backup
+from agents.routers.pomdp.belief import Floats, after_large, after_small, corrected, predicted, scored
+from agents.routers.pomdp.model import SCHEMA, Model, as_feature, expected_tokens, scores_in, to_bins, tokens_in
 from rollouts.trees.arrays import ESCALATE_LARGE
 
 _STEP, _G, _CONTEXT, _KIND, _BIN, _CLASSES = 0, 1, 2, 3, 4, slice(5, 8)  # columns of the state
@@ -29,7 +25,7 @@ class PomdpRouter:
         model: The decision process that was planned for.
         lam: λ that it was solved for.
         value: (T + 1, C, n) greatest expected return before the proposal of a step is seen
-            (`agents.routers.pomdp.solver`).
+            (`agents.learners.pomdp.solver`).
         price: Cost of a large token: λ times this is what it costs in return.
         name: As in tables and plots.
         schema: Feature schema.
@@ -126,9 +122,3 @@ class PomdpRouter:
         """
         model, value = Model.from_plain(plain["model"]), np.array(plain["value"], np.float64)
         return cls(model, float(plain["lam"]), value, float(plain["price"]), str(plain["name"]))
-
-
-def routers(model: Model, solution: Solution) -> list[PomdpRouter]:
-    """Return a router for each λ of a solution."""
-    pairs = zip(solution.lams, solution.value, strict=True)
-    return [PomdpRouter(model, float(lam), np.round(value, 9)) for lam, value in pairs]

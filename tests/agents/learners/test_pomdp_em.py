@@ -7,11 +7,12 @@ import pytest
 from made_pomdps import made_trees
 
 from agents.learners.pomdp import em as em_module
+from agents.learners.pomdp.dynamics import ends_right
 from agents.learners.pomdp.em import em, first_guess
 from agents.learners.pomdp.fit import estimate
-from agents.routers.pomdp.dynamics import ends_right
-from agents.routers.pomdp.latent import labelled, rows_of
-from agents.routers.pomdp.sample import sample
+from agents.learners.pomdp.latent import labelled, rows_of
+from agents.learners.pomdp.sample import sample
+from rollouts.trees.arrays import graph_of
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_posteriors_equal_enumeration():
     start = labelled(trees, rows)
     observed, dynamics = em_module.observations(seen, start), em_module.measure(seen, start)
     same = em_module.agreement_rates(seen, start)
-    latent, likelihood = em_module.posterior(seen, em_module._Links.of(seen), observed, dynamics, same)
+    latent, likelihood = em_module.posterior(seen, graph_of(trees, rows), observed, dynamics, same)
     local, ends = em_module._local(seen, dynamics, same), em_module._ends(seen, dynamics)
     total = 0.0
     for tree in range(300):

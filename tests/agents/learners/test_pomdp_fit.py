@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from made_pomdps import made_trees
 
+from agents.learners.pomdp.dynamics import ends_right, wilson
 from agents.learners.pomdp.fit import estimate, fit
-from agents.routers.pomdp.dynamics import ends_right, wilson
-from agents.routers.pomdp.latent import labelled, rows_of
-from agents.routers.pomdp.observation import as_feature, read_labelled, score_edges, to_bins
-from agents.routers.pomdp.sample import sample
+from agents.learners.pomdp.latent import labelled, rows_of
+from agents.learners.pomdp.observation import read_labelled, score_edges
+from agents.learners.pomdp.sample import sample
+from agents.routers.pomdp.model import as_feature, to_bins
 from rollouts.errors import ConfigError, DataError
 from trim_env.features import schema_named, seen_of
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from made_pomdps import features_of, made_model, scores_of
 
+from agents.learners.pomdp.solver import routers, solve
 from agents.routers.base import Router, StatefulRouter
-from agents.routers.pomdp.router import PomdpRouter, routers
-from agents.routers.pomdp.solver import solve
+from agents.routers.pomdp.router import PomdpRouter
 
 
 def posteriors(model, kinds, bins, actions, large_bins):

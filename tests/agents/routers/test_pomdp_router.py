@@ -14,7 +14,7 @@ from agents.evaluation.walk import run, run_trees
 from agents.learners.pomdp.fit import estimate, fit, price_of
 from agents.routers import artefact
 from agents.routers.base import StatefulRouter
-from agents.routers.pomdp.observation import as_feature, to_bins
+from agents.routers.pomdp.model import as_feature, to_bins
 from agents.routers.pomdp.router import PomdpRouter
 from agents.runs.run import TrainConfig, resume, train
 from rollouts.errors import ArtefactError, ConfigError, DataError

@@ -8,9 +8,9 @@ from made_pomdps import best_value, made_model, play
 from scipy.interpolate import LinearNDInterpolator
 
 from agents.learners.pomdp.fit import estimate
+from agents.learners.pomdp.solver import routers, solve
+from agents.routers.pomdp.backup import after_score, backup
 from agents.routers.pomdp.belief import corrected, predicted, scored
-from agents.routers.pomdp.router import routers
-from agents.routers.pomdp.solver import after_score, backup, solve
 from rollouts.trees.compile import compile_store
 
 LAMS = [0.0, 1e-3, 3e-3, 1e-2, 0.1]

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from reference_walk import walk
 from scripted_store import scripted_store
 
 from agents.evaluation.oracle import query_oracle, tree_oracle
@@ -12,7 +13,6 @@ from agents.evaluation.splits import Candidates, halves, thresholds
 from agents.evaluation.walk import by_problem, references, run, run_trees
 from agents.routers.base import Constant, RandomRate, Router, Threshold
 from rollouts.errors import ConfigError, StoreError
-from rollouts.trees.arrays import walk
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 

@@ -214,8 +214,7 @@ def test_routers_with_a_memory_live_through_every_fault() -> None:
 
 
 def _pomdp() -> PomdpRouter:
-    from agents.routers.pomdp.router import routers
-    from agents.routers.pomdp.solver import solve
+    from agents.learners.pomdp.solver import routers, solve
 
     model = made_model(steps=6)
     return routers(model, solve(model, [1e-3]))[0]

@@ -7,10 +7,12 @@ import os
 import shutil
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from handmade import ScriptedScorer, ScriptedWriter, ShuffledWriter, problem, process
+from reference_walk import walk
 
 from rollouts.cli.generate import run_grading, run_scoring
 from rollouts.errors import BackendError, StoreError
@@ -19,13 +21,15 @@ from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
 from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, solution_text
 from rollouts.trees.annotate import grade_store, score_store
-from rollouts.trees.arrays import MISSING, walk
+from rollouts.trees.arrays import MISSING
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, load_trees
 from rollouts.trees.on_policy import FEATURES, expand_on_policy
 from rollouts.trees.stats import oracle, split_statistics
 from rollouts.trees.tree import RolloutTree
 from rollouts.trees.verify import verify_store
+from trim_env import graph
+from trim_env.tables import decision_tables
 
 PROBLEMS = [problem(f"p{i}", "train" if i % 2 else "test") for i in range(6)]
 
@@ -282,14 +286,17 @@ def test_merged_nodes_share_a_child_and_the_small_models_token_count(tmp_path):
 
 def test_beyond_the_cap_is_an_error_that_names_it(tmp_path):
     trees = compile_store(finish(grow(tmp_path / "s", 1)), cache=False)
-    alternate = {"t": 0}
-
-    def policy(rows):
-        alternate["t"] += 1
-        return np.full(len(rows), alternate["t"] % 3 != 0).astype(int)
-
+    free = replace(decision_tables(trees, None), max_escalations=None)
     with pytest.raises(StoreError, match="K = 1"):
-        walk(trees, trees.select(), policy)
+        list(graph.walk(free, lambda rows, _: (trees.depth[rows] % 3 != 2).astype(float)))
+
+
+def test_a_path_of_one_model_that_is_missing_is_an_error(tmp_path):
+    trees = compile_store(finish(grow(tmp_path / "s", 1)), cache=False)
+    child = trees.child.copy()
+    child[trees.root[:3], 1] = MISSING
+    with pytest.raises(StoreError, match="3 trees lack the path of one model"):
+        split_statistics(replace(trees, child=child))
 
 
 def test_oracle_equals_the_best_of_all_paths(tmp_path):

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 from live import run_live
+from reference_walk import walk
 from scipy import stats
 
 from rollouts.models.stepwise import Generation, next_steps, rests
@@ -15,7 +16,6 @@ from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
 from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix
 from rollouts.trees.annotate import grade_store, score_store
-from rollouts.trees.arrays import walk
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import Grower, StepBuffer, load_trees
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.routers.pomdp.latent import CLASSES, S0, S1, S2, Floats, Ints
+from agents.learners.pomdp.latent import CLASSES
+from agents.routers.pomdp.belief import S0, S1, S2, Floats, Ints
+from agents.routers.pomdp.model import as_feature
 from rollouts.errors import DataError
-from trim_env.features import logit
 
 BINS = 24
 LEVELS = 12
@@ -26,11 +27,6 @@ _POOLED = 20.0  # pseudo-steps of the coarser shares behind each finer ones
 _KERNEL = np.array([0.25, 0.5, 0.25])
 
 
-def as_feature(scores: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    """Return scores in the scale of the schema ``agg+``: log-odds, clipped at 1e-4, divided by 3; NaN stays NaN."""
-    return logit(np.asarray(scores, np.float64)).astype(np.float32)
-
-
 def score_edges(scores: NDArray[np.floating[Any]], bins: int = BINS) -> NDArray[np.float32]:
     """Return at most ``bins - 1`` ascending edges between quantiles of the scores, in the scale of `as_feature`.
 
@@ -38,11 +34,6 @@ def score_edges(scores: NDArray[np.floating[Any]], bins: int = BINS) -> NDArray[
     """
     values = as_feature(scores[~np.isnan(scores)])
     return np.unique(np.quantile(values, np.arange(1, bins) / bins, method="inverted_cdf")).astype(np.float32)
-
-
-def to_bins(edges: NDArray[np.float32], values: NDArray[np.float32]) -> Ints:
-    """Return the (n,) bins, 0..len(edges), of scores in the scale of `as_feature`."""
-    return np.searchsorted(edges, values, side="right").astype(np.int64)
 
 
 def levels_of(bins: int, levels: int) -> Ints:
@@ -69,7 +60,7 @@ class ObservationModel:
     Attributes:
         edges: (B - 1,) float32 edges of the bins, in the scale of `as_feature`.
         level: (B,) level of each bin, 0..M-1.
-        small: (C, K, 3, B) for the small model's proposals of K kinds (`agents.routers.pomdp.sample.Kinds`), given
+        small: (C, K, 3, B) for the small model's proposals of K kinds (`agents.routers.pomdp.model.Kinds`), given
             S0, S1, S2.
         large: (C, 2, B) for the large model's steps, given that all steps up to it are right, or not.
         pooled: (3, B) for the small model's proposals whatever their context and kind.

@@ -7,65 +7,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.routers.pomdp.latent import Floats, Ints, Latent
-from agents.routers.pomdp.observation import (
+from agents.learners.pomdp.latent import Latent
+from agents.learners.pomdp.observation import (
     LEVELS,
     LabelledSteps,
     ObservationModel,
-    as_feature,
     fit_observations,
     levels_of,
     score_edges,
-    to_bins,
 )
+from agents.routers.pomdp.belief import Floats, Ints
+from agents.routers.pomdp.model import SCHEMA, TOKENS, Kinds, as_feature, to_bins
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, TERMINAL, Trees
 from trim_env.features import schema_named, seen_of
 
-SCHEMA = "agg+/1"
-_SCORE, _TOKENS, _TERMINAL, _HAS_ANSWER = 0, 2, 4, 5  # columns of the schema
 TOKEN_BINS = 3
-
-
-@dataclass(frozen=True, eq=False)
-class Kinds:
-    """Sorts proposals by what is seen of them besides the score: J token bins, then ends with and without an answer.
-
-    Attributes:
-        token_edges: (J - 1,) float32 edges of the token bins, in the scale of the schema, ln(tokens / 20).
-        single: All proposals are of one kind, 0, as in the paper's model, which sees no ends.
-    """
-
-    token_edges: NDArray[np.float32]
-    single: bool = False
-
-    @property
-    def count(self) -> int:
-        """K."""
-        return 1 if self.single else len(self.token_edges) + 3
-
-    @property
-    def terminal(self) -> NDArray[np.bool_]:
-        """(K,) whether accepting a proposal of the kind ends the episode."""
-        return np.arange(self.count) > len(self.token_edges) if not self.single else np.zeros(1, bool)
-
-    def of(self, features: NDArray[np.float32]) -> Ints:
-        """Return the (n,) kinds of proposals from their (n, d) features."""
-        if self.single:
-            return np.zeros(len(features), np.int64)
-        inner = np.searchsorted(self.token_edges, features[:, _TOKENS], side="right")
-        ends = self.count - 2 + (features[:, _HAS_ANSWER] < 0.5)
-        return np.where(features[:, _TERMINAL] > 0.5, ends, inner).astype(np.int64)
-
-
-def scores_in(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the (n,) scores of the proposals, as features."""
-    column: NDArray[np.float32] = features[:, _SCORE]
-    return column
-
-
-def tokens_in(features: NDArray[np.float32]) -> Floats:
-    """Return the (n,) tokens of the proposals."""
-    return 20.0 * np.exp(features[:, _TOKENS].astype(np.float64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +76,7 @@ def sample(
     child, scores = trees.child[rows], trees.score[rows]
     present = child != MISSING
     inner = (child[:, CONTINUE_SMALL] >= 0)[:, None] & np.array([True, False])
-    cuts = np.quantile(features[:, _TOKENS][inner[:, 0]], np.arange(1, token_bins) / token_bins) if inner.any() else []
+    cuts = np.quantile(features[:, TOKENS][inner[:, 0]], np.arange(1, token_bins) / token_bins) if inner.any() else []
     kinds = Kinds(np.unique(np.asarray(cuts, np.float32)))
     edges = score_edges(scores[present]) if edges is None else edges
     level = levels_of(len(edges) + 1, levels)

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.routers.pomdp.latent import RIGHT, WRONG, Floats, Ints, Latent
-from agents.routers.pomdp.sample import Sample
+from agents.learners.pomdp.latent import Latent
+from agents.learners.pomdp.sample import Sample
+from agents.routers.pomdp.belief import RIGHT, WRONG, Floats
 from rollouts.errors import DataError
-from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, TERMINAL, Trees, iterate_by_depth
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees, graph_of
 
 LEAST_STEPS = 30  # fewer steps of both models below right prefixes tell nothing of their accuracies
 _SHRINK = 20.0  # pseudo-steps of the coarser estimate behind each finer one
@@ -48,7 +49,7 @@ def wilson(successes: float, count: float) -> Rate:
 
 @dataclass(frozen=True, eq=False)
 class Dynamics:
-    """Everything but the scores. T steps, K kinds of proposals (`agents.routers.pomdp.sample.Kinds`).
+    """Everything but the scores. T steps, K kinds of proposals (`agents.routers.pomdp.model.Kinds`).
 
     Attributes:
         small_right: P(the small step is right | prefix right).
@@ -99,18 +100,15 @@ def measure(seen: Sample, latent: Latent) -> Dynamics:
     joint = pair * _both(seen)[:, None, None]
     _need(small.sum(axis=0), "the small model's", LEAST_STEPS)
     _need(large.sum(axis=0), "the large model's", LEAST_STEPS)
-    steps, kinds = seen.max_steps, seen.kinds.count
-    by_kind = _table(seen.kind, small, kinds)
-    base = _shrunk(by_kind[:, RIGHT], by_kind.sum(axis=1), _share(small[:, RIGHT].sum(), small.sum()))
-    cell = seen.step * kinds + seen.kind
-    by_cell = _table(cell, small, steps * kinds).reshape(steps, kinds, 2)
-    p_small = _shrunk(by_cell[..., RIGHT], by_cell.sum(axis=2), base)
-    rates, p_large = [], np.zeros((2, kinds))
+    everywhere = np.ones(len(pair), bool)
+    right, whole = (_cells(seen, everywhere, each) for each in (small[:, RIGHT], small.sum(axis=1)))
+    overall = right.sum() / max(whole.sum(), 1e-12)
+    rates, p_large = [], []
     for given in (RIGHT, WRONG):
         own = joint[:, given]
         rates.append(wilson(own[:, RIGHT].sum(), own.sum()))
-        table = _table(seen.kind, own, kinds)
-        p_large[given] = _shrunk(table[:, RIGHT], table.sum(axis=1), rates[-1].value)
+        part, total = (np.bincount(seen.kind, each, seen.kinds.count) for each in (own[:, RIGHT], own.sum(axis=1)))
+        p_large.append(_shrunk(part, total, rates[-1].value))
     hazard, kind = _ends(seen)
     repair, salvage = _repair(seen, latent.prefix[:, WRONG])
     return Dynamics(
@@ -120,8 +118,8 @@ def measure(seen: Sample, latent: Latent) -> Dynamics:
         large_right_if_wrong=rates[WRONG],
         repair=repair,
         salvage=salvage,
-        p_small=p_small,
-        p_large=p_large,
+        p_small=_shrunk(right, whole, _shrunk(right.sum(axis=0), whole.sum(axis=0), overall)),
+        p_large=np.stack(p_large),
         hazard=hazard,
         kind=kind,
         large_ends=_large_ends(seen),
@@ -143,13 +141,11 @@ def _need(found: Floats, whose: str, least: int) -> None:
         )
 
 
-def _table(place: Ints, weights: Floats, size: int) -> Floats:
-    """Add up (M, c) weights by place: (size, c)."""
-    return np.stack([np.bincount(place, column, size) for column in weights.T], axis=1)
-
-
-def _share(part: Any, whole: Any) -> Any:
-    return part / np.maximum(whole, 1e-12)
+def _cells(seen: Sample, where: NDArray[np.bool_], weights: NDArray[Any] | None = None) -> Floats:
+    """Add up (m,) weights, or count, at some nodes by step and kind: (T, K)."""
+    steps, kinds = seen.max_steps, seen.kinds.count
+    cell = seen.step[where] * kinds + seen.kind[where]
+    return np.bincount(cell, weights, steps * kinds).reshape(steps, kinds).astype(np.float64)
 
 
 def _shrunk(part: NDArray[Any], whole: NDArray[Any], towards: Any) -> Floats:
@@ -159,15 +155,12 @@ def _shrunk(part: NDArray[Any], whole: NDArray[Any], towards: Any) -> Floats:
 
 def _ends(seen: Sample) -> tuple[tuple[Rate, ...], Floats]:
     """Hazard by step and P(kind | step); steps beyond those seen are as the last one seen, the last of all ends."""
-    steps, kinds = seen.max_steps, seen.kinds.count
-    there = seen.present[:, CONTINUE_SMALL]
-    counts = np.zeros((steps, kinds))
-    np.add.at(counts, (seen.step[there], seen.kind[there]), 1.0)
+    counts = _cells(seen, seen.present[:, CONTINUE_SMALL])
     ends = seen.kinds.terminal
     hazard = tuple(wilson(row[ends].sum(), row.sum()) for row in counts)
     whole = counts.sum(axis=0) / counts.sum()
-    kind = np.empty((steps, kinds))
-    for t in range(steps):
+    kind = np.empty_like(counts)
+    for t in range(len(counts)):
         whole = (counts[t] + whole) / (counts[t].sum() + 1.0)  # one pseudo-step as at the step before
         kind[t] = whole
     last = kind[-1] * ends
@@ -177,12 +170,8 @@ def _ends(seen: Sample) -> tuple[tuple[Rate, ...], Floats]:
 
 
 def _large_ends(seen: Sample) -> Floats:
-    steps, kinds = seen.max_steps, seen.kinds.count
     there = _both(seen)
-    cell = seen.step[there] * kinds + seen.kind[there]
-    ends = seen.ends[there, ESCALATE_LARGE].astype(np.float64)
-    total = np.bincount(cell, minlength=steps * kinds).reshape(steps, kinds).astype(np.float64)
-    part = np.bincount(cell, ends, steps * kinds).reshape(steps, kinds)
+    total, part = _cells(seen, there), _cells(seen, there, seen.ends[there, ESCALATE_LARGE])
     base = _shrunk(part.sum(axis=0), total.sum(axis=0), seen.kinds.terminal.astype(np.float64))
     result = _shrunk(part, total, base)
     result[-1] = 1.0
@@ -210,14 +199,9 @@ def ends_right(trees: Trees, author: int) -> Floats:
 
     NaN where that was not generated.
     """
-    value = np.full(trees.nodes, np.nan)
-    after = np.full((trees.nodes, 2), np.nan)
-    for rows in iterate_by_depth(trees):
-        child = trees.child[rows]
-        ended = trees.correct[rows] == 1
-        after[rows] = np.where(child >= 0, value[np.maximum(child, 0)], np.where(child == TERMINAL, ended, np.nan))
-        value[rows] = after[rows, author]
-    return after
+    now, graph = np.where(trees.child == MISSING, np.nan, trees.correct == 1), graph_of(trees)
+    value = graph.backward(lambda rows, later: (now[rows] + later)[:, author])
+    return now + value[graph.child]
 
 
 def _repair(seen: Sample, wrong: Floats) -> tuple[Rate, Rate]:
@@ -239,8 +223,7 @@ def _repair(seen: Sample, wrong: Floats) -> tuple[Rate, Rate]:
 
 def _tokens(seen: Sample) -> dict[str, Any]:
     """Fit E[large tokens | step, kind, small tokens]: one slope, an intercept for each kind and, shrunk, each step."""
-    steps, kinds = seen.max_steps, seen.kinds.count
-    there = _both(seen)
+    kinds, there = seen.kinds.count, _both(seen)
     kind, small, large = seen.kind[there], seen.tokens[there, CONTINUE_SMALL], seen.tokens[there, ESCALATE_LARGE]
     count = np.bincount(kind, minlength=kinds).astype(np.float64)
     means = [_shrunk(np.bincount(kind, v, kinds), count, v.mean()) for v in (small, large)]
@@ -248,16 +231,10 @@ def _tokens(seen: Sample) -> dict[str, Any]:
     slope = float((centred * (large - means[1][kind])).sum() / max((centred**2).sum(), 1e-12)) if len(small) else 0.0
     slope = float(np.clip(slope, 0.0, 2.0))
     intercept = means[1] - slope * means[0]
-    cell = seen.step[there] * kinds + kind
     rest = large - intercept[kind] - slope * small
-    shift = _shrunk(np.bincount(cell, rest, steps * kinds), np.bincount(cell, minlength=steps * kinds), 0.0)
-    line = np.empty((steps, kinds, 2))
-    line[..., 0] = intercept + shift.reshape(steps, kinds)
-    line[..., 1] = slope
-    return {"token_line": line, "small_tokens": means[0], "mean_large_tokens": float(large.mean())}
-
-
-def expected_tokens(line: Floats, small: Floats | NDArray[Any]) -> Floats:
-    """Return E[large tokens], at least 1, from (..., 2) intercepts and slopes and (...) small tokens."""
-    result: Floats = np.maximum(line[..., 0] + line[..., 1] * small, 1.0)
-    return result
+    line = intercept + _shrunk(_cells(seen, there, rest), _cells(seen, there), 0.0)
+    return {
+        "token_line": np.stack([line, np.full_like(line, slope)], axis=2),
+        "small_tokens": means[0],
+        "mean_large_tokens": float(large.mean()),
+    }

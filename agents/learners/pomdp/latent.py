@@ -12,13 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees, iterate_by_depth
+from agents.routers.pomdp.belief import RIGHT, WRONG, Floats, Ints
+from rollouts.trees.arrays import MISSING, Trees, graph_of
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-S0, S1, S2 = 0, 1, 2
 CLASSES = ("S0", "S1", "S2")
-RIGHT, WRONG = 0, 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,17 +56,14 @@ def labelled(trees: Trees, rows: Ints) -> Latent:
     A node below an unlabelled step has weight 0 unless a step before that one is wrong already. Below a right prefix,
     a node counts if every proposal that it has is labelled; a missing one is spread evenly.
     """
-    state = np.zeros(trees.nodes, np.int8)  # of the prefix: 1 right, 0 wrong, -1 unknown
-    state[trees.root] = 1
-    for group in reversed(list(iterate_by_depth(trees))):
-        for action in (CONTINUE_SMALL, ESCALATE_LARGE):
-            child = trees.child[group, action]
-            label, before = trees.label[group, action], state[group]
-            after = np.where(before == 1, label, before)
-            state[child[child >= 0]] = after[child >= 0]
-    prefix, label = state[rows], trees.label[rows]
+    graph, label = graph_of(trees), trees.label
+    right = graph.reach(label == 1)[:-1] > 0
+    broken = np.zeros(trees.nodes + 1)
+    broken[graph.child[right[:, None] & (label == 0)]] = 1.0
+    wrong = graph.reach(np.ones(label.shape), broken[:-1])[:-1] > 0
+    label = label[rows]
     share = np.stack([label == 1, label == 0], axis=2) + 0.5 * (trees.child[rows] == MISSING)[:, :, None]
     weight = np.zeros((len(rows), 2, 2, 2))
-    weight[:, RIGHT] = (prefix == 1)[:, None, None] * share[:, 0, :, None] * share[:, 1, None, :]
-    weight[prefix == 0, WRONG, WRONG, WRONG] = 1.0
+    weight[:, RIGHT] = right[rows, None, None] * share[:, 0, :, None] * share[:, 1, None, :]
+    weight[wrong[rows], WRONG, WRONG, WRONG] = 1.0
     return Latent(rows, weight)
