@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.evaluation.walk import seen_by
-from agents.routers.base import AnyRouter, StatefulRouter
-from rollouts.errors import ConfigError, StoreError
-from rollouts.trees.arrays import ESCALATE_LARGE, MISSING
-from trim_env.graph import Spent
-from trim_env.tables import DecisionTables, missing
+from agents.evaluation.walk import decisions
+from agents.routers.base import AnyRouter
+from rollouts.errors import ConfigError
+from rollouts.trees.arrays import ESCALATE_LARGE
+from trim_env.tables import DecisionTables
 
 Ints = NDArray[np.int64]
 CUT_OFF = 2
@@ -54,35 +53,16 @@ def follow(router: AnyRouter, tables: DecisionTables) -> Paths:
         StoreError: A proposal that the router needs was not generated.
     """
     count = len(tables.indices)
-    seen = seen_by(router, tables)
-    state = router.start(count) if isinstance(router, StatefulRouter) else np.zeros((count, 0))
-    rows, tree = tables.roots, np.arange(count)
-    spent = Spent(np.zeros(count, np.int64), np.full(count, tables.max_large_tokens or 0, np.int64))
     large, correct = np.zeros(count, np.int64), np.zeros(count, bool)
     visited, taken = [], []
-    while len(rows):
-        if isinstance(router, StatefulRouter):
-            escalate, state = router.decide(seen(rows, spent.left), state)
-        else:
-            escalate = router.probability(seen(rows, spent.left))
-        if ((escalate > 0) & (escalate < 1)).any():
+    for done in decisions(tables, router):
+        if len(done.tree) > len(np.unique(done.tree)):
             raise ConfigError(f"{router.name} draws its actions: it has no one path through a tree to show.")
-        wanted = ((escalate > 0) & spent.open(tables)).astype(np.int64)
-        found = tables.take(rows, wanted, spent.left)
-        child, accepted = tables.child[found.place], found.place - 2 * rows
-        if (child == MISSING).any():
-            raise StoreError(missing(tables, found.place))
-        visited.append(_column(count, tree, rows))
-        taken.append(_column(count, tree, np.where(found.cut_off, CUT_OFF, accepted)))
-        large[tree] += found.large_tokens
-        correct[tree] = tables.solved[found.place] == 1
-        if isinstance(router, StatefulRouter):
-            at = rows, accepted
-            state = router.accept(state, accepted, tables.trees.score[at], tables.trees.accepted_tokens[at])
-        left = spent.left if tables.max_large_tokens is None else spent.left - found.large_tokens
-        on = child >= 0
-        spent = Spent((spent.escalations + accepted)[on], left[on])
-        rows, tree, state = child[on], tree[on], state[on]
+        found = done.moved.taken
+        visited.append(_column(count, done.tree, done.rows))
+        taken.append(_column(count, done.tree, np.where(found.cut_off, CUT_OFF, done.moved.accepted)))
+        large[done.tree] += found.large_tokens
+        correct[done.tree] = tables.solved[found.place] == 1
     return Paths(np.stack(visited, axis=1), np.stack(taken, axis=1).astype(np.int8), correct, large)
 
 
