@@ -16,9 +16,6 @@ from pathlib import Path
 import tyro
 
 from agents.evaluation.suite import EvaluateConfig, Evaluation, evaluate, save
-from agents.evaluation.table import NOTES, caption, headline_rows, limits, rich_table
-from agents.report.gather import gather
-from agents.report.render import write
 from rollouts.errors import TrimError
 
 
@@ -26,13 +23,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     from rich.console import Console
 
-    config = tyro.cli(EvaluateConfig, args=arguments, description=__doc__)
     try:
+        config = tyro.cli(EvaluateConfig, args=arguments, description=__doc__)
         with Console(stderr=True).status("evaluating"):
             evaluation = evaluate(config)
             folder = config.out or config.runs[0] / f"evaluation-{config.split}"
             files = save(evaluation, folder)
             if config.report:
+                from agents.report.gather import gather
+                from agents.report.render import write
+
                 files.append(write(gather(config, evaluation), config.report))
     except TrimError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -45,6 +45,8 @@ def show(evaluation: Evaluation, files: list[Path]) -> None:
     """Print tables, files and sentences."""
     from rich.console import Console
     from rich.table import Table
+
+    from agents.evaluation.table import NOTES, caption, headline_rows, limits, rich_table
 
     console = Console()
     console.width = max(console.width, 110)

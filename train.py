@@ -7,37 +7,29 @@
     python train.py --lam 3e-3 --max-large-tokens 60           # never more than 60 large-model tokens for a problem
     python train.py --agent ppo-seq --lam 3e-3                 # a transformer over all steps so far
     python train.py --lam 3e-3 --ppo.iterations 3 --out runs/try  # a few seconds
+    python train.py --agent my_module:MyRouter --lam 3e-3      # a router of your own: `agents.routers.base`
     python train.py --resume runs/try                          # go on where a stopped run was
 
-Every setting is a field of `agents.runs.run.TrainConfig`.
+Every setting is a field of `agents.runs.config.TrainConfig`.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from agents.evaluation.health import Health
-from agents.evaluation.splits import Record
-from agents.learners.loop import Training
-from agents.runs.run import Listener, TrainConfig, Trained, resume, train
+from agents.runs.config import Resume, TrainConfig
+from agents.runs.listener import Listener
 from rollouts.errors import TrimError
-from trim_env.episodes import Lam
 
-
-@dataclass(frozen=True)
-class Resume:
-    """Go on with a run that was stopped.
-
-    Attributes:
-        resume: Folder of the run; all settings are those that it was begun with.
-    """
-
-    resume: Path
+if TYPE_CHECKING:
+    from agents.evaluation.health import Health
+    from agents.evaluation.splits import Record
+    from agents.learners.loop import Training
+    from agents.runs.run import Trained
+    from trim_env.episodes import Lam
 
 
 class ProgressBar(Listener):
@@ -71,8 +63,7 @@ class ProgressBar(Listener):
     def begin(self, lam: Lam, training: Training) -> None:
         """Add a bar."""
         self._finish_task()
-        done = len(training.records)
-        self._add(_name(lam), total=training.planned, completed=done)
+        self._add(_name(lam), total=training.planned)
 
     def iteration(self, lam: Lam, training: Training, record: Record) -> None:
         """Move the bar."""
@@ -111,14 +102,14 @@ def main(arguments: list[str] | None = None) -> int:
     resuming = any(each == "--resume" or each.startswith("--resume=") for each in arguments)
     listener: ProgressBar | None = None
     try:
-        if resuming:
-            given = tyro.cli(Resume, args=arguments, description=__doc__)
-            listener = ProgressBar()
-            trained = resume(given.resume, listener)
+        given = tyro.cli(Resume if resuming else TrainConfig, args=arguments, description=__doc__)
+        from agents.runs.run import resume, train  # not for --help: it takes seconds
+
+        listener = ProgressBar()
+        if isinstance(given, Resume):
+            trained = resume(given.resume, listener, given.imports)
         else:
-            config = tyro.cli(TrainConfig, args=arguments, description=__doc__)
-            listener = ProgressBar()
-            trained = train(config, listener)
+            trained = train(given, listener)
     except TrimError as error:
         if listener:
             listener.close()
@@ -127,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         if listener:
             listener.close()
-        print("Stopped; what was trained is kept. Go on with --resume and the run's folder.", file=sys.stderr)
+        print("Stopped; what was finished is kept. Go on with --resume and the run's folder.", file=sys.stderr)
         return 130
     listener.close()
     report(trained)

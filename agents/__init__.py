@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from agents.deploy.policy import Policy
 
 
-def load(folder: str | Path, runtime: str = "numpy") -> Policy:
+def load(folder: str | Path) -> Policy:
     """Read a router for use: see `agents.deploy.policy.load`."""
     from agents.deploy.policy import load as load_policy
 
-    return load_policy(folder, runtime)
+    return load_policy(folder)

@@ -16,16 +16,16 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from agents.evaluation.budgets import LEVEL, calibrate, reached
+from agents.evaluation.budgets import LEVEL, SETTINGS, measure, reached
 from agents.evaluation.curves import References
 from agents.evaluation.outcomes import Outcomes, mix
 from agents.evaluation.splits import thresholds
-from agents.evaluation.targets import SETTINGS
 from agents.evaluation.walk import references, run
 from agents.learners.loop import Training
 from agents.learners.pomdp.fit import estimate
-from agents.learners.ppo import PPOSettings
+from agents.learners.settings import PPOSettings
 from agents.routers.base import AnyRouter, Constant, Mixture, Threshold
+from agents.routers.budgets import calibrate
 from agents.routers.mlp import ConditionedMLP
 from benchmarks.methods import RANGE, Data, heading, write
 from rollouts.trees.arrays import Trees
@@ -85,7 +85,7 @@ def trial(
     def part(index: NDArray[np.int64]) -> References:
         return References(both.small.take(index), both.large.take(index))
 
-    chosen = calibrate([(r, o.take(choice)) for r, o in found], part(choice), budget=budget).router
+    chosen = calibrate([measure(r, o.take(choice), part(choice)) for r, o in found], budget=budget)
     if isinstance(chosen, Mixture):
         outcomes = mix(by_router[id(chosen.first)], by_router[id(chosen.second)], chosen.share)
     else:

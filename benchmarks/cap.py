@@ -19,7 +19,7 @@ from agents.evaluation.splits import Candidates, Validation
 from agents.evaluation.table import MethodSummary, summarise
 from agents.evaluation.walk import references, run
 from agents.learners.loop import Training
-from agents.learners.ppo import PPOSettings
+from agents.learners.settings import PPOSettings
 from agents.routers.base import Threshold
 from agents.routers.mlp import at
 from rollouts.trees.compile import compile_store

@@ -18,13 +18,13 @@ import numpy as np
 import tyro
 
 from agents.evaluation.bootstrap import Difference, difference, resample_weights
+from agents.evaluation.budgets import SETTINGS
 from agents.evaluation.curves import Curve, Points, References
 from agents.evaluation.outcomes import Floats
-from agents.evaluation.spread import spread
-from agents.evaluation.targets import SETTINGS
+from agents.evaluation.splits import spread
 from agents.evaluation.walk import references, run
 from agents.learners.loop import Training
-from agents.learners.ppo import PPOSettings
+from agents.learners.settings import PPOSettings
 from agents.routers.mlp import ConditionedMLP, at
 from benchmarks.methods import RANGE, Data, heading, write
 from benchmarks.robustness import LAMS, average

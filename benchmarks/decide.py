@@ -68,9 +68,8 @@ def made(hidden: int, folder: Path) -> dict[str, Policy]:
     """Return policies of all kinds by what they are called in the output."""
     policies = {}
     for schema in ("agg", "agg+"):
-        place = artefact.save(network(schema, hidden), folder / schema, ABOUT, onnx=True)
+        place = artefact.save(network(schema, hidden), folder / schema, ABOUT)
         policies[f"network, {schema}"] = agents.load(place)
-        policies[f"network, {schema}, onnxruntime"] = agents.load(place, runtime="onnx")
     policies["threshold"] = Policy(Threshold(0.5), ABOUT)
     policies["POMDP"] = Policy(estimate(compile_store("quickstart")).routers([1e-3])[0], ABOUT)
     return policies

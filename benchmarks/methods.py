@@ -18,7 +18,7 @@ from agents.evaluation.splits import Validation
 from agents.evaluation.walk import run
 from agents.learners.loop import Training
 from agents.learners.pomdp.fit import estimate
-from agents.learners.ppo import PPOSettings
+from agents.learners.settings import PPOSettings
 from agents.routers.base import AnyRouter, Constant
 from agents.routers.mlp import at
 from rollouts.errors import DataError

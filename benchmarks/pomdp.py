@@ -26,8 +26,7 @@ from agents.evaluation.compare import compare_curves
 from agents.evaluation.curves import BUDGETS, CPT_TARGETS, Curve, Points, curve_metrics
 from agents.evaluation.oracle import tree_oracle
 from agents.evaluation.outcomes import Outcomes
-from agents.evaluation.splits import Candidates
-from agents.evaluation.spread import spread
+from agents.evaluation.splits import Candidates, spread
 from agents.evaluation.walk import by_problem, references, run, run_trees
 from agents.learners.pomdp.fit import Estimates, estimate
 from agents.learners.pomdp.latent import labelled

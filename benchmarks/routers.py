@@ -18,16 +18,14 @@ import tyro
 from numpy.typing import NDArray
 
 from agents.evaluation.bootstrap import difference, resample_weights
+from agents.evaluation.budgets import SETTINGS
 from agents.evaluation.compare import compare_curves
 from agents.evaluation.curves import Curve, Points, References
-from agents.evaluation.spread import spread
-from agents.evaluation.targets import SETTINGS
+from agents.evaluation.splits import spread
 from agents.evaluation.walk import references, run
-from agents.learners.exact import TreeSettings
 from agents.learners.loop import Training
 from agents.learners.pomdp.fit import estimate
-from agents.learners.ppo import PPOSettings
-from agents.learners.settings import LearnerSettings
+from agents.learners.settings import LearnerSettings, PPOSettings, TreeSettings
 from agents.routers.base import AnyRouter
 from agents.routers.mlp import ConditionedMLP
 from benchmarks.methods import RANGE, Data, heading, write

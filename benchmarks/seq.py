@@ -18,7 +18,7 @@ from agents.evaluation.outcomes import Outcomes, mix
 from agents.evaluation.splits import Validation
 from agents.evaluation.walk import run
 from agents.learners.loop import Training
-from agents.learners.ppo import PPOSettings, SeqSettings
+from agents.learners.settings import PPOSettings, SeqSettings
 from rollouts.trees.arrays import Trees
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables

@@ -15,7 +15,7 @@ import tyro
 from agents.evaluation.splits import Validation
 from agents.evaluation.walk import run
 from agents.learners.loop import Training
-from agents.learners.ppo import PPOSettings
+from agents.learners.settings import PPOSettings
 from agents.routers.mlp import at
 from benchmarks.robustness import LAMS
 from rollouts.trees.compile import compile_store

@@ -20,10 +20,8 @@ import tyro
 
 from agents.evaluation.splits import Validation
 from agents.evaluation.walk import run
-from agents.learners.exact import TreeSettings
 from agents.learners.loop import Training
-from agents.learners.ppo import PPOSettings
-from agents.learners.settings import LearnerSettings
+from agents.learners.settings import LearnerSettings, PPOSettings, TreeSettings
 from agents.routers.mlp import at
 from benchmarks.methods import heading, write
 from rollouts.trees.compile import compile_store

@@ -1,13 +1,15 @@
-"""The file that names the models: one TOML section per role, every key known, every value checked."""
+"""What users set: the file that names the models, a TOML section per role, and how a command's settings are checked."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from rollouts.errors import ConfigError, did_you_mean
@@ -274,3 +276,51 @@ def embedded_family(backend: str = "vllm", dtype: str | None = None) -> FamilyCo
             "limits": {"max_steps": 16},
         }
     )
+
+
+Imports = Annotated[tuple[str, ...], tyro.conf.arg(name="import"), tyro.conf.UseAppendAction]
+"""Modules that a user names to be imported, for classes of his own: ``--import one --import other``."""
+_Class = TypeVar("_Class", bound=type[Any])
+_WORDS = {"Input should be": "expected", "greater than or equal to": "at least", "less than or equal to": "at most",
+          "greater than": "above", "less than": "below"}  # fmt: skip
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def settings(declared: _Class) -> _Class:
+    """Make a class of annotated fields a frozen dataclass whose values are checked when it is made.
+
+    Constraints stand at the field, ``Annotated[int, Field(ge=1)]``; what they cannot say goes into ``__post_init__``.
+    ``section`` is what flags begin with where the settings are part of others: ``ppo`` of ``--ppo.iterations``. A value
+    that does not fit, an unknown name among the arguments included, is a `ConfigError` that names the flag.
+    """
+    config = ConfigDict(extra="forbid")
+    made: Any = dataclass(frozen=True, config=config)(declared)
+    plain = made.__init__
+
+    @functools.wraps(plain)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            plain(self, *args, **kwargs)
+        except ValidationError as error:
+            raise ConfigError("; ".join(_refusal(made, item) for item in error.errors())) from error
+
+    made.__init__ = __init__
+    result: _Class = made
+    return result
+
+
+def as_plain(made: Any) -> dict[str, Any]:
+    """Return settings as JSON can hold them; the class makes them from that again."""
+    plain: dict[str, Any] = TypeAdapter(type(made)).dump_python(made, mode="json")
+    return plain
+
+
+def _refusal(declared: Any, item: Any) -> str:
+    names = [getattr(declared, "section", ""), *(part for part in item["loc"] if isinstance(part, str))]
+    flag = "--" + ".".join(filter(None, names)).replace("_", "-")
+    if item["type"] == "unexpected_keyword_argument":
+        return (
+            f"{flag}: no such setting.{did_you_mean(names[-1], [each.name for each in dataclasses.fields(declared)])}"
+        )
+    message = functools.reduce(lambda text, word: text.replace(word, _WORDS[word]), _WORDS, item["msg"])
+    return f"{flag} is {item['input']!r}, {message}."

@@ -31,14 +31,22 @@ def load_plugin(name: str, what: str) -> Any:
     Raises:
         ConfigError: There is no such module or object, or the module fails to import.
     """
-    module = _module_of(name, what)
+    import_module(_module_of(name, what), f"{what} {name!r}")
+    return loaded_plugin(name, what)
+
+
+def import_module(module: str, what: str = "--import") -> None:
+    """Import a module that a user has named, from where Python finds modules or from the working folder.
+
+    Raises:
+        ConfigError: There is none, or it fails to import.
+    """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         importlib.import_module(module)
     except Exception as error:  # whatever a user's module raises
-        raise ConfigError(f"{what} {name!r}: module {module} cannot be imported ({error!r}).") from error
-    return loaded_plugin(name, what)
+        raise ConfigError(f"{what}: module {module} cannot be imported ({error!r}).") from error
 
 
 def build_plugin(name: str, what: str, protocol: type, *arguments: Any, **options: Any) -> Any:

@@ -19,20 +19,22 @@ from pathlib import Path
 
 import tyro
 
+from agents import tracking
 from agents.deploy import policy as deployed
-from agents.evaluation.health import BEATEN, COLLAPSED
 from agents.routers import artefact
 from agents.routers.artefact import Artefact
 from agents.routers.base import Mixture
 from agents.routers.mlp import ConditionedMLP
+from rollouts.config import Imports, settings
 from rollouts.errors import ArtefactError, ConfigError
+from rollouts.plugins import import_module
 from trim_env.features import schema_named
 
 WANDB = "wandb:"
 _SAME = 1e-3  # λ in a folder's name are rounded
 
 
-@dataclass(frozen=True)
+@settings
 class ExportConfig:
     """Write portable artefacts of the routers of a run.
 
@@ -47,6 +49,7 @@ class ExportConfig:
         budget: Export the router that was chosen for this budget (train.py --budget) alone, into DIR.
         onnx: Write networks as policy.onnx as well (needs the onnx extra). Other routers have no such form.
         to_wandb: Log every artefact to Weights & Biases too: offline unless you are logged in.
+        imports: A module to import first: that of a router of your own; may be repeated.
     """
 
     run: tyro.conf.Positional[str]
@@ -55,6 +58,12 @@ class ExportConfig:
     budget: float | None = None
     onnx: bool = False
     to_wandb: bool = False
+    imports: Imports = ()
+
+    def __post_init__(self) -> None:
+        """Check what constraints of single values cannot say."""
+        if self.lam is not None and self.budget is not None:
+            raise ConfigError("Give either --lam or --budget, not both.")
 
 
 @dataclass(frozen=True)
@@ -79,21 +88,19 @@ def export(config: ExportConfig) -> list[Exported]:
         ArtefactError: There is no policy, or it is damaged.
         ConfigError: A setting is wrong, DIR is not empty, or a package is missing.
     """
-    if config.lam is not None and config.budget is not None:
-        raise ConfigError("Give either --lam or --budget, not both.")
+    for module in config.imports:
+        import_module(module)
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise ConfigError(f"{config.out}: exists already; nothing was overwritten. Choose another --out.")
     with tempfile.TemporaryDirectory() as temporary:
         scratch, run = Path(temporary), Path(config.run)
         if config.run.startswith(WANDB):
-            from agents.deploy.wandb_artifacts import pull
-
-            run = pull(config.run.removeprefix(WANDB), scratch / "pulled")
+            run = tracking.pull(config.run.removeprefix(WANDB), scratch / "pulled")
         chosen = choose(run, config.lam, config.budget)
         alone = len(chosen) == 1
         for name, found in chosen.items():
             place = scratch / "made" if alone else scratch / "made" / name
-            deployed.Policy(found.router, found.about, found.kind, place=str(run / name))  # fails now, if it must
+            deployed.Policy(found.router, found.about, found.kind, str(run / name))  # fails now, if it must
             artefact.save(found.router, place, _about(found, config.lam), onnx=config.onnx)
         shutil.copytree(scratch / "made", config.out, dirs_exist_ok=True)
     exported = [
@@ -101,10 +108,8 @@ def export(config: ExportConfig) -> list[Exported]:
         for found, place in ((each, config.out if alone else config.out / name) for name, each in chosen.items())
     ]
     if config.to_wandb:
-        from agents.deploy.wandb_artifacts import push
-
         for each in exported:
-            push(each.folder, each.policy, config.out.parent)
+            tracking.push(each.folder, each.policy.name, each.policy.describe(), config.out.parent)
     return exported
 
 
@@ -177,7 +182,7 @@ def _notes(found: Artefact, onnx: bool) -> tuple[str, ...]:
     notes = [
         f"advised against at λ = {each['lam']:g}. {each['sentence']}"
         for each in found.about.get("held_out", [])
-        if each["verdict"] in (COLLAPSED, BEATEN)
+        if each["verdict"] in ("collapsed", "beaten")
     ]
     if onnx and not artefact.has_network(found.router):
         notes.append(f"no {artefact.ONNX}: a router of kind {found.kind} is no network; policy.json is all there is.")

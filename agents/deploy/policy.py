@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 from agents.deploy.session import Proposal, Session, decide_together
 from agents.routers import artefact
 from agents.routers.base import AnyRouter, Mixture, told_cap
+from agents.routers.budgets import LamCosts
 from agents.routers.mlp import MLP, ConditionedMLP
 from rollouts.errors import ArtefactError, ConfigError
 from trim_env.features import Schema, schema_named
@@ -31,16 +33,15 @@ _KEPT = 256  # λ whose routers are kept at hand
 _TOLD = ("package", "small", "large", "scorer", "grader", "rollouts", "cost", "held_out", "calibration")
 
 
-def load(folder: str | Path, runtime: str = "numpy") -> Policy:
+def load(folder: str | Path) -> Policy:
     """Read a router for use.
 
     Args:
         folder: An exported artefact, or a ``policy`` folder of a run.
-        runtime: ``numpy``, or ``onnx`` to run networks by onnxruntime.
 
     Raises:
-        ArtefactError: There is none, it is damaged, newer than this version or made for other features.
-        ConfigError: Unknown runtime, or onnxruntime is not installed.
+        ArtefactError: There is none, it is damaged, newer than this version or made for other features, or of a class
+            of somebody's whose module is not imported.
     """
     folder = Path(folder)
     if not (folder / "policy.json").exists():
@@ -48,13 +49,8 @@ def load(folder: str | Path, runtime: str = "numpy") -> Policy:
         below += sorted(str(file.parent) for file in folder.glob("*/policy/policy.json"))
         if below:
             raise ArtefactError(f"{folder}: no policy here, but below it; load one of {', '.join(below)}.")
-    found = artefact.load(folder, runtime)
-    if runtime == "onnx" and not artefact.has_network(found.router):
-        raise ArtefactError(
-            f"{folder}: has no {artefact.ONNX}, as a router of kind {found.kind} is no network; load it with runtime "
-            "'numpy'."
-        )
-    return Policy(found.router, found.about, found.kind, runtime, str(folder))
+    found = artefact.load(folder)
+    return Policy(found.router, found.about, found.kind, str(folder))
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,14 +61,12 @@ class Policy:
         router: The router; of a range of λ, the one that makes a router for each (`at`).
         about: What its artefact says: models, scorer, rollouts, cap, held-out metrics.
         kind: How it is stored (`agents.routers.artefact.Artefact`).
-        runtime: ``numpy`` or ``onnx``.
         place: Where it comes from, for messages.
     """
 
     router: artefact.Storable
     about: dict[str, Any]
     kind: str = ""
-    runtime: str = "numpy"
     place: str = "policy"
     _at: dict[float, AnyRouter] = field(default_factory=dict, init=False, repr=False)
 
@@ -152,20 +146,11 @@ class Policy:
     @property
     def budget_range(self) -> tuple[float, float] | None:
         """Least and greatest share of always-large's cost that sessions may ask for; None if the router takes none."""
-        shares = self._budgets()[1]
-        return (float(shares[0]), 1.0) if len(shares) else None
+        return self._costs.range
 
-    def _budgets(self) -> tuple[Any, Any]:
-        """Return logarithms of λ and the shares of always-large's cost that they come to, ascending in the shares.
-
-        A share is the greatest one of all λ that are not smaller: where the measured ones go up and down, the budget
-        is kept all the same.
-        """
-        rows = self.about.get("budgets", []) if self.lam_range else []
-        rows = sorted(rows, key=lambda row: -float(row["lam"]))
-        shares = np.maximum.accumulate([float(row["share"]) for row in rows]) if rows else np.zeros(0)
-        shares, first = np.unique(shares, return_index=True)
-        return np.log([float(rows[index]["lam"]) for index in first]), shares
+    @cached_property
+    def _costs(self) -> LamCosts:
+        return LamCosts(self.about.get("budgets", []) if self.lam_range else [])
 
     def at(self, lam: float | None = None, budget: float | None = None) -> AnyRouter | Mixture:
         """Return the router for a λ or a budget, if it takes one: the same object for the same setting.
@@ -182,8 +167,11 @@ class Policy:
         if not isinstance(self.router, ConditionedMLP):
             self._refuse(lam, budget)
             return self.router
-        lam = self._lam_of(budget) if budget is not None else self.default_lam if lam is None else lam
         low, high = self.router.low, self.router.high
+        if budget is not None:
+            lam = min(max(self._costs.lam(_number("budget", budget), self.name), low), high)
+        elif lam is None:
+            lam = self.default_lam
         if lam is None:
             budgets = " or a budget" if self.budget_range else ""
             raise ConfigError(f"{self.name} serves every lam from {low:g} to {high:g}: name one{budgets}.")
@@ -206,19 +194,6 @@ class Policy:
                     f"{name} is {value:g}, but {self.name} has one fixed setting, {self.router.knob}. Leave {name} "
                     "out, or use a policy that was trained for a range (train.py --lam-range)."
                 )
-
-    def _lam_of(self, budget: float) -> float:
-        """Return the λ at which a budget is spent on validation."""
-        assert isinstance(self.router, ConditionedMLP)
-        budget, (logs, shares) = _number("budget", budget), self._budgets()
-        if not len(shares):
-            raise ConfigError(f"The artefact of {self.name} does not say what each lam costs; name lam instead.")
-        if not 0 < budget <= 1:
-            raise ConfigError(f"budget is {budget:g}, expected a share of always-large's cost, above 0 and at most 1.")
-        if budget < shares[0]:
-            raise ConfigError(f"budget is {budget:g}; the cheapest setting of {self.name} costs {shares[0]:.3g}.")
-        lam = float(np.exp(np.interp(budget, shares, logs)))
-        return min(max(lam, self.router.low), self.router.high)
 
     def session(self, lam: float | None = None, budget: float | None = None, seed: int | None = None) -> Session:
         """Begin a solution.
@@ -253,7 +228,6 @@ class Policy:
             "max_steps": self.max_steps,
             "max_escalations": self.max_escalations,
             "max_large_tokens": self.max_large_tokens,
-            "runtime": self.runtime,
             **{name: self.about[name] for name in _TOLD if name in self.about},
         }
         plain: dict[str, Any] = _finite(described)

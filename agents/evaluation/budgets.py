@@ -1,13 +1,12 @@
-"""From a budget to a setting: users do not think in λ or thresholds, they have tokens to spend or a target to meet.
+"""What settings cost and solve on validation, from which `agents.routers.budgets` chooses: on one half of it.
 
-The knob is chosen on problems that the router was not fitted on. Where it is too coarse, two neighbouring settings are
-mixed: each problem goes to one of them at random, with a stored probability, so that the expectation is met.
+The other half then tells what the choice comes to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,85 +15,52 @@ from numpy.typing import NDArray
 from agents.evaluation.bootstrap import Estimate, resample_weights
 from agents.evaluation.curves import References
 from agents.evaluation.outcomes import Outcomes
-from agents.routers.base import AnyRouter, Knob, Mixture
+from agents.evaluation.splits import Validation
+from agents.evaluation.walk import run
+from agents.routers import artefact
+from agents.routers.base import AnyRouter, Constant, Mixture, Threshold
+from agents.routers.budgets import Measured, calibrate
+from agents.routers.mlp import ConditionedMLP
 from rollouts.errors import ConfigError
 
+SETTINGS = 64  # λ tried of a policy for a range of λ
+BUDGETS = 24  # λ whose cost is written into the artefact of such a policy
 LEVEL = 0.9
 """Share of new sets of problems that a stated interval is to hold."""
-Candidates = Sequence[tuple[AnyRouter, Outcomes]]
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """A setting that meets a target.
+def measure(router: AnyRouter, outcomes: Outcomes, references: References) -> Measured:
+    """Return a setting with what its outcomes come to."""
+    share = float(outcomes.cost.sum() / references.large.cost.sum())
+    return Measured(router, share, float(outcomes.correct.mean()))
 
-    Attributes:
-        router: A router, or a mixture of two.
-        target: ``budget`` (share of always-large's cost) or ``accuracy``.
-        value: What was asked for.
+
+def settings(stored: Sequence[artefact.Storable], validation: Validation) -> list[AnyRouter]:
+    """Return all settings of some routers, always-small and always-large among them."""
+    found: list[AnyRouter] = [Constant(0), Constant(1)]
+    for router in stored:
+        if isinstance(router, ConditionedMLP):
+            found += [router.at(float(lam)) for lam in np.geomspace(router.low, router.high, SETTINGS)]
+        elif isinstance(router, Mixture):
+            raise ConfigError("A mixture is calibrated already.")
+        else:
+            found.append(router)
+    if any(isinstance(router, Threshold) for router in stored):
+        found += [router for router, _ in validation.candidates.thresholds]
+    return found
+
+
+def lam_costs(router: ConditionedMLP, validation: Validation) -> list[dict[str, float]]:
+    """Return what a policy for a range of λ costs at some of them, as a share of always-large's cost (choice half).
+
+    It goes into the artefact, where `agents.routers.budgets.LamCosts` looks up a budget that is named at run time.
     """
-
-    router: AnyRouter | Mixture
-    target: str
-    value: float
-
-
-def calibrate(
-    candidates: Candidates, references: References, *, budget: float | None = None, accuracy: float | None = None
-) -> Calibration:
-    """Choose a setting, or a mixture of two, for a budget or for an accuracy.
-
-    Only settings that no mixture of two others beats are mixed: the upper hull of accuracy over cost.
-
-    Args:
-        candidates: Routers of one kind with different knobs, always-small and always-large among them if wanted, and
-            their outcomes on problems that they were not fitted on.
-        references: Always-small and always-large on the same problems.
-        budget: Cost to be met in expectation, as a share of always-large's, in (0, 1]; or
-        accuracy: least accuracy to be met in expectation, at the least cost, in (0, 1).
-
-    Raises:
-        ConfigError: Not exactly one target, one out of range, or no setting reaches it.
-    """
-    if (budget is None) == (accuracy is None):
-        raise ConfigError("Give either a budget or an accuracy to calibrate for.")
-    cost = np.array([outcomes.cost.sum() for _, outcomes in candidates]) / references.large.cost.sum()
-    solved = np.array([outcomes.correct.mean() for _, outcomes in candidates])
-    hull = _hull(cost, solved)
-    if budget is not None:
-        name, value, along = "budget", budget, cost[hull]
-    else:
-        assert accuracy is not None
-        name, value, along = "accuracy", accuracy, solved[hull]
-    if not 0 < value <= 1:
-        raise ConfigError(f"The {name} is {value:g}, expected a share above 0 and at most 1.")
-    if value < along[0] and name == "budget":
-        raise ConfigError(f"No setting costs as little as {100 * value:.1f} % of always-large; the cheapest costs "
-                          f"{100 * along[0]:.1f} %.")  # fmt: skip
-    if value > along[-1] and name == "accuracy":
-        raise ConfigError(f"No setting reaches an accuracy of {100 * value:.1f} %; the best reaches "
-                          f"{100 * along[-1]:.1f} %.")  # fmt: skip
-    above = int(np.searchsorted(along, value))
-    if above in (0, len(along)):  # met by an end: cheaper than the budget, or more accurate than asked for
-        return Calibration(candidates[hull[min(above, len(along) - 1)]][0], name, value)
-    share = float((value - along[above - 1]) / (along[above] - along[above - 1]))
-    first, second = candidates[hull[above - 1]][0], candidates[hull[above]][0]
-    return Calibration(second if share == 1 else Mixture(first, second, share, Knob(name, value)), name, value)
-
-
-def _hull(cost: NDArray[Any], solved: NDArray[Any]) -> list[int]:
-    """Return the upper hull of (cost, accuracy), from the cheapest to the most accurate."""
-    hull: list[int] = []
-    for i in np.lexsort((-solved, cost)).tolist():
-        if hull and solved[i] <= solved[hull[-1]]:
-            continue
-        while len(hull) > 1:
-            a, b = hull[-2], hull[-1]
-            if (solved[b] - solved[a]) * (cost[i] - cost[a]) > (solved[i] - solved[a]) * (cost[b] - cost[a]):
-                break
-            hull.pop()
-        hull.append(i)
-    return hull
+    rows = []
+    for lam in np.geomspace(router.low, router.high, BUDGETS).tolist():
+        setting = router.at(lam)
+        found = measure(setting, run(setting, validation.choice), validation.references[0])
+        rows.append({"lam": lam, "share": found.share, "accuracy": found.accuracy})
+    return rows
 
 
 def reached(outcomes: Outcomes, references: References, seed: int = 0) -> tuple[Estimate, Estimate]:
@@ -114,3 +80,58 @@ def reached(outcomes: Outcomes, references: References, seed: int = 0) -> tuple[
     shares = (weights @ outcomes.cost) / (weights @ references.large.cost)
     share = float(outcomes.cost.sum() / references.large.cost.sum())
     return widened(share, shares), widened(float(outcomes.correct.mean()), weights @ outcomes.correct)
+
+
+def meet_target(
+    stored: Sequence[artefact.Storable],
+    validation: Validation,
+    folder: Path,
+    origin: dict[str, Any],
+    budget: float | None,
+    accuracy: float | None,
+) -> str:
+    """Choose the setting, or the mixture of two, that meets a target; store it; say what it comes to.
+
+    Args:
+        stored: Trained routers.
+        validation: Its choice half chooses, its verdict half tells.
+        folder: The run's folder; the router goes into ``budget-0.2/policy`` or the like.
+        origin: What its artefact says of where it comes from.
+        budget: Share of always-large's cost, or
+        accuracy: accuracy at the least cost.
+
+    Raises:
+        ConfigError: No setting meets the target.
+    """
+    measured = [
+        measure(router, run(router, validation.choice), validation.references[0])
+        for router in settings(stored, validation)
+    ]
+    chosen = calibrate(measured, budget=budget, accuracy=accuracy)
+    target, value = ("budget", budget) if budget is not None else ("accuracy", accuracy)
+    assert value is not None  # calibrate has checked
+    outcomes = run(chosen, validation.verdict)
+    share, solved = reached(outcomes, validation.references[1])
+    place = folder / f"{target}-{value:g}" / "policy"
+    found = {"target": target, "value": value, "share": share.value, "accuracy": solved.value}
+    if not (place / "policy.json").exists():
+        artefact.save(chosen, place, {**origin, "calibration": found})
+    of = " of always-large's cost" if target == "budget" else ""
+    sentence = (
+        f"For {'a' if of else 'an'} {target} of {100 * value:g} %{of}: {_setting(chosen)}. On {len(outcomes)} "
+        f"problems that it was not chosen on it spends {_percent(share)} of always-large's cost and solves "
+        f"{_percent(solved)} (brackets hold {100 * LEVEL:g} % of new sets of as many problems)."
+    )
+    (place.parent / "report.txt").write_text(sentence + "\n", encoding="utf-8")
+    return sentence
+
+
+def _setting(router: AnyRouter | Mixture) -> str:
+    if isinstance(router, Mixture):
+        one, other = _setting(router.first), _setting(router.second)
+        return f"{other} for {100 * router.share:.0f} % of the problems, {one} for the others"
+    return router.name if isinstance(router, Constant) else f"{router.name} at {router.knob}"
+
+
+def _percent(each: Estimate) -> str:
+    return f"{100 * each.value:.1f} % [{100 * each.low:.1f}, {100 * each.high:.1f}]"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from agents.evaluation.bootstrap import Difference, paired_returns
 from agents.evaluation.outcomes import Floats, Outcomes
@@ -59,7 +58,7 @@ def assess(
         threshold: The best threshold.
         large: Outcomes of always-large, for shares.
         lam: λ.
-        weights: (R, P) from `evaluation.uncertainty.resample_weights`.
+        weights: (R, P) from `agents.evaluation.bootstrap.resample_weights`.
     """
     over_constant = paired_returns(router, constant.outcomes, lam, weights)
     over_threshold = paired_returns(router, threshold.outcomes, lam, weights)
@@ -98,16 +97,3 @@ def _words(verdict: str, rate: float, problems: int) -> str:
 
 def _against(difference: Difference, name: str) -> str:
     return f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}] against {name}"
-
-
-def as_plain(health: Health) -> dict[str, Any]:
-    """Return the report as plain values."""
-    return {
-        "verdict": health.verdict,
-        "sentence": health.sentence,
-        "escalation_rate": health.escalation_rate,
-        **{
-            name: {"value": each.value, "low": each.low, "high": each.high, "p_value": each.p_value}
-            for name, each in (("over_constant", health.over_constant), ("over_threshold", health.over_threshold))
-        },
-    }

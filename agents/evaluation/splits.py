@@ -1,4 +1,4 @@
-"""What is chosen on validation, and on which half of it: choices on one half, the verdict on the other."""
+"""What is chosen on validation, and on which half of it: choices on one half, the verdict on the other (design §7)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.evaluation.bootstrap import resample_weights
-from agents.evaluation.curves import References
+from agents.evaluation.curves import TOLERANCE, Points, References, per_cost
 from agents.evaluation.health import Health, Reference, assess
 from agents.evaluation.outcomes import Floats, Outcomes
-from agents.evaluation.spread import spread
 from agents.evaluation.walk import references, run
 from agents.routers.base import Constant, Router, Threshold
 from rollouts.errors import StoreError
@@ -22,6 +21,7 @@ from rollouts.trees.arrays import CONTINUE_SMALL, Trees
 from trim_env.tables import DecisionTables
 
 CANDIDATES = 200
+OPERATING_POINTS = 16
 Record = dict[str, float]
 
 
@@ -51,6 +51,40 @@ def thresholds(tables: DecisionTables, count: int = CANDIDATES) -> list[float]:
     scores = tables.trees.score[inside, CONTINUE_SMALL]
     levels = np.unique(np.quantile(scores[~np.isnan(scores)], np.linspace(0, 1, count)).astype(np.float32))
     return [*levels.tolist(), float(np.nextafter(np.float32(levels[-1]), np.float32(2)))]
+
+
+def spread(candidates: Points, large: Outcomes, count: int = OPERATING_POINTS) -> list[tuple[float, Outcomes]]:
+    """Choose operating points that spread over c in (0, 1).
+
+    Targets are `count` equally spaced costs i / (count + 1). Each gets a candidate of its own such that the total
+    distance between targets and candidates is least. Candidates with the same c (as neighbouring thresholds that
+    decide alike) count as one: the one with the higher accuracy, then the first. Candidates outside (0, 1) are
+    never chosen. Knobs chosen here on validation are then evaluated on other problems.
+
+    Args:
+        candidates: (knob, outcomes on validation), in any order.
+        large: Always escalating on the same problems.
+        count: Points to choose at most.
+
+    Returns:
+        Chosen candidates by ascending c, fewer than `count` where there are fewer distinct ones.
+
+    Raises:
+        DataError: A candidate is on other problems than `large`.
+    """
+    for _, outcomes in candidates:
+        outcomes.paired_with(large)
+    c = np.array([float(per_cost(outcomes.cost.sum(), large.cost.sum())) for _, outcomes in candidates])
+    accuracy = np.array([outcomes.correct.mean() for _, outcomes in candidates])
+    order = [i for i in np.lexsort((-accuracy, c)) if TOLERANCE < c[i] < 1 - TOLERANCE]
+    distinct = [i for n, i in enumerate(order) if n == 0 or c[i] - c[order[n - 1]] > TOLERANCE]
+    if len(distinct) > count:
+        from scipy.optimize import linear_sum_assignment
+
+        targets = np.arange(1, count + 1) / (count + 1)
+        _, taken = linear_sum_assignment(np.abs(targets[:, None] - c[distinct]))
+        distinct = [distinct[j] for j in sorted(taken)]
+    return [candidates[i] for i in distinct]
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ from agents.evaluation.bootstrap import Difference, holm, paired_returns, resamp
 from agents.evaluation.compare import compare_curves
 from agents.evaluation.curves import Points, References
 from agents.evaluation.oracle import query_oracle, tree_oracle
-from agents.evaluation.splits import Candidates
-from agents.evaluation.spread import OPERATING_POINTS, spread
+from agents.evaluation.splits import OPERATING_POINTS, Candidates, spread
 from agents.evaluation.table import MethodSummary, as_plain, limits, summarise
 from agents.evaluation.walk import references, run
 from agents.routers import artefact
 from agents.routers.base import RandomRate, Threshold, told_cap
 from agents.routers.mlp import ConditionedMLP, at
+from rollouts.config import Imports
 from rollouts.errors import ArtefactError, ConfigError
+from rollouts.plugins import import_module
 from rollouts.trees.arrays import Trees
 from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
@@ -48,6 +49,7 @@ class EvaluateConfig:
         seed: Seed of the bootstrap.
         report: Folder for the page, one self-contained HTML file.
         report_problems: Problems whose solutions the page shows step by step, at most.
+        imports: A module to import before policies are read: that of a router of your own; may be repeated.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -62,6 +64,7 @@ class EvaluateConfig:
     seed: int = 0
     report: Path | None = None
     report_problems: int = 60
+    imports: Imports = ()
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         StoreError: The rollouts cannot be used, or a split is empty.
         ConfigError: Settings contradict each other.
     """
+    for module in config.imports:
+        import_module(module)
     methods = load_methods(config.runs)
     trees = compile_store(config.rollouts, config.scorer, config.grader)
     agreed = _agreed(methods, trees, config)

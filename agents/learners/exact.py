@@ -10,28 +10,21 @@ so choose on held-out problems.
 
 from __future__ import annotations
 
-import copy
-import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.learners.settings import LearnerSettings
-from agents.routers.base import Knob
-from agents.routers.mlp import MLP, ConditionedMLP
-from rollouts.errors import ConfigError, StoreError
+from agents.learners.settings import TreeSettings
+from agents.routers.mlp import MLP, ConditionedMLP, for_lam
+from agents.routers.sb3 import perceptron
+from rollouts.errors import StoreError
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
 from trim_env.episodes import Lam
 from trim_env.features import lam_feature, left_feature
 from trim_env.graph import Floats, Ints
 from trim_env.tables import DecisionTables, missing
-
-if TYPE_CHECKING:
-    from stable_baselines3.common.logger import KVWriter
 
 
 class Forest:
@@ -75,53 +68,19 @@ class Forest:
         return float(value[self.graph.roots].mean()), slope / self.trees, reach / self.trees
 
 
-@dataclass(frozen=True)
-class TreeSettings(LearnerSettings):
-    """Settings of the exact tree gradient.
-
-    Attributes:
-        updates: Gradient steps in a round.
-        batch: Trees in a minibatch.
-        entropy: Weight of the entropy bonus at the start; it falls linearly to 0.
-        weight_decay: Of AdamW.
-    """
-
-    updates: int = 16
-    batch: int = 1000
-    entropy: float = 0.03
-    weight_decay: float = 0.0
-
-    section: ClassVar[str] = "tree"
-    counts: ClassVar[tuple[str, ...]] = (*LearnerSettings.counts, "updates", "batch")
-
-    def __post_init__(self) -> None:
-        """Check what would otherwise fail later."""
-        super().__post_init__()
-        if not 0 <= self.weight_decay < math.inf:
-            raise ConfigError(f"tree.weight_decay is {self.weight_decay}, expected a number of at least 0.")
-
-
 class TreeAgg:
     """One training by the exact tree gradient, for one λ or for a range: `iterate` until `done`, then `router`.
 
     For a range of λ every minibatch has one λ, drawn log-uniformly, which the policy is told as its last feature.
     """
 
-    def __init__(
-        self,
-        tables: DecisionTables,
-        lam: Lam,
-        settings: TreeSettings,
-        seed: int,
-        outputs: Sequence[KVWriter] = (),
-    ) -> None:
+    def __init__(self, tables: DecisionTables, lam: Lam, settings: TreeSettings, seed: int) -> None:
         """Build network and optimiser.
 
         Raises:
             StoreError: Proposals that the caps allow were not generated.
         """
         import torch
-        from stable_baselines3.common.logger import Logger
 
         torch.set_num_threads(1)  # these networks are too small for a second thread to help
         self.tables, self.lam, self.settings, self.seed = tables, lam, settings, seed
@@ -139,7 +98,6 @@ class TreeAgg:
         torch.nn.init.orthogonal_(self.network[-1].weight, gain=0.01)
         torch.nn.init.zeros_(self.network[-1].bias)
         self.optimiser = torch.optim.AdamW(self.network.parameters(), weight_decay=settings.weight_decay)
-        self._logger = Logger(folder=None, output_formats=list(outputs))
         parts = -(-len(tables.indices) // settings.batch)
         shuffled = self._random.permutation(tables.indices)
         self._forests = [Forest(replace(tables, indices=np.sort(part))) for part in np.array_split(shuffled, parts)]
@@ -219,36 +177,7 @@ class TreeAgg:
             loss.backward()
             optimiser.step()
 
-    def state(self) -> dict[str, Any]:
-        """Return all that `restore` needs, as tensors and plain values."""
-        return copy.deepcopy({
-            "iteration": self.iteration,
-            "policy": self.network.state_dict(),
-            "optimizer": self.optimiser.state_dict(),
-            "generator": json.dumps(self._random.bit_generator.state),
-        })  # fmt: skip
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state` of a training with the same tables, settings and seed."""
-        self.iteration = int(state["iteration"])
-        self.network.load_state_dict(state["policy"])
-        self.optimiser.load_state_dict(state["optimizer"])
-        self._random.bit_generator.state = json.loads(state["generator"])
-
-    def log(self, record: Mapping[str, float]) -> None:
-        """Send a record, by its step, to the logger's outputs."""
-        for name, value in record.items():
-            self._logger.record(name, value)
-        self._logger.dump(int(record["step"]))
-
     def router(self) -> MLP | ConditionedMLP:
         """Return the policy as it is now."""
-        state = self.network.state_dict()
-        weights = {
-            f"{place}.{kind}": state[f"{2 * place}.{kind}"].numpy().copy()
-            for place in range(3)
-            for kind in ("weight", "bias")
-        }
-        if isinstance(self.lam, tuple):
-            return ConditionedMLP("tree-agg", self.tables.schema.id, *self.lam, weights, self.tables.max_large_tokens)
-        return MLP("tree-agg", self.tables.schema.id, Knob("lam", self.lam), weights, self.tables.max_large_tokens)
+        weights, _ = perceptron(self.network)
+        return for_lam("tree-agg", self.tables.schema.id, self.lam, weights, self.tables.max_large_tokens)

@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from agents.evaluation.health import Health
 from agents.evaluation.splits import Baselines, Record, Validation
 from agents.evaluation.walk import run
-from agents.learners.exact import TreeAgg, TreeSettings
-from agents.learners.ppo import PPOAgg, PPOSettings, SeqSettings, load_checkpoint, save_checkpoint
-from agents.learners.settings import LearnerSettings
+from agents.learners.exact import TreeAgg
+from agents.learners.ppo import PPOAgg
+from agents.learners.settings import LearnerSettings, PPOSettings, SeqSettings, TreeSettings
 from agents.routers.mlp import MLP, ConditionedMLP, at
 from agents.routers.seq import SeqPolicy
 from rollouts.trees.arrays import CONTINUE_SMALL
 from trim_env.episodes import Lam
 from trim_env.tables import DecisionTables
 
-if TYPE_CHECKING:
-    from stable_baselines3.common.logger import KVWriter
-
 Trainable = MLP | ConditionedMLP | SeqPolicy
 
 
-def learner(
-    tables: DecisionTables, lam: Lam, settings: LearnerSettings, seed: int, outputs: Sequence[KVWriter] = ()
-) -> PPOAgg | TreeAgg:
+def learner(tables: DecisionTables, lam: Lam, settings: LearnerSettings, seed: int) -> PPOAgg | TreeAgg:
     """Return the learner that the settings belong to."""
     if isinstance(settings, TreeSettings):
-        return TreeAgg(tables, lam, settings, seed, outputs)
+        return TreeAgg(tables, lam, settings, seed)
     if isinstance(settings, SeqSettings):
         from agents.learners.ppo_seq import PPOSeq
 
-        return PPOSeq(tables, lam, settings, seed, outputs)
+        return PPOSeq(tables, lam, settings, seed)
     assert isinstance(settings, PPOSettings)
-    return PPOAgg(tables, lam, settings, seed, outputs)
+    return PPOAgg(tables, lam, settings, seed)
 
 
 @dataclass(frozen=True)
@@ -86,7 +79,7 @@ def checked_at(lam: Lam) -> tuple[float, ...]:
 
 
 class Training:
-    """One training for one λ, or for a range of λ, which can be stopped after any iteration and gone on with.
+    """One training for one λ, or for a range of λ.
 
     If the router is collapsed or beaten on the choice half, it is trained again: another seed, a warm start from the
     best threshold by behaviour cloning, and the settings of `remedy`; at most `attempts` times in all.
@@ -101,26 +94,19 @@ class Training:
         seed: int,
         *,
         attempts: int = 3,
-        checkpoint: Path | None = None,
-        outputs: Sequence[KVWriter] = (),
     ) -> None:
-        """Start, or go on from the checkpoint if there is one."""
+        """Begin the first attempt."""
         self.tables, self.validation, self.lam, self.seed = tables, validation, lam, seed
-        self.settings, self.attempts, self.checkpoint, self.outputs = settings, attempts, checkpoint, list(outputs)
+        self.settings, self.attempts = settings, attempts
         self.lams = checked_at(lam)
         self.baselines = {each: validation.candidates.best(each) for each in self.lams}
         self.records: list[Record] = []
         self._best: tuple[float, Trainable] | None = None
-        if checkpoint is not None and checkpoint.is_file():
-            self._restore(load_checkpoint(checkpoint))
-        else:
-            self._begin(0)
+        self._begin(0)
 
     def _begin(self, attempt: int) -> None:
         self.attempt = attempt
-        self.learner = learner(
-            self.tables, self.lam, remedy(self.settings, attempt), self.seed + 1000 * attempt, self.outputs
-        )
+        self.learner = learner(self.tables, self.lam, remedy(self.settings, attempt), self.seed + 1000 * attempt)
         if attempt:
             trees = self.tables.trees
             decided = ~np.isnan(trees.score[:, CONTINUE_SMALL])  # on always-large's path small steps may be missing
@@ -138,7 +124,7 @@ class Training:
         """Train to the end.
 
         Args:
-            on_iteration: Called after each iteration, once its checkpoint is on disk.
+            on_iteration: Called with the record of each iteration.
         """
         while True:
             while not self.learner.done:
@@ -166,9 +152,6 @@ class Training:
         if self._best is None or measured["return"] > self._best[0]:
             self._best = (measured["return"], router)
         self.records.append(record)
-        self.learner.log(record)
-        if self.checkpoint is not None:
-            save_checkpoint(self.checkpoint, self._state())
         return record
 
     def _measure(self, router: Trainable) -> Record:
@@ -176,25 +159,3 @@ class Training:
         choice = self.validation.choice
         found = [self.validation.measure(run(at(router, lam), choice), lam) for lam in self.lams]
         return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
-
-    def _state(self) -> dict[str, Any]:
-        import torch
-
-        assert self._best is not None
-        weights = {name: torch.from_numpy(values) for name, values in self._best[1].weights.items()}
-        return {
-            "attempt": self.attempt,
-            "learner": self.learner.state(),
-            "records": self.records,
-            "best": {"return": self._best[0], "weights": weights},
-        }
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.attempt = int(state["attempt"])
-        self.learner = learner(
-            self.tables, self.lam, remedy(self.settings, self.attempt), self.seed + 1000 * self.attempt, self.outputs
-        )
-        self.learner.restore(state["learner"])
-        self.records = [dict(record) for record in state["records"]]
-        weights = {name: values.numpy() for name, values in state["best"]["weights"].items()}
-        self._best = (float(state["best"]["return"]), replace(self.learner.router(), weights=weights))

@@ -8,8 +8,7 @@ learning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from gymnasium import spaces
@@ -17,15 +16,14 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 from torch.nn import functional
 
-from agents.learners.ppo import PPOAgg, SeqSettings
+from agents.learners.ppo import PPOAgg
+from agents.learners.settings import SeqSettings
 from agents.routers.base import Knob
+from agents.routers.sb3 import perceptron
 from agents.routers.seq import SeqPolicy
 from rollouts.errors import ConfigError
 from trim_env.episodes import Lam
 from trim_env.tables import DecisionTables
-
-if TYPE_CHECKING:
-    from stable_baselines3.common.logger import KVWriter
 
 NAME = "trim-seq"
 
@@ -103,9 +101,7 @@ class SeqExtractor(BaseFeaturesExtractor):
 class PPOSeq(PPOAgg):
     """One training of TRIM-Seq for one λ; see `agents.learners.ppo.PPOAgg`."""
 
-    def __init__(
-        self, tables: DecisionTables, lam: Lam, settings: SeqSettings, seed: int, outputs: Sequence[KVWriter] = ()
-    ) -> None:
+    def __init__(self, tables: DecisionTables, lam: Lam, settings: SeqSettings, seed: int) -> None:
         """Build environment and learner.
 
         Raises:
@@ -114,7 +110,7 @@ class PPOSeq(PPOAgg):
         if isinstance(lam, tuple) or not tables.schema.history:
             raise ConfigError("ppo-seq trains on a schema with a history (seq), for one λ at a time.")
         self.shape = settings
-        super().__init__(tables, lam, settings, seed, outputs)
+        super().__init__(tables, lam, settings, seed)
 
     def _network(self) -> dict[str, Any]:
         shape = {"width": self.shape.width, "layers": self.shape.layers, "heads": self.shape.heads}
@@ -128,14 +124,9 @@ class PPOSeq(PPOAgg):
     def router(self) -> SeqPolicy:  # type: ignore[override]
         """Return the policy as it is now."""
         assert isinstance(self.lam, float)
-        state = self.learner.policy.state_dict()
-        weights = {
-            name.removeprefix("features_extractor."): values.numpy().copy()
-            for name, values in state.items()
-            if name.startswith("features_extractor.")
-        }
-        for layer, name in enumerate(("mlp_extractor.policy_net.0", "mlp_extractor.policy_net.2", "action_net")):
-            for kind in ("weight", "bias"):
-                weights[f"head.{layer}.{kind}"] = state[f"{name}.{kind}"].numpy().copy()
+        policy: Any = self.learner.policy
+        head, _ = perceptron([*policy.mlp_extractor.policy_net, policy.action_net])
+        weights = {name: values.numpy().copy() for name, values in policy.features_extractor.state_dict().items()}
+        weights |= {f"head.{name}": values for name, values in head.items()}
         cap = self.tables.max_large_tokens
         return SeqPolicy(NAME, self.tables.schema.id, Knob("lam", self.lam), weights, self.shape.heads, cap)

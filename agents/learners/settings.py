@@ -1,15 +1,20 @@
-"""What every learner's training has: rounds over which λ rises while steps and exploration get smaller."""
+"""Settings of the learners, and what every training has: rounds over which λ rises while steps and exploration fall."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import Field
+
+from rollouts.config import settings
 from rollouts.errors import ConfigError
 
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-@dataclass(frozen=True)
+
+@settings
 class LearnerSettings:
     """Settings that all learners share.
 
@@ -22,33 +27,14 @@ class LearnerSettings:
         lam_ramp: Share of the rounds over which it rises to λ.
     """
 
-    iterations: int = 32
-    hidden: int = 32
-    learning_rate: float = 5e-3
-    entropy: float = 0.003
-    lam_start: float = 0.2
-    lam_ramp: float = 0.2
+    iterations: Count = 32
+    hidden: Count = 32
+    learning_rate: Positive = 5e-3
+    entropy: NotNegative = 0.003
+    lam_start: Annotated[float, Field(gt=0, le=1)] = 0.2
+    lam_ramp: Annotated[float, Field(ge=0, lt=1)] = 0.2
 
-    section: ClassVar[str] = ""  # as users name these settings
-    counts: ClassVar[tuple[str, ...]] = ("iterations", "hidden")  # at least 1 each
-
-    def __post_init__(self) -> None:
-        """Check what would otherwise fail later.
-
-        Raises:
-            ConfigError: A value is out of range.
-        """
-        for name in self.counts:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{self.section}.{name} is {getattr(self, name)}, expected at least 1.")
-        for name, fine, expected in (
-            ("learning_rate", 0 < self.learning_rate < math.inf, "a number above 0"),
-            ("entropy", 0 <= self.entropy < math.inf, "a number of at least 0"),
-            ("lam_start", 0 < self.lam_start <= 1, "a share above 0 and at most 1"),
-            ("lam_ramp", 0 <= self.lam_ramp < 1, "a share of at least 0 and below 1"),
-        ):
-            if not fine:
-                raise ConfigError(f"{self.section}.{name} is {getattr(self, name)}, expected {expected}.")
+    section: ClassVar[str] = ""
 
     def lam_share(self, iteration: int) -> float:
         """Return the share of λ that applies in a round, from 0.
@@ -58,3 +44,81 @@ class LearnerSettings:
         """
         ramp = self.lam_ramp * self.iterations
         return self.lam_start + (1 - self.lam_start) * min(1.0, iteration / ramp) if ramp else 1.0
+
+
+@settings
+class PPOSettings(LearnerSettings):
+    """Settings of PPO.
+
+    Attributes:
+        hidden: Units of each of the two tanh layers, of policy and value function alike.
+        num_envs: Episodes that run side by side.
+        n_steps: Decisions of each of them in an iteration.
+        batch_size: Decisions in a minibatch.
+        n_epochs: Passes over what an iteration collected.
+        clip_range: PPO's clip range.
+        gae_lambda: λ of generalised advantage estimation (not the trade-off λ).
+    """
+
+    num_envs: Count = 1024
+    n_steps: Count = 16
+    batch_size: Count = 2048
+    n_epochs: Count = 4
+    clip_range: Positive = 0.2
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
+
+    section: ClassVar[str] = "ppo"
+
+    def __post_init__(self) -> None:
+        """Check what constraints of single values cannot say."""
+        if self.num_envs * self.n_steps < 2:
+            raise ConfigError(
+                f"--{self.section}.num-envs * --{self.section}.n-steps is 1, expected at least 2 decisions in an "
+                "iteration."
+            )
+
+
+@settings
+class SeqSettings(PPOSettings):
+    """Settings of the learner of TRIM-Seq (`agents.learners.ppo_seq`): those of PPO, and the shape of its transformer.
+
+    Attributes:
+        learning_rate: At the start; it falls linearly to a tenth.
+        width: Units of a step.
+        layers: Attention blocks.
+        heads: Attention heads of each; they share the width.
+    """
+
+    learning_rate: Positive = 2e-3
+    width: Count = 32
+    layers: Count = 1
+    heads: Count = 4
+
+    section: ClassVar[str] = "seq"
+
+    def __post_init__(self) -> None:
+        """Check what constraints of single values cannot say."""
+        super().__post_init__()
+        if self.width % self.heads:
+            raise ConfigError(
+                f"--seq.width is {self.width}, --seq.heads {self.heads}, expected a width that the heads divide."
+            )
+
+
+@settings
+class TreeSettings(LearnerSettings):
+    """Settings of the exact tree gradient.
+
+    Attributes:
+        updates: Gradient steps in a round.
+        batch: Trees in a minibatch.
+        entropy: Weight of the entropy bonus at the start; it falls linearly to 0.
+        weight_decay: Of AdamW.
+    """
+
+    updates: Count = 16
+    batch: Count = 1000
+    entropy: NotNegative = 0.03
+    weight_decay: NotNegative = 0.0
+
+    section: ClassVar[str] = "tree"

@@ -1,8 +1,9 @@
 """Routers on disk: a folder with ``policy.json`` and, for networks, ``policy.safetensors`` (design section 8).
 
 ``policy.json`` names the SHA-256 of every other file and its own digest. A mixture keeps its two routers in ``first``
-and ``second``. Reading needs NumPy alone (onnxruntime for ``policy.onnx``) and executes nothing. What is damaged,
-tampered with or newer than this version is refused.
+and ``second``. Reading needs NumPy alone and executes nothing; ``policy.onnx`` is for others. What is damaged, tampered
+with or newer than this version is refused. Routers of other people's classes (`agents.routers.base.PlainRouter`) are of
+kind ``module:Class``: reading looks the class up in modules that are imported already.
 """
 
 from __future__ import annotations
@@ -18,15 +19,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.routers.base import AnyRouter, Constant, Knob, Mixture, RandomRate, Threshold, told_cap
+from agents.routers.base import (
+    AnyRouter,
+    Constant,
+    Knob,
+    Mixture,
+    PlainRouter,
+    RandomRate,
+    Threshold,
+    checked,
+    told_cap,
+)
 from agents.routers.mlp import MLP, ConditionedMLP
 from agents.routers.pomdp.router import PomdpRouter
 from agents.routers.seq import SeqPolicy
-from rollouts.errors import ArtefactError, ConfigError, did_you_mean
+from rollouts.errors import ArtefactError, ConfigError
+from rollouts.plugins import is_plugin, loaded_plugin
 
 FORMAT = "trim-policy"
-VERSION = 2  # 2 adds `files` and `digest`; 1 named the weights' SHA-256 alone
-RUNTIMES = ("numpy", "onnx")
+VERSION = 3  # 3 adds activations but tanh, 2 `files` and `digest`; 1 named the weights' SHA-256 alone
 WEIGHTS, ONNX = "policy.safetensors", "policy.onnx"
 Storable = AnyRouter | ConditionedMLP | Mixture
 _PARTS = ("first", "second")
@@ -40,7 +51,7 @@ class Artefact:
         router: The router, or one for a whole range of λ.
         about: Where it comes from: models, scorer, rollouts hash, cost model, cap, metrics, package version.
         kind: How it is stored: ``mlp``, ``mlp-lam``, ``seq``, ``threshold``, ``constant``, ``random``, ``pomdp``,
-            ``mixture``.
+            ``mixture``, or others' ``module:Class``.
     """
 
     router: Storable
@@ -56,13 +67,11 @@ class _Stored:
         folder: Its folder.
         described: Contents of ``policy.json``.
         files: Contents of the files that it names, as verified.
-        runtime: What networks are to be run by.
     """
 
     folder: Path
     described: dict[str, Any]
     files: dict[str, bytes]
-    runtime: str
 
     @property
     def name(self) -> str:
@@ -85,17 +94,10 @@ class _Stored:
         cap = self.described.get("max_large_tokens")
         return None if cap is None else int(cap)
 
-    def in_onnx(self, router: Any) -> Any:
-        """Return the same network run by onnxruntime, if that is asked for."""
-        if self.runtime != "onnx":
-            return router
-        if ONNX not in self.files:
-            raise ArtefactError(
-                f"{self.folder}: has no {ONNX}. Load it with runtime 'numpy', or export the run again with --onnx."
-            )
-        from agents.routers.onnx import on_onnxruntime
-
-        return on_onnxruntime(router, self.files[ONNX], self.folder / ONNX)
+    @property
+    def network(self) -> tuple[dict[str, NDArray[np.float32]], int | None, str]:
+        """What perceptrons end with: weights, cap and activation."""
+        return self.weights, self.told_cap, str(self.described.get("activation", "tanh"))
 
 
 @dataclass(frozen=True)
@@ -118,21 +120,12 @@ class _Kind:
 
 
 def _describe_network(router: Any) -> dict[str, Any]:
-    return {"activation": "tanh", "max_large_tokens": told_cap(router)}
+    return {"activation": router.activation, "max_large_tokens": told_cap(router)}
 
 
 def _build_range(stored: _Stored) -> Storable:
     knob = stored.described["knob"]
-    low, high = float(knob["low"]), float(knob["high"])
-    router: Storable = stored.in_onnx(
-        ConditionedMLP(stored.name, stored.schema, low, high, stored.weights, stored.told_cap)
-    )
-    return router
-
-
-def _build_network(stored: _Stored) -> Storable:
-    router: Storable = stored.in_onnx(MLP(stored.name, stored.schema, stored.knob, stored.weights, stored.told_cap))
-    return router
+    return ConditionedMLP(stored.name, stored.schema, float(knob["low"]), float(knob["high"]), *stored.network)
 
 
 def _build_sequence(stored: _Stored) -> Storable:
@@ -146,7 +139,7 @@ def _build_mixture(stored: _Stored) -> Storable:
         place = stored.folder / part
         if hashlib.sha256((place / "policy.json").read_bytes()).hexdigest() != stored.described["parts"][part]:
             raise ArtefactError(f"{place}: its policy.json is not the one that the mixture names.")
-        router = load(place, stored.runtime).router
+        router = load(place).router
         if isinstance(router, ConditionedMLP | Mixture):
             raise ArtefactError(f"{place}: a mixture is made of routers for one setting each.")
         parts.append(router)
@@ -154,7 +147,7 @@ def _build_mixture(stored: _Stored) -> Storable:
 
 
 _KINDS: dict[str, _Kind] = {
-    "mlp": _Kind(MLP, _describe_network, _build_network, network=True, graph=True),
+    "mlp": _Kind(MLP, _describe_network, lambda s: MLP(s.name, s.schema, s.knob, *s.network), network=True, graph=True),
     "mlp-lam": _Kind(ConditionedMLP, _describe_network, _build_range, network=True, graph=True),
     "seq": _Kind(
         SeqPolicy, lambda r: {"heads": r.heads, "max_large_tokens": told_cap(r)}, _build_sequence, network=True
@@ -178,7 +171,35 @@ def kind_of(router: Storable) -> str:
     for name, kind in _KINDS.items():
         if type(router) is kind.router:
             return name
-    raise ArtefactError(f"A router of type {type(router).__name__} cannot be stored.")
+    found = type(router)
+    name = f"{found.__module__}:{found.__qualname__}"
+    if not isinstance(router, PlainRouter):
+        raise ArtefactError(f"A router of type {name} cannot be stored: it has no to_plain() and from_plain().")
+    if found.__module__ == "__main__" or not is_plugin(name):
+        raise ArtefactError(f"A router of type {name} cannot be read again: define its class in a module of its own.")
+    return name
+
+
+def _kind_named(name: str) -> _Kind:
+    """Return one of our kinds, or that of a class ``module:Class`` of somebody else's, which is not imported here.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name in _KINDS:
+        return _KINDS[name]
+    if not is_plugin(name):
+        raise ConfigError(f"unknown kind of policy {name!r}, known: {', '.join(_KINDS)}, others' module:Class.")
+    found = loaded_plugin(name, "policy of kind")
+    if not (isinstance(found, type) and issubclass(found, PlainRouter)):
+        raise ConfigError(f"policy of kind {name!r}: that is no class with to_plain() and from_plain().")
+
+    def build(stored: _Stored) -> Storable:
+        weights = (stored.weights,) if WEIGHTS in stored.files else ()
+        router: AnyRouter = checked(found.from_plain(stored.described["router"], *weights), name)
+        return router
+
+    return _Kind(found, lambda router: {"router": router.to_plain()}, build, network=hasattr(found, "weights"))
 
 
 def has_network(router: Storable) -> bool:
@@ -205,8 +226,8 @@ def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx
     if (folder / "policy.json").exists():
         raise ArtefactError(f"{folder}: holds a policy already; nothing was overwritten.")
     folder.mkdir(parents=True, exist_ok=True)
-    kind, files, own = _KINDS[name], dict[str, bytes](), dict[str, Any]()
-    if kind.network:
+    kind, files, own = _kind_named(name), dict[str, bytes](), dict[str, Any]()
+    if kind.network or hasattr(router, "weights"):
         files = _network_files(router, onnx and kind.graph)
     if isinstance(router, Mixture):
         for part in _PARTS:
@@ -218,7 +239,7 @@ def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx
         (folder / file).write_bytes(data)
     described: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if getattr(router, "activation", "tanh") != "tanh" else 2,
         "kind": name,
         "name": router.name,
         "schema": router.schema,
@@ -237,7 +258,11 @@ def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx
 def _network_files(router: Any, onnx: bool) -> dict[str, bytes]:
     from safetensors.numpy import save as to_bytes
 
-    files = {WEIGHTS: to_bytes({name: np.ascontiguousarray(values) for name, values in router.weights.items()})}
+    weights = {name: np.ascontiguousarray(values) for name, values in router.weights.items()}
+    odd = [f"{name} ({values.dtype})" for name, values in weights.items() if values.dtype != np.float32]
+    if odd:
+        raise ArtefactError(f"The weights {', '.join(odd)} of {router.name} cannot be stored, expected float32.")
+    files = {WEIGHTS: to_bytes(weights)}
     if onnx:
         from agents.routers.onnx import to_onnx
 
@@ -257,30 +282,21 @@ def _digest(described: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def load(folder: str | Path, runtime: str = "numpy") -> Artefact:
+def load(folder: str | Path) -> Artefact:
     """Read a router.
 
-    Args:
-        folder: Its folder.
-        runtime: ``numpy``, or ``onnx`` to run networks by onnxruntime.
-
     Raises:
-        ArtefactError: There is none, it is damaged, a newer version wrote it, or it has no ONNX file.
-        ConfigError: Unknown runtime, or onnxruntime is not installed.
+        ArtefactError: There is none, it is damaged, a newer version wrote it, or its class is not imported.
     """
-    if runtime not in RUNTIMES:
-        raise ConfigError(f"Unknown runtime {runtime!r}.{did_you_mean(runtime, RUNTIMES)}")
     folder = Path(folder)
     file = folder / "policy.json"
     try:
         described = json.loads(file.read_text(encoding="utf-8"))
         kind = _checked_kind(file, described)
-        stored = _Stored(folder, described, _read_files(folder, described), runtime)
+        stored = _Stored(folder, described, _read_files(folder, described))
         try:
-            found = Artefact(_KINDS[kind].build(stored), dict(described["about"]), kind)
+            found = Artefact(kind.build(stored), dict(described["about"]), str(described["kind"]))
         except ConfigError as error:
-            if runtime == "onnx" and isinstance(error.__cause__, ImportError):
-                raise
             raise ArtefactError(f"{file}: damaged policy ({error})") from error
         if described["version"] > 1 and described["digest"] != _digest(described):
             raise ArtefactError(
@@ -290,11 +306,11 @@ def load(folder: str | Path, runtime: str = "numpy") -> Artefact:
         return found
     except FileNotFoundError as error:
         raise ArtefactError(f"{folder}: no policy here ({Path(error.filename).name} is missing).") from error
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError, struct.error) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError, struct.error) as error:
         raise ArtefactError(f"{file}: damaged policy ({type(error).__name__}: {error}).") from error
 
 
-def _checked_kind(file: Path, described: dict[str, Any]) -> str:
+def _checked_kind(file: Path, described: dict[str, Any]) -> _Kind:
     if described["format"] != FORMAT:
         raise ArtefactError(f"{file}: not a policy (format {described['format']!r}, expected {FORMAT!r}).")
     if described["version"] > VERSION:
@@ -302,10 +318,10 @@ def _checked_kind(file: Path, described: dict[str, Any]) -> str:
             f"{file}: written in version {described['version']} of the format; this package reads up to {VERSION}. "
             "Install a newer trim-routing."
         )
-    kind = described["kind"]
-    if kind not in _KINDS:
-        raise ArtefactError(f"{file}: unknown kind of policy {kind!r}, known: {', '.join(_KINDS)}.")
-    return str(kind)
+    try:
+        return _kind_named(str(described["kind"]))
+    except ConfigError as error:
+        raise ArtefactError(f"{file}: {error}") from error
 
 
 def _read_files(folder: Path, described: dict[str, Any]) -> dict[str, bytes]:

@@ -1,4 +1,10 @@
-"""What every router is: features in, probability of escalating out, with a name, a schema and a knob."""
+"""What every router is: features in, probability of escalating out, with a name, a schema and a knob.
+
+Routers of your own go everywhere that ours go. A class that satisfies `Router` or `StatefulRouter` is evaluated; one
+that is a `PlainRouter` besides is stored, exported and served; one with a class method `Learner.fit` besides that is
+trained, ``train.py --agent my_module:MyRouter``. Commands that read its artefacts import its module where you name it,
+``--import my_module``; files import nothing.
+"""
 
 from __future__ import annotations
 
@@ -89,6 +95,49 @@ class StatefulRouter(Named, Protocol):
 
 
 AnyRouter = Router | StatefulRouter
+
+
+@runtime_checkable
+class PlainRouter(Protocol):
+    """A router of your own that can be stored: as JSON and, if it has ``weights``, arrays beside it.
+
+    Attributes that it may have besides:
+        weights: Named float32 arrays; they go into ``policy.safetensors``.
+        max_large_tokens: Cap M on large tokens; then the share of M that is left is told after the schema's features.
+    """
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return what `from_plain` needs, as JSON holds it."""
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any], *weights: dict[str, NDArray[np.float32]]) -> Any:
+        """Return the router again, from what `to_plain` gave and, if it has them, its ``weights``."""
+
+
+class Learner(Protocol):
+    """What ``train.py --agent module:Class`` names: who makes a router for each λ."""
+
+    @classmethod
+    def fit(cls, tables: Any, lam: float, seed: int) -> Any:
+        """Return a router for λ that was fitted on the training split.
+
+        Args:
+            tables: `trim_env.tables.DecisionTables` of the split: features, costs and correctness by node.
+            lam: λ, reward lost per unit of cost.
+            seed: Seed of everything that is drawn.
+        """
+
+
+def checked(router: Any, source: str) -> Any:
+    """Return what others' code has made if it is a router.
+
+    Raises:
+        ConfigError: It is not; the message names what it lacks.
+    """
+    if not isinstance(router, Router | StatefulRouter):
+        lacks = [name for name in ("name", "schema", "knob", "probability") if not hasattr(router, name)]
+        raise ConfigError(f"{source} made a {type(router).__name__}, which is no router: it has no {', '.join(lacks)}.")
+    return router
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agents.routers.base import AnyRouter, Floats, Knob, Mixture
-from rollouts.errors import ArtefactError, ConfigError
+from rollouts.errors import ArtefactError, ConfigError, did_you_mean
 from trim_env.features import lam_feature
 
 Weights = Mapping[str, NDArray[np.float32]]
 
 
-def _check(weights: Weights) -> None:
+def _sigmoid(x: Floats) -> Floats:
+    result: Floats = 0.5 * (1 + np.tanh(x / 2))
+    return result
+
+
+def _erf(x: Floats) -> Floats:
+    result: Floats = np.vectorize(math.erf, otypes=[np.float64])(x)
+    return result
+
+
+ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
+    "tanh": np.tanh,
+    "relu": lambda x: np.maximum(x, 0),
+    "leaky_relu": lambda x: np.where(x > 0, x, 0.01 * x),
+    "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),
+    "sigmoid": _sigmoid,
+    "silu": lambda x: x * _sigmoid(x),
+    "gelu": lambda x: 0.5 * x * (1 + _erf(x / 2**0.5)),
+}
+"""What the units of hidden layers compute, with torch's default parameters, by the name that artefacts hold."""
+
+
+def _check(weights: Weights, activation: str) -> None:
     """Raise `ArtefactError` unless the layers fit together and end in two finite logits."""
+    if activation not in ACTIVATIONS:
+        raise ArtefactError(f"The policy's activation is {activation!r}.{did_you_mean(activation, ACTIVATIONS)}")
     width: int | None = None
     for layer in range(len(weights) // 2):
         try:
@@ -34,7 +59,7 @@ def _check(weights: Weights) -> None:
 
 @dataclass(frozen=True, eq=False)
 class MLP:
-    """A perceptron with tanh units over one schema's features; escalates where that logit is the greater one.
+    """A perceptron over one schema's features; escalates where that logit is the greater one.
 
     Attributes:
         name: As in tables and plots.
@@ -43,6 +68,7 @@ class MLP:
         weights: ``0.weight`` (h, d), ``0.bias`` (h,), ``1.weight``, ... up to the two logits, float32.
         max_large_tokens: Cap M on large tokens that it was trained under; it then takes one feature more than the
             schema has, the share of M that is left.
+        activation: What the units of hidden layers compute (`ACTIVATIONS`).
     """
 
     name: str
@@ -50,11 +76,12 @@ class MLP:
     knob: Knob
     weights: Weights
     max_large_tokens: int | None = None
+    activation: str = "tanh"
     _layers: tuple[tuple[Floats, Floats], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check that the layers fit together."""
-        _check(self.weights)
+        _check(self.weights, self.activation)
         numbers = range(len(self.weights) // 2)
         layers = ((self.weights[f"{layer}.weight"].T, self.weights[f"{layer}.bias"]) for layer in numbers)
         object.__setattr__(self, "_layers", tuple((w.astype(np.float64), b.astype(np.float64)) for w, b in layers))
@@ -71,8 +98,9 @@ class MLP:
         """
         values = features.astype(np.float64)
         *hidden, (weight, bias) = self._layers
+        activate = ACTIVATIONS[self.activation]
         for inner, offset in hidden:
-            values = np.tanh(values @ inner + offset)
+            values = activate(values @ inner + offset)
         result: Floats = values @ weight + bias
         return result
 
@@ -99,6 +127,7 @@ class ConditionedMLP:
         high: Greatest.
         weights: As of `MLP`; the first layer has one column more, the last.
         max_large_tokens: As of `MLP`.
+        activation: As of `MLP`.
     """
 
     name: str
@@ -107,10 +136,11 @@ class ConditionedMLP:
     high: float
     weights: Weights
     max_large_tokens: int | None = None
+    activation: str = "tanh"
 
     def __post_init__(self) -> None:
         """Check layers and range."""
-        _check(self.weights)
+        _check(self.weights, self.activation)
         if not 0 < self.low < self.high < np.inf:
             raise ArtefactError(f"The policy's range of λ is {self.low:g} to {self.high:g}.")
 
@@ -128,4 +158,18 @@ class ConditionedMLP:
         weight = self.weights["0.weight"]
         bias = self.weights["0.bias"] + weight[:, -1] * lam_feature(lam)
         own = {**self.weights, "0.weight": np.ascontiguousarray(weight[:, :-1]), "0.bias": bias.astype(np.float32)}
-        return MLP(self.name, self.schema, Knob("lam", lam), own, self.max_large_tokens)
+        return MLP(self.name, self.schema, Knob("lam", lam), own, self.max_large_tokens, self.activation)
+
+
+def for_lam(
+    name: str,
+    schema: str,
+    lam: float | tuple[float, float],
+    weights: Weights,
+    max_large_tokens: int | None = None,
+    activation: str = "tanh",
+) -> MLP | ConditionedMLP:
+    """Return the router of a network that was trained for one λ, or for a range, of which λ is then its last input."""
+    if isinstance(lam, tuple):
+        return ConditionedMLP(name, schema, *lam, weights, max_large_tokens, activation)
+    return MLP(name, schema, Knob("lam", float(lam)), weights, max_large_tokens, activation)

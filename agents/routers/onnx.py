@@ -1,26 +1,23 @@
-"""A network as an ONNX graph: written with the ``onnx`` package's helper, read back with onnxruntime.
+"""A network as an ONNX graph, for whoever runs it elsewhere; here NumPy decides.
 
 Inputs: ``features`` float32 (n, d); of a policy for a range of λ also ``lam`` float64 (n,). Outputs: ``action`` int64
-(n,) and ``logits`` float64 (n, 2). Inside all is float64, as in `agents.routers.mlp`, so that both decide alike.
+(n,) and ``logits`` float64 (n, 2). Inside all is float64, as in `agents.routers.mlp`, so that both decide alike; only
+the error function of GELU is float32, as onnxruntime has no other.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from agents.routers.base import Floats
 from agents.routers.mlp import MLP, ConditionedMLP, Weights
-from rollouts.errors import ArtefactError, ConfigError
+from rollouts.errors import ConfigError
 from trim_env.features import LAM_BOUND
 
 OPSET, IR_VERSION = 17, 8  # read by onnxruntime since 1.12
-_REMEDY = "Install it: pip install 'trim-routing[onnx]'."
+_SINGLE = {"tanh": "Tanh", "relu": "Relu", "sigmoid": "Sigmoid"}
 
 
 class _Graph:
@@ -55,7 +52,9 @@ def to_onnx(router: MLP | ConditionedMLP) -> bytes:
         import onnx
         import onnx.numpy_helper
     except ImportError as error:
-        raise ConfigError(f"Writing policy.onnx needs the onnx package ({error}). {_REMEDY}") from error
+        raise ConfigError(
+            f"Writing policy.onnx needs the onnx package ({error}). Install it: pip install 'trim-routing[onnx]'."
+        ) from error
 
     graph, helper, weights = _Graph(onnx), onnx.helper, router.weights
     inputs = [helper.make_tensor_value_info("features", onnx.TensorProto.FLOAT, ["n", _inputs_of(router)])]
@@ -72,7 +71,7 @@ def to_onnx(router: MLP | ConditionedMLP) -> bytes:
         values = graph.add("MatMul", values, graph.constant(weight.T, np.float64))
         values = graph.add("Add", values, bias, name="logits" if layer == last else "")
         if layer < last:
-            values = graph.add("Tanh", values)
+            values = _activated(graph, values, router.activation)
     graph.add("ArgMax", "logits", name="action", axis=1, keepdims=0)
     outputs = [
         helper.make_tensor_value_info("action", onnx.TensorProto.INT64, ["n"]),
@@ -105,85 +104,22 @@ def _conditioned_bias(graph: _Graph, weights: Weights) -> str:
     return graph.cast(graph.add("Add", share, graph.constant(weights["0.bias"], np.float32)), np.float64)
 
 
-@dataclass(frozen=True, eq=False)
-class OnnxMLP(MLP):
-    """The same network run by onnxruntime.
-
-    Attributes:
-        runtime: The session of onnxruntime.
-        told: What it takes besides the features: λ, if the graph is for a range.
-    """
-
-    runtime: Any = None
-    told: dict[str, float] = field(default_factory=dict)
-
-    def _run(self, output: str, features: NDArray[np.float32]) -> NDArray[Any]:
-        inputs: dict[str, Any] = {"features": np.ascontiguousarray(features, np.float32)}
-        for name, value in self.told.items():
-            inputs[name] = np.full(len(features), value, np.float64)
-        found: NDArray[Any] = self.runtime.run([output], inputs)[0]
-        return found
-
-    def logits(self, features: NDArray[np.float32]) -> Floats:
-        """Return (n, 2) logits of the actions for (n, d) features."""
-        return self._run("logits", features)
-
-    def probability(self, features: NDArray[np.float32]) -> Floats:
-        """Return (n,) of 0 and 1: the argmax action."""
-        return self._run("action", features).astype(np.float64)
+def _activated(graph: _Graph, values: str, activation: str) -> str:
+    """Add what `agents.routers.mlp.ACTIVATIONS` compute."""
+    if activation in _SINGLE:
+        return graph.add(_SINGLE[activation], values)
+    if activation == "silu":
+        return graph.add("Mul", values, graph.add("Sigmoid", values))
+    if activation == "leaky_relu":  # LeakyRelu's slope is float32
+        return graph.add("Max", values, graph.add("Mul", values, graph.constant(0.01, np.float64)))
+    zero, one = graph.constant(0, np.float64), graph.constant(1, np.float64)
+    if activation == "elu":
+        below = graph.add("Sub", graph.add("Exp", graph.add("Min", values, zero)), one)
+        return graph.add("Add", graph.add("Max", values, zero), below)
+    assert activation == "gelu"
+    scaled = graph.add("Div", values, graph.constant(2**0.5, np.float64))
+    error = graph.cast(graph.add("Erf", graph.cast(scaled, np.float32)), np.float64)
+    return graph.add("Mul", graph.add("Div", values, graph.constant(2, np.float64)), graph.add("Add", one, error))
 
 
-@dataclass(frozen=True, eq=False)
-class OnnxConditionedMLP(ConditionedMLP):
-    """The same network for a range of λ run by onnxruntime.
-
-    Attributes:
-        runtime: The session of onnxruntime.
-    """
-
-    runtime: Any = None
-
-    def at(self, lam: float) -> MLP:
-        """Return the router for one λ; raises `ConfigError` as `ConditionedMLP.at`."""
-        plain = super().at(lam)
-        return OnnxMLP(
-            plain.name, plain.schema, plain.knob, plain.weights, plain.max_large_tokens, self.runtime, {"lam": lam}
-        )
-
-
-def on_onnxruntime(router: MLP | ConditionedMLP, data: bytes, file: Path) -> OnnxMLP | OnnxConditionedMLP:
-    """Return a network run by onnxruntime on one thread.
-
-    Args:
-        router: The network.
-        data: Its ONNX form.
-        file: Where that comes from, for messages.
-
-    Raises:
-        ConfigError: onnxruntime is not installed.
-        ArtefactError: It does not take the file, or the file is that of another network.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ConfigError(f"Runtime 'onnx' needs onnxruntime ({error}). {_REMEDY}") from error
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    try:
-        runtime = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the library's errors have no common root
-        raise ArtefactError(f"{file}: onnxruntime does not take it ({error}).") from error
-    found = {each.name: list(each.shape[1:]) for each in runtime.get_inputs()}
-    wanted: dict[str, list[int]] = {"features": [_inputs_of(router)]}
-    if isinstance(router, ConditionedMLP):
-        wanted["lam"] = []
-    if found != wanted or [each.name for each in runtime.get_outputs()] != ["action", "logits"]:
-        raise ArtefactError(f"{file}: takes {found}, expected {wanted}, with outputs action and logits.")
-    if isinstance(router, ConditionedMLP):
-        own = router.name, router.schema, router.low, router.high, router.weights, router.max_large_tokens
-        return OnnxConditionedMLP(*own, runtime)
-    return OnnxMLP(router.name, router.schema, router.knob, router.weights, router.max_large_tokens, runtime)
-
-
-__all__ = ["OnnxConditionedMLP", "OnnxMLP", "on_onnxruntime", "to_onnx"]
+__all__ = ["to_onnx"]

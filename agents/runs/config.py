@@ -4,37 +4,45 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import field, replace
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from agents.learners.exact import TreeSettings
-from agents.learners.pomdp.fit import price_of
-from agents.learners.ppo import PPOSettings, SeqSettings
-from agents.learners.settings import LearnerSettings
-from agents.runs import tracking
+from pydantic import Field
+
+from agents.learners.settings import (
+    Count,
+    LearnerSettings,
+    NotNegative,
+    Positive,
+    PPOSettings,
+    SeqSettings,
+    TreeSettings,
+)
+from rollouts.config import Imports, settings
 from rollouts.errors import ConfigError, did_you_mean
+from rollouts.plugins import is_plugin, load_plugin
 from trim_env.costs import cost_model
-from trim_env.episodes import checked_lam, checked_range
 from trim_env.features import DEFAULT_SCHEMA, schema_named
-from trim_env.tables import checked_token_cap
 
 AGENTS = ("ppo-agg", "tree-agg", "ppo-seq", "pomdp", "threshold")
 LEARNED = ("ppo-agg", "tree-agg")  # for a range of λ, too
+TRACKING = ("wandb", "none")
 _PACKAGES = ("trim-routing", "numpy", "torch", "stable-baselines3", "gymnasium", "wandb")
+_Share = Annotated[float, Field(gt=0, le=1)]
 
 
-@dataclass(frozen=True)
+@settings
 class TrainConfig:
     """Settings of a run.
 
     Attributes:
         rollouts: Path of a rollout store, or the name of a bundled one.
         agent: ``ppo-agg`` (TRIM-Agg), ``tree-agg`` (the same policy, by the exact gradient on the trees),
-            ``ppo-seq`` (TRIM-Seq: a transformer over all steps so far), ``pomdp`` (TRIM-POMDP) or ``threshold``
-            (TRIM-Thr, the best threshold for each λ).
+            ``ppo-seq`` (TRIM-Seq: a transformer over all steps so far), ``pomdp`` (TRIM-POMDP), ``threshold``
+            (TRIM-Thr, the best threshold for each λ) or module:Class, a class of your own (`agents.routers.base`).
         lam: λ, reward lost per unit of cost; several make a sweep. Left out: six values that span the trade-off
             between the two models, computed from the rollouts.
         lam_range: Two values: one policy is trained for every λ between them, which it is told.
@@ -60,23 +68,40 @@ class TrainConfig:
 
     rollouts: str = "quickstart"
     agent: str = "ppo-agg"
-    lam: tuple[float, ...] = ()
-    lam_range: tuple[float, float] | None = None
-    budget: float | None = None
-    accuracy: float | None = None
+    lam: tuple[NotNegative, ...] = ()
+    lam_range: tuple[Positive, Positive] | None = None
+    budget: _Share | None = None
+    accuracy: _Share | None = None
     schema: str = DEFAULT_SCHEMA
     cost: str = "decode-only"
-    max_escalations: int | None = None
-    max_large_tokens: int | None = None
+    max_escalations: Annotated[int, Field(ge=0)] | None = None
+    max_large_tokens: Count | None = None
     scorer: str | None = None
     grader: str | None = None
-    seed: int = 0
-    attempts: int = 3
+    seed: Annotated[int, Field(ge=0)] = 0
+    attempts: Count = 3
     out: Path | None = None
     tracking: str = "wandb"
     ppo: PPOSettings = field(default_factory=PPOSettings)
     tree: TreeSettings = field(default_factory=TreeSettings)
     seq: SeqSettings = field(default_factory=SeqSettings)
+
+    def __post_init__(self) -> None:
+        """Check what constraints of single values cannot say."""
+        if self.agent not in AGENTS and not is_plugin(self.agent):
+            raise ConfigError(f"Unknown agent {self.agent!r}.{did_you_mean(self.agent, [*AGENTS, 'module:Class'])}")
+        if self.tracking not in TRACKING:
+            raise ConfigError(f"Unknown tracking {self.tracking!r}.{did_you_mean(self.tracking, TRACKING)}")
+        if self.budget is not None and self.accuracy is not None:
+            raise ConfigError("Give either --budget or --accuracy, not both.")
+        if self.lam_range is not None:
+            if not self.lam_range[0] < self.lam_range[1]:
+                raise ConfigError(f"--lam-range is {self.lam_range[0]:g} {self.lam_range[1]:g}, expected two numbers "
+                                  "above 0, the lower one first.")  # fmt: skip
+            if self.lam or self.agent not in LEARNED:
+                raise ConfigError("--lam-range trains one ppo-agg or tree-agg policy for all λ in it; leave out --lam.")
+        if len(set(self.lam)) != len(self.lam):
+            raise ConfigError(f"--lam names a value twice: {' '.join(f'{lam:g}' for lam in self.lam)}.")
 
     @property
     def learner(self) -> LearnerSettings:
@@ -86,50 +111,47 @@ class TrainConfig:
         return self.seq if self.agent == "ppo-seq" else self.ppo
 
 
-def check(config: TrainConfig) -> None:
-    """Raise `ConfigError` for settings that no run can have."""
-    if config.agent not in AGENTS:
-        raise ConfigError(f"Unknown agent {config.agent!r}.{did_you_mean(config.agent, AGENTS)}")
+@settings
+class Resume:
+    """Go on with a run that was stopped.
+
+    Attributes:
+        resume: Folder of the run; all settings are those that it was begun with.
+        imports: A module to import first: that of a router of your own; may be repeated.
+    """
+
+    resume: Path
+    imports: Imports = ()
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """Return a new run's settings with the schema that the agent is trained on.
+
+    Raises:
+        ConfigError: There is no agent, schema or cost model of that name, or they do not fit together.
+    """
+    cost, told = cost_model(config.cost), bool(schema_named(config.schema).history)
     if config.agent == "pomdp":
-        price_of(cost_model(config.cost))
-    _check_schema(config)
-    checked_token_cap(config.max_large_tokens)
-    tracking.check(config.tracking)
-    for lam in config.lam:
-        checked_lam(lam)
-    if config.budget is not None and config.accuracy is not None:
-        raise ConfigError("Give either --budget or --accuracy, not both.")
-    for name in ("budget", "accuracy"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value <= 1:
-            raise ConfigError(f"--{name} is {value:g}, expected a share above 0 and at most 1.")
-    if config.lam_range is not None:
-        checked_range(config.lam_range)
-        if config.lam or config.agent not in LEARNED:
-            raise ConfigError("--lam-range trains one ppo-agg or tree-agg policy for all λ in it; leave out --lam.")
-    if len(set(config.lam)) != len(config.lam):
-        raise ConfigError(f"--lam names a value twice: {' '.join(f'{lam:g}' for lam in config.lam)}.")
-    if config.attempts < 1:
-        raise ConfigError(f"--attempts is {config.attempts}, expected at least 1.")
+        from agents.learners.pomdp.fit import price_of
 
-
-def _check_schema(config: TrainConfig) -> None:
-    told = bool(schema_named(config.schema).history)
-    if config.agent == "ppo-seq" and not told and config.schema != DEFAULT_SCHEMA:
-        raise ConfigError(f"--schema is {config.schema}; ppo-seq is trained on seq. Leave it out.")
-    if config.agent != "ppo-seq" and told:
+        price_of(cost)
+    if config.agent not in AGENTS and not hasattr(load_plugin(config.agent, "--agent"), "fit"):
+        raise ConfigError(
+            f"--agent {config.agent!r}: it has no fit(tables, lam, seed) (`agents.routers.base.Learner`)."
+        )
+    if config.agent == "ppo-seq":
+        if not told and config.schema != DEFAULT_SCHEMA:
+            raise ConfigError(f"--schema is {config.schema}; ppo-seq is trained on seq. Leave it out.")
+        return replace(config, schema="seq")
+    if config.agent in AGENTS and told:
         raise ConfigError(f"--schema is {config.schema}, which is that of ppo-seq; {config.agent} sees single steps.")
-
-
-def with_schema(config: TrainConfig) -> TrainConfig:
-    """Return settings with the schema that the agent is trained on."""
-    return replace(config, schema="seq") if config.agent == "ppo-seq" else config
+    return config
 
 
 def new_folder(config: TrainConfig) -> Path:
     """Return where a run goes that names no folder."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{config.agent}-{Path(config.rollouts).name}-seed{config.seed}-{stamp}"
+    return Path("runs") / f"{config.agent.replace(':', '-')}-{Path(config.rollouts).name}-seed{config.seed}-{stamp}"
 
 
 def versions() -> dict[str, str]:
@@ -143,28 +165,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def as_plain(config: TrainConfig) -> dict[str, Any]:
-    """Return settings as JSON can hold them."""
-    return {**asdict(config), "out": str(config.out) if config.out else None, "lam": list(config.lam)}
-
-
-def _pair(value: list[float] | None) -> tuple[float, float] | None:
-    return None if value is None else (value[0], value[1])
-
-
 def from_plain(plain: Mapping[str, Any], folder: Path) -> TrainConfig:
-    """Return settings from `as_plain`; raise `ConfigError` for unknown ones."""
-    unknown = sorted(set(plain) - {each.name for each in fields(TrainConfig)})
-    if unknown:
-        raise ConfigError(f"{folder / 'config.json'}: unknown settings {', '.join(unknown)}.")
-    return TrainConfig(
-        **{
-            **plain,
-            "lam": tuple(plain["lam"]),
-            "lam_range": _pair(plain["lam_range"]),
-            "out": folder,
-            "ppo": PPOSettings(**plain["ppo"]),
-            "tree": TreeSettings(**plain["tree"]),
-            "seq": SeqSettings(**plain["seq"]),
-        }
-    )
+    """Return the settings of a run from what its ``config.json`` holds."""
+    try:
+        return TrainConfig(**{**plain, "out": folder})
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'config.json'}: {error}") from error

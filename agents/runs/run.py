@@ -4,34 +4,37 @@ RUN/config.json            settings, versions, seed, hash of the rollouts
 RUN/report.txt             health of every router in plain words
 RUN/curve.png, .svg        the routers on the verdict half of validation
 RUN/lam-0.003/policy/      the router (`agents.routers.artefact`), the only thing that evaluation reads
-RUN/lam-0.003/             metrics.jsonl, training.png, report.json, checkpoint.pt; of the POMDP estimates.json
+RUN/lam-0.003/             metrics.jsonl, training.png, report.json; of the POMDP estimates.json
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.evaluation.health import Health, as_plain
+from agents.evaluation.budgets import lam_costs, meet_target
+from agents.evaluation.health import Health
 from agents.evaluation.splits import Record, Validation
-from agents.evaluation.targets import budgets, meet_target
 from agents.evaluation.walk import references, run
-from agents.learners.loop import Result, Training, checked_at
+from agents.learners.loop import Training, checked_at
 from agents.learners.pomdp.fit import estimate, price_of
 from agents.routers import artefact
-from agents.routers.base import AnyRouter
+from agents.routers.base import AnyRouter, checked
 from agents.routers.mlp import ConditionedMLP, at
 from agents.runs import config as settings
-from agents.runs import tracking
 from agents.runs.config import TrainConfig
+from agents.runs.listener import Listener
 from agents.runs.pictures import draw_curve, draw_training
+from agents.tracking import NoTracker, WandbTracker
+from rollouts.config import as_plain
 from rollouts.errors import ConfigError, StoreError
+from rollouts.plugins import import_module, loaded_plugin
 from rollouts.trees.arrays import Trees
 from rollouts.trees.compile import compile_store
 from trim_env.episodes import Lam
@@ -57,22 +60,6 @@ class Trained:
     sentence: str = ""
 
 
-class Listener:
-    """What a run tells whoever watches; every method may be overridden."""
-
-    def compiling(self, trees: int) -> None:
-        """Some more trees were compiled."""
-
-    def begin(self, lam: Lam, training: Training) -> None:
-        """A training begins, or goes on."""
-
-    def iteration(self, lam: Lam, training: Training, record: Record) -> None:
-        """An iteration is done, and on disk."""
-
-    def end(self, lam: float, health: Health, attempts: int) -> None:
-        """A training has ended."""
-
-
 def train(config: TrainConfig, listener: Listener | None = None) -> Trained:
     """Train the routers of a new run.
 
@@ -80,8 +67,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> Trained:
         ConfigError: A setting is wrong, or the folder exists.
         StoreError: The rollouts cannot be used.
     """
-    settings.check(config)
-    config = settings.with_schema(config)
+    config = settings.resolved(config)
     listener = listener or Listener()
     trees = _compile(config, listener)
     config = _with_lams(config, trees)
@@ -91,13 +77,18 @@ def train(config: TrainConfig, listener: Listener | None = None) -> Trained:
         raise ConfigError(f"{folder}: exists already; nothing was overwritten. Choose another --out, or --resume it.")
     folder.mkdir(parents=True, exist_ok=True)
     config = replace(config, out=folder)
-    described = {"config": settings.as_plain(config), "versions": settings.versions(), "rollouts": trees.meta}
+    described = {"config": as_plain(config), "versions": settings.versions(), "rollouts": trees.meta}
     (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     return _run(config, trees, validation, folder, listener)
 
 
-def resume(folder: Path, listener: Listener | None = None) -> Trained:
-    """Go on with a run that was stopped; it ends as it would have.
+def resume(folder: Path, listener: Listener | None = None, imports: Sequence[str] = ()) -> Trained:
+    """Go on with a run that was stopped: what was finished is kept, the other λ are trained from their beginning.
+
+    Args:
+        folder: The run's folder.
+        listener: Whom to tell.
+        imports: Modules to import first; a folder does not say what is to be imported.
 
     Raises:
         ConfigError: There is no run, or its settings are not of this version.
@@ -105,6 +96,8 @@ def resume(folder: Path, listener: Listener | None = None) -> Trained:
     """
     listener = listener or Listener()
     file = folder / "config.json"
+    for module in imports:
+        import_module(module)
     try:
         described = json.loads(file.read_text(encoding="utf-8"))
         config = settings.from_plain(described["config"], folder)
@@ -183,14 +176,12 @@ def _run(config: TrainConfig, trees: Trees, validation: Validation, folder: Path
             router, attempts = artefact.load(place / "policy").router, 0
             own = {lam: validation.assess(at(router, lam), lam, final=True) for lam in checked_at(task)}
         else:
-            tracker = tracking.start(
-                config.tracking, place, f"{config.agent} {_label(task)}", folder.name, settings.as_plain(config)
-            )
+            tracker = _tracker(config, task, place)
             router, own, attempts, picture = _fit(config, tables, validation, task, place, tracker, listener)
             about = _about(config, trees, validation, router, own)
             if not (place / "policy" / "policy.json").exists():
                 artefact.save(router, place / "policy", about)
-            found = [{"lam": lam, **as_plain(each), "attempts": attempts} for lam, each in own.items()]
+            found = [{"lam": lam, **asdict(each), "attempts": attempts} for lam, each in own.items()]
             tracker.finish({**found[len(found) // 2], **about["held_out"][len(found) // 2]}, picture, place / "policy")
             report.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
         stored.append(router)
@@ -210,6 +201,12 @@ def _run(config: TrainConfig, trees: Trees, validation: Validation, folder: Path
     return Trained(folder, routers, health, sentence)
 
 
+def _tracker(config: TrainConfig, task: Lam, place: Path) -> NoTracker:
+    if config.tracking == "none":
+        return NoTracker()
+    return WandbTracker(place, f"{config.agent} {_label(task)}", place.parent.name, as_plain(config))
+
+
 def _label(task: Lam) -> str:
     return f"lam-{task[0]:g}-to-{task[1]:g}" if isinstance(task, tuple) else f"lam-{task:g}"
 
@@ -224,54 +221,48 @@ def _fit(
     validation: Validation,
     task: Lam,
     place: Path,
-    tracker: tracking.Tracker,
+    tracker: NoTracker,
     listener: Listener,
 ) -> tuple[artefact.Storable, dict[float, Health], int, Path | None]:
     """Return router, health by λ, number of attempts, and a picture of the training if there is one."""
+    if config.agent in ("ppo-agg", "tree-agg", "ppo-seq"):
+        return _train(config, tables, validation, task, place, tracker, listener)
+    assert isinstance(task, float)
+    router: Any
     if config.agent == "threshold":
-        assert isinstance(task, float)
         router = validation.candidates.best(task).threshold
-        return router, {task: validation.assess(router, task, final=True)}, 1, None
-    if config.agent == "pomdp":
-        assert isinstance(task, float)
+    elif config.agent == "pomdp":
         estimates = estimate(tables.trees, indices=tables.indices)
-        planned = estimates.routers([task], price=price_of(tables.cost_model))[0]
+        router = estimates.routers([task], price=price_of(tables.cost_model))[0]
         (place / "estimates.json").write_text(json.dumps(estimates.report(), indent=1) + "\n", encoding="utf-8")
-        return planned, {task: validation.assess(planned, task, final=True)}, 1, None
-    result = _train_one(config, tables, validation, task, place, tracker, listener)
-    return (
-        result.router,
-        result.health,
-        result.attempts,
-        draw_training(result, validation, _title(result.router.name, task), place),
-    )
+    else:
+        learner = loaded_plugin(config.agent, "--agent")
+        router = checked(learner.fit(tables, task, config.seed), config.agent)
+    return router, {task: validation.assess(router, task, final=True)}, 1, None
 
 
-def _train_one(
+def _train(
     config: TrainConfig,
     tables: DecisionTables,
     validation: Validation,
     lam: Lam,
     place: Path,
-    tracker: tracking.Tracker,
+    tracker: NoTracker,
     listener: Listener,
-) -> Result:
-    lines = tracking.JsonLines(place / "metrics.jsonl")
-    training = Training(
-        tables,
-        validation,
-        lam,
-        config.learner,
-        config.seed,
-        attempts=config.attempts,
-        checkpoint=place / "checkpoint.pt",
-        outputs=[lines, *tracker.output()],
-    )
-    lines.keep(len(training.records))
+) -> tuple[artefact.Storable, dict[float, Health], int, Path | None]:
+    training = Training(tables, validation, lam, config.learner, config.seed, attempts=config.attempts)
     listener.begin(lam, training)
-    result = training.run(lambda record: listener.iteration(lam, training, record))
-    lines.close()
-    return result
+    with (place / "metrics.jsonl").open("w", encoding="utf-8") as lines:
+
+        def keep(record: Record) -> None:
+            lines.write(json.dumps({name: float(value) for name, value in sorted(record.items())}) + "\n")
+            lines.flush()
+            tracker.log(record)
+            listener.iteration(lam, training, record)
+
+        result = training.run(keep)
+    picture = draw_training(result, validation, _title(result.router.name, lam), place)
+    return result.router, result.health, result.attempts, picture
 
 
 def _about(
@@ -280,7 +271,7 @@ def _about(
     """Return what an artefact says of its origin and of what it reached."""
     held_out = [_held_out(validation, at(router, lam), lam, each) for lam, each in health.items()]
     about = {**origin(config, trees, validation), "held_out": held_out}
-    return {**about, "budgets": budgets(router, validation)} if isinstance(router, ConditionedMLP) else about
+    return {**about, "budgets": lam_costs(router, validation)} if isinstance(router, ConditionedMLP) else about
 
 
 def origin(config: TrainConfig, trees: Trees, validation: Validation) -> dict[str, Any]:
@@ -315,4 +306,4 @@ def _held_out(validation: Validation, router: AnyRouter, lam: float, health: Hea
     }
 
 
-__all__ = ["Listener", "TrainConfig", "Trained", "automatic_lams", "resume", "train"]
+__all__ = ["Trained", "automatic_lams", "resume", "train"]

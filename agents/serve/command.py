@@ -13,6 +13,7 @@ from typing import Any
 from agents.serve.config import ServeConfig
 from rollouts.config import FamilyConfig, ModelConfig, load_family, parse_family
 from rollouts.errors import ConfigError
+from rollouts.plugins import import_module
 
 _EMBEDDED = "tinymath"
 
@@ -110,7 +111,9 @@ class Server:
         from agents.serve.models import Models
         from agents.serve.service import Service
 
-        policy = agents.load(config.policy, config.runtime)
+        for module in config.imports:
+            import_module(module)
+        policy = agents.load(config.policy)
         metrics = Metrics()
         self.models = Models(family_of(config, policy.about), config.upstream_timeout, metrics)
         _check_origin(config, self.models.family, policy)

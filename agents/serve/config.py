@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from rollouts.config import Imports
 from rollouts.errors import ConfigError
 
 Fallback = Literal["small", "large", "error"]
@@ -35,7 +36,7 @@ class ServeConfig:
         max_body_bytes: Largest request body.
         api_key_env: Environment variable with the key that clients must send; left out, none is asked for.
         upstream_key_env: Environment variable with the key of the upstream servers, where the models file names none.
-        runtime: numpy or onnx.
+        imports: A module to import before the policy is read: that of a router of your own; may be repeated.
         other_models: Serve other models than those that the policy was trained for.
         access_log: Log every request.
     """
@@ -58,7 +59,7 @@ class ServeConfig:
     max_body_bytes: int = 1 << 18
     api_key_env: str | None = None
     upstream_key_env: str | None = None
-    runtime: str = "numpy"
+    imports: Imports = ()
     other_models: bool = False
     access_log: bool = False
 

@@ -3,25 +3,27 @@
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
 import pytest
+from made_routers import network
 
 import agents
 from agents import __main__ as command
-from agents.deploy import wandb_artifacts as registry
+from agents import tracking
 from agents.deploy.export import ExportConfig, export
 from agents.evaluation.walk import run, run_trees
-from agents.learners.ppo import PPOSettings
+from agents.learners.settings import PPOSettings
 from agents.routers import artefact
-from agents.routers import onnx as graph
 from agents.routers.base import Constant, Mixture, RandomRate, StatefulRouter, Threshold
-from agents.runs.run import TrainConfig, train
-from rollouts.errors import ArtefactError, ConfigError
+from agents.routers.mlp import ACTIVATIONS, for_lam
+from agents.runs.config import TrainConfig
+from agents.runs.run import train
+from rollouts.errors import ArtefactError
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
@@ -103,18 +105,17 @@ def decisions(router, tables):
     return np.concatenate([each[0] for each in kept])
 
 
-NETWORKS = ("mlp", "mlp-lam", "mixture")
+def in_onnxruntime(folder, features, lam=None):
+    """Return actions and logits of a policy.onnx, which stands alone."""
+    session = onnxruntime.InferenceSession(folder / "policy.onnx", providers=["CPUExecutionProvider"])
+    told = {} if lam is None else {"lam": np.full(len(features), lam)}
+    return session.run(["action", "logits"], {"features": features, **told})
 
 
-@pytest.mark.parametrize("runtime", ["numpy", "onnx"])
 @pytest.mark.parametrize("kind", ["mlp", "mlp-lam", "threshold", "constant", "random", "pomdp", "mixture"])
-def test_exported_routers_are_the_trained_ones(runs, exported, tables, kind, runtime):
-    if runtime == "onnx" and kind not in NETWORKS:
-        with pytest.raises(ArtefactError, match="has no policy.onnx, .* no network"):
-            agents.load(exported / kind, runtime=runtime)
-        return
-    policy, trained = agents.load(exported / kind, runtime=runtime), runs.trained[kind]
-    assert (policy.kind, policy.runtime) == (kind, runtime)
+def test_exported_routers_are_the_trained_ones(runs, exported, tables, kind):
+    policy, trained = agents.load(exported / kind), runs.trained[kind]
+    assert policy.kind == kind
     if kind == "mlp-lam":
         pairs = [(policy.at(lam), router) for lam, router in trained.items()]
         assert len(pairs) == 5
@@ -126,22 +127,39 @@ def test_exported_routers_are_the_trained_ones(runs, exported, tables, kind, run
     for found, wanted in pairs:
         assert (decisions(found, tables) == decisions(wanted, tables)).all()
         assert (found.name, found.schema, found.knob) == (wanted.name, wanted.schema, wanted.knob)
-    if kind in NETWORKS:
-        assert isinstance(pairs[0][0], graph.OnnxMLP) == (runtime == "onnx")
+
+
+def test_only_networks_have_an_onnx_form(exported):
+    files = {str(file.relative_to(exported)) for file in exported.rglob("policy.onnx")}
+    assert files == {"mlp/policy.onnx", "mlp-lam/policy.onnx", "mixture/first/policy.onnx"}
+
+
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("lam", [3e-3, SPAN])
+def test_onnx_decides_as_numpy_whatever_the_units_compute(tables, tmp_path, activation, lam):
+    features = tables.in_schema("agg+")[:5000]
+    weights = network(6 + isinstance(lam, tuple)).weights
+    router = for_lam("x", "agg+/1", lam, weights, activation=activation)
+    leaning = np.median(np.diff((router.at(1e-3) if isinstance(lam, tuple) else router).logits(features), axis=1))
+    bias = weights["2.bias"] - np.array([0, leaning], np.float32)  # so that it escalates about half the time
+    router = replace(router, weights={**weights, "2.bias": bias})
+    artefact.save(router, tmp_path / "p", {"max_steps": 16}, onnx=True)
+    loaded = agents.load(tmp_path / "p").at(1e-3 if isinstance(lam, tuple) else None)
+    action, logits = in_onnxruntime(tmp_path / "p", features, 1e-3 if isinstance(lam, tuple) else None)
+    assert logits == pytest.approx(loaded.logits(features), abs=1e-5 if activation == "gelu" else 1e-10)
+    assert (action == loaded.probability(features)).all() and 0 < action.mean() < 1
 
 
 @pytest.mark.parametrize("lam", [SPAN[0], 1.7e-3, SPAN[1]])
 def test_onnx_files_stand_alone(exported, tables, lam):
     rows = np.flatnonzero(np.isin(tables.trees.tree, tables.indices))
     features = tables.in_schema("agg+")[rows]
-    session = onnxruntime.InferenceSession(exported / "mlp-lam" / "policy.onnx", providers=["CPUExecutionProvider"])
-    inputs = {"features": features, "lam": np.full(len(rows), lam)}
-    action, logits = session.run(["action", "logits"], inputs)
+    action, logits = in_onnxruntime(exported / "mlp-lam", features, lam)
     router = agents.load(exported / "mlp-lam").at(lam)
     assert action.dtype == np.int64 and (action == router.probability(features)).all()
     assert logits == pytest.approx(router.logits(features), abs=1e-12)
     mixed = np.where(np.arange(len(rows)) % 2, SPAN[0], lam)  # every row has its own
-    action, logits = session.run(["action", "logits"], {"features": features, "lam": mixed})
+    action, logits = in_onnxruntime(exported / "mlp-lam", features, mixed)
     assert logits[::2] == pytest.approx(router.logits(features[::2]), abs=1e-12)
     other = agents.load(exported / "mlp-lam").at(SPAN[0])
     assert logits[1::2] == pytest.approx(other.logits(features[1::2]), abs=1e-12)
@@ -205,7 +223,7 @@ def sealed(folder, change):
         ("mlp", lambda p: edit(p, lambda d: d["about"].update(max_steps=30)), r"policy.json: .*digest"),
         ("threshold", lambda p: edit(p, lambda d: d["knob"].update(value=0.9)), r"policy.json: .*digest"),
         ("threshold", lambda p: edit(p, lambda d: d.pop("digest")), r"policy.json: .*'digest'"),
-        ("threshold", lambda p: sealed(p, lambda d: d.update(version=3)), "written in version 3 of the format"),
+        ("threshold", lambda p: sealed(p, lambda d: d.update(version=4)), "written in version 4 of the format"),
         ("threshold", lambda p: sealed(p, lambda d: d.update(kind="mlp")), "policy.json: .*policy.safetensors"),
         ("random", lambda p: sealed(p, lambda d: d["knob"].update(value=3.0)), "policy.json: .*expected a probability"),
         ("mlp", lambda p: sealed(p, lambda d: d["files"].update({"../x": "0"})), "names a file '../x'"),
@@ -245,20 +263,6 @@ def test_no_cut_and_no_changed_letter_goes_unnoticed(exported, tmp_path):
     assert refused == len(range(0, len(whole), 11))
 
 
-def test_an_onnx_file_of_another_network_is_refused(exported, tmp_path):
-    folder = shutil.copytree(exported / "mlp", tmp_path / "p")
-    shutil.copy(exported / "mlp-lam" / "policy.onnx", folder)
-    digest = artefact.hashlib.sha256((folder / "policy.onnx").read_bytes()).hexdigest()
-    sealed(folder, lambda d: d["files"].update({"policy.onnx": digest}))
-    with pytest.raises(ArtefactError, match=r"policy.onnx: takes .*'lam'"):
-        agents.load(folder, runtime="onnx")
-    (folder / "policy.onnx").write_bytes(b"no graph")
-    digest = artefact.hashlib.sha256(b"no graph").hexdigest()
-    sealed(folder, lambda d: d["files"].update({"policy.onnx": digest}))
-    with pytest.raises(ArtefactError, match=r"policy.onnx: onnxruntime does not take it"):
-        agents.load(folder, runtime="onnx")
-
-
 def test_artefacts_of_version_1_are_read(exported, tmp_path):
     folder = shutil.copytree(exported / "mlp", tmp_path / "p")
 
@@ -279,10 +283,7 @@ def test_packages_that_lack_are_named(runs, exported, tmp_path, monkeypatch, cap
     arguments = ["export", str(runs.folder / "one"), "--out", str(tmp_path / "x"), "--onnx"]
     assert command.main(arguments) == 2 and "pip install 'trim-routing[onnx]'" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
-    with pytest.raises(ConfigError, match="Runtime 'onnx' needs onnxruntime"):
-        agents.load(exported / "mlp", runtime="onnx")
-    with pytest.raises(ArtefactError, match="has no policy.onnx. .*--onnx"):
-        agents.load(runs.folder / "one" / "lam-0.003" / "policy", runtime="onnx")
+    assert agents.load(exported / "mlp").session().decide(0.5, 10) in (0, 1)  # deciding needs neither
 
 
 def test_the_command_exports_all_routers_or_the_one_that_is_meant(runs, tmp_path, capsys):
@@ -362,7 +363,7 @@ def test_offline_artifacts_wait_for_a_sync(runs, tmp_path, nobody):
 
 def test_an_artifact_holds_a_whole_artefact(exported, tmp_path):
     policy = agents.load(exported / "mixture")
-    artifact = registry.as_artifact(exported / "mixture", policy)
+    artifact = tracking.artifact_of(exported / "mixture", policy.name, policy.describe())
     assert (artifact.type, artifact.metadata["kind"]) == ("policy", "mixture")
     for path, entry in artifact.manifest.entries.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)

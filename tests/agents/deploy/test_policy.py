@@ -11,8 +11,8 @@ import pytest
 
 import agents
 from agents.deploy.policy import Policy, Proposal, decide_together
+from agents.evaluation.budgets import lam_costs
 from agents.evaluation.splits import Validation
-from agents.evaluation.targets import budgets
 from agents.evaluation.walk import run, run_trees
 from agents.learners.pomdp.fit import estimate
 from agents.routers import artefact
@@ -323,7 +323,7 @@ def test_settings_that_a_policy_does_not_take_are_refused(routers):
 def test_a_budget_becomes_a_lam(trees, routers):
     router = routers["mlp-lam"]
     validation = Validation(lambda indices: decision_tables(trees, indices=indices), trees)
-    policy = Policy(router, {**ABOUT, "budgets": budgets(router, validation)})
+    policy = Policy(router, {**ABOUT, "budgets": lam_costs(router, validation)})
     low, high = policy.budget_range
     assert low < 0.1 and high == 1.0
     lams = []
@@ -373,8 +373,6 @@ def test_policies_that_do_not_fit_are_refused(routers, tmp_path):
         agents.load(tmp_path / "run")
     with pytest.raises(ArtefactError, match="no policy here .policy.json is missing"):
         agents.load(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="Unknown runtime 'onxx'. Did you mean 'onnx'"):
-        agents.load(tmp_path / "run" / "lam-1" / "policy", runtime="onxx")
 
 
 def test_a_policy_tells_of_itself(stored, routers):

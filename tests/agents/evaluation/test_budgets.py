@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from scripted_store import scripted_store
 
-from agents.evaluation.budgets import calibrate, reached
+from agents.evaluation.budgets import measure, reached
 from agents.evaluation.splits import thresholds
 from agents.evaluation.walk import references, run
 from agents.routers.base import Constant, Knob, Mixture, Threshold
+from agents.routers.budgets import calibrate
 from rollouts.errors import ConfigError
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
@@ -24,15 +25,15 @@ def tables(tmp_path_factory):
 @pytest.fixture(scope="module")
 def candidates(tables):
     routers = [Constant(0), *(Threshold(level) for level in thresholds(tables, 30)), Constant(1)]
-    return [(router, run(router, tables)) for router in routers]
+    return [measure(router, run(router, tables), references(tables)) for router in routers]
 
 
 @pytest.mark.parametrize("budget", [0.05, 0.2, 0.37, 0.8])
 def test_a_budget_is_met_and_no_other_mixture_of_two_solves_more(tables, candidates, budget):
     both = references(tables)
-    found = run(calibrate(candidates, both, budget=budget).router, tables)
+    found = run(calibrate(candidates, budget=budget), tables)
     total = both.large.cost.sum()
-    points = [(o.cost.sum() / total, o.correct.mean()) for _, o in candidates]
+    points = [(each.share, each.accuracy) for each in candidates]
     best = max(accuracy for cost, accuracy in points if cost <= budget)
     for (c1, a1), (c2, a2) in combinations(points, 2):
         if min(c1, c2) <= budget <= max(c1, c2) and c1 != c2:
@@ -44,30 +45,30 @@ def test_a_budget_is_met_and_no_other_mixture_of_two_solves_more(tables, candida
 
 def test_an_accuracy_is_met_at_the_least_cost(tables, candidates):
     both = references(tables)
-    accuracies = [o.correct.mean() for _, o in candidates]
+    accuracies = [each.accuracy for each in candidates]
     for target in np.linspace(min(accuracies) + 0.01, max(accuracies), 5):
-        found = run(calibrate(candidates, both, accuracy=float(target)).router, tables)
+        found = run(calibrate(candidates, accuracy=float(target)), tables)
         assert found.correct.mean() == pytest.approx(target)
-        cheaper = calibrate(candidates, both, budget=0.98 * float(found.cost.sum() / both.large.cost.sum()))
-        assert run(cheaper.router, tables).correct.mean() < target
+        cheaper = calibrate(candidates, budget=0.98 * float(found.cost.sum() / both.large.cost.sum()))
+        assert run(cheaper, tables).correct.mean() < target
 
 
 def test_an_accuracy_below_all_costs_nothing_more(tables, candidates):
-    found = calibrate(candidates, references(tables), accuracy=0.01)
-    assert run(found.router, tables).cost.sum() == 0
+    found = calibrate(candidates, accuracy=0.01)
+    assert run(found, tables).cost.sum() == 0
 
 
 def test_targets_out_of_reach_are_refused(tables, candidates):
     both = references(tables)
     with pytest.raises(ConfigError, match="No setting reaches an accuracy of 99.9 %"):
-        calibrate(candidates, both, accuracy=0.999)
+        calibrate(candidates, accuracy=0.999)
     with pytest.raises(ConfigError, match="the cheapest costs"):
-        calibrate([(Constant(1), both.large)], both, budget=0.3)
+        calibrate([measure(Constant(1), both.large, both)], budget=0.3)
     for wrong in ({}, {"budget": 0.2, "accuracy": 0.9}):
         with pytest.raises(ConfigError, match="either a budget or an accuracy"):
-            calibrate(candidates, both, **wrong)
+            calibrate(candidates, **wrong)
     with pytest.raises(ConfigError, match="expected a share"):
-        calibrate(candidates, both, budget=0.0)
+        calibrate(candidates, budget=0.0)
 
 
 def test_a_mixture_is_its_expectation(tables):

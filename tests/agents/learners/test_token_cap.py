@@ -18,7 +18,8 @@ from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.splits import Candidates
 from agents.evaluation.suite import EvaluateConfig, evaluate
 from agents.evaluation.walk import references, run, run_trees
-from agents.learners.ppo import PPOAgg, PPOSettings
+from agents.learners.ppo import PPOAgg
+from agents.learners.settings import PPOSettings
 from agents.routers import artefact
 from agents.routers.base import Constant, Knob, Mixture, RandomRate, Threshold, told_cap
 from rollouts.errors import ConfigError
@@ -293,5 +294,5 @@ def test_another_cap_is_refused_unless_meant(finished, store, tmp_path):
 def test_a_cap_of_nothing_is_refused(store, tmp_path, capsys):
     base = ["--rollouts", str(store), "--out", str(tmp_path / "x"), "--tracking", "none", "--max-large-tokens", "0"]
     assert train_command.main(base) == 2
-    assert "max_large_tokens is 0, expected at least 1" in capsys.readouterr().err
+    assert "--max-large-tokens is 0, expected at least 1" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

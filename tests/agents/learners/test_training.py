@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,13 @@ from scripted_store import scripted_store
 from agents.evaluation.oracle import tree_oracle
 from agents.evaluation.splits import Validation
 from agents.evaluation.walk import references, run
-from agents.learners.exact import TreeSettings
 from agents.learners.loop import Training, remedy
-from agents.learners.ppo import PPOAgg, PPOSettings, SeqSettings
+from agents.learners.ppo import PPOAgg
+from agents.learners.settings import PPOSettings, SeqSettings, TreeSettings
 from agents.routers import artefact
-from agents.runs.run import TrainConfig, automatic_lams, resume, train
+from agents.runs.config import TrainConfig
+from agents.runs.listener import Listener
+from agents.runs.run import automatic_lams, resume, train
 from rollouts.errors import ConfigError, StoreError
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
@@ -76,11 +78,15 @@ def test_every_learner_checks_its_settings(settings):
     name = settings.section
     for wrong in ({"iterations": 0}, {"hidden": 0}, {"learning_rate": 0.0}, {"learning_rate": math.nan},
                   {"entropy": -1.0}, {"lam_start": 0.0}, {"lam_ramp": 1.0}):  # fmt: skip
-        with pytest.raises(ConfigError, match=f"{name}.{next(iter(wrong))} "):
+        with pytest.raises(ConfigError, match=f"--{name}.{next(iter(wrong)).replace('_', '-')} is "):
             settings(**wrong)
-    for own in set(settings.counts) - {"iterations", "hidden"}:
-        with pytest.raises(ConfigError, match=f"{name}.{own} is 0, expected at least 1"):
+    counts = [each.name for each in fields(settings) if isinstance(each.default, int)]
+    assert len(counts) >= 4
+    for own in counts:
+        with pytest.raises(ConfigError, match=f"--{name}.{own.replace('_', '-')} is 0, expected at least 1"):
             settings(**{own: 0})
+    with pytest.raises(ConfigError, match=f"--{name}.hiden: no such setting. Did you mean 'hidden'"):
+        settings(hiden=3)
 
 
 def validation_of(trees):
@@ -175,6 +181,29 @@ def test_a_finished_run_resumes_to_itself(configured):
     first = train(configured)
     again = resume(configured.out)
     assert again.health == first.health
+
+
+def test_resuming_keeps_what_is_finished_and_trains_the_rest_from_its_beginning(configured):
+    class Stop(Listener):
+        def iteration(self, lam, training, record):
+            if lam == 0.05 and record["step"] == 3:
+                raise KeyboardInterrupt
+
+    class Watch(Listener):
+        begun = ()
+
+        def begin(self, lam, training):
+            self.begun += (lam, len(training.records))
+
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(configured, lam=(0.005, 0.05)), Stop())
+    kept, lines = configured.out / "lam-0.005" / "metrics.jsonl", configured.out / "lam-0.05" / "metrics.jsonl"
+    written, part, watch = kept.stat().st_mtime_ns, lines.read_text().splitlines(), Watch()
+    resumed = resume(configured.out, watch)
+    assert watch.begun == (0.05, 0) and kept.stat().st_mtime_ns == written and set(resumed.health) == {0.005, 0.05}
+    whole = lines.read_text().splitlines()
+    assert len(part) == 3 and whole[:3] == part and json.loads(whole[-1])["step"] == len(whole) >= SMALL.iterations
+    assert not list(configured.out.rglob("*.pt"))
 
 
 def test_bad_settings_are_refused_before_anything_is_written(configured, tmp_path, store):

@@ -16,7 +16,8 @@ from agents.routers import artefact
 from agents.routers.base import StatefulRouter
 from agents.routers.pomdp.model import as_feature, to_bins
 from agents.routers.pomdp.router import PomdpRouter
-from agents.runs.run import TrainConfig, resume, train
+from agents.runs.config import TrainConfig
+from agents.runs.run import resume, train
 from rollouts.errors import ArtefactError, ConfigError, DataError
 from rollouts.trees.compile import compile_store
 from trim_env.costs import cost_model

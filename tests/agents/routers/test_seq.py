@@ -16,15 +16,14 @@ import evaluate as evaluate_command
 import train as train_command
 from agents.deploy.policy import load
 from agents.evaluation.oracle import tree_oracle
-from agents.evaluation.splits import Validation
 from agents.evaluation.walk import run, run_trees
-from agents.learners.loop import Training
-from agents.learners.ppo import SeqSettings
 from agents.learners.ppo_seq import NAME, PPOSeq, SeqExtractor
+from agents.learners.settings import SeqSettings
 from agents.routers import artefact
 from agents.routers.base import Knob, Router, StatefulRouter
 from agents.routers.seq import SCHEMA, SeqPolicy
-from agents.runs.run import TrainConfig, resume, train
+from agents.runs.config import TrainConfig
+from agents.runs.run import resume, train
 from rollouts.errors import ArtefactError, ConfigError
 from rollouts.trees.compile import compile_store
 from trim_env.features import SCHEMAS
@@ -264,22 +263,6 @@ def test_one_command_trains_resumes_and_evaluates(tmp_path, capsys):
     capsys.readouterr()
     assert evaluate_command.main([str(out), "--rollouts", str(store)]) == 0
     assert "trim-seq" in capsys.readouterr().out
-
-
-def test_a_restored_training_goes_on_as_it_would_have(trees, tmp_path):
-    def training(name, iterations):
-        tables = decision_tables(trees, "train", schema="seq")
-        validation = Validation(lambda i: decision_tables(trees, indices=i, schema="seq"), trees)
-        place = tmp_path / f"{name}.pt"
-        return Training(tables, validation, 0.01, SMALL, 0, attempts=1, checkpoint=place), iterations
-
-    whole = training("whole", None)[0].run()
-    stopped, _ = training("stopped", 2)
-    for _ in range(2):
-        stopped._iterate()
-    again = training("stopped", None)[0].run()
-    assert again.records == whole.records
-    assert all((again.router.weights[name] == whole.router.weights[name]).all() for name in whole.router.weights)
 
 
 def test_settings_that_do_not_fit_are_refused(tmp_path):

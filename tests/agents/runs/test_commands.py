@@ -17,12 +17,17 @@ from scripted_store import scripted_store
 
 import evaluate as evaluate_command
 import train as train_command
+from agents import tracking
 from agents.evaluation.suite import EvaluateConfig, evaluate, save
+from agents.learners.settings import PPOSettings
 from agents.routers import artefact
 from agents.routers.base import Constant, Threshold
-from agents.runs import tracking
-from agents.runs.run import TrainConfig
+from agents.runs.config import TrainConfig, from_plain
+from rollouts.config import as_plain
+from rollouts.errors import ConfigError
 from rollouts.trees.compile import compile_store
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,9 @@ def test_mistakes_are_one_line_without_a_traceback(store, tmp_path, capsys):
         (["--schema", "agg++"], "Did you mean 'agg"),
         (["--rollouts", str(tmp_path)], "no rollout store here"),
         (["--resume", str(tmp_path)], "no run to resume"),
-        (["--lam", "nan"], "lam is nan"),
+        (["--lam", "nan"], "--lam is nan, expected a finite number"),
+        (["--ppo.num-envs", "0"], "--ppo.num-envs is 0, expected at least 1"),
+        (["--agent", "nowhere:Router"], "module nowhere cannot be imported"),
     ]:
         base = [] if "--resume" in arguments else ["--tracking", "none", "--out", str(tmp_path / "x")]
         if "--rollouts" not in arguments and "--resume" not in arguments:
@@ -178,7 +185,7 @@ def test_a_key_means_online(monkeypatch, tmp_path):
 
 
 def test_the_sweep_file_names_settings_that_exist():
-    sweep = yaml.safe_load((Path(__file__).parents[3] / "agents" / "sweep.yaml").read_text())
+    sweep = yaml.safe_load((ROOT / "examples" / "sweep.yaml").read_text())
     assert sweep["program"] == "train.py" and sweep["method"] in ("grid", "random", "bayes")
     arguments = []
     for name, setting in sweep["parameters"].items():
@@ -186,6 +193,22 @@ def test_the_sweep_file_names_settings_that_exist():
         arguments += [f"--{name}", str(value)]
     assert "${args}" in sweep["command"]
     tyro.cli(TrainConfig, args=arguments)
+
+
+def test_settings_of_earlier_runs_are_read(tmp_path):
+    """As config.json had them at commit 30945b0; what is unknown or damaged is named."""
+    plain = json.loads((ROOT / "tests" / "agents" / "runs" / "config-of-30945b0.json").read_text())
+    config = from_plain(plain, tmp_path)
+    assert (config.agent, config.budget, config.out, config.tree.iterations) == ("tree-agg", 0.2, tmp_path, 4)
+    assert config.lam_range == (3e-4, 1e-2) and config.lam == () and config.ppo == PPOSettings()
+    assert {**as_plain(config), "out": plain["out"]} == plain
+    for wrong, message in (
+        ({"colour": 1}, "--colour: no such setting"),
+        ({"ppo": {"iterations": 0}}, "--ppo.iterations is 0"),
+        ({"lam": "much"}, "--lam is 'much', expected a valid tuple"),
+    ):
+        with pytest.raises(ConfigError, match=f"config.json: {message}"):
+            from_plain({**plain, **wrong}, tmp_path)
 
 
 def test_unusable_rollouts_are_refused_in_one_line(tmp_path, capsys):
@@ -271,7 +294,7 @@ def test_a_budget_becomes_a_router(store, tmp_path, capsys, agent):
     found = evaluate(EvaluateConfig((out / "budget-0.3",), str(store)))
     assert len(found.methods[0].points) == 1 and found.methods[0].points[0].knob == 0.3
     for wrong, message in (
-        (["--budget", "1.5"], "expected a share"),
+        (["--budget", "1.5"], "--budget is 1.5, expected at most 1"),
         (["--budget", "0.1", "--accuracy", "0.9"], "not both"),
     ):
         assert train_command.main([*base, *wrong, "--out", str(tmp_path / "z")]) == 2
