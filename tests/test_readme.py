@@ -94,7 +94,7 @@ def test_every_program_runs(place):
     for program in programs:
         cut = program.replace('tracking="none"', 'tracking="none", ppo=PPOSettings(iterations=2), attempts=1')
         if cut != program:
-            cut = "from agents.learners.ppo import PPOSettings\n" + cut
+            cut = "from agents.learners.settings import PPOSettings\n" + cut
         ended = execute([sys.executable, "-c", cut], place)
         assert ended.returncode == 0, f"{program}\n{ended.stderr}"
 
