@@ -42,8 +42,10 @@ class TrainConfig:
             that meets it is chosen, or two are mixed. Without --lam, ppo-agg and tree-agg then train one policy for a
             range of λ.
         accuracy: Accuracy to be reached in expectation, at the least cost; likewise.
-        schema: Feature schema: agg, agg+prod or agg+; of ppo-seq always seq.
-        cost: Cost model: decode-only, prefill-20, prefill-full:PRICE or prices:large_out=15,...
+        schema: Feature schema: agg, agg+prod or agg+; of ppo-seq always seq. Your own: module:MY_SCHEMA, or
+            agg+,module:my_feature (`trim_env.features`).
+        cost: Cost model: decode-only, prefill-20, prefill-full:PRICE, prices:large_out=15,... or your own,
+            module:my_cost (`trim_env.costs.CostModel`).
         max_escalations: Cap K on escalations per solution; default: what the store supports.
         max_large_tokens: Hard cap on the large model's tokens for a problem, in training, validation and, by default,
             evaluation: the policy is told the share left. Default: none.
@@ -90,8 +92,9 @@ def check(config: TrainConfig) -> None:
     """Raise `ConfigError` for settings that no run can have."""
     if config.agent not in AGENTS:
         raise ConfigError(f"Unknown agent {config.agent!r}.{did_you_mean(config.agent, AGENTS)}")
+    cost = cost_model(config.cost, imports=True)
     if config.agent == "pomdp":
-        price_of(cost_model(config.cost))
+        price_of(cost)
     _check_schema(config)
     checked_token_cap(config.max_large_tokens)
     tracking.check(config.tracking)
@@ -114,7 +117,7 @@ def check(config: TrainConfig) -> None:
 
 
 def _check_schema(config: TrainConfig) -> None:
-    told = bool(schema_named(config.schema).history)
+    told = bool(schema_named(config.schema, imports=True).history)
     if config.agent == "ppo-seq" and not told and config.schema != DEFAULT_SCHEMA:
         raise ConfigError(f"--schema is {config.schema}; ppo-seq is trained on seq. Leave it out.")
     if config.agent != "ppo-seq" and told:

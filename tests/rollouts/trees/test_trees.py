@@ -22,9 +22,10 @@ from rollouts.tasks.grading import make_grader
 from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, solution_text
 from rollouts.trees.annotate import grade_store, score_store
 from rollouts.trees.arrays import MISSING
+from rollouts.trees.columns import COLUMNS
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, load_trees
-from rollouts.trees.on_policy import FEATURES, expand_on_policy
+from rollouts.trees.on_policy import expand_on_policy
 from rollouts.trees.stats import oracle, split_statistics
 from rollouts.trees.tree import RolloutTree
 from rollouts.trees.verify import verify_store
@@ -450,9 +451,10 @@ def test_on_policy_expansion_adds_what_the_router_reaches(tmp_path):
     store = finish(grow(tmp_path / "s", 1))
     before = all_steps(store)
 
-    def router(rows):
-        assert rows.shape[1] == len(FEATURES)
-        return rows[:, 0] < 0.8
+    def router(columns):
+        assert set(columns) == {*COLUMNS, "escalations", "large_tokens"}
+        assert {np.shape(values) for name, values in columns.items() if name != "max_steps"} == {columns["step"].shape}
+        return columns["score"] < 0.8
 
     added = expand_on_policy(store, writers(), ScriptedScorer(), router, PROBLEMS)
     assert added > 0
