@@ -67,13 +67,16 @@ class TrimEnv(gymnasium.Env[Any, Any]):
     ``features`` (those of SCHEMA) and two ``Text`` entries, ``partial_solution`` and ``proposal``. With
     ``max_large_tokens`` M one more feature follows: the share of M that is left, in [0, 1].
 
+    Own features and schemas are named ``module:object``: ``agg+,my_module:my_feature`` (`trim_env.features.Feature`).
+
     ## Starting State
     A problem of the split, in one of its replicas, drawn uniformly; no accepted steps, the first proposal scored.
     ``reset(options={"problem": ID, "replica": NUMBER})`` asks for one.
 
     ## Reward
     ``-lam * cost`` at every step and 1 more at the end if the answer is correct. By default the cost is the number
-    of tokens that the large model decodes, so continuing costs nothing (`trim_env.costs.cost_model`).
+    of tokens that the large model decodes, so continuing costs nothing (`trim_env.costs.cost_model`, or
+    ``my_module:my_cost``).
 
     ## Episode End
     Termination when an accepted step is terminal: it closes a ``\boxed{}``, the model ended by itself, or a limit

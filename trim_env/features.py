@@ -12,9 +12,10 @@ its schema; a policy is never fed another one's features. Own features need no c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,11 @@ class Feature:
     columns: tuple[str | Fold, ...]
     compute: Callable[..., Any]
     version: int = 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the columns."""
+        return tuple(column.name if isinstance(column, Fold) else column for column in self.columns)
 
 
 @dataclass(frozen=True)
@@ -104,31 +110,27 @@ class Schema:
     @cached_property
     def folds(self) -> tuple[Fold, ...]:
         """The folds that the features read."""
-        read = [FOLDS.get(column) if isinstance(column, str) else column for column in self._columns]
+        columns = dict.fromkeys(column for feature in self.features for column in feature.columns)
+        read = (FOLDS.get(column) if isinstance(column, str) else column for column in columns)
         return tuple(fold for fold in read if fold is not None)
 
     @cached_property
     def reads(self) -> tuple[str, ...]:
         """Names of the columns that the features read, and ``step``."""
-        names = [column.name if isinstance(column, Fold) else column for column in self._columns]
-        return tuple(dict.fromkeys([*names, "step"]))
+        return tuple(dict.fromkeys([*(name for feature in self.features for name in feature.names), "step"]))
 
     @cached_property
     def facts(self) -> frozenset[str]:
         """Names of the facts of a step that the features or their folds read (`rollouts.trees.columns.FACTS`)."""
-        direct = {column for column in self._columns if isinstance(column, str)}
-        return frozenset(FACTS) & (direct | {fold.fact for fold in self.folds})
+        return frozenset(FACTS) & {*self.reads, *(fold.fact for fold in self.folds)}
 
     @cached_property
-    def _columns(self) -> dict[str | Fold, None]:
-        return dict.fromkeys(column for feature in self.features for column in feature.columns)
-
-    @cached_property
-    def _computed(self) -> list[tuple[Callable[..., Any], tuple[str, ...]]]:
-        def names(feature: Feature) -> tuple[str, ...]:
-            return tuple(column.name if isinstance(column, Fold) else column for column in feature.columns)
-
-        return [(feature.compute, names(feature)) for feature in self.features]
+    def _computed(self) -> list[tuple[Callable[[Any], Any], Callable[[Columns], Any]]]:
+        """Functions of what the getter beside each returns: of one column, or of a tuple."""
+        return [
+            (each.compute if len(each.names) == 1 else partial(_spread, each.compute), itemgetter(*each.names))
+            for each in self.features
+        ]
 
     def bounds(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return (d,) least and (d,) greatest values."""
@@ -174,20 +176,30 @@ class Schema:
 
     def _values(self, columns: Columns, count: int, size: int) -> NDArray[np.float32]:
         values = np.empty((count, size), np.float32)
-        for place, (compute, names) in enumerate(self._computed[:size]):
-            values[:, place] = compute(*[columns[name] for name in names])
-        return self._within_bounds(values)
+        for place, (compute, read) in enumerate(self._computed[:size]):
+            values[:, place] = compute(read(columns))
+        return _within(self._bounds[:, :size], values)
 
     def single(self, columns: Columns) -> NDArray[np.float32]:
         """Return the (1, d) features of one decision from columns that are plain numbers: the same, faster."""
-        values = [compute(*[columns[name] for name in names]) for compute, names in self._computed]
-        return self._within_bounds(np.array([values], np.float32))
+        values = np.array([[compute(read(columns)) for compute, read in self._computed]], np.float32)
+        return _within(self._bounds, values)
 
-    def _within_bounds(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        low, high = self._bounds[:, : values.shape[1]]
-        np.maximum(values, low, out=values)
-        np.minimum(values, high, out=values)
-        return values
+    def together(self, decisions: Sequence[Columns]) -> NDArray[np.float32]:
+        """Return the (n, d) features of n decisions from the columns of each, plain numbers."""
+        rows = np.array(list(map(itemgetter(*self.reads), decisions)), np.float64)
+        return self(dict(zip(self.reads, rows.T, strict=True)))
+
+
+def _spread(compute: Callable[..., Any], values: tuple[Any, ...]) -> Any:
+    return compute(*values)
+
+
+def _within(bounds: NDArray[np.float32], values: NDArray[np.float32]) -> NDArray[np.float32]:
+    low, high = bounds
+    np.maximum(values, low, out=values)
+    np.minimum(values, high, out=values)
+    return values
 
 
 def logit(score: Floats) -> Floats:

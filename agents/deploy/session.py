@@ -11,11 +11,12 @@ from agents.routers.base import AnyRouter, Floats, Knob, Router, StatefulRouter,
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.text.steps import Step, StopReason, closes_box
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
-from rollouts.trees.columns import FACTS, Folded, facts_of
+from rollouts.trees.columns import FACTS, Folded, checked_score, checked_tokens, facts_of
 from trim_env.features import left_feature, schema_named
 
 _ROWS = 16  # computed at once: few enough for NumPy to multiply on one thread; waking others takes longer
 _ALWAYS = frozenset({"score", "tokens"})  # routers with a state are told of them, caps count tokens
+_CHECKED = {name: fact.checked for name, fact in FACTS.items()}
 
 
 class Session:
@@ -78,9 +79,10 @@ class Session:
             ConfigError: Something lacks that the features read, a value is out of range, the last decision waits for
                 `accept`, or the solution has ended.
         """
-        given = {"score": score, "tokens": tokens, **facts}
-        columns = self._take(given if text is None else {**given, "text": text, "ended": ended})
-        return self._decided(float(_chances([self], [columns])[0]))
+        facts["score"], facts["tokens"] = score, tokens
+        if text is not None:
+            facts["text"], facts["ended"] = text, ended
+        return self._decided(float(_chances([self], [self._take(facts)])[0]))
 
     def _take(self, proposal: Mapping[str, Any]) -> dict[str, float]:
         """Return the columns for a proposal, given as the arguments of `decide`."""
@@ -90,16 +92,18 @@ class Session:
             raise ConfigError("The last proposal is still open: call accept() before the next decide().")
         if "text" in proposal:
             proposal = _read(**proposal)
-        facts = _checked(proposal)
-        if not facts.keys() >= self._needs:
-            lacking, read = (", ".join(sorted(names)) for names in (self._needs - facts.keys(), self._needs))
+        columns = _checked(proposal)
+        if not self._needs.issubset(columns):
+            lacking, read = (", ".join(sorted(names)) for names in (self._needs.difference(columns), self._needs))
             raise ConfigError(
                 f"decide() lacks {lacking} of the proposal: {self.router.name} reads {read} (features "
                 f"{self._schema.id}). Name what lacks, or give the proposal's text."
             )
-        facts["terminal"] = facts.get("terminal", False) or self.step == self._max_steps
-        self._proposal = facts
-        return {**facts, "step": self.step, "max_steps": self._max_steps, **self._folded.told()}
+        columns["terminal"] = columns.get("terminal", False) or self.step == self._max_steps
+        columns["step"], columns["max_steps"] = self.step, self._max_steps
+        self._folded.tell(columns)
+        self._proposal = columns
+        return columns
 
     def _decided(self, chance: float) -> int:
         """Turn the probability of escalating into an action."""
@@ -155,21 +159,23 @@ class Session:
             self.override(action)
         if self._proposal is None:
             raise ConfigError("There is nothing to accept: call decide() first.")
-        own, given = self._proposal, {"score": score, "tokens": tokens}
+        step = self._proposal
         if self._action == ESCALATE_LARGE:
             if score is None or tokens is None:
                 raise ConfigError("accept() needs score and tokens of the step that the large model wrote.")
-            step = _checked({**given, **facts})
-            if not step.keys() >= self._folded.facts:
-                lacking = sorted(self._folded.facts - step.keys())
-                raise ConfigError(f"accept() lacks {', '.join(lacking)} of the large model's step (features "
+            step = _checked({"score": score, "tokens": tokens, **facts})
+            if lacking := self._folded.facts.difference(step):
+                raise ConfigError(f"accept() lacks {', '.join(sorted(lacking))} of the large model's step (features "
                                   f"{self._schema.id}).")  # fmt: skip
-        else:
-            step = {**own, **_checked({name: value for name, value in given.items() if value is not None})}
-            if step != own:
+        elif score is not None or tokens is not None:
+            said = (
+                step["score"] if score is None else checked_score(score),
+                step["tokens"] if tokens is None else checked_tokens(tokens),
+            )
+            if said != (step["score"], step["tokens"]):
                 raise ConfigError(
-                    f"accept() got score {score} and tokens {tokens}, but the proposal (score {own['score']:g}, tokens "
-                    f"{own['tokens']}) is what is accepted. Leave them out, or say action=1."
+                    f"accept() got score {score} and tokens {tokens}, but the proposal (score {step['score']:g}, "
+                    f"tokens {step['tokens']}) is what is accepted. Leave them out, or say action=1."
                 )
         spent, left = int(step["tokens"]) * self._action + int(wasted), self.large_tokens_left
         if wasted < 0 or (left is not None and spent > left):
@@ -236,9 +242,7 @@ def _chances(sessions: list[Session], columns: list[dict[str, float]]) -> Floats
     if len(columns) == 1:
         features = first._schema.single(columns[0])
     else:
-        features = first._schema(
-            {name: np.array([each[name] for each in columns], np.float64) for name in first._schema.reads}
-        )
+        features = first._schema.together(columns)
     cap = told_cap(first.router)
     if cap is not None:
         left = np.array([cap - session.large_tokens for session in sessions])
@@ -259,7 +263,7 @@ def _checked(given: Mapping[str, Any]) -> dict[str, float]:
         ConfigError: One is unknown or out of range.
     """
     try:
-        return {name: FACTS[name].checked(value) for name, value in given.items()}
+        return {name: _CHECKED[name](value) for name, value in given.items()}
     except KeyError as error:
         raise ConfigError(
             f"Nothing is known of {error.args[0]!r} of a step.{did_you_mean(error.args[0], FACTS)}"

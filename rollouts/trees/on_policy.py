@@ -68,16 +68,11 @@ def observe(live: LiveTrees, episodes: Sequence[Episode]) -> dict[str, Any]:
         if place is not None:
             _, before, role = place
             episode.folded.add(facts_of(_as_accepted(before, role), next(scores)))
-    rows = [
-        {
-            **facts_of(node.proposals[SMALL], score),
-            "step": len(node.steps) + 1,
-            **episode.folded.told(),
-            "escalations": episode.escalations,
-            "large_tokens": episode.large_tokens,
-        }
-        for (episode, node), score in zip(running, scores, strict=True)
-    ]
+    rows = []
+    for (episode, node), score in zip(running, scores, strict=True):
+        row = {**facts_of(node.proposals[SMALL], score), "step": len(node.steps) + 1}
+        episode.folded.tell(row)
+        rows.append(row | {"escalations": episode.escalations, "large_tokens": episode.large_tokens})
     columns: dict[str, Any] = {name: np.array([row[name] for row in rows], np.float64) for name in rows[0]}
     return columns | {"max_steps": int(live.store.manifest["process"]["limits"]["max_steps"])}
 
