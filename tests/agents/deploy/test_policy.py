@@ -1,6 +1,7 @@
 """Routers in use: sessions decide as evaluation does, say no in plain words, and need NumPy alone."""
 
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -298,6 +299,63 @@ def test_calls_out_of_order_are_refused():
     with pytest.raises(ConfigError, match="still open"):
         decide_together([one, one], [proposal(0.5, 5)] * 2)
     assert decide_together([one, other], [proposal(0.5, 5), proposal(0.1, 5)]) == [0, 1]
+
+
+def test_a_call_that_lacks_what_the_features_read_is_refused(routers):
+    session = Policy(routers["mlp"], ABOUT).session()
+    with pytest.raises(ConfigError, match=r"lacks has_answer, terminal of the proposal: trim-agg reads .*agg\+/1"):
+        session.decide(score=0.5, tokens=10)
+    with pytest.raises(ConfigError, match="lacks has_answer of"):
+        session.decide(score=0.5, tokens=10, terminal=False)
+    with pytest.raises(ConfigError, match="Nothing is known of 'has_anser' .*Did you mean 'has_answer'"):
+        session.decide(score=0.5, tokens=10, terminal=False, has_anser=False)
+    sessions = [Policy(routers["mlp"], ABOUT).session() for _ in range(2)]
+    with pytest.raises(ConfigError, match="lacks score, terminal"):
+        decide_together(sessions, [proposal(0.5, 10), {"tokens": 10, "has_answer": False}])
+    assert decide_together(sessions, [proposal(0.5, 10)] * 2) == [session.decide(**proposal(0.5, 10))] * 2
+    for router in (Threshold(0.6), Constant(0)):  # which read neither
+        assert Policy(router, ABOUT).session().decide(score=0.7, tokens=10) == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "terminal", "has_answer"),
+    [
+        ({"text": "So 3 + 4 = 7.\n\n"}, False, False),
+        ({"text": r"It is $\boxed{7}$."}, True, True),
+        ({"text": "It is 7.", "ended": True}, True, False),
+        ({"text": "#### 7", "ended": True}, True, True),
+        ({"text": "It is 7.", "terminal": True, "has_answer": True}, True, True),  # what is said counts
+    ],
+)
+def test_the_text_of_a_proposal_tells_the_rest(said, terminal, has_answer):
+    router = Recording("agg+/1")
+    sessions = [Policy(router, ABOUT).session(seed=0) for _ in range(3)]
+    sessions[0].decide(0.25, 40, **said)
+    sessions[1].decide(0.25, 40, terminal=terminal, has_answer=has_answer)
+    decide_together(sessions[2:], [{"score": 0.25, "tokens": 40, **said}])
+    assert (router.seen[0] == router.seen[1]).all() and (router.seen[2] == router.seen[1]).all()
+    sessions[0].accept(action=0)
+    assert sessions[0].ended == terminal
+
+
+@pytest.mark.parametrize("kind", ["mlp on products", "mlp-lam", "random", "pomdp", "mixture"])
+def test_pickled_sessions_go_on_identically(stored, kind):
+    policy, scores = agents.load(stored[kind]), np.random.default_rng(0).random((14, 40))
+    sessions = [policy.session(lam=3e-3 if kind == "mlp-lam" else None, seed=seed) for seed in range(40)]
+
+    def decisions(sessions, rows):
+        found = []
+        for row in rows:
+            found.append(decide_together(sessions, [proposal(score, 12) for score in row]))
+            for session, action in zip(sessions, found[-1], strict=True):
+                session.accept(*(0.9, 12) if action else ())
+        return np.array(found)
+
+    decisions(sessions, scores[:4])
+    again = pickle.loads(pickle.dumps(sessions))
+    wanted = decisions(sessions, scores[4:])
+    assert (decisions(again, scores[4:]) == wanted).all() and 0 < wanted.mean() < 1
+    assert [each.large_tokens for each in again] == [each.large_tokens for each in sessions]
 
 
 def test_settings_that_a_policy_does_not_take_are_refused(routers):
