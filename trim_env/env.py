@@ -178,7 +178,7 @@ class TrimEnv(gymnasium.Env[Any, Any]):
             seed = int(self.np_random.integers(2**32))
         observations, _ = self._vector.reset(seed=seed, options=options)
         self._seeded, trees = True, self.tables.trees
-        self._row = int(self._vector.node[0])
+        self._arrive()
         self._tree = int(trees.tree[self._row])
         self._accepted: list[tuple[int, int]] = []  # (row, action)
         self._text = trees.questions[trees.problem[self._tree]] + "\n\n"
@@ -198,8 +198,8 @@ class TrimEnv(gymnasium.Env[Any, Any]):
         observations, rewards, _, _, ended = self._vector.step(np.array([int(action)]))
         accepted = self._row, int(self._vector.taken[0])
         self._accepted.append(accepted)
-        self._text += self.tables.trees.proposal(*accepted)
-        self._row = int(self._vector.node[0])
+        self._text += self.tables.trees.proposal(*accepted) if accepted[1] else self._proposal
+        self._arrive()
         info = self._info() | {name: ended[name][0].item() for name in EPISODE_INFO if ended}
         return self._observation(observations), float(rewards[0]), self._row < 0, False, info
 
@@ -211,7 +211,7 @@ class TrimEnv(gymnasium.Env[Any, Any]):
     def _observation(self, observations: NDArray[np.float32]) -> Any:
         if not self._with_text:
             return observations[0]
-        return {"features": observations[0], "partial_solution": self._text, "proposal": self._proposal()}
+        return {"features": observations[0], "partial_solution": self._text, "proposal": self._proposal}
 
     def _info(self) -> dict[str, Any]:
         trees, totals, cap = self.tables.trees, self._vector.totals, self.tables.max_large_tokens
@@ -221,14 +221,15 @@ class TrimEnv(gymnasium.Env[Any, Any]):
             "replica": int(trees.replica[self._tree]),
             "node": max(self._row, -1),
             "partial_solution": self._text,
-            "proposal": self._proposal(),
+            "proposal": self._proposal,
             "escalations": int(totals["escalations"][0]),
             "action_mask": self.action_masks(),
             **told,
         }
 
-    def _proposal(self) -> str:
-        return "" if self._row < 0 else self.tables.trees.proposal(self._row, CONTINUE_SMALL)
+    def _arrive(self) -> None:
+        self._row = int(self._vector.node[0])
+        self._proposal = "" if self._row < 0 else self.tables.trees.proposal(self._row, CONTINUE_SMALL)
 
     def render(self) -> str | None:
         """Return the question, the accepted steps with author and score, and the proposal (`render_mode` "ansi")."""
