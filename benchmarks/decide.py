@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 import agents
-from agents.deploy.policy import Policy, Proposal, decide_together
+from agents.deploy.policy import Policy, decide_together
 from agents.learners.pomdp.fit import estimate
 from agents.routers import artefact
 from agents.routers.base import Knob, Threshold
@@ -94,7 +94,8 @@ def measure(policy: Policy, settings: Settings) -> tuple[float, float, float]:
     span = policy.lam_range
     lam = None if span is None else (span[0] * span[1]) ** 0.5
     sessions = [policy.session(lam=lam) for _ in range(settings.batch)]
-    proposals = [Proposal(float(score), 20) for score in np.linspace(0.01, 0.99, settings.batch)]
+    known = {"tokens": 20, "terminal": False, "has_answer": False}
+    proposals = [{"score": float(score), **known} for score in np.linspace(0.01, 0.99, settings.batch)]
 
     def renew() -> None:
         for place, session in enumerate(sessions):
@@ -103,7 +104,7 @@ def measure(policy: Policy, settings: Settings) -> tuple[float, float, float]:
 
     def alone() -> None:
         for session, proposal in zip(sessions, proposals, strict=True):
-            session.accept(*(0.9, 20) if session.decide(*proposal) else ())
+            session.accept(*(0.9, 20) if session.decide(**proposal) else ())
         renew()
 
     def together() -> None:

@@ -7,17 +7,47 @@ depend on what is in a server's cache may be reported, not trained on.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rollouts.errors import ConfigError, did_you_mean
+from rollouts.plugins import is_plugin, load_plugin, loaded_plugin
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees
 
 
+@runtime_checkable
+class CostModel(Protocol):
+    """What a cost model has to offer; ``--cost my_module:my_cost`` names an object of one's own.
+
+    Attributes:
+        name: For tables and messages.
+        unit: What a cost of 1 is.
+        large_decode: Price of a token that the large model decodes: so much less does a step cost for each token that
+            a cap on large tokens cuts off.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def unit(self) -> str: ...  # noqa: D102
+
+    @property
+    def large_decode(self) -> float: ...  # noqa: D102
+
+    def of(self, tokens: NDArray[Any], prompt_tokens: NDArray[Any]) -> NDArray[np.float64]:
+        """Return what both actions cost at n decisions, an array of shape (n, 2), at least 0.
+
+        Args:
+            tokens: (n, 2) tokens decoded for the small and for the large model's proposal, 0 where there is none.
+            prompt_tokens: (n, 2) tokens of the prompts that they are decoded from.
+        """
+
+
 @dataclass(frozen=True)
-class CostModel:
+class TokenPrices:
     """Weights of the kinds of tokens; a cost is their weighted sum.
 
     Attributes:
@@ -36,17 +66,8 @@ class CostModel:
     small_prefill: float = 0.0
     unit: str = "large-model tokens"
 
-    def edges(self, trees: Trees) -> NDArray[np.float64]:
-        """Return the (N, 2) cost of taking each action at each node; NaN where the proposal was not generated.
-
-        The small model proposes first, so its tokens count for both actions.
-        """
-        cost = self.of(trees.tokens, trees.prompt_tokens)
-        cost[trees.child == MISSING] = np.nan
-        return cost
-
     def of(self, tokens: NDArray[Any], prompt_tokens: NDArray[Any]) -> NDArray[np.float64]:
-        """Return the (n, 2) cost of both actions, from (n, 2) decoded and (n, 2) prompt tokens of the proposals."""
+        """Return the (n, 2) cost of both actions; the small model proposes first, so its tokens count for both."""
         small, large = CONTINUE_SMALL, ESCALATE_LARGE
         cost = np.zeros((len(tokens), 2))
         proposal = self.small_decode * tokens[:, small] + self.small_prefill * prompt_tokens[:, small]
@@ -55,14 +76,30 @@ class CostModel:
         return cost
 
 
+def edge_costs(model: CostModel, trees: Trees) -> NDArray[np.float64]:
+    """Return the (N, 2) cost of taking each action at each node; NaN where the proposal was not generated.
+
+    Raises:
+        ConfigError: The model gives no such array, or costs that are no numbers of at least 0.
+    """
+    cost = np.array(model.of(trees.tokens, trees.prompt_tokens), np.float64)
+    if cost.shape != trees.tokens.shape or not (np.isfinite(cost) & (cost >= 0)).all():
+        raise ConfigError(
+            f"Cost model {model.name!r} gave an array of shape {cost.shape} for {trees.nodes:,} decisions, with values "
+            f"from {cost.min():g} to {cost.max():g}; expected finite numbers of at least 0, two for each decision."
+        )
+    cost[trees.child == MISSING] = np.nan
+    return cost
+
+
 _NAMED = {
-    "decode-only": CostModel("decode-only"),
-    "prefill-20": CostModel("prefill-20", large_decode=1.2),
+    "decode-only": TokenPrices("decode-only"),
+    "prefill-20": TokenPrices("prefill-20", large_decode=1.2),
 }
 _PRICES = ("large_in", "large_out", "small_in", "small_out")
 
 
-def cost_model(spec: str) -> CostModel:
+def cost_model(spec: str, *, imports: bool = False) -> CostModel:
     """Return a cost model from its name.
 
     - ``decode-only``: tokens that the large model decodes (the paper's, and the default).
@@ -70,6 +107,12 @@ def cost_model(spec: str) -> CostModel:
     - ``prefill-full:PRICE``: decoded tokens, and PRICE for each token of the prefix at every escalation.
     - ``prices:large_in=3,large_out=15,small_in=0.1,small_out=0.2``: US dollars per million tokens; what is left
       out is free. Then `lam` is per dollar.
+    - ``module:object``: a `CostModel` of one's own.
+
+    Args:
+        spec: The name.
+        imports: Import the module of a ``module:object``, as is right where a user has typed it. Names that come out
+            of files are looked up among the modules that are imported already.
 
     Raises:
         ConfigError: There is no such model, or a price is not a number of at least 0.
@@ -78,7 +121,7 @@ def cost_model(spec: str) -> CostModel:
     if spec in _NAMED:
         return _NAMED[spec]
     if name == "prefill-full":
-        return CostModel(spec, large_prefill=_price(spec, argument))
+        return TokenPrices(spec, large_prefill=_price(spec, argument))
     if name == "prices":
         prices = dict.fromkeys(_PRICES, 0.0)
         for item in argument.split(","):
@@ -87,8 +130,13 @@ def cost_model(spec: str) -> CostModel:
                 raise ConfigError(f"Cost model {spec!r}: unknown price {key!r}.{did_you_mean(key, _PRICES)}")
             prices[key] = _price(spec, value) / 1e6
         decode, prefill = prices["large_out"], prices["large_in"]
-        return CostModel(spec, decode, prefill, prices["small_out"], prices["small_in"], unit="US dollars")
-    known = [*_NAMED, "prefill-full", "prices"]
+        return TokenPrices(spec, decode, prefill, prices["small_out"], prices["small_in"], unit="US dollars")
+    if is_plugin(spec):
+        own = (load_plugin if imports else loaded_plugin)(spec, "Cost model")
+        if not isinstance(own, CostModel) or isinstance(own, type):
+            raise ConfigError(f"Cost model {spec!r}: a {type(own).__name__} is no trim_env.costs.CostModel object.")
+        return own
+    known = [*_NAMED, "prefill-full", "prices", "module:object"]
     raise ConfigError(f"Unknown cost model {spec!r}.{did_you_mean(name, known)}")
 
 

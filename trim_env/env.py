@@ -8,13 +8,16 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
 
-from rollouts.errors import ConfigError, StoreError, did_you_mean
-from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, TERMINAL, Trees, graph_of
+from rollouts.errors import ConfigError, did_you_mean
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, Trees, graph_of
 from trim_env.costs import CostModel
-from trim_env.features import DEFAULT_SCHEMA, Schema, left_feature
-from trim_env.tables import DecisionTables, Rollouts, decision_tables, draw, missing
-from trim_env.vector import checked_lam
+from trim_env.episodes import EPISODE_INFO, Lam, UnknownRenderMode
+from trim_env.features import DEFAULT_SCHEMA, Schema
+from trim_env.tables import DecisionTables, Rollouts
+from trim_env.vector import TrimVectorEnv
 
 
 class TrimEnv(gymnasium.Env[Any, Any]):
@@ -64,13 +67,16 @@ class TrimEnv(gymnasium.Env[Any, Any]):
     ``features`` (those of SCHEMA) and two ``Text`` entries, ``partial_solution`` and ``proposal``. With
     ``max_large_tokens`` M one more feature follows: the share of M that is left, in [0, 1].
 
+    Own features and schemas are named ``module:object``: ``agg+,my_module:my_feature`` (`trim_env.features.Feature`).
+
     ## Starting State
     A problem of the split, in one of its replicas, drawn uniformly; no accepted steps, the first proposal scored.
     ``reset(options={"problem": ID, "replica": NUMBER})`` asks for one.
 
     ## Reward
     ``-lam * cost`` at every step and 1 more at the end if the answer is correct. By default the cost is the number
-    of tokens that the large model decodes, so continuing costs nothing (`trim_env.costs.cost_model`).
+    of tokens that the large model decodes, so continuing costs nothing (`trim_env.costs.cost_model`, or
+    ``my_module:my_cost``).
 
     ## Episode End
     Termination when an accepted step is terminal: it closes a ``\boxed{}``, the model ended by itself, or a limit
@@ -112,7 +118,7 @@ class TrimEnv(gymnasium.Env[Any, Any]):
         rollouts: Rollouts | DecisionTables = "quickstart",
         split: str | None = "train",
         *,
-        lam: float = 3e-4,
+        lam: Lam = 3e-4,
         schema: str | Schema = DEFAULT_SCHEMA,
         cost: str | CostModel = "decode-only",
         max_escalations: int | None = None,
@@ -120,38 +126,42 @@ class TrimEnv(gymnasium.Env[Any, Any]):
         render_mode: str | None = None,
     ) -> None:
         """Load the trees; arguments and errors are those of `trim_env.vector.TrimVectorEnv`."""
-        if render_mode not in (None, "ansi"):
-            raise ConfigError(f"Unknown render_mode {render_mode!r}.{did_you_mean(str(render_mode), ['ansi'])}")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise UnknownRenderMode(f"Unknown render_mode {render_mode!r}.{did_you_mean(str(render_mode), ['ansi'])}")
         with_text = isinstance(schema, str) and schema.split(":")[0] == "text"
         if with_text:
             schema = str(schema).partition(":")[2] or DEFAULT_SCHEMA
-        self.tables = (
-            rollouts
-            if isinstance(rollouts, DecisionTables)
-            else decision_tables(
-                rollouts,
-                split,
-                schema=schema,
-                cost=cost,
-                max_escalations=max_escalations,
-                max_large_tokens=max_large_tokens,
-            )
+        self._vector = TrimVectorEnv(
+            rollouts,
+            split,
+            num_envs=1,
+            lam=lam,
+            schema=schema,
+            cost=cost,
+            max_escalations=max_escalations,
+            max_large_tokens=max_large_tokens,
+            autoreset_mode=AutoresetMode.NEXT_STEP,
         )
-        self.lam = checked_lam(lam)
+        self.tables = self._vector.tables
         self.render_mode = render_mode
-        low, high = self.tables.schema.observed_bounds(self.tables.trees.meta["max_steps"])
-        if self.tables.max_large_tokens is not None:
-            low, high = np.append(low, np.float32(0)), np.append(high, np.float32(1))
-        features = spaces.Box(low, high, dtype=np.float32)
+        features = self._vector.single_observation_space
         self.observation_space: spaces.Space[Any] = features
-        self.action_space = spaces.Discrete(2)
+        self.action_space = self._vector.single_action_space
         self._with_text = with_text
         if with_text:
             text = text_space(self.tables.trees)
             self.observation_space = spaces.Dict({"features": features, "partial_solution": text, "proposal": text})
-        self._seed: int | None = None
-        self._episode = 0
-        self._node: int | None = None
+        self._seeded = False
+        self._row = -1  # of the node where the episode stands; negative where none is running
+
+    @property
+    def lam(self) -> Any:
+        """Reward per unit of cost, λ; see `trim_env.vector.TrimVectorEnv.lam`."""
+        return self._vector.lam
+
+    @lam.setter
+    def lam(self, value: float) -> None:
+        self._vector.lam = value
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start an episode.
@@ -164,40 +174,15 @@ class TrimEnv(gymnasium.Env[Any, Any]):
             ConfigError: Unknown options, or no such problem or replica.
         """
         super().reset(seed=seed)
-        if seed is not None or self._seed is None:
-            self._seed = seed if seed is not None else int(self.np_random.integers(2**32))
-            self._episode = 0
-        else:
-            self._episode += 1
-        self._tree = self._chosen(options) if options else self._drawn()
-        trees = self.tables.trees
-        self._node = int(trees.root[self._tree])
-        self._last = self._node
+        if seed is None and not self._seeded:
+            seed = int(self.np_random.integers(2**32))
+        observations, _ = self._vector.reset(seed=seed, options=options)
+        self._seeded, trees = True, self.tables.trees
+        self._arrive()
+        self._tree = int(trees.tree[self._row])
         self._accepted: list[tuple[int, int]] = []  # (row, action)
         self._text = trees.questions[trees.problem[self._tree]] + "\n\n"
-        counted = ("large_tokens", "small_tokens", "escalations", "masked", "cut_off", "steps")
-        self._totals = {"cost": 0.0, **dict.fromkeys(counted, 0)}
-        self._left_seen = self._left()
-        return self._observation(), self._info()
-
-    def _drawn(self) -> int:
-        assert self._seed is not None
-        seed, episode = np.array([self._seed], np.uint64), np.array([self._episode], np.uint64)
-        return int(self.tables.indices[draw(seed, episode, len(self.tables.indices))[0]])
-
-    def _chosen(self, options: dict[str, Any]) -> int:
-        unknown = sorted(set(options) - {"problem", "replica"})
-        if unknown or "problem" not in options:
-            raise ConfigError(f"reset got options {sorted(options)}, expected 'problem' and perhaps 'replica'.")
-        trees, wanted = self.tables.trees, str(options["problem"])
-        if wanted not in trees.problem_ids:
-            raise ConfigError(f"No problem {wanted!r} in these rollouts.{_closest(wanted, trees.problem_ids)}")
-        position, replica = trees.problem_ids.index(wanted), int(options.get("replica", 0))
-        found = np.flatnonzero((trees.problem == position) & (trees.replica == replica))
-        if not len(found):
-            have = sorted(trees.replica[trees.problem == position].tolist())
-            raise ConfigError(f"Problem {wanted!r} has no replica {replica}; it has {have}.")
-        return int(found[0])
+        return self._observation(observations), self._info()
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Take an action.
@@ -206,80 +191,45 @@ class TrimEnv(gymnasium.Env[Any, Any]):
             ConfigError: The action is neither 0 nor 1, or the episode has ended.
             StoreError: The proposal that is needed was not generated.
         """
-        if self._node is None:
+        if self._row < 0:
             raise ConfigError("No episode is running: call reset() before the next step().")
         if int(action) not in (CONTINUE_SMALL, ESCALATE_LARGE):
             raise ConfigError(f"The action is {action!r}, expected 0 (CONTINUE_SMALL) or 1 (ESCALATE_LARGE).")
-        tables, totals, row = self.tables, self._totals, self._node
-        taken = int(action)
-        if taken == ESCALATE_LARGE and not self._may_escalate():
-            taken = CONTINUE_SMALL
-            totals["masked"] += 1
-        left = np.array([self._left()])
-        (place,), (cost,), (large_tokens,), (cut_off,) = tables.take(np.array([row]), np.array([taken]), left)
-        taken = int(place) - 2 * row  # the proposal is accepted where the large model was cut off
-        child = int(tables.child[place])
-        if child == MISSING:
-            raise StoreError(missing(tables, np.array([place])))
-        totals["cost"] += float(cost)
-        totals["large_tokens"] += int(large_tokens)
-        totals["cut_off"] += int(cut_off)
-        totals["small_tokens"] += int(tables.small_tokens[place])
-        totals["escalations"] += taken
-        totals["steps"] += 1
-        self._accepted.append((row, taken))
-        self._text += tables.trees.proposal(row, taken)
-        self._last, self._node = row, None if child == TERMINAL else child
-        solved = float(tables.solved[place])
-        info = self._info()
-        if self._node is None:
-            info |= {"correct": solved == 1, "return": solved - self.lam * totals["cost"], **totals}
-        else:
-            self._left_seen = self._left()
-        return self._observation(), solved - self.lam * float(cost), self._node is None, False, info
+        observations, rewards, _, _, ended = self._vector.step(np.array([int(action)]))
+        accepted = self._row, int(self._vector.taken[0])
+        self._accepted.append(accepted)
+        self._text += self.tables.trees.proposal(*accepted) if accepted[1] else self._proposal
+        self._arrive()
+        info = self._info() | {name: ended[name][0].item() for name in EPISODE_INFO if ended}
+        return self._observation(observations), float(rewards[0]), self._row < 0, False, info
 
-    def _left(self) -> int:
-        """Return the tokens that the large model may still decode; 0 where there is no cap."""
-        cap = self.tables.max_large_tokens
-        return 0 if cap is None else cap - int(self._totals["large_tokens"])
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Return (2,) whether each action is possible, as ``action_mask`` of `info` does."""
+        masks: NDArray[np.bool_] = self._vector.action_masks()[0]
+        return masks
 
-    def _may_escalate(self) -> bool:
-        cap, tokens = self.tables.max_escalations, self.tables.max_large_tokens
-        return (cap is None or self._totals["escalations"] < cap) and (tokens is None or self._left() > 0)
-
-    def _observation(self) -> Any:
-        features = self.tables.features[self._last if self._node is None else self._node].copy()
-        if self.tables.schema.history:
-            features = self._with_history(features)
-        if self.tables.max_large_tokens is not None:  # that of the last decision at an end, as all features
-            features = np.append(features, left_feature(self._left_seen, self.tables.max_large_tokens))
+    def _observation(self, observations: NDArray[np.float32]) -> Any:
         if not self._with_text:
-            return features
-        return {"features": features, "partial_solution": self._text, "proposal": self._proposal()}
-
-    def _with_history(self, features: Any) -> Any:
-        tables = self.tables
-        before = self._accepted[:-1] if self._node is None else self._accepted  # at an end those of the last decision
-        past = np.zeros((1, tables.trees.meta["max_steps"], tables.schema.history), np.float32)
-        past[0, : len(before)] = tables.accepted[[2 * row + action for row, action in before]]
-        return tables.schema.observed(features[None], past, np.array([len(before)]))[0]
+            return observations[0]
+        return {"features": observations[0], "partial_solution": self._text, "proposal": self._proposal}
 
     def _info(self) -> dict[str, Any]:
-        trees = self.tables.trees
-        told = {} if self.tables.max_large_tokens is None else {"large_tokens_left": self._left()}
+        trees, totals, cap = self.tables.trees, self._vector.totals, self.tables.max_large_tokens
+        told = {} if cap is None else {"large_tokens_left": cap - int(totals["large_tokens"][0])}
         return {
             "problem": trees.problem_ids[trees.problem[self._tree]],
             "replica": int(trees.replica[self._tree]),
-            "node": -1 if self._node is None else self._node,
+            "node": max(self._row, -1),
             "partial_solution": self._text,
-            "proposal": self._proposal(),
-            "escalations": self._totals["escalations"],
-            "action_mask": np.array([True, self._may_escalate()]),
+            "proposal": self._proposal,
+            "escalations": int(totals["escalations"][0]),
+            "action_mask": self.action_masks(),
             **told,
         }
 
-    def _proposal(self) -> str:
-        return "" if self._node is None else self.tables.trees.proposal(self._node, CONTINUE_SMALL)
+    def _arrive(self) -> None:
+        self._row = int(self._vector.node[0])
+        self._proposal = "" if self._row < 0 else self.tables.trees.proposal(self._row, CONTINUE_SMALL)
 
     def render(self) -> str | None:
         """Return the question, the accepted steps with author and score, and the proposal (`render_mode` "ansi")."""
@@ -289,25 +239,18 @@ class TrimEnv(gymnasium.Env[Any, Any]):
         lines = [trees.questions[trees.problem[self._tree]], ""]
         for row, action in self._accepted:
             lines.append(self._line(row, action, "small" if action == CONTINUE_SMALL else "LARGE"))
-        if self._node is not None:
-            lines.append(self._line(self._node, CONTINUE_SMALL, "small?"))
+        if self._row >= 0:
+            lines.append(self._line(self._row, CONTINUE_SMALL, "small?"))
         else:
             row, action = self._accepted[-1]
             solved = "correct" if self.tables.solved[2 * row + action] == 1 else "wrong"
-            lines.append(f"-> {solved}, {self._totals['large_tokens']} large tokens")
+            lines.append(f"-> {solved}, {self._vector.totals['large_tokens'][0]} large tokens")
         return "\n".join(lines)
 
     def _line(self, row: int, action: int, author: str) -> str:
         trees = self.tables.trees
         text = trees.proposal(row, action).strip().replace("\n", "\n" + " " * 15)
         return f"{author:>6}  {trees.score[row, action]:.3f}  {text}"
-
-
-def _closest(name: str, known: tuple[str, ...]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {close[0]!r}?" if close else f" They have {len(known)}, the first is {known[0]!r}."
 
 
 def text_space(trees: Trees) -> spaces.Text:

@@ -5,8 +5,9 @@ Where decisions come from is not known here: from compiled trees (`trim_env.vect
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import difflib
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
@@ -14,7 +15,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from rollouts.errors import ConfigError
+from rollouts.errors import ConfigError, did_you_mean
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
 from trim_env.features import LAM_BOUND, Schema, lam_feature, left_feature
 from trim_env.tables import draw
 
@@ -33,34 +35,72 @@ FINISHED = ("episodes", "correct", "return", "cost", "large_tokens", "escalation
 Array = NDArray[Any]
 Lam = float | tuple[float, float]
 _LAM_SALT = np.uint64(0x6C616D)
+_ALL: Any = slice(None)
+
+
+class Steps(NamedTuple):
+    """What n episodes did in one step; arrays of shape (n,).
+
+    Attributes:
+        action: Who wrote the accepted step, 0 or 1.
+        cost: What it cost.
+        large_tokens: Tokens that the large model decoded.
+        small_tokens: Tokens of the small model's proposal.
+        cut_off: Whether the large model was cut off by the cap on its tokens.
+        solved: 1 where a right solution has ended, else 0.
+        done: Whether the episode has ended.
+    """
+
+    action: Array
+    cost: Array
+    large_tokens: Array
+    small_tokens: Array
+    cut_off: Array
+    solved: Array
+    done: Array
+
+
+class UnknownRenderMode(ConfigError, TypeError):
+    """Raised for a render mode that there is not; a TypeError too, on which others ask again without one."""
 
 
 class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
     """What all vector environments of this package share; a subclass begins episodes and steps them.
 
-    Episodes that end are replaced in the same step (``autoreset_mode`` SAME_STEP): ``final_obs`` holds, (E, d), the
-    observations before the replacement (those of the last decision: an ended solution has no proposal) and
-    ``final_info``, arrays of shape (E,), what the single environment's ``info`` has at an end. Both are valid where
-    ``_final_obs`` is true.
+    With ``autoreset_mode`` SAME_STEP, the default, episodes that end are replaced in the same step: ``final_obs``
+    holds, (E, d), the observations before the replacement (those of the last decision: an ended solution has no
+    proposal) and ``final_info``, arrays of shape (E,), what the single environment's ``info`` has at an end. Both are
+    valid where ``_final_obs`` is true.
+
+    With NEXT_STEP the observation at an end repeats that of the last decision, ``infos`` itself has what ``final_info``
+    has above, valid where ``_correct`` (and so on) is true, and the next step ignores the action: it returns the first
+    observation of a new episode, with reward 0.
 
     Environment i with ``reset(seed=s)`` runs through the same problems as a single environment with seed s + i.
+
+    Attributes:
+        totals: What the running episodes have come to: ``cost``, ``large_tokens`` and so on, arrays of shape (E,).
+        taken: (E,) who wrote the steps that were accepted last, 0 or 1.
     """
 
     def __init__(
         self,
         num_envs: int,
-        trees: int,
+        pool: NDArray[np.int64],
         schema: Schema,
         max_steps: int,
         lam: Lam,
         max_escalations: int | None,
         max_large_tokens: int | None = None,
+        *,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
+        render_mode: str | None = None,
     ) -> None:
         """Set the spaces.
 
         Args:
             num_envs: E.
-            trees: R, the number of trees that episodes are drawn from.
+            pool: (R,) numbers of the trees that episodes are drawn from.
             schema: Feature schema.
             max_steps: T, the most steps of an episode.
             lam: Reward per unit of cost, λ; with (low, high) every episode draws its own, log-uniformly, and sees it
@@ -68,14 +108,20 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
             max_escalations: Cap K on escalations per episode; None for none.
             max_large_tokens: Cap M on the tokens that the large model decodes in an episode; None for none. With one,
                 the share that is left is a feature after those of the schema, and before λ.
+            autoreset_mode: SAME_STEP or NEXT_STEP, which some of Gymnasium's wrappers ask for.
+            render_mode: None; single environments render.
 
         Raises:
             ConfigError: An argument is out of range.
         """
         if num_envs < 1:
             raise ConfigError(f"num_envs is {num_envs}, expected at least 1.")
-        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
+        if render_mode is not None:
+            raise UnknownRenderMode(f"Unknown render_mode {render_mode!r}: the vector environment has none.")
+        mode = _checked_mode(autoreset_mode)
+        self.metadata = {"autoreset_mode": mode, "render_modes": []}
         self.num_envs = num_envs
+        lam = (float(lam[0]), float(lam[1])) if isinstance(lam, Sequence) else lam
         self.lam_range = checked_range(lam) if isinstance(lam, tuple) else None
         self._lam = np.full(num_envs, lam[0]) if isinstance(lam, tuple) else checked_lam(lam)
         self._share = 1.0
@@ -89,13 +135,21 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         self.single_action_space = spaces.Discrete(2)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._trees, self._schema = trees, schema
+        self._pool, self._schema = pool, schema
         self._past = np.zeros((num_envs, max_steps, schema.history), np.float32)
-        self._position: Array = np.zeros(num_envs, np.int64)  # accepted steps at the last observation
-        self._cap, self._token_cap = max_escalations, max_large_tokens
-        self._left: Array = np.full(num_envs, max_large_tokens or 0, np.int64)
+        self._token_cap = max_large_tokens
+        self._caps = [
+            (cap, used)
+            for cap, used in ((max_escalations, "escalations"), (max_large_tokens, "large_tokens"))
+            if cap is not None
+        ]
+        self.totals: dict[str, Array] = {}
+        self.taken: Array = np.zeros(num_envs, np.int64)
         self._episode = self._seeds = np.zeros(num_envs, np.uint64)
         self._started = False
+        self._next_step = mode is AutoresetMode.NEXT_STEP
+        self._over: NDArray[np.bool_] | None = None  # NEXT_STEP: those that ended in the last step
+        self._index = np.arange(num_envs)
         self._finished = dict.fromkeys(FINISHED, 0.0)
 
     @property
@@ -121,37 +175,46 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
     def lam_share(self, value: float) -> None:
         self._share = float(value)
 
-    def _charged(self, cost: Array) -> Array:
-        """Return what rewards lose for (E,) costs."""
-        charged: Array = self._share * self._lam * cost
-        return charged
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Return (E, 2) whether each action is possible: escalating is not, once a cap is reached."""
+        masks = np.ones((self.num_envs, 2), bool)
+        for cap, used in self._caps:
+            masks[:, ESCALATE_LARGE] &= self.totals[used] < cap
+        return masks
 
-    def _observe(self) -> Array:
-        """Return the (E, d) observations where the episodes stand."""
-        if self._token_cap is not None:
-            self._left = self._token_cap - self._totals["large_tokens"]
-        self._position = self._totals["steps"].copy()
-        return self._completed(self._observations())
-
-    def _completed(self, features: Array) -> Array:
-        """Return (E, d) features with all that they lack: history, share of large tokens left, λ, as last observed."""
+    def _observe(self, which: Any) -> Array:
+        """Return the (n, d) observations of running episodes: features, history, share of large tokens left, λ."""
+        features = self._features(which)
         if self._schema.history:
-            features = self._schema.observed(features, self._past, self._position)
+            features = self._schema.observed(features, self._past[which], self.totals["steps"][which])
         columns: list[Array] = [features]
         if self._token_cap is not None:
-            columns.append(left_feature(self._left, self._token_cap)[:, None])
+            columns.append(left_feature(self._left(which), self._token_cap)[:, None])
         if self.lam_range:
-            columns.append(lam_feature(self._lam)[:, None])
+            columns.append(lam_feature(self._lam[which])[:, None])  # type: ignore[index]
         return np.concatenate(columns, axis=1) if len(columns) > 1 else features
 
-    def _begin_episodes(self, which: Array) -> None:
-        """Draw tree and λ of some episodes, (n,) of 0..E-1, and put them at the roots."""
+    def _left(self, which: Any) -> Array:
+        """Return the (n,) tokens that the large model may still decode; without a cap something that is not read."""
+        spent: Array = self.totals["large_tokens"][which]
+        return spent if self._token_cap is None else self._token_cap - spent
+
+    def _begin_episodes(self, which: Array, chosen: Sequence[tuple[int, int]] = ()) -> None:
+        """Draw tree and λ of some episodes, (n,) of 0..E-1, and put them at the roots.
+
+        Args:
+            which: The episodes.
+            chosen: Of all E episodes, those that have their tree chosen for them, with its number.
+        """
         seeds, episode = self._seeds[which], self._episode[which]
         if self.lam_range:
             low, high = self.lam_range
             uniform = draw(seeds ^ _LAM_SALT, episode, 1 << 53) / (1 << 53)
             self._lam[which] = low * (high / low) ** uniform  # type: ignore[index]
-        self._begin(which, draw(seeds, episode, self._trees))
+        trees = self._pool[draw(seeds, episode, len(self._pool))]
+        for index, tree in chosen:
+            trees[index] = tree
+        self._begin(which, trees)
 
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
@@ -161,23 +224,26 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         Args:
             seed: Seeds of the draws of problems: one for each environment, or s for s, s + 1, ...; None goes on
                 with the draws of the last reset (and seeds the first one from entropy).
-            options: None are known.
+            options: ``problem`` (an id, or E of them; None draws one) and ``replica`` (a number or E of them, by
+                default 0) to start given ones.
 
         Raises:
-            ConfigError: Options, or seeds that are negative or not one for each environment.
+            ConfigError: Unknown options, no such problem or replica, or seeds that are negative or not one for each
+                environment.
         """
-        if options:
-            raise ConfigError(f"Unknown reset options {sorted(options)}; the vector environment has none.")
+        chosen = self._chosen(options) if options else []
         if seed is None and self._started:
             self._episode += np.uint64(1)
         else:
             self._seeds = self._seeds_from(seed)
             self._episode = np.zeros(self.num_envs, np.uint64)
-        self._totals = {"cost": np.zeros(self.num_envs)}
-        self._totals |= {name: np.zeros(self.num_envs, np.int64) for name in EPISODE_INFO[3:]}
-        self._begin_episodes(np.arange(self.num_envs))
+        self.totals = {"cost": np.zeros(self.num_envs)}
+        self.totals |= {name: np.zeros(self.num_envs, np.int64) for name in EPISODE_INFO[3:]}
+        self._over = None
+        self._begin_episodes(self._index, chosen)
         self._started = True
-        return self._observe(), {}
+        self._seen = self._observe(_ALL)
+        return self._seen.copy(), {}
 
     def _seeds_from(self, seed: int | Sequence[int] | None) -> NDArray[np.uint64]:
         if seed is None:
@@ -188,16 +254,52 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
             raise ConfigError(f"reset got seeds {seed} for {self.num_envs} environments: one each, none negative.")
         return np.asarray(seeds, np.uint64)
 
-    def _begin(self, which: Array, positions: Array) -> None:
-        """Put some episodes, (n,) of 0..E-1, at the roots of the trees at (n,) positions of 0..R-1."""
+    def _chosen(self, options: dict[str, Any]) -> list[tuple[int, int]]:
+        """Return (episode, number of its tree) for each episode that has one chosen for it."""
+        if set(options) - {"problem", "replica"} or "problem" not in options:
+            raise ConfigError(f"reset got options {sorted(options)}, expected 'problem' and perhaps 'replica'.")
+        try:
+            names, replicas = (
+                np.broadcast_to(np.asarray(each, object), self.num_envs).tolist()
+                for each in (options["problem"], options.get("replica", 0))
+            )
+        except ValueError as error:
+            raise ConfigError(f"reset got options for another number of episodes than {self.num_envs}.") from error
+        found = []
+        for index, (name, replica) in enumerate(zip(names, replicas, strict=True)):
+            if name is not None:
+                trees = self._replicas(str(name))
+                if int(replica) not in trees:
+                    raise ConfigError(f"Problem {name!r} has no replica {replica}; it has {sorted(trees)}.")
+                found.append((index, trees[int(replica)]))
+        return found
+
+    def _replicas(self, problem: str) -> dict[int, int]:
+        """Return the numbers of the trees of a problem by replica; raise `ConfigError` (`unknown_problem`) for none."""
         raise NotImplementedError
 
-    def _observations(self) -> Array:
-        """Return the (E, d) features where the episodes stand."""
+    def _begin(self, which: Array, trees: Array) -> None:
+        """Put some episodes, (n,) of 0..E-1, at the roots of the (n,) trees of these numbers."""
         raise NotImplementedError
 
-    def _allowed(self, actions: Array) -> NDArray[np.int64]:
-        """Return (E,) actions with what the caps forbid replaced by 0, and count that."""
+    def _features(self, which: Any) -> Array:
+        """Return the (n, d) features where running episodes, (n,) of 0..E-1 or a slice of all, stand."""
+        raise NotImplementedError
+
+    def _take(self, which: Any, action: Array) -> Steps:
+        """Take (n,) actions, escalations only where they are allowed, in running episodes."""
+        raise NotImplementedError
+
+    def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
+        """Take (E,) actions.
+
+        Raises:
+            ConfigError: They are not (E,) of 0 and 1, or there was no reset.
+            StoreError: A proposal that is needed was not generated.
+        """
+        return self._step(self._checked(actions))
+
+    def _checked(self, actions: Array) -> NDArray[np.int64]:
         action = np.array(actions, np.int64)
         if not self._started:
             raise ConfigError("No episodes yet: call reset() before the first step().")
@@ -207,93 +309,98 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
                 f"step got actions of shape {action.shape}, {found}; expected ({self.num_envs},) of 0 "
                 "(CONTINUE_SMALL) and 1 (ESCALATE_LARGE)."
             )
-        for cap, used in ((self._cap, "escalations"), (self._token_cap, "large_tokens")):
-            if cap is not None:
-                masked = (action == 1) & (self._totals[used] >= cap)
-                action[masked] = 0
-                self._totals["masked"] += masked
         return action
 
-    def _count(self, action: Array, cost: Array, large_tokens: Array, small_tokens: Array, cut_off: Array) -> None:
-        """Add what (E,) accepted proposals, and large steps that were cut off, took to the running episodes' sums."""
-        totals = self._totals
-        totals["cut_off"] += cut_off
-        totals["cost"] += cost
-        totals["large_tokens"] += large_tokens
-        totals["small_tokens"] += small_tokens
-        totals["escalations"] += action
-        totals["steps"] += 1
+    def _step(self, action: NDArray[np.int64]) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
+        which: Any = _ALL
+        acted: Any = 1
+        if self._over is not None:  # these begin anew instead
+            which, acted = np.flatnonzero(~self._over), ~self._over
+            action[self._over] = CONTINUE_SMALL
+            for values in self.totals.values():
+                values[self._over] = 0
+            self._renew(np.flatnonzero(self._over))
+        if self._caps:
+            masked = (action == ESCALATE_LARGE) & ~self.action_masks()[:, ESCALATE_LARGE]
+            action[masked] = CONTINUE_SMALL
+            self.totals["masked"] += masked
+        taken = self._take(which, action[which])
+        if which is not _ALL:
+            taken = Steps(*(self._spread(values, which) for values in taken))
+        totals = self.totals
+        totals["cost"] += taken.cost
+        totals["large_tokens"] += taken.large_tokens
+        totals["small_tokens"] += taken.small_tokens
+        totals["cut_off"] += taken.cut_off
+        totals["escalations"] += taken.action
+        totals["steps"] += acted
+        self.taken, done = taken.action, taken.done
+        reward = taken.solved - self._share * self._lam * taken.cost
+        ends = done.any()
+        infos = self._end(done, taken.solved) if ends else {}
+        self._over = done if ends and self._next_step else None
+        if self._over is None:
+            seen = self._observe(_ALL)
+        else:
+            seen, running = self._seen.copy(), np.flatnonzero(~done)
+            if len(running):
+                seen[running] = self._observe(running)
+        self._seen = seen
+        return seen.copy(), reward, done, np.zeros(self.num_envs, bool), infos
 
-    def _replace(self, done: Array, solved: Array, last: Array) -> dict[str, Any]:
-        """Begin new episodes where `done`; return what is known of the ended ones.
+    def _spread(self, values: Array, which: Array) -> Array:
+        """Return (E,) values, 0 where there are none."""
+        spread = np.zeros(self.num_envs, values.dtype)
+        spread[which] = values
+        return spread
+
+    def _end(self, done: Array, solved: Array) -> dict[str, Any]:
+        """Return what is known of the episodes that end, and let new ones begin in their places if now is the time.
 
         Args:
             done: (E,) bool.
             solved: (E,) 1 where the ended solution is correct.
-            last: (E, d) features of the last decisions.
         """
+        final: dict[str, Any] = {"correct": solved == 1, "return": solved - self._lam * self.totals["cost"]}
+        final |= self.totals
         ended = np.flatnonzero(done)
-        if not len(ended):
-            return {}
-        last = self._completed(last)
-        final: dict[str, Any] = {"correct": solved == 1, "return": solved - self._lam * self._totals["cost"]}
-        running = ~done
-        for name, values in self._totals.items():
-            final[name] = values
-            self._totals[name] = values * running
         self._finished["episodes"] += len(ended)
         for name in FINISHED[1:]:
             self._finished[name] += float(final[name][ended].sum())
         final |= {f"_{name}": done for name in EPISODE_INFO}
-        self._episode[ended] += np.uint64(1)
-        self._begin_episodes(ended)
-        return {"final_obs": last, "_final_obs": done, "final_info": final, "_final_info": done}
+        running = ~done
+        for name, values in self.totals.items():
+            self.totals[name] = values.copy() if self._next_step else values * running
+        if self._next_step:
+            return final
+        self._renew(ended)
+        return {"final_obs": self._seen, "_final_obs": done, "final_info": final, "_final_info": done}
+
+    def _renew(self, which: Array) -> None:
+        """Begin new episodes in some places, (n,) of 0..E-1."""
+        self._episode[which] += np.uint64(1)
+        self._begin_episodes(which)
 
     def take_finished(self) -> dict[str, float]:
         """Return sums over the episodes that ended since the last call: their number, and `FINISHED` of them."""
         taken, self._finished = self._finished, dict.fromkeys(FINISHED, 0.0)
         return taken
 
-    def state(self) -> dict[str, Array]:
-        """Return what a checkpoint needs to go on exactly here; see `restore`.
 
-        Raises:
-            ConfigError: There are no episodes yet.
-        """
-        if not self._started:
-            raise ConfigError("No episodes yet: call reset() before state().")
-        kept = {"seeds": self._seeds, "episode": self._episode, **self._totals, **self._place()}
-        if self.lam_range:
-            kept["lam"] = np.asarray(self._lam)
-        if self._schema.history:
-            kept["past"] = self._past
-        return {name: values.copy() for name, values in kept.items()}
+def _checked_mode(mode: str | AutoresetMode) -> AutoresetMode:
+    offered = {each: each for each in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP)}
+    offered |= {name: each for each in [*offered] for name in (each.name, each.value)}
+    if mode not in offered:
+        names = [each.name for each in set(offered.values())]
+        raise ConfigError(f"autoreset_mode is {mode!r}.{did_you_mean(str(mode), names)}")
+    return offered[mode]
 
-    def restore(self, state: dict[str, Array]) -> Array:
-        """Go on from a `state` of an environment over the same trees; return the (E, d) observations.
 
-        Raises:
-            ConfigError: The state is of another number of environments.
-        """
-        if len(state["seeds"]) != self.num_envs:
-            raise ConfigError(f"The state is of {len(state['seeds'])} environments; this has {self.num_envs}.")
-        self._seeds, self._episode = state["seeds"].copy(), state["episode"].copy()
-        self._totals = {name: state[name].copy() for name in EPISODE_INFO[2:]}
-        if self.lam_range:
-            self._lam = state["lam"].copy()
-        if self._schema.history:
-            self._past = state["past"].copy()
-        self._go_to(state)
-        self._started = True
-        return self._observe()
-
-    def _place(self) -> dict[str, Array]:
-        """Return where the episodes stand, as arrays of length E."""
-        raise NotImplementedError
-
-    def _go_to(self, state: dict[str, Array]) -> None:
-        """Put the episodes where `_place` said that they were."""
-        raise NotImplementedError
+def unknown_problem(name: str, known: Collection[str]) -> ConfigError:
+    """Return the error for a problem that is not in the rollouts."""
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"Did you mean {close[0]!r}?" if close else f"They have {len(known)}, the first is {next(iter(known))!r}."
+    return ConfigError(f"No problem {name!r} in these rollouts. {hint}")
 
 
 def checked_range(lam: tuple[float, float]) -> tuple[float, float]:

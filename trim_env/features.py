@@ -1,62 +1,60 @@
-"""Feature schemas: named, versioned functions from what a router may see to what it is given.
+"""Feature schemas: named, versioned lists of functions from what a router may see to what it is given.
 
-A checkpoint or an exported policy carries the name of its schema; a policy is never fed another one's features.
+What may be seen are named columns (`rollouts.trees.columns`). A checkpoint or an exported policy carries the name of
+its schema; a policy is never fed another one's features. Own features need no change here:
+
+    # my_module.py
+    from trim_env.features import Feature
+    doubtful = Feature("score below 0.1", 0, 1, ("score",), lambda score: score < 0.1)
+
+    python train.py --schema agg+,my_module:doubtful
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple, cast
+from functools import cached_property, partial
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rollouts.errors import ConfigError, did_you_mean
+from rollouts.plugins import is_plugin, load_plugin, loaded_plugin
+from rollouts.trees.columns import COLUMNS, FACTS, FOLDS, Columns, Fold
 
 Floats = NDArray[np.float64]
 _CLIP = 1e-4  # scores are clipped to [1e-4, 1 - 1e-4] before the logit: PRM scores pile up at 0 and 1
 _TYPICAL_TOKENS = 20.0
 
 
-class Seen(NamedTuple):
-    """What a router may see at n decisions; arrays of shape (n,).
-
-    Attributes:
-        score: PRM score of the small model's proposal, r_t, in [0, 1].
-        min_score: Least score of the accepted steps, min(r_1..r_{t-1}); 1 at the first step.
-        product_score: Product of their scores; 1 at the first step.
-        tokens: Tokens of the proposal, c_t.
-        step: Step number t, from 1.
-        terminal: Whether accepting the proposal ends the episode.
-        has_answer: Whether the proposal states a final answer.
-    """
-
-    score: Floats
-    min_score: Floats
-    product_score: Floats
-    tokens: Floats
-    step: Floats
-    terminal: Floats
-    has_answer: Floats
-
-
 @dataclass(frozen=True)
 class Feature:
-    """One column of a schema.
+    """One number that a router is given.
 
     Attributes:
         name: Its name.
-        low: Least value.
-        high: Greatest value.
-        compute: From `Seen` and max_steps to (n,) values.
+        low: Least value; what falls below is raised to it.
+        high: Greatest value, likewise.
+        columns: What it is computed from: names of columns, or folds of one's own over the accepted steps.
+        compute: From these columns, in this order, to the values. Elementwise: the columns are float64 arrays of shape
+            (n,), or plain numbers where a session decides once (``max_steps`` always is a number).
+        version: Raised whenever it changes its meaning.
     """
 
     name: str
     low: float
     high: float
-    compute: Callable[[Seen, int], Floats]
+    columns: tuple[str | Fold, ...]
+    compute: Callable[..., Any]
+    version: int = 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the columns."""
+        return tuple(column.name if isinstance(column, Fold) else column for column in self.columns)
 
 
 @dataclass(frozen=True)
@@ -65,26 +63,74 @@ class Schema:
 
     Attributes:
         name: As on the command line.
-        version: Raised whenever a column changes its meaning.
-        columns: The features of a decision in order.
+        version: Raised whenever a feature changes its meaning.
+        features: The features of a decision in order.
         history: How many of them, the first ones, observations also tell of every step that was accepted before. They
             are functions of score and tokens alone.
     """
 
     name: str
     version: int
-    columns: tuple[Feature, ...]
+    features: tuple[Feature, ...]
     history: int = 0
+
+    def __post_init__(self) -> None:
+        """Check that all columns are there.
+
+        Raises:
+            ConfigError: A feature reads a column that there is not, or two folds have one name.
+        """
+        folds: dict[str, Fold | None] = {**dict.fromkeys(COLUMNS), **FOLDS}
+        for feature in self.features:
+            for column in feature.columns:
+                if isinstance(column, Fold) and folds.setdefault(column.name, column) != column:
+                    raise ConfigError(f"Feature {feature.name!r}: another column is called {column.name!r}.")
+                name, known = (column.fact, FACTS) if isinstance(column, Fold) else (column, folds)
+                if name not in known:
+                    raise ConfigError(f"Feature {feature.name!r}: no column {name!r}.{did_you_mean(name, known)}")
+
+    def __reduce__(self) -> Any:
+        """Pickle by name where that leads back here, so that features may be lambdas."""
+        try:
+            named = schema_named(self.id) == self
+        except ConfigError:
+            named = False
+        return (_unpickled, (self.id,)) if named else (Schema, (self.name, self.version, self.features, self.history))
 
     @property
     def size(self) -> int:
         """Number of features of a decision, d."""
-        return len(self.columns)
+        return len(self.features)
 
     @property
     def id(self) -> str:
         """Name and version, as written into artefacts."""
         return f"{self.name}/{self.version}"
+
+    @cached_property
+    def folds(self) -> tuple[Fold, ...]:
+        """The folds that the features read."""
+        columns = dict.fromkeys(column for feature in self.features for column in feature.columns)
+        read = (FOLDS.get(column) if isinstance(column, str) else column for column in columns)
+        return tuple(fold for fold in read if fold is not None)
+
+    @cached_property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the columns that the features read, and ``step``."""
+        return tuple(dict.fromkeys([*(name for feature in self.features for name in feature.names), "step"]))
+
+    @cached_property
+    def facts(self) -> frozenset[str]:
+        """Names of the facts of a step that the features or their folds read (`rollouts.trees.columns.FACTS`)."""
+        return frozenset(FACTS) & {*self.reads, *(fold.fact for fold in self.folds)}
+
+    @cached_property
+    def _computed(self) -> list[tuple[Callable[[Any], Any], Callable[[Columns], Any]]]:
+        """Functions of what the getter beside each returns: of one column, or of a tuple."""
+        return [
+            (each.compute if len(each.names) == 1 else partial(_spread, each.compute), itemgetter(*each.names))
+            for each in self.features
+        ]
 
     def bounds(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return (d,) least and (d,) greatest values."""
@@ -99,8 +145,8 @@ class Schema:
 
     def accepted(self, score: NDArray[Any], tokens: NDArray[Any]) -> NDArray[np.float32]:
         """Return (n, history) what later observations tell of accepted steps, from their (n,) scores and tokens."""
-        score, tokens, none = np.asarray(score, np.float64), np.asarray(tokens, np.float64), np.zeros(len(score))
-        return self(Seen(score, none, none, tokens, none, none, none), 1)[:, : self.history]
+        columns = {"score": np.asarray(score, np.float64), "tokens": np.asarray(tokens, np.float64)}
+        return self._values(columns, len(columns["score"]), self.history)
 
     def observed(
         self, features: NDArray[np.float32], past: NDArray[np.float32], position: NDArray[np.int64]
@@ -122,25 +168,38 @@ class Schema:
 
     @cached_property
     def _bounds(self) -> NDArray[np.float32]:
-        return np.array([[each.low for each in self.columns], [each.high for each in self.columns]], np.float32)
+        return np.array([[each.low for each in self.features], [each.high for each in self.features]], np.float32)
 
-    def __call__(self, seen: Seen, max_steps: int) -> NDArray[np.float32]:
+    def __call__(self, columns: Columns) -> NDArray[np.float32]:
         """Return the (n, d) features, within the bounds."""
-        values = np.empty((len(seen.score), len(self.columns)), np.float32)
-        for place, column in enumerate(self.columns):
-            values[:, place] = column.compute(seen, max_steps)
-        return self._within_bounds(values)
+        return self._values(columns, len(columns["step"]), self.size)
 
-    def single(self, seen: tuple[float, ...], max_steps: int) -> NDArray[np.float32]:
-        """Return the (1, d) features of one decision from the numbers that `Seen` has arrays of: the same, faster."""
-        numbers: Any = Seen(*cast(Any, seen))
-        return self._within_bounds(np.array([[each.compute(numbers, max_steps) for each in self.columns]], np.float32))
+    def _values(self, columns: Columns, count: int, size: int) -> NDArray[np.float32]:
+        values = np.empty((count, size), np.float32)
+        for place, (compute, read) in enumerate(self._computed[:size]):
+            values[:, place] = compute(read(columns))
+        return _within(self._bounds[:, :size], values)
 
-    def _within_bounds(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        low, high = self._bounds
-        np.maximum(values, low, out=values)
-        np.minimum(values, high, out=values)
-        return values
+    def single(self, columns: Columns) -> NDArray[np.float32]:
+        """Return the (1, d) features of one decision from columns that are plain numbers: the same, faster."""
+        values = np.array([[compute(read(columns)) for compute, read in self._computed]], np.float32)
+        return _within(self._bounds, values)
+
+    def together(self, decisions: Sequence[Columns]) -> NDArray[np.float32]:
+        """Return the (n, d) features of n decisions from the columns of each, plain numbers."""
+        rows = np.array(list(map(itemgetter(*self.reads), decisions)), np.float64)
+        return self(dict(zip(self.reads, rows.T, strict=True)))
+
+
+def _spread(compute: Callable[..., Any], values: tuple[Any, ...]) -> Any:
+    return compute(*values)
+
+
+def _within(bounds: NDArray[np.float32], values: NDArray[np.float32]) -> NDArray[np.float32]:
+    low, high = bounds
+    np.maximum(values, low, out=values)
+    np.minimum(values, high, out=values)
+    return values
 
 
 def logit(score: Floats) -> Floats:
@@ -150,32 +209,27 @@ def logit(score: Floats) -> Floats:
     return result
 
 
+def _plain(name: str) -> Feature:
+    return Feature(name, 0, 1, (name,), lambda column: column)
+
+
 _LOGIT_BOUND = float(logit(np.array(1.0)))
-_SCORE = Feature("score", 0, 1, lambda seen, _: seen.score)
-_MIN = Feature("min_score", 0, 1, lambda seen, _: seen.min_score)
-_TOKENS = Feature("tokens / 300", 0, np.inf, lambda seen, _: seen.tokens / 300)
-_STEP = Feature("step / max_steps", 0, 1, lambda seen, most: seen.step / most)
-_AGG = (_SCORE, _MIN, _TOKENS, _STEP)
-_LOGIT = Feature("logit(score) / 3", -_LOGIT_BOUND, _LOGIT_BOUND, lambda seen, _: logit(seen.score))
-_LOG_TOKENS = Feature("ln(tokens / 20)", -4, 8, lambda seen, _: np.log(np.maximum(seen.tokens, 1.0) / _TYPICAL_TOKENS))
-_ENDS = (
-    Feature("terminal", 0, 1, lambda seen, _: seen.terminal),
-    Feature("has_answer", 0, 1, lambda seen, _: seen.has_answer),
+_TOKENS = Feature("tokens / 300", 0, np.inf, ("tokens",), lambda tokens: tokens / 300)
+_STEP = Feature("step / max_steps", 0, 1, ("step", "max_steps"), lambda step, most: step / most)
+_LOGIT = Feature("logit(score) / 3", -_LOGIT_BOUND, _LOGIT_BOUND, ("score",), logit)
+_LOGIT_MIN = Feature("logit(min_score) / 3", -_LOGIT_BOUND, _LOGIT_BOUND, ("min_score",), logit)
+_LOG_TOKENS = Feature(
+    "ln(tokens / 20)", -4, 8, ("tokens",), lambda tokens: np.log(np.maximum(tokens, 1.0) / _TYPICAL_TOKENS)
 )
-_AGG_PLUS = (
-    _LOGIT,
-    Feature("logit(min_score) / 3", -_LOGIT_BOUND, _LOGIT_BOUND, lambda seen, _: logit(seen.min_score)),
-    _LOG_TOKENS,
-    _STEP,
-    *_ENDS,
-)
+_AGG = (_plain("score"), _plain("min_score"), _TOKENS, _STEP)
+_ENDS = (_plain("terminal"), _plain("has_answer"))
 
 SCHEMAS: dict[str, Schema] = {
     schema.name: schema
     for schema in (
         Schema("agg", 1, _AGG),
-        Schema("agg+prod", 1, (*_AGG, Feature("product_score", 0, 1, lambda seen, _: seen.product_score))),
-        Schema("agg+", 1, _AGG_PLUS),
+        Schema("agg+prod", 1, (*_AGG, _plain("product_score"))),
+        Schema("agg+", 1, (_LOGIT, _LOGIT_MIN, _LOG_TOKENS, _STEP, *_ENDS)),
         Schema("seq", 1, (_LOGIT, _LOG_TOKENS, _STEP, *_ENDS), history=2),
     )
 }
@@ -197,37 +251,59 @@ def left_feature(left: NDArray[np.int64] | int, cap: int) -> NDArray[np.float32]
     return np.asarray(np.asarray(left) / cap, np.float32)
 
 
-def schema_named(name: str) -> Schema:
-    """Return a schema by its name, or by ``name/version``.
+def schema_named(name: str, *, imports: bool = False) -> Schema:
+    """Return a schema by its name: ``agg+``, or ``module:object`` of a `Schema` of one's own.
+
+    ``agg+,module:object,...`` adds `Feature` objects to a schema. Every part may name its version, ``agg+/1``: so does
+    the `Schema.id` that artefacts hold.
+
+    Args:
+        name: The name.
+        imports: Import the modules that it names, as is right where a user has typed it. Names that come out of files
+            are looked up among the modules that are imported already.
 
     Raises:
         ConfigError: There is none of that name, or its version is another one.
     """
-    plain, _, version = name.partition("/")
-    if plain not in SCHEMAS:
-        raise ConfigError(f"Unknown feature schema {name!r}.{did_you_mean(plain, SCHEMAS)}")
-    schema = SCHEMAS[plain]
-    if version and version != str(schema.version):
-        raise ConfigError(
-            f"Feature schema {plain!r} is at version {schema.version} here; version {version} is asked for. "
-            "Train the policy again, or use the package version that it was made with."
-        )
+    first, *added = name.split(",")
+    plain, version = _versioned(first)
+    schema = SCHEMAS.get(plain)
+    if schema is None:
+        if not is_plugin(plain):
+            raise ConfigError(f"Unknown feature schema {first!r}.{did_you_mean(plain, SCHEMAS)}")
+        own = _own(plain, Schema, imports)
+        schema = Schema(plain, own.version, own.features, own.history)
+    _check_version("Feature schema", plain, schema.version, version)
+    for part in added:
+        plain, version = _versioned(part)
+        feature = _own(plain, Feature, imports)
+        _check_version("Feature", plain, feature.version, version)
+        schema = Schema(f"{schema.id},{plain}", feature.version, (*schema.features, feature), schema.history)
     return schema
 
 
-def seen_of(trees: Any, rows: NDArray[Any] | slice = slice(None)) -> Seen:
-    """Return what a router may see at rows of compiled `rollouts.trees.arrays.Trees`."""
-    from rollouts.trees.arrays import CONTINUE_SMALL, TERMINAL
+def _versioned(part: str) -> tuple[str, str]:
+    plain, _, version = part.partition("/")
+    return plain, version
 
-    def column(values: NDArray[Any]) -> Floats:
-        return np.asarray(values[rows], np.float64)
 
-    return Seen(
-        score=column(trees.score[:, CONTINUE_SMALL]),
-        min_score=column(trees.min_score),
-        product_score=column(trees.product_score),
-        tokens=column(trees.tokens[:, CONTINUE_SMALL]),
-        step=column(trees.depth) + 1,
-        terminal=column(trees.child[:, CONTINUE_SMALL] == TERMINAL),
-        has_answer=column(trees.has_answer[:, CONTINUE_SMALL]),
-    )
+def _own(name: str, kind: type, imports: bool) -> Any:
+    found = (load_plugin if imports else loaded_plugin)(name, "Feature schema")
+    if not isinstance(found, kind):
+        raise ConfigError(
+            f"Feature schema: {name} is a {type(found).__name__}, expected a trim_env.features.{kind.__name__}. A "
+            "schema comes first, features follow after commas: agg+,my_module:my_feature."
+        )
+    return found
+
+
+def _check_version(what: str, name: str, here: int, wanted: str) -> None:
+    if wanted and wanted != str(here):
+        raise ConfigError(
+            f"{what} {name!r} is at version {here} here; version {wanted} is asked for. "
+            "Train the policy again, or use the package version that it was made with."
+        )
+
+
+def _unpickled(name: str) -> Schema:
+    return schema_named(name, imports=True)

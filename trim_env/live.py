@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gymnasium.vector import AutoresetMode
 
 from rollouts.errors import ConfigError, StoreError
 from rollouts.models.stepwise import StepWriter
@@ -16,12 +17,13 @@ from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader, make_grader
 from rollouts.tasks.problems import Problem
 from rollouts.text.steps import LARGE, ROLES, SMALL
+from rollouts.trees.columns import Folded
 from rollouts.trees.grow import Labeller
 from rollouts.trees.live import LiveTrees
 from rollouts.trees.on_policy import Episode, act, observe
 from trim_env.costs import CostModel, cost_model
-from trim_env.episodes import Array, EpisodesVectorEnv, Lam
-from trim_env.features import DEFAULT_SCHEMA, Schema, Seen, schema_named
+from trim_env.episodes import Array, EpisodesVectorEnv, Lam, Steps, unknown_problem
+from trim_env.features import DEFAULT_SCHEMA, Schema, schema_named
 from trim_env.tables import checked_cap, checked_token_cap, cut, draw
 
 _READ_AHEAD = 16  # episodes of each environment whose trees are read from the store together
@@ -60,6 +62,7 @@ class LiveVectorEnv(EpisodesVectorEnv):
         replicas: int | None = None,
         labeller: Labeller | None = None,
         trees_in_memory: int = 1024,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
     ) -> None:
         """Open the store.
 
@@ -71,14 +74,15 @@ class LiveVectorEnv(EpisodesVectorEnv):
             split: Split that episodes are drawn from; None for all.
             num_envs: E.
             lam: Reward per unit of cost, λ; see `trim_env.vector.TrimVectorEnv`.
-            schema: Feature schema (`trim_env.features.SCHEMAS`).
-            cost: Cost model (`trim_env.costs.cost_model`).
+            schema: Feature schema (`trim_env.features.schema_named`); modules of your own are imported.
+            cost: Cost model (`trim_env.costs.cost_model`), likewise.
             max_escalations: Cap on escalations per episode; None: none, whatever the store is closed under.
             max_large_tokens: Cap on the tokens that the large model decodes in an episode. The store gets whole large
                 steps all the same; what an episode pays and accepts is what a request cut off there would give.
             replicas: Replicas of every problem; None: those that the store has, at least one.
             labeller: Exact labels of steps, for stores that have them.
             trees_in_memory: About the most trees kept in memory; those of running episodes always are.
+            autoreset_mode: When episodes that end are replaced; see `trim_env.episodes.EpisodesVectorEnv`.
 
         Raises:
             StoreError: The store cannot be used or is being written to, or the split is empty.
@@ -93,16 +97,16 @@ class LiveVectorEnv(EpisodesVectorEnv):
                 grader = make_grader(grader)
                 if hasattr(grader, "close"):
                     opened.callback(grader.close)
-            self.schema = schema if isinstance(schema, Schema) else schema_named(schema)
-            self.cost_model = cost if isinstance(cost, CostModel) else cost_model(cost)
+            self.schema = schema_named(schema, imports=True) if isinstance(schema, str) else schema
+            self.cost_model = cost_model(cost, imports=True) if isinstance(cost, str) else cost
             self._roots = _roots(store, split, replicas)
-            self._max_steps = int(store.manifest["process"]["limits"]["max_steps"])
+            steps = int(store.manifest["process"]["limits"]["max_steps"])
             caps = checked_cap(None, max_escalations), checked_token_cap(max_large_tokens)
-            super().__init__(num_envs, len(self._roots), self.schema, self._max_steps, lam, *caps)
+            pool = np.arange(len(self._roots))
+            super().__init__(num_envs, pool, self.schema, steps, lam, *caps, autoreset_mode=autoreset_mode)
             self._live = LiveTrees(store, writers, scorer, grader, labeller=labeller)
             self._memory = trees_in_memory
             self._episodes: list[Episode] = [None] * num_envs  # type: ignore[list-item]
-            self._path = np.full((num_envs, self._max_steps), -1, np.int8)
             self._broken = False
             opened.callback(self._live.flush)
             self._held = opened.pop_all()
@@ -132,54 +136,52 @@ class LiveVectorEnv(EpisodesVectorEnv):
         """
         if self._broken:
             raise ConfigError("The last call failed half-way: call reset() before step().")
-        action = self._allowed(actions)
+        action = self._checked(actions)
         with self._keeping():
-            tokens, prompts = self._written(action)
-            cost = self.cost_model.of(tokens, prompts)[np.arange(self.num_envs), action]
-            small, large = tokens[:, ROLES.index(SMALL)], tokens[:, ROLES.index(LARGE)]
-            cut_off = np.zeros(self.num_envs, bool)
-            if self._token_cap is not None:
-                paid, cut_off = cut(large, self._left)
-                cost, large = cost - self.cost_model.large_decode * (large - paid), paid
-            action = action - cut_off
-            act(self._live, self._episodes, action)
-            self._path[np.arange(self.num_envs), self._totals["steps"]] = action
-            self._count(action, cost, large, small, cut_off)
-            done = np.array([episode.node is None for episode in self._episodes])
-            solved = self._solved(done)
-            reward = solved - self._charged(cost)
-            infos = self._replace(done, solved, self._seen)
-            return self._observe(), reward, done, np.zeros(self.num_envs, bool), infos
+            return self._step(action)
 
-    def _written(self, action: Array) -> tuple[Array, Array]:
-        """Return (E, 2) decoded and prompt tokens of the proposals that actions ask for; the small one always is."""
-        standing = [(each.tree, each.node) for each in self._episodes if each.node is not None]
+    def _take(self, which: Any, action: Array) -> Steps:
+        episodes = self._at(which)
+        tokens, prompts = self._written(episodes, action)
+        cost = self.cost_model.of(tokens, prompts)[np.arange(len(episodes)), action]
+        small, large = tokens[:, ROLES.index(SMALL)], tokens[:, ROLES.index(LARGE)]
+        cut_off = np.zeros(len(episodes), bool)
+        if self._token_cap is not None:
+            paid, cut_off = cut(large, self._left(which))
+            cost, large = cost - self.cost_model.large_decode * (large - paid), paid
+        act(self._live, episodes, action - cut_off)
+        done = np.array([episode.node is None for episode in episodes], bool)
+        return Steps(action - cut_off, cost, large, small, cut_off, self._solved(episodes), done)
+
+    def _at(self, which: Any) -> list[Episode]:
+        return [self._episodes[index] for index in self._index[which].tolist()]
+
+    def _written(self, episodes: Sequence[Episode], action: Array) -> tuple[Array, Array]:
+        """Return (n, 2) decoded and prompt tokens of the proposals that actions ask for; the small one always is."""
+        standing = [(each.tree, each.node) for each in episodes if each.node is not None]
         self._live.propose((tree, node, LARGE) for (tree, node), asked in zip(standing, action, strict=True) if asked)
-        tokens, prompts = np.zeros((2, self.num_envs, 2), np.int64)
+        tokens, prompts = np.zeros((2, len(standing), 2), np.int64)
         for index, ((_, node), asked) in enumerate(zip(standing, action.tolist(), strict=True)):
             for place, role in enumerate(ROLES[: 1 + asked]):
                 step = node.proposals[role]
                 tokens[index, place], prompts[index, place] = step.tokens, step.prompt_tokens
         return tokens, prompts
 
-    def _solved(self, done: Array) -> Array:
-        """Return (E,) 1 where a right solution has ended."""
-        solved = np.zeros(self.num_envs)
-        for index in np.flatnonzero(done):
-            episode = self._episodes[index]
-            assert episode.last is not None
-            solved[index] = self._live.correct((episode.tree, *episode.last))
-        return solved
+    def _solved(self, episodes: Sequence[Episode]) -> Array:
+        """Return (n,) 1 where a right solution has ended."""
+        return np.array(
+            [each.node is None and self._live.correct((each.tree, *each.last)) for each in episodes],  # type: ignore[misc]
+            np.float64,
+        )
 
-    def _begin(self, which: Array, positions: Array) -> None:
-        wanted = [self._roots[position] for position in positions.tolist()]
+    def _begin(self, which: Array, trees: Array) -> None:
+        wanted = [self._roots[number] for number in trees.tolist()]
         if not all(self._live.has((problem.id, replica)) for problem, replica in wanted):
             self._live.load([*wanted, *self._coming()])
-        trees = [self._live.tree((problem.id, replica)) for problem, replica in wanted]
-        self._live.complete(trees)
-        for index, tree in zip(which.tolist(), trees, strict=True):
-            self._episodes[index] = Episode(tree, tree.root)
-        self._path[which] = -1
+        found = [self._live.tree((problem.id, replica)) for problem, replica in wanted]
+        self._live.complete(found)
+        for index, tree in zip(which.tolist(), found, strict=True):
+            self._episodes[index] = Episode(tree, tree.root, folded=Folded(self.schema.folds))
 
     def _coming(self) -> Iterator[tuple[Problem, int]]:
         """Yield the trees of the next episodes: reading many at a time is what makes reading cheap."""
@@ -188,40 +190,27 @@ class LiveVectorEnv(EpisodesVectorEnv):
         positions = draw(np.repeat(self._seeds, ahead), episodes.ravel(), len(self._roots))
         return (self._roots[position] for position in dict.fromkeys(positions.tolist()))
 
-    def _observations(self) -> Array:
-        columns = observe(self._live, self._episodes)[:, : len(Seen._fields)]
+    def _replicas(self, problem: str) -> dict[int, int]:
+        found = {replica: number for number, (each, replica) in enumerate(self._roots) if each.id == problem}
+        if not found:
+            raise unknown_problem(problem, list(dict.fromkeys(each.id for each, _ in self._roots)))
+        return found
+
+    def _features(self, which: Any) -> Array:
+        features = self.schema(observe(self._live, self._at(which)))
         self._live.grade()
-        seen = Seen(*columns.astype(np.float32).astype(np.float64).T)  # compiled trees hold scores as float32
-        self._seen = self.schema(seen, self._max_steps)
         if self.schema.history:
             self._remember()
         self._live.forget(self._memory, {episode.tree.key for episode in self._episodes})
-        return self._seen.copy()
+        return features
 
     def _remember(self) -> None:
         """Take down the step that each running episode accepted last."""
-        going = [index for index, episode in enumerate(self._episodes) if episode.last is not None]
+        going = [i for i, each in enumerate(self._episodes) if each.node is not None and each.last is not None]
         places = [(self._episodes[index].tree, *self._episodes[index].last) for index in going]  # type: ignore[misc]
         tokens = np.array([node.accepted_tokens(role) for _, node, role in places])
         score = np.array(self._live.score(places), np.float32)
-        self._past[going, self._totals["steps"][going] - 1] = self.schema.accepted(score, tokens)
-
-    def restore(self, state: dict[str, Array]) -> Array:
-        """Go on from a `state` of an environment over the same store; return the (E, d) observations."""
-        with self._keeping():
-            return super().restore(state)
-
-    def _place(self) -> dict[str, Array]:
-        return {"path": self._path}
-
-    def _go_to(self, state: dict[str, Array]) -> None:
-        self._begin(np.arange(self.num_envs), draw(self._seeds, self._episode, self._trees))
-        self._path = state["path"].copy()
-        for actions in self._path.T:
-            going = np.flatnonzero(actions >= 0)
-            episodes = [self._episodes[index] for index in going]
-            observe(self._live, episodes)
-            act(self._live, episodes, actions[going])
+        self._past[going, self.totals["steps"][going] - 1] = self.schema.accepted(score, tokens)
 
     @contextmanager
     def _keeping(self) -> Iterator[None]:

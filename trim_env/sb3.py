@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from numpy.typing import NDArray
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
+
+from rollouts.errors import ConfigError
 
 
 class SB3VecEnv(VecEnv):
@@ -19,7 +22,15 @@ class SB3VecEnv(VecEnv):
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any], seed: int | None = None) -> None:
-        """Wrap a vector environment; `seed` seeds the first reset."""
+        """Wrap a vector environment; `seed` seeds the first reset.
+
+        Raises:
+            ConfigError: The environment does not replace ended episodes in the same step.
+        """
+        if env.metadata["autoreset_mode"] is not AutoresetMode.SAME_STEP:
+            raise ConfigError(
+                "Stable-Baselines3 wants ended episodes replaced in the same step: autoreset_mode SAME_STEP."
+            )
         self.env = env
         self._next_seed = seed
         self._infos: list[dict[str, Any]] = [{}] * env.num_envs
@@ -27,9 +38,13 @@ class SB3VecEnv(VecEnv):
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
 
     def reset(self) -> NDArray[np.float32]:
-        """Start all episodes; return (E, d) observations."""
-        observations, _ = self.env.reset(seed=self._next_seed)
+        """Start all episodes, those with options (`set_options`) as these say; return (E, d) observations."""
+        options: dict[str, Any] = {}
+        for name in {name for each in self._options for name in each}:
+            options[name] = [each.get(name, 0 if name == "replica" else None) for each in self._options]
+        observations, _ = self.env.reset(seed=self._next_seed, options=options)
         self._next_seed = None
+        self._reset_options()
         return observations  # type: ignore[no-any-return]
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
@@ -62,19 +77,27 @@ class SB3VecEnv(VecEnv):
         self.env.close()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """Return an attribute of the vector environment, once for each index."""
-        if attr_name == "render_mode":
-            return [None] * len(list(self._get_indices(indices)))
-        return [getattr(self.env, attr_name)] * len(list(self._get_indices(indices)))
+        """Return an attribute of the vector environment for each index: its row of an array of E, else the whole."""
+        return self._told(getattr(self.env, attr_name), indices)
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Set an attribute of the vector environment: of all episodes, whatever `indices` says."""
+        """Set an attribute of the vector environment, of all episodes.
+
+        Raises:
+            ConfigError: Only some of them are meant.
+        """
+        if len(set(self._get_indices(indices))) < self.num_envs:
+            raise ConfigError(f"All {self.num_envs} episodes share {attr_name}: leave out indices.")
         setattr(self.env, attr_name, value)
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        """Call a method of the vector environment once; return its result once for each index."""
-        return [getattr(self.env, method_name)(*args, **kwargs)] * len(list(self._get_indices(indices)))
+        """Call a method of the vector environment once; return for each index what `get_attr` would of its result."""
+        return self._told(getattr(self.env, method_name)(*args, **kwargs), indices)
 
     def env_is_wrapped(self, wrapper_class: type[Any], indices: Any = None) -> list[bool]:
-        """Return False for each index: there are no wrappers around single episodes."""
-        return [False] * len(list(self._get_indices(indices)))
+        """Return for each index whether it is as if wrapped: infos tell of ended episodes as those of ``Monitor``."""
+        return [wrapper_class is Monitor for _ in self._get_indices(indices)]
+
+    def _told(self, value: Any, indices: Any) -> list[Any]:
+        own = isinstance(value, np.ndarray) and value.shape[:1] == (self.num_envs,)
+        return [value[index] if own else value for index in self._get_indices(indices)]

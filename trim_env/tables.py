@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from rollouts.errors import ConfigError
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees
+from rollouts.trees.columns import columns_of
 from rollouts.trees.compile import compile_store
-from trim_env.costs import CostModel, cost_model
-from trim_env.features import DEFAULT_SCHEMA, Schema, schema_named, seen_of
+from trim_env.costs import CostModel, cost_model, edge_costs
+from trim_env.features import DEFAULT_SCHEMA, Schema, schema_named
 
 if TYPE_CHECKING:
     from trim_env.graph import StateGraph
@@ -121,11 +122,27 @@ class DecisionTables:
     def in_schema(self, name: str) -> NDArray[np.float32]:
         """Return (N, d) features of the same nodes in another schema, given by its name or ``name/version``."""
         schema = schema_named(name)
-        if schema is self.schema:
+        if schema == self.schema:
             return self.features
-        if schema.name not in self._others:
-            self._others[schema.name] = schema(seen_of(self.trees), self.trees.meta["max_steps"])
-        return self._others[schema.name]
+        if schema.id not in self._others:
+            self._others[schema.id] = _features(self.trees, schema)
+        return self._others[schema.id]
+
+
+def made_tables(
+    rollouts: Rollouts | DecisionTables, split: str | None, schema: str | Schema, cost: str | CostModel, **caps: Any
+) -> DecisionTables:
+    """Return tables that are there already, or build those that a user asks for: modules that names name are imported.
+
+    Raises:
+        StoreError: As of `decision_tables`.
+        ConfigError: As of `decision_tables`, or a module cannot be imported.
+    """
+    if isinstance(rollouts, DecisionTables):
+        return rollouts
+    schema = schema_named(schema, imports=True) if isinstance(schema, str) else schema
+    cost = cost_model(cost, imports=True) if isinstance(cost, str) else cost
+    return decision_tables(rollouts, split, schema=schema, cost=cost, **caps)
 
 
 def decision_tables(
@@ -143,8 +160,8 @@ def decision_tables(
     Args:
         rollouts: Compiled trees, the path of a rollout store, or the name of a bundled one (``quickstart``).
         split: Split that episodes are drawn from; None for all trees.
-        schema: Feature schema.
-        cost: Cost model.
+        schema: Feature schema, or its name (`trim_env.features.schema_named`; nothing is imported).
+        cost: Cost model, or its name, likewise.
         max_escalations: A cap on escalations per episode, K; it cannot exceed the K that the store is closed
             under, which is the default.
         max_large_tokens: A cap on the tokens that the large model decodes in an episode, M.
@@ -152,11 +169,12 @@ def decision_tables(
 
     Raises:
         StoreError: The store cannot be used, or the split is empty.
-        ConfigError: Unknown schema or cost model, a K that the store does not support, or an M below 1.
+        ConfigError: Unknown schema or cost model, features or costs that are no numbers, a K that the store does
+            not support, or an M below 1.
     """
     trees = rollouts if isinstance(rollouts, Trees) else compile_store(rollouts)
-    schema = schema if isinstance(schema, Schema) else schema_named(schema)
-    model = cost if isinstance(cost, CostModel) else cost_model(cost)
+    schema = schema_named(schema) if isinstance(schema, str) else schema
+    model = cost_model(cost) if isinstance(cost, str) else cost
     large = np.zeros((trees.nodes, 2), np.int64)
     large[:, ESCALATE_LARGE] = trees.tokens[:, ESCALATE_LARGE]
     small = np.repeat(np.asarray(trees.tokens[:, :1], np.int64), 2, axis=1)
@@ -167,14 +185,22 @@ def decision_tables(
         cost_model=model,
         max_escalations=checked_cap(trees.meta["max_escalations"], max_escalations),
         max_large_tokens=checked_token_cap(max_large_tokens),
-        features=schema(seen_of(trees), trees.meta["max_steps"]),
+        features=_features(trees, schema),
         accepted=_accepted(trees, schema),
         child=np.array(trees.child.reshape(-1), np.int64),
-        cost=np.nan_to_num(model.edges(trees).reshape(-1)),
+        cost=np.nan_to_num(edge_costs(model, trees).reshape(-1)),
         solved=np.array(trees.correct.reshape(-1) == 1, np.float64),
         large_tokens=large.reshape(-1),
         small_tokens=small.reshape(-1),
     )
+
+
+def _features(trees: Trees, schema: Schema) -> NDArray[np.float32]:
+    features = schema(columns_of(trees, folds=schema.folds))
+    odd = np.isnan(features[trees.child[:, CONTINUE_SMALL] != MISSING]).any(axis=0)
+    if odd.any():
+        raise ConfigError(f"Feature {schema.features[int(odd.argmax())].name!r} is not a number at some decisions.")
+    return features
 
 
 def _accepted(trees: Trees, schema: Schema) -> NDArray[np.float32]:

@@ -5,19 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from gymnasium.vector import AutoresetMode
 
 from rollouts.errors import StoreError
 from rollouts.trees.arrays import MISSING
 from trim_env.costs import CostModel
-from trim_env.episodes import EPISODE_INFO, FINISHED, Array, EpisodesVectorEnv, Lam, checked_lam
+from trim_env.episodes import EPISODE_INFO, FINISHED, Array, EpisodesVectorEnv, Lam, Steps, unknown_problem
 from trim_env.features import DEFAULT_SCHEMA, Schema
-from trim_env.tables import DecisionTables, Rollouts, decision_tables, missing
+from trim_env.tables import DecisionTables, Rollouts, made_tables, missing
 
 
 class TrimVectorEnv(EpisodesVectorEnv):
     """E episodes of `trim_env.env.TrimEnv` stepped together; see there for observations, actions and rewards.
 
-    Seeds, and what is told of episodes that end: `trim_env.episodes.EpisodesVectorEnv`.
+    Seeds, options of `reset`, and what is told of episodes that end: `trim_env.episodes.EpisodesVectorEnv`.
+
+    Attributes:
+        tables: What it steps through.
+        node: (E,) rows of the nodes where episodes stand, negative once one has ended.
     """
 
     def __init__(
@@ -31,6 +36,8 @@ class TrimVectorEnv(EpisodesVectorEnv):
         cost: str | CostModel = "decode-only",
         max_escalations: int | None = None,
         max_large_tokens: int | None = None,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
+        render_mode: str | None = None,
     ) -> None:
         """Load the trees.
 
@@ -41,66 +48,60 @@ class TrimVectorEnv(EpisodesVectorEnv):
             num_envs: E.
             lam: Reward per unit of cost, λ; with (low, high) every episode draws its own, log-uniformly, and sees it
                 as one more feature after those of the schema.
-            schema: Feature schema (`trim_env.features.SCHEMAS`).
-            cost: Cost model (`trim_env.costs.cost_model`).
+            schema: Feature schema (`trim_env.features.schema_named`); modules of your own are imported.
+            cost: Cost model (`trim_env.costs.cost_model`), likewise.
             max_escalations: Cap K on escalations per episode.
             max_large_tokens: Cap M on the tokens that the large model decodes in an episode; with one, the share left
                 is one more feature, after those of the schema and before λ.
+            autoreset_mode: When episodes that end are replaced; see `trim_env.episodes.EpisodesVectorEnv`.
+            render_mode: None; single environments render.
 
         Raises:
             StoreError: The store cannot be used, or the split is empty.
             ConfigError: An argument is out of range or unknown.
         """
-        self.tables = (
-            rollouts
-            if isinstance(rollouts, DecisionTables)
-            else decision_tables(
-                rollouts,
-                split,
-                schema=schema,
-                cost=cost,
-                max_escalations=max_escalations,
-                max_large_tokens=max_large_tokens,
-            )
+        caps = {"max_escalations": max_escalations, "max_large_tokens": max_large_tokens}
+        self.tables = tables = made_tables(rollouts, split, schema, cost, **caps)
+        self._roots = np.array(tables.trees.root, np.int64)
+        self.node = np.zeros(num_envs, np.int64)
+        super().__init__(
+            num_envs,
+            tables.indices,
+            tables.schema,
+            tables.trees.meta["max_steps"],
+            lam,
+            tables.max_escalations,
+            tables.max_large_tokens,
+            autoreset_mode=autoreset_mode,
+            render_mode=render_mode,
         )
-        self._roots = self.tables.roots
-        caps = self.tables.max_escalations, self.tables.max_large_tokens
-        steps = self.tables.trees.meta["max_steps"]
-        super().__init__(num_envs, len(self._roots), self.tables.schema, steps, lam, *caps)
-        self._node = np.zeros(num_envs, np.int64)
 
-    def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
-        """Take (E,) actions.
-
-        Raises:
-            ConfigError: They are not (E,) of 0 and 1, or there was no reset.
-            StoreError: A proposal that is needed was not generated.
-        """
-        tables, last = self.tables, self._node
-        place, cost, large_tokens, cut_off = tables.take(last, self._allowed(actions), self._left)
+    def _take(self, which: Any, action: Array) -> Steps:
+        tables, rows = self.tables, self.node[which]
+        place, cost, large_tokens, cut_off = tables.take(rows, action, self._left(which))
         child = tables.child.take(place)
-        if child.min() == MISSING:
+        if child.min(initial=0) == MISSING:
             raise StoreError(missing(tables, place))
-        solved = tables.solved.take(place)
-        reward = solved - self._charged(cost)
         if tables.schema.history:
-            self._past[np.arange(self.num_envs), self._position] = tables.accepted.take(place, axis=0)
-        self._count(place - 2 * last, cost, large_tokens, tables.small_tokens.take(place), cut_off)
-        self._node, done = child, child < 0
-        infos = self._replace(done, solved, tables.features.take(last, axis=0)) if done.any() else {}
-        return self._observe(), reward, done, np.zeros(self.num_envs, bool), infos
+            position = self.totals["steps"][which]
+            self._past[self._index[which], position] = tables.accepted.take(place, axis=0)
+        accepted, solved = place - 2 * rows, tables.solved.take(place)
+        self.node[which] = child
+        return Steps(accepted, cost, large_tokens, tables.small_tokens.take(place), cut_off, solved, child < 0)
 
-    def _begin(self, which: Array, positions: Array) -> None:
-        self._node[which] = self._roots[positions]
+    def _begin(self, which: Array, trees: Array) -> None:
+        self.node[which] = self._roots[trees]
 
-    def _observations(self) -> Array:
-        return self.tables.features.take(self._node, axis=0)
+    def _features(self, which: Any) -> Array:
+        features: Array = self.tables.features.take(self.node[which], axis=0)
+        return features
 
-    def _place(self) -> dict[str, Array]:
-        return {"node": self._node}
+    def _replicas(self, problem: str) -> dict[int, int]:
+        trees = self.tables.trees
+        if problem not in trees.problem_ids:
+            raise unknown_problem(problem, trees.problem_ids)
+        found = np.flatnonzero(trees.problem == trees.problem_ids.index(problem)).tolist()
+        return {int(trees.replica[tree]): tree for tree in found}
 
-    def _go_to(self, state: dict[str, Array]) -> None:
-        self._node = state["node"].copy()
 
-
-__all__ = ["EPISODE_INFO", "FINISHED", "TrimVectorEnv", "checked_lam"]
+__all__ = ["EPISODE_INFO", "FINISHED", "TrimVectorEnv"]

@@ -168,8 +168,8 @@ def _is_for(found: Artefact, name: str, value: float) -> bool:
 
 def _about(found: Artefact, lam: float | None) -> dict[str, object]:
     """Return what an artefact says, with what its features are and which λ is meant."""
-    columns = schema_named(found.router.schema).columns
-    features = [{"name": each.name, "low": _bound(each.low), "high": _bound(each.high)} for each in columns]
+    told = schema_named(found.router.schema).features
+    features = [{"name": each.name, "low": _bound(each.low), "high": _bound(each.high)} for each in told]
     chosen = {"default_lam": lam} if lam is not None and isinstance(found.router, ConditionedMLP) else {}
     return {**found.about, "features": features, **chosen}
 
@@ -195,7 +195,7 @@ def run(config: ExportConfig) -> int:
         print(f"{each.folder}: {each.policy.name}, {each.policy.setting}")
         for note in each.notes:
             print(f"  note: {note}", file=sys.stderr)
-    print("use it: agents.load(DIR).session().decide(score=..., tokens=...)")
+    print("use it: agents.load(DIR).session().decide(score=..., tokens=..., text=...)")
     return 0
 
 

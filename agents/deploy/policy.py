@@ -2,7 +2,7 @@
 
     policy = agents.load("DIR")
     session = policy.session()                     # one per solution
-    action = session.decide(score=0.73, tokens=31)
+    action = session.decide(score=0.73, tokens=31, text="So 3 + 4 = 7.")
     if action:                                     # the large model writes the step instead
         session.accept(score=0.91, tokens=44)
     else:
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from agents.deploy.session import Proposal, Session, decide_together
+from agents.deploy.session import Session, decide_together
 from agents.routers import artefact
 from agents.routers.base import AnyRouter, Mixture, told_cap
 from agents.routers.budgets import LamCosts
@@ -77,9 +77,9 @@ class Policy:
             if (value is None and name == "max_steps") or (value is not None and _whole(value) < least):
                 raise ArtefactError(f"{self.place}: says {name} is {value!r}, expected a whole number >= {least}.")
         told = self.about.get("features")
-        columns = [column.name for column in self._checked(self.router).columns]
-        if told is not None and [each.get("name") for each in told] != columns:
-            raise ArtefactError(f"{self.place}: made for the features {told}, this version computes {columns}.")
+        names = [feature.name for feature in self._checked(self.router).features]
+        if told is not None and [each.get("name") for each in told] != names:
+            raise ArtefactError(f"{self.place}: made for the features {told}, this version computes {names}.")
 
     def _checked(self, router: artefact.Storable) -> Schema:
         if isinstance(router, Mixture):
@@ -222,7 +222,7 @@ class Policy:
             "name": self.name,
             "kind": self.kind,
             "schema": self.schema,
-            "features": [column.name for column in schema_named(self.schema).columns],
+            "features": [feature.name for feature in schema_named(self.schema).features],
             "knob": _describe_knob(self),
             "budget_range": list(self.budget_range) if self.budget_range else None,
             "max_steps": self.max_steps,
@@ -263,4 +263,4 @@ def _number(name: str, value: Any) -> float:
     return number
 
 
-__all__ = ["Policy", "Proposal", "Session", "decide_together", "load"]
+__all__ = ["Policy", "Session", "decide_together", "load"]

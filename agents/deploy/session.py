@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 
 from agents.routers.base import AnyRouter, Floats, Knob, Router, StatefulRouter, told_cap
-from rollouts.errors import ConfigError
+from rollouts.errors import ConfigError, did_you_mean
+from rollouts.text.steps import Step, StopReason, closes_box
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
-from trim_env.features import Seen, left_feature, schema_named
+from rollouts.trees.columns import FACTS, Folded, checked_score, checked_tokens, facts_of
+from trim_env.features import left_feature, schema_named
 
 _ROWS = 16  # computed at once: few enough for NumPy to multiply on one thread; waking others takes longer
-_Row = tuple[float, float, float, float, float, float, float]
-
-
-class Proposal(NamedTuple):
-    """What is known of the small model's next step.
-
-    Attributes:
-        score: Its PRM score in [0, 1].
-        tokens: Tokens that were decoded for it.
-        terminal: Whether accepting it ends the solution.
-        has_answer: Whether it states a final answer.
-    """
-
-    score: float
-    tokens: int
-    terminal: bool = False
-    has_answer: bool = False
+_ALWAYS = frozenset({"score", "tokens"})  # routers with a state are told of them, caps count tokens
+_CHECKED = {name: fact.checked for name, fact in FACTS.items()}
 
 
 class Session:
@@ -65,11 +50,11 @@ class Session:
         """
         self.router, self.knob = router, knob
         self.step, self.escalations, self.large_tokens, self.ended = 1, 0, 0, False
-        self._features = schema_named(router.schema)
+        self._schema = schema_named(router.schema)
+        self._needs, self._folded = self._schema.facts | _ALWAYS, Folded(self._schema.folds)
         self._max_steps, (self._cap, self._token_cap), self._generator = max_steps, caps, generator
-        self._least = self._product = 1.0
         self._state = router.start(1) if isinstance(router, StatefulRouter) else None
-        self._proposal: Proposal | None = None
+        self._proposal: dict[str, float] | None = None
         self._action = CONTINUE_SMALL
 
     @property
@@ -77,32 +62,48 @@ class Session:
         """Tokens that the large model may still decode; None without a cap."""
         return None if self._token_cap is None else max(self._token_cap - self.large_tokens, 0)
 
-    def decide(self, score: float, tokens: int, terminal: bool = False, has_answer: bool = False) -> int:
-        """Return who writes the next step: 0 (CONTINUE_SMALL) or 1 (ESCALATE_LARGE), within the caps.
+    def decide(self, score: float, tokens: int, *, text: str | None = None, ended: bool = False, **facts: Any) -> int:
+        r"""Return who writes the next step: 0 (CONTINUE_SMALL) or 1 (ESCALATE_LARGE), within the caps.
 
         Args:
             score: PRM score of the small model's proposal.
             tokens: Tokens that were decoded for it.
-            terminal: Whether accepting it ends the solution; at the last step that is allowed it always does.
-            has_answer: Whether it states a final answer.
+            text: Its text, from which the facts below are read where they are not given.
+            ended: With a text: whether the model stopped by itself after it, or a limit was hit. A step that closes a
+                ``\boxed{...}`` ends the solution anyway.
+            facts: What else the router's features read (`rollouts.trees.columns.FACTS`): ``terminal``, whether
+                accepting the proposal ends the solution (at the last step that is allowed it always does);
+                ``has_answer``, whether it states a final answer.
 
         Raises:
-            ConfigError: A value is out of range, the last decision waits for `accept`, or the solution has ended.
+            ConfigError: Something lacks that the features read, a value is out of range, the last decision waits for
+                `accept`, or the solution has ended.
         """
-        row = self._take(Proposal(score, tokens, terminal, has_answer))
-        return self._decided(float(_chances([self], [row])[0]))
+        facts["score"], facts["tokens"] = score, tokens
+        if text is not None:
+            facts["text"], facts["ended"] = text, ended
+        return self._decided(float(_chances([self], [self._take(facts)])[0]))
 
-    def _take(self, proposal: Proposal) -> _Row:
-        """Return the columns of `trim_env.features.Seen` for a proposal."""
+    def _take(self, proposal: Mapping[str, Any]) -> dict[str, float]:
+        """Return the columns for a proposal, given as the arguments of `decide`."""
         if self.ended:
             raise ConfigError(f"The solution has ended after {self.step - 1} steps; begin a new session.")
         if self._proposal is not None:
             raise ConfigError("The last proposal is still open: call accept() before the next decide().")
-        score, tokens = checked(proposal.score, proposal.tokens)
-        terminal = bool(proposal.terminal) or self.step == self._max_steps
-        self._proposal = Proposal(score, tokens, terminal, bool(proposal.has_answer))
-        product = float(np.float32(self._product))  # as compiled trees hold it
-        return score, self._least, product, tokens, self.step, terminal, self._proposal.has_answer
+        if "text" in proposal:
+            proposal = _read(**proposal)
+        columns = _checked(proposal)
+        if not self._needs.issubset(columns):
+            lacking, read = (", ".join(sorted(names)) for names in (self._needs.difference(columns), self._needs))
+            raise ConfigError(
+                f"decide() lacks {lacking} of the proposal: {self.router.name} reads {read} (features "
+                f"{self._schema.id}). Name what lacks, or give the proposal's text."
+            )
+        columns["terminal"] = columns.get("terminal", False) or self.step == self._max_steps
+        columns["step"], columns["max_steps"] = self.step, self._max_steps
+        self._folded.tell(columns)
+        self._proposal = columns
+        return columns
 
     def _decided(self, chance: float) -> int:
         """Turn the probability of escalating into an action."""
@@ -138,8 +139,8 @@ class Session:
         tokens: int | None = None,
         *,
         action: int | None = None,
-        terminal: bool = False,
         wasted: int = 0,
+        **facts: Any,
     ) -> None:
         """Say which step was accepted: by default the proposal after action 0, the large model's after action 1.
 
@@ -147,52 +148,62 @@ class Session:
             score: Score of the large model's step; after action 0 the proposal's own is taken.
             tokens: Its tokens; likewise.
             action: As `override`.
-            terminal: Whether the large model's step ends the solution.
             wasted: Tokens that the large model decoded for a step that was not accepted.
+            facts: ``terminal``, whether the large model's step ends the solution (by default not), and what else the
+                router's features read of accepted steps.
 
         Raises:
-            ConfigError: Nothing was decided, score or tokens lack, contradict the proposal or are out of range.
+            ConfigError: Nothing was decided, something lacks, contradicts the proposal or is out of range.
         """
         if action is not None:
             self.override(action)
         if self._proposal is None:
             raise ConfigError("There is nothing to accept: call decide() first.")
-        own = self._proposal
+        step = self._proposal
         if self._action == ESCALATE_LARGE:
             if score is None or tokens is None:
                 raise ConfigError("accept() needs score and tokens of the step that the large model wrote.")
-            score, tokens = checked(score, tokens)
-        else:
-            given = checked(own.score if score is None else score, own.tokens if tokens is None else tokens)
-            if given != (own.score, own.tokens):
+            step = _checked({"score": score, "tokens": tokens, **facts})
+            if lacking := self._folded.facts.difference(step):
+                raise ConfigError(f"accept() lacks {', '.join(sorted(lacking))} of the large model's step (features "
+                                  f"{self._schema.id}).")  # fmt: skip
+        elif score is not None or tokens is not None:
+            said = (
+                step["score"] if score is None else checked_score(score),
+                step["tokens"] if tokens is None else checked_tokens(tokens),
+            )
+            if said != (step["score"], step["tokens"]):
                 raise ConfigError(
-                    f"accept() got score {score} and tokens {tokens}, but the proposal (score {own.score:g}, tokens "
-                    f"{own.tokens}) is what is accepted. Leave them out, or say action=1."
+                    f"accept() got score {score} and tokens {tokens}, but the proposal (score {step['score']:g}, "
+                    f"tokens {step['tokens']}) is what is accepted. Leave them out, or say action=1."
                 )
-            (score, tokens), terminal = given, own.terminal
-        spent, left = tokens * self._action + int(wasted), self.large_tokens_left
+        spent, left = int(step["tokens"]) * self._action + int(wasted), self.large_tokens_left
         if wasted < 0 or (left is not None and spent > left):
             raise ConfigError(
                 f"The large model decoded {spent} tokens, expected at least 0 and at most the {left} that are left. "
                 "Cut its step off there and accept the proposal: accept(action=0, wasted=...)."
             )
         self.large_tokens += spent
-        self._go_on(score, tokens, terminal)
+        self._go_on(step)
 
-    def _go_on(self, score: float, tokens: int, terminal: bool) -> None:
+    def _go_on(self, step: dict[str, float]) -> None:
         if self._state is not None:
             router = cast(StatefulRouter, self.router)
-            taken = np.array([self._action], np.int64), np.array([score], np.float32), np.array([tokens], np.int64)
-            self._state = router.accept(self._state, *taken)
-        self._least, self._product = min(self._least, score), self._product * score
+            score, tokens = np.array([step["score"]], np.float32), np.array([step["tokens"]], np.int64)
+            self._state = router.accept(self._state, np.array([self._action], np.int64), score, tokens)
+        self._folded.add(step)
         self.escalations += self._action
-        self.ended = terminal or self.step == self._max_steps
+        self.ended = bool(step.get("terminal")) or self.step == self._max_steps
         self.step += 1
         self._proposal = None
 
 
-def decide_together(sessions: Sequence[Session], proposals: Sequence[Proposal]) -> list[int]:
+def decide_together(sessions: Sequence[Session], proposals: Sequence[Mapping[str, Any]]) -> list[int]:
     """Return the actions of n sessions, one proposal each: what `Session.decide` returns, faster.
+
+    Args:
+        sessions: The sessions.
+        proposals: The arguments of `Session.decide` by name.
 
     Raises:
         ConfigError: As of `Session.decide`, or there are not as many proposals as sessions, each once.
@@ -202,36 +213,36 @@ def decide_together(sessions: Sequence[Session], proposals: Sequence[Proposal]) 
     groups: dict[tuple[int, int], list[int]] = {}
     for place, session in enumerate(sessions):
         groups.setdefault((id(session.router), session._max_steps), []).append(place)
-    rows = _take_all(sessions, proposals)
+    columns = _take_all(sessions, proposals)
     actions = [0] * len(sessions)
     for places in (each[i : i + _ROWS] for each in groups.values() for i in range(0, len(each), _ROWS)):
         own = [sessions[place] for place in places]
-        chances = _chances(own, [rows[place] for place in places])
+        chances = _chances(own, [columns[place] for place in places])
         for place, session, chance in zip(places, own, chances.tolist(), strict=True):
             actions[place] = session._decided(chance)
     return actions
 
 
-def _take_all(sessions: Sequence[Session], proposals: Sequence[Proposal]) -> list[_Row]:
+def _take_all(sessions: Sequence[Session], proposals: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """Let every session take its proposal, or none of them."""
-    rows: list[_Row] = []
+    columns: list[dict[str, float]] = []
     try:
         for session, proposal in zip(sessions, proposals, strict=True):
-            rows.append(session._take(proposal))
+            columns.append(session._take(proposal))
     except ConfigError:
-        for session in sessions[: len(rows)]:
+        for session in sessions[: len(columns)]:
             session._proposal = None
         raise
-    return rows
+    return columns
 
 
-def _chances(sessions: list[Session], rows: list[_Row]) -> Floats:
+def _chances(sessions: list[Session], columns: list[dict[str, float]]) -> Floats:
     """Return the (n,) probabilities of escalating in sessions of one router, and let those with a state go on."""
     first = sessions[0]
-    if len(rows) == 1:
-        features = first._features.single(rows[0], first._max_steps)
+    if len(columns) == 1:
+        features = first._schema.single(columns[0])
     else:
-        features = first._features(Seen(*np.array(rows, np.float64).T), first._max_steps)
+        features = first._schema.together(columns)
     cap = told_cap(first.router)
     if cap is not None:
         left = np.array([cap - session.large_tokens for session in sessions])
@@ -245,25 +256,25 @@ def _chances(sessions: list[Session], rows: list[_Row]) -> Floats:
     return chances
 
 
-def checked(score: Any, tokens: Any) -> tuple[float, int]:
-    """Return a score, rounded as rollouts hold it, and tokens.
+def _checked(given: Mapping[str, Any]) -> dict[str, float]:
+    """Return facts of a step as features count them.
 
     Raises:
-        ConfigError: One is out of range.
+        ConfigError: One is unknown or out of range.
     """
     try:
-        value = float(np.float32(score))
-    except (TypeError, ValueError):
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise ConfigError(f"The score of a step is {score!r}, expected a number from 0 to 1.")
-    try:
-        count = operator.index(tokens)
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise ConfigError(f"The tokens of a step are {tokens!r}, expected a whole number of at least 1.")
-    return value, count
+        return {name: _CHECKED[name](value) for name, value in given.items()}
+    except KeyError as error:
+        raise ConfigError(
+            f"Nothing is known of {error.args[0]!r} of a step.{did_you_mean(error.args[0], FACTS)}"
+        ) from error
 
 
-__all__ = ["Proposal", "Session", "checked", "decide_together"]
+def _read(text: str, ended: bool = False, **given: Any) -> dict[str, Any]:
+    """Return the facts of a proposal with this text; those that are given count."""
+    stop = StopReason.BOXED if closes_box(text) else StopReason.EOS if ended else StopReason.DELIMITER
+    read = facts_of(Step(text, 0, stop), 0.0)
+    return {name: value for name, value in read.items() if name not in _ALWAYS} | given
+
+
+__all__ = ["Session", "decide_together"]

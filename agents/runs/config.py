@@ -50,8 +50,10 @@ class TrainConfig:
             that meets it is chosen, or two are mixed. Without --lam, ppo-agg and tree-agg then train one policy for a
             range of λ.
         accuracy: Accuracy to be reached in expectation, at the least cost; likewise.
-        schema: Feature schema: agg, agg+prod or agg+; of ppo-seq always seq.
-        cost: Cost model: decode-only, prefill-20, prefill-full:PRICE or prices:large_out=15,...
+        schema: Feature schema: agg, agg+prod or agg+; of ppo-seq always seq. Your own: module:MY_SCHEMA, or
+            agg+,module:my_feature (`trim_env.features`).
+        cost: Cost model: decode-only, prefill-20, prefill-full:PRICE, prices:large_out=15,... or your own,
+            module:my_cost (`trim_env.costs.CostModel`).
         max_escalations: Cap K on escalations per solution; default: what the store supports.
         max_large_tokens: Hard cap on the large model's tokens for a problem, in training, validation and, by default,
             evaluation: the policy is told the share left. Default: none.
@@ -130,7 +132,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     Raises:
         ConfigError: There is no agent, schema or cost model of that name, or they do not fit together.
     """
-    cost, told = cost_model(config.cost), bool(schema_named(config.schema).history)
+    cost, told = cost_model(config.cost, imports=True), bool(schema_named(config.schema, imports=True).history)
     if config.agent == "pomdp":
         from agents.learners.pomdp.fit import price_of
 

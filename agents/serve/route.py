@@ -16,9 +16,9 @@ from agents.serve.metrics import SCORER
 from agents.serve.models import Ledger, Models, Task
 from agents.serve.upstreams import Unavailable
 from rollouts.errors import ConfigError
-from rollouts.tasks.answers import has_answer
 from rollouts.text.steps import LARGE, SMALL, Step, StopReason, solution_text
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
+from rollouts.trees.columns import facts_of
 
 _UNSCORED = 1.0  # leaves the least score of a path and the product of its scores as they are
 
@@ -163,7 +163,7 @@ class Route:
         except Unavailable as fault:
             return await self._without_scorer(models, proposal, fault)
         late = self._settle(scores[:-1])
-        action = self.session.decide(scores[-1], *_seen(proposal))
+        action = self.session.decide(**_facts(proposal, scores[-1]))
         if action == CONTINUE_SMALL:
             self.session.accept()
             note = self._note(proposal, SMALL, action=action, proposal=proposal, score=scores[-1], late_scores=late)
@@ -185,7 +185,7 @@ class Route:
     def _tell(self, owed: _Owed, score: float | None) -> None:
         score = _UNSCORED if score is None else score
         if not owed.decided:  # as if it had been proposed
-            self.session.decide(score, *_seen(owed.step))
+            self.session.decide(**_facts(owed.step, score))
             try:
                 self.session.override(ESCALATE_LARGE if owed.author == LARGE else CONTINUE_SMALL)
             except ConfigError:  # the policy's cap is reached; the step is there all the same
@@ -197,7 +197,7 @@ class Route:
             return
         left, tokens = self.session.large_tokens_left, max(owed.step.tokens, 1)
         tokens = tokens if left is None else min(tokens, left)
-        self.session.accept(score, tokens, terminal=owed.step.terminal)
+        self.session.accept(**{**_facts(owed.step, score), "tokens": tokens})
 
     async def _escalate(
         self, models: Models, proposal: Step, score: float, late: tuple[float, ...]
@@ -305,9 +305,9 @@ class Route:
         return summary
 
 
-def _seen(step: Step) -> tuple[int, bool, bool]:
-    """Return what sessions want to know of a proposal beside its score."""
-    return max(step.tokens, 1), step.terminal, has_answer(step.text)
+def _facts(step: Step, score: float) -> dict[str, Any]:
+    """Return what sessions want to know of a step."""
+    return facts_of(replace(step, tokens=max(step.tokens, 1)), score)
 
 
 def _brief(fault: Unavailable) -> str:

@@ -210,8 +210,9 @@ class Expand:
 
     Attributes:
         store: Directory of the store.
-        router: ``threshold:0.5``, ``random:0.3``, or ``module:function`` from features to actions
-            (`rollouts.trees.on_policy.FEATURES`).
+        router: ``threshold:0.5``, ``random:0.3``, or ``module:function`` of your own: from a mapping of named columns,
+            arrays of shape (n,) such as ``columns["score"]`` (`rollouts.trees.on_policy.observe`), to (n,) of 0
+            and 1.
         models: The models that made the store.
         split: Only this split.
         episodes: Walks per tree, for routers that draw at random.

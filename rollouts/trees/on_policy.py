@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -13,27 +12,17 @@ from numpy.typing import NDArray
 
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.models.stepwise import StepWriter
+from rollouts.plugins import is_plugin, load_plugin
 from rollouts.scoring.base import Scorer
 from rollouts.store.store import Store
-from rollouts.tasks.answers import has_answer
 from rollouts.tasks.problems import Problem
-from rollouts.text.steps import LARGE, ROLES, SMALL
+from rollouts.text.steps import LARGE, ROLES, SMALL, Step
+from rollouts.trees.columns import FOLDS, Columns, Folded, facts_of
 from rollouts.trees.grow import load_trees
 from rollouts.trees.live import LiveTrees
 from rollouts.trees.tree import Node, RolloutTree
 
-FEATURES = (
-    "score",  # of the small model's proposal
-    "min_score",  # least score of the accepted steps, 1 at the start
-    "product_score",  # product of the scores of the accepted steps, 1 at the start
-    "tokens",  # of the proposal
-    "step",  # 1 for the first
-    "terminal",  # whether accepting the proposal would end the episode
-    "has_answer",  # whether the proposal states a final answer
-    "escalations",  # so far in this episode
-    "large_tokens",  # so far in this episode
-)
-Router = Callable[[NDArray[np.float64]], NDArray[Any]]  # (n, len(FEATURES)) -> (n,) of 0 and 1
+Router = Callable[[Columns], NDArray[Any]]  # (n,) columns by name, as `observe` returns them -> (n,) of 0 and 1
 
 
 @dataclass(slots=True, eq=False)
@@ -44,8 +33,7 @@ class Episode:
         tree: The tree.
         node: Where it stands; None when it has ended.
         last: The proposal that was accepted last, (node, role); None at the start.
-        min_score: Least score of the accepted steps that `observe` has seen.
-        product_score: Product of their scores.
+        folded: Folds over the accepted steps that `observe` has seen.
         escalations: Escalations so far.
         large_tokens: Tokens of the accepted large steps.
     """
@@ -53,52 +41,45 @@ class Episode:
     tree: RolloutTree
     node: Node | None
     last: tuple[Node, str] | None = None
-    min_score: float = 1.0
-    product_score: float = 1.0
+    folded: Folded = field(default_factory=lambda: Folded(FOLDS.values()))
     escalations: int = 0
     large_tokens: int = 0
 
 
-def observe(live: LiveTrees, episodes: Sequence[Episode]) -> NDArray[np.float64]:
+def observe(live: LiveTrees, episodes: Sequence[Episode]) -> dict[str, Any]:
     """Make sure that episodes have a scored small proposal, asking for all misses at once.
 
     To be called once between two decisions.
 
     Args:
         live: The trees.
-        episodes: n running episodes.
+        episodes: n running episodes, at least one, with the same folds.
 
     Returns:
-        What a router sees, (n, len(FEATURES)).
+        What a router sees: arrays of shape (n,) by name (`rollouts.trees.columns.COLUMNS`), and ``escalations`` and
+        ``large_tokens`` so far.
     """
     running = [(episode, episode.node) for episode in episodes if episode.node is not None]
     proposals = [(episode.tree, node, SMALL) for episode, node in running]
     accepted = [(episode.tree, *episode.last) if episode.last else None for episode, _ in running]
     live.propose(proposals)
-    scores = live.score([*filter(None, accepted), *proposals])
-    before = iter(scores)
+    scores = iter(live.score([*filter(None, accepted), *proposals]))
     for (episode, _), place in zip(running, accepted, strict=True):
         if place is not None:
-            score = next(before)
-            episode.min_score = min(episode.min_score, score)
-            episode.product_score *= score
+            _, before, role = place
+            episode.folded.add(facts_of(_as_accepted(before, role), next(scores)))
     rows = []
-    for (episode, node), score in zip(running, before, strict=True):
-        step = node.proposals[SMALL]
-        rows.append(
-            (
-                score,
-                episode.min_score,
-                episode.product_score,
-                step.tokens,
-                len(node.steps) + 1,
-                step.terminal,
-                has_answer(step.text),
-                episode.escalations,
-                episode.large_tokens,
-            )
-        )
-    return np.asarray(rows, np.float64).reshape(len(rows), len(FEATURES))
+    for (episode, node), score in zip(running, scores, strict=True):
+        row = {**facts_of(node.proposals[SMALL], score), "step": len(node.steps) + 1}
+        episode.folded.tell(row)
+        rows.append(row | {"escalations": episode.escalations, "large_tokens": episode.large_tokens})
+    columns: dict[str, Any] = {name: np.array([row[name] for row in rows], np.float64) for name in rows[0]}
+    return columns | {"max_steps": int(live.store.manifest["process"]["limits"]["max_steps"])}
+
+
+def _as_accepted(node: Node, role: str) -> Step:
+    """Return a proposal with its tokens as features count those of accepted steps."""
+    return replace(node.proposals[role], tokens=node.accepted_tokens(role))
 
 
 def act(live: LiveTrees, episodes: Sequence[Episode], actions: NDArray[Any]) -> None:
@@ -136,7 +117,7 @@ def expand_on_policy(
         store: The store; its write lock must be held.
         writers: Both models.
         scorer: The scorer; its table gets the new scores.
-        router: From features (`FEATURES`) to actions; decides by what it could see, never by correctness.
+        router: From named columns (see `observe`) to actions; decides by what it could see, never by correctness.
         problems: Problems to walk.
         replicas: Replicas to walk; default those that the store has.
         episodes: Walks per tree; more than 1 for routers that draw at random.
@@ -173,17 +154,18 @@ def load_router(spec: str, seed: int = 0) -> Router:
         ConfigError: No such router.
     """
     kind, _, argument = spec.partition(":")
+    if kind not in ("threshold", "random"):
+        if not is_plugin(spec):
+            raise ConfigError(
+                f"Unknown --router {spec!r}.{did_you_mean(kind, ['threshold', 'random', 'module:function'])}"
+            )
+        router: Router = load_plugin(spec, "--router")
+        return router
     try:
-        if kind == "threshold":
-            level = float(argument)
-            return lambda rows: rows[:, 0] < level
-        if kind == "random":
-            rate, generator = float(argument), np.random.default_rng(seed)
-            return lambda rows: generator.random(len(rows)) < rate
+        level = float(argument)
     except ValueError as error:
         raise ConfigError(f"--router {spec!r}: expected a number after the colon.") from error
-    try:
-        router = getattr(importlib.import_module(kind), argument)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"--router {spec!r}: {error}.{did_you_mean(kind, ['threshold', 'random'])}") from error
-    return router  # type: ignore[no-any-return]
+    if kind == "threshold":
+        return lambda columns: columns["score"] < level
+    generator = np.random.default_rng(seed)
+    return lambda columns: generator.random(len(columns["score"])) < level

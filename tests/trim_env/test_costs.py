@@ -11,7 +11,7 @@ from rollouts.text.steps import LARGE, SMALL
 from rollouts.trees.arrays import MISSING
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import load_trees
-from trim_env.costs import cost_model
+from trim_env.costs import cost_model, edge_costs
 from trim_env.env import TrimEnv
 from trim_env.tables import decision_tables
 
@@ -71,7 +71,7 @@ def test_an_episode_costs_the_sum_over_its_edges(tmp_path, spec):
 
 def test_what_was_not_generated_has_no_cost(tmp_path):
     trees = compile_store(finished(tmp_path / "s", 0), cache=False)
-    edges = cost_model("decode-only").edges(trees)
+    edges = edge_costs(cost_model("decode-only"), trees)
     assert (trees.child == MISSING).any()
     np.testing.assert_array_equal(np.isnan(edges), trees.child == MISSING)
 

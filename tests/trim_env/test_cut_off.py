@@ -145,7 +145,7 @@ def test_spending_never_exceeds_the_cap(trees, cap, calls, seed, rate):
     generator = np.random.default_rng(seed)
     seen, _ = env.reset(seed=seed)
     for _ in range(25):
-        spent = env.state()["large_tokens"]
+        spent = env.totals["large_tokens"]
         assert (spent <= cap).all() and seen[:, -1] == pytest.approx((cap - spent) / cap)
         seen, *_, extra = env.step(generator.random(40) < rate)
         if extra:
@@ -220,23 +220,12 @@ def test_live_episodes_leave_whole_steps_in_a_sound_store(tmp_path, closed):
         assert same(rollout(TrimVectorEnv(tables, num_envs=9), 40, seed=0), first)
 
 
-def test_a_state_goes_on_identically(trees):
-    tables = decision_tables(trees, None, max_large_tokens=12)
-    env = TrimVectorEnv(tables, num_envs=20, lam=(0.001, 0.1))
-    seen = rollout(env, 7, seed=3)[-1][0]
-    kept = env.state()
-    later = rollout(env, 40, start=False)
-    again = TrimVectorEnv(tables, num_envs=20, lam=(0.001, 0.1))
-    np.testing.assert_array_equal(again.restore(kept), seen)
-    assert same(rollout(again, 40, start=False), later)
-
-
 def test_the_share_left_comes_after_the_schema_and_before_lam(trees):
     env = TrimVectorEnv(decision_tables(trees, None, max_large_tokens=12), num_envs=8, lam=(0.001, 0.1))
     env.reset(seed=0)
     seen = env.step(np.ones(8))[0]
     assert seen.shape == (8, 8) == env.observation_space.shape
-    assert (seen[:, 6] == ((12 - env.state()["large_tokens"]) / 12).astype(np.float32)).all() and seen[:, 6].min() < 1
+    assert (seen[:, 6] == ((12 - env.totals["large_tokens"]) / 12).astype(np.float32)).all() and seen[:, 6].min() < 1
     assert seen[:, 7] == pytest.approx(np.log10(env.lam) + 3, abs=1e-5)
 
 

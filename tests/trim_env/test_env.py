@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 
 import gymnasium
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
-from made_stores import LatexWriter, finished, rollout, same
+from made_stores import LatexWriter, finished, same
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
 from rollouts.errors import ConfigError, StoreError
@@ -125,13 +124,13 @@ def test_episodes_do_not_depend_on_their_neighbours(quickstart):
 def test_draws_reach_every_tree_evenly(capped):
     vector = TrimVectorEnv(capped, num_envs=3000)
     vector.reset(seed=0)
-    roots, counts = np.unique(vector.state()["node"], return_counts=True)
+    roots, counts = np.unique(vector.node, return_counts=True)
     assert set(roots) == set(capped.roots)
     assert abs(counts - 3000 / len(roots)).max() < 5 * np.sqrt(3000 / len(roots))
     vector.reset()
-    again = vector.state()["node"]
+    again = vector.node.copy()
     vector.reset(seed=0)
-    assert (again != vector.state()["node"]).any()  # a reset without a seed goes on
+    assert (again != vector.node).any()  # a reset without a seed goes on
 
 
 def test_lam_can_change_between_steps(capped):
@@ -139,25 +138,10 @@ def test_lam_can_change_between_steps(capped):
     env.reset(seed=0)
     assert (env.step(np.ones(64))[1] >= 0).all()
     env.lam = 10
-    reward, tokens = env.step(np.ones(64))[1], env.state()["large_tokens"]
+    reward, tokens = env.step(np.ones(64))[1], env.totals["large_tokens"]
     assert (reward < 0).any() == (tokens > 0).any()
     env.reset(seed=0)
     assert (env.step(np.ones(64))[1] <= 1 - 10).all()
-
-
-@pytest.mark.parametrize("store", ["quickstart", "capped"])
-def test_a_pickled_state_goes_on_identically(store, request):
-    tables = request.getfixturevalue(store)
-    env = TrimVectorEnv(tables, num_envs=20)
-    rollout(env, 7, seed=3)
-    kept = pickle.dumps(env.state())
-    here = env.tables.features[env.state()["node"]]
-    wanted = rollout(env, 60, start=False)
-    again = TrimVectorEnv(tables, num_envs=20)
-    np.testing.assert_array_equal(again.restore(pickle.loads(kept)), here)
-    assert same(rollout(again, 60, start=False), wanted)
-    env.restore(pickle.loads(kept))  # also in the environment that has gone on
-    assert same(rollout(env, 60, start=False), wanted)
 
 
 def test_the_single_environment_is_seeded_and_goes_on_without_a_seed(quickstart):
@@ -184,8 +168,6 @@ def test_reset_options_choose_a_problem_and_replica(quickstart):
         env.reset(options={"problem": name + "x"})
     with pytest.raises(ConfigError, match="options.*'seed'.*expected 'problem'"):
         env.reset(options={"seed": 3})
-    with pytest.raises(ConfigError, match="Unknown reset options"):
-        TrimVectorEnv(quickstart, num_envs=1).reset(options={"problem": name})
 
 
 def test_rendering(quickstart):
@@ -280,22 +262,19 @@ def test_other_mistakes(quickstart, capped):
 
 def test_mistakes_in_stepping_many(quickstart):
     env = TrimVectorEnv(quickstart, num_envs=3)
-    for use in (lambda: env.step(np.zeros(3)), env.state):
-        with pytest.raises(ConfigError, match="reset"):
-            use()
+    with pytest.raises(ConfigError, match="reset"):
+        env.step(np.zeros(3))
     for seeds in ([1, 2], -4):
         with pytest.raises(ConfigError, match="for 3 environments"):
             env.reset(seed=seeds)
     env.reset(seed=[4, 4, 9])
-    before = env.state()
+    before = env.totals, env.node.copy()
     for actions in (np.zeros(2), np.zeros((3, 1)), np.array([0, 1, 2]), np.array([0, -1, 0])):
         with pytest.raises(ConfigError, match=r"expected \(3,\) of 0"):
             env.step(actions)
-    assert same(env.state(), before)
+    assert same((env.totals, env.node), before)
     with pytest.raises(ConfigError, match="lam is -1"):
         env.lam = -1
-    with pytest.raises(ConfigError, match="of 3 environments; this has 4"):
-        TrimVectorEnv(quickstart, num_envs=4).restore(before)
 
 
 def test_the_sb3_face_keeps_to_its_interface(quickstart):
@@ -322,7 +301,7 @@ def test_lam_may_be_drawn_for_each_episode():
     again, _ = env.reset(seed=3)
     assert (again == observations).all()
     tables, seen, ended = env.tables, np.array(env.lam), 0
-    node = env.state()["node"]
+    node = env.node.copy()
     for _ in range(6):
         actions = np.arange(256) % 2
         _, reward, done, _, infos = env.step(actions)
@@ -334,13 +313,8 @@ def test_lam_may_be_drawn_for_each_episode():
             assert final["return"][done] == pytest.approx(wanted[done])
             ended += int(done.sum())
             assert (np.array(env.lam)[~done] == seen[~done]).all() and (np.array(env.lam)[done] != seen[done]).all()
-        seen, node = np.array(env.lam), env.state()["node"]
+        seen, node = np.array(env.lam), env.node.copy()
     assert ended > 50
-    state = env.state()
-    first = [env.step(np.zeros(256, int))[:2] for _ in range(4)]
-    env.restore(state)
-    second = [env.step(np.zeros(256, int))[:2] for _ in range(4)]
-    assert all((a == b).all() for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True))
 
 
 @pytest.mark.parametrize("lam", [(0.1, 0.01), (0.0, 1.0), (-1.0, 1.0)])

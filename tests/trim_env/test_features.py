@@ -11,20 +11,29 @@ from made_stores import finished
 
 from rollouts.errors import ConfigError
 from rollouts.text.steps import SMALL
+from rollouts.trees.columns import columns_of
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import load_trees
-from trim_env.features import SCHEMAS, Seen, schema_named, seen_of
+from trim_env.features import SCHEMAS, schema_named
 
-SEEN = Seen(
+NAMES = ("score", "min_score", "product_score", "tokens", "step", "terminal", "has_answer")
+
+
+def columns(*values, max_steps):
+    return {**dict(zip(NAMES, values, strict=True)), "max_steps": max_steps}
+
+
+SEEN = columns(
     *np.array(
         [
-            # score, min, product, tokens, step, terminal, has_answer
+            # those of NAMES
             (0.5, 1.0, 1.0, 20, 1, 0, 0),
             (0.9, 0.25, 0.2, 75, 4, 1, 1),
             (0.0, 0.0, 0.0, 0, 8, 1, 0),
             (1.0, 1.0, 1.0, 10**9, 8, 0, 1),
         ]
-    ).T
+    ).T,
+    max_steps=8,
 )
 LOGIT_BOUND = math.log(0.9999 / 0.0001) / 3  # scores are clipped to 1e-4 from 0 and 1
 AGG = [(0.5, 1, 20 / 300, 1 / 8), (0.9, 0.25, 0.25, 0.5), (0, 0, 0, 1), (1, 1, 10**9 / 300, 1)]
@@ -49,7 +58,7 @@ WANTED = {
 @pytest.mark.parametrize("name", WANTED)
 def test_values(name):
     schema = SCHEMAS[name]
-    values = schema(SEEN, max_steps=8)
+    values = schema(SEEN)
     assert values.dtype == np.float32 and values.shape == (4, schema.size) and np.isfinite(values).all()
     np.testing.assert_allclose(values, WANTED[name], rtol=1e-6, atol=1e-6)
 
@@ -60,10 +69,10 @@ def test_one_decision_has_the_features_that_it_has_among_others(name):
     scores = draw.random((3, 3_000)).astype(np.float32).astype(np.float64)
     scores[:, draw.random(3_000) < 0.1] = draw.choice([0.0, 1e-4, 1.0], 3)[:, None]
     count, step, flags = draw.integers(1, 400, 3_000), draw.integers(1, 31, 3_000), draw.random((2, 3_000)) < 0.5
-    seen = Seen(*np.concatenate([scores, [count, step], flags]))
+    seen = columns(*np.concatenate([scores, [count, step], flags]), max_steps=30)
     rows = [(*map(float, scores[:, i]), int(count[i]), int(step[i]), *map(bool, flags[:, i])) for i in range(3_000)]
-    together = SCHEMAS[name](seen, 30)
-    alone = np.concatenate([SCHEMAS[name].single(row, 30) for row in rows])
+    together = SCHEMAS[name](seen)
+    alone = np.concatenate([SCHEMAS[name].single(columns(*row, max_steps=30)) for row in rows])
     assert alone.dtype == together.dtype and np.array_equal(alone, together)
 
 
@@ -78,7 +87,7 @@ def test_nothing_leaves_the_bounds(name):
     wild += [generator.choice([0.0, 1.0, 300.0, 1e12], 500), generator.integers(1, 31, 500).astype(float)]
     wild += [generator.integers(0, 2, 500).astype(float) for _ in range(2)]
     low, high = SCHEMAS[name].bounds()
-    values = SCHEMAS[name](Seen(*wild), max_steps=30)
+    values = SCHEMAS[name](columns(*wild, max_steps=30))
     assert (values >= low).all() and (values <= high).all()
     assert (values.min(axis=0) < values.max(axis=0)).all()
 
@@ -86,7 +95,7 @@ def test_nothing_leaves_the_bounds(name):
 def test_seen_is_that_of_the_small_proposal_and_the_accepted_steps(tmp_path):
     store = finished(tmp_path / "s")
     compiled, scorer = compile_store(store, cache=False), ScriptedScorer()
-    seen, row = seen_of(compiled), 0
+    seen, row = columns_of(compiled), 0
     for tree in load_trees(store, store.problems(), None, None):
         for node in tree.nodes.values():
             step, question = node.proposals[SMALL], tree.problem.question
@@ -100,10 +109,12 @@ def test_seen_is_that_of_the_small_proposal_and_the_accepted_steps(tmp_path):
                 step.terminal,
                 "\\boxed" in step.text,
             )
-            np.testing.assert_allclose([column[row] for column in seen], wanted, rtol=1e-6)
+            np.testing.assert_allclose([seen[name][row] for name in NAMES], wanted, rtol=1e-6)
             row += 1
     assert row == compiled.nodes > 20
-    np.testing.assert_array_equal(seen_of(compiled, np.array([3, 1])).tokens, seen.tokens[[3, 1]])
+    np.testing.assert_array_equal(columns_of(compiled, np.array([3, 1]))["tokens"], seen["tokens"][[3, 1]])
+    np.testing.assert_array_equal(seen["min_score"], compiled.min_score)
+    np.testing.assert_array_equal(seen["product_score"], compiled.product_score)
 
 
 def test_names_versions_and_mistakes():

@@ -90,25 +90,6 @@ def test_live_generation_tells_what_the_store_will(tmp_path):
     assert same(rollout(TrimVectorEnv(store.path, None, 9, schema="seq"), 40, seed=0), first)
 
 
-def test_a_state_goes_on_identically(tmp_path):
-    store = finished(tmp_path / "s")
-    made = [
-        lambda: TrimVectorEnv(store.path, None, 6, schema="seq", lam=(0.001, 0.1)),
-        lambda: idle(store.path, split=None, num_envs=6, schema="seq", lam=(0.001, 0.1)),
-    ]
-    for make in made:
-        env = make()
-        seen = rollout(env, 9, seed=4)[-1][0]
-        state = env.state()
-        later = rollout(env, 30, start=False)
-        env.close()
-        again = make()
-        np.testing.assert_array_equal(again.restore(state), seen)
-        assert same(rollout(again, 30, start=False), later)
-        again.close()
-    assert seen.shape == (6, 2 * STEPS + 4)  # λ after all
-
-
 def test_bounds_hold_padding_and_every_step():
     low, high = SCHEMAS["seq"].observed_bounds(4)
     assert low.shape == high.shape == (11,) and (low <= 0).all() and (high >= 1).all()

@@ -19,7 +19,8 @@ from agents.learners.pomdp.observation import (
 from agents.routers.pomdp.belief import Floats, Ints
 from agents.routers.pomdp.model import SCHEMA, TOKENS, Kinds, as_feature, to_bins
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, TERMINAL, Trees
-from trim_env.features import schema_named, seen_of
+from rollouts.trees.columns import columns_of
+from trim_env.features import schema_named
 
 TOKEN_BINS = 3
 
@@ -72,7 +73,7 @@ def sample(
     token_bins: int = TOKEN_BINS,
 ) -> Sample:
     """Gather what is seen at some rows; edges of scores are quantiles of the scores there unless given."""
-    features = schema_named(SCHEMA)(seen_of(trees, rows), trees.meta["max_steps"])
+    features = schema_named(SCHEMA)(columns_of(trees, rows))
     child, scores = trees.child[rows], trees.score[rows]
     present = child != MISSING
     inner = (child[:, CONTINUE_SMALL] >= 0)[:, None] & np.array([True, False])

@@ -271,7 +271,7 @@ def test_artefacts_of_version_1_are_read(exported, tmp_path):
         described.pop("digest")
 
     edit(folder, older)
-    assert agents.load(folder).session().decide(0.5, 10) in (0, 1)
+    assert agents.load(folder).session().decide(0.5, 10, text="") in (0, 1)
     put(folder, "policy.safetensors", flip)
     with pytest.raises(ArtefactError, match="not those that policy.json names"):
         agents.load(folder)

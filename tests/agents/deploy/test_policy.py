@@ -1,6 +1,7 @@
 """Routers in use: sessions decide as evaluation does, say no in plain words, and need NumPy alone."""
 
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import agents
-from agents.deploy.policy import Policy, Proposal, decide_together
+from agents.deploy.policy import Policy, decide_together
 from agents.evaluation.budgets import lam_costs
 from agents.evaluation.splits import Validation
 from agents.evaluation.walk import run, run_trees
@@ -19,8 +20,9 @@ from agents.routers import artefact
 from agents.routers.base import Constant, Knob, Mixture, RandomRate, Threshold
 from agents.routers.mlp import MLP, ConditionedMLP
 from rollouts.errors import ArtefactError, ConfigError
+from rollouts.trees.columns import columns_of
 from rollouts.trees.compile import compile_store
-from trim_env.features import SCHEMAS, schema_named, seen_of
+from trim_env.features import SCHEMAS, schema_named
 from trim_env.tables import decision_tables
 
 ROOT = Path(__file__).parents[3]
@@ -45,7 +47,7 @@ def by_score(low=1e-4, high=1e-1) -> ConditionedMLP:
 
 def balanced(trees, schema, *sizes, seed=0) -> MLP:
     """A network that escalates at half of the nodes."""
-    features = schema_named(schema)(seen_of(trees), trees.meta["max_steps"])
+    features = schema_named(schema)(columns_of(trees))
     weights = layers(features.shape[1], *sizes, 2, seed=seed)
     logits = MLP("trim-agg", schema, Knob("lam", 1e-3), weights).logits(features)
     weights[f"{len(sizes)}.bias"][1] -= np.median(logits[:, 1] - logits[:, 0])
@@ -82,6 +84,10 @@ def tables_of(trees, cap=None):
     return decision_tables(trees, indices=trees.select("test")[:TREES], max_escalations=cap)
 
 
+def proposal(score, tokens, terminal=False, has_answer=False):
+    return {"score": score, "tokens": tokens, "terminal": terminal, "has_answer": has_answer}
+
+
 def replayed(sessions, tables, together=True):
     """Walk the trees as a server would; return large tokens, escalations, steps and correctness of each."""
     trees, count = tables.trees, len(sessions)
@@ -89,13 +95,13 @@ def replayed(sessions, tables, together=True):
     alive = list(range(count))
     while alive:
         proposals = [
-            Proposal(trees.score[r, 0], trees.tokens[r, 0], trees.child[r, 0] == -1, trees.has_answer[r, 0])
+            proposal(trees.score[r, 0], trees.tokens[r, 0], trees.child[r, 0] == -1, trees.has_answer[r, 0])
             for r in row[alive]
         ]
         if together:
             actions = decide_together([sessions[i] for i in alive], proposals)
         else:
-            actions = [sessions[i].decide(*proposal) for i, proposal in zip(alive, proposals, strict=True)]
+            actions = [sessions[i].decide(**each) for i, each in zip(alive, proposals, strict=True)]
         for i, action in zip(list(alive), actions, strict=True):
             at, child = row[i], trees.child[row[i], action]
             if action:
@@ -178,7 +184,9 @@ def test_sessions_see_what_trees_hold(trees, schema):
         session = policy.session(seed=seed)
         while row >= 0:
             terminal = trees.child[row, 0] == -1 and trees.depth[row] < 15  # the last step ends it unasked
-            action = session.decide(trees.score[row, 0], trees.tokens[row, 0], terminal, trees.has_answer[row, 0])
+            action = session.decide(
+                **proposal(trees.score[row, 0], trees.tokens[row, 0], terminal, trees.has_answer[row, 0])
+            )
             assert (router.seen[-1][0] == features[row]).all() and session.step == trees.depth[row] + 1
             session.accept(*(trees.score[row, 1], trees.tokens[row, 1]) if action else ())
             row, steps = trees.child[row, action], steps + 1
@@ -190,7 +198,7 @@ def test_the_last_step_ends_the_solution():
     session = Policy(router, {"max_steps": 3}).session(seed=0)
     for step in range(3):
         assert session.step == step + 1 and not session.ended
-        session.decide(0.5, 10)
+        session.decide(**proposal(0.5, 10))
         session.accept(action=0)
     assert session.ended and [row[0, 4] for row in router.seen] == [0, 0, 1]
     with pytest.raises(ConfigError, match="ended after 3 steps"):
@@ -287,10 +295,67 @@ def test_calls_out_of_order_are_refused():
     session.accept()
     one, other = policy.session(), policy.session()
     with pytest.raises(ConfigError, match="1 proposals for 2 sessions"):
-        decide_together([one, other], [Proposal(0.5, 5)])
+        decide_together([one, other], [proposal(0.5, 5)])
     with pytest.raises(ConfigError, match="still open"):
-        decide_together([one, one], [Proposal(0.5, 5)] * 2)
-    assert decide_together([one, other], [Proposal(0.5, 5), Proposal(0.1, 5)]) == [0, 1]
+        decide_together([one, one], [proposal(0.5, 5)] * 2)
+    assert decide_together([one, other], [proposal(0.5, 5), proposal(0.1, 5)]) == [0, 1]
+
+
+def test_a_call_that_lacks_what_the_features_read_is_refused(routers):
+    session = Policy(routers["mlp"], ABOUT).session()
+    with pytest.raises(ConfigError, match=r"lacks has_answer, terminal of the proposal: trim-agg reads .*agg\+/1"):
+        session.decide(score=0.5, tokens=10)
+    with pytest.raises(ConfigError, match="lacks has_answer of"):
+        session.decide(score=0.5, tokens=10, terminal=False)
+    with pytest.raises(ConfigError, match="Nothing is known of 'has_anser' .*Did you mean 'has_answer'"):
+        session.decide(score=0.5, tokens=10, terminal=False, has_anser=False)
+    sessions = [Policy(routers["mlp"], ABOUT).session() for _ in range(2)]
+    with pytest.raises(ConfigError, match="lacks score, terminal"):
+        decide_together(sessions, [proposal(0.5, 10), {"tokens": 10, "has_answer": False}])
+    assert decide_together(sessions, [proposal(0.5, 10)] * 2) == [session.decide(**proposal(0.5, 10))] * 2
+    for router in (Threshold(0.6), Constant(0)):  # which read neither
+        assert Policy(router, ABOUT).session().decide(score=0.7, tokens=10) == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "terminal", "has_answer"),
+    [
+        ({"text": "So 3 + 4 = 7.\n\n"}, False, False),
+        ({"text": r"It is $\boxed{7}$."}, True, True),
+        ({"text": "It is 7.", "ended": True}, True, False),
+        ({"text": "#### 7", "ended": True}, True, True),
+        ({"text": "It is 7.", "terminal": True, "has_answer": True}, True, True),  # what is said counts
+    ],
+)
+def test_the_text_of_a_proposal_tells_the_rest(said, terminal, has_answer):
+    router = Recording("agg+/1")
+    sessions = [Policy(router, ABOUT).session(seed=0) for _ in range(3)]
+    sessions[0].decide(0.25, 40, **said)
+    sessions[1].decide(0.25, 40, terminal=terminal, has_answer=has_answer)
+    decide_together(sessions[2:], [{"score": 0.25, "tokens": 40, **said}])
+    assert (router.seen[0] == router.seen[1]).all() and (router.seen[2] == router.seen[1]).all()
+    sessions[0].accept(action=0)
+    assert sessions[0].ended == terminal
+
+
+@pytest.mark.parametrize("kind", ["mlp on products", "mlp-lam", "random", "pomdp", "mixture"])
+def test_pickled_sessions_go_on_identically(stored, kind):
+    policy, scores = agents.load(stored[kind]), np.random.default_rng(0).random((14, 40))
+    sessions = [policy.session(lam=3e-3 if kind == "mlp-lam" else None, seed=seed) for seed in range(40)]
+
+    def decisions(sessions, rows):
+        found = []
+        for row in rows:
+            found.append(decide_together(sessions, [proposal(score, 12) for score in row]))
+            for session, action in zip(sessions, found[-1], strict=True):
+                session.accept(*(0.9, 12) if action else ())
+        return np.array(found)
+
+    decisions(sessions, scores[:4])
+    again = pickle.loads(pickle.dumps(sessions))
+    wanted = decisions(sessions, scores[4:])
+    assert (decisions(again, scores[4:]) == wanted).all() and 0 < wanted.mean() < 1
+    assert [each.large_tokens for each in again] == [each.large_tokens for each in sessions]
 
 
 def test_settings_that_a_policy_does_not_take_are_refused(routers):
@@ -406,7 +471,7 @@ for folder in sys.argv[1:]:
     policy = agents.load(folder)
     session = policy.session(lam=policy.lam_range and 3e-3, seed=5)
     for score in (0.9, 0.1, 0.6, 0.3):
-        actions.append(session.decide(score, 12))
+        actions.append(session.decide(score, 12, terminal=False, has_answer=False))
         session.accept(*(0.8, 14) if actions[-1] else ())
 found = {name.split(".")[0] for name in sys.modules} - set(sys.stdlib_module_names) - ours
 found = sorted(name for name in found if not name.startswith("_"))
@@ -425,7 +490,7 @@ def test_loading_and_deciding_need_numpy_alone_and_are_quick(stored):
         policy = agents.load(folder)
         session = policy.session(lam=policy.lam_range and 3e-3, seed=5)
         for score in (0.9, 0.1, 0.6, 0.3):
-            wanted.append(session.decide(score, 12))
+            wanted.append(session.decide(**proposal(score, 12)))
             session.accept(*(0.8, 14) if wanted[-1] else ())
     assert actions == wanted and 0 < sum(actions) < len(actions)
 

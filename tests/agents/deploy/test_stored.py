@@ -63,7 +63,7 @@ def test_a_mixture(kept):
 def test_sessions_begin_with_all_of_them(kind):
     policy = agents.load(STORED / kind)
     session = policy.session(lam=1e-3 if policy.lam_range else None, seed=0)
-    assert session.decide(0.5, 12) in (0, 1) and policy.describe()["max_steps"] == 16
+    assert session.decide(0.5, 12, text="") in (0, 1) and policy.describe()["max_steps"] == 16
 
 
 @pytest.mark.parametrize("kind", ["mlp-capped", "seq", "threshold", "constant", "random", "pomdp", "mixture"])

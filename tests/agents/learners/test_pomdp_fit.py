@@ -14,7 +14,8 @@ from agents.learners.pomdp.observation import read_labelled, score_edges
 from agents.learners.pomdp.sample import sample
 from agents.routers.pomdp.model import as_feature, to_bins
 from rollouts.errors import ConfigError, DataError
-from trim_env.features import schema_named, seen_of
+from rollouts.trees.columns import columns_of
+from trim_env.features import schema_named
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_ends_are_worth_what_they_were(trees):
         assert estimates.dynamics.end_value[wrong, without] == pytest.approx(part / whole)
     model = estimates.model()
     assert (model.end_value[-2] > [0.9, 0, 0]).all() and (model.end_value[-1] < 0.05).all()
-    features = schema_named("agg+")(seen_of(changed), 4)
+    features = schema_named("agg+")(columns_of(changed))
     assert (model.kinds.of(features)[silent_ends] == model.kinds.count - 1).all()
     assert model.kind[-1, -1] == pytest.approx(1 / 7, abs=0.01)  # of the proposals at the last step
 

@@ -184,7 +184,9 @@ def test_a_session_cuts_off_as_the_tables_do(tables, tmp_path):
         while row >= 0:
             score, tokens = trees.score[row], trees.tokens[row]
             assert session.large_tokens_left == tables.max_large_tokens - session.large_tokens
-            action = session.decide(score[0], int(tokens[0]), trees.child[row, 0] < 0, bool(trees.has_answer[row, 0]))
+            action = session.decide(
+                score[0], int(tokens[0]), terminal=trees.child[row, 0] < 0, has_answer=trees.has_answer[row, 0]
+            )
             left = session.large_tokens_left
             if action and tokens[1] > left:
                 session.accept(action=0, wasted=left)

@@ -19,9 +19,10 @@ from agents.routers.pomdp.router import PomdpRouter
 from agents.runs.config import TrainConfig
 from agents.runs.run import resume, train
 from rollouts.errors import ArtefactError, ConfigError, DataError
+from rollouts.trees.columns import columns_of
 from rollouts.trees.compile import compile_store
 from trim_env.costs import cost_model
-from trim_env.features import schema_named, seen_of
+from trim_env.features import schema_named
 from trim_env.tables import decision_tables
 
 LAMS = (5e-4, 1.7e-3, 8.5e-3)
@@ -209,7 +210,7 @@ def test_what_the_agent_cannot_do_is_refused_before_anything_is_written(tmp_path
 def test_proposals_are_seen_as_the_schema_shows_them(bundled, planned):
     """The bin of a score is the same whether it comes as a feature or, once accepted, as a score."""
     model = planned[0].model
-    features = schema_named(planned[0].schema)(seen_of(bundled), bundled.meta["max_steps"])
+    features = schema_named(planned[0].schema)(columns_of(bundled))
     known = ~np.isnan(bundled.score[:, 0])
     by_feature = to_bins(model.edges, features[known, 0])
     by_score = to_bins(model.edges, as_feature(bundled.score[known, 0]))

@@ -131,8 +131,8 @@ def test_the_state_holds_what_the_environment_shows(trees):
         run_trees(tables, router)
         env = TrimVectorEnv(tables, num_envs=len(tables.indices))
         env.reset(seed=0)
-        env._node, env._totals = tables.roots.copy(), {name: 0 * each for name, each in env._totals.items()}
-        observations = env._observe()
+        env.node[:] = tables.roots
+        observations = env._observe(slice(None))
         running = np.ones(len(tables.indices), bool)
         order = np.arange(len(tables.indices))
         for shown in seen:
@@ -152,10 +152,10 @@ def test_a_history_of_a_node_is_that_of_a_path_to_it(trees):
     draw, merged, checked = np.random.default_rng(0), 0, 0
     for _ in range(6):
         observations = env.step(draw.integers(0, 2, 300))[0]
-        told = tables.observed(env.state()["node"])
+        told = tables.observed(env.node)
         same = (told == observations).all(axis=1)
         merged += int((~same).sum())  # reached on another path
-        checked += int((same & (env.state()["steps"] > 1)).sum())
+        checked += int((same & (env.totals["steps"] > 1)).sum())
         np.testing.assert_array_equal(told[:, -3:], observations[:, -3:])
     assert checked > 300 > merged / 3
 
@@ -207,7 +207,9 @@ def test_an_artefact_and_a_session_decide_alike(trees, tmp_path):
         session, row = policy.session(), int(root)
         while row >= 0:
             score, tokens, child = trees.score[row], trees.tokens[row], trees.child[row]
-            action = session.decide(score[0], int(tokens[0]), child[0] < 0, bool(trees.has_answer[row, 0]))
+            action = session.decide(
+                score[0], int(tokens[0]), terminal=child[0] < 0, has_answer=trees.has_answer[row, 0]
+            )
             if action:
                 session.accept(score[1], int(trees.accepted_tokens[row, 1]), terminal=child[1] < 0)
             else:

@@ -58,7 +58,7 @@ class Scripted:
 
 
 def route(models: Scripted, fallback: Any = "small", timeout: float = 60, **about: Any) -> Route:
-    policy = Policy(Threshold(0.5), {"max_steps": 6, **about})
+    policy = Policy(Threshold(0.5, schema="agg+prod/1"), {"max_steps": 6, **about})
     going = Route(TASK, policy.session(), fallback)
 
     async def run() -> None:
@@ -67,6 +67,12 @@ def route(models: Scripted, fallback: Any = "small", timeout: float = 60, **abou
 
     asyncio.run(run())
     return going
+
+
+def folds(going: Route) -> dict[str, float]:
+    columns: dict[str, float] = {}
+    going.session._folded.tell(columns)
+    return columns
 
 
 def told(going: Route) -> list[tuple[Any, ...]]:
@@ -99,8 +105,8 @@ def test_proposals_are_scored_and_bad_ones_written_anew() -> None:
 
 def test_scores_of_large_steps_count_in_later_features(monkeypatch: pytest.MonkeyPatch) -> None:
     going = route(Scripted([0.9, 0.2, 0.05, 0.7, 0.6]))
-    assert going.session._least == pytest.approx(0.05)  # the accepted ones', and not the proposal's 0.2
-    assert going.session._product == pytest.approx(0.9 * 0.05 * 0.7 * 0.6)
+    # the accepted ones', and not the proposal's 0.2
+    assert folds(going) == pytest.approx({"min_score": 0.05, "product_score": 0.9 * 0.05 * 0.7 * 0.6})
 
 
 def test_scores_that_come_late_count_all_the_same() -> None:
@@ -117,7 +123,7 @@ def test_scores_that_come_late_count_all_the_same() -> None:
     assert told(done)[:4] == [("small", 0, 0.9, None), *[("small", None, score, None) for score in (0.3, 0.4)],
                               ("small", 0, 0.6, None)]  # fmt: skip
     assert [step.late_scores for step in done.written] == [(), (), (), (0.3, 0.4), ()]
-    assert done.session._least == pytest.approx(0.3) and done.session.ended and done.session.step == 6
+    assert folds(done)["min_score"] == pytest.approx(0.3) and done.session.ended and done.session.step == 6
 
 
 def test_caps_of_the_policy_bind() -> None:

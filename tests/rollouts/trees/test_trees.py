@@ -15,16 +15,17 @@ from handmade import ScriptedScorer, ScriptedWriter, ShuffledWriter, problem, pr
 from reference_walk import walk
 
 from rollouts.cli.generate import run_grading, run_scoring
-from rollouts.errors import BackendError, StoreError
+from rollouts.errors import BackendError, ConfigError, StoreError
 from rollouts.store.rows import Rows
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
 from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, solution_text
 from rollouts.trees.annotate import grade_store, score_store
 from rollouts.trees.arrays import MISSING
+from rollouts.trees.columns import COLUMNS
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, load_trees
-from rollouts.trees.on_policy import FEATURES, expand_on_policy
+from rollouts.trees.on_policy import expand_on_policy, load_router
 from rollouts.trees.stats import oracle, split_statistics
 from rollouts.trees.tree import RolloutTree
 from rollouts.trees.verify import verify_store
@@ -450,9 +451,10 @@ def test_on_policy_expansion_adds_what_the_router_reaches(tmp_path):
     store = finish(grow(tmp_path / "s", 1))
     before = all_steps(store)
 
-    def router(rows):
-        assert rows.shape[1] == len(FEATURES)
-        return rows[:, 0] < 0.8
+    def router(columns):
+        assert set(columns) == {*COLUMNS, "escalations", "large_tokens"}
+        assert {np.shape(values) for name, values in columns.items() if name != "max_steps"} == {columns["step"].shape}
+        return columns["score"] < 0.8
 
     added = expand_on_policy(store, writers(), ScriptedScorer(), router, PROBLEMS)
     assert added > 0
@@ -464,3 +466,19 @@ def test_on_policy_expansion_adds_what_the_router_reaches(tmp_path):
     assert got.escalations.max() > 1
     assert (trees.child == MISSING).any()
     assert expand_on_policy(store, writers(), ScriptedScorer(), router, PROBLEMS) == 0
+
+
+def test_routers_of_ones_own_by_name(tmp_path, monkeypatch):
+    (tmp_path / "own_walker.py").write_text("def often(columns):\n    return columns['escalations'] < 2\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    columns = {"score": np.array([0.2, 0.7]), "escalations": np.array([1.0, 2.0])}
+    for name, wanted in (("own_walker:often", [1, 0]), ("threshold:0.5", [1, 0]), ("random:1", [1, 1])):
+        assert load_router(name)(columns).tolist() == wanted
+    for name, message in (
+        ("own_walker:seldom", "seldom"),
+        ("no_such_walker:f", "module no_such_walker cannot be imported"),
+        ("threshold:high", "expected a number after the colon"),
+        ("treshold:0.5", "Did you mean 'threshold'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_router(name)
