@@ -39,7 +39,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
 class Limits:
-    """Token and step limits of a solution (design section 1); part of every manifest.
+    """Token and step limits of a solution (docs/design.md, section 1); part of every manifest.
 
     Attributes:
         step_tokens: Most tokens of one step.

@@ -95,7 +95,7 @@ class Family:
         return windows
 
     def fits(self, question: str, steps: Sequence[str]) -> bool:
-        """Whether a prefix leaves room for one more token in every role's window (design section 1)."""
+        """Whether a prefix leaves room for one more token in every role's window (docs/design.md, section 1)."""
         formats: dict[str, PromptFormat | RewardFormat] = {role: self.prompts(role) for role in self._continuing}
         if "scorer" in self.windows and self.reward_prompts is not None:
             formats["scorer"] = self.reward_prompts

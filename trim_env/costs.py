@@ -1,4 +1,4 @@
-"""Cost models: what a decision costs, as a sum over the edges of a tree (design section 5).
+"""Cost models: what a decision costs, as a sum over the edges of a tree (docs/design.md, section 5).
 
 Only costs that are sums over edges can be optimised by a policy that sees one decision at a time; prices that
 depend on what is in a server's cache may be reported, not trained on.

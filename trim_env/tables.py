@@ -87,7 +87,7 @@ class DecisionTables:
         return reachable(self)
 
     def take(self, rows: NDArray[np.int64], actions: NDArray[np.int64], left: NDArray[np.int64]) -> Taken:
-        """Return what becomes of (n,) actions at (n,) nodes, the cap on large tokens applied (design section 5).
+        """Return what becomes of (n,) actions at (n,) nodes under the cap on large tokens (docs/design.md, section 5).
 
         A large step of more tokens than are left is cut off after exactly those: they are paid, the truncated step is
         thrown away and the small model's proposal is accepted instead.

@@ -1,4 +1,4 @@
-"""One solution under way: what a router may see of it, what it decides, what was accepted (design section 1)."""
+"""One solution under way: what a router sees, decides and is told of it (docs/design.md, section 1)."""
 
 from __future__ import annotations
 

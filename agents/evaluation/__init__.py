@@ -1,1 +1,1 @@
-"""Honest evaluation of routers: outcomes per problem, cost-accuracy curves, intervals, comparisons (design §7)."""
+"""Honest evaluation of routers: outcomes, curves, intervals, comparisons (docs/design.md, section 7)."""

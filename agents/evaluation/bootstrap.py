@@ -1,4 +1,4 @@
-"""Bootstrap over problems: intervals of every metric, paired differences, Holm correction (design §7).
+"""Bootstrap over problems: intervals of every metric, paired differences, Holm correction (docs/design.md, section 7).
 
 Everything takes the weights that `resample_weights` draws: whoever passes the same weights for two methods compares
 them on the same resamples.

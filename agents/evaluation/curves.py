@@ -1,4 +1,4 @@
-"""Cost-accuracy curves and the numbers read off them (design §7): PGR, CPT, IBC, budgeted accuracy.
+"""Cost-accuracy curves and the numbers read off them (docs/design.md, section 7): PGR, CPT, IBC, budgeted accuracy.
 
 From arrays of outcomes only: nothing here knows routers, trees or files. Every function takes optional weights of
 problems with a leading axis of resamples, so that one implementation gives the estimate and its bootstrap.
@@ -32,7 +32,7 @@ class References:
     """The two constants that every metric is relative to, walked through the same trees as the routers.
 
     Attributes:
-        small: Outcomes of always continuing with the small model (r_w in the design).
+        small: Outcomes of always continuing with the small model (r_w in docs/design.md).
         large: Outcomes of always escalating (r_s, C_s).
     """
 
@@ -84,7 +84,7 @@ def performance_gap(small_accuracy: Floats, large_accuracy: Floats) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """A method's cost-accuracy curve, or one curve for each resample (design §7).
+    """A method's cost-accuracy curve, or one curve for each resample (docs/design.md, section 7).
 
     Costs are c = sum C(q) / sum C_s(q). The knots are always-small at (its c, r_w), always-large at (1, r_s) and the
     operating points, sorted by c; the running maximum of accuracy keeps those that rise above all cheaper ones,

@@ -14,7 +14,7 @@ ONE_ACTION = 0.99
 
 @dataclass(frozen=True)
 class Health:
-    """How a router stands at one λ (design section 6).
+    """How a router stands at one λ (docs/design.md, section 6).
 
     Attributes:
         verdict: ``collapsed``: the same action in at least 99 % of the decisions while the best threshold is better;

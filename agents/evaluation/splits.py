@@ -1,4 +1,4 @@
-"""What is chosen on validation, and on which half of it: choices on one half, the verdict on the other (design §7)."""
+"""What is chosen on validation: choices on one half and the verdict on the other (docs/design.md, section 7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routers on disk: a folder with ``policy.json`` and, for networks, ``policy.safetensors`` (design section 8).
+"""Routers on disk: a folder with ``policy.json`` and, for networks, ``policy.safetensors`` (docs/design.md, section 8).
 
 ``policy.json`` names the SHA-256 of every other file and its own digest. A mixture keeps its two routers in ``first``
 and ``second``. Reading needs NumPy alone and executes nothing; ``policy.onnx`` is for others. What is damaged, tampered

@@ -161,7 +161,7 @@ class Models:
         return {role: self._brought(role, system_prompt) for role in ROLES}
 
     def fits(self, formats: Mapping[str, PromptFormat], question: str, steps: Sequence[str]) -> bool:
-        """Whether a prefix leaves room for one more token in every role's window (design section 1).
+        """Whether a prefix leaves room for one more token in every role's window (docs/design.md, section 1).
 
         A problem of very many characters is not even tokenised, which would hold up everybody else.
         """

@@ -1,6 +1,6 @@
 """The route of one request: propose, score, decide, escalate, until the solution ends. Knows nothing of HTTP.
 
-The loop is that of design section 1. What a model that does not answer changes is marked in the step that it changed.
+The loop is that of docs/design.md, section 1. What a model that does not answer changes is marked in the changed step.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def close_step(
     fits: Fits,
     prompt_tokens: int,
 ) -> Step:
-    """Turn a segment into a step: decide why it ended (design section 1).
+    """Turn a segment into a step: decide why it ended (docs/design.md, section 1).
 
     Args:
         prefix: Where the generation began.

@@ -32,7 +32,7 @@ def locate(path: str | Path) -> Path:
 
 
 class Store:
-    """A rollout dataset on disk (design section 3); readable by any Parquet tool.
+    """A rollout dataset on disk (docs/design.md, section 3); readable by any Parquet tool.
 
     Attributes:
         path: Its directory.
