@@ -1,0 +1,153 @@
+"""The house: which room may import which, what stays light, and how few files lie about outside a room."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("rollouts", "trim_env", "agents")
+GROUND = {"rollouts.errors", "rollouts.plugins", "rollouts.config"}
+DATA = GROUND | {"rollouts.tinymath", "rollouts.tasks", "rollouts.text"}
+TREES = DATA | {"rollouts.models", "rollouts.scoring", "rollouts.store", "rollouts.trees"}
+# Room -> the rooms that it may import; imports within functions count as well.
+MAY_IMPORT: dict[str, set[str]] = {
+    "rollouts": {"rollouts.errors"},
+    "rollouts.errors": set(),
+    "rollouts.plugins": {"rollouts.errors"},
+    "rollouts.tinymath": {"rollouts.errors"},
+    "rollouts.config": {"rollouts.errors", "rollouts.plugins", "rollouts.tinymath"},
+    "rollouts.tasks": GROUND | {"rollouts.tinymath"},
+    "rollouts.text": GROUND | {"rollouts.tasks"},
+    "rollouts.models": GROUND | {"rollouts.tasks", "rollouts.text"},
+    "rollouts.scoring": DATA | {"rollouts.models"},
+    "rollouts.store": GROUND | {"rollouts.tasks"},
+    "rollouts.trees": TREES - {"rollouts.trees"},
+    "rollouts.family": TREES - {"rollouts.trees"},
+    "rollouts.cli": TREES | {"rollouts.family"},
+    "rollouts.__main__": {"rollouts.errors", "rollouts.cli"},
+    "trim_env": TREES | {"rollouts.family"},
+    "agents": {"agents.deploy"},
+    "agents.routers": TREES | {"trim_env"},
+    "agents.evaluation": TREES | {"trim_env", "agents.routers"},
+    "agents.learners": TREES | {"trim_env", "agents.routers", "agents.evaluation"},
+    "agents.runs": TREES | {"trim_env", "agents.routers", "agents.evaluation", "agents.learners"},
+    "agents.report": TREES | {"trim_env", "agents.routers", "agents.evaluation"},
+    "agents.deploy": TREES | {"trim_env", "agents.routers"},
+    "agents.serve": TREES | {"rollouts.family", "trim_env", "agents", "agents.routers", "agents.deploy"},
+    "agents.__main__": {"rollouts.errors"},
+    "train": {"rollouts.errors", "trim_env", "agents.evaluation", "agents.learners", "agents.runs"},
+    "evaluate": {"rollouts.errors", "agents.evaluation", "agents.report"},
+}
+KNOW_TORCH = (
+    *("agents/learners/", "rollouts/models/hf/", "rollouts/tinymath/training/"),
+    "rollouts/models/vllm_engine.py",
+)
+    "agents/learners/",
+    "rollouts/models/hf/",
+    "rollouts/tinymath/training/",
+    "rollouts/models/vllm_engine.py",
+)
+HEAVY = ("torch", "vllm", "wandb", "transformers", "pyarrow", "scipy", "matplotlib", "stable_baselines3")
+MOST_LOOSE_FILES = {"rollouts": 6, "agents": 4, "trim_env": 10}
+
+
+def sources() -> Iterator[Path]:
+    yield from (ROOT / "train.py", ROOT / "evaluate.py")
+    for package in PACKAGES:
+        yield from sorted((ROOT / package).rglob("*.py"))
+
+
+def imports(file: Path) -> Iterator[tuple[str, int]]:
+    """Modules, or names in modules, that a file imports anywhere, with the line."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((each.name, node.lineno) for each in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}:{node.lineno}: a relative import"
+            yield from ((f"{node.module}.{each.name}", node.lineno) for each in node.names)
+
+
+def room_of(module: str) -> str:
+    """``trim_env`` is one room; the others have rooms; a name of a package itself belongs to its ``__init__``."""
+    package, *rest = module.split(".")
+    inside = rest and ((ROOT / package / rest[0]).is_dir() or (ROOT / package / f"{rest[0]}.py").is_file())
+    return f"{package}.{rest[0]}" if inside and package != "trim_env" else package
+
+
+def room_of_file(file: Path) -> str:
+    return room_of(".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+
+
+def edges() -> Iterator[tuple[str, str, str]]:
+    """(room, imported room, place) over all sources."""
+    for file in sources():
+        for module, line in imports(file):
+            if module.split(".")[0] in PACKAGES and room_of(module) != room_of_file(file):
+                yield room_of_file(file), room_of(module), f"{file.relative_to(ROOT)}:{line}"
+
+
+def test_every_room_imports_only_rooms_below_it() -> None:
+    TopologicalSorter(MAY_IMPORT).prepare()  # raises where the table has a cycle
+    found = list(edges())
+    assert len(found) > 300  # the reading of sources has not gone blind
+    wrong = [f"{place}: {room} imports {other}" for room, other, place in found if other not in MAY_IMPORT[room]]
+    assert not wrong, "\n" + "\n".join(wrong)
+
+
+def test_the_table_names_the_rooms_that_there_are() -> None:
+    assert {room_of_file(file) for file in sources()} == set(MAY_IMPORT)
+
+
+def test_few_rooms_know_torch() -> None:
+    places = [
+        f"{file.relative_to(ROOT)}:{line}"
+        for file in sources()
+        for module, line in imports(file)
+        if module.split(".")[0] == "torch"
+    ]
+    assert len(places) > 20
+    wrong = [place for place in places if not place.startswith(KNOW_TORCH)]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("package", MOST_LOOSE_FILES)
+def test_few_files_lie_outside_a_room(package: str) -> None:
+    loose = sorted(file.name for file in (ROOT / package).glob("*.py"))
+    assert len(loose) <= MOST_LOOSE_FILES[package], loose
+
+
+def loaded(program: str, *names: str) -> set[str]:
+    """Which of these modules a fresh interpreter has after a program."""
+    code = f"import sys\n{program}\nprint('loaded:', *sorted({set(names)!r} & set(sys.modules)))"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    return set(ended.stdout.rpartition("loaded:")[2].split())
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_a_package_imports_nothing_heavy(package: str) -> None:
+    assert not loaded(f"import {package}", *HEAVY)
+    assert loaded(f"import {package}", package) == {package}
+
+
+def test_routers_need_numpy_alone() -> None:
+    modules = [
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for file in sorted((ROOT / "agents" / "routers").rglob("*.py"))
+    ]
+    assert len(modules) > 10
+    assert not loaded(f"import {', '.join(modules)}", *HEAVY)
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_help_comes_without_torch(script: str) -> None:
+    run = f"import runpy\nsys.argv = [{script!r}, '--help']\n"
+    run += f"try: runpy.run_path({script!r}, run_name='__main__')\nexcept SystemExit as end: assert not end.code"
+    assert not loaded(run, "torch", "transformers", "vllm", "wandb", "stable_baselines3")
