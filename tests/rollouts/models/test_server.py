@@ -283,8 +283,8 @@ def test_the_key_is_sent_and_never_shown(
 def test_at_most_so_many_requests_at_once_and_a_quick_end(fake: FakeServer) -> None:
     backend = ServerBackend("large", config(fake, concurrency=5))
     fake.delay = 0.02
-    assert len([backend.submit(ask(index)).result for index in range(50)]) == 50
-    backend.submit(ask()).result(10)
+    futures = [backend.submit(ask(index)) for index in range(50)]
+    assert [future.result(10).finish for future in futures] == ["stop"] * 50
     assert 2 <= fake.most_busy <= 5
     fake.fault = lambda *_: HANG
     futures = [backend.submit(ask(index)) for index in range(50)]

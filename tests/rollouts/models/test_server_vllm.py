@@ -157,7 +157,9 @@ def test_vllm_chat_gives_one_step(vllm_servers: tuple[VllmServer, VllmServer]) -
     with ChatBackend("large", chat_config(vllm_servers[0])) as backend:
         assert backend.window == 1024 and backend.describe()["unsent"] == []
         futures = [backend.submit(QUESTION, STEPS, 64, Sampling(1.0)) for _ in range(8)]
-        for done in [future.result(60) for future in futures]:
+        answers = [future.result(60) for future in futures]
+        assert sum(done.finish != "failed" for done in answers) >= 4
+        for done in answers:
             assert done.tokens > 0 and (done.finish == "failed" or done.text.strip())
             assert "\n\n" not in done.text.removesuffix("\n\n")
             assert done.text.endswith("\n\n") == (done.finish == "stop")
