@@ -1,25 +1,19 @@
-"""Order of the tests: files that take longest come first, so that workers that share the tests end together."""
+"""What all tests share: how they are spread over workers, engines in threads, and vLLM's engines and servers."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from thread_engine import engines_in_threads
 
-_LONGEST = (
-    "test_truth",
-    "test_readme",
-    "test_formats",
-    "test_cli",
-    "test_safety",
-    "test_serve_vllm",
-    "test_serve_faults",
-    "test_engines",
-    "test_tinymath",
-)
+__all__ = ["engines_in_threads"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the tests by file; the sort is stable, so within a file nothing changes."""
-    rank = {name: place for place, name in enumerate(_LONGEST)}
-    items.sort(key=lambda item: rank.get(Path(item.path).stem, len(rank)))
+    """Keep a file on one worker, and all tests of vLLM on the same: each engine and server starts once.
+
+    Those come first, as they take longest by far; within a file nothing changes.
+    """
+    for item in items:
+        vllm = item.get_closest_marker("vllm") is not None
+        item.add_marker(pytest.mark.xdist_group("vllm" if vllm else item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("vllm") is None)

@@ -365,6 +365,7 @@ def test_the_write_lock_is_held_until_closed(tmp_path):
 # ---------------------------------------------------------------- real models
 
 
+@pytest.mark.usefixtures("engines_in_threads")
 def test_real_models(tmp_path):
     from rollouts.config import load_family
     from rollouts.family import Family

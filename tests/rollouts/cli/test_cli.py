@@ -11,6 +11,7 @@ from rollouts.config import embedded_family
 from rollouts.store.store import Store
 from rollouts.tinymath import model_dir
 
+pytestmark = pytest.mark.usefixtures("engines_in_threads")
 PROBLEMS = [
     "--problems",
     "tinymath:test",
@@ -24,7 +25,7 @@ PROBLEMS = [
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
+def store(engines_in_threads, tmp_path_factory):
     out = tmp_path_factory.mktemp("cli") / "trees"
     assert main(["generate", str(out), *PROBLEMS]) == 0
     return out

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import scripted_run
 from handmade import ScriptedScorer, problem, process
 from test_trees import PROBLEMS, all_steps, finish, grow
 
@@ -20,23 +21,8 @@ from rollouts.errors import StoreError
 from rollouts.store.store import Store
 from rollouts.trees.verify import verify_store
 
+ROOT = Path(__file__).parents[3]
 GENERATE = ["--problems", "tinymath:test", "--limit", "6", "--models", "tinymath:transformers", "--replicas", "2"]
-
-
-def run(out: Path, *extra: str, wait: bool = True) -> subprocess.Popen:
-    command = [sys.executable, "-m", "rollouts", "generate", str(out), *GENERATE, *extra]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits "ignored"
-    )
-    if wait:
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, output
-    return process
 
 
 def rows_of(table) -> dict:
@@ -50,50 +36,70 @@ def rows_of(table) -> dict:
     return rows
 
 
+def shards(folder: Path) -> int:
+    return sum(1 for table in ("steps", "scores", "grades") for _ in (folder / table).rglob("part-*.parquet"))
+
+
 def test_sigkill_at_random_moments_and_resume_gives_the_uninterrupted_store(tmp_path):
-    started = time.monotonic()
-    run(tmp_path / "whole")
-    duration = time.monotonic() - started
+    scripted_run.run(tmp_path / "whole", 10)
+    command = [sys.executable, scripted_run.__file__, str(tmp_path / "cut"), "0.05"]
     generator = random.Random(os.getpid())
     committed: dict = {}
     kills = 0
-    for attempt in range(5):
-        process = run(tmp_path / "cut", "--flush-seconds", "0.2", wait=False)
-        deadline = time.monotonic() + duration * 3
-        steps = tmp_path / "cut" / "steps"
-        while process.poll() is None and time.monotonic() < deadline and not steps.is_dir():
-            time.sleep(0.05)  # kill while it generates, not while it loads
-        time.sleep(generator.uniform(0.0, 0.3 + 0.5 * attempt))
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
+    for _ in range(8):
+        wanted = shards(tmp_path / "cut") + generator.randint(1, 3)
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        while process.poll() is None and shards(tmp_path / "cut") < wanted:
+            time.sleep(0.005)  # kill while it works, not while it starts
+        time.sleep(generator.uniform(0.0, 0.08))
+        kills += process.poll() is None
+        process.kill()
         process.wait(timeout=60)
         now = rows_of(Store(tmp_path / "cut").steps)
         assert all(now[key] == row for key, row in committed.items())
-        assert len(now) >= len(committed)
+        assert len(now) >= len(committed) > 0 or not committed
         committed = now
-    assert kills >= 2
-    run(tmp_path / "cut")
-    whole, cut = Store(tmp_path / "whole"), Store(tmp_path / "cut")
+    assert kills >= 3
+    assert subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120).returncode == 0
+    same_content(Store(tmp_path / "cut"), Store(tmp_path / "whole"))
+
+
+def same_content(cut: Store, whole: Store) -> None:
     assert rows_of(cut.steps) == rows_of(whole.steps)
-    assert all(rows_of(cut.steps)[key] == row for key, row in committed.items())
     (scores,) = whole.names("scores")
-    assert rows_of(cut.scores(scores)).keys() == rows_of(whole.scores(scores)).keys()
+    for one, other in ((cut.scores(scores), whole.scores(scores)), (cut.grades("exact"), whole.grades("exact"))):
+        assert rows_of(one).keys() == rows_of(other).keys()
     assert rows_of(cut.grades("exact")) == rows_of(whole.grades("exact"))
-    assert main(["repair", str(tmp_path / "cut")]) == 0
+    assert main(["repair", str(cut.path)]) == 0
     assert not verify_store(cut).problems
 
 
-def test_ctrl_c_keeps_everything_and_says_so(tmp_path):
-    process = run(tmp_path / "s", "--limit", "60", "--flush-seconds", "0.2", wait=False)
-    deadline = time.monotonic() + 240
-    while not (tmp_path / "s" / "steps").is_dir() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGINT)
+@pytest.mark.usefixtures("engines_in_threads")
+def test_a_real_run_keeps_everything_at_ctrl_c_says_so_and_goes_on(tmp_path):
+    """The only real processes: a command with two engines; draws in float64 are the same in a thread."""
+    cut = tmp_path / "cut"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rollouts", "generate", str(cut), *GENERATE, "--flush-seconds", "0.2"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits "ignored"
+    )
+    while process.poll() is None and not shards(cut):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the engines as well
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert "interrupted" in output and "Traceback" not in output
-    assert rows_of(Store(tmp_path / "s").steps)
+    committed = rows_of(Store(cut).steps)
+    assert committed
+    assert main(["generate", str(cut), *GENERATE]) == 0
+    assert main(["generate", str(tmp_path / "whole"), *GENERATE]) == 0
+    assert len(committed) < Store(cut).steps.rows()
+    assert all(rows_of(Store(cut).steps)[key] == row for key, row in committed.items())
+    same_content(Store(cut), Store(tmp_path / "whole"))
 
 
 @pytest.fixture
@@ -213,6 +219,7 @@ def test_a_wrong_models_file_names_file_and_key(tmp_path, capsys, change, messag
     assert message in error and "models.toml" in error
 
 
+@pytest.mark.usefixtures("engines_in_threads")
 def test_a_problem_longer_than_the_window_is_left_out_and_counted(tmp_path, capsys):
     file = tmp_path / "mine.jsonl"
     rows = [{"question": "Let a=1+2. Find a.", "answer": "3"}, {"question": "9" * 3000, "answer": "9"}]
