@@ -6,14 +6,20 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: quickstart test lint format install install-dev clean
+# Files stay on one worker, and all that needs vLLM on the same: tests/conftest.py.
+TEST := $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder --durations 10
+
+.PHONY: quickstart test test-release lint format install install-dev clean
 
 quickstart: install  ## train a router for six trade-offs on the bundled rollouts and evaluate it
 	$(BIN)/python train.py --out $(OUT)
 	$(BIN)/python evaluate.py $(OUT)
 
 test: install-dev  ## the whole test suite, real vLLM engines and servers included, on two cores
-	$(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(TEST)
+
+test-release: install-dev  ## with the tests that only a release needs, an hour more
+	$(TEST) -m 'release or not release'
 
 lint: install-dev  ## format, lint and type check
 	$(BIN)/ruff format --check .

@@ -1,11 +1,24 @@
-"""What all tests share: how they are spread over workers, engines in threads, and vLLM's engines and servers."""
+"""What all tests share: their spread over workers, threads, limits of fixtures, engines in threads, vLLM servers."""
 
 from __future__ import annotations
 
-import pytest
-from thread_engine import engines_in_threads
+import os
+import signal
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
-__all__ = ["engines_in_threads"]
+import pytest
+
+# Before torch is imported. There are as many workers as cores: further threads of one wait for those of the other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from thread_engine import engines_in_threads  # noqa: E402
+from vllm_server import vllm_servers  # noqa: E402
+
+__all__ = ["engines_in_threads", "vllm_servers"]
+FIXTURE_LIMIT = 900  # seconds; `timeout` of pyproject.toml is that of a test without its fixtures
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,3 +30,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         vllm = item.get_closest_marker("vllm") is not None
         item.add_marker(pytest.mark.xdist_group("vllm" if vllm else item.path.stem))
     items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
+
+
+@contextmanager
+def limited(what: str) -> Iterator[None]:
+    """Fail after `FIXTURE_LIMIT` seconds instead of hanging; only while no other alarm is set."""
+
+    def fail(number: int, frame: FrameType | None) -> None:
+        pytest.fail(f"{what} took longer than {FIXTURE_LIMIT} s")
+
+    if signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, FIXTURE_LIMIT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, Any, Any]:
+    with limited(f"fixture {fixturedef.argname}"):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, Any, Any]:
+    with limited(f"what follows {item.name}"):
+        return (yield)

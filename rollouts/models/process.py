@@ -179,6 +179,7 @@ class EngineProcess(Backend):
             self._process.join()
         if threading.current_thread() is not self._reader:
             self._reader.join(5)  # it sees the end of the pipe and cancels what is pending
+        self._writer.join(5)  # else it might write into the next pipe that gets this one's number
         self._connection.close()
         atexit.unregister(self.close)
 

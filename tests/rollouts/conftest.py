@@ -1,4 +1,4 @@
-"""Engines of the embedded family that the slow tests share: each vLLM engine starts once."""
+"""vLLM engines of the embedded family, opened once for all tests."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
+from thread_engine import in_threads
 
 
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory):
-    """Open the embedded family on vLLM: ``family``, ``writers`` by role, ``scorer``."""
+    """The embedded family on vLLM in threads: ``family``, ``writers`` by role, ``scorer``, and ``again`` to restart."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
     from rollouts.config import load_family
@@ -23,7 +24,15 @@ def embedded(tmp_path_factory):
     problems = load_problems("tinymath:test", limit=200)
     family = Family(load_family("tinymath"), seed=1, examples=self_test_examples(problems))
     store = Store.create(tmp_path_factory.mktemp("engines") / "starts", family.process(None))
+
+    def open_writer(stack, role):
+        with in_threads():
+            return stack.enter_context(family.open(role, store))
+
     with ExitStack() as stack:
-        writers = {role: stack.enter_context(family.open(role, store)) for role in ("small", "large")}
-        scorer = stack.enter_context(family.open_scorer(store))
-        yield SimpleNamespace(family=family, writers=writers, scorer=scorer, problems=list(problems), starts=store)
+        writers = {role: open_writer(stack, role) for role in ("small", "large")}
+        with in_threads():
+            scorer = stack.enter_context(family.open_scorer(store))
+        yield SimpleNamespace(
+            family=family, writers=writers, scorer=scorer, problems=list(problems), starts=store, open=open_writer
+        )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,17 +17,23 @@ from rollouts.models import process
 from rollouts.models.base import Backend, Request
 from rollouts.models.process import Engine
 
+# vLLM keeps the batch at work in global variables: one engine at a time.
+_AT_WORK = threading.Lock()
+
 
 class EngineThread(Backend):
-    """Stands for `rollouts.models.process.EngineProcess`: the same engine, without 11 s of imports for each start."""
+    """Stands for `rollouts.models.process.EngineProcess`: the same engine, without importing everything each time."""
 
     started = 0
 
     def __init__(self, role: str, factory: Callable[..., Engine], environment: Mapping[str, str], **settings: Any):
         EngineThread.started += 1
         self.role = role
+        # Left alone, vLLM pins the process to some cores.
+        os.environ.update(environment, VLLM_CPU_OMP_THREADS_BIND="nobind")
         try:
-            self._engine = factory(**settings)
+            with _AT_WORK:
+                self._engine = factory(**settings)
         except Exception as error:
             message = f"{role}: the model could not be loaded. {type(error).__name__}: {error}"
             raise BackendError(message) from error
@@ -62,9 +70,12 @@ class EngineThread(Backend):
                     if given is None:
                         return
                     self._pending[number] = given[1]
-                    self._engine.add(number, given[0])
+                    with _AT_WORK:
+                        self._engine.add(number, given[0])
                     number += 1
-                for key, result in self._engine.step():
+                with _AT_WORK:
+                    finished = self._engine.step()
+                for key, result in finished:
                     self._answer(self._pending.pop(key), result)
         except Exception as error:
             self._failure = BackendError(f"{self.role}: its engine failed. {type(error).__name__}: {error}")
@@ -83,11 +94,20 @@ class EngineThread(Backend):
             future.set_result(result)
 
 
-@pytest.fixture(scope="module")
-def engines_in_threads() -> Iterator[None]:
-    """In-process engines of a module's tests run in threads; ask for it with ``pytest.mark.usefixtures``."""
-    started = EngineThread.started
+@contextmanager
+def in_threads() -> Iterator[None]:
+    """Whatever engine is opened inside runs in a thread."""
+    started, before = EngineThread.started, dict(os.environ)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(process, "EngineProcess", EngineThread)
         yield
+    os.environ.clear()
+    os.environ.update(before)
     assert EngineThread.started > started, "nothing was started in a thread: where is EngineProcess taken from now?"
+
+
+@pytest.fixture(scope="module")
+def engines_in_threads() -> Iterator[None]:
+    """In-process engines of a module's tests run in threads; ask for it with ``pytest.mark.usefixtures``."""
+    with in_threads():
+        yield

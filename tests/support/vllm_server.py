@@ -13,10 +13,10 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -94,6 +94,7 @@ class VllmServer:
 
     def kill(self) -> None:
         """End it and its engine processes at once."""
+        atexit.unregister(self.kill)
         self.watcher.kill()
         self.watcher.wait()
         try:
@@ -129,7 +130,7 @@ def start(model: Path | str, name: str, flags: Sequence[str] = ()) -> VllmServer
     return server
 
 
-def start_generator(role: str = "small") -> VllmServer:
+def start_generator(role: str) -> VllmServer:
     """Start a server of a tinymath language model."""
     return start(model_dir(role), f"tinymath-{role}")
 
@@ -142,15 +143,22 @@ def start_prm() -> VllmServer:
     return start(model_dir("prm"), "tinymath-prm", ("--runner", "pooling", "--pooler-config", pooler))
 
 
-@cache
-def _running() -> tuple[VllmServer, VllmServer]:
-    servers = start_generator(), start_prm()
-    for server in servers:
-        server.wait()
-    return servers
+class VllmServers(NamedTuple):
+    """The embedded family, served."""
+
+    small: VllmServer
+    prm: VllmServer
+    large: VllmServer
 
 
 @pytest.fixture(scope="session")
-def vllm_servers() -> tuple[VllmServer, VllmServer]:
-    """The tinymath small model and reward model, served; one pair per test process, however many modules ask."""
-    return _running()
+def vllm_servers() -> Iterator[VllmServers]:
+    """Servers of all three models of the embedded family, started once for all tests."""
+    servers = VllmServers(start_generator("small"), start_prm(), start_generator("large"))
+    try:
+        for server in servers:
+            server.wait()
+        yield servers
+    finally:
+        for server in servers:
+            server.kill()

@@ -16,7 +16,7 @@ import openai
 import pytest
 from scipy import stats
 from serve_harness import QUESTION, Router, policy
-from vllm_server import VllmServer, start_generator, vllm_servers
+from vllm_server import VllmServer, VllmServers
 
 from agents.evaluation.walk import references, run
 from agents.learners.pomdp.fit import fit
@@ -26,7 +26,6 @@ from rollouts.tasks.grading import make_grader
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
-__all__ = ["vllm_servers"]
 pytestmark = pytest.mark.vllm
 
 PROBLEMS = 200
@@ -43,19 +42,13 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(vllm_servers: tuple[VllmServer, VllmServer], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(vllm_servers: VllmServers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """TRIM-POMDP, as it has a memory, in front of the embedded family."""
-    small, prm = vllm_servers
-    large = start_generator("large")
     planned = fit(compile_store("quickstart"), "train", lam=3e-3)
-    large.wait()
-    try:
-        urls = {"small": small.url, "large": large.url, "prm": prm.url}
-        running = Router(policy(tmp_path_factory.mktemp("policy"), planned), urls, upstream_timeout=60)
-        yield Served(running, small, planned)
-        running.stop()
-    finally:
-        large.kill()
+    urls = {role: server.url for role, server in vllm_servers._asdict().items()}
+    running = Router(policy(tmp_path_factory.mktemp("policy"), planned), urls, upstream_timeout=60)
+    yield Served(running, vllm_servers.small, planned)
+    running.stop()
 
 
 @dataclass

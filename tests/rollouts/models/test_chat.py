@@ -15,14 +15,13 @@ from fake_server import (
     fake,
     gone,
 )
-from vllm_server import vllm_servers
 
 from rollouts.config import Sampling
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Completion
 from rollouts.models.server.chat import ChatBackend, first_step
 
-__all__ = ["fake", "vllm_servers"]
+__all__ = ["fake"]
 
 
 @pytest.mark.parametrize(

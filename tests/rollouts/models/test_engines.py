@@ -1,4 +1,4 @@
-"""Both engines, in their processes, on the embedded weights: the same answers, the same ends, no leftovers."""
+"""Both engines on the embedded weights, the generators in processes of their own: the same answers, the same ends."""
 
 import importlib.util
 import json
@@ -7,16 +7,17 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from concurrent.futures import CancelledError
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import pytest
+from thread_engine import in_threads
 
 from rollouts import tinymath
 from rollouts.config import ModelConfig, Sampling, embedded_family
 from rollouts.errors import BackendError, ConfigError
-from rollouts.models.base import Completion, CompletionRequest, LogprobRequest, PoolingRequest
+from rollouts.models.base import CompletionRequest, LogprobRequest, PoolingRequest
 from rollouts.models.open import open_backend
 from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
 
@@ -45,32 +46,22 @@ def paths():
 
 @pytest.fixture(scope="module")
 def generators():
-    """The small model on each engine, started when it is first asked for."""
-    started = {}
-
-    def get(kind):
-        if kind not in started:
-            started[kind] = open_backend("small", embedded_family(kind).small, seed=11)
-        return started[kind]
-
-    yield get
-    for backend in started.values():
-        backend.close()
+    """The small model on each engine in a process of its own, started when it is first asked for."""
+    with ExitStack() as stack:
+        yield cache(lambda kind: stack.enter_context(open_backend("small", embedded_family(kind).small, seed=11)))
 
 
 @pytest.fixture(scope="module")
 def rewards(paths):
-    started = {}
+    """The reward model on each engine in a thread."""
 
-    def get(kind):
-        if kind not in started:
-            model = embedded_family(kind, "float32").scorer.model
-            started[kind] = open_backend("scorer", model, seed=11, pooling_tag=paths[1])
-        return started[kind]
+    def start(kind):
+        model = embedded_family(kind, "float32").scorer.model
+        with in_threads():
+            return stack.enter_context(open_backend("scorer", model, seed=11, pooling_tag=paths[1]))
 
-    yield get
-    for backend in started.values():
-        backend.close()
+    with ExitStack() as stack:
+        yield cache(start)
 
 
 def answers(backend, requests):
@@ -216,76 +207,18 @@ def test_sampling_filters():
     assert kept(min_p=0.25) == pytest.approx([value / 0.9 for value in (0.5, 0.25, 0.15)] + [0])
 
 
-def test_a_killed_process_fails_what_is_pending_and_names_the_role(prompts):
-    backend = open_backend("large", embedded_family("transformers").small, seed=1)
+def test_a_killed_process_fails_what_is_pending_and_names_the_role(generators, prompts):
+    """The last to use the engine."""
+    backend = generators("transformers")
     futures = [backend.submit(CompletionRequest(prompts[0], 900, Sampling(2.0), (), seed)) for seed in range(300)]
     os.kill(backend._process.pid, signal.SIGKILL)
-    with pytest.raises(BackendError, match="^large: .*exit code -9"):
+    with pytest.raises(BackendError, match="^small: .*exit code -9"):
         futures[-1].result(timeout=30)
     assert all(future.done() for future in futures)
-    with pytest.raises(BackendError, match="^large: "):
+    with pytest.raises(BackendError, match="^small: "):
         backend.submit(CompletionRequest(prompts[0], 5, GREEDY))
     backend.close()
     backend.close()
-
-
-def test_closing_cancels_what_is_pending_and_tolerates_callers_that_cancel(prompts):
-    with open_backend("small", embedded_family("transformers").small, seed=1) as backend:
-        given_up = backend.submit(CompletionRequest(prompts[0], 5, GREEDY))
-        given_up.cancel()
-        assert isinstance(backend.submit(CompletionRequest(prompts[0], 5, GREEDY)).result(), Completion)
-        futures = [backend.submit(CompletionRequest(prompts[0], 900, Sampling(2.0), (), n)) for n in range(300)]
-    with pytest.raises(CancelledError):
-        futures[-1].result(timeout=30)
-    assert not backend._process.is_alive()
-
-
-PROGRAM = """
-import sys, time
-from rollouts.config import embedded_family
-from rollouts.models.open import open_backend
-if __name__ == "__main__":
-    backend = open_backend("small", embedded_family("transformers").small, seed=1)
-    print(backend._process.pid, flush=True)
-    time.sleep(float(sys.argv[1]))
-"""
-
-
-def start_program(folder, seconds):
-    program = folder / "program.py"
-    program.write_text(PROGRAM)
-    root = str(Path(__file__).parents[3])
-    environment = {**os.environ, "PYTHONPATH": root}
-    process = subprocess.Popen(
-        [sys.executable, str(program), str(seconds)], stdout=subprocess.PIPE, env=environment, text=True
-    )
-    return process, int(process.stdout.readline())
-
-
-def gone(pid, seconds=30.0):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
-            return True  # ended; whoever adopted it has not noticed yet
-        time.sleep(0.1)
-    return False
-
-
-def test_a_killed_program_leaves_no_engine_behind(tmp_path):
-    process, engine = start_program(tmp_path, 600)
-    process.kill()
-    process.wait()
-    assert gone(engine)
-
-
-def test_a_program_that_forgets_to_close_ends_all_the_same(tmp_path):
-    process, engine = start_program(tmp_path, 0)
-    assert process.wait(timeout=60) == 0
-    assert gone(engine)
 
 
 class TestStarting:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from vllm_server import start_generator, vllm_servers
+from thread_engine import in_threads
 
 from rollouts.config import embedded_family, parse_family
 from rollouts.family import Family
@@ -17,7 +17,6 @@ from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import Grower, StepBuffer, load_trees
 from rollouts.trees.stats import split_statistics
 
-__all__ = ["vllm_servers"]  # a fixture
 pytestmark = pytest.mark.vllm
 PROBLEMS = 60
 REPLICAS = 1
@@ -43,14 +42,11 @@ def open_and_fill(path, family, problems):
 def server_family(vllm_servers):
     """The embedded family behind three real server processes."""
     values = embedded_family("transformers", dtype="float32").model_dump()
-    large = start_generator("large")
-    large.wait()
-    servers = {"small": vllm_servers[0], "large": large, "prm": vllm_servers[1]}
+    servers = vllm_servers._asdict()
     for section, name in ((values["small"], "small"), (values["large"], "large"), (values["scorer"]["model"], "prm")):
         section["backend"], section["tokenizer"] = "server", section["model"]
         section["model"], section["url"] = servers[name].model, servers[name].url
-    yield parse_family(values)
-    large.kill()
+    return parse_family(values)
 
 
 def test_three_backends_agree_within_noise(embedded, server_family, tmp_path):
@@ -58,11 +54,11 @@ def test_three_backends_agree_within_noise(embedded, server_family, tmp_path):
     examples = self_test_examples(problems)
     stores = {
         "vllm": fill(tmp_path / "vllm", embedded.family, problems, embedded.writers, embedded.scorer),
-        "transformers": open_and_fill(
-            tmp_path / "transformers", Family(embedded_family("transformers"), seed=1, examples=examples), problems
-        ),
         "server": open_and_fill(tmp_path / "server", Family(server_family, seed=1, examples=examples), problems),
     }
+    with in_threads():
+        family = Family(embedded_family("transformers"), seed=1, examples=examples)
+        stores["transformers"] = open_and_fill(tmp_path / "transformers", family, problems)
     processes = [store.manifest["process"] for store in stores.values()]
     assert processes[0] == processes[1] == processes[2]  # the backend does not change what is generated
     found = {name: split_statistics(compile_store(store), "test") for name, store in stores.items()}

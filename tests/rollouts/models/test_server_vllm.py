@@ -13,7 +13,7 @@ from fake_server import (
     chat_config,
     config,
 )
-from vllm_server import VllmServer, vllm_servers
+from vllm_server import VllmServers
 
 from rollouts.config import Sampling
 from rollouts.errors import BackendError, ConfigError
@@ -23,16 +23,13 @@ from rollouts.models.server.completions import ServerBackend
 from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
 from rollouts.tinymath import STEP_TAG, model_dir
 
-__all__ = ["vllm_servers"]
-
-
 QUESTION = "Let a=70+33, b=a+49, c=b*12. Find c."
 STEPS = ["a=70+33=103\n\n", "b=a+49=103+49=152\n\n"]
 
 
 @pytest.fixture(scope="module")
-def small(vllm_servers: tuple[VllmServer, VllmServer]) -> Iterator[ServerBackend]:
-    with ServerBackend("small", config(vllm_servers[0], timeout_s=60)) as backend:
+def small(vllm_servers: VllmServers) -> Iterator[ServerBackend]:
+    with ServerBackend("small", config(vllm_servers.small, timeout_s=60)) as backend:
         yield backend
 
 
@@ -57,18 +54,18 @@ def logprobs(reference: Any, ids: tuple[int, ...]) -> Any:
 
 
 @pytest.mark.vllm
-def test_vllm_is_recognised(small: ServerBackend, vllm_servers: tuple[VllmServer, VllmServer]) -> None:
+def test_vllm_is_recognised(small: ServerBackend, vllm_servers: VllmServers) -> None:
     assert small.window == 1024
     assert small.capabilities.token_ids and small.capabilities.prompt_logprobs and not small.capabilities.pooling
     described = small.describe()
     assert re.match(r"\d+\.\d+", described["version"]) and described["model"] == "tinymath-small"
-    assert described["url"] == vllm_servers[0].url and described["root"].endswith("small")
+    assert described["url"] == vllm_servers.small.url and described["root"].endswith("small")
     with pytest.raises(ConfigError, match="Did you mean 'tinymath-small'"):
-        ServerBackend("small", config(vllm_servers[0], model="tinymath-smal"))
+        ServerBackend("small", config(vllm_servers.small, model="tinymath-smal"))
     with pytest.raises(ConfigError, match="--runner pooling"):
-        ServerBackend("scorer", config(vllm_servers[0]), 3)
+        ServerBackend("scorer", config(vllm_servers.small), 3)
     with pytest.raises(ConfigError, match="does not continue token ids"):
-        ServerBackend("small", config(vllm_servers[1]))
+        ServerBackend("small", config(vllm_servers.prm))
 
 
 @pytest.mark.vllm
@@ -125,7 +122,7 @@ def test_vllm_refuses_a_prompt_beyond_its_window(small: ServerBackend, prompts: 
 
 
 @pytest.mark.vllm
-def test_vllm_scores_are_the_reward_models(vllm_servers: tuple[VllmServer, VllmServer]) -> None:
+def test_vllm_scores_are_the_reward_models(vllm_servers: VllmServers) -> None:
     import torch
     from safetensors.torch import load_file
     from transformers import AutoConfig, Qwen2Model
@@ -140,7 +137,7 @@ def test_vllm_scores_are_the_reward_models(vllm_servers: tuple[VllmServer, VllmS
         hidden = torch.relu(hidden @ weights["score.0.weight"].T + weights["score.0.bias"])
         scores = (hidden @ weights["score.2.weight"].T + weights["score.2.bias"]).softmax(-1)[:, 1]
     expected = [float(score) for token, score in zip(ids, scores, strict=True) if token == prompts.step_tag_id]
-    with ServerBackend("scorer", config(vllm_servers[1]), prompts.step_tag_id) as backend:
+    with ServerBackend("scorer", config(vllm_servers.prm), prompts.step_tag_id) as backend:
         assert backend.capabilities.pooling and not backend.capabilities.continue_prefix
         futures = [backend.submit(PoolingRequest(ids)) for _ in range(8)]
         for future in futures:
@@ -149,12 +146,12 @@ def test_vllm_scores_are_the_reward_models(vllm_servers: tuple[VllmServer, VllmS
             backend.submit(PoolingRequest(ids * 30)).result(60)
         assert backend.submit(PoolingRequest(ids)).result(60) == pytest.approx(expected, abs=2e-3)
     with pytest.raises(BackendError, match="rows for 2 step tags"):
-        ServerBackend("scorer", config(vllm_servers[1]), prompts.step_tag_id - 1)
+        ServerBackend("scorer", config(vllm_servers.prm), prompts.step_tag_id - 1)
 
 
 @pytest.mark.vllm
-def test_vllm_chat_gives_one_step(vllm_servers: tuple[VllmServer, VllmServer]) -> None:
-    with ChatBackend("large", chat_config(vllm_servers[0])) as backend:
+def test_vllm_chat_gives_one_step(vllm_servers: VllmServers) -> None:
+    with ChatBackend("large", chat_config(vllm_servers.small)) as backend:
         assert backend.window == 1024 and backend.describe()["unsent"] == []
         futures = [backend.submit(QUESTION, STEPS, 64, Sampling(1.0)) for _ in range(8)]
         answers = [future.result(60) for future in futures]
