@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import threading
@@ -29,8 +30,10 @@ class EngineThread(Backend):
     def __init__(self, role: str, factory: Callable[..., Engine], environment: Mapping[str, str], **settings: Any):
         EngineThread.started += 1
         self.role = role
-        # Left alone, vLLM pins the process to some cores.
+        # Left alone, vLLM pins the process to some cores and takes a GiB for each engine.
         os.environ.update(environment, VLLM_CPU_OMP_THREADS_BIND="nobind")
+        if os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None):
+            settings["settings"] = {**settings["settings"], "kv_cache_memory_bytes": 512 << 20}
         try:
             with _AT_WORK:
                 self._engine = factory(**settings)
@@ -38,6 +41,7 @@ class EngineThread(Backend):
             message = f"{role}: the model could not be loaded. {type(error).__name__}: {error}"
             raise BackendError(message) from error
         self.capabilities, self.window = self._engine.capabilities, self._engine.window
+        self._description = dict(self._engine.description)
         self._requests: queue.SimpleQueue[tuple[Request, Future[Any]] | None] = queue.SimpleQueue()
         self._pending: dict[int, Future[Any]] = {}
         self._failure: BackendError | None = None
@@ -53,13 +57,15 @@ class EngineThread(Backend):
         return future
 
     def describe(self) -> Mapping[str, Any]:
-        return self._engine.description
+        return self._description
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             self._requests.put(None)
             self._thread.join()
+            del self._engine
+            gc.collect()  # its memory is not given back to the system by the end of a process
 
     def _work(self) -> None:
         number = 0
