@@ -30,10 +30,8 @@ class EngineThread(Backend):
     def __init__(self, role: str, factory: Callable[..., Engine], environment: Mapping[str, str], **settings: Any):
         EngineThread.started += 1
         self.role = role
-        # Left alone, vLLM pins the process to some cores and takes a GiB for each engine.
+        # Left alone, vLLM pins the process to some cores.
         os.environ.update(environment, VLLM_CPU_OMP_THREADS_BIND="nobind")
-        if os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None):
-            settings["settings"] = {**settings["settings"], "kv_cache_memory_bytes": 512 << 20}
         try:
             with _AT_WORK:
                 self._engine = factory(**settings)
