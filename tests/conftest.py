@@ -21,6 +21,7 @@ __all__ = ["engines_in_threads", "vllm_servers"]
 FIXTURE_LIMIT = 900  # seconds; `timeout` of pyproject.toml is that of a test without its fixtures
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a file on one worker, and all tests of vLLM on the same: each engine and server starts once.
 
