@@ -256,12 +256,3 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def cpu_threads(model: str, revision: str | None) -> int:
-    """Return how many threads pay off: a narrow model's operations are shorter than waking a second thread."""
-    import torch
-    from transformers import AutoConfig
-
-    width = int(getattr(AutoConfig.from_pretrained(model, revision=revision), "hidden_size", 4096))
-    return 1 if width < 512 else torch.get_num_threads()

@@ -17,7 +17,7 @@ from rollouts.models.base import (
     PoolingRequest,
     Request,
 )
-from rollouts.models.process import cpu_threads
+from rollouts.models.hf.load import cpu_threads
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core shares our process: one process per model

@@ -10,7 +10,6 @@ import numpy as np
 
 from rollouts.config import ModelConfig
 from rollouts.errors import ConfigError
-from rollouts.models.process import cpu_threads
 
 PADDED_TOKENS = 16384  # most tokens, padding included, of one forward pass over prompts
 
@@ -43,6 +42,15 @@ def pad_right(prompts: list[tuple[int, ...]], device: Any) -> tuple[Any, Any]:
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
     return torch.from_numpy(ids).to(device), torch.tensor([len(prompt) for prompt in prompts], device=device)
+
+
+def cpu_threads(model: str, revision: str | None) -> int:
+    """Return how many threads pay off: a narrow model's operations are shorter than waking a second thread."""
+    import torch
+    from transformers import AutoConfig
+
+    width = int(getattr(AutoConfig.from_pretrained(model, revision=revision), "hidden_size", 4096))
+    return 1 if width < 512 else torch.get_num_threads()
 
 
 def load(kind: Any, model: ModelConfig) -> tuple[Any, Any]:
