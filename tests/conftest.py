@@ -6,10 +6,13 @@ import os
 import signal
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Before torch is imported. There are as many workers as cores: further threads of one wait for those of the other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,16 +24,29 @@ __all__ = ["engines_in_threads", "vllm_servers"]
 FIXTURE_LIMIT = 900  # seconds; `timeout` of pyproject.toml is that of a test without its fixtures
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook, too
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file on one worker, and all tests of vLLM on the same: each engine and server starts once.
+@cache
+def needs_vllm(file: Path) -> bool:
+    return "pytest.mark.vllm" in file.read_text(encoding="utf-8")
 
-    Those come first, as they take longest by far; within a file nothing changes.
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that need vLLM come first, as they take longest by far; nothing else changes."""
+    items.sort(key=lambda item: not needs_vllm(item.path))
+
+
+class ByFile(LoadScopeScheduling):
+    """Keeps a file on one worker, and all files of vLLM on the same: each engine and server starts once.
+
+    The groups of ``--dist loadgroup`` are not seen by xdist 3.8 under pytest 9.2.
     """
-    for item in items:
-        vllm = item.get_closest_marker("vllm") is not None
-        item.add_marker(pytest.mark.xdist_group("vllm" if vllm else item.path.stem))
-    items.sort(key=lambda item: item.get_closest_marker("vllm") is None)
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "vllm" if needs_vllm(self.config.rootpath / file) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile | None:
+    return ByFile(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @contextmanager
