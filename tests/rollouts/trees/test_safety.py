@@ -97,7 +97,7 @@ def test_a_real_run_keeps_everything_at_ctrl_c_says_so_and_goes_on(tmp_path):
     assert committed
     assert main(["generate", str(cut), *GENERATE]) == 0
     assert main(["generate", str(tmp_path / "whole"), *GENERATE]) == 0
-    assert len(committed) < Store(cut).steps.rows()
+    assert len(committed) < len(rows_of(Store(cut).steps))
     assert all(rows_of(Store(cut).steps)[key] == row for key, row in committed.items())
     same_content(Store(cut), Store(tmp_path / "whole"))
 
