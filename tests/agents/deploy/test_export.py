@@ -283,7 +283,7 @@ def test_packages_that_lack_are_named(runs, exported, tmp_path, monkeypatch, cap
     arguments = ["export", str(runs.folder / "one"), "--out", str(tmp_path / "x"), "--onnx"]
     assert command.main(arguments) == 2 and "pip install 'trim-routing[onnx]'" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
-    assert agents.load(exported / "mlp").session().decide(0.5, 10) in (0, 1)  # deciding needs neither
+    assert agents.load(exported / "mlp").session().decide(0.5, 10, text="") in (0, 1)  # deciding needs neither
 
 
 def test_the_command_exports_all_routers_or_the_one_that_is_meant(runs, tmp_path, capsys):

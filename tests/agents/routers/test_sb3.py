@@ -75,7 +75,7 @@ def test_dqn_trains_evaluates_exports_and_serves(trees, tmp_path):
     policy = agents.load(tmp_path / "p")
     first, again = run(router, tables), run(policy.router, tables)
     assert (first.correct == again.correct).all() and (first.cost == again.cost).all()
-    assert policy.session().decide(0.5, 12) in (0, 1) and policy.kind == "mlp"
+    assert policy.session().decide(0.5, 12, text="") in (0, 1) and policy.kind == "mlp"
     session = onnxruntime.InferenceSession(tmp_path / "p" / "policy.onnx", providers=["CPUExecutionProvider"])
     assert (session.run(["action"], {"features": features})[0] == router.probability(features)).all()
 

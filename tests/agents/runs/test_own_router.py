@@ -68,7 +68,8 @@ def test_it_is_resumed_evaluated_and_exported(finished, store, tmp_path, capsys)
         session, row = policy.session(), int(root)
         while row >= 0:
             score, tokens, child = tables.trees.score[row], tables.trees.tokens[row], tables.trees.child[row]
-            action = session.decide(score[0], int(tokens[0]), child[0] < 0, bool(tables.trees.has_answer[row, 0]))
+            facts = {"terminal": child[0] < 0, "has_answer": bool(tables.trees.has_answer[row, 0])}
+            action = session.decide(score[0], int(tokens[0]), **facts)
             if action:
                 session.accept(score[1], int(tables.trees.accepted_tokens[row, 1]), terminal=child[1] < 0)
             else:
