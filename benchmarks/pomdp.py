@@ -73,7 +73,7 @@ class ExactLabels:
             small=np.broadcast_to(np.eye(3), (1, kinds, 3, 3)).copy(),
             large=np.array([[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]]),
         )
-        value = solve(perfect, [lam], points=3, count_tokens=False).value
+        value = solve(perfect, [lam], points=3)
         rows = np.flatnonzero(np.isin(tables.trees.tree, tables.indices))
         classes = labelled(tables.trees, rows).classes(CONTINUE_SMALL)
         features = tables.in_schema(SCHEMA)[rows]
@@ -124,8 +124,8 @@ def times(trees: Trees, test: DecisionTables, lams: tuple[float, ...]) -> list[s
     rows = [
         ("fitting with labels", f"{seconds(lambda: estimate(trees)):.2f} s"),
         ("fitting by EM, without labels", f"{seconds(lambda: estimate(trees, labels='em')):.2f} s"),
-        (f"solving {len(lams)} λ, measured", f"{seconds(lambda: solve(model, lams, count_tokens=False)):.2f} s"),
-        (f"solving {len(lams)} λ, paper", f"{seconds(lambda: solve(paper, lams, count_tokens=False)):.2f} s"),
+        (f"solving {len(lams)} λ, measured", f"{seconds(lambda: solve(model, lams)):.2f} s"),
+        (f"solving {len(lams)} λ, paper", f"{seconds(lambda: solve(paper, lams)):.2f} s"),
         (f"a decision and its filter in a batch of {BATCH}",
          f"{1e6 * decision_time(found.routers(lams[:1])[0], test):.1f} µs"),
     ]  # fmt: skip

@@ -42,12 +42,11 @@ class Fitted:
     log_likelihood: list[float]
 
 
-def em(seen: Sample, observed: ObservationModel | None = None, iterations: int = ITERATIONS) -> Fitted:
+def em(seen: Sample, iterations: int = ITERATIONS) -> Fitted:
     """Fit the model without labels.
 
     Args:
         seen: All nodes of some trees.
-        observed: What scores tell, if it is known from other data; else it is fitted, too.
         iterations: At most so many.
 
     Raises:
@@ -57,8 +56,7 @@ def em(seen: Sample, observed: ObservationModel | None = None, iterations: int =
     graph = graph_of(seen.trees, seen.rows)
     history: list[float] = []
     while True:
-        scores = observed or observations(seen, latent)
-        dynamics = measure(seen, latent)
+        scores, dynamics = observations(seen, latent), measure(seen, latent)
         if len(history) >= iterations or (len(history) > 1 and history[-1] - history[-2] < TOLERANCE):
             return Fitted(latent, scores, dynamics, history)
         latent, likelihood = posterior(seen, graph, scores, dynamics, agreement_rates(seen, latent))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from agents.learners.pomdp.dynamics import Dynamics, Rate, measure
 from agents.learners.pomdp.em import Agreement, agreement, em
 from agents.learners.pomdp.latent import CLASSES, labelled, rows_of
-from agents.learners.pomdp.observation import LEVELS, LabelledSteps, ObservationModel
-from agents.learners.pomdp.presets import preset
-from agents.learners.pomdp.sample import observations, observations_from, sample
-from agents.learners.pomdp.solver import routers, solve
+from agents.learners.pomdp.observation import LEVELS, ObservationModel
+from agents.learners.pomdp.presets import measured, paper
+from agents.learners.pomdp.sample import observations, sample
+from agents.learners.pomdp.solver import routers
 from agents.routers.pomdp.belief import Floats
 from agents.routers.pomdp.model import Kinds, Model
 from agents.routers.pomdp.router import PomdpRouter
@@ -24,6 +24,7 @@ from rollouts.trees.arrays import Trees
 from trim_env.costs import CostModel, TokenPrices
 
 LABELS = ("auto", "exact", "em")
+PRESETS = ("measured", "paper")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,21 +53,17 @@ class Estimates:
         Raises:
             ConfigError: There is none of that name.
         """
-        return preset(name, self.observed, self.dynamics, self.kinds)
+        if name not in PRESETS:
+            raise ConfigError(f"Unknown POMDP preset {name!r}.{did_you_mean(name, PRESETS)}")
+        if name == "paper":
+            return paper(self.observed, self.dynamics)
+        return measured(self.observed, self.dynamics, self.kinds)
 
     def routers(
         self, lams: Sequence[float] | Floats, name: str = "measured", *, price: float = 1.0
     ) -> list[PomdpRouter]:
-        """Return the router for each λ.
-
-        Args:
-            lams: λ, return lost per unit of cost.
-            name: The preset.
-            price: Cost of a large token (`price_of`).
-        """
-        model = self.model(name)
-        found = routers(model, solve(model, price * np.asarray(lams, np.float64), count_tokens=False))
-        return [replace(router, lam=float(lam), price=price) for lam, router in zip(lams, found, strict=True)]
+        """Return the router of a preset for each λ; see `agents.learners.pomdp.solver.routers`."""
+        return routers(self.model(name), lams, price=price)
 
     def report(self) -> dict[str, Any]:
         """Return rates with counts and intervals, and what else a reader would ask for, as plain values."""
@@ -88,7 +85,6 @@ def estimate(
     split: str | None = "train",
     *,
     labels: str = "auto",
-    steps: LabelledSteps | None = None,
     indices: NDArray[Any] | None = None,
     levels: int = LEVELS,
 ) -> Estimates:
@@ -99,8 +95,6 @@ def estimate(
         split: Split to estimate from; None for all trees.
         labels: ``exact``: step labels of the trees; ``em``: none, only scores and final outcomes; ``auto``: exact
             ones where the trees have any.
-        steps: Labelled steps from elsewhere (`agents.learners.pomdp.observation.read_labelled`), scored by the same
-            reward model: they then tell what scores mean, and the trees the rest.
         indices: Estimate from these trees instead of from a whole split.
         levels: Levels of the last accepted step's score that the next one is conditioned on; 1: it is not.
 
@@ -113,11 +107,10 @@ def estimate(
         raise ConfigError(f"Unknown kind of labels {labels!r}.{did_you_mean(labels, LABELS)}")
     rows = rows_of(trees, trees.select(split) if indices is None else np.asarray(indices, np.int64))
     seen = sample(trees, rows, levels=levels)
-    told = observations_from(seen, steps) if steps is not None else None
     exact = labelled(trees, rows)
     if labels == "exact" or (labels == "auto" and (trees.label[rows] >= 0).any()):
-        return Estimates(told or observations(seen, exact), measure(seen, exact), seen.kinds, "exact", len(rows))
-    fitted = em(seen, told)
+        return Estimates(observations(seen, exact), measure(seen, exact), seen.kinds, "exact", len(rows))
+    fitted = em(seen)
     found = agreement(fitted.latent, exact)
     return Estimates(fitted.observed, fitted.dynamics, seen.kinds, "em", len(rows), found)
 
@@ -134,16 +127,3 @@ def price_of(cost: CostModel) -> float:
             "Use --cost decode-only or prefill-20, or another agent."
         )
     return cost.large_decode
-
-
-def fit(
-    trees: Trees,
-    split: str | None = "train",
-    lam: float = 1e-3,
-    *,
-    preset: str = "measured",
-    labels: str = "auto",
-    steps: LabelledSteps | None = None,
-) -> PomdpRouter:
-    """Return the router for one λ; arguments as for `estimate`, and a preset (``measured`` or ``paper``)."""
-    return estimate(trees, split, labels=labels, steps=steps).routers([lam], preset)[0]

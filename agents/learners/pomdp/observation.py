@@ -6,9 +6,7 @@ so the piles stay where they are, and so do values that occur exactly often; a k
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,7 +108,7 @@ def fit_observations(
         np.add.at(counts[:, :, each], (context, kind, place), weight[:, each])
         np.add.at(own[:, each], (large[1], large[0]), large[2][:, each])
     total = np.stack([counts.sum(axis=(0, 1, 3)), own.sum(axis=(0, 2))])
-    need_steps(total[0])
+    _need_steps(total[0])
     pooled = _towards(counts.sum(axis=(0, 1)), np.full(bins, 1 / bins), _UNIFORM * bins)
     by_context = _towards(counts.sum(axis=1), pooled, _POOLED)
     by_kind = _towards(counts, by_context[:, None], _POOLED)
@@ -127,69 +125,11 @@ def _towards(counts: Floats, base: Floats, strength: float) -> Floats:
     return result
 
 
-def need_steps(counts: Floats, least: int = LEAST_PER_CLASS) -> None:
-    """Check that there are enough steps of each class.
-
-    Raises:
-        DataError: There are not.
-    """
-    if (counts < least).any():
+def _need_steps(counts: Floats) -> None:
+    if (counts < LEAST_PER_CLASS).any():
         found = ", ".join(f"{count:.0f} of {name}" for name, count in zip(CLASSES, counts, strict=True))
         raise DataError(
-            f"Too few steps with known class to estimate what scores tell: {found}; expected at least {least} of each "
-            "(S0: all steps right, S1: an earlier one wrong, S2: only the newest one wrong). Label more solutions, or "
-            "generate rollouts of more problems."
+            f"Too few steps with known class to estimate what scores tell: {found}; expected at least "
+            f"{LEAST_PER_CLASS} of each (S0: all steps right, S1: an earlier one wrong, S2: only the newest one wrong). "
+            "Label more solutions, or generate rollouts of more problems."
         )
-
-
-@dataclass(frozen=True, eq=False)
-class LabelledSteps:
-    """Steps from outside of the trees, each with its score and its class.
-
-    Attributes:
-        scores: (n,) in [0, 1].
-        before: (n,) scores of the steps before them; NaN where there is none.
-        classes: (n,) 0, 1, 2 for S0, S1, S2.
-    """
-
-    scores: Floats
-    before: Floats
-    classes: Ints
-
-
-def read_labelled(file: str | Path) -> LabelledSteps:
-    """Read solutions with their first wrong step, a JSON object per line, in the manner of ProcessBench.
-
-    ``steps`` is the list of steps, ``label`` the index of the first wrong one, from 0, or -1 if there is none, and
-    ``scores`` the scores of the reward model, one per step. All steps after the first wrong one count as S1.
-
-    Raises:
-        DataError: A line is not such an object.
-    """
-    scores: list[float] = []
-    before: list[float] = []
-    classes: list[int] = []
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error}).") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            steps, first = len(record["steps"]), int(record["label"])
-            own = [float(score) for score in record["scores"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{file}, line {number}: expected an object with `steps`, `label` and `scores` "
-                f"({type(error).__name__}: {error})."
-            ) from error
-        if len(own) != steps or not all(0 <= score <= 1 for score in own):
-            raise DataError(f"{file}, line {number}: expected {steps} scores in [0, 1], found {own}.")
-        if not -1 <= first < steps:
-            raise DataError(f"{file}, line {number}: label is {first}, expected -1 or the index of a step.")
-        scores += own
-        before += [float("nan"), *own[:-1]][:steps]
-        classes += [S0 if first < 0 or i < first else S2 if i == first else S1 for i in range(steps)]
-    return LabelledSteps(np.array(scores), np.array(before), np.array(classes, np.int64))

@@ -7,9 +7,6 @@ import numpy as np
 from agents.learners.pomdp.dynamics import Dynamics
 from agents.learners.pomdp.observation import ObservationModel
 from agents.routers.pomdp.model import Kinds, Model, expected_tokens
-from rollouts.errors import ConfigError, did_you_mean
-
-PRESETS = ("measured", "paper")
 
 
 def measured(observed: ObservationModel, dynamics: Dynamics, kinds: Kinds) -> Model:
@@ -66,14 +63,3 @@ def paper(observed: ObservationModel, dynamics: Dynamics) -> Model:
         tokens=np.full((steps, 1), dynamics.mean_large_tokens),
         token_line=line,
     )
-
-
-def preset(name: str, observed: ObservationModel, dynamics: Dynamics, kinds: Kinds) -> Model:
-    """Return the model of a preset.
-
-    Raises:
-        ConfigError: There is none of that name.
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"Unknown POMDP preset {name!r}.{did_you_mean(name, PRESETS)}")
-    return measured(observed, dynamics, kinds) if name == "measured" else paper(observed, dynamics)

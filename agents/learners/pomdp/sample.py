@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from agents.learners.pomdp.latent import Latent
 from agents.learners.pomdp.observation import (
     LEVELS,
-    LabelledSteps,
     ObservationModel,
     fit_observations,
     levels_of,
@@ -108,11 +107,7 @@ def _contexts(trees: Trees, rows: Ints, edges: NDArray[np.float32], level: Ints)
     for action in (CONTINUE_SMALL, ESCALATE_LARGE):
         child = trees.child[:, action]
         before[child[child >= 0]] = trees.score[child >= 0, action]
-    return contexts_of(edges, level, before[rows])
-
-
-def contexts_of(edges: NDArray[np.float32], level: Ints, before: Floats) -> Ints:
-    """Return the (n,) contexts of steps from the scores of the steps before; NaN: there is none."""
+    before = before[rows]
     return np.where(np.isnan(before), level.max() + 1, level[to_bins(edges, as_feature(before))])
 
 
@@ -138,17 +133,3 @@ def observations(seen: Sample, latent: Latent) -> ObservationModel:
         (seen.bin[large, 1], seen.context[large], latent.classes(ESCALATE_LARGE)[large]),
         seen.kinds.count,
     )
-
-
-def observations_from(seen: Sample, steps: LabelledSteps) -> ObservationModel:
-    """Estimate the same from labelled steps of other solutions: one for both models and all kinds of proposals.
-
-    Raises:
-        DataError: Too few steps of a class.
-    """
-    bins = to_bins(seen.edges, as_feature(steps.scores))
-    context = contexts_of(seen.edges, seen.level, steps.before)
-    weight = np.eye(3)[steps.classes]
-    none = (bins[:0], context[:0], weight[:0])
-    found = fit_observations(seen.edges, seen.level, (bins, context, np.zeros_like(bins), weight), none, 1)
-    return replace(found, small=np.repeat(found.small, seen.kinds.count, axis=1))

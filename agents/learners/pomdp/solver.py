@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -17,62 +16,43 @@ POINTS = 65
 _NEVER = 1e-12
 
 
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """Values of L values of λ; n grid points of g, equally spaced in [0, 1]; T steps; C contexts.
-
-    Attributes:
-        lams: (L,) values of λ.
-        value: (L, T + 1, C, n) greatest expected return before the proposal of a step is seen; 0 after the last step
-            and in contexts in which a step cannot be (`Model.contexts_at`).
-        tokens: (L, T + 1, C, n) large tokens that are expected to get there; NaN if they were not asked for.
-    """
-
-    lams: Floats
-    value: Floats
-    tokens: Floats
-
-    @property
-    def at_start(self) -> tuple[Floats, Floats]:
-        """(L,) expected returns and (L,) large tokens of whole episodes."""
-        return self.value[:, 0, -1, -1], self.tokens[:, 0, -1, -1]
-
-
-def solve(model: Model, lams: Sequence[float] | Floats, points: int = POINTS, *, count_tokens: bool = True) -> Solution:
+def solve(model: Model, lams: Sequence[float] | Floats, points: int = POINTS) -> Floats:
     """Solve for all values of λ in one pass.
 
     Args:
-        model: The model.
-        lams: λ, return lost per large token.
-        points: Grid points n.
-        count_tokens: Work out the expected large tokens as well, which routers do not need.
+        model: The model, of T steps and C contexts.
+        lams: (L,) λ, return lost per large token.
+        points: Grid points n of g, equally spaced in [0, 1].
+
+    Returns:
+        (L, T + 1, C, n) greatest expected return before the proposal of a step is seen; 0 after the last step and in
+        contexts in which a step cannot be (`Model.contexts_at`). Of whole episodes it is ``[:, 0, -1, -1]``.
     """
     prices = np.asarray(lams, np.float64)
     value = np.zeros((len(prices), model.steps + 1, model.contexts, points))
-    tokens = np.full_like(value, 0.0 if count_tokens else np.nan)
     g, bins = np.linspace(0, 1, points), np.arange(len(model.level))
     for step in reversed(range(model.steps)):
-        contexts = model.contexts_at(step)
-        later, later_tokens = value[:, step + 1], tokens[:, step + 1]
+        contexts, later = model.contexts_at(step), value[:, step + 1]
         scored_later = after_score(model, later, contexts)
-        scored_tokens = after_score(model, later_tokens, contexts) if count_tokens else later_tokens
         for context, kind in product(contexts, np.flatnonzero(model.kind[step] > _NEVER)):
             ahead = predicted(g, model.p_small[step, kind])
             classes, chance = corrected(ahead[:, None], model.small[context, kind].T[None])  # (n, B, 3), (n, B)
-            leads = backup(model, step, kind, context, bins, classes, points)
-            own = model.tokens[step, kind]
-            returns = leads.worth(later, scored_later)
-            escalated = returns.large - (prices * own)[:, None, None]
-            weight = model.kind[step, kind] * chance
-            value[:, step, context] += np.einsum("lnb,nb->ln", np.maximum(escalated, returns.small), weight)
-            if count_tokens:
-                spent = leads.worth(later_tokens, scored_tokens, end=0.0)
-                chosen = np.where(escalated > returns.small, own + spent.large, spent.small)
-                tokens[:, step, context] += np.einsum("lnb,nb->ln", chosen, weight)
-    return Solution(prices, value, tokens)
+            small, large = backup(model, step, kind, context, bins, classes, points).worth(later, scored_later)
+            best = np.maximum(large - (prices * model.tokens[step, kind])[:, None, None], small)
+            value[:, step, context] += np.einsum("lnb,nb->ln", best, model.kind[step, kind] * chance)
+    return value
 
 
-def routers(model: Model, solution: Solution) -> list[PomdpRouter]:
-    """Return a router for each λ of a solution."""
-    pairs = zip(solution.lams, solution.value, strict=True)
-    return [PomdpRouter(model, float(lam), np.round(value, 9)) for lam, value in pairs]
+def routers(
+    model: Model, lams: Sequence[float] | Floats, *, price: float = 1.0, points: int = POINTS
+) -> list[PomdpRouter]:
+    """Return the router for each λ.
+
+    Args:
+        model: The model.
+        lams: λ, return lost per unit of cost.
+        price: Cost of a large token (`agents.learners.pomdp.fit.price_of`).
+        points: As of `solve`.
+    """
+    values = solve(model, price * np.asarray(lams, np.float64), points)
+    return [PomdpRouter(model, float(lam), np.round(value, 9), price) for lam, value in zip(lams, values, strict=True)]

@@ -59,15 +59,8 @@ def after_score(model: Model, values: Floats, contexts: Iterable[int]) -> Floats
     return expected
 
 
-class Actions(NamedTuple):
-    """Values of both actions, (L, ...); the tokens of escalating are not yet paid for."""
-
-    small: Floats
-    large: Floats
-
-
 class Backup(NamedTuple):
-    """What both actions lead to at some beliefs: computed once, worth different things for different λ.
+    """What both actions lead to at some beliefs, for any λ.
 
     Attributes:
         small_end: (...) P(correct end now) of accepting the proposal.
@@ -85,22 +78,21 @@ class Backup(NamedTuple):
     large_on: float
     large_place: _Places
 
-    def worth(self, later: Floats, scored_later: Floats, end: float = 1.0) -> Actions:
-        """Return what both actions are worth.
+    def worth(self, later: Floats, scored_later: Floats) -> tuple[Floats, Floats]:
+        """Return the (L, ...) values of accepting and of escalating, whose tokens are not yet paid for.
 
         Args:
             later: (L, C, n) values of the next step.
             scored_later: `after_score` of them.
-            end: What a correct solution is worth: 1 for returns, 0 for tokens.
         """
         count = len(later)
         zeros = np.zeros((count, *self.small_end.shape))
-        small, large = zeros + end * self.small_end, zeros + end * self.large_end
+        small, large = zeros + self.small_end, zeros + self.large_end
         if self.small_on > 0:
             small += self.small_on * self.small_place.of(later.reshape(count, -1))
         if self.large_on > 0:
             large += self.large_on * self.large_place.of(scored_later.reshape(count, -1))
-        return Actions(small, large)
+        return small, large
 
 
 def backup(

@@ -1,4 +1,4 @@
-"""Estimates: from labels, from labelled steps elsewhere, by EM; what they are compared with is known."""
+"""Estimates: from labels, by EM; what they are compared with is known."""
 
 import json
 from dataclasses import replace
@@ -8,9 +8,9 @@ import pytest
 from made_pomdps import made_trees
 
 from agents.learners.pomdp.dynamics import ends_right, wilson
-from agents.learners.pomdp.fit import estimate, fit
+from agents.learners.pomdp.fit import estimate
 from agents.learners.pomdp.latent import labelled, rows_of
-from agents.learners.pomdp.observation import read_labelled, score_edges
+from agents.learners.pomdp.observation import score_edges
 from agents.learners.pomdp.sample import sample
 from agents.routers.pomdp.model import as_feature, to_bins
 from rollouts.errors import ConfigError, DataError
@@ -204,53 +204,7 @@ def test_spikes_tell_classes_apart(trees):
     assert found.small.min() > 0
 
 
-def test_labelled_solutions_from_a_file(tmp_path, trees, silent):
-    """Solutions in the manner of ProcessBench tell what scores mean; the trees tell the rest without labels."""
-    lines = []
-    for root in trees.root:
-        row, own, label = int(root), [], -1
-        while row >= 0:
-            own.append(float(trees.score[row, 0]))
-            if trees.label[row, 0] == 0 and label < 0:
-                label = len(own) - 1
-            row = int(trees.child[row, 0])
-        lines.append(json.dumps({"steps": ["x"] * len(own), "label": label, "scores": own}))
-    file = tmp_path / "labelled.jsonl"
-    file.write_text("\n".join(lines) + "\n\n")
-    steps = read_labelled(file)
-    assert len(steps.scores) == 4 * len(trees.root) and np.isnan(steps.before).sum() == len(trees.root)
-    truth, place = classes_by_walking(trees), 0
-    for root in trees.root:
-        row = int(root)
-        while row >= 0:
-            assert steps.classes[place] == truth[row, 0]
-            row, place = int(trees.child[row, 0]), place + 1
-    found = estimate(silent, None, steps=steps)
-    assert found.observed.counts[0].tolist() == np.bincount(steps.classes).tolist()
-    assert found.observed.counts[1].sum() == 0
-    assert found.dynamics.small_right.value == pytest.approx(0.8, abs=0.04)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 2: expected an object"),
-        ('{"steps": ["a"], "label": 0}', "line 2: .*scores"),
-        ('{"steps": ["a"], "label": 0, "scores": [0.5, 0.5]}', "line 2: expected 1 scores"),
-        ('{"steps": ["a"], "label": 0, "scores": [1.5]}', r"line 2: expected 1 scores in \[0, 1\], found \[1.5\]"),
-        ('{"steps": ["a"], "label": 1, "scores": [0.5]}', "line 2: label is 1"),
-    ],
-)
-def test_bad_lines_are_named(tmp_path, line, message):
-    file = tmp_path / "labelled.jsonl"
-    file.write_text('{"steps": ["a"], "label": -1, "scores": [0.5]}\n' + line + "\n")
-    with pytest.raises(DataError, match=message):
-        read_labelled(file)
-    with pytest.raises(DataError, match="cannot be read"):
-        read_labelled(tmp_path / "nowhere.jsonl")
-
-
-def test_too_few_labels_are_counted_in_the_error(tmp_path, trees, silent):
+def test_too_few_labels_are_counted_in_the_error(trees, silent):
     with pytest.raises(DataError, match="Too few steps.*0 of S0, 0 of S1, 0 of S2; expected at least 30"):
         estimate(silent, "train", labels="exact")
     few = np.full_like(trees.label, -1)
@@ -258,11 +212,7 @@ def test_too_few_labels_are_counted_in_the_error(tmp_path, trees, silent):
     few[roots] = trees.label[roots]
     right = int((trees.label[roots, 0] == 1).sum())
     with pytest.raises(DataError, match=f"{right} of S0, .* of S1, {20 - right} of S2"):
-        fit(replace(trees, label=few), None, 1e-3)
-    file = tmp_path / "few.jsonl"
-    file.write_text('{"steps": ["a", "b"], "label": 1, "scores": [0.9, 0.1]}\n')
-    with pytest.raises(DataError, match="1 of S0, 0 of S1, 1 of S2"):
-        estimate(silent, "train", steps=read_labelled(file))
+        estimate(replace(trees, label=few), None)
     all_right = replace(silent, label=np.ones_like(trees.label))
     with pytest.raises(DataError, match="0 of S1, 0 of S2"):
         estimate(all_right, "train", labels="exact")
@@ -272,7 +222,7 @@ def test_unknown_words_are_refused(trees):
     with pytest.raises(ConfigError, match="Did you mean 'exact'"):
         estimate(trees, labels="exakt")
     with pytest.raises(ConfigError, match="Did you mean 'measured'"):
-        fit(trees, None, 1e-3, preset="measurd")
+        estimate(trees, None).routers([1e-3], "measurd")
 
 
 def test_the_report_has_counts_and_intervals(trees):

@@ -40,7 +40,7 @@ def posteriors(model, kinds, bins, actions, large_bins):
 @pytest.mark.parametrize(("seed", "levels"), [(0, 2), (1, 0), (2, 4)])
 def test_beliefs_equal_enumeration(seed, levels):
     model = made_model(seed, steps=4, levels=levels)
-    router = routers(model, solve(model, [1e-3]))[0]
+    router = routers(model, [1e-3])[0]
     random = np.random.default_rng(seed)
     episodes, steps = 24, model.steps
     kinds = random.integers(0, model.kinds.count, (episodes, steps))
@@ -60,7 +60,7 @@ def test_beliefs_equal_enumeration(seed, levels):
 def test_scores_of_large_steps_count():
     """Two episodes that differ in the score of the large model's step alone differ in belief."""
     model = made_model(0)
-    router = routers(model, solve(model, [1e-3]))[0]
+    router = routers(model, [1e-3])[0]
     kind = np.zeros(2, int)
     _, state = router.decide(features_of(model, kind, np.array([1, 1])), router.start(2))
     state = router.accept(state, np.array([1, 1]), scores_of(model, np.array([0, 1])), np.zeros(2, int))
@@ -69,7 +69,7 @@ def test_scores_of_large_steps_count():
 
 def test_episodes_do_not_mix():
     model = made_model(4, steps=3)
-    router = routers(model, solve(model, [2e-3]))[0]
+    router = routers(model, [2e-3])[0]
     random = np.random.default_rng(0)
     kinds, bins = random.integers(0, model.kinds.count, 50), random.integers(0, len(model.level), 50)
     features, state = features_of(model, kinds, bins), router.start(50)
@@ -86,7 +86,7 @@ def test_episodes_do_not_mix():
 
 def test_it_is_a_stateful_router_and_no_plain_one():
     model = made_model(0)
-    router = routers(model, solve(model, [1e-3]))[0]
+    router = routers(model, [1e-3])[0]
     assert isinstance(router, StatefulRouter) and not isinstance(router, Router)
     assert router.knob.name == "lam" and router.knob.value == 1e-3
 
@@ -97,7 +97,7 @@ def test_decisions_are_the_better_action_of_enumeration():
 
     model = made_model(1, steps=2, bins=3)
     for lam in (1e-3, 5e-3, 2e-2):
-        router = routers(model, solve(model, [lam], 2001))[0]
+        router = routers(model, [lam], points=2001)[0]
         for kind, score in product(range(model.kinds.count), range(3)):
             got, _ = router.decide(features_of(model, np.array([kind]), np.array([score])), router.start(1))
             only = _only(model, kind, score)
@@ -123,9 +123,9 @@ def _only(model, kind, score):
 
 def test_routers_hold_the_values_that_were_solved_for():
     model = made_model(0)
-    solution = solve(model, [1e-3, 1e-2])
-    for number, router in enumerate(routers(model, solution)):
-        assert np.abs(router.value - solution.value[number]).max() < 1e-8
+    lams = [1e-3, 1e-2]
+    for value, router in zip(solve(model, lams), routers(model, lams), strict=True):
+        assert np.abs(router.value - value).max() < 1e-8
 
 
 def test_values_that_do_not_fit_are_refused():

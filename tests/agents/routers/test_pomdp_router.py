@@ -11,7 +11,7 @@ from scripted_store import scripted_store
 
 from agents.evaluation.splits import Candidates
 from agents.evaluation.walk import run, run_trees
-from agents.learners.pomdp.fit import estimate, fit, price_of
+from agents.learners.pomdp.fit import estimate, price_of
 from agents.routers import artefact
 from agents.routers.base import StatefulRouter
 from agents.routers.pomdp.model import as_feature, to_bins
@@ -176,7 +176,7 @@ def test_prices_of_large_tokens_are_planned_for(bundled):
 
 
 def test_a_run_of_the_agent_has_everything(tmp_path, bundled):
-    """The command's library fits, plans, assesses and stores; what it stored is what `fit` gives."""
+    """The command's library fits, plans, assesses and stores; what it stored is what `estimate` gives."""
     config = TrainConfig(agent="pomdp", lam=(1.7e-3, 8.5e-3), out=tmp_path / "run", tracking="none")
     trained = train(config)
     test = decision_tables(bundled, "test")
@@ -184,7 +184,7 @@ def test_a_run_of_the_agent_has_everything(tmp_path, bundled):
         place = trained.folder / f"lam-{lam:g}"
         stored = artefact.load(place / "policy")
         assert isinstance(stored.router, PomdpRouter) and stored.about["rollouts"]["hash"] == bundled.meta["hash"]
-        assert (stored.router.value == fit(bundled, "train", lam).value).all()
+        assert (stored.router.value == estimate(bundled).routers([lam])[0].value).all()
         assert run(stored.router, test).returns(lam).tolist() == run(router, test).returns(lam).tolist()
         report = json.loads((place / "estimates.json").read_text())
         assert report["labels"] == "exact" and report["small_right"]["count"] > 10_000
@@ -204,7 +204,7 @@ def test_what_the_agent_cannot_do_is_refused_before_anything_is_written(tmp_path
     assert not out.exists()
     flat = made_trees(12)
     with pytest.raises(DataError, match="Too few steps with known class"):
-        fit(replace(flat, label=np.full_like(flat.label, -1)), "train", 0.01)
+        estimate(replace(flat, label=np.full_like(flat.label, -1)))
 
 
 def test_proposals_are_seen_as_the_schema_shows_them(bundled, planned):

@@ -220,7 +220,6 @@ def test_routers_with_a_memory_live_through_every_fault() -> None:
 
 
 def _pomdp() -> PomdpRouter:
-    from agents.learners.pomdp.solver import routers, solve
+    from agents.learners.pomdp.solver import routers
 
-    model = made_model(steps=6)
-    return routers(model, solve(model, [1e-3]))[0]
+    return routers(made_model(steps=6), [1e-3])[0]

@@ -19,7 +19,7 @@ from serve_harness import QUESTION, Router, policy
 from vllm_server import VllmServer, VllmServers
 
 from agents.evaluation.walk import references, run
-from agents.learners.pomdp.fit import fit
+from agents.learners.pomdp.fit import estimate
 from agents.routers.base import Constant
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
@@ -44,7 +44,7 @@ class Served:
 @pytest.fixture(scope="module")
 def served(vllm_servers: VllmServers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """TRIM-POMDP, as it has a memory, in front of the embedded family."""
-    planned = fit(compile_store("quickstart"), "train", lam=3e-3)
+    planned = estimate(compile_store("quickstart")).routers([3e-3])[0]
     urls = {role: server.url for role, server in vllm_servers._asdict().items()}
     running = Router(policy(tmp_path_factory.mktemp("policy"), planned), urls, upstream_timeout=60)
     yield Served(running, vllm_servers.small, planned)
