@@ -1,8 +1,12 @@
-"""Everything that the page says of an evaluation, gathered: `Page` names it."""
+"""Everything that the page says of an evaluation, gathered: the values that its scripts draw, by name.
+
+Nothing here knows how they look. Each part is described where it is built.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -12,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from agents.evaluation.bootstrap import resample_weights
+from agents.evaluation.bootstrap import Estimate, resample_weights
 from agents.evaluation.suite import RANDOM, TRIM_THR, EvaluateConfig, Evaluation, load_methods
 from agents.evaluation.table import (
     NOTES,
@@ -23,7 +27,6 @@ from agents.evaluation.table import (
     method_rows,
     point_rows,
 )
-from agents.report.content import Method, Page, Problem, Sampling, Setting, Subject, plain
 from agents.report.positions import positions
 from agents.report.reliability import scorer_reliability
 from agents.report.routers import shown_routers
@@ -39,7 +42,7 @@ TRACE_BYTES = 2_300_000
 
 
 def gather(config: EvaluateConfig, evaluation: Evaluation, trace_bytes: int = TRACE_BYTES) -> dict[str, Any]:
-    """Return the `Page` of an evaluation as JSON holds it.
+    """Return the page of an evaluation as JSON holds it.
 
     Args:
         config: Settings of the evaluation.
@@ -62,12 +65,12 @@ def gather(config: EvaluateConfig, evaluation: Evaluation, trace_bytes: int = TR
     marks = [flags(each, small) for each in paths]
     _, problem = np.unique(trees.problem[tables.indices], return_inverse=True)
     weights = resample_weights(int(problem.max()) + 1, seed=seed)
-    settings: list[Setting] = [
+    settings = [  # routers at one setting, through all trees of the split
         {
             "method": each.method,
-            "knob": each.knob,
+            "knob": each.knob,  # None for a constant
             "label": each.label,
-            "counts": {name: int(which.sum()) for name, which in own.items()},
+            "counts": {name: int(which.sum()) for name, which in own.items()},  # solutions, by flag
             "share": float(path.large_tokens.sum() / max(int(large.large_tokens.sum()), 1)),
             "positions": positions(path, problem, weights),
         }
@@ -77,13 +80,13 @@ def gather(config: EvaluateConfig, evaluation: Evaluation, trace_bytes: int = TR
     traced = Traced(trees, tables.indices, paths, marks, small, large)
     answers = {each.id: each.answer for each in Store(config.rollouts).problems()}
     problems, sampling = _problems(traced, answers, config, trace_bytes)
-    page: Page = {
+    page = {
         "subject": _subject(evaluation, tables, seed),
         "sentences": evaluation.sentences,
         "caption": caption(everything, limits(subject)),
         "methods": [_method(each, _kind(each, evaluation)) for each in everything],
         "references": {"always-small": everything[0].small, "always-large": everything[0].large},
-        "tables": {
+        "tables": {  # as text, the first row a header
             "headline": headline_rows(everything),
             "all": method_rows(everything),
             "points": {each.name: point_rows(each) for each in everything},
@@ -92,7 +95,7 @@ def gather(config: EvaluateConfig, evaluation: Evaluation, trace_bytes: int = TR
         "at_lam": evaluation.at_lam,
         "settings": settings,
         "first": _first(settings),
-        "flags": FLAGS,
+        "flags": FLAGS,  # what they mean
         "reliability": scorer_reliability(trees, small, problem, weights),
         "problems": problems,
         "sampling": sampling,
@@ -103,10 +106,10 @@ def gather(config: EvaluateConfig, evaluation: Evaluation, trace_bytes: int = TR
 
 def _problems(
     traced: Traced, answers: Mapping[str, str], config: EvaluateConfig, most: int
-) -> tuple[list[Problem], Sampling]:
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return the traces of problems drawn at random, as many as fit, and how many those are."""
     chosen = choose(traced.trees, traced.indices, config.report_problems, config.seed)
-    records: list[Problem] = []
+    records: list[dict[str, Any]] = []
     size = 0
     for position in chosen:
         record = problem_record(traced, position, answers)
@@ -117,27 +120,21 @@ def _problems(
     return records, {"shown": len(records), "wanted": len(chosen), "megabytes": most / 1e6}
 
 
-def _first(settings: Sequence[Setting]) -> int:
+def _first(settings: Sequence[Mapping[str, Any]]) -> int:
     """Return the setting that the page opens with: of the first method the one whose cost is nearest to 20 %."""
     own = [i for i, each in enumerate(settings) if each["method"] == settings[0]["method"]]
     return min(own, key=lambda i: abs(settings[i]["share"] - 0.2))
 
 
-def _subject(evaluation: Evaluation, tables: DecisionTables, seed: int) -> Subject:
+def _subject(evaluation: Evaluation, tables: DecisionTables, seed: int) -> dict[str, Any]:
     meta, subject = tables.trees.meta, evaluation.subject
     return {
-        "split": subject["split"],
-        "problems": subject["problems"],
-        "cost": subject["cost"],
-        "transfer": subject["transfer"],
-        "hash": subject["hash"],
+        **{name: subject[name] for name in ("split", "problems", "cost", "transfer", "hash")},
         "caps": limits(subject),
         "rollouts": Path(subject["rollouts"]).name,
-        "small": str(meta["small"]),
-        "large": str(meta["large"]),
-        "scorer": str(meta["scorer"]),
+        **{name: str(meta[name]) for name in ("small", "large", "scorer")},
         "trees": len(tables.indices),
-        "left_out_trees": int(meta["left_out_trees"]),
+        "left_out_trees": int(meta["left_out_trees"]),  # for want of a score
         "resamples": evaluation.methods[0].resamples,
         "seed": seed,
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -154,24 +151,33 @@ def _kind(summary: MethodSummary, evaluation: Evaluation) -> str:
     return "threshold" if summary.name.startswith(TRIM_THR) else "trained"
 
 
-def _method(summary: MethodSummary, kind: str) -> Method:
+def _method(summary: MethodSummary, kind: str) -> dict[str, Any]:
+    """Return what the figure of curves draws of a method: fields of its summary and of its points."""
     return {
-        "name": summary.name,
+        **{name: getattr(summary, name) for name in ("name", "band", "knots", "mixing_from")},
         "kind": kind,
-        "band": summary.band,
-        "knots": summary.knots,
-        "mixing_from": summary.mixing_from,
         "points": [
             {
-                "knob": point.knob,
-                "on_curve": point.on_curve,
+                **{name: getattr(point, name) for name in ("knob", "on_curve", "large_tokens", "escalations")},
+                **{name: point.metrics[name] for name in ("accuracy", "pgr")},
                 "c": point.metrics["c"].value,
-                "accuracy": point.metrics["accuracy"],
-                "pgr": point.metrics["pgr"],
-                "large_tokens": point.large_tokens,
-                "escalations": point.escalations,
             }
             for point in summary.points
         ],
         "cpt_80": summary.metrics["cpt_80"],
     }
+
+
+def plain(value: Any) -> Any:
+    """Return values as scripts read them: estimates as [value, low, high], six digits, null for what is undefined."""
+    if isinstance(value, Estimate):
+        value = (value.value, value.low, value.high)
+    elif hasattr(value, "__dataclass_fields__"):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from agents.evaluation.bootstrap import Estimate, estimate
 from agents.evaluation.outcomes import Floats
-from agents.report.content import Positions
 from agents.report.walks import Paths
 from rollouts.trees.arrays import ESCALATE_LARGE
 
@@ -17,7 +16,7 @@ PARTS = 10
 """Equal parts of a solution, from its first to its last step."""
 
 
-def positions(paths: Paths, problem: NDArray[np.integer[Any]], weights: Floats) -> Positions:
+def positions(paths: Paths, problem: NDArray[np.integer[Any]], weights: Floats) -> dict[str, Any]:
     """Count decisions and escalations by step number, and escalations by part of the solution.
 
     Args:
@@ -38,9 +37,9 @@ def positions(paths: Paths, problem: NDArray[np.integer[Any]], weights: Floats) 
     return {
         "decisions": decisions.sum(axis=0).astype(int).tolist(),
         "escalations": escalations.sum(axis=0).astype(int).tolist(),
-        "share": ratios(escalations, decisions, weights),
-        "per_100": ratios(100 * escalations, trees, weights),
-        "parts": ratios(in_parts, everything, weights),
+        "share": ratios(escalations, decisions, weights),  # of the decisions of a step
+        "per_100": ratios(100 * escalations, trees, weights),  # in 100 solutions
+        "parts": ratios(in_parts, everything, weights),  # of all escalations, by tenth
     }
 
 

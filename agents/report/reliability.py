@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.evaluation.outcomes import Floats
-from agents.report.content import Bin, Reliability
 from agents.report.positions import by_problem, ratios
 from agents.report.walks import Paths
 from rollouts.trees.arrays import CONTINUE_SMALL, Trees
@@ -24,8 +23,11 @@ def reliability(
     right: NDArray[np.bool_],
     problem: NDArray[np.integer[Any]],
     weights: Floats,
-) -> Reliability:
+) -> dict[str, Any]:
     """Compare scores with what came true, in bins of equal width.
+
+    ``error`` is the mean distance of score and share over the bins, weighted by counts: the expected calibration error.
+    ``auc`` is P(a right one scores above a wrong one); NaN if all are alike.
 
     Args:
         name: Of the question that is answered.
@@ -37,13 +39,13 @@ def reliability(
     """
     inside = np.minimum((BINS * scores).astype(int), BINS - 1)[:, None] == np.arange(BINS)
     counts, good = (by_problem(each, problem, weights.shape[1]) for each in (inside, inside & right[:, None]))
-    bins: list[Bin] = [
+    bins: list[dict[str, Any]] = [
         {
             "low": i / BINS,
             "high": (i + 1) / BINS,
             "count": count,
             "score": float(scores[inside[:, i]].mean()),
-            "right": share,
+            "right": share,  # of what they score
         }
         for i, (count, share) in enumerate(zip(inside.sum(axis=0).tolist(), ratios(good, counts, weights), strict=True))
         if count
@@ -54,7 +56,7 @@ def reliability(
 
 def scorer_reliability(
     trees: Trees, small: Paths, problem: NDArray[np.integer[Any]], weights: Floats
-) -> list[Reliability]:
+) -> list[dict[str, Any]]:
     """Return what `reliability` says of the scorer on the small model's own solutions.
 
     Args:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.report.content import End, Problem, Proposal, Run
 from agents.report.walks import Paths
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, STOP_REASONS, Trees
 
@@ -61,7 +60,7 @@ def choose(trees: Trees, indices: NDArray[np.integer[Any]], count: int, seed: in
     return sorted(first[drawn].tolist())
 
 
-def problem_record(traced: Traced, position: int, answers: Mapping[str, str]) -> Problem:
+def problem_record(traced: Traced, position: int, answers: Mapping[str, str]) -> dict[str, Any]:
     """Return one problem with every step that one of the routers accepted or rejected."""
     trees, tree = traced.trees, int(traced.indices[position])
     order: dict[int, int] = {}
@@ -73,50 +72,48 @@ def problem_record(traced: Traced, position: int, answers: Mapping[str, str]) ->
             order.setdefault(row, len(order))
             shown |= {(row, CONTINUE_SMALL), (row, int(action == ESCALATE_LARGE))}
     problem = int(trees.problem[tree])
-    runs: list[Run] = []
-    for paths, marks in zip(traced.paths, traced.marks, strict=True):
-        actions = paths.actions[position]
-        runs.append(
-            {
-                "actions": "".join(map(str, actions[actions >= 0].tolist())),
-                **_end(paths, position),
-                "flags": [name for name, which in marks.items() if which[position]],
-            }
-        )
     return {
         "id": trees.problem_ids[problem],
         "replica": int(trees.replica[tree]),
         "question": trees.questions[problem],
-        "answer": answers.get(trees.problem_ids[problem]),
+        "answer": answers.get(trees.problem_ids[problem]),  # None where unknown
         "small": _end(traced.small, position),
         "large": _end(traced.large, position),
-        "nodes": [
+        "nodes": [  # proposals of the small and the large model; None where no router saw one
             [
                 _proposal(trees, row, action, order) if (row, action) in shown else None
                 for action in (CONTINUE_SMALL, ESCALATE_LARGE)
             ]
             for row in order
         ],
-        "runs": runs,
+        "runs": [  # each router's path
+            {
+                # a digit for each step from node 0 on, as in `Paths.actions`
+                "actions": "".join(map(str, paths.actions[position][paths.actions[position] >= 0].tolist())),
+                **_end(paths, position),
+                "flags": [name for name, which in marks.items() if which[position]],
+            }
+            for paths, marks in zip(traced.paths, traced.marks, strict=True)
+        ],
     }
 
 
-def _end(paths: Paths, position: int) -> End:
+def _end(paths: Paths, position: int) -> dict[str, Any]:
     return {"right": bool(paths.correct[position]), "large_tokens": int(paths.large_tokens[position])}
 
 
-def _proposal(trees: Trees, row: int, action: int, order: Mapping[int, int]) -> Proposal | None:
+def _proposal(trees: Trees, row: int, action: int, order: Mapping[int, int]) -> dict[str, Any] | None:
     child, label = int(trees.child[row, action]), int(trees.label[row, action])
     if child == MISSING:
         return None
-    record: Proposal = {
+    record: dict[str, Any] = {
         "text": trees.proposal(row, action).strip("\n"),
         "score": round(float(trees.score[row, action]), 4),
         "tokens": int(trees.tokens[row, action]),
-        "label": None if label < 0 else bool(label),
+        "label": None if label < 0 else bool(label),  # None without exact labels
     }
     if child >= 0:
-        record["next"] = order.get(child)
+        record["next"] = order.get(child)  # the node after it; None where no router went
     else:
         record["stop"] = STOP_REASONS[trees.stop_reason[row, action]].value
         record["right"] = bool(trees.correct[row, action] == 1)

@@ -130,6 +130,6 @@ def _need_steps(counts: Floats) -> None:
         found = ", ".join(f"{count:.0f} of {name}" for name, count in zip(CLASSES, counts, strict=True))
         raise DataError(
             f"Too few steps with known class to estimate what scores tell: {found}; expected at least "
-            f"{LEAST_PER_CLASS} of each (S0: all steps right, S1: an earlier one wrong, S2: only the newest one wrong). "
-            "Label more solutions, or generate rollouts of more problems."
+            f"{LEAST_PER_CLASS} of each (S0: all steps right, S1: an earlier one wrong, S2: only the newest one "
+            "wrong). Label more solutions, or generate rollouts of more problems."
         )
