@@ -39,29 +39,26 @@ class Health:
         return self.verdict in (LEVEL, BETTER)
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A router to compare with, by name."""
-
-    name: str
-    outcomes: Outcomes
-
-
 def assess(
-    router: Outcomes, constant: Reference, threshold: Reference, large: Outcomes, lam: float, weights: Floats
+    router: Outcomes,
+    constant: tuple[str, Outcomes],
+    threshold: tuple[str, Outcomes],
+    large: Outcomes,
+    lam: float,
+    weights: Floats,
 ) -> Health:
     """Compare a router with the best constant and the best threshold, paired on problems.
 
     Args:
         router: Its outcomes.
-        constant: The best constant.
-        threshold: The best threshold.
+        constant: The best constant, with its name.
+        threshold: The best threshold, likewise.
         large: Outcomes of always-large, for shares.
         lam: λ.
         weights: (R, P) from `agents.evaluation.bootstrap.resample_weights`.
     """
-    over_constant = paired_returns(router, constant.outcomes, lam, weights)
-    over_threshold = paired_returns(router, threshold.outcomes, lam, weights)
+    over_constant = paired_returns(router, constant[1], lam, weights)
+    over_threshold = paired_returns(router, threshold[1], lam, weights)
     rate = float(router.escalations.sum() / router.steps.sum())
     one_action = rate >= ONE_ACTION or rate <= 1 - ONE_ACTION
     if len(router) < FEWEST:
@@ -78,7 +75,7 @@ def assess(
     sentence = (
         f"{_words(verdict, rate, len(router))} It solves {100 * router.correct.mean():.1f} % of the problems at "
         f"{100 * share:.1f} % of always-large's cost; return {router.returns(lam).mean():.4f}: "
-        f"{_against(over_threshold, threshold.name)}, {_against(over_constant, constant.name)}."
+        f"{_against(over_threshold, threshold[0])}, {_against(over_constant, constant[0])}."
     )
     return Health(verdict, sentence, over_constant, over_threshold, rate)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agents.evaluation.outcomes import Floats
+from agents.evaluation.splits import Record
 from agents.evaluation.table import MethodSummary
 from rollouts.errors import DataError
 
@@ -24,32 +23,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, GREY, GRID = "#222222", "#767676", "#E3E3E3"
 SIZE = (12.0, 6.75)  # 16:9 in inches
 DPI = 200
-
-
-@dataclass(frozen=True)
-class Level:
-    """What a router reaches on validation: mean return, accuracy and large-token share, all as shares of 1."""
-
-    returns: float
-    accuracy: float
-    share: float
-
-
-@dataclass(frozen=True, eq=False)
-class TrainingHistory:
-    """Validation during training, each (N,).
-
-    Attributes:
-        iteration: Iterations at which the policy was validated.
-        returns: Mean return, ``correct - lam * cost``.
-        accuracy: Mean correctness.
-        share: Large tokens as a share of always escalating.
-    """
-
-    iteration: Floats
-    returns: Floats
-    accuracy: Floats
-    share: Floats
 
 
 def cost_accuracy(
@@ -103,12 +76,12 @@ def cost_accuracy(
     return _save(figure, path)
 
 
-def training_curve(history: TrainingHistory, references: Mapping[str, Level], title: str, path: Path) -> list[Path]:
+def training_curve(records: Sequence[Record], references: Mapping[str, Record], title: str, path: Path) -> list[Path]:
     """Draw validation during training in three panels: return, accuracy, large-token share.
 
     Args:
-        history: Validation by iteration.
-        references: What to compare with, by name: the best constant, the best threshold.
+        records: What each iteration, ``step``, came to: ``validation/`` and what `splits.Validation.measure` finds.
+        references: What it finds of others to compare with, by name: the best constant, the best threshold.
         title: What was trained, on what.
         path: Where to save, without suffix: ``.png`` and ``.svg`` are added.
 
@@ -119,15 +92,16 @@ def training_curve(history: TrainingHistory, references: Mapping[str, Level], ti
     panels = figure.subplots(3, 1, sharex=True)
     figure.subplots_adjust(left=0.085, right=0.975, bottom=0.1, top=0.8, hspace=0.14)
     rows = (
-        ("Return", 1, history.returns, [level.returns for level in references.values()]),
-        ("Accuracy, %", 100, history.accuracy, [level.accuracy for level in references.values()]),
-        ("Large tokens, %", 100, history.share, [level.share for level in references.values()]),
+        ("Return", 1, "return"),
+        ("Accuracy, %", 100, "accuracy"),
+        ("Large tokens, %", 100, "share"),
     )
-    for axes, (label, factor, values, levels) in zip(panels, rows, strict=True):
+    for axes, (label, factor, figure_of) in zip(panels, rows, strict=True):
         styles = cycle(((GREY, "--"), (COLOURS[1], "-."), (COLOURS[2], ":")))
-        for name, level, (colour, dashes) in zip(references, levels, styles, strict=False):
-            axes.axhline(factor * level, color=colour, linestyle=dashes, linewidth=1.8, label=name)
-        axes.plot(history.iteration, factor * values, color=COLOURS[0], linewidth=2.2, label="policy")
+        for (name, level), (colour, dashes) in zip(references.items(), styles, strict=False):
+            axes.axhline(factor * level[figure_of], color=colour, linestyle=dashes, linewidth=1.8, label=name)
+        iteration, values = ([record[name] for record in records] for name in ("step", f"validation/{figure_of}"))
+        axes.plot(iteration, factor * np.array(values), color=COLOURS[0], linewidth=2.2, label="policy")
         axes.margins(y=0.12)
         axes.set_ylabel(label, fontsize=13, color=INK)
         _style(axes)

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from agents.evaluation.bootstrap import resample_weights
 from agents.evaluation.curves import TOLERANCE, Points, References, per_cost
-from agents.evaluation.health import Health, Reference, assess
-from agents.evaluation.outcomes import Floats, Outcomes
+from agents.evaluation.health import Health, assess
+from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.walk import references, run
 from agents.routers.base import Constant, Router, Threshold
 from rollouts.errors import StoreError
@@ -139,14 +139,13 @@ class Validation:
         """Assess a router on the choice half or, finally, on the verdict half, against rules chosen on the former."""
         tables, which = (self.verdict, 1) if final else (self.choice, 0)
         simple = self.candidates.best(lam)
-        weights: Floats = self._weights[which]
         return assess(
             run(router, tables),
-            Reference(simple.constant.name, run(simple.constant, tables)),
-            Reference(f"the best threshold ({simple.threshold.threshold:.3f})", run(simple.threshold, tables)),
+            (simple.constant.name, run(simple.constant, tables)),
+            (f"the best threshold ({simple.threshold.threshold:.3f})", run(simple.threshold, tables)),
             self.references[which].large,
             lam,
-            weights,
+            self._weights[which],
         )
 
     def measure(self, outcomes: Outcomes, lam: float) -> Record:

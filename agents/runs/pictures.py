@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from agents.evaluation.splits import Validation
 from agents.evaluation.walk import run
@@ -16,24 +15,16 @@ from agents.routers.base import AnyRouter, Threshold
 
 def draw_training(result: Result, validation: Validation, title: str, place: Path) -> Path:
     """Draw a training and return the PNG."""
-    from agents.evaluation.plots import Level, TrainingHistory, training_curve
+    from agents.evaluation.plots import training_curve
 
-    def column(name: str) -> NDArray[np.float64]:
-        return np.array([record[name] for record in result.records])
-
-    history = TrainingHistory(
-        column("step"), column("validation/return"), column("validation/accuracy"), column("validation/share")
-    )
     levels = {}
     for name in ("best constant", "best threshold"):
         found = [
             validation.measure(run(getattr(simple, name.removeprefix("best ")), validation.choice), lam)
             for lam, simple in result.baselines.items()
         ]
-        levels[name] = Level(
-            *(float(np.mean([each[key] for each in found])) for key in ("return", "accuracy", "share"))
-        )
-    return training_curve(history, levels, title, place / "training")[0]
+        levels[name] = {key: float(np.mean([each[key] for each in found])) for key in found[0]}
+    return training_curve(result.records, levels, title, place / "training")[0]
 
 
 def draw_curve(routers: Mapping[float, AnyRouter], validation: Validation, rollouts: str, folder: Path) -> None:

@@ -67,19 +67,16 @@ def train(config: TrainConfig, listener: Listener | None = None) -> Trained:
         ConfigError: A setting is wrong, or the folder exists.
         StoreError: The rollouts cannot be used.
     """
-    config = settings.resolved(config)
-    listener = listener or Listener()
-    trees = _compile(config, listener)
-    config = _with_lams(config, trees)
-    validation = _validation(config, trees)  # fails now, if it must, and not after the folder was made
+    config, listener = settings.resolved(config), listener or Listener()
+    trees = compile_store(config.rollouts, config.scorer, config.grader, on_progress=listener.compiling)
     folder = config.out or settings.new_folder(config)
+    new = _Run(replace(_with_lams(config, trees), out=folder), trees, folder, listener)  # fails now, if it must
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: exists already; nothing was overwritten. Choose another --out, or --resume it.")
     folder.mkdir(parents=True, exist_ok=True)
-    config = replace(config, out=folder)
-    described = {"config": as_plain(config), "versions": settings.versions(), "rollouts": trees.meta}
+    described = {"config": as_plain(new.config), "versions": settings.versions(), "rollouts": trees.meta}
     (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    return _run(config, trees, validation, folder, listener)
+    return new.finish()
 
 
 def resume(folder: Path, listener: Listener | None = None, imports: Sequence[str] = ()) -> Trained:
@@ -106,17 +103,13 @@ def resume(folder: Path, listener: Listener | None = None, imports: Sequence[str
         raise ConfigError(f"{folder}: no run to resume here (no config.json).") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file}: damaged settings ({type(error).__name__}: {error}).") from error
-    trees = _compile(config, listener)
+    trees = compile_store(config.rollouts, config.scorer, config.grader, on_progress=listener.compiling)
     if trees.meta["hash"] != recorded:
         raise StoreError(
             f"{config.rollouts}: these rollouts have hash {trees.meta['hash']}, the run was begun on {recorded}. "
             "They have grown or changed since; start a new run."
         )
-    return _run(config, trees, _validation(config, trees), folder, listener)
-
-
-def _compile(config: TrainConfig, listener: Listener) -> Trees:
-    return compile_store(config.rollouts, config.scorer, config.grader, on_progress=listener.compiling)
+    return _Run(config, trees, folder, listener).finish()
 
 
 def _with_lams(config: TrainConfig, trees: Trees) -> TrainConfig:
@@ -148,162 +141,138 @@ def automatic_lams(trees: Trees, config: TrainConfig) -> tuple[float, ...]:
 
 
 def _tables(config: TrainConfig, trees: Trees, indices: NDArray[Any]) -> DecisionTables:
-    return decision_tables(
-        trees,
-        schema=config.schema,
-        cost=config.cost,
-        max_escalations=config.max_escalations,
-        max_large_tokens=config.max_large_tokens,
-        indices=indices,
-    )
-
-
-def _validation(config: TrainConfig, trees: Trees) -> Validation:
-    return Validation(lambda indices: _tables(config, trees, indices), trees)
-
-
-def _run(config: TrainConfig, trees: Trees, validation: Validation, folder: Path, listener: Listener) -> Trained:
-    tables = _tables(config, trees, trees.select("train"))
-    routers: dict[float, AnyRouter] = {}
-    health: dict[float, Health] = {}
-    stored: list[artefact.Storable] = []
-    tasks: tuple[Lam, ...] = (config.lam_range,) if config.lam_range else config.lam
-    for task in tasks:
-        place = folder / _label(task)
-        place.mkdir(exist_ok=True)
-        report = place / "report.json"
-        if report.is_file():  # finished before the run was stopped
-            router, attempts = artefact.load(place / "policy").router, 0
-            own = {lam: validation.assess(at(router, lam), lam, final=True) for lam in checked_at(task)}
-        else:
-            tracker = _tracker(config, task, place)
-            router, own, attempts, picture = _fit(config, tables, validation, task, place, tracker, listener)
-            about = _about(config, trees, validation, router, own)
-            if not (place / "policy" / "policy.json").exists():
-                artefact.save(router, place / "policy", about)
-            found = [{"lam": lam, **asdict(each), "attempts": attempts} for lam, each in own.items()]
-            tracker.finish({**found[len(found) // 2], **about["held_out"][len(found) // 2]}, picture, place / "policy")
-            report.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-        stored.append(router)
-        for lam, each in own.items():
-            routers[lam], health[lam] = at(router, lam), each
-            if attempts:
-                listener.end(lam, each, attempts)
-    lines = [f"lam {lam:g}: {each.sentence}" for lam, each in health.items()]
-    sentence = ""
-    if config.budget is not None or config.accuracy is not None:
-        sentence = meet_target(
-            stored, validation, folder, origin(config, trees, validation), config.budget, config.accuracy
-        )
-        lines.append(sentence)
-    (folder / "report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    draw_curve(routers, validation, config.rollouts, folder)
-    return Trained(folder, routers, health, sentence)
-
-
-def _tracker(config: TrainConfig, task: Lam, place: Path) -> NoTracker:
-    if config.tracking == "none":
-        return NoTracker()
-    return WandbTracker(place, f"{config.agent} {_label(task)}", place.parent.name, as_plain(config))
+    caps: dict[str, Any] = {name: getattr(config, name) for name in ("max_escalations", "max_large_tokens")}
+    return decision_tables(trees, schema=config.schema, cost=config.cost, indices=indices, **caps)
 
 
 def _label(task: Lam) -> str:
     return f"lam-{task[0]:g}-to-{task[1]:g}" if isinstance(task, tuple) else f"lam-{task:g}"
 
 
-def _title(name: str, task: Lam) -> str:
-    return f"{name}, {_label(task).replace('lam-', 'λ = ').replace('-to-', ' to ')}"
+Fitted = tuple[artefact.Storable, dict[float, Health], int, Path | None]
+"""A router, its health by λ, the number of attempts, and a picture of the training if there is one."""
 
 
-def _fit(
-    config: TrainConfig,
-    tables: DecisionTables,
-    validation: Validation,
-    task: Lam,
-    place: Path,
-    tracker: NoTracker,
-    listener: Listener,
-) -> tuple[artefact.Storable, dict[float, Health], int, Path | None]:
-    """Return router, health by λ, number of attempts, and a picture of the training if there is one."""
-    if config.agent in ("ppo-agg", "tree-agg", "ppo-seq"):
-        return _train(config, tables, validation, task, place, tracker, listener)
-    assert isinstance(task, float)
-    router: Any
-    if config.agent == "threshold":
-        router = validation.candidates.best(task).threshold
-    elif config.agent == "pomdp":
-        estimates = estimate(tables.trees, indices=tables.indices)
-        router = estimates.routers([task], price=price_of(tables.cost_model))[0]
-        (place / "estimates.json").write_text(json.dumps(estimates.report(), indent=1) + "\n", encoding="utf-8")
-    else:
-        learner = loaded_plugin(config.agent, "--agent")
-        router = checked(learner.fit(tables, task, config.seed), config.agent)
-    return router, {task: validation.assess(router, task, final=True)}, 1, None
+class _Run:
+    """A run under way."""
 
+    def __init__(self, config: TrainConfig, trees: Trees, folder: Path, listener: Listener) -> None:
+        self.config, self.trees, self.folder, self.listener = config, trees, folder, listener
+        self.validation = Validation(lambda indices: _tables(config, trees, indices), trees)
 
-def _train(
-    config: TrainConfig,
-    tables: DecisionTables,
-    validation: Validation,
-    lam: Lam,
-    place: Path,
-    tracker: NoTracker,
-    listener: Listener,
-) -> tuple[artefact.Storable, dict[float, Health], int, Path | None]:
-    training = Training(tables, validation, lam, config.learner, config.seed, attempts=config.attempts)
-    listener.begin(lam, training)
-    with (place / "metrics.jsonl").open("w", encoding="utf-8") as lines:
+    def finish(self) -> Trained:
+        """Train what is not finished yet, and say what came out of all."""
+        config, validation, folder = self.config, self.validation, self.folder
+        tables = _tables(config, self.trees, self.trees.select("train"))
+        routers: dict[float, AnyRouter] = {}
+        health: dict[float, Health] = {}
+        stored: list[artefact.Storable] = []
+        tasks: tuple[Lam, ...] = (config.lam_range,) if config.lam_range else config.lam
+        for task in tasks:
+            place = folder / _label(task)
+            place.mkdir(exist_ok=True)
+            if (place / "report.json").is_file():  # finished before the run was stopped
+                router, attempts = artefact.load(place / "policy").router, 0
+                own = {lam: validation.assess(at(router, lam), lam, final=True) for lam in checked_at(task)}
+            else:
+                router, own, attempts = self._made(tables, task, place)
+            stored.append(router)
+            for lam, each in own.items():
+                routers[lam], health[lam] = at(router, lam), each
+                if attempts:
+                    self.listener.end(lam, each, attempts)
+        lines = [f"lam {lam:g}: {each.sentence}" for lam, each in health.items()]
+        sentence = ""
+        if config.budget is not None or config.accuracy is not None:
+            sentence = meet_target(stored, validation, folder, self.origin(), config.budget, config.accuracy)
+            lines.append(sentence)
+        (folder / "report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        draw_curve(routers, validation, config.rollouts, folder)
+        return Trained(folder, routers, health, sentence)
 
-        def keep(record: Record) -> None:
-            lines.write(json.dumps({name: float(value) for name, value in sorted(record.items())}) + "\n")
-            lines.flush()
-            tracker.log(record)
-            listener.iteration(lam, training, record)
+    def _made(
+        self, tables: DecisionTables, task: Lam, place: Path
+    ) -> tuple[artefact.Storable, dict[float, Health], int]:
+        """Return a router that is stored in its place, with its health by λ and the number of attempts."""
+        config, tracker = self.config, NoTracker()
+        if config.tracking != "none":
+            name = f"{config.agent} {_label(task)}"
+            tracker = WandbTracker(place, name, self.folder.name, as_plain(config))
+        router, own, attempts, picture = self._fit(tables, task, place, tracker)
+        about = self._about(router, own)
+        if not (place / "policy" / "policy.json").exists():
+            artefact.save(router, place / "policy", about)
+        found = [{"lam": lam, **asdict(each), "attempts": attempts} for lam, each in own.items()]
+        tracker.finish({**found[len(found) // 2], **about["held_out"][len(found) // 2]}, picture, place / "policy")
+        (place / "report.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        return router, own, attempts
 
-        result = training.run(keep)
-    picture = draw_training(result, validation, _title(result.router.name, lam), place)
-    return result.router, result.health, result.attempts, picture
+    def _fit(self, tables: DecisionTables, task: Lam, place: Path, tracker: NoTracker) -> Fitted:
+        config = self.config
+        if config.agent in ("ppo-agg", "tree-agg", "ppo-seq"):
+            return self._train(tables, task, place, tracker)
+        assert isinstance(task, float)
+        router: Any
+        if config.agent == "threshold":
+            router = self.validation.candidates.best(task).threshold
+        elif config.agent == "pomdp":
+            estimates = estimate(tables.trees, indices=tables.indices)
+            router = estimates.routers([task], price=price_of(tables.cost_model))[0]
+            (place / "estimates.json").write_text(json.dumps(estimates.report(), indent=1) + "\n", encoding="utf-8")
+        else:
+            learner = loaded_plugin(config.agent, "--agent")
+            router = checked(learner.fit(tables, task, config.seed), config.agent)
+        return router, {task: self.validation.assess(router, task, final=True)}, 1, None
 
+    def _train(self, tables: DecisionTables, lam: Lam, place: Path, tracker: NoTracker) -> Fitted:
+        config = self.config
+        training = Training(tables, self.validation, lam, config.learner, config.seed, attempts=config.attempts)
+        self.listener.begin(lam, training)
+        with (place / "metrics.jsonl").open("w", encoding="utf-8") as lines:
 
-def _about(
-    config: TrainConfig, trees: Trees, validation: Validation, router: artefact.Storable, health: Mapping[float, Health]
-) -> dict[str, Any]:
-    """Return what an artefact says of its origin and of what it reached."""
-    held_out = [_held_out(validation, at(router, lam), lam, each) for lam, each in health.items()]
-    about = {**origin(config, trees, validation), "held_out": held_out}
-    return {**about, "budgets": lam_costs(router, validation)} if isinstance(router, ConditionedMLP) else about
+            def keep(record: Record) -> None:
+                lines.write(json.dumps({name: float(value) for name, value in sorted(record.items())}) + "\n")
+                lines.flush()
+                tracker.log(record)
+                self.listener.iteration(lam, training, record)
 
+            result = training.run(keep)
+        title = f"{result.router.name}, {_label(lam).replace('lam-', 'λ = ').replace('-to-', ' to ')}"
+        return result.router, result.health, result.attempts, draw_training(result, self.validation, title, place)
 
-def origin(config: TrainConfig, trees: Trees, validation: Validation) -> dict[str, Any]:
-    """Return models, scorer, rollouts and the like, as artefacts name them."""
-    return {
-        "package": settings.versions()["trim-routing"],
-        "small": trees.meta["small"],
-        "large": trees.meta["large"],
-        "scorer": trees.meta["scorer"],
-        "grader": trees.meta["grader"],
-        "rollouts": {"store": Path(trees.meta["store"]).name, "hash": trees.meta["hash"]},
-        "max_steps": trees.meta["max_steps"],
-        "cost": config.cost,
-        "max_escalations": validation.verdict.max_escalations,
-        "max_large_tokens": validation.verdict.max_large_tokens,
-    }
+    def _about(self, router: artefact.Storable, health: Mapping[float, Health]) -> dict[str, Any]:
+        """Return what an artefact says of its origin and of what it reached."""
+        held_out = [self._held_out(at(router, lam), lam, each) for lam, each in health.items()]
+        about = {**self.origin(), "held_out": held_out}
+        return {**about, "budgets": lam_costs(router, self.validation)} if isinstance(router, ConditionedMLP) else about
 
+    def origin(self) -> dict[str, Any]:
+        """Return models, scorer, rollouts and the like, as artefacts name them."""
+        meta = self.trees.meta
+        return {
+            "package": settings.versions()["trim-routing"],
+            **{name: meta[name] for name in ("small", "large", "scorer", "grader")},
+            "rollouts": {"store": Path(meta["store"]).name, "hash": meta["hash"]},
+            "max_steps": meta["max_steps"],
+            "cost": self.config.cost,
+            "max_escalations": self.validation.verdict.max_escalations,
+            "max_large_tokens": self.validation.verdict.max_large_tokens,
+        }
 
-def _held_out(validation: Validation, router: AnyRouter, lam: float, health: Health) -> dict[str, Any]:
-    """Return what a router reached on the verdict half of validation."""
-    outcomes, both = run(router, validation.verdict), validation.references[1]
-    return {
-        "lam": lam,
-        "problems": len(outcomes),
-        "accuracy": float(outcomes.correct.mean()),
-        "cost": float(outcomes.cost.mean()),
-        "share": float(outcomes.cost.sum() / both.large.cost.sum()),
-        "always_small_accuracy": float(both.small.correct.mean()),
-        "always_large_accuracy": float(both.large.correct.mean()),
-        "verdict": health.verdict,
-        "sentence": health.sentence,
-    }
+    def _held_out(self, router: AnyRouter, lam: float, health: Health) -> dict[str, Any]:
+        """Return what a router reached on the verdict half of validation."""
+        outcomes, both = run(router, self.validation.verdict), self.validation.references[1]
+        return {
+            "lam": lam,
+            "problems": len(outcomes),
+            "accuracy": float(outcomes.correct.mean()),
+            "cost": float(outcomes.cost.mean()),
+            "share": float(outcomes.cost.sum() / both.large.cost.sum()),
+            "always_small_accuracy": float(both.small.correct.mean()),
+            "always_large_accuracy": float(both.large.correct.mean()),
+            "verdict": health.verdict,
+            "sentence": health.sentence,
+        }
 
 
 __all__ = ["Trained", "automatic_lams", "resume", "train"]

@@ -16,7 +16,7 @@ from made_outcomes import level, outcomes, references, simulated
 from agents.evaluation.bootstrap import resample_weights
 from agents.evaluation.compare import compare_curves, number
 from agents.evaluation.curves import References
-from agents.evaluation.plots import Level, TrainingHistory, cost_accuracy, training_curve
+from agents.evaluation.plots import cost_accuracy, training_curve
 from agents.evaluation.table import (
     as_plain,
     method_rows,
@@ -154,10 +154,13 @@ def test_figure_refuses_methods_on_different_problems(summaries, without_gap, tm
 
 
 def test_training_curve(tmp_path):
-    iteration = np.arange(5.0)
-    history = TrainingHistory(iteration, iteration / 10, iteration / 5, 1 - iteration / 5)
-    levels = {"best constant": Level(0.2, 0.5, 0.0), "best threshold": Level(0.3, 0.6, 0.2)}
-    png, svg = training_curve(history, levels, "PPO", tmp_path / "training")
+    names = ("step", "validation/return", "validation/accuracy", "validation/share")
+    records = [dict(zip(names, (i, i / 10, i / 5, 1 - i / 5), strict=True)) for i in range(5)]
+    levels = {
+        "best constant": {"return": 0.2, "accuracy": 0.5, "share": 0.0},
+        "best threshold": {"return": 0.3, "accuracy": 0.6, "share": 0.2},
+    }
+    png, svg = training_curve(records, levels, "PPO", tmp_path / "training")
     assert png.stat().st_size > 10_000 and svg.stat().st_size > 10_000
 
 

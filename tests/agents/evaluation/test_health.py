@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from agents.evaluation.bootstrap import resample_weights
-from agents.evaluation.health import BEATEN, BETTER, COLLAPSED, LEVEL, Reference, assess
+from agents.evaluation.health import BEATEN, BETTER, COLLAPSED, LEVEL, assess
 from agents.evaluation.outcomes import Outcomes
 
 LAM = 0.01
@@ -30,7 +30,7 @@ POOR_THRESHOLD = outcomes(solved(0.3, 3), 0, 0)
 
 
 def verdict(router, threshold=GOOD_THRESHOLD):
-    health = assess(router, Reference("always-small", SMALL), Reference("thr", threshold), LARGE, LAM, WEIGHTS)
+    health = assess(router, ("always-small", SMALL), ("thr", threshold), LARGE, LAM, WEIGHTS)
     assert f"{router.returns(LAM).mean():.4f}" in health.sentence
     return health
 
@@ -71,7 +71,7 @@ def test_one_action_means_99_percent(rate, same):
 def test_a_handful_of_problems_gets_no_verdict():
     few = np.arange(7)
     small, large = SMALL.take(few), LARGE.take(few)
-    references = Reference("always-small", small), Reference("thr", outcomes(np.ones(COUNT, bool), 0, 0).take(few))
+    references = ("always-small", small), ("thr", outcomes(np.ones(COUNT, bool), 0, 0).take(few))
     health = assess(large, *references, large, LAM, resample_weights(7, 500))
     assert health.over_threshold.high < 0  # beaten, if one believed seven problems
     assert health.verdict == LEVEL and health.fine
