@@ -99,8 +99,8 @@ _NAMED = {
 _PRICES = ("large_in", "large_out", "small_in", "small_out")
 
 
-def cost_model(spec: str, *, imports: bool = False) -> CostModel:
-    """Return a cost model from its name.
+def cost_model(spec: str | CostModel, *, imports: bool = False) -> CostModel:
+    """Return a cost model from its name, or as it is.
 
     - ``decode-only``: tokens that the large model decodes (the paper's, and the default).
     - ``prefill-20``: 1.2 times that (the paper's conservative variant).
@@ -117,6 +117,8 @@ def cost_model(spec: str, *, imports: bool = False) -> CostModel:
     Raises:
         ConfigError: There is no such model, or a price is not a number of at least 0.
     """
+    if not isinstance(spec, str):
+        return spec
     name, _, argument = spec.partition(":")
     if spec in _NAMED:
         return _NAMED[spec]

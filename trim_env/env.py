@@ -179,9 +179,12 @@ class TrimEnv(gymnasium.Env[Any, Any]):
         observations, _ = self._vector.reset(seed=seed, options=options)
         self._seeded, trees = True, self.tables.trees
         self._arrive()
-        self._tree = int(trees.tree[self._row])
+        tree = int(trees.tree[self._row])
+        problem = int(trees.problem[tree])
+        self._origin = {"problem": trees.problem_ids[problem], "replica": int(trees.replica[tree])}
+        self._question = trees.questions[problem]
         self._accepted: list[tuple[int, int]] = []  # (row, action)
-        self._text = trees.questions[trees.problem[self._tree]] + "\n\n"
+        self._text = self._question + "\n\n"
         return self._observation(observations), self._info()
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -214,11 +217,10 @@ class TrimEnv(gymnasium.Env[Any, Any]):
         return {"features": observations[0], "partial_solution": self._text, "proposal": self._proposal}
 
     def _info(self) -> dict[str, Any]:
-        trees, totals, cap = self.tables.trees, self._vector.totals, self.tables.max_large_tokens
+        totals, cap = self._vector.totals, self.tables.max_large_tokens
         told = {} if cap is None else {"large_tokens_left": cap - int(totals["large_tokens"][0])}
         return {
-            "problem": trees.problem_ids[trees.problem[self._tree]],
-            "replica": int(trees.replica[self._tree]),
+            **self._origin,
             "node": max(self._row, -1),
             "partial_solution": self._text,
             "proposal": self._proposal,
@@ -235,8 +237,7 @@ class TrimEnv(gymnasium.Env[Any, Any]):
         """Return the question, the accepted steps with author and score, and the proposal (`render_mode` "ansi")."""
         if self.render_mode is None:
             return None
-        trees = self.tables.trees
-        lines = [trees.questions[trees.problem[self._tree]], ""]
+        lines = [self._question, ""]
         for row, action in self._accepted:
             lines.append(self._line(row, action, "small" if action == CONTINUE_SMALL else "LARGE"))
         if self._row >= 0:

@@ -79,6 +79,7 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
     Environment i with ``reset(seed=s)`` runs through the same problems as a single environment with seed s + i.
 
     Attributes:
+        lam_share: Share of λ that rewards charge, in (0, 1]: less than 1 only while a training warms up.
         totals: What the running episodes have come to: ``cost``, ``large_tokens`` and so on, arrays of shape (E,).
         taken: (E,) who wrote the steps that were accepted last, 0 or 1.
     """
@@ -99,17 +100,15 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         """Set the spaces.
 
         Args:
-            num_envs: E.
+            num_envs: E; this and what is not named here as of `trim_env.vector.TrimVectorEnv`.
             pool: (R,) numbers of the trees that episodes are drawn from.
             schema: Feature schema.
             max_steps: T, the most steps of an episode.
-            lam: Reward per unit of cost, λ; with (low, high) every episode draws its own, log-uniformly, and sees it
-                as one more feature after those of the schema (`trim_env.features.lam_feature`).
-            max_escalations: Cap K on escalations per episode; None for none.
-            max_large_tokens: Cap M on the tokens that the large model decodes in an episode; None for none. With one,
-                the share that is left is a feature after those of the schema, and before λ.
+            lam: λ, or its range.
+            max_escalations: K; None for no cap.
+            max_large_tokens: M; None for no cap.
             autoreset_mode: SAME_STEP or NEXT_STEP, which some of Gymnasium's wrappers ask for.
-            render_mode: None; single environments render.
+            render_mode: None.
 
         Raises:
             ConfigError: An argument is out of range.
@@ -124,13 +123,12 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         lam = (float(lam[0]), float(lam[1])) if isinstance(lam, Sequence) else lam
         self.lam_range = checked_range(lam) if isinstance(lam, tuple) else None
         self._lam = np.full(num_envs, lam[0]) if isinstance(lam, tuple) else checked_lam(lam)
-        self._share = 1.0
+        self.lam_share = 1.0
         low, high = schema.observed_bounds(max_steps)
         if max_large_tokens is not None:
             low, high = np.append(low, np.float32(0)), np.append(high, np.float32(1))
         if self.lam_range:
-            ends = np.array([-LAM_BOUND, LAM_BOUND], np.float32)
-            low, high = np.append(low, ends[0]), np.append(high, ends[1])
+            low, high = np.append(low, np.float32(-LAM_BOUND)), np.append(high, np.float32(LAM_BOUND))
         self.single_observation_space = spaces.Box(low, high, dtype=np.float32)
         self.single_action_space = spaces.Discrete(2)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -165,15 +163,6 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         if self.lam_range:
             raise ConfigError("Each episode draws its own lam here; it cannot be set.")
         self._lam = checked_lam(value)
-
-    @property
-    def lam_share(self) -> float:
-        """Share of λ that rewards charge, in (0, 1]: less than 1 only while a training warms up."""
-        return self._share
-
-    @lam_share.setter
-    def lam_share(self, value: float) -> None:
-        self._share = float(value)
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Return (E, 2) whether each action is possible: escalating is not, once a cap is reached."""
@@ -326,7 +315,10 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
             self.totals["masked"] += masked
         taken = self._take(which, action[which])
         if which is not _ALL:
-            taken = Steps(*(self._spread(values, which) for values in taken))
+            everywhere = Steps(*(np.zeros(self.num_envs, values.dtype) for values in taken))  # 0 where none was taken
+            for whole, values in zip(everywhere, taken, strict=True):
+                whole[which] = values
+            taken = everywhere
         totals = self.totals
         totals["cost"] += taken.cost
         totals["large_tokens"] += taken.large_tokens
@@ -335,7 +327,7 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         totals["escalations"] += taken.action
         totals["steps"] += acted
         self.taken, done = taken.action, taken.done
-        reward = taken.solved - self._share * self._lam * taken.cost
+        reward = taken.solved - self.lam_share * self._lam * taken.cost
         ends = done.any()
         infos = self._end(done, taken.solved) if ends else {}
         self._over = done if ends and self._next_step else None
@@ -347,12 +339,6 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
                 seen[running] = self._observe(running)
         self._seen = seen
         return seen.copy(), reward, done, np.zeros(self.num_envs, bool), infos
-
-    def _spread(self, values: Array, which: Array) -> Array:
-        """Return (E,) values, 0 where there are none."""
-        spread = np.zeros(self.num_envs, values.dtype)
-        spread[which] = values
-        return spread
 
     def _end(self, done: Array, solved: Array) -> dict[str, Any]:
         """Return what is known of the episodes that end, and let new ones begin in their places if now is the time.

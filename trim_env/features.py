@@ -95,7 +95,8 @@ class Schema:
             named = schema_named(self.id) == self
         except ConfigError:
             named = False
-        return (_unpickled, (self.id,)) if named else (Schema, (self.name, self.version, self.features, self.history))
+        again = partial(schema_named, imports=True)
+        return (again, (self.id,)) if named else (Schema, (self.name, self.version, self.features, self.history))
 
     @property
     def size(self) -> int:
@@ -251,8 +252,8 @@ def left_feature(left: NDArray[np.int64] | int, cap: int) -> NDArray[np.float32]
     return np.asarray(np.asarray(left) / cap, np.float32)
 
 
-def schema_named(name: str, *, imports: bool = False) -> Schema:
-    """Return a schema by its name: ``agg+``, or ``module:object`` of a `Schema` of one's own.
+def schema_named(name: str | Schema, *, imports: bool = False) -> Schema:
+    """Return a schema by its name, or as it is: ``agg+``, or ``module:object`` of a `Schema` of one's own.
 
     ``agg+,module:object,...`` adds `Feature` objects to a schema. Every part may name its version, ``agg+/1``: so does
     the `Schema.id` that artefacts hold.
@@ -265,6 +266,8 @@ def schema_named(name: str, *, imports: bool = False) -> Schema:
     Raises:
         ConfigError: There is none of that name, or its version is another one.
     """
+    if isinstance(name, Schema):
+        return name
     first, *added = name.split(",")
     plain, version = _versioned(first)
     schema = SCHEMAS.get(plain)
@@ -303,7 +306,3 @@ def _check_version(what: str, name: str, here: int, wanted: str) -> None:
             f"{what} {name!r} is at version {here} here; version {wanted} is asked for. "
             "Train the policy again, or use the package version that it was made with."
         )
-
-
-def _unpickled(name: str) -> Schema:
-    return schema_named(name, imports=True)

@@ -71,18 +71,18 @@ class LiveVectorEnv(EpisodesVectorEnv):
             writers: Both models.
             scorer: The scorer.
             grader: The grader or its name.
-            split: Split that episodes are drawn from; None for all.
+            split: This, and what is not named here, as of `trim_env.vector.TrimVectorEnv`.
             num_envs: E.
-            lam: Reward per unit of cost, λ; see `trim_env.vector.TrimVectorEnv`.
-            schema: Feature schema (`trim_env.features.schema_named`); modules of your own are imported.
-            cost: Cost model (`trim_env.costs.cost_model`), likewise.
+            lam: λ, or its range.
+            schema: Feature schema.
+            cost: Cost model.
             max_escalations: Cap on escalations per episode; None: none, whatever the store is closed under.
             max_large_tokens: Cap on the tokens that the large model decodes in an episode. The store gets whole large
                 steps all the same; what an episode pays and accepts is what a request cut off there would give.
             replicas: Replicas of every problem; None: those that the store has, at least one.
             labeller: Exact labels of steps, for stores that have them.
             trees_in_memory: About the most trees kept in memory; those of running episodes always are.
-            autoreset_mode: When episodes that end are replaced; see `trim_env.episodes.EpisodesVectorEnv`.
+            autoreset_mode: When episodes that end are replaced.
 
         Raises:
             StoreError: The store cannot be used or is being written to, or the split is empty.
@@ -97,8 +97,7 @@ class LiveVectorEnv(EpisodesVectorEnv):
                 grader = make_grader(grader)
                 if hasattr(grader, "close"):
                     opened.callback(grader.close)
-            self.schema = schema_named(schema, imports=True) if isinstance(schema, str) else schema
-            self.cost_model = cost_model(cost, imports=True) if isinstance(cost, str) else cost
+            self.schema, self.cost_model = schema_named(schema, imports=True), cost_model(cost, imports=True)
             self._roots = _roots(store, split, replicas)
             steps = int(store.manifest["process"]["limits"]["max_steps"])
             caps = checked_cap(None, max_escalations), checked_token_cap(max_large_tokens)

@@ -129,22 +129,6 @@ class DecisionTables:
         return self._others[schema.id]
 
 
-def made_tables(
-    rollouts: Rollouts | DecisionTables, split: str | None, schema: str | Schema, cost: str | CostModel, **caps: Any
-) -> DecisionTables:
-    """Return tables that are there already, or build those that a user asks for: modules that names name are imported.
-
-    Raises:
-        StoreError: As of `decision_tables`.
-        ConfigError: As of `decision_tables`, or a module cannot be imported.
-    """
-    if isinstance(rollouts, DecisionTables):
-        return rollouts
-    schema = schema_named(schema, imports=True) if isinstance(schema, str) else schema
-    cost = cost_model(cost, imports=True) if isinstance(cost, str) else cost
-    return decision_tables(rollouts, split, schema=schema, cost=cost, **caps)
-
-
 def decision_tables(
     rollouts: Rollouts,
     split: str | None = "train",
@@ -154,18 +138,20 @@ def decision_tables(
     max_escalations: int | None = None,
     max_large_tokens: int | None = None,
     indices: NDArray[Any] | None = None,
+    imports: bool = False,
 ) -> DecisionTables:
     """Build the tables.
 
     Args:
         rollouts: Compiled trees, the path of a rollout store, or the name of a bundled one (``quickstart``).
         split: Split that episodes are drawn from; None for all trees.
-        schema: Feature schema, or its name (`trim_env.features.schema_named`; nothing is imported).
+        schema: Feature schema, or its name (`trim_env.features.schema_named`).
         cost: Cost model, or its name, likewise.
         max_escalations: A cap on escalations per episode, K; it cannot exceed the K that the store is closed
             under, which is the default.
         max_large_tokens: A cap on the tokens that the large model decodes in an episode, M.
         indices: Draw from these trees instead of from a whole split.
+        imports: Import the modules that both names name.
 
     Raises:
         StoreError: The store cannot be used, or the split is empty.
@@ -173,8 +159,7 @@ def decision_tables(
             not support, or an M below 1.
     """
     trees = rollouts if isinstance(rollouts, Trees) else compile_store(rollouts)
-    schema = schema_named(schema) if isinstance(schema, str) else schema
-    model = cost_model(cost) if isinstance(cost, str) else cost
+    schema, model = schema_named(schema, imports=imports), cost_model(cost, imports=imports)
     large = np.zeros((trees.nodes, 2), np.int64)
     large[:, ESCALATE_LARGE] = trees.tokens[:, ESCALATE_LARGE]
     small = np.repeat(np.asarray(trees.tokens[:, :1], np.int64), 2, axis=1)

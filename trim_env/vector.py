@@ -12,7 +12,7 @@ from rollouts.trees.arrays import MISSING
 from trim_env.costs import CostModel
 from trim_env.episodes import EPISODE_INFO, FINISHED, Array, EpisodesVectorEnv, Lam, Steps, unknown_problem
 from trim_env.features import DEFAULT_SCHEMA, Schema
-from trim_env.tables import DecisionTables, Rollouts, made_tables, missing
+from trim_env.tables import DecisionTables, Rollouts, decision_tables, missing
 
 
 class TrimVectorEnv(EpisodesVectorEnv):
@@ -60,8 +60,10 @@ class TrimVectorEnv(EpisodesVectorEnv):
             StoreError: The store cannot be used, or the split is empty.
             ConfigError: An argument is out of range or unknown.
         """
-        caps = {"max_escalations": max_escalations, "max_large_tokens": max_large_tokens}
-        self.tables = tables = made_tables(rollouts, split, schema, cost, **caps)
+        if not isinstance(rollouts, DecisionTables):
+            caps: dict[str, Any] = {"max_escalations": max_escalations, "max_large_tokens": max_large_tokens}
+            rollouts = decision_tables(rollouts, split, schema=schema, cost=cost, imports=True, **caps)
+        self.tables = tables = rollouts
         self._roots = np.array(tables.trees.root, np.int64)
         self.node = np.zeros(num_envs, np.int64)
         super().__init__(

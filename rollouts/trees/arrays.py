@@ -83,9 +83,9 @@ class Trees:
     def proposal(self, row: int, action: int) -> str:
         """Return the text of a proposal; empty if it was not generated."""
         place = 2 * int(row) + int(action)
-        ends = self.text_end.reshape(-1)
+        ends, text = np.asarray(self.text_end).reshape(-1), np.asarray(self.text)  # a memmap is slow to index
         start = int(ends[place - 1]) if place else 0
-        return bytes(self.text[start : ends[place]]).decode("utf-8")
+        return bytes(text[start : ends[place]]).decode("utf-8")
 
     def select(self, split: str | None = None) -> NDArray[np.int64]:
         """Return the tree indices of a split, or of all.
