@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import NamedTuple
 
 from rollouts.errors import TrimError, did_you_mean
 
-
-class Command(NamedTuple):
-    """A command; its module is imported when it is called, and has ``run(config) -> int``.
-
-    Attributes:
-        module: The module.
-        config: The name of its settings' class.
-        help: What it does.
-    """
-
-    module: str
-    config: str
-    help: str
-
-
+# by name: a module, imported when it is called, with run(config) -> int; its settings' class; what it does
 COMMANDS = {
-    "export": Command("agents.deploy.export", "ExportConfig", "write portable artefacts of the routers of a run"),
-    "serve": Command("agents.serve.command", "ServeConfig", "serve routers over HTTP"),
+    "export": ("agents.deploy.export", "ExportConfig", "write portable artefacts of the routers of a run"),
+    "serve": ("agents.serve.command", "ServeConfig", "serve routers over HTTP"),
 }
 
 
 def usage() -> str:
     """Return what the command line offers."""
-    lines = [f"  {name:8}{command.help}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:8}{does}" for name, (_, _, does) in COMMANDS.items()]
     return "\n".join(["usage: python -m agents COMMAND ...", "", *lines, "", "COMMAND --help tells its settings."])
 
 
@@ -45,11 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
         if name not in COMMANDS:
             print(f"error: Unknown command {name!r}.{did_you_mean(name, COMMANDS)}", file=sys.stderr)
             return 2
-        command = COMMANDS[name]
         import tyro
 
-        module = importlib.import_module(command.module)
-        config = tyro.cli(getattr(module, command.config), prog=f"python -m agents {name}", args=rest)
+        place, settings, _ = COMMANDS[name]
+        module = importlib.import_module(place)
+        config = tyro.cli(getattr(module, settings), prog=f"python -m agents {name}", args=rest)
         return int(module.run(config))
     except TrimError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -198,7 +198,8 @@ class TrimEnv(gymnasium.Env[Any, Any]):
             raise ConfigError("No episode is running: call reset() before the next step().")
         if int(action) not in (CONTINUE_SMALL, ESCALATE_LARGE):
             raise ConfigError(f"The action is {action!r}, expected 0 (CONTINUE_SMALL) or 1 (ESCALATE_LARGE).")
-        observations, rewards, _, _, ended = self._vector.step(np.array([int(action)]))
+        # not `step`, which would check again
+        observations, rewards, _, _, ended = self._vector._step(np.array([int(action)]))
         accepted = self._row, int(self._vector.taken[0])
         self._accepted.append(accepted)
         self._text += self.tables.trees.proposal(*accepted) if accepted[1] else self._proposal

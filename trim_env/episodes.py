@@ -124,7 +124,7 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         self.lam_range = checked_range(lam) if isinstance(lam, tuple) else None
         self._lam = np.full(num_envs, lam[0]) if isinstance(lam, tuple) else checked_lam(lam)
         self.lam_share = 1.0
-        low, high = schema.observed_bounds(max_steps)
+        low, high = schema.bounds(max_steps)
         if max_large_tokens is not None:
             low, high = np.append(low, np.float32(0)), np.append(high, np.float32(1))
         if self.lam_range:

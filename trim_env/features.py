@@ -133,16 +133,11 @@ class Schema:
             for each in self.features
         ]
 
-    def bounds(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return (d,) least and (d,) greatest values."""
-        low, high = self._bounds
-        return low.copy(), high.copy()
-
-    def observed_bounds(self, max_steps: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return least and greatest values of observations: `bounds`, or of the layout of `observed`."""
+    def bounds(self, max_steps: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return least and greatest values of observations, in the layout of `observed` where there is a history."""
         told = self.history
         low, high = (np.concatenate([np.tile(each[:told], max_steps), each[told:]]) for each in self._bounds)
-        return (low, high) if told else self.bounds()
+        return low, high
 
     def accepted(self, score: NDArray[Any], tokens: NDArray[Any]) -> NDArray[np.float32]:
         """Return (n, history) what later observations tell of accepted steps, from their (n,) scores and tokens."""

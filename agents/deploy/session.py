@@ -184,13 +184,10 @@ class Session:
                 "Cut its step off there and accept the proposal: accept(action=0, wasted=...)."
             )
         self.large_tokens += spent
-        self._go_on(step)
-
-    def _go_on(self, step: dict[str, float]) -> None:
         if self._state is not None:
+            told = np.array([self._action], np.int64), np.array([step["score"]], np.float32)
             router = cast(StatefulRouter, self.router)
-            score, tokens = np.array([step["score"]], np.float32), np.array([step["tokens"]], np.int64)
-            self._state = router.accept(self._state, np.array([self._action], np.int64), score, tokens)
+            self._state = router.accept(self._state, *told, np.array([step["tokens"]], np.int64))
         self._folded.add(step)
         self.escalations += self._action
         self.ended = bool(step.get("terminal")) or self.step == self._max_steps

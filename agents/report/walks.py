@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from agents.evaluation.walk import decisions
 from agents.routers.base import AnyRouter
 from rollouts.errors import ConfigError
-from rollouts.trees.arrays import ESCALATE_LARGE
 from trim_env.tables import DecisionTables
 
 Ints = NDArray[np.int64]
@@ -33,11 +32,6 @@ class Paths:
     actions: NDArray[np.int8]
     correct: NDArray[np.bool_]
     large_tokens: Ints
-
-    @property
-    def escalations(self) -> Ints:
-        """(R,) steps that the large model wrote."""
-        return np.asarray((self.actions == ESCALATE_LARGE).sum(axis=1), np.int64)
 
     @property
     def steps(self) -> Ints:

@@ -86,7 +86,7 @@ def test_nothing_leaves_the_bounds(name):
     wild = [generator.choice([0.0, 1e-9, 0.3, 1.0], 500) for _ in range(3)]
     wild += [generator.choice([0.0, 1.0, 300.0, 1e12], 500), generator.integers(1, 31, 500).astype(float)]
     wild += [generator.integers(0, 2, 500).astype(float) for _ in range(2)]
-    low, high = SCHEMAS[name].bounds()
+    low, high = SCHEMAS[name].bounds(1)
     values = SCHEMAS[name](columns(*wild, max_steps=30))
     assert (values >= low).all() and (values <= high).all()
     assert (values.min(axis=0) < values.max(axis=0)).all()

@@ -91,6 +91,6 @@ def test_live_generation_tells_what_the_store_will(tmp_path):
 
 
 def test_bounds_hold_padding_and_every_step():
-    low, high = SCHEMAS["seq"].observed_bounds(4)
+    low, high = SCHEMAS["seq"].bounds(4)
     assert low.shape == high.shape == (11,) and (low <= 0).all() and (high >= 1).all()
     assert (low[:8:2] == low[0]).all() and (high[1:8:2] == 8).all()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.routers.pomdp.belief import RIGHT, WRONG, Floats, after_large, after_small, scored
+from agents.routers.pomdp.belief import RIGHT, S0, WRONG, Floats, after_large, scored
 from agents.routers.pomdp.model import Model
 
 
@@ -121,7 +121,7 @@ def backup(
     return Backup(
         small_end=ends * (classes @ model.end_value[kind]),
         small_on=1 - ends,
-        small_place=places(after_small(classes), model.level[bins], points),
+        small_place=places(classes[..., S0], model.level[bins], points),
         large_end=large_ends * (wrong + mended * (right - wrong)),
         large_on=1 - large_ends,
         large_place=places(mended, context, points),

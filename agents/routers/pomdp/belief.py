@@ -35,12 +35,6 @@ def corrected(classes: Floats, likelihood: Floats) -> tuple[Floats, Floats]:
     return np.where(total[..., None] > 0, joint / np.where(total > 0, total, 1.0)[..., None], classes), total
 
 
-def after_small(classes: Floats) -> Floats:
-    """Return g once the proposal is accepted: what is wrong stays wrong."""
-    g: Floats = classes[..., S0]
-    return g
-
-
 def after_large(classes: Floats, p_large: Floats, repair: float | NDArray[np.float64]) -> Floats:
     """Return g once the large model has written the step instead, before the score of its step is seen.
 

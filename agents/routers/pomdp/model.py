@@ -159,12 +159,6 @@ class Model:
             raise ValueError("ends and large_ends let the last step be followed by another one")
 
 
-def scores_in(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the (n,) scores of the proposals, as features."""
-    column: NDArray[np.float32] = features[:, SCORE]
-    return column
-
-
 def tokens_in(features: NDArray[np.float32]) -> Floats:
     """Return the (n,) tokens of the proposals."""
     return 20.0 * np.exp(features[:, TOKENS].astype(np.float64))

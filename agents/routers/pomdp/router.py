@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from agents.routers.base import Knob
 from agents.routers.pomdp.backup import after_score, backup
-from agents.routers.pomdp.belief import Floats, after_large, after_small, corrected, predicted, scored
-from agents.routers.pomdp.model import SCHEMA, Model, as_feature, expected_tokens, scores_in, to_bins, tokens_in
+from agents.routers.pomdp.belief import S0, Floats, after_large, corrected, predicted, scored
+from agents.routers.pomdp.model import SCHEMA, SCORE, Model, as_feature, expected_tokens, to_bins, tokens_in
 from rollouts.trees.arrays import ESCALATE_LARGE
 
 _STEP, _G, _CONTEXT, _KIND, _BIN, _CLASSES = 0, 1, 2, 3, 4, slice(5, 8)  # columns of the state
@@ -65,7 +65,7 @@ class PomdpRouter:
     def decide(self, features: NDArray[np.float32], state: Floats) -> tuple[Floats, Floats]:
         """Return the (n,) probabilities of escalating, 0 or 1, and the state with the proposal's score taken in."""
         step, kind, context = self._step(state), self.model.kinds.of(features), state[:, _CONTEXT].astype(np.int64)
-        bins = to_bins(self.model.edges, scores_in(features))
+        bins = to_bins(self.model.edges, features[:, SCORE])
         ahead = predicted(state[:, _G], self.model.p_small[step, kind])
         classes, _ = corrected(ahead, self.model.small[context, kind, :, bins])
         price = self.lam * self.price * expected_tokens(self.model.token_line[step, kind], tokens_in(features))
@@ -96,7 +96,7 @@ class PomdpRouter:
         mended = scored(mended, self.model.large[context, :, bins])
         after = np.zeros_like(state)
         after[:, _STEP] = state[:, _STEP] + 1
-        after[:, _G] = np.where(large, mended, after_small(classes))
+        after[:, _G] = np.where(large, mended, classes[..., S0])  # accepted, what is wrong stays wrong
         after[:, _CONTEXT] = self.model.level[bins]
         return after
 
