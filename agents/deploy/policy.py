@@ -218,12 +218,16 @@ class Policy:
 
     def describe(self) -> dict[str, Any]:
         """Return what users may know of it, as JSON holds it."""
+        if isinstance(router := self.router, ConditionedMLP):
+            knob = {"name": "lam", "low": router.low, "high": router.high, "default": self.default_lam}
+        else:
+            knob = {"name": router.knob.name, "value": router.knob.value}
         described: dict[str, Any] = {
             "name": self.name,
             "kind": self.kind,
             "schema": self.schema,
             "features": [feature.name for feature in schema_named(self.schema).features],
-            "knob": _describe_knob(self),
+            "knob": knob,
             "budget_range": list(self.budget_range) if self.budget_range else None,
             "max_steps": self.max_steps,
             "max_escalations": self.max_escalations,
@@ -232,12 +236,6 @@ class Policy:
         }
         plain: dict[str, Any] = _finite(described)
         return plain
-
-
-def _describe_knob(policy: Policy) -> dict[str, Any]:
-    if isinstance(policy.router, ConditionedMLP):
-        return {"name": "lam", "low": policy.router.low, "high": policy.router.high, "default": policy.default_lam}
-    return {"name": policy.router.knob.name, "value": policy.router.knob.value}
 
 
 def _finite(value: Any) -> Any:

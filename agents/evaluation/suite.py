@@ -126,7 +126,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         name: [point for item in items for point in _points(item, validation, split)] for name, items in methods.items()
     }
     candidates = Candidates(validation)
-    curves[TRIM_THR if TRIM_THR not in curves else f"{TRIM_THR} (swept)"] = _thresholds(candidates, validation, split)
+    levels = candidates.spread_over(references(validation).large)
+    swept = TRIM_THR if TRIM_THR not in curves else f"{TRIM_THR} (swept)"
+    curves[swept] = [(level, run(Threshold(level), split)) for level in levels]
     curves[RANDOM] = [(rate, run(RandomRate(float(rate)), split)) for rate in np.linspace(0.05, 0.95, 10)]
     lams = _lams(both)
     oracles = [
@@ -150,7 +152,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         oracle=oracles[0],
         query_oracle=oracles[1],
         at_lam=_at_lam(methods, candidates, split, weights),
-        sentences=_sentences(list(methods), curves, both, weights),
+        sentences=_sentences(list(methods), swept, curves, both, weights),
         subject=subject,
     )
 
@@ -220,11 +222,6 @@ def _check_told(methods: dict[str, list[artefact.Artefact]], cap: int | None, tr
                 )
 
 
-def _thresholds(candidates: Candidates, validation: DecisionTables, split: DecisionTables) -> Points:
-    chosen = candidates.spread_over(references(validation).large)
-    return [(level, run(Threshold(level), split)) for level in chosen]
-
-
 def _points(item: artefact.Artefact, validation: DecisionTables, split: DecisionTables) -> Points:
     """Return the operating points of a router; of one for a range of λ 16, whose λ spread the cost on validation."""
     router = item.router
@@ -261,8 +258,9 @@ def _at_lam(
     return tuple(AtLam(*row, float(p)) for row, p in zip(rows, corrected, strict=True))
 
 
-def _sentences(trained: list[str], curves: dict[str, Points], both: References, weights: Any) -> tuple[str, ...]:
-    swept = next(name for name in curves if name.startswith(TRIM_THR) and name not in trained)
+def _sentences(
+    trained: list[str], swept: str, curves: dict[str, Points], both: References, weights: Any
+) -> tuple[str, ...]:
     pairs = [(name, swept) for name in trained] + [(trained[0], name) for name in trained[1:]]
     said = (compare_curves((one, other), curves[one], curves[other], both, weights).sentence for one, other in pairs)
     return tuple(dict.fromkeys(said))
