@@ -30,16 +30,20 @@ from typing import Any, Protocol
 
 from rollouts.errors import BackendError, ConfigError, did_you_mean
 from rollouts.plugins import build_plugin, is_plugin
-from rollouts.tasks.answers import final_answer, last_number, quick_equal
+from rollouts.tasks.answers import final_answer, last_number, plain_numbers, quick_equal
+from rollouts.tasks.forms import as_symbols, choice
 
 GRADERS = ("exact", "numeric")
 # All of these go into `describe`. RULES is to be raised when this file or answers.py starts to grade differently.
-RULES = 1
+RULES = 2
 MAX_ANSWER = 2000  # characters of a gold or final answer; a longer one is an error
 MAX_TAIL = 4000  # last characters of a solution in which an unmarked answer is looked for
-TOLERANCE = Fraction(1, 10**6)  # numeric: absolute difference of equal numbers, unless both are integers
-VERIFY = {"float_rounding": 6, "numeric_precision": 15, "strict": True}  # math-verify's own defaults
+TOLERANCE = Fraction(1, 10**6)  # absolute difference of equal numbers where one is written as a decimal
+RELATIVE_TOLERANCE = Fraction(1, 10**5)  # and the relative one, for gold numbers below 0.1
+# math-verify's own defaults. Its digits after the point become more with each zero that a gold number starts with.
+VERIFY = {"float_rounding": 6, "numeric_precision": 15, "strict": True}
 MEMORY_BYTES = 4 << 30
+_PLACEHOLDER = re.compile(r"\\f?box(?:ed)?\s*\{[\s.]*\}")
 _MEMO_ENTRIES = 200_000
 
 
@@ -67,8 +71,9 @@ def _grade_numeric(answer: str, text: str, extracted: str) -> Grade:
         return Grade(False, extracted, f"gold answer holds no number: {answer[:80]!r}")
     if found is None:
         return Grade(False, extracted)
-    whole = gold[0].denominator == found[0].denominator == 1
-    return Grade(abs(gold[0] - found[0]) <= (0 if whole else TOLERANCE), found[1])
+    rounded = "." in gold[1] + found[1]
+    allowed = min(TOLERANCE, RELATIVE_TOLERANCE * abs(gold[0])) if rounded else 0
+    return Grade(abs(gold[0] - found[0]) <= allowed, found[1])
 
 
 class Grader(Protocol):
@@ -148,7 +153,7 @@ class AnswerGrader:
         """What decides its verdicts (rules, library versions, limits), for a manifest."""
         facts = {"name": self.name, "rules": RULES, "answer_chars": MAX_ANSWER, "tail_chars": MAX_TAIL}
         if self.name == "numeric":
-            return {**facts, "library": None, "tolerance": float(TOLERANCE)}
+            return {**facts, "library": None, "tolerance": float(TOLERANCE), "relative": float(RELATIVE_TOLERANCE)}
         packages = {name: version(name) for name in ("math-verify", "latex2sympy2_extended", "sympy")}
         limits = {"time_limit_cpu_s": self.time_limit, "memory_limit_bytes": MEMORY_BYTES}
         return {**facts, "library": packages, "settings": VERIFY, **limits}
@@ -343,15 +348,71 @@ def _serve(seconds: float) -> None:
 
 def _judge(answer: str, text: str, marked: bool) -> tuple[bool, str, str | None]:
     """Whether the answer is right, as what it was read, and the fault if there was one."""
-    from math_verify import verify
-
-    gold = _parse_marked(answer)
+    gold = _parse_marked(as_symbols(plain_numbers(answer), "")[0])
     if gold is None:
         return False, text if marked else "", f"gold answer cannot be parsed: {answer[:80]!r}"
-    found, written = (_parse_marked(text), text) if marked else _parse(text)
-    if found is None:  # what no grammar reads is right only if it is the gold text
+    if marked:
+        return _equal(answer, text), text, None
+    found, written = _parse(plain_numbers(_PLACEHOLDER.sub("", text)))
+    if found is None:
         return quick_equal(answer, written) is True, written, None
-    return verify(gold, found, timeout_seconds=None, raise_on_error=True, **VERIFY), written, None
+    return _verify(gold, found), written, None
+
+
+def _equal(gold: str, final: str) -> bool:
+    """Whether two marked answers are equal; of choices (``C``, ``(C) 12 cm``) one may lack the letter or the text."""
+    options = [choice(text) for text in (gold, final)]
+    if options[0] and options[1]:
+        texts = [option[1] for option in options if option]
+        return options[0][0] == options[1][0] and (not all(texts) or _equal(*texts))
+    if _equal_expressions(gold, final):
+        return True
+    parts = final.split(", ")  # boxes joined to one answer: "15\frac{1}{2}, \frac{31}{2}" says one thing twice
+    if 1 < len(parts) < 4 and "," not in gold and all(_equal(gold, part) for part in parts):
+        return True
+    texts = [option[1] if option else text for option, text in zip(options, (gold, final), strict=True)]
+    return texts != [gold, final] and all(texts) and _equal(*texts)
+
+
+def _equal_expressions(gold: str, final: str) -> bool:
+    quick = quick_equal(gold, final)
+    if quick is not None:
+        return quick
+    expected, found = map(_parse_marked, as_symbols(plain_numbers(gold), plain_numbers(final)))
+    # What no grammar reads is right only if it is the gold text.
+    return expected is not None and found is not None and _verify(expected, found)
+
+
+def _verify(gold: Any, found: Any) -> bool:
+    """Ask math-verify, with a precision that tells small numbers apart; fractions are compared exactly."""
+    from math_verify import verify
+    from sympy import Float, UnevaluatedExpr
+
+    zeros = _zeros(gold)
+    settings = {
+        **VERIFY,
+        "float_rounding": VERIFY["float_rounding"] + max(0, zeros - 1),
+        "numeric_precision": VERIFY["numeric_precision"] + zeros,
+    }
+    if not gold.has(Float, UnevaluatedExpr) and not found.has(Float, UnevaluatedExpr):
+        values = [expression.doit() for expression in (gold, found)]
+        if all(getattr(value, "is_Rational", False) for value in values):
+            return bool(values[0] == values[1])
+    return bool(verify(gold, found, timeout_seconds=None, raise_on_error=True, **settings))
+
+
+def _zeros(expression: Any) -> int:
+    """How many zeros follow the point before the first other digit of the smallest number in an expression."""
+    from sympy import floor, log, preorder_traversal
+
+    most, parts = 0, preorder_traversal(expression)
+    for part in parts:
+        if getattr(part, "is_number", False):
+            parts.skip()
+            size = abs(part.evalf(5))
+            if size.is_Float and 0 < size < 1:
+                most = max(most, -1 - int(floor(log(size, 10))))
+    return min(most, 1000)
 
 
 @functools.lru_cache(maxsize=64)

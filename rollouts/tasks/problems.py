@@ -1,8 +1,10 @@
-r"""Problems: from the embedded set, or from JSONL files in the dialects that people have.
+r"""Problems: from the embedded set, or from files in the dialects that people have.
 
-One object per line. The question is in ``question`` or ``problem``. The answer is in ``answer`` or, where that
-is missing or empty, in ``solution``; of a worked text only the last ``\boxed{...}``, else what follows ``####``,
-is taken. The id is in ``id``, ``ID``, ``unique_id`` or ``idx``. Other keys are passed over.
+One object per line of JSON, or one row of CSV or Parquet (`rollouts.tasks.files`). The question is in ``question`` or
+``problem``. The answer is in the first of ``final_answer``, ``ground_truth``, ``answer``, ``target`` and ``solution``
+that states one: alone, or of a worked text its last ``\boxed{...}``, else what follows ``####``. The id is in ``id``,
+``unique_id`` or ``idx``. Keys are read without regard to case, blanks and hyphens (``Final Answer``); other keys are
+passed over.
 
 Splits: a row's own ``split`` is respected; every other row is placed by a hash of its question's text alone
 (Unicode-normalised, without regard to case and blanks). So a problem never moves when others are added, and
@@ -12,17 +14,18 @@ one question is never in two splits, whatever files it comes from and whatever i
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rollouts.errors import ConfigError, DataError, did_you_mean
-from rollouts.tasks.answers import last_boxed
+from rollouts.tasks.answers import boxed_answer
+from rollouts.tasks.files import Row, bare_name, read_rows, shown
 
 EMBEDDED = "tinymath"
 SPLITS = ("train", "validation", "test", "ood")
@@ -32,10 +35,12 @@ FRACTIONS = (0.7, 0.15, 0.15)
 BY_HASH = "hash"
 
 _SPLIT_ALIASES = {"val": "validation", "valid": "validation", "dev": "validation", "training": "train"}
-_ID_KEYS = ("id", "ID", "unique_id", "idx")
+_ID_KEYS = ("id", "unique_id", "idx")
+_ANSWER_KEYS = ("final_answer", "ground_truth", "answer", "target", "solution")
+_PLAIN_KEYS = ("answer", "solution")
 _LONGEST_PLAIN_SOLUTION = 200
 _CALCULATOR = re.compile(r"<<.*?>>")  # GSM8K: "9 * 2 = $<<9*2=18>>18"
-_UNBRACED_BOX = re.compile(r"\\boxed\s+([^\s{}$\\]+?)[.$]*(?:\s|$)")  # MATH: "$x^2 = \boxed 9$."
+_UNBRACED_BOX = re.compile(r"\\(?:boxed|fbox)\s+([^\s{}$\\]+?)[.$]*(?:\s|$)")  # MATH: "$x^2 = \boxed 9$."
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,22 +109,22 @@ def load_problems(
     problems = ProblemSet()
     by_id: dict[str, tuple[int, str, Problem]] = {}
     by_question: dict[str, tuple[int, Problem]] = {}
-    for number, row in _rows(path):
-        problem = _problem(_Row(path, number, row), split, source or path.stem, licence, fractions)
+    for row in read_rows(path):
+        problem = _problem(row, split, source or bare_name(path), licence, fractions)
         text = normalise_question(problem.question)
         if problem.id in by_id:
             earlier_number, earlier_text, earlier = by_id[problem.id]
             if (earlier_text, earlier.answer) != (text, problem.answer):
-                _refuse_same_id(path, (earlier_number, earlier), (number, problem), same_question=text == earlier_text)
+                _refuse_same_id(row, (earlier_number, earlier), problem, same_question=text == earlier_text)
             problems.skipped += 1
             continue
-        by_id[problem.id] = (number, text, problem)
-        first_number, first = by_question.setdefault(text, (number, problem))
+        by_id[problem.id] = (row.number, text, problem)
+        first_number, first = by_question.setdefault(text, (row.number, problem))
         if first.split != problem.split:
             raise DataError(
-                f"{path}, lines {first_number} and {number}: the same question in the splits {first.split!r} and "
-                f"{problem.split!r}; a question belongs to one split: remove one of the rows, or let hashes decide "
-                f"with split={BY_HASH!r}"
+                f"{path}, {row.unit}s {first_number} and {row.number}: the same question in the splits "
+                f"{first.split!r} and {problem.split!r}; a question belongs to one split: remove one of the rows, or "
+                f"let hashes decide with split={BY_HASH!r}"
             )
         problems.repeated += first is not problem
         problems.append(problem)
@@ -167,76 +172,60 @@ def _check(split: str | None, fractions: tuple[float, float, float]) -> None:
         raise ConfigError(f"fractions of train, validation and test are {fractions}; expected three that sum to 1")
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Every row that is not blank, with its line number (from 1)."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; expected a JSONL file, or {EMBEDDED!r} for the embedded set") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a JSONL file") from error
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        try:
-            text = line.decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: byte {error.object[error.start]:#04x} at position {error.start} is not "
-                f"UTF-8; expected UTF-8: convert the file, for instance with iconv -f LATIN1 -t UTF-8"
-            ) from None
-        if text:
-            try:
-                yield number, json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{path}, line {number}: not JSON ({error}): {_shown(text)}; expected one JSON object per line "
-                    f"(of a JSON array: jq -c '.[]' {path.name})"
-                ) from None
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A row and where it stands, for messages."""
-
-    path: Path
-    number: int
-    values: Any
-
-    def refuse(self, found: str, expected: str) -> NoReturn:
-        raise DataError(f"{self.path}, line {self.number}: {found}; expected {expected}")
-
-    def text(self, key: str) -> str:
-        """The value of a key as text without blanks around it; empty where missing, null or not a number."""
-        value = self.values.get(key)
-        if value is None or (isinstance(value, float) and not math.isfinite(value)):
-            return ""
-        if not isinstance(value, (str, int, float)) or isinstance(value, bool):
-            self.refuse(f"{key!r} is {_shown(value)}", "text or a number")
-        text = str(value).strip()
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            self.refuse(f"{key!r} is {_shown(value)}", "valid Unicode: half a surrogate pair cannot be stored")
-        return text
-
-
-def _problem(row: _Row, split: str | None, source: str, licence: str, fractions: tuple[float, float, float]) -> Problem:
+def _by_name(row: Row) -> dict[str, tuple[str, object]]:
+    """Each key and its value, under the key without regard to case, blanks and hyphens; ``id`` goes before ``ID``."""
     if not isinstance(row.values, Mapping):
-        row.refuse(f"{_shown(row.values)} is not an object", "a JSON object with a question and an answer")
-    question = row.text("question") or row.text("problem")
+        row.refuse(f"{shown(row.values)} is not an object", "a JSON object with a question and an answer")
+    values: dict[str, tuple[str, object]] = {}
+    for key in sorted(row.values, key=str.islower, reverse=True):
+        if row.values[key] is not None:
+            values.setdefault("_".join(key.casefold().replace("-", " ").split()), (key, row.values[key]))
+    return values
+
+
+def _text(row: Row, key: str, value: object) -> str:
+    """A value as text without blanks around it; empty where null or not a number."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    if not isinstance(value, (str, int, float, Decimal)) or isinstance(value, bool):
+        row.refuse(f"{key!r} is {shown(value)}", "text or a number")
+    text = str(value)
+    row.refuse_eaten(key, text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        row.refuse(f"{key!r} is {shown(value)}", "valid Unicode: half a surrogate pair cannot be stored")
+    return text.strip()
+
+
+def _problem(row: Row, split: str | None, source: str, licence: str, fractions: tuple[float, float, float]) -> Problem:
+    values = _by_name(row)
+
+    def text(name: str) -> str:
+        return _text(row, *values.get(name, (name, None)))
+
+    question = text("question") or text("problem")
     if not question:
-        row.refuse(f"no question; the keys are {_shown(list(row.values))}", "text in 'question' or 'problem'")
-    answer = _final(row.text("answer")) or _final_of_solution(row.text("solution"))
+        row.refuse(f"no question; the keys are {shown(list(row.values))}", "text in 'question' or 'problem'")
+    # Of keys that have other meanings too, only texts and numbers count.
+    keys = [
+        key
+        for key in _ANSWER_KEYS
+        if key in _PLAIN_KEYS or not isinstance(values.get(key, (key, None))[1], (list, dict))
+    ]
+    answer = next(filter(None, (_final_of_solution(text(key)) for key in keys)), "") or _final(text("answer"))
     if not answer:
+        answered = [shown(values.get(key, (key, None))[1]) for key in _PLAIN_KEYS]
         row.refuse(
-            f"no final answer; 'answer' is {_shown(row.values.get('answer'))} and 'solution' is "
-            f"{_shown(row.values.get('solution'))}",
-            "it in 'answer', or in 'solution': alone, in \\boxed{...} or after ####",
+            f"no final answer; 'answer' is {answered[0]} and 'solution' is {answered[1]}",
+            "it in 'answer', 'final_answer', 'ground_truth' or 'target', or in 'solution': alone, in \\boxed{...} or "
+            "after ####",
         )
-    own_id = next(filter(None, map(row.text, _ID_KEYS)), None)
+    own_id = next(filter(None, map(text, _ID_KEYS)), None)
     if own_id is None:
         own_id = "q-" + hashlib.sha256(normalise_question(question).encode()).hexdigest()[:16]
     if split is None:
-        named = row.text("split").lower()
+        named = text("split").lower()
         split = _SPLIT_ALIASES.get(named, named) or BY_HASH
         if split not in (*SPLITS, BY_HASH):
             row.refuse(
@@ -244,7 +233,7 @@ def _problem(row: _Row, split: str | None, source: str, licence: str, fractions:
                 f"one of {', '.join(SPLITS)}, or a split given for the whole file ({BY_HASH!r} or one)",
             )
     if licence == "unknown":
-        licence = row.text("licence") or row.text("license") or licence
+        licence = text("licence") or text("license") or licence
     return Problem(
         id=f"{source}/{own_id}",
         split=split_of(question, fractions) if split == BY_HASH else split,
@@ -257,7 +246,7 @@ def _problem(row: _Row, split: str | None, source: str, licence: str, fractions:
 
 def _final(text: str) -> str:
     text = _CALCULATOR.sub("", text)
-    boxed = last_boxed(text.replace("\\fbox", "\\boxed"))
+    boxed = boxed_answer(text)
     return (text.rpartition("####")[2] if boxed is None else boxed).strip()
 
 
@@ -270,17 +259,10 @@ def _final_of_solution(text: str) -> str:
     return final if "\n" not in final and len(final) <= _LONGEST_PLAIN_SOLUTION else ""
 
 
-def _refuse_same_id(
-    path: Path, earlier: tuple[int, Problem], later: tuple[int, Problem], *, same_question: bool
-) -> NoReturn:
+def _refuse_same_id(row: Row, earlier: tuple[int, Problem], later: Problem, *, same_question: bool) -> NoReturn:
     what = "answer" if same_question else "question"
-    shown = [_shown(getattr(problem, what)) for _, problem in (earlier, later)]
+    values = [shown(getattr(problem, what)) for problem in (earlier[1], later)]
     raise DataError(
-        f"{path}, lines {earlier[0]} and {later[0]}: the same id {later[1].id!r} with the {what}s {shown[0]} and "
-        f"{shown[1]}; expected one problem per id: correct or remove one of the rows"
+        f"{row.path}, {row.unit}s {earlier[0]} and {row.number}: the same id {later.id!r} with the {what}s {values[0]} "
+        f"and {values[1]}; expected one problem per id: correct or remove one of the rows"
     )
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from rollouts.tasks.answers import last_boxed
+from rollouts.tasks.answers import boxed_answer
 
 SMALL, LARGE = "small", "large"  # who writes a step
 ROLES = (SMALL, LARGE)  # position = action
@@ -140,8 +140,8 @@ def cut_segments(pieces: Iterable[str]) -> list[Segment]:
 
 
 def closes_box(text: str) -> bool:
-    r"""Whether a step contains a completely closed ``\boxed{...}``."""
-    return "\\boxed" in text and last_boxed(text) is not None
+    r"""Whether a step contains a completely closed ``\boxed{...}`` or ``\fbox{...}`` with something in it."""
+    return boxed_answer(text) is not None
 
 
 def solution_text(steps: Sequence[str]) -> str:

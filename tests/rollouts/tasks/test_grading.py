@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollouts.errors import ConfigError
-from rollouts.tasks.answers import final_answer, has_answer, last_boxed, quick_equal
+from rollouts.tasks.answers import final_answer, has_answer, boxed_answer, quick_equal
 from rollouts.tasks.grading import AnswerGrader, make_grader, unreadable_answers
 
 
@@ -52,8 +52,8 @@ def numeric():
         ("", None),
     ],
 )
-def test_last_boxed(text, content):
-    assert last_boxed(text) == content
+def test_boxed_answer(text, content):
+    assert boxed_answer(text) == content
     assert has_answer(text) == (content is not None)
 
 
@@ -66,8 +66,8 @@ _balanced = st.recursive(
 @given(before=_balanced, inside=_balanced, after=_balanced, earlier=st.booleans())
 def test_a_boxed_text_with_nested_braces_is_read_back(before, inside, after, earlier):
     text = (r"\boxed{0}" if earlier else "") + before
-    assert last_boxed(f"{text}\\boxed{{{inside}}}{after}") == inside
-    assert last_boxed(f"{text}\\boxed{{{inside}") == ("0" if earlier else None)
+    assert boxed_answer(f"{text}\\boxed{{{inside}}}{after}") == inside
+    assert boxed_answer(f"{text}\\boxed{{{inside}") == ("0" if earlier else None)
 
 
 def test_reading_boxes_takes_linear_time():
