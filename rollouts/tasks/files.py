@@ -36,10 +36,10 @@ _OTHERS = {
 _EATEN = re.compile(
     r"[\x07\x08\x0b](?=[A-Za-z])"
     r"|\f(?=rac|orall|lat|lo|box|rown|footnotesize)"
-    r"|\t(?=(?:ext[a-z]*\s*\{|extstyle|[dt]?frac|imes|heta|au|ilde|riangle[a-z]*|herefore|binom|ag\s*\{|o|op|fbox|hinspace)(?![A-Za-z]))"
-    r"|\t(?=anh?(?:\s*[\\({^$0-9]|\s+[a-z](?![\w-])))"
-    r"|\r(?=(?:ho|ight[a-z]*|angle|ceil|floor|m\s*\{|brace|brack|vert|oot|eals)(?![A-Za-z]))"
-    r"|\n(?=(?:eq|eg|abla|otin|mid|subseteq|cong|earrow|warrow|exists|less|leq|geq|parallel|ewline|ewcommand)(?![A-Za-z]))"
+    r"|\t(?=(?:ext[a-z]*|[dt]?frac|imes|heta|ilde|riangle[a-z]*|herefore|binom|op|fbox|hinspace)(?![A-Za-z]))"
+    r"|\t(?=ag\s*\{|(?:anh?|au|o)(?:\s*[-\\(){}^_=$0-9]|\s+[a-z](?![\w-])|$))"
+    r"|\r(?=(?:ho|ight[a-z]*|angle|ceil|floor|brace|brack|vert|oot|eals)(?![A-Za-z])|m\s*\{)"
+    r"|\n(?=(?:eq|abla|otin|subseteq|cong|earrow|warrow|leq|geq)(?![A-Za-z]))"
 )
 _LETTERS = dict(zip("\a\b\v\f\t\r\n", "abvftrn", strict=True))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from rollouts.tasks.answers import boxed_answer
+from rollouts.tasks.answers import boxed_answer, has_answer
 
 SMALL, LARGE = "small", "large"  # who writes a step
 ROLES = (SMALL, LARGE)  # position = action
@@ -49,6 +49,11 @@ class Step:
     def terminal(self) -> bool:
         """Whether accepting this step ends the episode."""
         return self.stop_reason is not StopReason.DELIMITER
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether it states a final answer; stored steps that ended with an empty box, as they once did, count too."""
+        return self.stop_reason is StopReason.BOXED or has_answer(self.text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rollouts.errors import ConfigError
-from rollouts.tasks.answers import has_answer
 from rollouts.text.steps import Step
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, TERMINAL, Trees, graph_of
 
@@ -78,7 +77,7 @@ FACTS: dict[str, Fact] = {
     # whether accepting it ends the solution
     "terminal": Fact(lambda step, _: step.terminal, lambda trees: trees.child == TERMINAL, bool),
     # whether it states a final answer
-    "has_answer": Fact(lambda step, _: has_answer(step.text), lambda trees: trees.has_answer, bool),
+    "has_answer": Fact(lambda step, _: step.has_answer, lambda trees: trees.has_answer, bool),
 }
 
 

@@ -18,13 +18,12 @@ import numpy as np
 from rollouts.errors import StoreError
 from rollouts.store.rows import Rows
 from rollouts.store.store import Store
-from rollouts.tasks.answers import has_answer
 from rollouts.text.steps import ROLES
 from rollouts.trees.arrays import MISSING, STOP_REASONS, TERMINAL, Trees
 from rollouts.trees.grow import load_trees
 from rollouts.trees.tree import RolloutTree
 
-_FORMAT = 2  # of the compiled files
+_FORMAT = 3  # of the compiled files
 
 _TYPES = {  # of the arrays
     name: get_args(get_args(hint)[1])[0]
@@ -257,7 +256,7 @@ def _rows_of(
                     score,
                     grade,
                     STOP_REASONS.index(step.stop_reason),
-                    has_answer(step.text),
+                    step.has_answer,
                     -1 if label is None else label,
                     written + len(text),
                 )

@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollouts.errors import ConfigError
-from rollouts.tasks.answers import final_answer, has_answer, boxed_answer, quick_equal
+from rollouts.tasks.answers import boxed_answer, final_answer, has_answer, quick_equal
 from rollouts.tasks.grading import AnswerGrader, make_grader, unreadable_answers
 
 
@@ -42,7 +43,21 @@ def numeric():
         (r"\boxed{\boxed{3}}", "3"),
         (r"\boxed {4}", "4"),
         (r"\\boxed{5}", "5"),
-        (r"\boxed{}", ""),
+        (r"\boxed{}", None),
+        (r"I will use \boxed{}.", None),
+        (r"\boxed{ }, \boxed{\,}, \boxed{\text{}}, \boxed{...}, \boxed{\ldots}, \boxed{\boxed{}}", None),
+        (r"\boxed{4}, as asked in \boxed{}", "4"),
+        (r"\boxed{\{\}}", r"\{\}"),
+        (r"\boxed{\emptyset}", r"\emptyset"),
+        (r"\boxed{-}", "-"),
+        (r"\fbox{42}", "42"),
+        (r"\boxed{1} but \fbox {\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{3} and \boxed{5}", "3, 5"),
+        (r"$x=\boxed{3}$ or $x = \boxed{-5}$", "3, -5"),
+        (r"$\boxed{3}$, $\boxed{5}$, and $\boxed{700}$.", "3, 5, 700"),
+        (r"\boxed{3}\text{ and }\fbox{5}", "3, 5"),
+        (r"\boxed{3}, that is \boxed{3}, \boxed{3}", "3"),
+        (r"\boxed{3}. \boxed{5}", "5"),
         (r"{ stray \boxed{6}", "6"),
         (r"\boxed{7} but then \boxed{8", "7"),
         (r"\boxed{9", None),
@@ -66,12 +81,15 @@ _balanced = st.recursive(
 @given(before=_balanced, inside=_balanced, after=_balanced, earlier=st.booleans())
 def test_a_boxed_text_with_nested_braces_is_read_back(before, inside, after, earlier):
     text = (r"\boxed{0}" if earlier else "") + before
-    assert boxed_answer(f"{text}\\boxed{{{inside}}}{after}") == inside
+    if inside.strip("{} \n"):
+        assert boxed_answer(f"{text}\\boxed{{{inside}}}{after}") == inside
     assert boxed_answer(f"{text}\\boxed{{{inside}") == ("0" if earlier else None)
 
 
 def test_reading_boxes_takes_linear_time():
     start = time.process_time()
+    assert not has_answer(r"\boxed{" * 50_000 + "}" * 50_000)
+    assert has_answer(r"\boxed{1}, " * 30_000)
     for hostile in (r"\boxed{" * 50_000, "\\boxed{" + "{" * 200_000 + "}" * 100_000, "####" * 100_000):
         assert not has_answer(hostile)
     assert time.process_time() - start < 5.0
@@ -83,6 +101,9 @@ def test_reading_boxes_takes_linear_time():
         ("She has 9.\n#### 18", "18"),
         ("#### $1,234.50\n", "$1,234.50"),
         ("#### 1\n\n#### 2", "2"),
+        ("#### 2 1/2", "2 1/2"),
+        ("#### 1e-05", "1e-05"),
+        ("#### 18\nI will use \\boxed{}", "18"),
         (r"#### \frac{3}{4}", r"\frac{3}{4}"),
         ("#### 18\n" + r"\boxed{17}", "17"),
         ("#### Step 2: add them up", None),
@@ -137,11 +158,120 @@ def test_exact_grading(exact, gold, solution, correct):
     assert grade.extracted
 
 
-@pytest.mark.parametrize("solution", ["", "\n\n", "I do not know.", r"27, no: \boxed{}", r"\boxed{  }", r"\boxed{x"])
+@pytest.mark.parametrize("solution", ["", "\n\n", "I do not know.", r"no: \boxed{}", r"\boxed{  }", r"\boxed{x"])
 def test_a_solution_without_an_answer_is_wrong(exact, numeric, solution):
     for grader in (exact, numeric):
         grade = grader.grade("27", solution)
         assert (grade.correct, grade.extracted, grade.error) == (False, "", None)
+
+
+@pytest.mark.parametrize(
+    ("gold", "final", "correct"),
+    [
+        # scientific notation
+        ("1e-05", "0.00001", True),
+        ("1e-05", "10^{-5}", True),
+        ("1e-05", "1e-06", False),
+        ("320000", "3.2e5", True),
+        ("320000", r"3.2 \times 10^5", True),
+        ("320000", "3.2\u00d710\u2075", True),
+        ("3.2E+5", r"3.2\cdot 10^{5}", True),
+        ("3.2e5", "3.2e6", False),
+        ("7000", r"7\times 10^3\text{ m}", True),
+        (r"7\times 10^3", "10", False),
+        # small and large numbers
+        ("0.0000002", "0.0000004", False),
+        ("0.0000002", r"2\times 10^{-7}", True),
+        (r"0.0000002\text{ m}", r"0.0000004\text{ m}", False),
+        ("(0.0000002, 1)", "(0.0000004, 1)", False),
+        (r"\{0.0000002, 5\}", r"\{5, 0.0000004\}", False),
+        (r"x \le 0.0000002", r"x \le 0.0000004", False),
+        (r"\begin{pmatrix} 0.0000002 \\ 1 \end{pmatrix}", r"\begin{pmatrix} 0.0000004 \\ 1 \end{pmatrix}", False),
+        (r"2 \times 10^{-7}x", r"4 \times 10^{-7}x", False),
+        (r"\sqrt{2}\cdot 10^{-28}", r"\sqrt{3}\cdot 10^{-28}", False),
+        (r"\frac{1}{3^{80}}", r"\frac{1}{3^{81}}", False),
+        (r"\frac{1}{3^{80}}", "3^{-80}", True),
+        ("0", r"\frac{1}{3^{80}}", False),
+        ("0", "0.0000001", False),
+        (r"\frac{1+10^{30}}{10^{30}}", r"\frac{2+10^{30}}{10^{30}}", False),
+        ("123456789012345678901/3", "123456789012345678902/3", False),
+        ("1/3", "333333/1000000", False),
+        ("1/3", "0.333333", True),
+        ("1/30", "0.033333", True),
+        ("1/3", "0.33", False),
+        # mixed numbers
+        ("5/2", "2 1/2", True),
+        ("2 1/2", r"\frac{5}{2}", True),
+        ("2 1/2", "2.5", True),
+        ("-5/2", "-2 1/2", True),
+        ("5/2", r"2\ \frac12", True),
+        ("5/2", "2\u00bd", True),
+        (r"5/2\text{ cups}", r"2 1/2\text{ cups}", True),
+        ("(5/2, 3)", "(2 1/2, 3)", True),
+        ("5/2", "2 1/3", False),
+        # choices
+        ("C", "C. 12 cm", True),
+        ("C", r"\textbf{(C)}\ 12", True),
+        ("C", r"\text{C. 12 cm}", True),
+        ("C", "C) 12", True),
+        ("C", "C: twelve", True),
+        ("C", r"\mathrm{(C)}~12", True),
+        ("C", r"(\text{C})", True),
+        ("C", "Option C", True),
+        (r"\text{(C)}", "C. 12", True),
+        (r"\textbf{(C)}\ 12", "C", True),
+        (r"\textbf{(C)}\ 12", "12", True),
+        (r"12\text{ cm}", "C. 12 cm", True),
+        ("C", "D. 12 cm", False),
+        ("D. 12 cm", "C. 12 cm", False),
+        ("C. 12", "C. 13", False),
+        ("D", r"\textbf{(C)}\ 12", False),
+        ("C", "12C", False),
+        ("A", "A+1", False),
+        ("a:b", "a:c", False),
+        ("(a)+b", "(a)+c", False),
+        # dots
+        (r"1,3,\ldots,2n-1", r"1,2,\ldots,n", False),
+        (r"1,2,\ldots,n", r"1,3,\ldots,2n-1", False),
+        (r"1,2,\ldots,n", r"1, 2, \dots, n", True),
+        (r"1,2,\ldots,n", "1, 2, ..., n", True),
+        (r"1,2,\ldots,n", "1,2,n", False),
+        (r"\{1,2,\ldots,n\}", r"\{1,2,\cdots,n\}", True),
+        ("1+2+\\cdots+n", "1+3+\\cdots+n", False),
+        # bases
+        ("43_5", "43_7", False),
+        ("43_5", "43_{5}", True),
+        ("43_5", r"43_{\text{five}}", True),
+        ("43_5", r"43\text{ (base 5)}", True),
+        ("43_5", "43", True),
+        ("1A_{16}", "1A_{12}", False),
+        ("1A_{16}", "A1_{16}", False),
+        ("43_5, 12_5", "43_5, 12_7", False),
+        # an answer in two boxes that says one thing
+        (r"\frac{639}{40}", r"15\frac{39}{40}} or \boxed{\frac{639}{40}", True),
+        ("3,5", r"3} and \boxed{5", True),
+        ("5", r"3} and \boxed{5", False),
+    ],
+)
+def test_exact_grading_of_what_is_written_in_unusual_ways(exact, gold, final, correct):
+    grade = exact.grade(gold, f"\\boxed{{{final}}}")
+    assert (grade.correct, grade.error) == (correct, None)
+
+
+@pytest.mark.parametrize(
+    ("gold", "solution"),
+    [
+        ("27", r"I will use \boxed{}. The answer is 27."),
+        ("27", r"The answer is $27$. I put it in \boxed{...}."),
+        ("320000", "The answer is 3.2e5."),
+        ("5/2", "The answer is 2 1/2."),
+        ("42", r"\fbox{42}"),
+    ],
+)
+def test_both_graders_read_unmarked_numbers_and_pass_over_empty_boxes(exact, numeric, gold, solution):
+    for grader in (exact, numeric):
+        grade = grader.grade(gold, solution)
+        assert (grade.correct, grade.error) == (True, None)
 
 
 def _by_math_verify(gold: str, final: str) -> bool:
@@ -167,7 +297,8 @@ def test_the_quick_way_agrees_with_math_verify_on_numbers(data):
     if "." in other:
         other += data.draw(st.one_of(st.just(""), _nearly))
     quick = quick_equal(gold, other)
-    assert quick is None or quick == _by_math_verify(gold, other)
+    if abs(Decimal(gold)) >= 1:  # math-verify takes all small numbers for equal
+        assert quick is None or quick == _by_math_verify(gold, other)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +335,17 @@ def test_equal_texts_are_equal_to_math_verify_too(text):
         ("0.333333", "1/3", True),
         ("0.33", "1/3", False),
         ("1450000", "1450001", False),
+        ("1e-05", "0.00001", True),
+        ("1e-05", "1e-06", False),
+        ("320000", r"\boxed{3.2e5}", True),
+        ("7000", r"\boxed{7\times 10^3}", True),
+        ("7000", "about 7 \u00d7 10\u00b3 km", True),
+        ("100000", r"\boxed{10^5}", True),
+        ("0.007", r"\boxed{7 \cdot 10^{-3}\text{ m}}", True),
+        ("0.0000002", "0.0000004", False),
+        ("0", "0.0000001", False),
+        ("1/3", "333333/1000000", False),
+        ("2.5", "2\u00bd", True),
         ("7", r"\boxed{x} for 7", False),
         ("3", "1/0", False),
     ],
@@ -211,6 +353,13 @@ def test_equal_texts_are_equal_to_math_verify_too(text):
 def test_numeric_grading(numeric, gold, solution, correct):
     grade = numeric.grade(gold, solution)
     assert (grade.correct, grade.error) == (correct, None)
+
+
+def test_a_number_too_large_to_write_out_is_an_error_of_that_answer(numeric):
+    for written in ("1e9999", r"10^{999999999}"):
+        grade = numeric.grade("5", f"\\boxed{{{written}}}")
+        assert not grade.correct and "number too long" in grade.error
+    assert numeric.grade("5", r"The last digit of 10^{2024} + 5 is \boxed{5}").correct
 
 
 @given(st.fractions(-(10**7), 10**7, max_denominator=50), st.integers(0, 3))
@@ -233,8 +382,8 @@ def test_hostile_answers_are_errors_and_the_run_goes_on():
     grader = AnswerGrader("exact", time_limit=0.5)
     hostile = [
         r"\boxed{10^{10^{10}}}",
-        "\\boxed{" + "{" * 900 + "}" * 900 + "}",
-        "\\boxed{" + "{" * 50_000 + "}" * 50_000 + "}",
+        "\\boxed{" + "{" * 900 + "1" + "}" * 900 + "}",
+        "\\boxed{" + "{" * 50_000 + "1" + "}" * 50_000 + "}",
     ]
     innocent = [r"\boxed{\frac{2}{4}}", r"\boxed{\frac{3}{4}}"]
     grades = grader.grade_many([(r"\frac{1}{2}", text) for text in [*hostile, *innocent]])
@@ -331,6 +480,7 @@ def test_a_pickled_grader_is_the_same_grader(exact):
 
 def test_a_description_names_library_versions_and_fits_json():
     description = json.loads(json.dumps(make_grader("exact").describe()))
+    assert description["rules"] == 2  # what changes verdicts changes this, so that tables are not mixed
     assert description["name"] == "exact" and description["library"]["math-verify"]
     assert json.loads(json.dumps(make_grader("numeric").describe()))["tolerance"] == 1e-6
 

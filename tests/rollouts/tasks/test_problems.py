@@ -1,10 +1,16 @@
 """Reading problems: the dialects of JSONL files, splits that leak nothing, and messages for broken files."""
 
+import csv
+import gzip
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
+from decimal import Decimal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,6 +61,17 @@ def _questions(count):
         ({"problem": "Q", "solution": r"Thus \boxed{5}", "answer": ""}, "5"),
         ({"problem": "Q", "solution": r"Thus \boxed{5}", "answer": None}, "5"),
         ({"problem": "Q", "solution": "10", "unknown": [1, {"nested": float("nan")}]}, "10"),
+        ({"problem": "Q", "solution": r"So \boxed{3} and \boxed{5}"}, "3, 5"),
+        ({"problem": "Q", "solution": r"So $\boxed{7}$, and not \boxed{}"}, "7"),
+        ({"problem": "Q", "answer": "7", "solution": r"So \boxed{5}", "target": ["5"], "ground_truth": {"a": 5}}, "7"),
+        ({"problem": "Q", "final_answer": "7", "solution": "Adding 3 gives 10"}, "7"),
+        ({"problem": "Q", "ground_truth": 7, "solution": "Adding 3 gives 10"}, "7"),
+        ({"problem": "Q", "target": "7", "solution": "Adding 3 gives 10"}, "7"),
+        ({"problem": "Q", "Final Answer": "7", "answer": "First\nwe add 3 to 4."}, "7"),
+        ({"problem": "Q", "answer": "First\nwe add 3 to 4.", "final-answer": "7"}, "7"),
+        ({"problem": "Q", "answer": "First\nwe add 3 to 4.", "solution": r"\boxed{7}"}, "7"),
+        ({"ID": 4, "Problem": "Q", "Answer": "7"}, "7"),
+        ({"QUESTION": "Q", "ANSWER": "So\n#### 7"}, "7"),
     ],
 )
 def test_the_answer_of_every_dialect(write, row, answer):
@@ -89,6 +106,141 @@ def test_without_an_id_the_question_gives_one(write):
 def test_windows_lines_a_byte_order_mark_and_blank_lines_are_read(write):
     rows = [b"\xef\xbb\xbf" + json.dumps(row).encode() + b"\r" for row in _questions(1)]
     assert load_problems(write(*rows, "", "  ", *_questions(3)[1:]))[0].question == "What is 0 + 0?"
+
+
+@pytest.mark.parametrize("written", ["0.00001", "1e-05", "3.2E5", "2.50", "12345678901234567890123", "1e400"])
+def test_numbers_of_json_keep_their_digits(write, written):
+    (problem,) = load_problems(write(f'{{"question": "Q", "answer": {written}}}'))
+    assert Decimal(problem.answer) == Decimal(written)
+    if "e" not in written.lower():
+        assert problem.answer == written
+
+
+# --- LaTeX that an escape sequence of JSON has bitten ---
+
+BITTEN = [
+    r"\frac{3}{2}",
+    r"\boxed{3}",
+    r"\text{yes}",
+    r"\theta",
+    r"3 \times 4",
+    r"\rho",
+    r"\tan x",
+    r"x \to 0",
+    r"\beta",
+    r"\binom{3}{2}",
+]
+BITTEN += [
+    r"\right)",
+    r"\rangle",
+    r"a \neq b",
+    r"\nabla f",
+    r"\begin{cases}",
+    r"\forall x",
+    r"\tfrac12",
+    r"\textbf{(C)}",
+    r"\bar{x}",
+    r"\tau",
+]
+
+
+@pytest.mark.parametrize("latex", BITTEN)
+@pytest.mark.parametrize("key", ["question", "answer", "solution"])
+def test_latex_without_its_backslash_is_refused_by_line_and_column(write, latex, key):
+    good = '{"question": "P\\\\\\\\frac", "answer": "1"}'
+    row = {"question": "Q", "answer": "" if key == "solution" else "1", key: "HERE"}
+    line = json.dumps(row).replace("HERE", f"so {latex}")
+    with pytest.raises(DataError) as caught:
+        load_problems(write(good, line))
+    column = line.index("\\") + 1
+    assert f"apples.jsonl, line 2, column {column}: {key!r} holds the control character" in str(caught.value)
+    command = re.search(r"\\[a-z]+", latex)[0]
+    assert f"{command} was meant" in str(caught.value) and "\\" + command in str(caught.value)
+    assert load_problems(write(good, line.replace("\\", "\\\\")))[1]
+
+
+@pytest.mark.parametrize("latex", [r"\sqrt{2}", r"\underline{x}", r"\left("])
+def test_escapes_that_json_does_not_have_are_refused_with_the_same_remedy(write, latex):
+    with pytest.raises(DataError, match=r"line 1: not JSON.*backslash written twice"):
+        load_problems(write(f'{{"question": "Q", "answer": "{latex}"}}'))
+
+
+@pytest.mark.parametrize(
+    "text", ["a\tb", "one\r\ntwo", "Take\tan apple", "page\fTwo", "e\nequal", "\tTo be", "n\nu = 3", "a)\tan n-gon", "a)\tau contraire", "1\nless than 2", "\to livro"]
+)
+def test_honest_control_characters_stay(write, text):
+    assert load_problems(write({"question": f"Q: {text}", "answer": "1"}))[0].question == f"Q: {text}"
+
+
+# --- formats ---
+
+
+def _packed(how, content):
+    if how == "utf-16":
+        return content.decode().encode("utf-16")
+    if how in ("utf-16-le", "utf-16-be", "utf-32"):
+        return content.decode().encode(how)
+    with pa.BufferOutputStream() as sink:
+        with pa.CompressedOutputStream(sink, how) as stream:
+            stream.write(content)
+        return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("how", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "gzip", "bz2", "zstd", "lz4"])
+def test_compressed_files_and_other_unicode_encodings_are_read(write, how):
+    plain = write(*_questions(5), {"question": "caf\u00e9?", "answer": "1"})
+    suffix = {"gzip": ".gz", "bz2": ".bz2", "zstd": ".zst", "lz4": ".lz4"}.get(how, "")
+    path = plain.parent / "packed" / f"apples.jsonl{suffix}"
+    path.parent.mkdir()
+    path.write_bytes(_packed(how, plain.read_bytes()))
+    assert load_problems(path) == load_problems(plain)
+
+
+def test_parquet_and_csv_are_read(write, tmp_path):
+    rows = [{"ID": n, "Problem": f'What, "is" {n}?\nSay it.', "Answer": r"\frac{1}{2}"} for n in range(4)]
+    expected = load_problems(write(*rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "apples.parquet")
+    assert load_problems(tmp_path / "apples.parquet") == expected
+    for name, delimiter in (("apples.csv", ","), ("apples.tsv", "\t"), ("apples.CSV", ";")):
+        with (tmp_path / name).open("w", newline="", encoding="utf-8-sig") as file:
+            table = csv.DictWriter(file, rows[0], delimiter=delimiter)
+            table.writeheader()
+            table.writerows(rows)
+        assert load_problems(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"PK\x03\x04 and more", "ZIP archive or a spreadsheet.*CSV"),
+        ("a.jsonl", b"\xfd7zXZ\x00", "xz -d"),
+        ("a.jsonl", b"ARROW1\x00\x00", "Arrow file: write it as Parquet"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"question": "Q", "answer": "1"}' * 9)[:30],
+            "damaged gzip data.*fetch it again",
+        ),
+        ("a.parquet", b"PAR1 but not really", "damaged Parquet data.*fetch it again"),
+        ("a.jsonl", b"\xff\xfe\x00", "begins like UTF-16"),
+        ("a.csv", b"question,answer\nQ,1\nP\n", "line 3: not as many fields as the header's 2"),
+        ("a.csv", b"question,answer\nQ,1,2\n", "line 2: not as many fields"),
+        ("a.csv", b'question,answer\n"Q,1\n', "not CSV"),
+        ("a.csv", b"question,answer\ncaf\xe9,1\n", "line 2: byte 0xe9.*iconv"),
+    ],
+)
+def test_files_of_other_kinds_are_named_with_the_remedy(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        load_problems(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_faulty_row_of_parquet_is_named(tmp_path):
+    rows = [{"question": "Q", "answer": "1"}, {"question": "P", "answer": "\frac{1}{2}".replace("\\f", "\f")}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet, row 2: 'answer' holds the control character.*\\frac was meant"):
+        load_problems(tmp_path / "a.parquet")
 
 
 def test_the_limit_takes_the_first(write):

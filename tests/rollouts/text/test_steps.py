@@ -88,6 +88,8 @@ def test_box_must_be_closed():
     assert closes_box("so \\boxed{\\frac{1}{2}}")
     assert not closes_box("so \\boxed{\\frac{1}{2}")
     assert not closes_box("boxed 3")
+    assert closes_box("so \\fbox{42}")
+    assert not closes_box("I will put it in \\boxed{}.") and not closes_box("\\boxed{\\text{ }}")
 
 
 def test_hash_is_of_the_list_not_of_the_text():
