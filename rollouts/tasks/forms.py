@@ -8,7 +8,7 @@ _WRAP = r"\\(?:text|math)[a-z]*\s*\{\s*"
 _SPACE = r"(?:\s|~|\\[ ,;:!]|\\q?quad|\$)*"
 _CHOICE = re.compile(
     rf"{_SPACE}(?P<wrap>{_WRAP})?(?:(?:option|choice|answer)\s+)?"
-    rf"(?:\((?:{_WRAP})?(?P<bracketed>[A-J])\}}?\)(?!\s*(?:[-+*/^_=<>|&,:(]|\\[a-zA-Z]))"
+    rf"(?:\((?:{_WRAP})?(?P<bracketed>[A-J])\}}?\)(?!\s*(?:[+*/^_=<>|&,:(]|\\[a-zA-Z])|-|\s+-(?![0-9]))"
     r"|(?P<marked>[A-J])(?:(?P<closed>\})?(?:[.)]|:(?=\s))|(?=\s*\}?\s*$)))"
     rf"(?P<text>.*)",
     re.DOTALL | re.IGNORECASE,
@@ -28,7 +28,7 @@ def choice(answer: str) -> tuple[str, str] | None:
 
     Reads ``C``, ``(C)``, ``C. 12 cm``, ``C) 12``, ``\textbf{(C)}\ 12``, ``\text{C: yes}``; letters A to J.
     """
-    match = _CHOICE.fullmatch(answer)
+    match = _CHOICE.fullmatch(answer.replace("**", ""))
     if match is None:
         return None
     text = match["text"].lstrip()

@@ -218,6 +218,8 @@ def test_a_solution_without_an_answer_is_wrong(exact, numeric, solution):
         ("C", r"\mathrm{(C)}~12", True),
         ("C", r"(\text{C})", True),
         ("C", "Option C", True),
+        ("C", "**(C)** 12", True),
+        ("C", "(C) -5", True),
         (r"\text{(C)}", "C. 12", True),
         (r"\textbf{(C)}\ 12", "C", True),
         (r"\textbf{(C)}\ 12", "12", True),
@@ -230,6 +232,7 @@ def test_a_solution_without_an_answer_is_wrong(exact, numeric, solution):
         ("A", "A+1", False),
         ("a:b", "a:c", False),
         ("(a)+b", "(a)+c", False),
+        ("a", "(a) - 5", False),
         # dots
         (r"1,3,\ldots,2n-1", r"1,2,\ldots,n", False),
         (r"1,2,\ldots,n", r"1,3,\ldots,2n-1", False),

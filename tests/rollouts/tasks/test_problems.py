@@ -166,7 +166,20 @@ def test_escapes_that_json_does_not_have_are_refused_with_the_same_remedy(write,
 
 
 @pytest.mark.parametrize(
-    "text", ["a\tb", "one\r\ntwo", "Take\tan apple", "page\fTwo", "e\nequal", "\tTo be", "n\nu = 3", "a)\tan n-gon", "a)\tau contraire", "1\nless than 2", "\to livro"]
+    "text",
+    [
+        "a\tb",
+        "one\r\ntwo",
+        "Take\tan apple",
+        "page\fTwo",
+        "e\nequal",
+        "\tTo be",
+        "n\nu = 3",
+        "a)\tan n-gon",
+        "a)\tau contraire",
+        "1\nless than 2",
+        "\to livro",
+    ],
 )
 def test_honest_control_characters_stay(write, text):
     assert load_problems(write({"question": f"Q: {text}", "answer": "1"}))[0].question == f"Q: {text}"
