@@ -6,6 +6,7 @@ import importlib
 import sys
 from typing import NamedTuple
 
+from agents.escape import terminal
 from rollouts.errors import TrimError, did_you_mean
 
 
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = tyro.cli(getattr(module, command.config), prog=f"python -m agents {name}", args=rest)
         return int(module.run(config))
     except TrimError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {terminal(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

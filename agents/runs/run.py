@@ -31,7 +31,7 @@ from agents.runs import config as settings
 from agents.runs.config import TrainConfig
 from agents.runs.listener import Listener
 from agents.runs.pictures import draw_curve, draw_training
-from agents.tracking import NoTracker, WandbTracker
+from agents.tracking import NoTracker, WandbTracker, wandb_mode
 from rollouts.config import as_plain
 from rollouts.errors import ConfigError, StoreError
 from rollouts.plugins import import_module, loaded_plugin
@@ -68,6 +68,8 @@ def train(config: TrainConfig, listener: Listener | None = None) -> Trained:
         StoreError: The rollouts cannot be used.
     """
     config = settings.resolved(config)
+    if config.tracking != "none":
+        wandb_mode()  # fails now, if it must
     listener = listener or Listener()
     trees = _compile(config, listener)
     config = _with_lams(config, trees)
