@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +35,18 @@ from agents.routers.base import (
 from agents.routers.mlp import MLP, ConditionedMLP
 from agents.routers.pomdp.router import PomdpRouter
 from agents.routers.seq import SeqPolicy
-from agents.routers.stored import MOST_JSON, MOST_WEIGHTS, ONNX, WEIGHTS, check, read_file, read_json, read_safetensors
+from agents.routers.stored import (
+    MOST_JSON,
+    MOST_WEIGHTS,
+    NAME,
+    ONNX,
+    WEIGHTS,
+    check,
+    read_file,
+    read_json,
+    read_safetensors,
+    shown,
+)
 from rollouts.errors import ArtefactError, ConfigError
 from rollouts.plugins import is_plugin, loaded_plugin
 
@@ -330,10 +340,10 @@ def load(folder: str | Path, *, allow_old: bool = False) -> Artefact:
 def _checked_kind(file: Path, described: Any, allow_old: bool) -> _Kind:
     told = described if isinstance(described, dict) else {}
     if told.get("format") != FORMAT:
-        raise ArtefactError(f"{file}: not a policy (format {reprlib.repr(told.get('format'))}, expected {FORMAT!r}).")
+        raise ArtefactError(f"{file}: not a policy (format {shown(told.get('format'))}, expected {FORMAT!r}).")
     version, name = told.get("version"), told.get("kind")
     if type(version) is not int or version < 1:
-        raise ArtefactError(f"{file}: damaged policy (its version is {reprlib.repr(version)}).")
+        raise ArtefactError(f"{file}: damaged policy (its version is {shown(version)}).")
     if version > VERSION:
         raise ArtefactError(
             f"{file}: written in version {version} of the format; this package reads up to {VERSION}. "
@@ -344,8 +354,7 @@ def _checked_kind(file: Path, described: Any, allow_old: bool) -> _Kind:
             f"{file}: written in version 1 of the format, which cannot tell whether its settings were damaged. If you "
             "trust it, allow old versions (--allow-old, allow_old=True); exporting it so brings it up to date."
         )
-    if not isinstance(name, str):
-        raise ArtefactError(f"{file}: damaged policy (its kind is {reprlib.repr(name)}).")
+    NAME(name, "its kind")
     try:
         return _kind_named(name)
     except ConfigError as error:

@@ -26,6 +26,10 @@ MOST_JSON, MOST_WEIGHTS = 32 << 20, 1 << 30  # bytes of a file
 _DIGITS, _LETTERS, _AXIS = 40, 10_000, 10_000  # of a whole number, of a text, along an axis of an array
 _HEADER = 1 << 20  # bytes
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+shown = _SHORT.repr  # a value in a message, however large
+
 Check = Callable[[Any, str], None]
 """Raises ValueError unless a value, named by its place, is what it should be."""
 
@@ -64,7 +68,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{reprlib.repr(twice)} is there twice")
+        raise ValueError(f"{shown(twice)} is there twice")
     return found
 
 
@@ -77,7 +81,7 @@ def _int(digits: str) -> int:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{reprlib.repr(text)} is no finite number")
+        raise ValueError(f"{shown(text)} is no finite number")
     return value
 
 
@@ -99,10 +103,10 @@ def read_safetensors(data: bytes) -> dict[str, NDArray[np.float32]]:
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
         if begin != read or end - begin != 4 * math.prod(entry["shape"]) or end > len(body):
-            raise ValueError(f"tensor {reprlib.repr(name)} of shape {entry['shape']} is at {begin} to {end}")
+            raise ValueError(f"tensor {shown(name)} of shape {entry['shape']} is at {begin} to {end}")
         tensors[name] = np.frombuffer(body[begin:end], "<f4").reshape(entry["shape"])
         if not np.isfinite(tensors[name]).all():
-            raise ValueError(f"tensor {reprlib.repr(name)} has values that are not finite")
+            raise ValueError(f"tensor {shown(name)} has values that are not finite")
         read = end
     if read != len(body):
         raise ValueError(f"the weights hold {len(body)} bytes, their header names {read}")
@@ -112,7 +116,7 @@ def read_safetensors(data: bytes) -> dict[str, NDArray[np.float32]]:
 def _is(expected: str, fits: Callable[[Any], bool]) -> Check:
     def check(value: Any, place: str) -> None:
         if not fits(value):
-            raise ValueError(f"{place} is {reprlib.repr(value)}, expected {expected}")
+            raise ValueError(f"{place} is {shown(value)}, expected {expected}")
 
     return check
 
@@ -160,8 +164,8 @@ def _entries(named: Mapping[str, Check], others: Check | None = None) -> Check:
         for name, each in value.items():
             told = known.get(name, others)
             if told is None:
-                raise ValueError(f"{place}: names {reprlib.repr(name)}, expected {', '.join(known)}")
-            told(each, f"{place}: {reprlib.repr(name)}")
+                raise ValueError(f"{place}: names {shown(name)}, expected {', '.join(known)}")
+            told(each, f"{place}: {shown(name)}")
 
     return check
 
@@ -169,6 +173,7 @@ def _entries(named: Mapping[str, Check], others: Check | None = None) -> Check:
 _OBJECT = _is("an object", lambda value: type(value) is dict)
 _LIST = _is("a list", lambda value: type(value) is list)
 _TEXT = _is(f"text of at most {_LETTERS} letters", lambda value: type(value) is str and len(value) <= _LETTERS)
+NAME = _is("a name of at most 500 letters", lambda value: type(value) is str and len(value) <= 500)
 _HASH = _is("a SHA-256", lambda value: type(value) is str and len(value) == 64)
 _FLAG = _is("true or false", lambda value: type(value) is bool)
 _NUMBER = _is("a number", _is_number)
@@ -193,22 +198,22 @@ _HEADER_OF_WEIGHTS = _entries(
 )
 _ABOUT = _entries(
     {
-        **dict.fromkeys(("package?", "small?", "large?", "scorer?", "grader?", "cost?"), _maybe(_TEXT)),
-        "rollouts?": _entries({"store?": _TEXT, "hash?": _TEXT}, _ANY),
+        **dict.fromkeys(("package?", "small?", "large?", "scorer?", "grader?", "cost?"), _maybe(NAME)),
+        "rollouts?": _entries({"store?": NAME, "hash?": NAME}, _ANY),
         "max_steps?": _whole(1),
         "max_escalations?": _maybe(_whole(0)),
         "max_large_tokens?": _maybe(_whole(0)),
-        "features?": _each(_entries({"name": _TEXT}, _ANY)),
+        "features?": _each(_entries({"name": NAME}, _ANY)),
         "held_out?": _each(_entries({"lam": _NUMBER, "verdict": _TEXT, "sentence": _TEXT}, _ANY)),
-        "calibration?": _entries({"target": _TEXT, "value": _NUMBER}, _ANY),
+        "calibration?": _entries({"target": NAME, "value": _NUMBER}, _ANY),
         "budgets?": _each(_entries({"lam": _ABOVE_0, "share": _NUMBER}, _ANY)),
         "default_lam?": _maybe(_ABOVE_0),
     },
     _ANY,
 )
-_ONE_KNOB = {"knob": _entries({"name": _TEXT, "value": _NUMBER})}
+_ONE_KNOB = {"knob": _entries({"name": NAME, "value": _NUMBER})}
 _CAP = {"max_large_tokens?": _maybe(_whole(0))}
-_NETWORK = {"activation?": _TEXT, **_CAP}
+_NETWORK = {"activation?": NAME, **_CAP}
 _MODEL = _entries(
     {
         "kinds": _entries({"token_edges": _array(1), "single": _FLAG}),
@@ -220,15 +225,15 @@ _MODEL = _entries(
         "small": _array(4),
     }
 )
-_POMDP = _entries({"model": _MODEL, "lam": _NUMBER, "value": _array(3), "price": _NUMBER, "name": _TEXT})
+_POMDP = _entries({"model": _MODEL, "lam": _NUMBER, "value": _array(3), "price": _NUMBER, "name": NAME})
 
 _OWN: dict[str, dict[str, Check]] = {
     "mlp": {**_ONE_KNOB, **_NETWORK},
-    "mlp-lam": {"knob": _entries({"name": _TEXT, "low": _ABOVE_0, "high": _ABOVE_0}), **_NETWORK},
+    "mlp-lam": {"knob": _entries({"name": NAME, "low": _ABOVE_0, "high": _ABOVE_0}), **_NETWORK},
     "seq": {**_ONE_KNOB, "heads": _whole(1), **_CAP},
     "threshold": _ONE_KNOB,
-    "constant": {"knob": _entries({"name": _TEXT, "value": _whole(0, 1)})},
-    "random": {"knob": _entries({"name": _TEXT, "value": _SHARE})},
+    "constant": {"knob": _entries({"name": NAME, "value": _whole(0, 1)})},
+    "random": {"knob": _entries({"name": NAME, "value": _SHARE})},
     "pomdp": {**_ONE_KNOB, "pomdp": _POMDP},
     "mixture": {**_ONE_KNOB, "share": _SHARE, "parts": _entries({"first": _HASH, "second": _HASH})},
 }
@@ -246,7 +251,7 @@ def check(described: Any, network: bool) -> None:
         ValueError: Something is missing, unknown or of another type; the message names it.
     """
     own = _OWN.get(described["kind"], _OTHERS)
-    named: dict[str, Check] = dict.fromkeys(("format", "kind", "name", "schema"), _TEXT)
+    named: dict[str, Check] = dict.fromkeys(("format", "kind", "name", "schema"), NAME)
     named |= {"version": _whole(1), "about": _ABOUT, **own}
     if described["version"] == 1:
         named["weights" if network else "weights?"] = _HASH if network else _maybe(_HASH)
@@ -256,4 +261,15 @@ def check(described: Any, network: bool) -> None:
     _entries(named)(described, "its contents")
 
 
-__all__ = ["MOST_JSON", "MOST_WEIGHTS", "ONNX", "WEIGHTS", "check", "read_file", "read_json", "read_safetensors"]
+__all__ = [
+    "MOST_JSON",
+    "MOST_WEIGHTS",
+    "NAME",
+    "ONNX",
+    "WEIGHTS",
+    "check",
+    "read_file",
+    "read_json",
+    "read_safetensors",
+    "shown",
+]
