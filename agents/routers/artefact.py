@@ -341,7 +341,7 @@ def _checked_kind(file: Path, described: Any, allow_old: bool) -> _Kind:
     told = described if isinstance(described, dict) else {}
     if told.get("format") != FORMAT:
         raise ArtefactError(f"{file}: not a policy (format {shown(told.get('format'))}, expected {FORMAT!r}).")
-    version, name = told.get("version"), told.get("kind")
+    version, name = told.get("version"), told.get("kind", "")
     if type(version) is not int or version < 1:
         raise ArtefactError(f"{file}: damaged policy (its version is {shown(version)}).")
     if version > VERSION:

@@ -151,7 +151,7 @@ def _array(axes: int) -> Check:
     return _is(f"numbers along {axes} axes of at most {_AXIS}", fits)
 
 
-def _entries(named: Mapping[str, Check], others: Check | None = None) -> Check:
+def _entries(named: Mapping[str, Check], others: Check | None = None, noun: str = "an entry") -> Check:
     """Return a check of objects: ``name?`` may be missing; names that are not in the table are for `others`, if any."""
     known = {name.removesuffix("?"): check for name, check in named.items()}
     needed = [name for name in named if not name.endswith("?")]
@@ -164,7 +164,7 @@ def _entries(named: Mapping[str, Check], others: Check | None = None) -> Check:
         for name, each in value.items():
             told = known.get(name, others)
             if told is None:
-                raise ValueError(f"{place}: names {shown(name)}, expected {', '.join(known)}")
+                raise ValueError(f"{place} names {noun} {shown(name)}, expected {', '.join(known)}")
             told(each, f"{place}: {shown(name)}")
 
     return check
@@ -257,7 +257,7 @@ def check(described: Any, network: bool) -> None:
         named["weights" if network else "weights?"] = _HASH if network else _maybe(_HASH)
     else:
         weights = WEIGHTS if network and described["kind"] in _OWN else f"{WEIGHTS}?"
-        named |= {"files": _entries({weights: _HASH, f"{ONNX}?": _HASH}), "digest": _HASH}
+        named |= {"files": _entries({weights: _HASH, f"{ONNX}?": _HASH}, noun="a file"), "digest": _HASH}
     _entries(named)(described, "its contents")
 
 

@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import struct
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -22,6 +24,7 @@ from agents.routers.base import Threshold
 from agents.routers.stored import read_json, read_safetensors
 from rollouts.errors import ArtefactError
 
+ROOT = Path(__file__).parents[3]
 STORED = Path(__file__).parents[1] / "deploy" / "stored"
 KINDS = ("mlp", "mlp-capped", "mlp-lam", "mlp-version-1", "seq", "threshold", "constant", "random", "pomdp", "mixture")
 JUNK = [
@@ -109,6 +112,28 @@ def test_every_byte_that_is_changed_is_refused_or_tells_the_same(tmp_path, kind)
         if error is None and kind != "mlp-version-1":
             assert agents.load(folder).describe() == before
         file.write_bytes(whole)
+
+
+NUMPY_ALONE = """
+import sys
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in {*sys.stdlib_module_names, "numpy", "agents", "rollouts", "trim_env"}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Nothing())
+import agents
+for folder in sys.argv[1:]:
+    policy = agents.load(folder, allow_old=True)
+    policy.session(lam=1e-3 if policy.lam_range else None, seed=0).decide(0.5, 12, text="")
+"""
+
+
+def test_numpy_is_enough_to_check_and_to_use_what_is_stored():
+    command = [sys.executable, "-c", NUMPY_ALONE, *(str(STORED / kind) for kind in KINDS)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("version", [1, 0, -1, True, False, 1.0, 2.0, "2", None, [2], 10**30])
