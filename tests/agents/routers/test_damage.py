@@ -120,7 +120,7 @@ import sys
 class Nothing:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] not in {*sys.stdlib_module_names, "numpy", "agents", "rollouts", "trim_env"}:
-            raise ModuleNotFoundError(name)
+            raise ModuleNotFoundError(name, name=name)
 
 sys.meta_path.insert(0, Nothing())
 import agents
