@@ -154,7 +154,7 @@ def _build_mixture(stored: _Stored) -> Storable:
         place = stored.folder / part
         if hashlib.sha256(read_file(place / "policy.json", MOST_JSON)).hexdigest() != stored.described["parts"][part]:
             raise ArtefactError(f"{place}: its policy.json is not the one that the mixture names.")
-        router = load(place).router
+        router = load(place, allow_old=stored.described["version"] < 2).router
         if isinstance(router, ConditionedMLP | Mixture):
             raise ArtefactError(f"{place}: a mixture is made of routers for one setting each.")
         parts.append(router)

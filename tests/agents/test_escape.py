@@ -4,11 +4,13 @@ import csv
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import evaluate as evaluate_command
+import train as train_command
 from agents import __main__ as command
 from agents import escape
 from agents.evaluation.curves import References
@@ -99,6 +101,15 @@ def test_the_commands(tmp_path, capsys):
         text = (tmp_path / "results" / file).read_text(encoding="utf-8")
         assert "\x1b" not in text and (file != "results.md" or "<img" not in text)
     assert "<img" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_verdicts_of_a_training(capsys):
+    bar = train_command.ProgressBar()
+    bar.console.width = 400
+    bar.end(0.003, SimpleNamespace(verdict="better", sentence=f"[+0.1, -0.2] {EVIL}"), 2)
+    printed = capsys.readouterr().err
+    assert printed.startswith("λ = 0.003 (2 attempts): [+0.1, -0.2] =HYPERLINK") and "[red]" in printed
+    assert "\x1b" not in printed
 
 
 def test_errors(tmp_path, capsys):
