@@ -15,6 +15,7 @@ from pathlib import Path
 
 import tyro
 
+from agents.escape import terminal
 from agents.evaluation.suite import EvaluateConfig, Evaluation, evaluate, save
 from rollouts.errors import TrimError
 
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 
                 files.append(write(gather(config, evaluation), config.report))
     except TrimError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {terminal(error)}", file=sys.stderr)
         return 2
     show(evaluation, files)
     return 0
@@ -45,6 +46,7 @@ def show(evaluation: Evaluation, files: list[Path]) -> None:
     """Print tables, files and sentences."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from agents.evaluation.table import NOTES, caption, headline_rows, limits, rich_table
 
@@ -59,12 +61,12 @@ def show(evaluation: Evaluation, files: list[Path]) -> None:
             table.add_column(name, justify="left" if name == "method" else "right")
         for row in evaluation.at_lam:
             gain = f"{row.difference.value:+.4f} \\[{row.difference.low:+.4f}, {row.difference.high:+.4f}]"
-            table.add_row(row.method, f"{row.lam:g}", f"{row.threshold:.3f}", gain, f"{row.holm:.3g}")
+            table.add_row(Text(terminal(row.method)), f"{row.lam:g}", f"{row.threshold:.3f}", gain, f"{row.holm:.3g}")
         console.print(table)
     for file in files:
         print(file)
     for sentence in evaluation.sentences:
-        console.print(f"[bold]{sentence}[/]", highlight=False)
+        console.print(Text(terminal(sentence), style="bold"))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from agents.escape import terminal
 from agents.runs.config import Resume, TrainConfig
 from agents.runs.listener import Listener
 from rollouts.errors import TrimError
@@ -79,12 +80,12 @@ class ProgressBar(Listener):
 
     def end(self, lam: float, health: Health, attempts: int) -> None:
         """Print the verdict."""
+        from rich.text import Text
+
         self._finish_task()
         colour = {"better": "green", "level with": "yellow"}.get(health.verdict, "red")
         tried = f" ({attempts} attempts)" if attempts > 1 else ""
-        self.console.print(
-            f"[bold]λ = {lam:g}[/]{tried}: [{colour}]{health.sentence}[/]".replace("[+", "\\[+").replace("[-", "\\[-")
-        )
+        self.console.print(Text.assemble((f"λ = {lam:g}", "bold"), f"{tried}: ", (terminal(health.sentence), colour)))
 
     def close(self) -> None:
         """End the display."""
@@ -113,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
     except TrimError as error:
         if listener:
             listener.close()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {terminal(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if listener:
@@ -128,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
 def report(trained: Trained) -> None:
     """Print where things are and what to do next."""
     if trained.sentence:
-        print(trained.sentence)
+        print(terminal(trained.sentence))
     flagged = [lam for lam, health in trained.health.items() if not health.fine]
     print(f"routers:  {trained.folder}/lam-*/policy")
     print(f"picture:  {trained.folder}/curve.png")

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from agents.deploy.policy import Policy
 
 
-def load(folder: str | Path) -> Policy:
+def load(folder: str | Path, *, allow_old: bool = False) -> Policy:
     """Read a router for use: see `agents.deploy.policy.load`."""
     from agents.deploy.policy import load as load_policy
 
-    return load_policy(folder)
+    return load_policy(folder, allow_old=allow_old)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+from agents.escape import terminal
 from rollouts.errors import TrimError, did_you_mean
 
 # by name: a module, imported when it is called, with run(config) -> int; its settings' class; what it does
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = tyro.cli(getattr(module, settings), prog=f"python -m agents {name}", args=rest)
         return int(module.run(config))
     except TrimError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {terminal(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

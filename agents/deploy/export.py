@@ -21,10 +21,12 @@ import tyro
 
 from agents import tracking
 from agents.deploy import policy as deployed
+from agents.escape import terminal
 from agents.routers import artefact
 from agents.routers.artefact import Artefact
 from agents.routers.base import Mixture
 from agents.routers.mlp import ConditionedMLP
+from agents.routers.stored import ONNX
 from rollouts.config import Imports, settings
 from rollouts.errors import ArtefactError, ConfigError
 from rollouts.plugins import import_module
@@ -48,6 +50,7 @@ class ExportConfig:
             exported whole, and this becomes the λ of sessions that name none.
         budget: Export the router that was chosen for this budget (train.py --budget) alone, into DIR.
         onnx: Write networks as policy.onnx as well (needs the onnx extra). Other routers have no such form.
+        allow_old: Read artefacts of version 1 too, whose settings may be damaged unnoticed; what is written is new.
         to_wandb: Log every artefact to Weights & Biases too: offline unless you are logged in.
         imports: A module to import first: that of a router of your own; may be repeated.
     """
@@ -57,6 +60,7 @@ class ExportConfig:
     lam: float | None = None
     budget: float | None = None
     onnx: bool = False
+    allow_old: bool = False
     to_wandb: bool = False
     imports: Imports = ()
 
@@ -92,11 +96,13 @@ def export(config: ExportConfig) -> list[Exported]:
         import_module(module)
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise ConfigError(f"{config.out}: exists already; nothing was overwritten. Choose another --out.")
+    if config.to_wandb:
+        tracking.wandb_mode()  # fails now, if it must
     with tempfile.TemporaryDirectory() as temporary:
         scratch, run = Path(temporary), Path(config.run)
         if config.run.startswith(WANDB):
             run = tracking.pull(config.run.removeprefix(WANDB), scratch / "pulled")
-        chosen = choose(run, config.lam, config.budget)
+        chosen = choose(run, config.lam, config.budget, allow_old=config.allow_old)
         alone = len(chosen) == 1
         for name, found in chosen.items():
             place = scratch / "made" if alone else scratch / "made" / name
@@ -130,14 +136,16 @@ def routers_of(run: Path) -> dict[str, Path]:
     return found
 
 
-def choose(run: Path, lam: float | None = None, budget: float | None = None) -> dict[str, Artefact]:
+def choose(
+    run: Path, lam: float | None = None, budget: float | None = None, *, allow_old: bool = False
+) -> dict[str, Artefact]:
     """Return the routers of a run that are asked for, by name: all, or the one for a λ or a budget.
 
     Raises:
         ArtefactError: There are none, or one is damaged.
         ConfigError: None, or more than one, is for that λ or budget.
     """
-    found = {name: artefact.load(folder) for name, folder in routers_of(run).items()}
+    found = {name: artefact.load(folder, allow_old=allow_old) for name, folder in routers_of(run).items()}
     if lam is None and budget is None:
         return found
     name, value = ("lam", lam) if budget is None else ("budget", budget)
@@ -185,16 +193,16 @@ def _notes(found: Artefact, onnx: bool) -> tuple[str, ...]:
         if each["verdict"] in ("collapsed", "beaten")
     ]
     if onnx and not artefact.has_network(found.router):
-        notes.append(f"no {artefact.ONNX}: a router of kind {found.kind} is no network; policy.json is all there is.")
+        notes.append(f"no {ONNX}: a router of kind {found.kind} is no network; policy.json is all there is.")
     return tuple(notes)
 
 
 def run(config: ExportConfig) -> int:
     """Export and say what was written; return the exit code."""
     for each in export(config):
-        print(f"{each.folder}: {each.policy.name}, {each.policy.setting}")
+        print(terminal(f"{each.folder}: {each.policy.name}, {each.policy.setting}"))
         for note in each.notes:
-            print(f"  note: {note}", file=sys.stderr)
+            print(f"  note: {terminal(note)}", file=sys.stderr)
     print("use it: agents.load(DIR).session().decide(score=..., tokens=..., text=...)")
     return 0
 

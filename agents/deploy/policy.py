@@ -33,14 +33,15 @@ _KEPT = 256  # λ whose routers are kept at hand
 _TOLD = ("package", "small", "large", "scorer", "grader", "rollouts", "cost", "held_out", "calibration")
 
 
-def load(folder: str | Path) -> Policy:
+def load(folder: str | Path, *, allow_old: bool = False) -> Policy:
     """Read a router for use.
 
     Args:
         folder: An exported artefact, or a ``policy`` folder of a run.
+        allow_old: Read artefacts of version 1 too, which cannot tell whether their settings were damaged.
 
     Raises:
-        ArtefactError: There is none, it is damaged, newer than this version or made for other features, or of a class
+        ArtefactError: There is none, it is damaged, of another version or made for other features, or of a class
             of somebody's whose module is not imported.
     """
     folder = Path(folder)
@@ -49,7 +50,7 @@ def load(folder: str | Path) -> Policy:
         below += sorted(str(file.parent) for file in folder.glob("*/policy/policy.json"))
         if below:
             raise ArtefactError(f"{folder}: no policy here, but below it; load one of {', '.join(below)}.")
-    found = artefact.load(folder)
+    found = artefact.load(folder, allow_old=allow_old)
     return Policy(found.router, found.about, found.kind, str(folder))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from agents.escape import plot
 from agents.evaluation.splits import Record
 from agents.evaluation.table import MethodSummary
 from rollouts.errors import DataError
@@ -147,7 +148,7 @@ def _draw_method(axes: Axes, method: MethodSummary, colour: str, marker: str) ->
             x, y, marker, color=colour, markersize=8, zorder=4, markeredgewidth=1.2,
             markerfacecolor=colour if on_curve else "white", markeredgecolor="white" if on_curve else colour,
         )  # fmt: skip
-    axes.plot([], [], "-", marker=marker, color=colour, linewidth=2.4, markersize=8, label=method.name)
+    axes.plot([], [], "-", marker=marker, color=colour, linewidth=2.4, markersize=8, label=plot(method.name))
 
 
 def _draw_oracle(axes: Axes, oracle: MethodSummary) -> None:

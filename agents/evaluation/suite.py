@@ -49,6 +49,7 @@ class EvaluateConfig:
         seed: Seed of the bootstrap.
         report: Folder for the page, one self-contained HTML file.
         report_problems: Problems whose solutions the page shows step by step, at most.
+        allow_old: Read policies of version 1 of their format too, whose settings may be damaged unnoticed.
         imports: A module to import before policies are read: that of a router of your own; may be repeated.
     """
 
@@ -64,6 +65,7 @@ class EvaluateConfig:
     seed: int = 0
     report: Path | None = None
     report_problems: int = 60
+    allow_old: bool = False
     imports: Imports = ()
 
 
@@ -117,7 +119,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     for module in config.imports:
         import_module(module)
-    methods = load_methods(config.runs)
+    methods = load_methods(config.runs, config.allow_old)
     trees = compile_store(config.rollouts, config.scorer, config.grader)
     agreed = _agreed(methods, trees, config)
     split, validation = (decision_tables(trees, name, **agreed) for name in (config.split, "validation"))
@@ -157,7 +159,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     )
 
 
-def load_methods(folders: Sequence[Path]) -> dict[str, list[artefact.Artefact]]:
+def load_methods(folders: Sequence[Path], allow_old: bool = False) -> dict[str, list[artefact.Artefact]]:
     """Load the policies below each folder: one method for each folder, by the routers' name.
 
     Raises:
@@ -173,7 +175,7 @@ def load_methods(folders: Sequence[Path]) -> dict[str, list[artefact.Artefact]]:
         places = [folder] if (folder / "policy.json").is_file() else sorted(folder.glob("**/policy"))
         if not places:
             raise ArtefactError(f"{folder}: no trained policy here (expected {folder}/lam-*/policy).")
-        loaded.append((folder, [artefact.load(place) for place in places]))
+        loaded.append((folder, [artefact.load(place, allow_old=allow_old) for place in places]))
     names = [items[0].router.name for _, items in loaded]
     return {
         (name if names.count(name) == 1 else f"{name} ({folder.name})"): items

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from agents.escape import csv_cell, markdown, terminal
 from agents.evaluation.bootstrap import (
     RESAMPLES,
     Estimate,
@@ -270,27 +271,28 @@ def rich_table(rows: Sequence[Sequence[str]], title: str) -> Table:
 
     table = Table(title=Text(title), title_justify="left")
     for i, name in enumerate(rows[0]):
-        table.add_column(Text(name), justify="right" if i else "left")
+        table.add_column(Text(terminal(name)), justify="right" if i else "left")
     for row in rows[1:]:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(Text(terminal(row[0])), *map(Text, row[1:]))
     return table
 
 
 def to_markdown(summaries: Sequence[MethodSummary], caps: str = "") -> str:
     """Return the table of methods, notes, and a table of operating points for each method; name caps (`limits`)."""
+    (metric, *names), *rows = method_rows(summaries)
     parts = [
         caption(summaries, caps),
-        _markdown_table(method_rows(summaries)),
+        _markdown_table([[metric, *map(markdown, names)], *rows]),
         "\n".join(f"{note}\\" for note in NOTES)[:-1],
     ]
     for summary in summaries:
-        parts += [f"### {summary.name}", _markdown_table(point_rows(summary))]
+        parts += [f"### {markdown(summary.name)}", _markdown_table(point_rows(summary))]
     return "\n\n".join(parts) + "\n"
 
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Write rows of text, the first of them a header, as a Markdown table."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    """Write rows of Markdown, the first of them a header, as a table."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|---" + "|---:" * (len(rows[0]) - 1) + "|")
     return "\n".join(lines)
 
@@ -303,7 +305,7 @@ def to_csv(summaries: Sequence[MethodSummary]) -> str:
     for summary in summaries:
         for name, each in summary.metrics.items():
             numbers = ["" if math.isnan(x) else f"{x:.6g}" for x in (each.value, each.low, each.high, each.undefined)]
-            writer.writerow([summary.name, name, *numbers, str(name in _marked(summary)).lower()])
+            writer.writerow([csv_cell(summary.name), name, *numbers, str(name in _marked(summary)).lower()])
     return text.getvalue()
 
 

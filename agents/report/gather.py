@@ -59,7 +59,7 @@ def gather(config: EvaluateConfig, evaluation: Evaluation, trace_bytes: int = TR
     caps = {name: subject[name] for name in ("max_escalations", "max_large_tokens")}
     tables = decision_tables(trees, subject["split"], cost=subject["cost"], **caps)
     uncapped = replace(tables, max_escalations=None, max_large_tokens=None)
-    shown = shown_routers(load_methods(config.runs), evaluation.methods)
+    shown = shown_routers(load_methods(config.runs, config.allow_old), evaluation.methods)
     paths = [follow(each.router, uncapped if each.method == "always-large" else tables) for each in shown]
     small, large = paths[-2:]
     marks = [flags(each, small) for each in paths]

@@ -1,16 +1,18 @@
 """Routers on disk: a folder with ``policy.json`` and, for networks, ``policy.safetensors`` (docs/design.md, section 8).
 
 ``policy.json`` names the SHA-256 of every other file and its own digest. A mixture keeps its two routers in ``first``
-and ``second``. Reading needs NumPy alone and executes nothing; ``policy.onnx`` is for others. What is damaged, tampered
-with or newer than this version is refused. Routers of other people's classes (`agents.routers.base.PlainRouter`) are of
-kind ``module:Class``: reading looks the class up in modules that are imported already.
+and ``second``. Reading needs NumPy alone and executes nothing; ``policy.onnx`` is for others. What is damaged or newer
+than this version is refused. That guards against accidents, not against people: whoever can write the folder can write
+its digests too, so who made an artefact is not told.
+
+Routers of other people's classes (`agents.routers.base.PlainRouter`) are of kind ``module:Class``: reading looks the
+class up in modules that are imported already.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,12 +35,23 @@ from agents.routers.base import (
 from agents.routers.mlp import MLP, ConditionedMLP
 from agents.routers.pomdp.router import PomdpRouter
 from agents.routers.seq import SeqPolicy
+from agents.routers.stored import (
+    MOST_JSON,
+    MOST_WEIGHTS,
+    NAME,
+    ONNX,
+    WEIGHTS,
+    check,
+    read_file,
+    read_json,
+    read_safetensors,
+    shown,
+)
 from rollouts.errors import ArtefactError, ConfigError
 from rollouts.plugins import is_plugin, loaded_plugin
 
 FORMAT = "trim-policy"
 VERSION = 3  # 3 adds activations but tanh, 2 `files` and `digest`; 1 named the weights' SHA-256 alone
-WEIGHTS, ONNX = "policy.safetensors", "policy.onnx"
 Storable = AnyRouter | ConditionedMLP | Mixture
 _PARTS = ("first", "second")
 
@@ -75,15 +88,17 @@ class _Stored:
 
     @property
     def name(self) -> str:
-        return str(self.described["name"])
+        name: str = self.described["name"]
+        return name
 
     @property
     def schema(self) -> str:
-        return str(self.described["schema"])
+        schema: str = self.described["schema"]
+        return schema
 
     @property
     def knob(self) -> Knob:
-        return Knob(str(self.described["knob"]["name"]), float(self.described["knob"]["value"]))
+        return Knob(self.described["knob"]["name"], float(self.described["knob"]["value"]))
 
     @property
     def weights(self) -> dict[str, NDArray[np.float32]]:
@@ -91,13 +106,13 @@ class _Stored:
 
     @property
     def told_cap(self) -> int | None:
-        cap = self.described.get("max_large_tokens")
-        return None if cap is None else int(cap)
+        cap: int | None = self.described.get("max_large_tokens")
+        return cap
 
     @property
     def network(self) -> tuple[dict[str, NDArray[np.float32]], int | None, str]:
         """What perceptrons end with: weights, cap and activation."""
-        return self.weights, self.told_cap, str(self.described.get("activation", "tanh"))
+        return self.weights, self.told_cap, self.described.get("activation", "tanh")
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,7 @@ class _Kind:
     Attributes:
         router: The class.
         plain: Its own entries of ``policy.json``.
-        build: Back from what is stored; raises KeyError, TypeError, ValueError or ConfigError if it is damaged.
+        build: Back from what is stored, as checked.
         network: Whether it has ``weights``, float32 arrays, which go into ``policy.safetensors``.
         graph: Whether it has an ONNX form (`agents.routers.onnx`).
     """
@@ -129,7 +144,7 @@ def _build_range(stored: _Stored) -> Storable:
 
 
 def _build_sequence(stored: _Stored) -> Storable:
-    heads = int(stored.described["heads"])
+    heads = stored.described["heads"]
     return SeqPolicy(stored.name, stored.schema, stored.knob, stored.weights, heads, stored.told_cap)
 
 
@@ -137,9 +152,9 @@ def _build_mixture(stored: _Stored) -> Storable:
     parts = []
     for part in _PARTS:
         place = stored.folder / part
-        if hashlib.sha256((place / "policy.json").read_bytes()).hexdigest() != stored.described["parts"][part]:
+        if hashlib.sha256(read_file(place / "policy.json", MOST_JSON)).hexdigest() != stored.described["parts"][part]:
             raise ArtefactError(f"{place}: its policy.json is not the one that the mixture names.")
-        router = load(place).router
+        router = load(place, allow_old=stored.described["version"] < 2).router
         if isinstance(router, ConditionedMLP | Mixture):
             raise ArtefactError(f"{place}: a mixture is made of routers for one setting each.")
         parts.append(router)
@@ -235,8 +250,6 @@ def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx
         own["parts"] = {
             part: hashlib.sha256((folder / part / "policy.json").read_bytes()).hexdigest() for part in _PARTS
         }
-    for file, data in files.items():
-        (folder / file).write_bytes(data)
     described: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION if getattr(router, "activation", "tanh") != "tanh" else 2,
@@ -249,8 +262,14 @@ def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx
         **own,
         "files": {file: hashlib.sha256(data).hexdigest() for file, data in files.items()},
     }
-    described = json.loads(json.dumps(described))
-    described["digest"] = _digest(described)
+    try:
+        described = read_json(json.dumps(described).encode())
+        described["digest"] = _digest(described)
+        check(described, kind.network)
+    except (ValueError, TypeError) as error:
+        raise ArtefactError(f"The router {router.name} cannot be stored: {error}.") from error
+    for file, data in files.items():
+        (folder / file).write_bytes(data)
     (folder / "policy.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     return folder
 
@@ -282,74 +301,72 @@ def _digest(described: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def load(folder: str | Path) -> Artefact:
+def load(folder: str | Path, *, allow_old: bool = False) -> Artefact:
     """Read a router.
 
+    Everything in ``policy.json`` is checked, against one table and against its digest, before anything is built.
+
+    Args:
+        folder: Its folder.
+        allow_old: Read version 1 of the format too, whose settings no digest guards.
+
     Raises:
-        ArtefactError: There is none, it is damaged, a newer version wrote it, or its class is not imported.
+        ArtefactError: There is none, it is damaged, another version wrote it, or its class is not imported.
     """
     folder = Path(folder)
     file = folder / "policy.json"
+    data = read_file(file, MOST_JSON)
     try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-        kind = _checked_kind(file, described)
-        stored = _Stored(folder, described, _read_files(folder, described))
-        try:
-            found = Artefact(kind.build(stored), dict(described["about"]), str(described["kind"]))
-        except ConfigError as error:
-            raise ArtefactError(f"{file}: damaged policy ({error})") from error
+        described = read_json(data)
+        kind = _checked_kind(file, described, allow_old)
+        check(described, kind.network)
         if described["version"] > 1 and described["digest"] != _digest(described):
             raise ArtefactError(
                 f"{file}: damaged policy: its contents are not those that were written (its digest differs). "
                 "Export the run again; settings are changed there, not in the file."
             )
-        return found
-    except FileNotFoundError as error:
-        raise ArtefactError(f"{folder}: no policy here ({Path(error.filename).name} is missing).") from error
-    except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError, struct.error) as error:
+        router = kind.build(_Stored(folder, described, _read_files(folder, described)))
+        return Artefact(router, described["about"], described["kind"])
+    except ArtefactError as error:
+        if str(folder) in str(error):
+            raise
+        raise ArtefactError(f"{file}: {error}") from error
+    except (ConfigError, ValueError) as error:
+        raise ArtefactError(f"{file}: damaged policy ({error}).") from error
+    except Exception as error:  # whatever the classes of routers, also others', raise on damaged contents
         raise ArtefactError(f"{file}: damaged policy ({type(error).__name__}: {error}).") from error
 
 
-def _checked_kind(file: Path, described: dict[str, Any]) -> _Kind:
-    if described["format"] != FORMAT:
-        raise ArtefactError(f"{file}: not a policy (format {described['format']!r}, expected {FORMAT!r}).")
-    if described["version"] > VERSION:
+def _checked_kind(file: Path, described: Any, allow_old: bool) -> _Kind:
+    told = described if isinstance(described, dict) else {}
+    if told.get("format") != FORMAT:
+        raise ArtefactError(f"{file}: not a policy (format {shown(told.get('format'))}, expected {FORMAT!r}).")
+    version, name = told.get("version"), told.get("kind", "")
+    if type(version) is not int or version < 1:
+        raise ArtefactError(f"{file}: damaged policy (its version is {shown(version)}).")
+    if version > VERSION:
         raise ArtefactError(
-            f"{file}: written in version {described['version']} of the format; this package reads up to {VERSION}. "
+            f"{file}: written in version {version} of the format; this package reads up to {VERSION}. "
             "Install a newer trim-routing."
         )
+    if version < 2 and not allow_old:
+        raise ArtefactError(
+            f"{file}: written in version 1 of the format, which cannot tell whether its settings were damaged. If you "
+            "trust it, allow old versions (--allow-old, allow_old=True); exporting it so brings it up to date."
+        )
+    NAME(name, "its kind")
     try:
-        return _kind_named(str(described["kind"]))
+        return _kind_named(name)
     except ConfigError as error:
         raise ArtefactError(f"{file}: {error}") from error
 
 
 def _read_files(folder: Path, described: dict[str, Any]) -> dict[str, bytes]:
     """Return the contents of all files that ``policy.json`` names, each as its SHA-256 says."""
-    named = described["files"] if described["version"] > 1 else {WEIGHTS: described.get("weights")}
-    if described["version"] == 1 and not _KINDS[described["kind"]].network:
-        named = {}
+    old = {WEIGHTS: described["weights"]} if described.get("weights") else {}
     files = {}
-    for name, digest in named.items():
-        if name not in (WEIGHTS, ONNX):
-            raise ArtefactError(f"{folder / 'policy.json'}: names a file {name!r} that no policy has.")
-        files[name] = (folder / name).read_bytes()
+    for name, digest in described.get("files", old).items():
+        files[name] = read_file(folder / name, MOST_WEIGHTS)
         if hashlib.sha256(files[name]).hexdigest() != digest:
             raise ArtefactError(f"{folder / name}: its contents are not those that policy.json names.")
     return files
-
-
-def read_safetensors(data: bytes) -> dict[str, NDArray[np.float32]]:
-    """Parse float32 tensors in the safetensors format: a length in eight bytes, a JSON header, raw values."""
-    (size,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + size])
-    body = memoryview(data)[8 + size :]
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] != "F32":
-            raise ValueError(f"tensor {name} is {entry['dtype']}, expected F32")
-        begin, end = entry["data_offsets"]
-        tensors[name] = np.frombuffer(body[begin:end], "<f4").reshape(entry["shape"])
-    return tensors

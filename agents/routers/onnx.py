@@ -8,15 +8,17 @@ the error function of GELU is float32, as onnxruntime has no other.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from agents.routers.mlp import MLP, ConditionedMLP, Weights
-from rollouts.errors import ConfigError
+from rollouts.errors import ArtefactError, ConfigError
 from trim_env.features import LAM_BOUND
 
 OPSET, IR_VERSION = 17, 8  # read by onnxruntime since 1.12
+_PROBES, _LAMS, _CLOSE = 512, 8, 1e-4  # GELU is float32
 _SINGLE = {"tanh": "Tanh", "relu": "Relu", "sigmoid": "Sigmoid"}
 
 
@@ -47,6 +49,7 @@ def to_onnx(router: MLP | ConditionedMLP) -> bytes:
 
     Raises:
         ConfigError: The ``onnx`` package is not installed.
+        ArtefactError: As of `check_onnx`.
     """
     try:
         import onnx
@@ -85,7 +88,69 @@ def to_onnx(router: MLP | ConditionedMLP) -> bytes:
     )
     onnx.checker.check_model(made, full_check=True)
     data: bytes = made.SerializeToString(deterministic=True)
+    check_onnx(data, router)
     return data
+
+
+def check_onnx(data: bytes, router: MLP | ConditionedMLP) -> None:
+    """Check that a graph stands alone and, where onnxruntime is installed, that it decides as the router does.
+
+    Decisions are compared on features that are drawn, for a range of λ also at λ that are.
+
+    Args:
+        data: Contents of a ``policy.onnx``.
+        router: The router that it is to be.
+
+    Raises:
+        ArtefactError: It is no graph, keeps data outside, or decides otherwise.
+    """
+    import onnx
+
+    try:
+        graph = onnx.load_model_from_string(data).graph
+    except Exception as error:  # protobuf's, which is not imported here
+        raise ArtefactError(f"policy.onnx of {router.name} is no ONNX graph ({error}).") from error
+    if any(each.data_location == onnx.TensorProto.EXTERNAL or each.external_data for each in _tensors(graph)):
+        raise ArtefactError(f"policy.onnx of {router.name} keeps data in other files; it is to stand alone.")
+    try:
+        import onnxruntime
+    except ImportError:
+        return
+    draw = np.random.default_rng(0)
+    features = draw.uniform(-3, 3, (_PROBES, _inputs_of(router))).astype(np.float32)
+    wanted = np.empty((_PROBES, 2))
+    told: dict[str, Any] = {"features": features}
+    if isinstance(router, ConditionedMLP):
+        lams = np.geomspace(router.low, router.high, _LAMS)
+        which = draw.integers(_LAMS, size=_PROBES)
+        told["lam"] = lams[which]
+        for number, lam in enumerate(lams):
+            wanted[which == number] = router.at(float(lam)).logits(features[which == number])
+    else:
+        wanted = router.logits(features)
+    try:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        action, logits = session.run(["action", "logits"], told)
+    except Exception as error:  # onnxruntime's, of which there are many
+        raise ArtefactError(f"policy.onnx of {router.name} does not run ({error}).") from error
+    size = 1 + np.abs(wanted).max(axis=1, keepdims=True)
+    clear = np.abs(wanted[:, 1] - wanted[:, 0]) > _CLOSE * size[:, 0]
+    odd = (action != (wanted[:, 1] > wanted[:, 0])) & clear
+    if odd.any() or not (np.abs(logits - wanted) <= _CLOSE * size).all():
+        raise ArtefactError(f"policy.onnx of {router.name} decides otherwise than the router; it was not written.")
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """Yield all tensors of a graph, also of graphs inside its nodes."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for attribute in (each for node in graph.node for each in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            yield from _tensors(inner) if inner.node or inner.initializer else ()
 
 
 def _inputs_of(router: MLP | ConditionedMLP) -> int:
@@ -122,4 +187,4 @@ def _activated(graph: _Graph, values: str, activation: str) -> str:
     return graph.add("Mul", graph.add("Div", values, graph.constant(2, np.float64)), graph.add("Add", one, error))
 
 
-__all__ = ["to_onnx"]
+__all__ = ["check_onnx", "to_onnx"]

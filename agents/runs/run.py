@@ -31,7 +31,7 @@ from agents.runs import config as settings
 from agents.runs.config import TrainConfig
 from agents.runs.listener import Listener
 from agents.runs.pictures import draw_curve, draw_training
-from agents.tracking import NoTracker, WandbTracker
+from agents.tracking import NoTracker, WandbTracker, wandb_mode
 from rollouts.config import as_plain
 from rollouts.errors import ConfigError, StoreError
 from rollouts.plugins import import_module, loaded_plugin
@@ -68,6 +68,8 @@ def train(config: TrainConfig, listener: Listener | None = None) -> Trained:
         StoreError: The rollouts cannot be used.
     """
     config, listener = settings.resolved(config), listener or Listener()
+    if config.tracking != "none":
+        wandb_mode()  # fails now, if it must
     trees = compile_store(config.rollouts, config.scorer, config.grader, on_progress=listener.compiling)
     folder = config.out or settings.new_folder(config)
     new = _Run(replace(_with_lams(config, trees), out=folder), trees, folder, listener)  # fails now, if it must

@@ -113,7 +113,7 @@ class Server:
 
         for module in config.imports:
             import_module(module)
-        policy = agents.load(config.policy)
+        policy = agents.load(config.policy, allow_old=config.allow_old)
         metrics = Metrics()
         self.models = Models(family_of(config, policy.about), config.upstream_timeout, metrics)
         _check_origin(config, self.models.family, policy)

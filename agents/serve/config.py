@@ -36,6 +36,7 @@ class ServeConfig:
         max_body_bytes: Largest request body.
         api_key_env: Environment variable with the key that clients must send; left out, none is asked for.
         upstream_key_env: Environment variable with the key of the upstream servers, where the models file names none.
+        allow_old: Read a policy of version 1 of its format too, whose settings may be damaged unnoticed.
         imports: A module to import before the policy is read: that of a router of your own; may be repeated.
         other_models: Serve other models than those that the policy was trained for.
         access_log: Log every request.
@@ -59,6 +60,7 @@ class ServeConfig:
     max_body_bytes: int = 1 << 18
     api_key_env: str | None = None
     upstream_key_env: str | None = None
+    allow_old: bool = False
     imports: Imports = ()
     other_models: bool = False
     access_log: bool = False

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from made_routers import network
@@ -21,6 +22,7 @@ from agents.learners.settings import PPOSettings
 from agents.routers import artefact
 from agents.routers.base import Constant, Mixture, RandomRate, StatefulRouter, Threshold
 from agents.routers.mlp import ACTIVATIONS, for_lam
+from agents.routers.onnx import check_onnx, to_onnx
 from agents.runs.config import TrainConfig
 from agents.runs.run import train
 from rollouts.errors import ArtefactError
@@ -165,6 +167,61 @@ def test_onnx_files_stand_alone(exported, tables, lam):
     assert logits[1::2] == pytest.approx(other.logits(features[1::2]), abs=1e-12)
 
 
+def other_graph(change):
+    """Return a function that changes the graph of a policy.onnx."""
+
+    def changed(data):
+        model = onnx.load_model_from_string(data)
+        change(model.graph)
+        return model.SerializeToString()
+
+    return changed
+
+
+def least(graph):
+    graph.node[-1].op_type = "ArgMin"
+
+
+def outside(graph):
+    onnx.external_data_helper.set_external_data(graph.initializer[0], "/etc/hostname")
+    graph.initializer[0].ClearField("raw_data")
+
+
+def shifted(graph):
+    values = onnx.numpy_helper.to_array(graph.initializer[-1])
+    graph.initializer[-1].CopyFrom(onnx.numpy_helper.from_array(values + [[0.5, 0.0]], graph.initializer[-1].name))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_graph(least), "decides otherwise"),
+        (other_graph(shifted), "decides otherwise"),
+        (other_graph(outside), "keeps data in other files"),
+        (other_graph(lambda graph: graph.node.pop()), "does not run"),
+        (lambda data: data[:-40], "is no ONNX graph|does not run"),
+    ],
+)
+@pytest.mark.parametrize("lam", [3e-3, SPAN])
+def test_a_graph_that_decides_otherwise_is_not_written(tmp_path, monkeypatch, lam, change, message):
+    router = for_lam("x", "agg+/1", lam, network(6 + isinstance(lam, tuple)).weights)
+    check_onnx(to_onnx(router), router)
+    with pytest.raises(ArtefactError, match=message):
+        check_onnx(change(to_onnx(router)), router)
+    make_model = onnx.helper.make_model
+
+    def broken(graph, **options):
+        graph.node[-1].op_type = "ArgMin"
+        return make_model(graph, **options)
+
+    monkeypatch.setattr(onnx.helper, "make_model", broken)
+    with pytest.raises(ArtefactError, match="decides otherwise"):
+        artefact.save(router, tmp_path / "p", {"max_steps": 16}, onnx=True)
+    assert not (tmp_path / "p" / "policy.json").exists()
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)  # where it is missing nothing is compared
+    artefact.save(router, tmp_path / "p", {"max_steps": 16}, onnx=True)
+
+
 def test_an_artefact_says_where_it_comes_from(runs, exported, tables):
     for kind in runs.trained:
         described = json.loads((exported / kind / "policy.json").read_text())
@@ -263,7 +320,7 @@ def test_no_cut_and_no_changed_letter_goes_unnoticed(exported, tmp_path):
     assert refused == len(range(0, len(whole), 11))
 
 
-def test_artefacts_of_version_1_are_read(exported, tmp_path):
+def test_artefacts_of_version_1_are_read_when_asked(exported, tmp_path):
     folder = shutil.copytree(exported / "mlp", tmp_path / "p")
 
     def older(described):
@@ -271,10 +328,12 @@ def test_artefacts_of_version_1_are_read(exported, tmp_path):
         described.pop("digest")
 
     edit(folder, older)
-    assert agents.load(folder).session().decide(0.5, 10, text="") in (0, 1)
+    with pytest.raises(ArtefactError, match="version 1 of the format"):
+        agents.load(folder)
+    assert agents.load(folder, allow_old=True).session().decide(0.5, 10, text="") in (0, 1)
     put(folder, "policy.safetensors", flip)
     with pytest.raises(ArtefactError, match="not those that policy.json names"):
-        agents.load(folder)
+        agents.load(folder, allow_old=True)
 
 
 def test_packages_that_lack_are_named(runs, exported, tmp_path, monkeypatch, capsys):

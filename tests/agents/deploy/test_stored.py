@@ -23,7 +23,7 @@ def kept():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_routers_of_single_steps(kept, kind):
-    router, name = artefact.load(STORED / kind).router, kind.removesuffix("-version-1")
+    router, name = artefact.load(STORED / kind, allow_old=True).router, kind.removesuffix("-version-1")
     features = kept[f"{name}.features"]
     assert (router.probability(features) == kept[f"{name}.decisions"]).all()
     if f"{name}.logits" in kept:
@@ -61,7 +61,7 @@ def test_a_mixture(kept):
 
 @pytest.mark.parametrize("kind", [*KINDS, "mlp-lam", "seq", "pomdp", "mixture"])
 def test_sessions_begin_with_all_of_them(kind):
-    policy = agents.load(STORED / kind)
+    policy = agents.load(STORED / kind, allow_old=True)
     session = policy.session(lam=1e-3 if policy.lam_range else None, seed=0)
     assert session.decide(0.5, 12, text="") in (0, 1) and policy.describe()["max_steps"] == 16
 
