@@ -190,7 +190,7 @@ def _notes(found: Artefact, onnx: bool) -> tuple[str, ...]:
     notes = [
         f"advised against at λ = {each['lam']:g}. {each['sentence']}"
         for each in found.about.get("held_out", [])
-        if each["verdict"] in ("collapsed", "beaten")
+        if each.get("verdict") in ("collapsed", "beaten")
     ]
     if onnx and not artefact.has_network(found.router):
         notes.append(f"no {ONNX}: a router of kind {found.kind} is no network; policy.json is all there is.")

@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from pydantic import Field
 
 from agents.evaluation.bootstrap import Difference, holm, paired_returns, resample_weights
 from agents.evaluation.compare import compare_curves
@@ -21,7 +22,7 @@ from agents.evaluation.walk import references, run
 from agents.routers import artefact
 from agents.routers.base import RandomRate, Threshold, told_cap
 from agents.routers.mlp import ConditionedMLP, at
-from rollouts.config import Imports
+from rollouts.config import Imports, settings
 from rollouts.errors import ArtefactError, ConfigError
 from rollouts.plugins import import_module
 from rollouts.trees.arrays import Trees
@@ -31,7 +32,7 @@ from trim_env.tables import DecisionTables, decision_tables
 TRIM_THR, RANDOM = "trim-thr", "random"
 
 
-@dataclass(frozen=True)
+@settings
 class EvaluateConfig:
     """Settings of an evaluation.
 
@@ -64,7 +65,7 @@ class EvaluateConfig:
     grader: str | None = None
     seed: int = 0
     report: Path | None = None
-    report_problems: int = 60
+    report_problems: Annotated[int, Field(ge=0)] = 60
     allow_old: bool = False
     imports: Imports = ()
 

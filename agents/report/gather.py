@@ -32,7 +32,6 @@ from agents.report.reliability import scorer_reliability
 from agents.report.routers import shown_routers
 from agents.report.traces import FLAGS, Traced, choose, flags, problem_record
 from agents.report.walks import follow
-from rollouts.errors import ConfigError
 from rollouts.store.store import Store
 from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
@@ -52,8 +51,6 @@ def gather(config: EvaluateConfig, evaluation: Evaluation, trace_bytes: int = TR
     Raises:
         TrimError: As `agents.evaluation.suite.evaluate`.
     """
-    if config.report_problems < 0:
-        raise ConfigError(f"report_problems is {config.report_problems}, expected at least 0.")
     subject, seed = evaluation.subject, config.seed
     trees = compile_store(config.rollouts, config.scorer, config.grader)
     caps = {name: subject[name] for name in ("max_escalations", "max_large_tokens")}

@@ -204,7 +204,7 @@ _ABOUT = _entries(
         "max_escalations?": _maybe(_whole(0)),
         "max_large_tokens?": _maybe(_whole(0)),
         "features?": _each(_entries({"name": NAME}, _ANY)),
-        "held_out?": _each(_entries({"lam": _NUMBER, "verdict": _TEXT, "sentence": _TEXT}, _ANY)),
+        "held_out?": _each(_entries({"lam": _NUMBER, "verdict?": _TEXT, "sentence?": _TEXT}, _ANY)),
         "calibration?": _entries({"target": NAME, "value": _NUMBER}, _ANY),
         "budgets?": _each(_entries({"lam": _ABOVE_0, "share": _NUMBER}, _ANY)),
         "default_lam?": _maybe(_ABOVE_0),

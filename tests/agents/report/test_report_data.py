@@ -311,8 +311,8 @@ def test_traces_that_do_not_fit_are_left_out_and_counted(page):
     assert len(small["problems"]) == small["sampling"]["shown"]
     none = gather(replace(config, report_problems=0), found)
     assert none["problems"] == [] and none["sampling"]["wanted"] == 0
-    with pytest.raises(ConfigError, match="report_problems is -1"):
-        gather(replace(config, report_problems=-1), found)
+    with pytest.raises(ConfigError, match="--report-problems is -1"):
+        replace(config, report_problems=-1)
 
 
 def test_data_cannot_leave_its_block():
