@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from rollouts.config import FamilyConfig, GeneratorConfig, ModelConfig
 from rollouts.errors import ConfigError
 from rollouts.models.base import Backend
 from rollouts.models.open import open_backend
-from rollouts.models.stepwise import StepModel
+from rollouts.models.stepwise import StepModel, StepRules
 from rollouts.plugins import build_plugin, is_plugin
 from rollouts.scoring.base import EXAMPLES, Example, Scorer, self_test
 from rollouts.scoring.likelihood import LikelihoodScorer
@@ -135,15 +135,16 @@ class Family:
         """Load the model of ``small`` or ``large`` as a step writer, and record the start in the store."""
         model: GeneratorConfig = self.config.generator(role)
         if model.chat_only:
-            from rollouts.models.server.chat import ChatBackend, ChatWriter
+            from rollouts.models.server.chat import ChatWriter
 
-            with ChatBackend(role, model) as chat:
+            with closing(ChatWriter(role, model, self.limits, self.fits)) as chat:
                 store.record_engine({"role": role, **chat.describe()})
-                yield ChatWriter(role, chat, model.sampling, self.limits, self.fits)
+                yield chat
             return
         with self._backend(role, model, store) as backend:
-            prompts, sampling = self.prompts(role), model.sampling
-            yield StepModel(backend, prompts, sampling, self.limits, seed=self.seed, fits=self.fits)
+            window, sampling = backend.window, model.sampling
+            rules = StepRules(role, self.prompts(role), window, sampling, self.limits, self.fits, self.seed)
+            yield StepModel(backend, rules)
 
     @contextmanager
     def _backend(

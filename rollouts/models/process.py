@@ -12,13 +12,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from rollouts.errors import BackendError
-from rollouts.models.base import Backend, Capabilities, Request
+from rollouts.models.base import Backend, Capabilities, Completion, CompletionRequest, Request
 
 _START_TIMEOUT_S = 1800.0
 _ENVIRONMENT_LOCK = threading.Lock()
@@ -38,7 +38,7 @@ class Engine(Protocol):
     description: Mapping[str, Any]
 
     def add(self, key: int, request: Request) -> None:
-        """Queue one request."""
+        """Queue one request; raises `BackendError` with the reason if it cannot be served."""
 
     def step(self) -> list[tuple[int, Any]]:
         """Work for a while; return the requests that finished, as (key, result)."""
@@ -70,9 +70,7 @@ class EngineProcess(Backend):
         self._failure: str | None = None
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, factory, settings, os.getpid()), name=f"trim-{role}"
-        )
+        self._process = context.Process(target=_serve, args=(theirs, factory, settings), name=f"trim-{role}")
         with _exported(environment):
             self._process.start()
         theirs.close()
@@ -177,10 +175,12 @@ class EngineProcess(Backend):
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-        if threading.current_thread() is not self._reader:
-            self._reader.join(5)  # it sees the end of the pipe and cancels what is pending
-        self._writer.join(5)  # else it might write into the next pipe that gets this one's number
-        self._connection.close()
+        threads = [each for each in (self._reader, self._writer) if each is not threading.current_thread()]
+        for thread in threads:
+            thread.join(5)  # the reader sees the end of the pipe and cancels what is pending
+        # A thread that still holds the pipe would go on with whatever is opened next under its descriptor's number.
+        if not any(thread.is_alive() for thread in threads):
+            self._connection.close()
         atexit.unregister(self.close)
 
 
@@ -203,23 +203,17 @@ def _exported(environment: Mapping[str, str]) -> Iterator[None]:
                     os.environ[name] = value
 
 
-def _serve(
-    connection: Connection,
-    factory: Callable[..., Engine],
-    settings: Mapping[str, Any],
-    parent: int,
-) -> None:
-    """Run one engine until the pipe closes; the process's main function."""
+def _serve(connection: Connection, factory: Callable[..., Engine], settings: Mapping[str, Any]) -> None:
+    """Run one engine until the parent says that it is done, which alone gives exit code 0."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the orchestrator decides what Ctrl-C means
-    _end_with(parent)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     status = 0
     try:
         engine = factory(**settings)
         connection.send(("ready", (engine.capabilities, engine.window, dict(engine.description))))
-        with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-            _work(connection, engine)
+        _work(connection, engine)
     except BaseException as error:
         status = 1
         with contextlib.suppress(OSError):
@@ -238,21 +232,31 @@ def _work(connection: Connection, engine: Engine) -> None:
             batch = connection.recv()
             if batch is None:
                 return
-            for key, request in batch:
-                engine.add(key, request)
-            pending += len(batch)
+            refused = queue_requests(engine, batch)
+            if refused:
+                connection.send(("results", refused))
+            pending += len(batch) - len(refused)
         finished = engine.step()
         if finished:
             pending -= len(finished)
             connection.send(("results", finished))
 
 
-def _end_with(parent: int) -> None:
+def queue_requests(engine: Engine, batch: Iterable[tuple[int, Request]]) -> list[tuple[int, Any]]:
+    """Hand requests to an engine; return the answers to those that it refuses, as (key, result)."""
+    refused: list[tuple[int, Any]] = []
+    for key, request in batch:
+        try:
+            engine.add(key, request)
+        except BackendError as error:
+            failed = Completion("", 0, (), "failed", str(error))
+            refused.append((key, failed if isinstance(request, CompletionRequest) else error))
+    return refused
+
+
+def _end_with_parent() -> None:
     """End this process when its parent is gone: a killed orchestrator must not leave a model in memory."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    while parent is not None and os.getppid() == parent.pid:
+        time.sleep(1.0)
+    os._exit(1)

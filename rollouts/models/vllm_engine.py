@@ -81,32 +81,25 @@ class _VllmEngine:
 
     def __init__(self, llm: Any, seed: int) -> None:
         self._engine = llm.llm_engine
-        self._refused: list[tuple[int, Any]] = []
         config = self._engine.model_config
         self.window = int(config.max_model_len)
         self.description: Mapping[str, Any] = _describe(self._engine, seed)
 
     def add(self, key: int, request: Request) -> None:
-        """Queue one request; one that vLLM refuses is answered by the next step."""
+        """Queue one request; see `rollouts.models.process.Engine`."""
         raise NotImplementedError
 
-    def _submit(self, key: int, ids: tuple[int, ...], params: Any, **fields: Any) -> str | None:
-        """Hand a prompt to vLLM with ``params(**fields)``; return its words if it refuses either."""
+    def _submit(self, key: int, ids: tuple[int, ...], params: Any, **fields: Any) -> None:
+        """Hand a prompt to vLLM with ``params(**fields)``; raise BackendError with its words if it refuses either."""
         try:
             self._engine.add_request(str(key), {"prompt_token_ids": list(ids)}, params(**fields))
         except Exception as error:  # of many kinds; should the engine itself be broken, the next step says so
-            return str(error) or type(error).__name__
-        return None
+            raise BackendError(str(error) or type(error).__name__) from error
 
     def step(self) -> list[tuple[int, Any]]:
         """Run one iteration of the engine; return what finished in it."""
-        finished, self._refused = self._refused, []
-        if self._engine.has_unfinished_requests():
-            for output in self._engine.step():
-                if output.finished:
-                    key = int(output.request_id)
-                    finished.append((key, self._result(key, output)))
-        return finished
+        finished = [output for output in self._engine.step() if output.finished]
+        return [(int(output.request_id), self._result(int(output.request_id), output)) for output in finished]
 
     def _result(self, key: int, output: Any) -> Any:
         raise NotImplementedError
@@ -134,20 +127,15 @@ class VllmGenerator(_VllmEngine):
     def add(self, key: int, request: Request) -> None:
         """Queue a `CompletionRequest` or a `LogprobRequest`."""
         if isinstance(request, CompletionRequest):
-            refusal = self._add_completion(key, request)
-            if refusal is not None:
-                self._refused.append((key, Completion("", 0, (), "failed", refusal)))
-            return
-        if isinstance(request, LogprobRequest):
-            refusal = self._add_logprobs(key, request)
+            self._add_completion(key, request)
+        elif isinstance(request, LogprobRequest):
+            self._add_logprobs(key, request)
         else:
-            refusal = "a generating model cannot answer a PoolingRequest."
-        if refusal is not None:
-            self._refused.append((key, BackendError(refusal)))
+            raise BackendError("a generating model cannot answer a PoolingRequest.")
 
-    def _add_completion(self, key: int, request: CompletionRequest) -> str | None:
+    def _add_completion(self, key: int, request: CompletionRequest) -> None:
         # Every field that changes a draw is written out: unsent ones may come from the model's own defaults.
-        return self._submit(
+        self._submit(
             key,
             request.prompt_ids,
             self._params,
@@ -170,10 +158,12 @@ class VllmGenerator(_VllmEngine):
             skip_clone=True,  # built for this request alone
         )
 
-    def _add_logprobs(self, key: int, request: LogprobRequest) -> str | None:
+    def _add_logprobs(self, key: int, request: LogprobRequest) -> None:
         if not 0 < request.start <= len(request.ids):
-            return f"log-probabilities from position {request.start} of {len(request.ids)} ids: nothing precedes them."
-        refusal = self._submit(
+            raise BackendError(
+                f"log-probabilities from position {request.start} of {len(request.ids)} ids: nothing precedes them."
+            )
+        self._submit(
             key,
             request.ids,
             self._params,
@@ -184,9 +174,7 @@ class VllmGenerator(_VllmEngine):
             output_kind=self._final_only,
             skip_clone=True,
         )
-        if refusal is None:
-            self._starts[key] = request.start
-        return refusal
+        self._starts[key] = request.start
 
     def _result(self, key: int, output: Any) -> Any:
         start = self._starts.pop(key, None)
@@ -218,11 +206,8 @@ class VllmPooling(_VllmEngine):
         from vllm import PoolingParams
 
         if not isinstance(request, PoolingRequest):
-            self._refused.append((key, BackendError("a reward model answers PoolingRequests only.")))
-            return
-        refusal = self._submit(key, request.ids, PoolingParams, task="token_classify")
-        if refusal is not None:
-            self._refused.append((key, BackendError(refusal)))
+            raise BackendError("a reward model answers PoolingRequests only.")
+        self._submit(key, request.ids, PoolingParams, task="token_classify")
 
     def _result(self, key: int, output: Any) -> Any:
         data = output.outputs.data

@@ -12,7 +12,7 @@ import numpy as np
 from rollouts.config import ModelConfig, Sampling
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Capabilities, Completion, CompletionRequest, Finish, LogprobRequest, Request
-from rollouts.models.hf.load import PADDED_TOKENS, describe, groups, load, pad_right, refuse, window
+from rollouts.models.hf.load import PADDED_TOKENS, check_prompt, describe, groups, load, pad_right, window
 from rollouts.models.hf.packing import logprobs, packs
 
 PACKED_TOKENS = 2048  # of one pass over sequences that begin alike: its mask has the square of them
@@ -108,29 +108,20 @@ class TransformersGenerator:
         self._batch: _Batch | None = None
 
     def add(self, key: int, request: Request) -> None:
-        """Queue a `CompletionRequest` or a `LogprobRequest`; one that cannot be served is answered by the next step."""
+        """Queue a `CompletionRequest` or a `LogprobRequest`."""
+        most = self.window - 1  # as in vLLM, a prompt that fills the window is refused: not one token could follow
         if isinstance(request, CompletionRequest):
-            refusal = self._refusal(request.prompt_ids)
-            if refusal is None and request.max_tokens < 1:
-                refusal = f"max_tokens is {request.max_tokens}, expected at least 1."
-            if refusal is None:
-                self._waiting.append((key, request))
-            else:
-                self._finished.append((key, Completion("", 0, (), "failed", refusal)))
+            check_prompt(request.prompt_ids, most, self._vocabulary)
+            if request.max_tokens < 1:
+                raise BackendError(f"max_tokens is {request.max_tokens}, expected at least 1.")
+            self._waiting.append((key, request))
         elif isinstance(request, LogprobRequest):
-            refusal = self._refusal(request.ids)
-            if refusal is None and not 0 < request.start <= len(request.ids):
-                refusal = f"log-probabilities from position {request.start} of {len(request.ids)} ids."
-            if refusal is None:
-                self._scoring.append((key, request))
-            else:
-                self._finished.append((key, BackendError(refusal)))
+            check_prompt(request.ids, most, self._vocabulary)
+            if not 0 < request.start <= len(request.ids):
+                raise BackendError(f"log-probabilities from position {request.start} of {len(request.ids)} ids.")
+            self._scoring.append((key, request))
         else:
-            self._finished.append((key, BackendError("a generating model cannot answer a PoolingRequest.")))
-
-    def _refusal(self, ids: tuple[int, ...]) -> str | None:
-        # As in vLLM, a prompt that fills the window is refused: not even one token could follow.
-        return refuse(ids, self.window - 1, self._vocabulary)
+            raise BackendError("a generating model cannot answer a PoolingRequest.")
 
     def step(self) -> list[tuple[int, Any]]:
         """Score one batch of log-probability requests, admit new rows, decode one token of every row."""

@@ -56,10 +56,9 @@ class ServerBackend(Backend):
             if not windows:
                 raise ConfigError(f"{role}: {self._http.url} does not tell the model's window; set `max_length`.")
             self.window = min(windows)
-            version = self._http.peek("/version")
             self._description = {
                 "engine": "server",
-                "version": version.get("version") if isinstance(version, dict) else None,
+                "version": self._http.version(),
                 "url": self._http.url,
                 "model": card["id"],
                 "root": card.get("root"),  # what the server calls `model` may be another name for it

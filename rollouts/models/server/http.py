@@ -306,6 +306,11 @@ class HttpServer:
 
         return self.submit(once).result()
 
+    def version(self) -> str | None:
+        """Return what the server says of its version, if it does."""
+        answer = self.peek("/version")
+        return answer.get("version") if isinstance(answer, dict) else None
+
     def close(self) -> None:
         """Cancel what is pending and end the thread."""
         with self._lock:
