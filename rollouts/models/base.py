@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rollouts.config import Sampling
@@ -49,6 +49,22 @@ class CompletionRequest:
     sampling: Sampling
     stop: tuple[str, ...] = ()
     seed: int = 0
+
+
+def drawing_fields(request: CompletionRequest) -> dict[str, Any]:
+    """Return every field that changes a draw, as vLLM and its servers name them: unsent ones may be the model's own."""
+    return {
+        **asdict(request.sampling),
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "n": 1,
+        "min_tokens": 0,
+        "ignore_eos": False,
+        "stop": list(request.stop),
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": True,
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from rollouts.models.base import (
     LogprobRequest,
     PoolingRequest,
     Request,
+    drawing_fields,
 )
 from rollouts.models.hf.load import cpu_threads
 
@@ -121,59 +122,24 @@ class VllmGenerator(_VllmEngine):
         from vllm.sampling_params import RequestOutputKind
 
         self._params = SamplingParams
-        self._final_only = RequestOutputKind.FINAL_ONLY
+        # Nobody reads what is not finished, and the parameters are built for one request alone.
+        self._common = {"output_kind": RequestOutputKind.FINAL_ONLY, "skip_clone": True}
         self._starts: dict[int, int] = {}
 
     def add(self, key: int, request: Request) -> None:
         """Queue a `CompletionRequest` or a `LogprobRequest`."""
         if isinstance(request, CompletionRequest):
-            self._add_completion(key, request)
-        elif isinstance(request, LogprobRequest):
-            self._add_logprobs(key, request)
-        else:
+            fields = {**drawing_fields(request), "max_tokens": request.max_tokens, "logprobs": None}
+            self._submit(key, request.prompt_ids, self._params, **fields, **self._common)
+            return
+        if not isinstance(request, LogprobRequest):
             raise BackendError("a generating model cannot answer a PoolingRequest.")
-
-    def _add_completion(self, key: int, request: CompletionRequest) -> None:
-        # Every field that changes a draw is written out: unsent ones may come from the model's own defaults.
-        self._submit(
-            key,
-            request.prompt_ids,
-            self._params,
-            n=1,
-            temperature=request.sampling.temperature,
-            top_p=request.sampling.top_p,
-            top_k=request.sampling.top_k,
-            min_p=request.sampling.min_p,
-            repetition_penalty=1.0,
-            presence_penalty=0.0,
-            frequency_penalty=0.0,
-            max_tokens=request.max_tokens,
-            min_tokens=0,
-            ignore_eos=False,
-            stop=list(request.stop),
-            include_stop_str_in_output=True,
-            skip_special_tokens=True,
-            logprobs=None,
-            output_kind=self._final_only,
-            skip_clone=True,  # built for this request alone
-        )
-
-    def _add_logprobs(self, key: int, request: LogprobRequest) -> None:
         if not 0 < request.start <= len(request.ids):
             raise BackendError(
                 f"log-probabilities from position {request.start} of {len(request.ids)} ids: nothing precedes them."
             )
-        self._submit(
-            key,
-            request.ids,
-            self._params,
-            temperature=0.0,
-            max_tokens=1,
-            prompt_logprobs=0,
-            detokenize=False,
-            output_kind=self._final_only,
-            skip_clone=True,
-        )
+        fields = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+        self._submit(key, request.ids, self._params, **fields, **self._common)
         self._starts[key] = request.start
 
     def _result(self, key: int, output: Any) -> Any:
@@ -182,18 +148,12 @@ class VllmGenerator(_VllmEngine):
             rows = zip(output.prompt_token_ids[start:], output.prompt_logprobs[start:], strict=True)
             return [float(row[token].logprob) for token, row in rows]
         written = output.outputs[0]
-        finish, detail = _finish(written.finish_reason, written.stop_reason)
-        ids = tuple(written.token_ids)
-        return Completion(written.text, len(ids), ids, finish, detail)
-
-
-def _finish(reason: str | None, stop_reason: int | str | None) -> tuple[Finish, str]:
-    """Translate vLLM's reasons: it says "stop" for a stop string as well as for the end of the sequence."""
-    if reason == "stop":
-        return ("stop" if isinstance(stop_reason, str) else "eos"), ""
-    if reason == "length":
-        return "length", ""
-    return "failed", f"vLLM ended the request with {reason!r}"
+        ids, reason = tuple(written.token_ids), written.finish_reason
+        if reason not in ("stop", "length"):
+            return Completion(written.text, len(ids), ids, "failed", f"vLLM ended the request with {reason!r}")
+        # It says "stop" for a stop string as well as for the end of the sequence.
+        ended: Finish = "eos" if reason == "stop" and not isinstance(written.stop_reason, str) else reason
+        return Completion(written.text, len(ids), ids, ended)
 
 
 class VllmPooling(_VllmEngine):

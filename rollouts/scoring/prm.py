@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 from rollouts.errors import BackendError, ConfigError
@@ -13,23 +14,20 @@ from rollouts.scoring.base import Scores
 from rollouts.text.prompts import RewardFormat
 
 
+@dataclass(eq=False)
 class RewardScorer:
-    """A process reward model in the layout of Qwen2.5-Math-PRM behind any backend that can pool."""
+    """A process reward model in the layout of Qwen2.5-Math-PRM behind any backend that can pool, else a ConfigError."""
 
-    tolerance = 5e-3
+    name: str
+    backend: Backend
+    prompts: RewardFormat
+    model: str
+    tolerance: float = field(default=5e-3, init=False)
 
-    def __init__(self, name: str, backend: Backend, prompts: RewardFormat, model: str) -> None:
-        """Check that the backend can pool.
-
-        Raises:
-            ConfigError: It cannot.
-        """
-        if not backend.capabilities.pooling:
-            raise ConfigError(f"Scorer {name!r}: its backend gives no per-tag probabilities (pooling).")
-        self.name = name
-        self.backend = backend
-        self.prompts = prompts
-        self.model = model
+    def __post_init__(self) -> None:
+        """Check that the backend can pool."""
+        if not self.backend.capabilities.pooling:
+            raise ConfigError(f"Scorer {self.name!r}: its backend gives no per-tag probabilities (pooling).")
 
     def process(self) -> Mapping[str, Any]:
         """Return model and input format."""

@@ -82,19 +82,12 @@ def logprobs(model: Any, pack: Pack, starts: Sequence[int]) -> list[list[float]]
         pack: The sequences.
         starts: For each of them, the first token to be told of, at least 1.
     """
-    spans = [path[start - 1 :] for path, start in zip(pack.paths, starts, strict=True)]
-    before, after = (np.concatenate([span[part] for span in spans]) for part in (slice(-1), slice(1, None)))
-    values = _of_pairs(model, pack, before, after)
-    ends = np.cumsum([len(span) - 1 for span in spans])
-    return [own.tolist() for own in np.split(values, ends[:-1])]
-
-
-def _of_pairs(model: Any, pack: Pack, before: NDArray[np.int64], after: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the log-probabilities of the tokens at n places, each after the token at another place; one pass."""
     import torch
 
+    spans = [path[start - 1 :] for path, start in zip(pack.paths, starts, strict=True)]
+    before, after = (np.concatenate([span[part] for span in spans]) for part in (slice(-1), slice(1, None)))
     if not len(before):
-        return np.empty(0)
+        return [[] for _ in spans]
     device = model.device
     ids, positions = (torch.as_tensor(each, device=device)[None] for each in (pack.ids, pack.positions))
     mask = None
@@ -108,5 +101,5 @@ def _of_pairs(model: Any, pack: Pack, before: NDArray[np.int64], after: NDArray[
     ).logits[0]
     logits = logits if logits.dtype == torch.float64 else logits.float()
     values = logits[place, ids[0][torch.as_tensor(after, device=device)]] - logits.logsumexp(1)[place]
-    result: NDArray[np.float64] = values.double().cpu().numpy()
-    return result
+    ends = np.cumsum([len(span) - 1 for span in spans])
+    return [own.tolist() for own in np.split(values.double().cpu().numpy(), ends[:-1])]
