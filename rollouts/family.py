@@ -124,12 +124,6 @@ class Family:
             }
         return described
 
-    def greedy(self) -> str | None:
-        """Return a role with temperature 0, whose replicas would all be the same, or None."""
-        return next(
-            (role for role in ("small", "large") if self.config.generator(role).sampling.temperature == 0), None
-        )
-
     @contextmanager
     def open(self, role: str, store: Store) -> Iterator[Any]:
         """Load the model of ``small`` or ``large`` as a step writer, and record the start in the store."""

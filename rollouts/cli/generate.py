@@ -92,8 +92,9 @@ class Generate:
         family = Family(load_family(self.models), seed=self.seed, examples=self_test_examples(problems))
         replicas = parse_replicas(self.replicas)
         most = max(replicas.values()) if isinstance(replicas, dict) else replicas
-        if most > 1 and (role := family.greedy()):
-            raise ConfigError(f"Temperature 0 ({role}) makes all replicas the same; use --replicas 1.")
+        greedy = [role for role in ROLES if family.config.generator(role).sampling.temperature == 0]
+        if most > 1 and greedy:
+            raise ConfigError(f"Temperature 0 ({greedy[0]}) makes all replicas the same; use --replicas 1.")
         problems = self._that_fit(screen, family, problems)
         self._warn_of_unreadable_answers(screen, grader, problems)
         if self.dry_run:

@@ -253,14 +253,8 @@ class TransformersGenerator:
 
 def _stop_end(text: str, new: int, stop: tuple[str, ...]) -> int | None:
     """Return where the stop string ends that the last `new` characters completed first, if they did."""
-    if not new:
-        return None
-    ends = []
-    for string in stop:
-        found = text.find(string, max(0, len(text) - new - len(string) + 1))
-        if found >= 0:
-            ends.append(found + len(string))
-    return min(ends, default=None)
+    found = [(text.find(string, max(0, len(text) - new - len(string) + 1)), len(string)) for string in stop]
+    return min((start + length for start, length in found if start >= 0), default=None)
 
 
 def _draw(rows: list[_Row], logits: Any) -> list[int]:

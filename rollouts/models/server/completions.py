@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from rollouts.config import ModelConfig, Sampling
@@ -123,32 +124,27 @@ class ServerBackend(Backend):
 
     def submit(self, request: Request) -> Future[Any]:
         """Start one request; see `HttpServer` for what is retried and when the server counts as gone."""
+        answer: Callable[[], Awaitable[Any]]
         if isinstance(request, CompletionRequest) and self.capabilities.continue_prefix:
-            return self._http.submit(lambda: self._complete(request))
-        if isinstance(request, LogprobRequest) and self.capabilities.prompt_logprobs:
-            smallest = completion_payload(self._model, self.window, CompletionRequest(request.ids, 1, Sampling(1.0)))
-            payload = {**smallest, "prompt_logprobs": 0}
-            return self._http.submit(
-                lambda: self._measure(
-                    "completions", payload, lambda body: read_logprobs(body, request.ids, request.start)
-                )
-            )
-        if isinstance(request, PoolingRequest) and self.capabilities.pooling:
-            path, payload = "/pooling", pooling_payload(self._model, request.ids)
-            return self._http.submit(lambda: self._measure(path, payload, lambda body: self._scores(body, request.ids)))
-        raise ConfigError(f"{self.role}: {self._http.url} cannot answer a {type(request).__name__}.")
-
-    async def _complete(self, request: CompletionRequest) -> Completion:
-        try:
             payload = completion_payload(self._model, self.window, request)
-            return await self._http.post("completions", payload, read_completion)
-        except RequestFailed as error:
-            return Completion("", 0, None, "failed", str(error))
+            answer = partial(self._http.post, "completions", payload, read_completion)
+        elif isinstance(request, LogprobRequest) and self.capabilities.prompt_logprobs:
+            smallest = completion_payload(self._model, self.window, CompletionRequest(request.ids, 1, Sampling(1.0)))
+            read = partial(read_logprobs, ids=request.ids, start=request.start)
+            answer = partial(self._http.post, "completions", {**smallest, "prompt_logprobs": 0}, read)
+        elif isinstance(request, PoolingRequest) and self.capabilities.pooling:
+            payload = pooling_payload(self._model, request.ids)
+            answer = partial(self._http.post, "/pooling", payload, partial(self._scores, ids=request.ids))
+        else:
+            raise ConfigError(f"{self.role}: {self._http.url} cannot answer a {type(request).__name__}.")
+        return self._http.submit(lambda: self._answer(request, answer))
 
-    async def _measure(self, path: str, payload: Mapping[str, Any], parse: Callable[[Any], list[float]]) -> list[float]:
+    async def _answer(self, request: Request, answer: Callable[[], Awaitable[Any]]) -> Any:
         try:
-            return await self._http.post(path, payload, parse)
+            return await answer()
         except RequestFailed as error:
+            if isinstance(request, CompletionRequest):
+                return Completion("", 0, None, "failed", str(error))
             raise BackendError(f"{self.role}: {self._http.url} did not answer a request: {error}") from None
 
     def _scores(self, body: Any, ids: tuple[int, ...]) -> list[float]:
