@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -22,14 +23,12 @@ class Capabilities:
         prompt_logprobs: Log-probabilities of given tokens can be asked for.
         pooling: Per-tag class probabilities can be asked for (a process reward model).
         continue_prefix: A partial answer can be continued.
-        reproducible: Draws depend on the request's seed only, not on what else is in the batch.
     """
 
     token_ids: bool = False
     prompt_logprobs: bool = False
     pooling: bool = False
     continue_prefix: bool = True
-    reproducible: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,7 @@ class PoolingRequest:
 Request = CompletionRequest | LogprobRequest | PoolingRequest
 
 
-class Backend(ABC):
+class Backend(AbstractContextManager["Backend"]):
     """A model that answers requests, wherever it runs.
 
     Attributes:
@@ -134,10 +133,6 @@ class Backend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop the backend and free its memory; pending futures are cancelled. Safe to call twice."""
-
-    def __enter__(self) -> Backend:
-        """Return itself; the backend is closed on exit."""
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Close the backend."""

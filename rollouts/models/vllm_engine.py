@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from rollouts.config import ModelConfig
@@ -75,103 +76,74 @@ def _load(model: ModelConfig, seed: int, **settings: Any) -> Any:
     )
 
 
-class _VllmEngine:
-    """What both kinds of engine share: submission, stepping, and refusals that are answers instead of crashes."""
-
-    capabilities = Capabilities()
-
-    def __init__(self, llm: Any, seed: int) -> None:
-        self._engine = llm.llm_engine
-        config = self._engine.model_config
-        self.window = int(config.max_model_len)
-        self.description: Mapping[str, Any] = _describe(self._engine, seed)
-
-    def add(self, key: int, request: Request) -> None:
-        """Queue one request; see `rollouts.models.process.Engine`."""
-        raise NotImplementedError
-
-    def _submit(self, key: int, ids: tuple[int, ...], params: Any, **fields: Any) -> None:
-        """Hand a prompt to vLLM with ``params(**fields)``; raise BackendError with its words if it refuses either."""
-        try:
-            self._engine.add_request(str(key), {"prompt_token_ids": list(ids)}, params(**fields))
-        except Exception as error:  # of many kinds; should the engine itself be broken, the next step says so
-            raise BackendError(str(error) or type(error).__name__) from error
-
-    def step(self) -> list[tuple[int, Any]]:
-        """Run one iteration of the engine; return what finished in it."""
-        finished = [output for output in self._engine.step() if output.finished]
-        return [(int(output.request_id), self._result(int(output.request_id), output)) for output in finished]
-
-    def _result(self, key: int, output: Any) -> Any:
-        raise NotImplementedError
-
-
-class VllmGenerator(_VllmEngine):
-    """Completions and log-probabilities from a language model.
+class VllmEngine:
+    """Completions and log-probabilities from a language model, or step scores from a process reward model.
 
     Requests carry no seed of their own: a per-request seed kills the CPU engine of vLLM 0.32, and batching
     would change the draws anyway. The engine is seeded once, at its start.
     """
 
-    capabilities = Capabilities(token_ids=True, prompt_logprobs=True)
-
-    def __init__(self, llm: Any, seed: int) -> None:
-        """Take over a loaded ``vllm.LLM``; use `generator` to load one."""
-        super().__init__(llm, seed)
-        from vllm import SamplingParams
+    def __init__(self, llm: Any, seed: int, capabilities: Capabilities) -> None:
+        """Take over a loaded ``vllm.LLM``; use `engine` to load one."""
+        from vllm import PoolingParams, SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self._params = SamplingParams
-        # Nobody reads what is not finished, and the parameters are built for one request alone.
-        self._common = {"output_kind": RequestOutputKind.FINAL_ONLY, "skip_clone": True}
-        self._starts: dict[int, int] = {}
+        self._engine = llm.llm_engine
+        self.capabilities = capabilities
+        self.window = int(self._engine.model_config.max_model_len)
+        self.description: Mapping[str, Any] = _describe(self._engine, seed)
+        # Nobody reads what is not finished, and parameters are built for one request alone.
+        self._sampling = partial(SamplingParams, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True)
+        self._pooling = partial(PoolingParams, task="token_classify")
+        self._readers: dict[int, Callable[[Any], Any]] = {}
 
     def add(self, key: int, request: Request) -> None:
-        """Queue a `CompletionRequest` or a `LogprobRequest`."""
-        if isinstance(request, CompletionRequest):
-            fields = {**drawing_fields(request), "max_tokens": request.max_tokens, "logprobs": None}
-            self._submit(key, request.prompt_ids, self._params, **fields, **self._common)
-            return
-        if not isinstance(request, LogprobRequest):
-            raise BackendError("a generating model cannot answer a PoolingRequest.")
-        if not 0 < request.start <= len(request.ids):
-            raise BackendError(
-                f"log-probabilities from position {request.start} of {len(request.ids)} ids: nothing precedes them."
-            )
-        fields = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
-        self._submit(key, request.ids, self._params, **fields, **self._common)
-        self._starts[key] = request.start
+        """Queue one request; see `rollouts.models.process.Engine`."""
+        if isinstance(request, PoolingRequest) != self.capabilities.pooling:
+            kind = "reward" if self.capabilities.pooling else "generating"
+            raise BackendError(f"a {kind} model cannot answer a {type(request).__name__}.")
+        read: Callable[[Any], Any]
+        try:
+            if isinstance(request, CompletionRequest):
+                ids, read = request.prompt_ids, _completion
+                params = self._sampling(**drawing_fields(request), max_tokens=request.max_tokens, logprobs=None)
+            elif isinstance(request, LogprobRequest):
+                ids, read = request.ids, partial(_logprobs, start=request.start)
+                if not 0 < request.start <= len(ids):
+                    known = f"log-probabilities from position {request.start} of {len(ids)} ids"
+                    raise BackendError(f"{known}: nothing precedes them.")
+                params = self._sampling(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+            else:
+                ids, read, params = request.ids, _scores, self._pooling()
+            self._engine.add_request(str(key), {"prompt_token_ids": list(ids)}, params)
+        except Exception as error:  # of many kinds; should the engine itself be broken, the next step says so
+            raise BackendError(str(error) or type(error).__name__) from error
+        self._readers[key] = read
 
-    def _result(self, key: int, output: Any) -> Any:
-        start = self._starts.pop(key, None)
-        if start is not None:
-            rows = zip(output.prompt_token_ids[start:], output.prompt_logprobs[start:], strict=True)
-            return [float(row[token].logprob) for token, row in rows]
-        written = output.outputs[0]
-        ids, reason = tuple(written.token_ids), written.finish_reason
-        if reason not in ("stop", "length"):
-            return Completion(written.text, len(ids), ids, "failed", f"vLLM ended the request with {reason!r}")
-        # It says "stop" for a stop string as well as for the end of the sequence.
-        ended: Finish = "eos" if reason == "stop" and not isinstance(written.stop_reason, str) else reason
-        return Completion(written.text, len(ids), ids, ended)
+    def step(self) -> list[tuple[int, Any]]:
+        """Run one iteration of the engine; return what finished in it."""
+        finished = [(int(output.request_id), output) for output in self._engine.step() if output.finished]
+        return [(key, self._readers.pop(key)(output)) for key, output in finished]
 
 
-class VllmPooling(_VllmEngine):
-    """P(label 1) at every step tag, from a process reward model."""
+def _completion(output: Any) -> Completion:
+    written = output.outputs[0]
+    ids, reason = tuple(written.token_ids), written.finish_reason
+    if reason not in ("stop", "length"):
+        return Completion(written.text, len(ids), ids, "failed", f"vLLM ended the request with {reason!r}")
+    # It says "stop" for a stop string as well as for the end of the sequence.
+    ended: Finish = "eos" if reason == "stop" and not isinstance(written.stop_reason, str) else reason
+    return Completion(written.text, len(ids), ids, ended)
 
-    capabilities = Capabilities(pooling=True, continue_prefix=False)
 
-    def add(self, key: int, request: Request) -> None:
-        """Queue a `PoolingRequest`."""
-        from vllm import PoolingParams
+def _logprobs(output: Any, start: int) -> list[float]:
+    rows = zip(output.prompt_token_ids[start:], output.prompt_logprobs[start:], strict=True)
+    return [float(row[token].logprob) for token, row in rows]
 
-        if not isinstance(request, PoolingRequest):
-            raise BackendError("a reward model answers PoolingRequests only.")
-        self._submit(key, request.ids, PoolingParams, task="token_classify")
 
-    def _result(self, key: int, output: Any) -> Any:
-        data = output.outputs.data
-        return [float(value) for value in data[:, 1].tolist()] if data.numel() else []
+def _scores(output: Any) -> list[float]:
+    data = output.outputs.data
+    return [float(value) for value in data[:, 1].tolist()] if data.numel() else []
 
 
 def _describe(engine: Any, seed: int) -> dict[str, Any]:
@@ -190,16 +162,20 @@ def _describe(engine: Any, seed: int) -> dict[str, Any]:
     }
 
 
-def generator(model: ModelConfig, seed: int) -> VllmGenerator:
-    """Load a language model; runs in the engine's process. Of the seed, the engine takes the lower 32 bits."""
+def engine(model: ModelConfig, seed: int, step_tag_id: int | None) -> VllmEngine:
+    """Load a model; runs in the engine's process.
+
+    Args:
+        model: What to load.
+        seed: The engine takes its lower 32 bits.
+        step_tag_id: For a process reward model, the id of its step tag; None for a language model.
+    """
     seed &= 0xFFFFFFFF
-    return VllmGenerator(_load(model, seed, enable_prefix_caching=True), seed)
-
-
-def pooling(model: ModelConfig, seed: int, step_tag_id: int) -> VllmPooling:
-    """Load a process reward model that is read at `step_tag_id`; runs in the engine's process."""
+    if step_tag_id is None:
+        capabilities = Capabilities(token_ids=True, prompt_logprobs=True)
+        return VllmEngine(_load(model, seed, enable_prefix_caching=True), seed, capabilities)
     from vllm.config import PoolerConfig
 
-    seed &= 0xFFFFFFFF
     pooler = PoolerConfig(step_tag_id=step_tag_id, returned_token_ids=[0, 1])
-    return VllmPooling(_load(model, seed, runner="pooling", pooler_config=pooler), seed)
+    capabilities = Capabilities(pooling=True, continue_prefix=False)
+    return VllmEngine(_load(model, seed, runner="pooling", pooler_config=pooler), seed, capabilities)

@@ -92,9 +92,7 @@ class TransformersGenerator:
 
     def __init__(self, model: Any, tokenizer: Any, window: int, max_batch: int, description: dict[str, Any]) -> None:
         """Take over a loaded model; use `generator` to load one."""
-        self.capabilities = Capabilities(
-            token_ids=True, prompt_logprobs=True, reproducible=description["dtype"] == "float64"
-        )
+        self.capabilities = Capabilities(token_ids=True, prompt_logprobs=True)
         self.window = window
         self.description: Mapping[str, Any] = description
         self._model = model

@@ -35,18 +35,18 @@ class Pack:
 
 def packs(sequences: Sequence[tuple[int, ...]], most: int) -> Iterator[Pack]:
     """Pack sequences into trees of at most `most` tokens; a longer sequence gets a tree of its own."""
-    order = sorted(range(len(sequences)), key=sequences.__getitem__)
-    begin = 0
-    while begin < len(order):
-        tokens, end = 0, begin
-        while end < len(order):
-            shared = 0 if end == begin else _common(sequences[order[end - 1]], sequences[order[end]])
-            if end > begin and tokens + len(sequences[order[end]]) - shared > most:
-                break
-            tokens += len(sequences[order[end]]) - shared
-            end += 1
-        yield _pack(sequences, order[begin:end], tokens)
-        begin = end
+    members: list[int] = []
+    tokens = 0
+    for member in sorted(range(len(sequences)), key=sequences.__getitem__):
+        own = sequences[member]
+        fresh = len(own) - (_common(sequences[members[-1]], own) if members else 0)
+        if members and tokens + fresh > most:
+            yield _pack(sequences, members, tokens)
+            members, tokens, fresh = [], 0, len(own)
+        members.append(member)
+        tokens += fresh
+    if members:
+        yield _pack(sequences, members, tokens)
 
 
 def _pack(sequences: Sequence[tuple[int, ...]], members: list[int], tokens: int) -> Pack:

@@ -140,28 +140,23 @@ class Connection:
         Raises:
             Broken: There is no complete answer.
         """
-        session = self._open()
-        body = None if payload is None else json.dumps(payload, separators=(",", ":")).encode()
-        method = "GET" if payload is None else "POST"
-        try:
-            async with session.request(
-                method, self.address(path), data=body, allow_redirects=False, proxy=self._proxy
-            ) as answer:
-                return Answer(answer.status, answer.headers, await answer.read())
-        except (aiohttp.ClientError, OSError) as error:
-            refused = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
-            raise Broken(self.clean(f"{type(error).__name__}: {error}"), refused=refused) from None
-
-    def _open(self) -> aiohttp.ClientSession:
-        """Return the session; it belongs to the event loop that is running when it is needed first."""
-        if self._session is None:
+        if self._session is None:  # it belongs to the event loop that is running when it is needed first
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=self._limit, keepalive_timeout=_KEEPALIVE_S),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=self._headers,
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s),
             )
-        return self._session
+        body = None if payload is None else json.dumps(payload, separators=(",", ":")).encode()
+        method = "GET" if payload is None else "POST"
+        try:
+            async with self._session.request(
+                method, self.address(path), data=body, allow_redirects=False, proxy=self._proxy
+            ) as answer:
+                return Answer(answer.status, answer.headers, await answer.read())
+        except (aiohttp.ClientError, OSError) as error:
+            refused = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+            raise Broken(self.clean(f"{type(error).__name__}: {error}"), refused=refused) from None
 
     def clean(self, words: str) -> str:
         """Return words without passwords and keys."""
