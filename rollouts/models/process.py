@@ -21,6 +21,7 @@ from rollouts.errors import BackendError
 from rollouts.models.base import Backend, Capabilities, Completion, CompletionRequest, Request
 
 _START_TIMEOUT_S = 1800.0
+_LOADING = -1  # the key under which a process says that its model is loaded
 _ENVIRONMENT_LOCK = threading.Lock()
 
 
@@ -75,32 +76,21 @@ class EngineProcess(Backend):
             self._process.start()
         theirs.close()
         self._outbox: queue.SimpleQueue[tuple[int, Request] | None] = queue.SimpleQueue()  # None: the end
-        self._await_start()
+        loading = self._futures[_LOADING] = Future()
         self._reader = threading.Thread(target=self._read, name=f"trim-{role}-reader", daemon=True)
         self._writer = threading.Thread(target=self._write, name=f"trim-{role}-writer", daemon=True)
         self._reader.start()
         self._writer.start()
         atexit.register(self.close)  # multiprocessing would wait for a process that waits for us
-
-    def _await_start(self) -> None:
-        try:
-            if not self._connection.poll(_START_TIMEOUT_S):
-                raise BackendError(f"{self.role}: the model was not loaded within {_START_TIMEOUT_S:.0f} s.")
-            kind, payload = self._connection.recv()
-        except (EOFError, OSError) as error:
-            self._process.join(10)
-            raise BackendError(
-                f"{self.role}: its process died while loading (exit code {self._process.exitcode})."
-            ) from error
-        except BaseException:
-            self._process.kill()
-            raise
-        if kind != "ready":
-            self._process.join(10)
-            self._process.kill()
-            raise BackendError(f"{self.role}: the model could not be loaded. {payload}")
         self._description: Mapping[str, Any]
-        self.capabilities, self.window, self._description = payload
+        try:
+            self.capabilities, self.window, self._description = loading.result(_START_TIMEOUT_S)
+        except BaseException as error:
+            self._process.kill()
+            self.close()
+            if isinstance(error, TimeoutError):
+                raise BackendError(f"{role}: the model was not loaded within {_START_TIMEOUT_S:.0f} s.") from None
+            raise
 
     def submit(self, request: Request) -> Future[Any]:
         """Queue one request in the process."""
@@ -136,7 +126,8 @@ class EngineProcess(Backend):
             while True:
                 kind, payload = self._connection.recv()
                 if kind == "failed":
-                    self._fail(f"{self.role}: its engine failed. {payload}")
+                    loading = _LOADING in self._futures
+                    self._fail(f"{'the model could not be loaded' if loading else 'its engine failed'}. {payload}")
                     return
                 for key, result in payload:
                     with self._lock:
@@ -144,7 +135,8 @@ class EngineProcess(Backend):
                     self._resolve(future, result)
         except (EOFError, OSError):
             self._process.join(10)
-            self._fail(f"{self.role}: its process ended (exit code {self._process.exitcode}).")
+            what = "died while loading" if _LOADING in self._futures else "ended"
+            self._fail(f"its process {what} (exit code {self._process.exitcode}).")
 
     def _resolve(self, future: Future[Any], result: Any) -> None:
         if not future.set_running_or_notify_cancel():
@@ -154,7 +146,8 @@ class EngineProcess(Backend):
         else:
             future.set_result(result)
 
-    def _fail(self, message: str) -> None:
+    def _fail(self, why: str) -> None:
+        message = f"{self.role}: {why}"
         with self._lock:
             self._failure = message
             futures, self._futures = self._futures, {}
@@ -212,7 +205,8 @@ def _serve(connection: Connection, factory: Callable[..., Engine], settings: Map
     status = 0
     try:
         engine = factory(**settings)
-        connection.send(("ready", (engine.capabilities, engine.window, dict(engine.description))))
+        about = (engine.capabilities, engine.window, dict(engine.description))
+        connection.send(("results", [(_LOADING, about)]))
         _work(connection, engine)
     except BaseException as error:
         status = 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from rollouts.errors import ConfigError
@@ -119,15 +121,9 @@ class PromptFormat:
         """
         text = self.text(question, steps)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        bounds = [len(self._head(question))]
-        for step in steps:
-            bounds.append(bounds[-1] + len(step))
+        begins = accumulate(map(len, steps), initial=len(self._head(question)))
         starts = [start for start, _ in encoded["offset_mapping"]]
-        positions, token = [], 0
-        for bound in bounds[:-1]:
-            while token < len(starts) and starts[token] < bound:
-                token += 1
-            positions.append(token)
+        positions = [bisect_left(starts, begin) for begin, _ in zip(begins, steps, strict=False)]
         return tuple(encoded["input_ids"]), [*positions, len(starts)]
 
     def pieces(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> Iterator[str]:
