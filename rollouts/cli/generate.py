@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from rich.console import Console
@@ -124,13 +125,8 @@ class Generate:
             if loaded.skipped or loaded.repeated:
                 screen.print(f"{spec}: {loaded.skipped} identical rows left out, {loaded.repeated} repeated questions.")
         if self.limit is not None:
-            seen: Counter[str] = Counter()
-            kept = []
-            for problem in found:
-                seen[problem.split] += 1
-                if seen[problem.split] <= self.limit:
-                    kept.append(problem)
-            found = kept
+            numbers: defaultdict[str, Iterator[int]] = defaultdict(count)
+            found = [problem for problem in found if next(numbers[problem.split]) < self.limit]
         if not found:
             raise DataError(f"{', '.join(self.problems)}: no problems.")
         return found

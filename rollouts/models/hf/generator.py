@@ -13,7 +13,7 @@ from rollouts.config import ModelConfig, Sampling
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Capabilities, Completion, CompletionRequest, Finish, LogprobRequest, Request
 from rollouts.models.hf.load import PADDED_TOKENS, check_prompt, describe, groups, load, pad_right, window
-from rollouts.models.hf.packing import logprobs, packs
+from rollouts.models.hf.packing import logprobs, pack_first
 
 PACKED_TOKENS = 2048  # of one pass over sequences that begin alike: its mask has the square of them
 _LOGITS = 2**27  # most logits that are in memory at once
@@ -234,9 +234,8 @@ class TransformersGenerator:
         """Answer the log-probability requests that fit into one forward pass, those that begin alike together."""
         self._scoring.sort(key=lambda item: item[1].ids)
         sequences = [request.ids for _, request in self._scoring]
-        pack = next(packs(sequences, self._packed(max(map(len, sequences)))))
-        taken = [self._scoring[member] for member in pack.members]
-        self._scoring = self._scoring[len(taken) :]
+        pack = pack_first(sequences, self._packed(max(map(len, sequences))))
+        taken, self._scoring = self._scoring[: len(pack.paths)], self._scoring[len(pack.paths) :]
         values = logprobs(self._model, pack, [request.start for _, request in taken])
         self._finished += [(key, each) for (key, _), each in zip(taken, values, strict=True)]
 

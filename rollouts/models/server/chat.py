@@ -136,7 +136,7 @@ class ChatWriter:
     def _negotiate(self, listed: Sequence[str]) -> None:
         """Ask something trivial, leaving out one refused field after the other."""
         name = self._model.model
-        for _ in range(len(_NEUTRAL) + 3):
+        while True:
             payload = self._payload(_PROBE, _PROBE_TOKENS, stop=self._stop)
             self._http.heartbeat = ("chat/completions", payload)
             try:
@@ -148,7 +148,6 @@ class ChatWriter:
             except BackendError as error:
                 known = did_you_mean(name, listed) if listed and name not in listed else ""
                 raise BackendError(f"{error}{known}") from None
-        raise ConfigError(f"{self.role}: {self._http.url} refuses every way to chat with {name}.")
 
     def _leave_out(self, refusal: str, payload: Mapping[str, Any]) -> bool:
         """Adapt to a refusal; return whether there was anything to adapt."""

@@ -70,19 +70,18 @@ class HttpServer:
         heartbeat: Path and payload (None: GET) of the smallest request.
     """
 
-    def __init__(self, role: str, model: ModelConfig, heartbeat: tuple[str, Any] = ("models", None)) -> None:
+    def __init__(self, role: str, model: ModelConfig) -> None:
         """Start the thread; nothing is sent yet.
 
         Args:
             role: Named in errors.
             model: URL, key, times and limits.
-            heartbeat: Path and payload (None: GET) of the smallest request.
 
         Raises:
             ConfigError: The URL is none, or the variable with the key is not set.
         """
         self.role = role
-        self.heartbeat = heartbeat
+        self.heartbeat: tuple[str, Any] = ("models", None)
         self._timeout, self._retries, self._concurrency = model.timeout_s, model.retries, model.concurrency
         self._connection = Connection(role, model)
         self.url, self.address = self._connection.url, self._connection.address
