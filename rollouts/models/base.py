@@ -21,14 +21,12 @@ class Capabilities:
     Attributes:
         token_ids: Completions carry the ids that were decoded (needed for whole-path generation).
         prompt_logprobs: Log-probabilities of given tokens can be asked for.
-        pooling: Per-tag class probabilities can be asked for (a process reward model).
-        continue_prefix: A partial answer can be continued.
+        pooling: Per-tag class probabilities can be asked for, and nothing else (a process reward model).
     """
 
     token_ids: bool = False
     prompt_logprobs: bool = False
     pooling: bool = False
-    continue_prefix: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rollouts.config import Limits, Sampling
-from rollouts.errors import BackendError, ConfigError
+from rollouts.errors import BackendError
 from rollouts.models.base import Backend, Completion, CompletionRequest
 from rollouts.models.futures import forward
 from rollouts.text.prompts import PromptFormat
@@ -239,17 +239,7 @@ class StepModel:
     """Steps from a backend that continues prefixes."""
 
     def __init__(self, backend: Backend, rules: StepRules) -> None:
-        """Check that the backend can do it.
-
-        Args:
-            backend: Where completions come from.
-            rules: How its model continues prefixes.
-
-        Raises:
-            ConfigError: The backend cannot continue a prefix.
-        """
-        if not backend.capabilities.continue_prefix:
-            raise ConfigError(f"{backend.role}: its backend cannot continue a partial answer; set chat_only = true.")
+        """Take a backend for completions, and how its model continues prefixes."""
         self.role = backend.role
         self.backend = backend
         self.whole_paths = backend.capabilities.token_ids

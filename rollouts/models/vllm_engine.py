@@ -172,10 +172,9 @@ def engine(model: ModelConfig, seed: int, step_tag_id: int | None) -> VllmEngine
     """
     seed &= 0xFFFFFFFF
     if step_tag_id is None:
-        capabilities = Capabilities(token_ids=True, prompt_logprobs=True)
-        return VllmEngine(_load(model, seed, enable_prefix_caching=True), seed, capabilities)
+        can = Capabilities(token_ids=True, prompt_logprobs=True)
+        return VllmEngine(_load(model, seed, enable_prefix_caching=True), seed, can)
     from vllm.config import PoolerConfig
 
     pooler = PoolerConfig(step_tag_id=step_tag_id, returned_token_ids=[0, 1])
-    capabilities = Capabilities(pooling=True, continue_prefix=False)
-    return VllmEngine(_load(model, seed, runner="pooling", pooler_config=pooler), seed, capabilities)
+    return VllmEngine(_load(model, seed, runner="pooling", pooler_config=pooler), seed, Capabilities(pooling=True))

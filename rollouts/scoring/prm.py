@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from rollouts.errors import BackendError, ConfigError
+from rollouts.errors import BackendError
 from rollouts.models.base import Backend, PoolingRequest
 from rollouts.models.futures import forward, settled
 from rollouts.scoring.base import Scores
@@ -16,18 +16,13 @@ from rollouts.text.prompts import RewardFormat
 
 @dataclass(eq=False)
 class RewardScorer:
-    """A process reward model in the layout of Qwen2.5-Math-PRM behind any backend that can pool, else a ConfigError."""
+    """A process reward model in the layout of Qwen2.5-Math-PRM behind any backend that can pool."""
 
     name: str
     backend: Backend
     prompts: RewardFormat
     model: str
     tolerance: float = field(default=5e-3, init=False)
-
-    def __post_init__(self) -> None:
-        """Check that the backend can pool."""
-        if not self.backend.capabilities.pooling:
-            raise ConfigError(f"Scorer {self.name!r}: its backend gives no per-tag probabilities (pooling).")
 
     def process(self) -> Mapping[str, Any]:
         """Return model and input format."""

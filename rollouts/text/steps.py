@@ -87,19 +87,12 @@ def normalise(raw: str) -> tuple[str, bool]:
     vanish; decorative blocks are merged into the block that follows.
     """
     blocks: list[str] = []
-    position = 0
-    for match in _BLANK_RUN.finditer(raw):
-        block = raw[position : match.start()]
-        position = match.end()
-        block = block if blocks else block.lstrip("\n")
-        if not block:
-            continue
+    *closed, tail = _BLANK_RUN.split(raw.lstrip("\n"))
+    for block in closed:
         blocks.append(block)
         if not is_decorative(block):
             return DELIMITER.join(blocks) + DELIMITER, True
-    tail = raw[position:] if blocks else raw[position:].lstrip("\n")
-    blocks.append(tail)
-    return DELIMITER.join(blocks), False
+    return DELIMITER.join([*blocks, tail]), False
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,14 +213,11 @@ def draw_program(generator: random.Random, *, long: bool = False) -> Program:
         values = {"a": left + right if sign == "+" else left - right}
         for name in "bcdefghijk"[: count - 1]:
             definition = Definition(name, *_draw_operation(generator, _TEMPERAMENTS[temperament], list(values.items())))
-            rendered = render_step(definition, values)
-            if rendered is None:  # unreachable for what is drawn here; drawn anew rather than trusted
-                break
             definitions.append(definition)
-            values[name] = rendered[1]
+            values[name] = render_step(definition, values)[1]  # type: ignore[index]  # what is drawn has a value
         program = Program(tuple(definitions), definitions[-1].name)
         length = len(program.question) + sum(map(len, continue_solution(program, {}, 0)))
-        if len(definitions) == count and length <= _MAX_CHARACTERS:
+        if length <= _MAX_CHARACTERS:
             return program
 
 

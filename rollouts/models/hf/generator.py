@@ -280,19 +280,17 @@ def _draw(rows: list[_Row], logits: Any) -> list[int]:
 def _probabilities(logits: Any, sampling: Sampling) -> Any:
     """Apply temperature, min_p, top_k and top_p, in vLLM's order."""
     import torch
+    from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
+    no_ids: Any = None
     logits = logits / sampling.temperature
     if sampling.min_p > 0.0:
         floor = logits.max(1, keepdim=True).values + float(np.log(sampling.min_p))
         logits = logits.masked_fill(logits < floor, -torch.inf)
-    if 0 < sampling.top_k < logits.shape[1]:
-        least = logits.topk(sampling.top_k, dim=1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_k > 0:
+        logits = TopKLogitsWarper(sampling.top_k)(no_ids, logits)
     if sampling.top_p < 1.0:
-        ordered, index = logits.sort(1)
-        outside = ordered.softmax(1).cumsum(1) <= 1.0 - sampling.top_p
-        outside[:, -1] = False
-        logits = logits.masked_fill(outside.scatter(1, index, outside), -torch.inf)
+        logits = TopPLogitsWarper(sampling.top_p)(no_ids, logits)
     return logits.softmax(1)
 
 

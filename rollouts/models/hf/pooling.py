@@ -16,7 +16,7 @@ class TransformersPooling:
 
     def __init__(self, model: Any, head: Any, tag: int, window: int, max_batch: int, description: dict[str, Any]):
         """Take over a loaded trunk and head; use `pooling` to load them."""
-        self.capabilities = Capabilities(pooling=True, continue_prefix=False)
+        self.capabilities = Capabilities(pooling=True)
         self.window = window
         self.description: Mapping[str, Any] = description
         self._model = model

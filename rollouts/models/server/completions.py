@@ -120,12 +120,12 @@ class ServerBackend(Backend):
                 f"{self.role}: {self._http.address(path)} serves no step scores ({error}). {serve_prm(self._tag)}"
             ) from None
         self._http.heartbeat = (path, payload)
-        return Capabilities(pooling=True, continue_prefix=False)
+        return Capabilities(pooling=True)
 
     def submit(self, request: Request) -> Future[Any]:
         """Start one request; see `HttpServer` for what is retried and when the server counts as gone."""
         answer: Callable[[], Awaitable[Any]]
-        if isinstance(request, CompletionRequest) and self.capabilities.continue_prefix:
+        if isinstance(request, CompletionRequest) and not self.capabilities.pooling:
             payload = completion_payload(self._model, self.window, request)
             answer = partial(self._http.post, "completions", payload, read_completion)
         elif isinstance(request, LogprobRequest) and self.capabilities.prompt_logprobs:

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -80,14 +81,11 @@ class Answer:
     def retry_after(self) -> float:
         """The seconds that a Retry-After header asks for; it may hold a number or a date."""
         value = self.headers.get("Retry-After", "")
-        try:
+        with suppress(ValueError):
             return max(0.0, float(value))
-        except ValueError:
-            pass
-        try:
+        with suppress(ValueError, TypeError):
             return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-        except (ValueError, TypeError):
-            return 0.0
+        return 0.0
 
 
 class Connection:

@@ -140,7 +140,7 @@ def test_vllm_scores_are_the_reward_models(vllm_servers: VllmServers) -> None:
         scores = (hidden @ weights["score.2.weight"].T + weights["score.2.bias"]).softmax(-1)[:, 1]
     expected = [float(score) for token, score in zip(ids, scores, strict=True) if token == prompts.step_tag_id]
     with ServerBackend("scorer", config(vllm_servers.prm), prompts.step_tag_id) as backend:
-        assert backend.capabilities.pooling and not backend.capabilities.continue_prefix
+        assert backend.capabilities.pooling
         futures = [backend.submit(PoolingRequest(ids)) for _ in range(8)]
         for future in futures:
             assert future.result(60) == pytest.approx(expected, abs=2e-3)
