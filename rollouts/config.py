@@ -309,8 +309,7 @@ def _refusal(declared: Any, item: Any) -> str:
     names = [getattr(declared, "section", ""), *(part for part in item["loc"] if isinstance(part, str))]
     flag = "--" + ".".join(filter(None, names)).replace("_", "-")
     if item["type"] == "unexpected_keyword_argument":
-        return (
-            f"{flag}: no such setting.{did_you_mean(names[-1], [each.name for each in dataclasses.fields(declared)])}"
-        )
+        known = [field.name for field in dataclasses.fields(declared)]
+        return f"{flag}: no such setting.{did_you_mean(names[-1], known)}"
     message = functools.reduce(lambda text, word: text.replace(word, _WORDS[word]), _WORDS, item["msg"])
     return f"{flag} is {item['input']!r}, {message}."

@@ -138,7 +138,8 @@ class Family:
     def _backend(
         self, role: str, model: ModelConfig, store: Store, pooling_tag: int | None = None
     ) -> Iterator[Backend]:
-        seed = engine_seed(self.seed, role, store.next_start())
+        digest = hashlib.blake2b(f"{self.seed}|{role}|{store.next_start()}".encode(), digest_size=4).digest()
+        seed = int.from_bytes(digest, "little") >> 1  # no two starts of a store share one
         sized = model.model_copy(update={"max_length": self.windows[role]})
         with open_backend(role, sized, seed=seed, pooling_tag=pooling_tag) as backend:
             if backend.window < self.windows[role]:
@@ -194,12 +195,6 @@ class Family:
             if scorer.kind == "prm" or is_plugin(scorer.kind):
                 self_test(built, self.examples, informed=scorer.kind == "prm")
             yield built
-
-
-def engine_seed(run_seed: int, role: str, start: int) -> int:
-    """Return the seed of one engine start; no two starts of a store share one."""
-    digest = hashlib.blake2b(f"{run_seed}|{role}|{start}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def chat_template_hash() -> str:

@@ -143,13 +143,7 @@ class RewardFormat:
     """
 
     def __init__(
-        self,
-        tokenizer: Any,
-        system_prompt: str | None,
-        step_tag: str,
-        name: str = "scorer",
-        *,
-        remembered: int = _REMEMBERED,
+        self, tokenizer: Any, system_prompt: str | None, step_tag: str, *, remembered: int = _REMEMBERED
     ) -> None:
         """Check the step tag; arguments as of `PromptFormat`.
 
@@ -162,7 +156,7 @@ class RewardFormat:
         self.encode = encoder_of(tokenizer)
         ids = self.encode(step_tag)
         if len(ids) != 1:
-            raise ConfigError(f"{name}: step tag {step_tag!r} is {len(ids)} tokens of its tokenizer, expected one.")
+            raise ConfigError(f"scorer: step tag {step_tag!r} is {len(ids)} tokens of its tokenizer, expected one.")
         self.step_tag_id: int = ids[0]
         self._head = lru_cache(maxsize=remembered)(self._render)
         probe = self.text(_PROBE, ["One." + DELIMITER])

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import reduce
 
 from rollouts.tasks.answers import boxed_answer, has_answer
 
@@ -159,7 +160,4 @@ def extend_hash(parent: int, step: str) -> int:
 
 def prefix_hash(steps: Sequence[str]) -> int:
     """Return the 64-bit key of a list of steps."""
-    key = ROOT_HASH
-    for step in steps:
-        key = extend_hash(key, step)
-    return key
+    return reduce(extend_hash, steps, ROOT_HASH)

@@ -143,14 +143,12 @@ class TransformersGenerator:
         taken = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         taken.sort(key=lambda item: len(item[1].prompt_ids))
         rows = [self._row(key, request) for key, request in taken]
-        for group in groups([row.length for row in rows], PADDED_TOKENS, self._max_rows()):
+        # Logits of a prefill are (rows x distinct lengths): at most rows squared.
+        most = max(1, min(self._max_batch, int((_LOGITS / self._vocabulary) ** 0.5)))
+        for group in groups([row.length for row in rows], PADDED_TOKENS, most):
             batch = self._prefill(rows[group])
             if batch is not None:
                 self._batch = batch if self._batch is None else self._batch.join(batch)
-
-    def _max_rows(self) -> int:
-        # Logits of a prefill are (rows x distinct lengths): at most rows squared.
-        return max(1, min(self._max_batch, int((_LOGITS / self._vocabulary) ** 0.5)))
 
     def _row(self, key: int, request: CompletionRequest) -> _Row:
         from tokenizers.decoders import DecodeStream

@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError
 
@@ -37,10 +35,8 @@ def pad_right(prompts: list[tuple[int, ...]], device: Any) -> tuple[Any, Any]:
     """Return ids (rows x longest) and lengths as tensors."""
     import torch
 
-    ids = np.zeros((len(prompts), max(map(len, prompts))), dtype=np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt
-    return torch.from_numpy(ids).to(device), torch.tensor([len(prompt) for prompt in prompts], device=device)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    return ids.to(device), torch.tensor([len(prompt) for prompt in prompts], device=device)
 
 
 def cpu_threads(model: str, revision: str | None) -> int:

@@ -117,7 +117,6 @@ class ChatWriter:
         self._fits = fits
         self._unsent: set[str] = set()
         self._limit = "max_tokens"
-        self._stop = True
         self._http = HttpServer(role, model)
         try:
             self._negotiate(self._listed())
@@ -137,7 +136,7 @@ class ChatWriter:
         """Ask something trivial, leaving out one refused field after the other."""
         name = self._model.model
         while True:
-            payload = self._payload(_PROBE, _PROBE_TOKENS, stop=self._stop)
+            payload = self._payload(_PROBE, _PROBE_TOKENS, stop="stop" not in self._unsent)
             self._http.heartbeat = ("chat/completions", payload)
             try:
                 self._http.ask("chat/completions", payload, lambda body: int(body["usage"]["completion_tokens"]))
@@ -155,11 +154,10 @@ class ChatWriter:
             self._limit = "max_completion_tokens"
             return True
         named = [name for name in _NEUTRAL if name in payload and re.search(rf"\b{name}\b", refusal)]
-        if not named and self._stop and re.search(r"\bstop\b", refusal):
-            self._stop = False
-            return True
+        if not named and "stop" in payload and re.search(r"\bstop\b", refusal):
+            named = ["stop"]
         named = named or [name for name in _BEYOND_OPENAI if name in payload]
-        wanted = [f"{name} = {payload[name]}" for name in named if payload[name] != _NEUTRAL[name]]
+        wanted = [f"{name} = {payload[name]}" for name in named if payload[name] != _NEUTRAL.get(name, payload[name])]
         if wanted:
             raise ConfigError(f"{self.role}: {self._http.url} refuses {', '.join(wanted)} ({refusal}).")
         self._unsent.update(named)
@@ -175,7 +173,7 @@ class ChatWriter:
         billed = 0
         # An answer that begins with a heading or with thinking ends at the first blank line in it, without a step:
         # then it is asked for again without the stop string.
-        for stop in (True, False) if self._stop else (False,):
+        for stop in (False,) if "stop" in self._unsent else (True, False):
             try:
                 payload = self._payload(content, budget, stop=stop)
                 answer, tokens, reason = await self._http.post("chat/completions", payload, _read)
@@ -206,14 +204,13 @@ class ChatWriter:
 
     def describe(self) -> Mapping[str, Any]:
         """Return the server's URL and version, the model's name, and which fields it is not sent."""
-        unsent = sorted(self._unsent | (set() if self._stop else {"stop"}))
         return {
             "engine": "chat",
             "version": self._version,
             "url": self._http.url,
             "model": self._model.model,
             "seed": None,
-            "unsent": unsent,
+            "unsent": sorted(self._unsent),
         }
 
     def close(self) -> None:
