@@ -55,8 +55,6 @@ def fitting_input(
 ) -> tuple[tuple[int, ...], int]:
     """Return the input over as many leading steps as fit into a window, and how many these are."""
     kept = len(steps)
-    ids = prompts.ids(question, steps)
-    while kept and len(ids) > window:
+    while len(ids := prompts.ids(question, steps[:kept])) > window and kept:
         kept -= 1
-        ids = prompts.ids(question, steps[:kept])
     return ids, kept

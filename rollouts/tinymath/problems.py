@@ -83,18 +83,16 @@ def parse_question(question: str) -> Program | None:
     outer = _QUESTION.fullmatch(question.strip())
     if outer is None:
         return None
-    definitions: list[Definition] = []
-    names: set[str] = set()
+    definitions: dict[str, Definition] = {}
     for part in outer[1].split(", "):
         match = _DEFINITION.fullmatch(part)
-        if match is None or match[1] in names:
+        if match is None or match[1] in definitions:
             return None
         operands = [int(text) if text.isdigit() else text for text in (match[2], match[4])]
-        if any(isinstance(operand, str) and operand not in names for operand in operands):
+        if any(isinstance(operand, str) and operand not in definitions for operand in operands):
             return None
-        names.add(match[1])
-        definitions.append(Definition(match[1], operands[0], match[3], operands[1]))  # type: ignore[arg-type]
-    return Program(tuple(definitions), outer[2]) if outer[2] in names else None
+        definitions[match[1]] = Definition(match[1], operands[0], match[3], operands[1])  # type: ignore[arg-type]
+    return Program(tuple(definitions.values()), outer[2]) if outer[2] in definitions else None
 
 
 def scratch(operator: str, left: int, right: int) -> str:
