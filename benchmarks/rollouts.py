@@ -24,10 +24,10 @@ import tyro
 from rollouts.config import load_family
 from rollouts.family import Family
 from rollouts.models.base import CompletionRequest
-from rollouts.models.stepwise import StepModel, next_steps
+from rollouts.models.stepwise import StepModel
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem, load_problems
-from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix
+from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, Step
 from rollouts.trees.grow import Grower, StepBuffer, load_trees
 
 
@@ -87,6 +87,12 @@ def replay(writer: StepModel, log: list[tuple[CompletionRequest, Any]]) -> tuple
     futures = [writer.backend.submit(request) for request in requests]
     tokens = sum(future.result().tokens for future in futures)
     return time.perf_counter() - start, tokens
+
+
+def next_steps(writer: StepModel, prefixes: list[Prefix]) -> list[Step]:
+    """Return the next step of each prefix, asked for as one batch."""
+    futures = [writer.submit(prefix, whole=False) for prefix in prefixes]
+    return [future.result().steps[0] for future in futures]
 
 
 def live(writers: dict[str, StepModel], problems: list[Problem], episodes: int, rate: float) -> float:

@@ -203,11 +203,9 @@ def load_family(path: str | Path) -> FamilyConfig:
     if name.split(":")[0] == "tinymath":
         return embedded_family(name.partition(":")[2] or "vllm")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return parse_family(tomllib.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: the models file cannot be read ({error}).") from error
-    try:
-        return parse_family(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML ({error}).") from error
     except ConfigError as error:
@@ -254,23 +252,15 @@ def embedded_family(backend: str = "vllm", dtype: str | None = None) -> FamilyCo
             f"tinymath runs on a backend of this process.{did_you_mean(backend, ['vllm', 'transformers'])}"
         )
     dtype = dtype or ("float64" if backend == "transformers" else "float32")
-
-    def common(role: str) -> dict[str, Any]:
-        folder = str(tinymath.model_dir(role))
-        return {
-            "backend": backend,
-            "model": folder,
-            "name": f"tinymath-{role}",
-            "licence": "MIT",
-            "dtype": dtype,
-            "max_length": 1024,
-        }
-
+    common = {"backend": backend, "licence": "MIT", "dtype": dtype, "max_length": 1024}
+    small, large, prm = (
+        {**common, "model": str(tinymath.model_dir(role)), "name": f"tinymath-{role}"} for role in tinymath.ROLES
+    )
     return parse_family(
         {
-            "small": {**common("small"), "system_prompt": None},
-            "large": {**common("large"), "system_prompt": None},
-            "scorer": {"kind": "prm", "name": "tinymath-prm", "model": common("prm"), "system_prompt": None},
+            "small": {**small, "system_prompt": None},
+            "large": {**large, "system_prompt": None},
+            "scorer": {"kind": "prm", "name": "tinymath-prm", "model": prm, "system_prompt": None},
             # No solution needs more than 12 steps. A model that lost its way rambles on, and a complete tree of
             # rambling doubles with every step.
             "limits": {"max_steps": 16},
@@ -319,8 +309,7 @@ def _refusal(declared: Any, item: Any) -> str:
     names = [getattr(declared, "section", ""), *(part for part in item["loc"] if isinstance(part, str))]
     flag = "--" + ".".join(filter(None, names)).replace("_", "-")
     if item["type"] == "unexpected_keyword_argument":
-        return (
-            f"{flag}: no such setting.{did_you_mean(names[-1], [each.name for each in dataclasses.fields(declared)])}"
-        )
+        known = [field.name for field in dataclasses.fields(declared)]
+        return f"{flag}: no such setting.{did_you_mean(names[-1], known)}"
     message = functools.reduce(lambda text, word: text.replace(word, _WORDS[word]), _WORDS, item["msg"])
     return f"{flag} is {item['input']!r}, {message}."

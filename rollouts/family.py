@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rollouts.config import FamilyConfig, GeneratorConfig, ModelConfig
 from rollouts.errors import ConfigError
 from rollouts.models.base import Backend
 from rollouts.models.open import open_backend
-from rollouts.models.stepwise import StepModel
+from rollouts.models.stepwise import StepModel, StepRules
 from rollouts.plugins import build_plugin, is_plugin
 from rollouts.scoring.base import EXAMPLES, Example, Scorer, self_test
 from rollouts.scoring.likelihood import LikelihoodScorer
@@ -45,18 +45,16 @@ class Family:
         self.seed = seed
         self.examples = examples
         self.limits = config.limits
-        self._formats: dict[str, PromptFormat] = {}
+        self.prompts = cache(self._prompts)
         self._continuing = [role for role in ROLES if not config.generator(role).chat_only]
         for role in self._continuing:
             self.prompts(role)
 
-    def prompts(self, role: str) -> PromptFormat:
+    def _prompts(self, role: str) -> PromptFormat:
         """Return the prompt format of a generating role."""
-        if role not in self._formats:
-            model = self.config.generator(role)
-            tokenizer = load_tokenizer(model.tokenizer or model.model, model.revision)
-            self._formats[role] = PromptFormat(tokenizer, model.system_prompt, name=role)
-        return self._formats[role]
+        model = self.config.generator(role)
+        tokenizer = load_tokenizer(model.tokenizer or model.model, model.revision)
+        return PromptFormat(tokenizer, model.system_prompt, name=role)
 
     @cached_property
     def reward_prompts(self) -> RewardFormat | None:
@@ -67,15 +65,7 @@ class Family:
         tokenizer = load_tokenizer(scorer.model.tokenizer or scorer.model.model, scorer.model.revision)
         return RewardFormat(tokenizer, scorer.system_prompt, scorer.step_tag)
 
-    def window(self, role: str, model: ModelConfig) -> int:
-        """Return the tokens of prompt and completion that a role may use together.
-
-        The model's own window, cut to what the solution limit and a long problem need: engines reserve memory
-        for it.
-
-        Raises:
-            ConfigError: It is unknown.
-        """
+    def _window(self, role: str, model: ModelConfig) -> int:
         if model.max_length is not None:
             return model.max_length
         from transformers import AutoConfig
@@ -88,11 +78,15 @@ class Family:
 
     @cached_property
     def windows(self) -> dict[str, int]:
-        """Windows in tokens, by role."""
-        windows = {role: self.window(role, self.config.generator(role)) for role in self._continuing}
+        """The tokens of prompt and completion that each role may use together.
+
+        The model's own window, cut to what the solution limit and a long problem need: engines reserve memory
+        for it. One that is unknown is a ConfigError.
+        """
+        models: dict[str, ModelConfig] = {role: self.config.generator(role) for role in self._continuing}
         if self.config.scorer is not None and self.config.scorer.model is not None:
-            windows["scorer"] = self.window("scorer", self.config.scorer.model)
-        return windows
+            models["scorer"] = self.config.scorer.model
+        return {role: self._window(role, model) for role, model in models.items()}
 
     def fits(self, question: str, steps: Sequence[str]) -> bool:
         """Whether a prefix leaves room for one more token in every role's window (docs/design.md, section 1)."""
@@ -124,41 +118,35 @@ class Family:
             }
         return described
 
-    def greedy(self) -> str | None:
-        """Return a role with temperature 0, whose replicas would all be the same, or None."""
-        return next(
-            (role for role in ("small", "large") if self.config.generator(role).sampling.temperature == 0), None
-        )
-
     @contextmanager
     def open(self, role: str, store: Store) -> Iterator[Any]:
         """Load the model of ``small`` or ``large`` as a step writer, and record the start in the store."""
         model: GeneratorConfig = self.config.generator(role)
         if model.chat_only:
-            from rollouts.models.server.chat import ChatBackend, ChatWriter
+            from rollouts.models.server.chat import ChatWriter
 
-            with ChatBackend(role, model) as chat:
+            with closing(ChatWriter(role, model, self.limits, self.fits)) as chat:
                 store.record_engine({"role": role, **chat.describe()})
-                yield ChatWriter(role, chat, model.sampling, self.limits, self.fits)
+                yield chat
             return
         with self._backend(role, model, store) as backend:
-            prompts, sampling = self.prompts(role), model.sampling
-            yield StepModel(backend, prompts, sampling, self.limits, seed=self.seed, fits=self.fits)
+            window, sampling = backend.window, model.sampling
+            rules = StepRules(role, self.prompts(role), window, sampling, self.limits, self.fits, self.seed)
+            yield StepModel(backend, rules)
 
     @contextmanager
     def _backend(
-        self, role: str, model: ModelConfig, store: Store | None, pooling_tag: int | None = None
+        self, role: str, model: ModelConfig, store: Store, pooling_tag: int | None = None
     ) -> Iterator[Backend]:
-        start = store.next_start() if store is not None else 0
-        seed = engine_seed(self.seed, role, start)
+        digest = hashlib.blake2b(f"{self.seed}|{role}|{store.next_start()}".encode(), digest_size=4).digest()
+        seed = int.from_bytes(digest, "little") >> 1  # no two starts of a store share one
         sized = model.model_copy(update={"max_length": self.windows[role]})
         with open_backend(role, sized, seed=seed, pooling_tag=pooling_tag) as backend:
             if backend.window < self.windows[role]:
                 raise ConfigError(
                     f"{role}: its window is {backend.window} tokens, the configuration says {self.windows[role]}."
                 )
-            if store is not None:
-                store.record_engine({"role": role, "seed": seed, **backend.describe()})
+            store.record_engine({"role": role, "seed": seed, **backend.describe()})
             yield backend
 
     @property
@@ -177,8 +165,8 @@ class Family:
         return _file_name(scorer.name or f"{scorer.kind}-{model.display_name}")
 
     @contextmanager
-    def open_scorer(self, store: Store | None = None, *, check: bool = True) -> Iterator[Scorer]:
-        """Load the scorer and, unless told otherwise, test it on known paths.
+    def open_scorer(self, store: Store) -> Iterator[Scorer]:
+        """Load the scorer, test it on known paths and record its start in the store.
 
         Raises:
             ConfigError: No scorer is configured, or it fails its self-test.
@@ -204,15 +192,9 @@ class Family:
                     built = LikelihoodScorer(name, backend, under, model.display_name)
                 else:
                     built = SelfEvaluationScorer(name, backend, under.tokenizer, model.display_name)
-            if check and (scorer.kind == "prm" or is_plugin(scorer.kind)):
+            if scorer.kind == "prm" or is_plugin(scorer.kind):
                 self_test(built, self.examples, informed=scorer.kind == "prm")
             yield built
-
-
-def engine_seed(run_seed: int, role: str, start: int) -> int:
-    """Return the seed of one engine start; no two starts of a store share one."""
-    digest = hashlib.blake2b(f"{run_seed}|{role}|{start}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def chat_template_hash() -> str:

@@ -51,8 +51,8 @@ def estimate(
         counters = store.steps.counters()
         prompts: Counter[str] = Counter()
         for table in store.steps.read(columns=["role", "prompt_tokens"]):
-            for role, count in zip(table["role"].to_pylist(), table["prompt_tokens"].to_pylist(), strict=True):
-                prompts[role] += count
+            for row in table.to_pylist():
+                prompts[row["role"]] += row["prompt_tokens"]
     factor = total / len(sample)
     table = RichTable(title=f"Estimate for {total:,} trees, from {len(sample)} problems", title_justify="left")
     for column in ("role", "tokens decoded", "prompt tokens (without caching)", "price"):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from rich.console import Console
@@ -92,8 +93,9 @@ class Generate:
         family = Family(load_family(self.models), seed=self.seed, examples=self_test_examples(problems))
         replicas = parse_replicas(self.replicas)
         most = max(replicas.values()) if isinstance(replicas, dict) else replicas
-        if most > 1 and (role := family.greedy()):
-            raise ConfigError(f"Temperature 0 ({role}) makes all replicas the same; use --replicas 1.")
+        greedy = [role for role in ROLES if family.config.generator(role).sampling.temperature == 0]
+        if most > 1 and greedy:
+            raise ConfigError(f"Temperature 0 ({greedy[0]}) makes all replicas the same; use --replicas 1.")
         problems = self._that_fit(screen, family, problems)
         self._warn_of_unreadable_answers(screen, grader, problems)
         if self.dry_run:
@@ -123,13 +125,8 @@ class Generate:
             if loaded.skipped or loaded.repeated:
                 screen.print(f"{spec}: {loaded.skipped} identical rows left out, {loaded.repeated} repeated questions.")
         if self.limit is not None:
-            seen: Counter[str] = Counter()
-            kept = []
-            for problem in found:
-                seen[problem.split] += 1
-                if seen[problem.split] <= self.limit:
-                    kept.append(problem)
-            found = kept
+            numbers: defaultdict[str, Iterator[int]] = defaultdict(count)
+            found = [problem for problem in found if next(numbers[problem.split]) < self.limit]
         if not found:
             raise DataError(f"{', '.join(self.problems)}: no problems.")
         return found

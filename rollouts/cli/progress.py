@@ -41,9 +41,6 @@ def progress_bar(description: str, total: int | None, unit: str) -> Iterator[Cal
 
         def advance(count: int = 1, note: str | None = None, completed: int | None = None) -> None:
             fields = {} if note is None else {"note": note}
-            if completed is not None:
-                bar.update(task, completed=completed, **fields)  # type: ignore[arg-type]
-            else:
-                bar.update(task, advance=count, **fields)  # type: ignore[arg-type]
+            bar.update(task, advance=count if completed is None else None, completed=completed, **fields)  # type: ignore[arg-type]
 
         yield advance

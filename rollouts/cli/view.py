@@ -12,7 +12,7 @@ from rich.text import Text
 from rich.tree import Tree as RichTree
 
 from rollouts.store.rows import Rows
-from rollouts.text.steps import LARGE, ROLES, SMALL
+from rollouts.text.steps import LARGE, ROLES, SMALL, Step
 from rollouts.trees.stats import SplitStatistics
 from rollouts.trees.tree import Node, RolloutTree
 
@@ -77,40 +77,38 @@ def show_tree(console: Console, tree: RolloutTree, scores: Rows, grades: Rows, m
     )
     console.print(f"[dim]{len(tree.nodes)} nodes; a line ends in score, tokens, and how the solution ends[/]")
     root = RichTree(Text("problem"), guide_style="dim")
-    left = [most]
-    _grow(root, tree, tree.root, scores, grades, left)
+    left = most
+
+    def grow(branch: RichTree, node: Node) -> None:
+        nonlocal left
+        if left <= 0:
+            return
+        left -= 1
+        same = len({step.text for step in node.proposals.values()}) == 1 and len(node.proposals) == len(ROLES)
+        for role in ROLES[:1] if same else ROLES:
+            if role in node.proposals:
+                key = tree.row_key(node, role)
+                line = _line("both" if same else role, node.proposals[role], scores.get(key), grades.get(key))
+                twig = branch.add(line)
+                child = tree.child(node, role)
+                if child is not None:
+                    grow(twig, child)
+
+    grow(root, tree.root)
     console.print(root)
-    if left[0] <= 0:
+    if left <= 0:
         console.print(f"[dim]... {len(tree.nodes) - most} more nodes; --most shows more[/]")
 
 
-def _grow(branch: RichTree, tree: RolloutTree, node: Node, scores: Rows, grades: Rows, left: list[int]) -> None:
-    if left[0] <= 0:
-        return
-    left[0] -= 1
-    same = len({step.text for step in node.proposals.values()}) == 1 and len(node.proposals) == len(ROLES)
-    for role in ROLES[:1] if same else ROLES:
-        if role not in node.proposals:
-            continue
-        line = _line("both" if same else role, tree, node, role, scores, grades)
-        twig = branch.add(line)
-        child = tree.child(node, role)
-        if child is not None:
-            _grow(twig, tree, child, scores, grades, left)
-
-
-def _line(author: str, tree: RolloutTree, node: Node, role: str, scores: Rows, grades: Rows) -> Text:
-    step = node.proposals[role]
+def _line(author: str, step: Step, score: float | None, correct: bool | None) -> Text:
     text = Text()
     text.append(f"{author:5} ", style=f"bold {_COLOUR.get(author, 'white')}")
     text.append(step.text.strip() or "(nothing)", style="default")
-    score = scores.get(tree.row_key(node, role))
     if score is not None:
         colour = "green" if score >= 0.7 else "yellow" if score >= 0.3 else "red"
         text.append(f"  {score:.2f}", style=colour)
     text.append(f"  {step.tokens} tok", style="dim")
     if step.terminal:
-        correct = grades.get(tree.row_key(node, role))
         mark, style = {True: ("right", "bold green"), False: ("wrong", "bold red"), None: ("ungraded", "dim")}[correct]
         text.append(f"  {mark} ({step.stop_reason})", style=style)
     return text

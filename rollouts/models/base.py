@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from rollouts.config import Sampling
@@ -20,16 +21,12 @@ class Capabilities:
     Attributes:
         token_ids: Completions carry the ids that were decoded (needed for whole-path generation).
         prompt_logprobs: Log-probabilities of given tokens can be asked for.
-        pooling: Per-tag class probabilities can be asked for (a process reward model).
-        continue_prefix: A partial answer can be continued.
-        reproducible: Draws depend on the request's seed only, not on what else is in the batch.
+        pooling: Per-tag class probabilities can be asked for, and nothing else (a process reward model).
     """
 
     token_ids: bool = False
     prompt_logprobs: bool = False
     pooling: bool = False
-    continue_prefix: bool = True
-    reproducible: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +46,22 @@ class CompletionRequest:
     sampling: Sampling
     stop: tuple[str, ...] = ()
     seed: int = 0
+
+
+def drawing_fields(request: CompletionRequest) -> dict[str, Any]:
+    """Return every field that changes a draw, as vLLM and its servers name them: unsent ones may be the model's own."""
+    return {
+        **asdict(request.sampling),
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "n": 1,
+        "min_tokens": 0,
+        "ignore_eos": False,
+        "stop": list(request.stop),
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": True,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +101,7 @@ class PoolingRequest:
 Request = CompletionRequest | LogprobRequest | PoolingRequest
 
 
-class Backend(ABC):
+class Backend(AbstractContextManager["Backend"]):
     """A model that answers requests, wherever it runs.
 
     Attributes:
@@ -118,10 +131,6 @@ class Backend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop the backend and free its memory; pending futures are cancelled. Safe to call twice."""
-
-    def __enter__(self) -> Backend:
-        """Return itself; the backend is closed on exit."""
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Close the backend."""

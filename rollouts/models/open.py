@@ -49,9 +49,7 @@ def _open_vllm(role: str, model: ModelConfig, seed: int, pooling_tag: int | None
     from rollouts.models.process import EngineProcess
 
     environment = {**_environment(model), **vllm_engine.environment(model)}
-    if pooling_tag is None:
-        return EngineProcess(role, vllm_engine.generator, environment, model=model, seed=seed)
-    return EngineProcess(role, vllm_engine.pooling, environment, model=model, seed=seed, step_tag_id=pooling_tag)
+    return EngineProcess(role, vllm_engine.engine, environment, model=model, seed=seed, step_tag_id=pooling_tag)
 
 
 def _open_transformers(role: str, model: ModelConfig, seed: int, pooling_tag: int | None) -> Backend:

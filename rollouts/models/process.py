@@ -12,15 +12,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from rollouts.errors import BackendError
-from rollouts.models.base import Backend, Capabilities, Request
+from rollouts.models.base import Backend, Capabilities, Completion, CompletionRequest, Request
 
 _START_TIMEOUT_S = 1800.0
+_LOADING = -1  # the key under which a process says that its model is loaded
 _ENVIRONMENT_LOCK = threading.Lock()
 
 
@@ -38,7 +39,7 @@ class Engine(Protocol):
     description: Mapping[str, Any]
 
     def add(self, key: int, request: Request) -> None:
-        """Queue one request."""
+        """Queue one request; raises `BackendError` with the reason if it cannot be served."""
 
     def step(self) -> list[tuple[int, Any]]:
         """Work for a while; return the requests that finished, as (key, result)."""
@@ -70,39 +71,26 @@ class EngineProcess(Backend):
         self._failure: str | None = None
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, factory, settings, os.getpid()), name=f"trim-{role}"
-        )
+        self._process = context.Process(target=_serve, args=(theirs, factory, settings), name=f"trim-{role}")
         with _exported(environment):
             self._process.start()
         theirs.close()
         self._outbox: queue.SimpleQueue[tuple[int, Request] | None] = queue.SimpleQueue()  # None: the end
-        self._await_start()
+        loading = self._futures[_LOADING] = Future()
         self._reader = threading.Thread(target=self._read, name=f"trim-{role}-reader", daemon=True)
         self._writer = threading.Thread(target=self._write, name=f"trim-{role}-writer", daemon=True)
         self._reader.start()
         self._writer.start()
         atexit.register(self.close)  # multiprocessing would wait for a process that waits for us
-
-    def _await_start(self) -> None:
-        try:
-            if not self._connection.poll(_START_TIMEOUT_S):
-                raise BackendError(f"{self.role}: the model was not loaded within {_START_TIMEOUT_S:.0f} s.")
-            kind, payload = self._connection.recv()
-        except (EOFError, OSError) as error:
-            self._process.join(10)
-            raise BackendError(
-                f"{self.role}: its process died while loading (exit code {self._process.exitcode})."
-            ) from error
-        except BaseException:
-            self._process.kill()
-            raise
-        if kind != "ready":
-            self._process.join(10)
-            self._process.kill()
-            raise BackendError(f"{self.role}: the model could not be loaded. {payload}")
         self._description: Mapping[str, Any]
-        self.capabilities, self.window, self._description = payload
+        try:
+            self.capabilities, self.window, self._description = loading.result(_START_TIMEOUT_S)
+        except BaseException as error:
+            self._process.kill()
+            self.close()
+            if isinstance(error, TimeoutError):
+                raise BackendError(f"{role}: the model was not loaded within {_START_TIMEOUT_S:.0f} s.") from None
+            raise
 
     def submit(self, request: Request) -> Future[Any]:
         """Queue one request in the process."""
@@ -138,7 +126,8 @@ class EngineProcess(Backend):
             while True:
                 kind, payload = self._connection.recv()
                 if kind == "failed":
-                    self._fail(f"{self.role}: its engine failed. {payload}")
+                    loading = _LOADING in self._futures
+                    self._fail(f"{'the model could not be loaded' if loading else 'its engine failed'}. {payload}")
                     return
                 for key, result in payload:
                     with self._lock:
@@ -146,7 +135,8 @@ class EngineProcess(Backend):
                     self._resolve(future, result)
         except (EOFError, OSError):
             self._process.join(10)
-            self._fail(f"{self.role}: its process ended (exit code {self._process.exitcode}).")
+            what = "died while loading" if _LOADING in self._futures else "ended"
+            self._fail(f"its process {what} (exit code {self._process.exitcode}).")
 
     def _resolve(self, future: Future[Any], result: Any) -> None:
         if not future.set_running_or_notify_cancel():
@@ -156,7 +146,8 @@ class EngineProcess(Backend):
         else:
             future.set_result(result)
 
-    def _fail(self, message: str) -> None:
+    def _fail(self, why: str) -> None:
+        message = f"{self.role}: {why}"
         with self._lock:
             self._failure = message
             futures, self._futures = self._futures, {}
@@ -177,10 +168,12 @@ class EngineProcess(Backend):
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
-        if threading.current_thread() is not self._reader:
-            self._reader.join(5)  # it sees the end of the pipe and cancels what is pending
-        self._writer.join(5)  # else it might write into the next pipe that gets this one's number
-        self._connection.close()
+        threads = [each for each in (self._reader, self._writer) if each is not threading.current_thread()]
+        for thread in threads:
+            thread.join(5)  # the reader sees the end of the pipe and cancels what is pending
+        # A thread that still holds the pipe would go on with whatever is opened next under its descriptor's number.
+        if not any(thread.is_alive() for thread in threads):
+            self._connection.close()
         atexit.unregister(self.close)
 
 
@@ -203,23 +196,18 @@ def _exported(environment: Mapping[str, str]) -> Iterator[None]:
                     os.environ[name] = value
 
 
-def _serve(
-    connection: Connection,
-    factory: Callable[..., Engine],
-    settings: Mapping[str, Any],
-    parent: int,
-) -> None:
-    """Run one engine until the pipe closes; the process's main function."""
+def _serve(connection: Connection, factory: Callable[..., Engine], settings: Mapping[str, Any]) -> None:
+    """Run one engine until the parent says that it is done, which alone gives exit code 0."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the orchestrator decides what Ctrl-C means
-    _end_with(parent)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     status = 0
     try:
         engine = factory(**settings)
-        connection.send(("ready", (engine.capabilities, engine.window, dict(engine.description))))
-        with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-            _work(connection, engine)
+        about = (engine.capabilities, engine.window, dict(engine.description))
+        connection.send(("results", [(_LOADING, about)]))
+        _work(connection, engine)
     except BaseException as error:
         status = 1
         with contextlib.suppress(OSError):
@@ -238,21 +226,31 @@ def _work(connection: Connection, engine: Engine) -> None:
             batch = connection.recv()
             if batch is None:
                 return
-            for key, request in batch:
-                engine.add(key, request)
-            pending += len(batch)
+            refused = queue_requests(engine, batch)
+            if refused:
+                connection.send(("results", refused))
+            pending += len(batch) - len(refused)
         finished = engine.step()
         if finished:
             pending -= len(finished)
             connection.send(("results", finished))
 
 
-def _end_with(parent: int) -> None:
+def queue_requests(engine: Engine, batch: Iterable[tuple[int, Request]]) -> list[tuple[int, Any]]:
+    """Hand requests to an engine; return the answers to those that it refuses, as (key, result)."""
+    refused: list[tuple[int, Any]] = []
+    for key, request in batch:
+        try:
+            engine.add(key, request)
+        except BackendError as error:
+            failed = Completion("", 0, (), "failed", str(error))
+            refused.append((key, failed if isinstance(request, CompletionRequest) else error))
+    return refused
+
+
+def _end_with_parent() -> None:
     """End this process when its parent is gone: a killed orchestrator must not leave a model in memory."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    parent = multiprocessing.parent_process()
+    while parent is not None and os.getppid() == parent.pid:
+        time.sleep(1.0)
+    os._exit(1)

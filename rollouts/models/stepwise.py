@@ -6,14 +6,13 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 from rollouts.config import Limits, Sampling
-from rollouts.errors import BackendError, ConfigError
+from rollouts.errors import BackendError
 from rollouts.models.base import Backend, Completion, CompletionRequest
 from rollouts.models.futures import forward
-from rollouts.text.prompts import PromptFormat, has_room
+from rollouts.text.prompts import PromptFormat
 from rollouts.text.steps import (
     DELIMITER,
     Prefix,
@@ -59,18 +58,6 @@ class StepWriter(Protocol):
 
     def submit(self, prefix: Prefix, *, whole: bool) -> Future[Generation]:
         """Ask for the next step of `prefix`, or for the whole rest."""
-
-
-def next_steps(writer: StepWriter, prefixes: Sequence[Prefix]) -> list[Step]:
-    """Return the next step of each prefix, asked for as one batch."""
-    futures = [writer.submit(prefix, whole=False) for prefix in prefixes]
-    return [future.result().steps[0] for future in futures]
-
-
-def rests(writer: StepWriter, prefixes: Sequence[Prefix]) -> list[Generation]:
-    """Return the rest of each prefix, asked for as one batch (single steps where the backend can do no more)."""
-    futures = [writer.submit(prefix, whole=True) for prefix in prefixes]
-    return [future.result() for future in futures]
 
 
 def draw_seed(run_seed: int, prefix: Prefix, role: str, attempt: int = 0) -> int:
@@ -251,36 +238,12 @@ class Draft:
 class StepModel:
     """Steps from a backend that continues prefixes."""
 
-    def __init__(
-        self,
-        backend: Backend,
-        prompts: PromptFormat,
-        sampling: Sampling,
-        limits: Limits,
-        *,
-        seed: int = 0,
-        fits: Fits | None = None,
-    ) -> None:
-        """Check that the backend can do it.
-
-        Args:
-            backend: Where completions come from.
-            prompts: Prompt format of the same model.
-            sampling: Sampling parameters.
-            limits: Token and step limits.
-            seed: Run seed, for backends whose draws depend on the request only.
-            fits: Whether a prefix leaves room in every role's window; default: in this model's own.
-
-        Raises:
-            ConfigError: The backend cannot continue a prefix.
-        """
-        if not backend.capabilities.continue_prefix:
-            raise ConfigError(f"{backend.role}: its backend cannot continue a partial answer; set chat_only = true.")
+    def __init__(self, backend: Backend, rules: StepRules) -> None:
+        """Take a backend for completions, and how its model continues prefixes."""
         self.role = backend.role
         self.backend = backend
         self.whole_paths = backend.capabilities.token_ids
-        fits = fits or partial(has_room, prompts, backend.window)
-        self._rules = StepRules(backend.role, prompts, backend.window, sampling, limits, fits, seed)
+        self._rules = rules
 
     def submit(self, prefix: Prefix, *, whole: bool) -> Future[Generation]:
         """Ask for the next step of a prefix, or for the whole rest where token ids make that possible."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from rollouts.config import ModelConfig
@@ -16,6 +17,7 @@ from rollouts.models.base import (
     LogprobRequest,
     PoolingRequest,
     Request,
+    drawing_fields,
 )
 from rollouts.models.hf.load import cpu_threads
 
@@ -74,159 +76,74 @@ def _load(model: ModelConfig, seed: int, **settings: Any) -> Any:
     )
 
 
-class _VllmEngine:
-    """What both kinds of engine share: submission, stepping, and refusals that are answers instead of crashes."""
-
-    capabilities = Capabilities()
-
-    def __init__(self, llm: Any, seed: int) -> None:
-        self._engine = llm.llm_engine
-        self._refused: list[tuple[int, Any]] = []
-        config = self._engine.model_config
-        self.window = int(config.max_model_len)
-        self.description: Mapping[str, Any] = _describe(self._engine, seed)
-
-    def add(self, key: int, request: Request) -> None:
-        """Queue one request; one that vLLM refuses is answered by the next step."""
-        raise NotImplementedError
-
-    def _submit(self, key: int, ids: tuple[int, ...], params: Any, **fields: Any) -> str | None:
-        """Hand a prompt to vLLM with ``params(**fields)``; return its words if it refuses either."""
-        try:
-            self._engine.add_request(str(key), {"prompt_token_ids": list(ids)}, params(**fields))
-        except Exception as error:  # of many kinds; should the engine itself be broken, the next step says so
-            return str(error) or type(error).__name__
-        return None
-
-    def step(self) -> list[tuple[int, Any]]:
-        """Run one iteration of the engine; return what finished in it."""
-        finished, self._refused = self._refused, []
-        if self._engine.has_unfinished_requests():
-            for output in self._engine.step():
-                if output.finished:
-                    key = int(output.request_id)
-                    finished.append((key, self._result(key, output)))
-        return finished
-
-    def _result(self, key: int, output: Any) -> Any:
-        raise NotImplementedError
-
-
-class VllmGenerator(_VllmEngine):
-    """Completions and log-probabilities from a language model.
+class VllmEngine:
+    """Completions and log-probabilities from a language model, or step scores from a process reward model.
 
     Requests carry no seed of their own: a per-request seed kills the CPU engine of vLLM 0.32, and batching
     would change the draws anyway. The engine is seeded once, at its start.
     """
 
-    capabilities = Capabilities(token_ids=True, prompt_logprobs=True)
-
-    def __init__(self, llm: Any, seed: int) -> None:
-        """Take over a loaded ``vllm.LLM``; use `generator` to load one."""
-        super().__init__(llm, seed)
-        from vllm import SamplingParams
+    def __init__(self, llm: Any, seed: int, capabilities: Capabilities) -> None:
+        """Take over a loaded ``vllm.LLM``; use `engine` to load one."""
+        from vllm import PoolingParams, SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self._params = SamplingParams
-        self._final_only = RequestOutputKind.FINAL_ONLY
-        self._starts: dict[int, int] = {}
+        self._engine = llm.llm_engine
+        self.capabilities = capabilities
+        self.window = int(self._engine.model_config.max_model_len)
+        self.description: Mapping[str, Any] = _describe(self._engine, seed)
+        # Nobody reads what is not finished, and parameters are built for one request alone.
+        self._sampling = partial(SamplingParams, output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True)
+        self._pooling = partial(PoolingParams, task="token_classify")
+        self._readers: dict[int, Callable[[Any], Any]] = {}
 
     def add(self, key: int, request: Request) -> None:
-        """Queue a `CompletionRequest` or a `LogprobRequest`."""
-        if isinstance(request, CompletionRequest):
-            refusal = self._add_completion(key, request)
-            if refusal is not None:
-                self._refused.append((key, Completion("", 0, (), "failed", refusal)))
-            return
-        if isinstance(request, LogprobRequest):
-            refusal = self._add_logprobs(key, request)
-        else:
-            refusal = "a generating model cannot answer a PoolingRequest."
-        if refusal is not None:
-            self._refused.append((key, BackendError(refusal)))
+        """Queue one request; see `rollouts.models.process.Engine`."""
+        if isinstance(request, PoolingRequest) != self.capabilities.pooling:
+            kind = "reward" if self.capabilities.pooling else "generating"
+            raise BackendError(f"a {kind} model cannot answer a {type(request).__name__}.")
+        read: Callable[[Any], Any]
+        try:
+            if isinstance(request, CompletionRequest):
+                ids, read = request.prompt_ids, _completion
+                params = self._sampling(**drawing_fields(request), max_tokens=request.max_tokens, logprobs=None)
+            elif isinstance(request, LogprobRequest):
+                ids, read = request.ids, partial(_logprobs, start=request.start)
+                if not 0 < request.start <= len(ids):
+                    known = f"log-probabilities from position {request.start} of {len(ids)} ids"
+                    raise BackendError(f"{known}: nothing precedes them.")
+                params = self._sampling(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+            else:
+                ids, read, params = request.ids, _scores, self._pooling()
+            self._engine.add_request(str(key), {"prompt_token_ids": list(ids)}, params)
+        except Exception as error:  # of many kinds; should the engine itself be broken, the next step says so
+            raise BackendError(str(error) or type(error).__name__) from error
+        self._readers[key] = read
 
-    def _add_completion(self, key: int, request: CompletionRequest) -> str | None:
-        # Every field that changes a draw is written out: unsent ones may come from the model's own defaults.
-        return self._submit(
-            key,
-            request.prompt_ids,
-            self._params,
-            n=1,
-            temperature=request.sampling.temperature,
-            top_p=request.sampling.top_p,
-            top_k=request.sampling.top_k,
-            min_p=request.sampling.min_p,
-            repetition_penalty=1.0,
-            presence_penalty=0.0,
-            frequency_penalty=0.0,
-            max_tokens=request.max_tokens,
-            min_tokens=0,
-            ignore_eos=False,
-            stop=list(request.stop),
-            include_stop_str_in_output=True,
-            skip_special_tokens=True,
-            logprobs=None,
-            output_kind=self._final_only,
-            skip_clone=True,  # built for this request alone
-        )
-
-    def _add_logprobs(self, key: int, request: LogprobRequest) -> str | None:
-        if not 0 < request.start <= len(request.ids):
-            return f"log-probabilities from position {request.start} of {len(request.ids)} ids: nothing precedes them."
-        refusal = self._submit(
-            key,
-            request.ids,
-            self._params,
-            temperature=0.0,
-            max_tokens=1,
-            prompt_logprobs=0,
-            detokenize=False,
-            output_kind=self._final_only,
-            skip_clone=True,
-        )
-        if refusal is None:
-            self._starts[key] = request.start
-        return refusal
-
-    def _result(self, key: int, output: Any) -> Any:
-        start = self._starts.pop(key, None)
-        if start is not None:
-            rows = zip(output.prompt_token_ids[start:], output.prompt_logprobs[start:], strict=True)
-            return [float(row[token].logprob) for token, row in rows]
-        written = output.outputs[0]
-        finish, detail = _finish(written.finish_reason, written.stop_reason)
-        ids = tuple(written.token_ids)
-        return Completion(written.text, len(ids), ids, finish, detail)
+    def step(self) -> list[tuple[int, Any]]:
+        """Run one iteration of the engine; return what finished in it."""
+        finished = [(int(output.request_id), output) for output in self._engine.step() if output.finished]
+        return [(key, self._readers.pop(key)(output)) for key, output in finished]
 
 
-def _finish(reason: str | None, stop_reason: int | str | None) -> tuple[Finish, str]:
-    """Translate vLLM's reasons: it says "stop" for a stop string as well as for the end of the sequence."""
-    if reason == "stop":
-        return ("stop" if isinstance(stop_reason, str) else "eos"), ""
-    if reason == "length":
-        return "length", ""
-    return "failed", f"vLLM ended the request with {reason!r}"
+def _completion(output: Any) -> Completion:
+    written = output.outputs[0]
+    ids, reason = tuple(written.token_ids), written.finish_reason
+    if reason not in ("stop", "length"):
+        return Completion(written.text, len(ids), ids, "failed", f"vLLM ended the request with {reason!r}")
+    # It says "stop" for a stop string as well as for the end of the sequence.
+    ended: Finish = "eos" if reason == "stop" and not isinstance(written.stop_reason, str) else reason
+    return Completion(written.text, len(ids), ids, ended)
 
 
-class VllmPooling(_VllmEngine):
-    """P(label 1) at every step tag, from a process reward model."""
+def _logprobs(output: Any, start: int) -> list[float]:
+    rows = zip(output.prompt_token_ids[start:], output.prompt_logprobs[start:], strict=True)
+    return [float(row[token].logprob) for token, row in rows]
 
-    capabilities = Capabilities(pooling=True, continue_prefix=False)
 
-    def add(self, key: int, request: Request) -> None:
-        """Queue a `PoolingRequest`."""
-        from vllm import PoolingParams
-
-        if not isinstance(request, PoolingRequest):
-            self._refused.append((key, BackendError("a reward model answers PoolingRequests only.")))
-            return
-        refusal = self._submit(key, request.ids, PoolingParams, task="token_classify")
-        if refusal is not None:
-            self._refused.append((key, BackendError(refusal)))
-
-    def _result(self, key: int, output: Any) -> Any:
-        data = output.outputs.data
-        return [float(value) for value in data[:, 1].tolist()] if data.numel() else []
+def _scores(output: Any) -> list[float]:
+    data = output.outputs.data
+    return [float(value) for value in data[:, 1].tolist()] if data.numel() else []
 
 
 def _describe(engine: Any, seed: int) -> dict[str, Any]:
@@ -245,16 +162,19 @@ def _describe(engine: Any, seed: int) -> dict[str, Any]:
     }
 
 
-def generator(model: ModelConfig, seed: int) -> VllmGenerator:
-    """Load a language model; runs in the engine's process. Of the seed, the engine takes the lower 32 bits."""
+def engine(model: ModelConfig, seed: int, step_tag_id: int | None) -> VllmEngine:
+    """Load a model; runs in the engine's process.
+
+    Args:
+        model: What to load.
+        seed: The engine takes its lower 32 bits.
+        step_tag_id: For a process reward model, the id of its step tag; None for a language model.
+    """
     seed &= 0xFFFFFFFF
-    return VllmGenerator(_load(model, seed, enable_prefix_caching=True), seed)
-
-
-def pooling(model: ModelConfig, seed: int, step_tag_id: int) -> VllmPooling:
-    """Load a process reward model that is read at `step_tag_id`; runs in the engine's process."""
+    if step_tag_id is None:
+        can = Capabilities(token_ids=True, prompt_logprobs=True)
+        return VllmEngine(_load(model, seed, enable_prefix_caching=True), seed, can)
     from vllm.config import PoolerConfig
 
-    seed &= 0xFFFFFFFF
     pooler = PoolerConfig(step_tag_id=step_tag_id, returned_token_ids=[0, 1])
-    return VllmPooling(_load(model, seed, runner="pooling", pooler_config=pooler), seed)
+    return VllmEngine(_load(model, seed, runner="pooling", pooler_config=pooler), seed, Capabilities(pooling=True))

@@ -120,10 +120,9 @@ def self_test(scorer: Scorer, examples: Sequence[Example] = EXAMPLES, *, informe
     """
     margins = []
     for example in examples:
-        paths = [(example.question, example.right), (example.question, example.wrong)]
-        first = (example.question, example.right[:1])
-        right, wrong, alone = score_paths(scorer, [*paths, first])
-        for steps, scores in ((example.right, right), (example.wrong, wrong), (example.right[:1], alone)):
+        paths = (example.right, example.wrong, example.right[:1])
+        right, wrong, alone = found = score_paths(scorer, [(example.question, steps) for steps in paths])
+        for steps, scores in zip(paths, found, strict=True):
             if len(scores) != len(steps):
                 raise ConfigError(
                     f"Scorer {scorer.name!r} gave {len(scores)} scores for {len(steps)} steps: wrong step tag?"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
 from rollouts.errors import ConfigError
@@ -14,27 +15,26 @@ from rollouts.scoring.base import Scores
 from rollouts.text.prompts import PromptFormat
 
 
+@dataclass(eq=False)
 class LikelihoodScorer:
     """Least token probability of each step, at temperature 1, in one prefill pass per path; nothing is decoded.
 
     A step is as doubtful as its most surprising token. End-of-sequence tokens are not counted; a step without
-    any text scores 0.
+    any text scores 0. A backend that gives no log-probabilities of prompts is a ConfigError.
     """
 
-    tolerance = 2e-2  # probabilities near 1/2 feel the rounding of bfloat16 logits
+    name: str
+    backend: Backend
+    prompts: PromptFormat
+    model: str
+    tolerance: float = field(default=2e-2, init=False)  # probabilities near 1/2 feel the rounding of bfloat16 logits
 
-    def __init__(self, name: str, backend: Backend, prompts: PromptFormat, model: str) -> None:
-        """Check that the backend gives log-probabilities of prompts.
-
-        Raises:
-            ConfigError: It does not.
-        """
-        if not backend.capabilities.prompt_logprobs:
-            raise ConfigError(f"Scorer {name!r}: the backend of {backend.role!r} gives no prompt log-probabilities.")
-        self.name = name
-        self.backend = backend
-        self.prompts = prompts
-        self.model = model
+    def __post_init__(self) -> None:
+        """Check that the backend gives log-probabilities of prompts."""
+        if not self.backend.capabilities.prompt_logprobs:
+            raise ConfigError(
+                f"Scorer {self.name!r}: the backend of {self.backend.role!r} gives no prompt log-probabilities."
+            )
 
     def process(self) -> Mapping[str, Any]:
         """Return model and prompt format."""

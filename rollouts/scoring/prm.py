@@ -4,32 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Any
 
-from rollouts.errors import BackendError, ConfigError
+from rollouts.errors import BackendError
 from rollouts.models.base import Backend, PoolingRequest
 from rollouts.models.futures import forward, settled
 from rollouts.scoring.base import Scores
 from rollouts.text.prompts import RewardFormat
 
 
+@dataclass(eq=False)
 class RewardScorer:
     """A process reward model in the layout of Qwen2.5-Math-PRM behind any backend that can pool."""
 
-    tolerance = 5e-3
-
-    def __init__(self, name: str, backend: Backend, prompts: RewardFormat, model: str) -> None:
-        """Check that the backend can pool.
-
-        Raises:
-            ConfigError: It cannot.
-        """
-        if not backend.capabilities.pooling:
-            raise ConfigError(f"Scorer {name!r}: its backend gives no per-tag probabilities (pooling).")
-        self.name = name
-        self.backend = backend
-        self.prompts = prompts
-        self.model = model
+    name: str
+    backend: Backend
+    prompts: RewardFormat
+    model: str
+    tolerance: float = field(default=5e-3, init=False)
 
     def process(self) -> Mapping[str, Any]:
         """Return model and input format."""
@@ -62,8 +55,6 @@ def fitting_input(
 ) -> tuple[tuple[int, ...], int]:
     """Return the input over as many leading steps as fit into a window, and how many these are."""
     kept = len(steps)
-    ids = prompts.ids(question, steps)
-    while kept and len(ids) > window:
+    while len(ids := prompts.ids(question, steps[:kept])) > window and kept:
         kept -= 1
-        ids = prompts.ids(question, steps[:kept])
     return ids, kept

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from rollouts.errors import ConfigError
@@ -119,15 +121,9 @@ class PromptFormat:
         """
         text = self.text(question, steps)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        bounds = [len(self._head(question))]
-        for step in steps:
-            bounds.append(bounds[-1] + len(step))
+        begins = accumulate(map(len, steps), initial=len(self._head(question)))
         starts = [start for start, _ in encoded["offset_mapping"]]
-        positions, token = [], 0
-        for bound in bounds[:-1]:
-            while token < len(starts) and starts[token] < bound:
-                token += 1
-            positions.append(token)
+        positions = [bisect_left(starts, begin) for begin, _ in zip(begins, steps, strict=False)]
         return tuple(encoded["input_ids"]), [*positions, len(starts)]
 
     def pieces(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> Iterator[str]:
@@ -147,13 +143,7 @@ class RewardFormat:
     """
 
     def __init__(
-        self,
-        tokenizer: Any,
-        system_prompt: str | None,
-        step_tag: str,
-        name: str = "scorer",
-        *,
-        remembered: int = _REMEMBERED,
+        self, tokenizer: Any, system_prompt: str | None, step_tag: str, *, remembered: int = _REMEMBERED
     ) -> None:
         """Check the step tag; arguments as of `PromptFormat`.
 
@@ -166,7 +156,7 @@ class RewardFormat:
         self.encode = encoder_of(tokenizer)
         ids = self.encode(step_tag)
         if len(ids) != 1:
-            raise ConfigError(f"{name}: step tag {step_tag!r} is {len(ids)} tokens of its tokenizer, expected one.")
+            raise ConfigError(f"scorer: step tag {step_tag!r} is {len(ids)} tokens of its tokenizer, expected one.")
         self.step_tag_id: int = ids[0]
         self._head = lru_cache(maxsize=remembered)(self._render)
         probe = self.text(_PROBE, ["One." + DELIMITER])

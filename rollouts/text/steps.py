@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import reduce
 
 from rollouts.tasks.answers import boxed_answer, has_answer
 
@@ -87,19 +88,12 @@ def normalise(raw: str) -> tuple[str, bool]:
     vanish; decorative blocks are merged into the block that follows.
     """
     blocks: list[str] = []
-    position = 0
-    for match in _BLANK_RUN.finditer(raw):
-        block = raw[position : match.start()]
-        position = match.end()
-        block = block if blocks else block.lstrip("\n")
-        if not block:
-            continue
+    *closed, tail = _BLANK_RUN.split(raw.lstrip("\n"))
+    for block in closed:
         blocks.append(block)
         if not is_decorative(block):
             return DELIMITER.join(blocks) + DELIMITER, True
-    tail = raw[position:] if blocks else raw[position:].lstrip("\n")
-    blocks.append(tail)
-    return DELIMITER.join(blocks), False
+    return DELIMITER.join([*blocks, tail]), False
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +160,4 @@ def extend_hash(parent: int, step: str) -> int:
 
 def prefix_hash(steps: Sequence[str]) -> int:
     """Return the 64-bit key of a list of steps."""
-    key = ROOT_HASH
-    for step in steps:
-        key = extend_hash(key, step)
-    return key
+    return reduce(extend_hash, steps, ROOT_HASH)

@@ -8,6 +8,7 @@ scratch work a person would write (``c=b%60=152%60=152-120=32``), and closes wit
 from __future__ import annotations
 
 import hashlib
+import operator
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -71,15 +72,10 @@ class Program:
         return f"Let {', '.join(map(str, self.definitions))}. Find {self.asked}."
 
 
-def apply(operator: str, left: int, right: int) -> int | None:
-    """The value of ``left operator right``; None for a remainder by zero."""
-    if operator == "+":
-        return left + right
-    if operator == "-":
-        return left - right
-    if operator == "*":
-        return left * right
-    return left % right if right else None
+def apply(sign: str, left: int, right: int) -> int | None:
+    """The value of ``left sign right``; None for a remainder by zero."""
+    operation = {"+": operator.add, "-": operator.sub, "*": operator.mul, "%": operator.mod}[sign]
+    return None if sign == "%" and not right else operation(left, right)
 
 
 def parse_question(question: str) -> Program | None:
@@ -87,19 +83,16 @@ def parse_question(question: str) -> Program | None:
     outer = _QUESTION.fullmatch(question.strip())
     if outer is None:
         return None
-    definitions: list[Definition] = []
-    names: set[str] = set()
+    definitions: dict[str, Definition] = {}
     for part in outer[1].split(", "):
         match = _DEFINITION.fullmatch(part)
-        if match is None or match[1] in names:
+        if match is None or match[1] in definitions:
             return None
         operands = [int(text) if text.isdigit() else text for text in (match[2], match[4])]
-        if any(isinstance(operand, str) and operand not in names for operand in operands):
+        if any(isinstance(operand, str) and operand not in definitions for operand in operands):
             return None
-        names.add(match[1])
-        operator: Operator = match[3]  # type: ignore[assignment]
-        definitions.append(Definition(match[1], operands[0], operator, operands[1]))
-    return Program(tuple(definitions), outer[2]) if outer[2] in names else None
+        definitions[match[1]] = Definition(match[1], operands[0], match[3], operands[1])  # type: ignore[arg-type]
+    return Program(tuple(definitions.values()), outer[2]) if outer[2] in definitions else None
 
 
 def scratch(operator: str, left: int, right: int) -> str:
@@ -169,7 +162,14 @@ def continue_solution(program: Program, values: dict[str, int], start: int) -> l
 
 
 # How often each kind of operation is tried, by temperament of the problem: difficulty is uneven on purpose.
-_KINDS = ("add", "subtract", "times_digit", "times_two_digits", "remainder")
+# A kind is a sign, the values that it is tried on, and the least and the most that may stand on its right.
+_KINDS: Mapping[str, tuple[Operator, range, int, int]] = {
+    "add": ("+", range(500), 11, 99),
+    "subtract": ("-", range(25, 10_000), 11, 99),
+    "times_digit": ("*", range(2, 100), 2, 9),
+    "times_two_digits": ("*", range(11, 100), 11, 29),
+    "remainder": ("%", range(100, 10_000), 20, 90),
+}
 _TEMPERAMENTS: Mapping[str, tuple[int, ...]] = {
     "mild": (6, 3, 3, 0, 2),
     "mixed": (4, 3, 3, 3, 4),
@@ -180,59 +180,42 @@ _LENGTHS = {3: 3, 4: 4, 5: 4, 6: 4, 7: 3, 8: 2, 9: 1}
 _LONG_LENGTHS = {9: 2, 10: 2, 11: 2}
 
 
-def _sampler(generator: random.Random, weights: Mapping[int, int]) -> int:
-    return generator.choices(list(weights), list(weights.values()))[0]
-
-
 def _draw_operation(
     generator: random.Random, weights: tuple[int, ...], earlier: list[tuple[str, int]]
 ) -> tuple[Operand, Operator, Operand]:
     """One operation on the latest value that keeps values between 0 and 9,999."""
     name, value = earlier[-1]
-    allowed = {
-        "add": value <= 499,
-        "subtract": value >= 25,
-        "times_digit": 2 <= value <= 99,
-        "times_two_digits": 11 <= value <= 99,
-        "remainder": value >= 100,
-    }
-    kind = generator.choices(_KINDS, [w * allowed[k] for k, w in zip(_KINDS, weights, strict=True)])[0]
-    if kind in ("add", "subtract") and len(earlier) > 1 and generator.random() < 0.2:
+    kinds = list(_KINDS.values())
+    shares = [weight * (value in kind[1]) for weight, kind in zip(weights, kinds, strict=True)]
+    sign, _, least, most = generator.choices(kinds, shares)[0]
+    if sign in "+-" and len(earlier) > 1 and generator.random() < 0.2:
         other, other_value = earlier[generator.randrange(len(earlier) - 1)]
-        if kind == "add" and value + other_value <= 9999:
+        if sign == "+" and value + other_value <= 9999:
             return (other, "+", name) if generator.random() < 0.5 else (name, "+", other)
-        if kind == "subtract":
+        if sign == "-":
             return (name, "-", other) if value >= other_value else (other, "-", name)
-    if kind == "add":
-        return name, "+", generator.randint(11, 99)
-    if kind == "subtract":
-        return name, "-", generator.randint(11, min(value, 99))
-    if kind == "times_digit":
-        return name, "*", generator.randint(2, 9)
-    if kind == "times_two_digits":
-        return name, "*", generator.randint(11, 29)
-    return name, "%", generator.choice([m for m in _MODULI if m <= value])
+    if sign == "%":
+        return name, "%", generator.choice([modulus for modulus in _MODULI if modulus <= value])
+    return name, sign, generator.randint(least, min(value, most) if sign == "-" else most)
 
 
 def draw_program(generator: random.Random, *, long: bool = False) -> Program:
     """Draw one program: 3 to 9 definitions, or 9 to 11 of the harsher temperaments where ``long``."""
     while True:
         temperament = generator.choice(["mixed", "harsh"] if long else list(_TEMPERAMENTS))
-        count = _sampler(generator, _LONG_LENGTHS if long else _LENGTHS)
+        lengths = _LONG_LENGTHS if long else _LENGTHS
+        count = generator.choices(list(lengths), list(lengths.values()))[0]
         left, right = generator.randint(11, 99), generator.randint(11, 99)
-        operator: Operator = "-" if left - right >= 11 and generator.random() < 0.4 else "+"
-        definitions = [Definition("a", left, operator, right)]
-        values = {"a": left + right if operator == "+" else left - right}
+        sign: Operator = "-" if left - right >= 11 and generator.random() < 0.4 else "+"
+        definitions = [Definition("a", left, sign, right)]
+        values = {"a": left + right if sign == "+" else left - right}
         for name in "bcdefghijk"[: count - 1]:
             definition = Definition(name, *_draw_operation(generator, _TEMPERAMENTS[temperament], list(values.items())))
-            rendered = render_step(definition, values)
-            if rendered is None:  # unreachable for what is drawn here; drawn anew rather than trusted
-                break
             definitions.append(definition)
-            values[name] = rendered[1]
+            values[name] = render_step(definition, values)[1]  # type: ignore[index]  # what is drawn has a value
         program = Program(tuple(definitions), definitions[-1].name)
         length = len(program.question) + sum(map(len, continue_solution(program, {}, 0)))
-        if len(definitions) == count and length <= _MAX_CHARACTERS:
+        if length <= _MAX_CHARACTERS:
             return program
 
 

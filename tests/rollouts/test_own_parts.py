@@ -163,7 +163,7 @@ def test_another_process_is_refused_for_the_same_table(own, capsys):
 )
 def test_scorers_that_cannot_be_used_are_errors_before_the_run(own, scorer, message):
     family = Family(load_family(models(own, scorer)))
-    with pytest.raises(ConfigError, match=message), family.open_scorer():
+    with pytest.raises(ConfigError, match=message), family.open_scorer(None):
         pass
 
 

@@ -7,11 +7,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rollouts.models.stepwise import StepWriter, next_steps
+from rollouts.models.stepwise import StepWriter
 from rollouts.scoring.base import Scorer, score_paths
 from rollouts.tasks.grading import Grader
 from rollouts.tasks.problems import Problem
-from rollouts.text.steps import Prefix
+from rollouts.text.steps import Prefix, Step
+
+
+def next_steps(writer: StepWriter, prefixes: Sequence[Prefix]) -> list[Step]:
+    """Return the next step of each prefix, asked for as one batch."""
+    futures = [writer.submit(prefix, whole=False) for prefix in prefixes]
+    return [future.result().steps[0] for future in futures]
 
 
 @dataclass

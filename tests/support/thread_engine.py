@@ -75,7 +75,9 @@ class EngineThread(Backend):
                         return
                     self._pending[number] = given[1]
                     with _AT_WORK:
-                        self._engine.add(number, given[0])
+                        refused = process.queue_requests(self._engine, [(number, given[0])])
+                    for key, result in refused:
+                        self._answer(self._pending.pop(key), result)
                     number += 1
                 with _AT_WORK:
                     finished = self._engine.step()

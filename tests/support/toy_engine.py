@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from rollouts.models.base import Capabilities
+from rollouts.errors import BackendError
+from rollouts.models.base import Capabilities, CompletionRequest
 
 
 class Echo:
@@ -20,6 +21,10 @@ class Echo:
         self.waiting: list[tuple[int, Any]] = []
 
     def add(self, key: int, request: Any) -> None:
+        if request == "refused":
+            raise BackendError(request)
+        if isinstance(request, CompletionRequest) and not request.prompt_ids:
+            raise BackendError("nothing to say")
         self.waiting.append((key, request))
 
     def step(self) -> list[tuple[int, Any]]:

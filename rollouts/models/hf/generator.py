@@ -12,8 +12,8 @@ import numpy as np
 from rollouts.config import ModelConfig, Sampling
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Capabilities, Completion, CompletionRequest, Finish, LogprobRequest, Request
-from rollouts.models.hf.load import PADDED_TOKENS, describe, groups, load, pad_right, refuse, window
-from rollouts.models.hf.packing import logprobs, packs
+from rollouts.models.hf.load import PADDED_TOKENS, check_prompt, describe, groups, load, pad_right, window
+from rollouts.models.hf.packing import logprobs, pack_first
 
 PACKED_TOKENS = 2048  # of one pass over sequences that begin alike: its mask has the square of them
 _LOGITS = 2**27  # most logits that are in memory at once
@@ -92,9 +92,7 @@ class TransformersGenerator:
 
     def __init__(self, model: Any, tokenizer: Any, window: int, max_batch: int, description: dict[str, Any]) -> None:
         """Take over a loaded model; use `generator` to load one."""
-        self.capabilities = Capabilities(
-            token_ids=True, prompt_logprobs=True, reproducible=description["dtype"] == "float64"
-        )
+        self.capabilities = Capabilities(token_ids=True, prompt_logprobs=True)
         self.window = window
         self.description: Mapping[str, Any] = description
         self._model = model
@@ -108,29 +106,20 @@ class TransformersGenerator:
         self._batch: _Batch | None = None
 
     def add(self, key: int, request: Request) -> None:
-        """Queue a `CompletionRequest` or a `LogprobRequest`; one that cannot be served is answered by the next step."""
+        """Queue a `CompletionRequest` or a `LogprobRequest`."""
+        most = self.window - 1  # as in vLLM, a prompt that fills the window is refused: not one token could follow
         if isinstance(request, CompletionRequest):
-            refusal = self._refusal(request.prompt_ids)
-            if refusal is None and request.max_tokens < 1:
-                refusal = f"max_tokens is {request.max_tokens}, expected at least 1."
-            if refusal is None:
-                self._waiting.append((key, request))
-            else:
-                self._finished.append((key, Completion("", 0, (), "failed", refusal)))
+            check_prompt(request.prompt_ids, most, self._vocabulary)
+            if request.max_tokens < 1:
+                raise BackendError(f"max_tokens is {request.max_tokens}, expected at least 1.")
+            self._waiting.append((key, request))
         elif isinstance(request, LogprobRequest):
-            refusal = self._refusal(request.ids)
-            if refusal is None and not 0 < request.start <= len(request.ids):
-                refusal = f"log-probabilities from position {request.start} of {len(request.ids)} ids."
-            if refusal is None:
-                self._scoring.append((key, request))
-            else:
-                self._finished.append((key, BackendError(refusal)))
+            check_prompt(request.ids, most, self._vocabulary)
+            if not 0 < request.start <= len(request.ids):
+                raise BackendError(f"log-probabilities from position {request.start} of {len(request.ids)} ids.")
+            self._scoring.append((key, request))
         else:
-            self._finished.append((key, BackendError("a generating model cannot answer a PoolingRequest.")))
-
-    def _refusal(self, ids: tuple[int, ...]) -> str | None:
-        # As in vLLM, a prompt that fills the window is refused: not even one token could follow.
-        return refuse(ids, self.window - 1, self._vocabulary)
+            raise BackendError("a generating model cannot answer a PoolingRequest.")
 
     def step(self) -> list[tuple[int, Any]]:
         """Score one batch of log-probability requests, admit new rows, decode one token of every row."""
@@ -154,14 +143,12 @@ class TransformersGenerator:
         taken = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         taken.sort(key=lambda item: len(item[1].prompt_ids))
         rows = [self._row(key, request) for key, request in taken]
-        for group in groups([row.length for row in rows], PADDED_TOKENS, self._max_rows()):
+        # Logits of a prefill are (rows x distinct lengths): at most rows squared.
+        most = max(1, min(self._max_batch, int((_LOGITS / self._vocabulary) ** 0.5)))
+        for group in groups([row.length for row in rows], PADDED_TOKENS, most):
             batch = self._prefill(rows[group])
             if batch is not None:
                 self._batch = batch if self._batch is None else self._batch.join(batch)
-
-    def _max_rows(self) -> int:
-        # Logits of a prefill are (rows x distinct lengths): at most rows squared.
-        return max(1, min(self._max_batch, int((_LOGITS / self._vocabulary) ** 0.5)))
 
     def _row(self, key: int, request: CompletionRequest) -> _Row:
         from tokenizers.decoders import DecodeStream
@@ -245,9 +232,8 @@ class TransformersGenerator:
         """Answer the log-probability requests that fit into one forward pass, those that begin alike together."""
         self._scoring.sort(key=lambda item: item[1].ids)
         sequences = [request.ids for _, request in self._scoring]
-        pack = next(packs(sequences, self._packed(max(map(len, sequences)))))
-        taken = [self._scoring[member] for member in pack.members]
-        self._scoring = self._scoring[len(taken) :]
+        pack = pack_first(sequences, self._packed(max(map(len, sequences))))
+        taken, self._scoring = self._scoring[: len(pack.paths)], self._scoring[len(pack.paths) :]
         values = logprobs(self._model, pack, [request.start for _, request in taken])
         self._finished += [(key, each) for (key, _), each in zip(taken, values, strict=True)]
 
@@ -262,14 +248,8 @@ class TransformersGenerator:
 
 def _stop_end(text: str, new: int, stop: tuple[str, ...]) -> int | None:
     """Return where the stop string ends that the last `new` characters completed first, if they did."""
-    if not new:
-        return None
-    ends = []
-    for string in stop:
-        found = text.find(string, max(0, len(text) - new - len(string) + 1))
-        if found >= 0:
-            ends.append(found + len(string))
-    return min(ends, default=None)
+    found = [(text.find(string, max(0, len(text) - new - len(string) + 1)), len(string)) for string in stop]
+    return min((start + length for start, length in found if start >= 0), default=None)
 
 
 def _draw(rows: list[_Row], logits: Any) -> list[int]:
@@ -298,19 +278,17 @@ def _draw(rows: list[_Row], logits: Any) -> list[int]:
 def _probabilities(logits: Any, sampling: Sampling) -> Any:
     """Apply temperature, min_p, top_k and top_p, in vLLM's order."""
     import torch
+    from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
+    no_ids: Any = None
     logits = logits / sampling.temperature
     if sampling.min_p > 0.0:
         floor = logits.max(1, keepdim=True).values + float(np.log(sampling.min_p))
         logits = logits.masked_fill(logits < floor, -torch.inf)
-    if 0 < sampling.top_k < logits.shape[1]:
-        least = logits.topk(sampling.top_k, dim=1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_k > 0:
+        logits = TopKLogitsWarper(sampling.top_k)(no_ids, logits)
     if sampling.top_p < 1.0:
-        ordered, index = logits.sort(1)
-        outside = ordered.softmax(1).cumsum(1) <= 1.0 - sampling.top_p
-        outside[:, -1] = False
-        logits = logits.masked_fill(outside.scatter(1, index, outside), -torch.inf)
+        logits = TopPLogitsWarper(sampling.top_p)(no_ids, logits)
     return logits.softmax(1)
 
 

@@ -6,23 +6,20 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from rollouts.config import ModelConfig
-from rollouts.errors import ConfigError
+from rollouts.errors import BackendError, ConfigError
 
 PADDED_TOKENS = 16384  # most tokens, padding included, of one forward pass over prompts
 
 
-def refuse(ids: tuple[int, ...], most: int, vocabulary: int) -> str | None:
-    """Return why a prompt cannot be served, if it cannot."""
+def check_prompt(ids: tuple[int, ...], most: int, vocabulary: int) -> None:
+    """Raise BackendError for a prompt that cannot be served."""
     if not ids:
-        return "the prompt is empty."
+        raise BackendError("the prompt is empty.")
     if len(ids) > most:
-        return f"the prompt has {len(ids)} tokens; at most {most} fit into the window."
+        raise BackendError(f"the prompt has {len(ids)} tokens; at most {most} fit into the window.")
     if min(ids) < 0 or max(ids) >= vocabulary:
-        return f"the prompt has a token id outside 0..{vocabulary - 1}."
-    return None
+        raise BackendError(f"the prompt has a token id outside 0..{vocabulary - 1}.")
 
 
 def groups(lengths: list[int], tokens: int, rows: int) -> Iterator[slice]:
@@ -38,10 +35,8 @@ def pad_right(prompts: list[tuple[int, ...]], device: Any) -> tuple[Any, Any]:
     """Return ids (rows x longest) and lengths as tensors."""
     import torch
 
-    ids = np.zeros((len(prompts), max(map(len, prompts))), dtype=np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = prompt
-    return torch.from_numpy(ids).to(device), torch.tensor([len(prompt) for prompt in prompts], device=device)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    return ids.to(device), torch.tensor([len(prompt) for prompt in prompts], device=device)
 
 
 def cpu_threads(model: str, revision: str | None) -> int:

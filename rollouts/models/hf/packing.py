@@ -6,7 +6,7 @@ Sequences are packed as a tree into one forward pass whose attention mask lets e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,48 +23,37 @@ class Pack:
         positions: (T,) position of each in its sequences.
         sees: (T, T) bool: whether the row's token may see the column's.
         paths: For each sequence, the places of its tokens in `ids`.
-        members: Which of the given sequences they are.
     """
 
     ids: NDArray[np.int64]
     positions: NDArray[np.int64]
     sees: NDArray[np.bool_]
     paths: list[NDArray[np.int64]]
-    members: list[int]
 
 
-def packs(sequences: Sequence[tuple[int, ...]], most: int) -> Iterator[Pack]:
-    """Pack sequences into trees of at most `most` tokens; a longer sequence gets a tree of its own."""
-    order = sorted(range(len(sequences)), key=sequences.__getitem__)
-    begin = 0
-    while begin < len(order):
-        tokens, end = 0, begin
-        while end < len(order):
-            shared = 0 if end == begin else _common(sequences[order[end - 1]], sequences[order[end]])
-            if end > begin and tokens + len(sequences[order[end]]) - shared > most:
-                break
-            tokens += len(sequences[order[end]]) - shared
-            end += 1
-        yield _pack(sequences, order[begin:end], tokens)
-        begin = end
+def pack_first(sequences: Sequence[tuple[int, ...]], most: int) -> Pack:
+    """Pack as many of the first sequences as make a tree of at most `most` tokens, but at least one.
 
-
-def _pack(sequences: Sequence[tuple[int, ...]], members: list[int], tokens: int) -> Pack:
-    ids, positions = np.empty(tokens, np.int64), np.empty(tokens, np.int64)
-    sees = np.zeros((tokens, tokens), np.bool_)
+    Args:
+        sequences: In ascending order, where those that begin alike are neighbours.
+        most: Tokens.
+    """
+    ids: list[int] = []
     paths: list[NDArray[np.int64]] = []
-    used = 0
-    for number, member in enumerate(members):
-        own = sequences[member]
-        shared = _common(sequences[members[number - 1]], own) if number else 0
-        fresh = np.arange(used, used + len(own) - shared)
-        path = np.concatenate([paths[-1][:shared], fresh]) if number else fresh
-        ids[fresh], positions[fresh] = own[shared:], np.arange(shared, len(own))
-        sees[np.ix_(fresh, path[:shared])] = True
-        sees[np.ix_(fresh, fresh)] = np.tri(len(fresh), dtype=np.bool_)
-        paths.append(path)
-        used += len(fresh)
-    return Pack(ids, positions, sees, paths, members)
+    known: list[int] = []
+    for own in sequences:
+        shared = _common(sequences[len(paths) - 1], own) if paths else 0
+        if paths and len(ids) + len(own) - shared > most:
+            break
+        fresh = np.arange(len(ids), len(ids) + len(own) - shared)
+        paths.append(np.concatenate([paths[-1][:shared], fresh]) if paths else fresh)
+        known.append(shared)
+        ids += own[shared:]
+    positions, sees = np.empty(len(ids), np.int64), np.zeros((len(ids), len(ids)), np.bool_)
+    for path, shared in zip(paths, known, strict=True):
+        positions[path[shared:]] = np.arange(shared, len(path))
+        sees[np.ix_(path[shared:], path)] = np.tri(len(path), dtype=np.bool_)[shared:]
+    return Pack(np.array(ids, np.int64), positions, sees, paths)
 
 
 def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
@@ -82,19 +71,12 @@ def logprobs(model: Any, pack: Pack, starts: Sequence[int]) -> list[list[float]]
         pack: The sequences.
         starts: For each of them, the first token to be told of, at least 1.
     """
-    spans = [path[start - 1 :] for path, start in zip(pack.paths, starts, strict=True)]
-    before, after = (np.concatenate([span[part] for span in spans]) for part in (slice(-1), slice(1, None)))
-    values = _of_pairs(model, pack, before, after)
-    ends = np.cumsum([len(span) - 1 for span in spans])
-    return [own.tolist() for own in np.split(values, ends[:-1])]
-
-
-def _of_pairs(model: Any, pack: Pack, before: NDArray[np.int64], after: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the log-probabilities of the tokens at n places, each after the token at another place; one pass."""
     import torch
 
+    spans = [path[start - 1 :] for path, start in zip(pack.paths, starts, strict=True)]
+    before, after = (np.concatenate([span[part] for span in spans]) for part in (slice(-1), slice(1, None)))
     if not len(before):
-        return np.empty(0)
+        return [[] for _ in spans]
     device = model.device
     ids, positions = (torch.as_tensor(each, device=device)[None] for each in (pack.ids, pack.positions))
     mask = None
@@ -108,5 +90,5 @@ def _of_pairs(model: Any, pack: Pack, before: NDArray[np.int64], after: NDArray[
     ).logits[0]
     logits = logits if logits.dtype == torch.float64 else logits.float()
     values = logits[place, ids[0][torch.as_tensor(after, device=device)]] - logits.logsumexp(1)[place]
-    result: NDArray[np.float64] = values.double().cpu().numpy()
-    return result
+    ends = np.cumsum([len(span) - 1 for span in spans])
+    return [own.tolist() for own in np.split(values.double().cpu().numpy(), ends[:-1])]

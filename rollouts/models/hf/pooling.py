@@ -8,7 +8,7 @@ from typing import Any
 from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Capabilities, PoolingRequest, Request
-from rollouts.models.hf.load import PADDED_TOKENS, describe, groups, load, pad_right, refuse, window
+from rollouts.models.hf.load import PADDED_TOKENS, check_prompt, describe, groups, load, pad_right, window
 
 
 class TransformersPooling:
@@ -16,9 +16,7 @@ class TransformersPooling:
 
     def __init__(self, model: Any, head: Any, tag: int, window: int, max_batch: int, description: dict[str, Any]):
         """Take over a loaded trunk and head; use `pooling` to load them."""
-        self.capabilities = Capabilities(
-            pooling=True, continue_prefix=False, reproducible=description["dtype"] == "float64"
-        )
+        self.capabilities = Capabilities(pooling=True)
         self.window = window
         self.description: Mapping[str, Any] = description
         self._model = model
@@ -26,25 +24,20 @@ class TransformersPooling:
         self._tag = tag
         self._max_batch = max_batch
         self._waiting: list[tuple[int, PoolingRequest]] = []
-        self._finished: list[tuple[int, Any]] = []
 
     def add(self, key: int, request: Request) -> None:
         """Queue a `PoolingRequest`."""
-        refusal: str | None = "a reward model answers PoolingRequests only."
-        if isinstance(request, PoolingRequest):
-            refusal = refuse(request.ids, self.window, self._model.get_input_embeddings().num_embeddings)
-            if refusal is None:
-                self._waiting.append((key, request))
-        if refusal is not None:
-            self._finished.append((key, BackendError(refusal)))
+        if not isinstance(request, PoolingRequest):
+            raise BackendError("a reward model answers PoolingRequests only.")
+        check_prompt(request.ids, self.window, self._model.get_input_embeddings().num_embeddings)
+        self._waiting.append((key, request))
 
     def step(self) -> list[tuple[int, Any]]:
         """Score one batch of similar length."""
         import torch
 
-        finished, self._finished = self._finished, []
         if not self._waiting:
-            return finished
+            return []
         self._waiting.sort(key=lambda item: len(item[1].ids))
         group = next(groups([len(request.ids) for _, request in self._waiting], PADDED_TOKENS, self._max_batch))
         taken, self._waiting = self._waiting[group], self._waiting[group.stop :]
@@ -58,7 +51,7 @@ class TransformersPooling:
         answers: list[list[float]] = [[] for _ in taken]
         for row, score in zip(rows.tolist(), scores, strict=True):
             answers[row].append(score)
-        return finished + [(key, answer) for (key, _), answer in zip(taken, answers, strict=True)]
+        return [(key, answer) for (key, _), answer in zip(taken, answers, strict=True)]
 
 
 def pooling(model: ModelConfig, seed: int, step_tag_id: int) -> TransformersPooling:

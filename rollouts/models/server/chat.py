@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import asdict
 from typing import Any
 
-from rollouts.config import GeneratorConfig, Limits, Sampling
+from rollouts.config import GeneratorConfig, Limits
 from rollouts.errors import BackendError, ConfigError, did_you_mean
-from rollouts.models.base import Completion
-from rollouts.models.futures import forward
 from rollouts.models.server.http import HttpServer, RequestFailed
 from rollouts.models.stepwise import Fits, Generation, close_step
 from rollouts.text.prompts import chat_messages
@@ -87,38 +86,41 @@ def first_step(answer: str, number: int) -> tuple[str, bool]:
     return block.rstrip().rsplit(DELIMITER, 1)[-1], complete
 
 
-class ChatBackend:
-    """Asks for one step at a time by chat.
+class ChatWriter:
+    """Asks for one step at a time; the manifest records this as another process than continuing a prefix.
 
-    Not a `Backend`: such an API takes no prompt of token ids. Tokens are those that the server bills, what it
-    wrote beyond the step and any reasoning it hides included.
+    Such an API takes no prompt of token ids. Tokens are those that the server bills, what it wrote beyond the step and
+    any reasoning it hides included.
 
     Attributes:
         role: Named in errors.
     """
 
-    def __init__(self, role: str, model: GeneratorConfig) -> None:
+    whole_paths = False
+
+    def __init__(self, role: str, model: GeneratorConfig, limits: Limits, fits: Fits) -> None:
         """Connect, and find out which request fields the server takes.
 
         Args:
             role: Named in errors; ``large``.
             model: Configuration with backend ``server`` and ``chat_only``.
+            limits: Token and step limits.
+            fits: Whether a prefix leaves room in every role's window.
 
         Raises:
             ConfigError: No key, or the server refuses a parameter that the configuration wants.
             BackendError: The server is not there, refuses the key, or has no such model.
         """
         self.role = role
-        self._model = model.model
-        self._system = model.system_prompt
+        self._model = model
+        self._limits = limits
+        self._fits = fits
         self._unsent: set[str] = set()
         self._limit = "max_tokens"
-        self._stop = True
         self._http = HttpServer(role, model)
         try:
-            self._negotiate(model.sampling, self._listed())
-            version = self._http.peek("/version")
-            self._version = version.get("version") if isinstance(version, dict) else None
+            self._negotiate(self._listed())
+            self._version = self._http.version()
         except BaseException:
             self._http.close()
             raise
@@ -130,23 +132,21 @@ class ChatBackend:
         except (TypeError, LookupError):
             return []
 
-    def _negotiate(self, sampling: Sampling, listed: Sequence[str]) -> None:
+    def _negotiate(self, listed: Sequence[str]) -> None:
         """Ask something trivial, leaving out one refused field after the other."""
-        for _ in range(len(_NEUTRAL) + 3):
-            payload = self._payload(_PROBE, _PROBE_TOKENS, sampling, stop=self._stop)
+        name = self._model.model
+        while True:
+            payload = self._payload(_PROBE, _PROBE_TOKENS, stop="stop" not in self._unsent)
             self._http.heartbeat = ("chat/completions", payload)
             try:
                 self._http.ask("chat/completions", payload, lambda body: int(body["usage"]["completion_tokens"]))
                 return
             except RequestFailed as error:
                 if not self._leave_out(str(error), payload):
-                    raise ConfigError(
-                        f"{self.role}: {self._http.url} refuses a chat with {self._model}: {error}"
-                    ) from None
+                    raise ConfigError(f"{self.role}: {self._http.url} refuses a chat with {name}: {error}") from None
             except BackendError as error:
-                known = did_you_mean(self._model, listed) if listed and self._model not in listed else ""
+                known = did_you_mean(name, listed) if listed and name not in listed else ""
                 raise BackendError(f"{error}{known}") from None
-        raise ConfigError(f"{self.role}: {self._http.url} refuses every way to chat with {self._model}.")
 
     def _leave_out(self, refusal: str, payload: Mapping[str, Any]) -> bool:
         """Adapt to a refusal; return whether there was anything to adapt."""
@@ -154,72 +154,48 @@ class ChatBackend:
             self._limit = "max_completion_tokens"
             return True
         named = [name for name in _NEUTRAL if name in payload and re.search(rf"\b{name}\b", refusal)]
-        if not named and self._stop and re.search(r"\bstop\b", refusal):
-            self._stop = False
-            return True
+        if not named and "stop" in payload and re.search(r"\bstop\b", refusal):
+            named = ["stop"]
         named = named or [name for name in _BEYOND_OPENAI if name in payload]
-        wanted = [f"{name} = {payload[name]}" for name in named if payload[name] != _NEUTRAL[name]]
+        wanted = [f"{name} = {payload[name]}" for name in named if payload[name] != _NEUTRAL.get(name, payload[name])]
         if wanted:
             raise ConfigError(f"{self.role}: {self._http.url} refuses {', '.join(wanted)} ({refusal}).")
         self._unsent.update(named)
         return bool(named)
 
-    def submit(self, question: str, steps: Sequence[str], max_tokens: int, sampling: Sampling) -> Future[Completion]:
-        """Ask for the step after `steps`.
+    def submit(self, prefix: Prefix, *, whole: bool) -> Future[Generation]:
+        """Ask for the next step; `whole` makes no difference. Raises BackendError if the server is gone."""
+        return self._http.submit(lambda: self._generate(prefix))
 
-        Args:
-            question: The problem.
-            steps: Accepted steps.
-            max_tokens: Most tokens of the answer.
-            sampling: Sampling parameters.
-
-        Returns:
-            A future. Its text ends with a delimiter and finish is ``stop``, unless the step closes a box
-            (``eos``), was cut off (``length``) or the request failed (``failed``).
-
-        Raises:
-            ConfigError: The server does not take one of the sampling parameters.
-            BackendError: The server is gone; raised by the future if it is found out later.
-        """
-        for name in self._unsent & {"temperature", "top_p", "top_k", "min_p"}:
-            if getattr(sampling, name) != _NEUTRAL[name]:
-                raise ConfigError(f"{self.role}: {self._http.url} takes no {name}.")
-        content, number = step_request(question, steps), len(steps) + 1
-        return self._http.submit(lambda: self._step(content, number, max_tokens, sampling))
-
-    async def _step(self, content: str, number: int, max_tokens: int, sampling: Sampling) -> Completion:
+    async def _generate(self, prefix: Prefix) -> Generation:
+        content = step_request(prefix.question, prefix.steps)
+        budget = min(self._limits.step_tokens, self._limits.solution_tokens - prefix.used_tokens)
         billed = 0
         # An answer that begins with a heading or with thinking ends at the first blank line in it, without a step:
         # then it is asked for again without the stop string.
-        for stop in (True, False) if self._stop else (False,):
-            payload = self._payload(content, max_tokens, sampling, stop=stop)
+        for stop in (False,) if "stop" in self._unsent else (True, False):
             try:
+                payload = self._payload(content, budget, stop=stop)
                 answer, tokens, reason = await self._http.post("chat/completions", payload, _read)
-            except RequestFailed as error:
-                return Completion("", billed, None, "failed", str(error))
+            except RequestFailed:
+                break
             billed += tokens
-            step, complete = first_step(answer, number)
             if reason not in ("stop", "length"):
-                return Completion("", billed, None, "failed", f"the server ended the answer with {reason!r}")
-            if closes_box(step):
-                return Completion(step, billed, None, "eos")
-            if reason == "length" and not complete:
-                return Completion(step, billed, None, "length")
-            if step:
-                return Completion(step + DELIMITER, billed, None, "stop")
-        return Completion("", billed, None, "failed", f"the answer has no step in it: {answer[:80]!r}")
+                break  # such as a vendor's filter
+            text, complete = first_step(answer, len(prefix.steps) + 1)
+            cut = reason == "length" and not complete
+            if text or cut:
+                goes_on = not cut and not closes_box(text)
+                segment = Segment(text + DELIMITER * goes_on, 0, billed, goes_on)
+                step = close_step(prefix, (), segment, StopReason.LENGTH, self._limits, self._fits, 0)
+                return Generation((step,), billed)
+        return Generation((Step("", billed, StopReason.FAILED),), billed)
 
-    def _payload(self, content: str, max_tokens: int, sampling: Sampling, *, stop: bool) -> dict[str, Any]:
-        fields = {
-            **_NEUTRAL,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-        }
+    def _payload(self, content: str, max_tokens: int, *, stop: bool) -> dict[str, Any]:
+        fields = {**_NEUTRAL, **asdict(self._model.sampling)}
         return {
-            "model": self._model,
-            "messages": chat_messages(content, self._system),
+            "model": self._model.model,
+            "messages": chat_messages(content, self._model.system_prompt),
             self._limit: max_tokens,
             "stream": False,
             **({"stop": [DELIMITER]} if stop else {}),
@@ -228,27 +204,18 @@ class ChatBackend:
 
     def describe(self) -> Mapping[str, Any]:
         """Return the server's URL and version, the model's name, and which fields it is not sent."""
-        unsent = sorted(self._unsent | (set() if self._stop else {"stop"}))
         return {
             "engine": "chat",
             "version": self._version,
             "url": self._http.url,
-            "model": self._model,
+            "model": self._model.model,
             "seed": None,
-            "unsent": unsent,
+            "unsent": sorted(self._unsent),
         }
 
     def close(self) -> None:
         """Cancel what is pending and disconnect."""
         self._http.close()
-
-    def __enter__(self) -> ChatBackend:
-        """Return itself; the connection is closed on exit."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close the connection."""
-        self.close()
 
 
 def _read(body: Any) -> tuple[str, int, str]:
@@ -257,34 +224,3 @@ def _read(body: Any) -> tuple[str, int, str]:
     if not isinstance(text, str):
         raise TypeError("message.content is not text")
     return text, int(body["usage"]["completion_tokens"]), str(choice["finish_reason"])
-
-
-class ChatWriter:
-    """Asks for one step at a time; the manifest records this as another process than continuing a prefix."""
-
-    whole_paths = False
-
-    def __init__(self, role: str, backend: ChatBackend, sampling: Sampling, limits: Limits, fits: Fits) -> None:
-        """Name the server and the limits."""
-        self.role = role
-        self.backend = backend
-        self.sampling = sampling
-        self.limits = limits
-        self.fits = fits
-
-    def submit(self, prefix: Prefix, *, whole: bool) -> Future[Generation]:
-        """Ask for the next step; `whole` makes no difference."""
-        budget = min(self.limits.step_tokens, self.limits.solution_tokens - prefix.used_tokens)
-        result: Future[Generation] = Future()
-        answer = self.backend.submit(prefix.question, prefix.steps, budget, self.sampling)
-        forward(answer, lambda completion: result.set_result(self._read(prefix, completion)), result)
-        return result
-
-    def _read(self, prefix: Prefix, completion: Completion) -> Generation:
-        if completion.finish == "failed":
-            return Generation((Step("", completion.tokens, StopReason.FAILED),), completion.tokens)
-        text, complete = normalise(completion.text)
-        ending = StopReason.LENGTH if completion.finish == "length" else StopReason.EOS
-        segment = Segment(text, 0, completion.tokens, complete)
-        step = close_step(prefix, (), segment, ending, self.limits, self.fits, 0)
-        return Generation((step,), completion.tokens)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from rollouts.config import ModelConfig, Sampling
@@ -56,10 +57,9 @@ class ServerBackend(Backend):
             if not windows:
                 raise ConfigError(f"{role}: {self._http.url} does not tell the model's window; set `max_length`.")
             self.window = min(windows)
-            version = self._http.peek("/version")
             self._description = {
                 "engine": "server",
-                "version": version.get("version") if isinstance(version, dict) else None,
+                "version": self._http.version(),
                 "url": self._http.url,
                 "model": card["id"],
                 "root": card.get("root"),  # what the server calls `model` may be another name for it
@@ -120,36 +120,31 @@ class ServerBackend(Backend):
                 f"{self.role}: {self._http.address(path)} serves no step scores ({error}). {serve_prm(self._tag)}"
             ) from None
         self._http.heartbeat = (path, payload)
-        return Capabilities(pooling=True, continue_prefix=False)
+        return Capabilities(pooling=True)
 
     def submit(self, request: Request) -> Future[Any]:
         """Start one request; see `HttpServer` for what is retried and when the server counts as gone."""
-        if isinstance(request, CompletionRequest) and self.capabilities.continue_prefix:
-            return self._http.submit(lambda: self._complete(request))
-        if isinstance(request, LogprobRequest) and self.capabilities.prompt_logprobs:
-            smallest = completion_payload(self._model, self.window, CompletionRequest(request.ids, 1, Sampling(1.0)))
-            payload = {**smallest, "prompt_logprobs": 0}
-            return self._http.submit(
-                lambda: self._measure(
-                    "completions", payload, lambda body: read_logprobs(body, request.ids, request.start)
-                )
-            )
-        if isinstance(request, PoolingRequest) and self.capabilities.pooling:
-            path, payload = "/pooling", pooling_payload(self._model, request.ids)
-            return self._http.submit(lambda: self._measure(path, payload, lambda body: self._scores(body, request.ids)))
-        raise ConfigError(f"{self.role}: {self._http.url} cannot answer a {type(request).__name__}.")
-
-    async def _complete(self, request: CompletionRequest) -> Completion:
-        try:
+        answer: Callable[[], Awaitable[Any]]
+        if isinstance(request, CompletionRequest) and not self.capabilities.pooling:
             payload = completion_payload(self._model, self.window, request)
-            return await self._http.post("completions", payload, read_completion)
-        except RequestFailed as error:
-            return Completion("", 0, None, "failed", str(error))
+            answer = partial(self._http.post, "completions", payload, read_completion)
+        elif isinstance(request, LogprobRequest) and self.capabilities.prompt_logprobs:
+            smallest = completion_payload(self._model, self.window, CompletionRequest(request.ids, 1, Sampling(1.0)))
+            read = partial(read_logprobs, ids=request.ids, start=request.start)
+            answer = partial(self._http.post, "completions", {**smallest, "prompt_logprobs": 0}, read)
+        elif isinstance(request, PoolingRequest) and self.capabilities.pooling:
+            payload = pooling_payload(self._model, request.ids)
+            answer = partial(self._http.post, "/pooling", payload, partial(self._scores, ids=request.ids))
+        else:
+            raise ConfigError(f"{self.role}: {self._http.url} cannot answer a {type(request).__name__}.")
+        return self._http.submit(lambda: self._answer(request, answer))
 
-    async def _measure(self, path: str, payload: Mapping[str, Any], parse: Callable[[Any], list[float]]) -> list[float]:
+    async def _answer(self, request: Request, answer: Callable[[], Awaitable[Any]]) -> Any:
         try:
-            return await self._http.post(path, payload, parse)
+            return await answer()
         except RequestFailed as error:
+            if isinstance(request, CompletionRequest):
+                return Completion("", 0, None, "failed", str(error))
             raise BackendError(f"{self.role}: {self._http.url} did not answer a request: {error}") from None
 
     def _scores(self, body: Any, ids: tuple[int, ...]) -> list[float]:

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -80,14 +81,11 @@ class Answer:
     def retry_after(self) -> float:
         """The seconds that a Retry-After header asks for; it may hold a number or a date."""
         value = self.headers.get("Retry-After", "")
-        try:
+        with suppress(ValueError):
             return max(0.0, float(value))
-        except ValueError:
-            pass
-        try:
+        with suppress(ValueError, TypeError):
             return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-        except (ValueError, TypeError):
-            return 0.0
+        return 0.0
 
 
 class Connection:
@@ -140,28 +138,23 @@ class Connection:
         Raises:
             Broken: There is no complete answer.
         """
-        session = self._open()
-        body = None if payload is None else json.dumps(payload, separators=(",", ":")).encode()
-        method = "GET" if payload is None else "POST"
-        try:
-            async with session.request(
-                method, self.address(path), data=body, allow_redirects=False, proxy=self._proxy
-            ) as answer:
-                return Answer(answer.status, answer.headers, await answer.read())
-        except (aiohttp.ClientError, OSError) as error:
-            refused = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
-            raise Broken(self.clean(f"{type(error).__name__}: {error}"), refused=refused) from None
-
-    def _open(self) -> aiohttp.ClientSession:
-        """Return the session; it belongs to the event loop that is running when it is needed first."""
-        if self._session is None:
+        if self._session is None:  # it belongs to the event loop that is running when it is needed first
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=self._limit, keepalive_timeout=_KEEPALIVE_S),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 headers=self._headers,
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_s),
             )
-        return self._session
+        body = None if payload is None else json.dumps(payload, separators=(",", ":")).encode()
+        method = "GET" if payload is None else "POST"
+        try:
+            async with self._session.request(
+                method, self.address(path), data=body, allow_redirects=False, proxy=self._proxy
+            ) as answer:
+                return Answer(answer.status, answer.headers, await answer.read())
+        except (aiohttp.ClientError, OSError) as error:
+            refused = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+            raise Broken(self.clean(f"{type(error).__name__}: {error}"), refused=refused) from None
 
     def clean(self, words: str) -> str:
         """Return words without passwords and keys."""

@@ -70,29 +70,27 @@ class HttpServer:
         heartbeat: Path and payload (None: GET) of the smallest request.
     """
 
-    def __init__(self, role: str, model: ModelConfig, heartbeat: tuple[str, Any] = ("models", None)) -> None:
+    def __init__(self, role: str, model: ModelConfig) -> None:
         """Start the thread; nothing is sent yet.
 
         Args:
             role: Named in errors.
             model: URL, key, times and limits.
-            heartbeat: Path and payload (None: GET) of the smallest request.
 
         Raises:
             ConfigError: The URL is none, or the variable with the key is not set.
         """
         self.role = role
-        self.heartbeat = heartbeat
+        self.heartbeat: tuple[str, Any] = ("models", None)
         self._timeout, self._retries, self._concurrency = model.timeout_s, model.retries, model.concurrency
         self._connection = Connection(role, model)
         self.url, self.address = self._connection.url, self._connection.address
         self._lock = threading.Lock()
-        self._pending: set[Future[Any]] = set()
         self._failure: str | None = None
         self._closed = False
         self._answered_at, self._resume_at, self._failures = 0.0, 0.0, 0
         self._checking: asyncio.Task[bool] | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         ready = threading.Event()
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._main(ready)), name=f"trim-{role}-http", daemon=True
@@ -116,41 +114,25 @@ class HttpServer:
         Raises:
             BackendError: The server is gone, or was closed.
         """
-        future: Future[T] = Future()
         with self._lock:
             if self._failure or self._closed:
                 raise BackendError(self._failure or f"{self.role}: the connection to {self.url} was closed.")
-            self._pending.add(future)
-            self._loop.call_soon_threadsafe(self._start, future, work)
-        return future
+            return asyncio.run_coroutine_threadsafe(self._run(work), self._loop)
 
-    def _start(self, future: Future[T], work: Callable[[], Coroutine[Any, Any, T]]) -> None:
-        task = self._loop.create_task(self._run(future, work))
+    async def _run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        task = asyncio.current_task()
+        assert task is not None  # every coroutine runs in one
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        future.add_done_callback(lambda it: self._cancel(it, task) if it.cancelled() else None)
-
-    def _cancel(self, future: Future[Any], task: asyncio.Task[None]) -> None:
-        with self._lock:
-            self._pending.discard(future)
-            if not self._closed:
-                self._loop.call_soon_threadsafe(task.cancel)
-
-    async def _run(self, future: Future[T], work: Callable[[], Coroutine[Any, Any, T]]) -> None:
-        result: Any = None
-        error: Exception | None = None
         try:
-            result = await work()
-        except Exception as raised:
-            error = raised
-        with self._lock:
-            ours = future in self._pending
-            self._pending.discard(future)
-        if ours and future.set_running_or_notify_cancel():
-            if error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
+            if self._failure:
+                raise BackendError(self._failure)
+            return await work()
+        except asyncio.CancelledError:
+            if self._failure:  # it was `_give_up` that cancelled it
+                raise BackendError(self._failure) from None
+            raise
+        finally:
+            self._tasks.discard(task)
 
     async def post(self, path: str, payload: Mapping[str, Any] | None, parse: Callable[[Any], T]) -> T:
         """Send one request, again where that helps, and return what `parse` makes of the answer's JSON.
@@ -278,17 +260,10 @@ class HttpServer:
         raise RequestFailed(words)
 
     def _give_up(self, what: str) -> NoReturn:
-        message = f"{self.role}: {self.url} {what}"
         with self._lock:
-            self._failure = self._failure or message
-            futures, self._pending = self._pending, set()
-        for future in futures:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(BackendError(self._failure))
-        current = asyncio.current_task()
-        for task in self._tasks:
-            if task is not current:
-                task.cancel()
+            self._failure = self._failure or f"{self.role}: {self.url} {what}"
+        for task in self._tasks - {asyncio.current_task()}:
+            task.cancel()
         raise BackendError(self._failure)
 
     def ask(self, path: str, payload: Mapping[str, Any] | None, parse: Callable[[Any], T]) -> T:
@@ -306,15 +281,17 @@ class HttpServer:
 
         return self.submit(once).result()
 
+    def version(self) -> str | None:
+        """Return what the server says of its version, if it does."""
+        answer = self.peek("/version")
+        return answer.get("version") if isinstance(answer, dict) else None
+
     def close(self) -> None:
         """Cancel what is pending and end the thread."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            futures, self._pending = self._pending, set()
-        for future in futures:
-            future.cancel()
         self._loop.call_soon_threadsafe(self._stop.set)
         if threading.current_thread() is not self._thread:
             self._thread.join(10)

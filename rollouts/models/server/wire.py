@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rollouts.errors import BackendError
-from rollouts.models.base import Completion, CompletionRequest
+from rollouts.models.base import Completion, CompletionRequest, drawing_fields
 
 
 def completion_payload(model: str, window: int, request: CompletionRequest) -> dict[str, Any]:
@@ -19,27 +19,14 @@ def completion_payload(model: str, window: int, request: CompletionRequest) -> d
         window: Most tokens of prompt and completion together.
         request: What is asked for.
     """
-    sampling = request.sampling
     room = window - len(request.prompt_ids)  # engines in this process end at the window, servers refuse
     return {
         "model": model,
         "prompt": list(request.prompt_ids),
         "max_tokens": max(1, min(request.max_tokens, room)),
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "n": 1,
-        "min_tokens": 0,
-        "ignore_eos": False,
+        **drawing_fields(request),
         "echo": False,
         "stream": False,
-        "stop": list(request.stop),
-        "include_stop_str_in_output": True,
-        "skip_special_tokens": True,
         "add_special_tokens": False,
         "return_token_ids": True,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 
@@ -77,11 +78,9 @@ def corrupt_value(value: int, generator: random.Random) -> int:
 def corrupted_solution(program: Program, generator: random.Random) -> tuple[list[str], int]:
     """A solution with one wrong step, from which the later ones follow; and that step's number."""
     place = generator.randrange(len(program.definitions))
-    values: dict[str, int] = {}
-    steps = []
-    for definition in program.definitions[:place]:
-        step, values[definition.name] = render_step(definition, values)  # type: ignore[misc]
-        steps.append(step + STEP_DELIMITER)
+    every: dict[str, int] = {}
+    steps = continue_solution(program, every, 0)[:place]
+    values = dict(islice(every.items(), place))
     definition = program.definitions[place]
     misread = dict(values)
     if values and generator.random() < 0.3:  # an operand copied wrongly, or read off another variable

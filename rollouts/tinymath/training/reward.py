@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import torch
 from transformers import Qwen2ForCausalLM
 
 from rollouts.models.hf.reward_model import ProcessRewardModel
-from rollouts.tinymath.problems import Program, training_programs
+from rollouts.tinymath.problems import training_programs
 from rollouts.tinymath.training.batches import Document, Encoder, corrupted_solution, reward_document
 from rollouts.tinymath.training.folders import new_model
-from rollouts.tinymath.training.sampling import MAX_NEW_TOKENS, sample_solutions
-
-Solved = tuple[Program, list[str]]
+from rollouts.tinymath.training.sampling import Solved, sample_solutions
 
 
 def reward_model_from(large: Qwen2ForCausalLM) -> ProcessRewardModel:
@@ -37,25 +34,6 @@ def reward_model_from(large: Qwen2ForCausalLM) -> ProcessRewardModel:
     return model
 
 
-def draw_programs(count: int, seed: int) -> list[Program]:
-    """Programs to sample solutions of, none of which can occur in a split."""
-    return list(islice(training_programs(random.Random(f"tinymath-reward-{seed}")), count))
-
-
-def solve(
-    model: Qwen2ForCausalLM,
-    programs: list[Program],
-    prefixes: list[list[str]] | None = None,
-    *,
-    seed: int,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-) -> list[Solved]:
-    """One solution of each program by a model, from its accepted steps on."""
-    questions = [program.question for program in programs]
-    solutions = sample_solutions(model, questions, prefixes=prefixes, seed=seed, max_new_tokens=max_new_tokens)
-    return list(zip(programs, solutions, strict=True))
-
-
 def routed_solutions(
     small: Qwen2ForCausalLM,
     large: Qwen2ForCausalLM,
@@ -65,17 +43,17 @@ def routed_solutions(
     """Solutions as routing makes them, from the small model's own.
 
     Each is cut at a random step. The large model continues there, which gives one solution; cut again one
-    or two steps later and continued by the small model, it gives another. `sampling` is that of `solve`.
+    or two steps later and continued by the small model, it gives another. `sampling` is that of `sample_solutions`.
     """
     generator = random.Random(f"tinymath-routed-{sampling['seed']}")
     programs = [program for program, _ in solved]
     cuts = [generator.randrange(len(steps) or 1) for _, steps in solved]
     prefixes = [steps[:cut] for (_, steps), cut in zip(solved, cuts, strict=True)]
-    rescued = solve(large, programs, prefixes, **sampling)
+    rescued = sample_solutions(large, programs, prefixes, **sampling)
     ends = [cut + generator.choice([1, 1, 2]) for cut in cuts]
     back = [(*pair, end) for pair, end in zip(rescued, ends, strict=True) if len(pair[1]) > end]
     prefixes = [steps[:end] for _, steps, end in back]
-    return [*rescued, *solve(small, [program for program, _, _ in back], prefixes, **sampling)]
+    return [*rescued, *sample_solutions(small, [program for program, _, _ in back], prefixes, **sampling)]
 
 
 def reward_documents(

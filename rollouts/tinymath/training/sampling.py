@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from rollouts.models.hf.pooling import TransformersPooling
 from rollouts.models.hf.reward_model import ProcessRewardModel
 from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
 from rollouts.tinymath import STEP_TAG
-from rollouts.tinymath.problems import STEP_DELIMITER
+from rollouts.tinymath.problems import STEP_DELIMITER, Program
 from rollouts.tinymath.training.folders import WEIGHTS
 
+Solved = tuple[Program, list[str]]
+"""A program, and the steps of a solution that a model wrote."""
 # A solution of the longest program has about 330 tokens.
 MAX_NEW_TOKENS = 420
 _WINDOW = 1024
@@ -44,40 +47,41 @@ def _answers(engine: Any, requests: Sequence[Any]) -> list[Any]:
 
 def sample_solutions(
     model: Qwen2ForCausalLM,
-    questions: Sequence[str],
-    *,
+    programs: Sequence[Program],
     prefixes: Sequence[Sequence[str]] | None = None,
+    *,
     seed: int = 0,
     max_new_tokens: int = MAX_NEW_TOKENS,
-) -> list[list[str]]:
-    """Sample one solution for each question at temperature 0.7, from its accepted steps on.
+) -> list[Solved]:
+    """Sample one solution of each program at temperature 0.7, from its accepted steps on.
 
     Args:
         model: A language model of the family.
-        questions: Problem texts.
-        prefixes: Steps already accepted, one list for each question; none where None.
+        programs: The problems.
+        prefixes: Steps already accepted, one list for each program; none where None.
         seed: Of the draws.
         max_new_tokens: Where a solution that does not end is cut.
 
     Returns:
-        For each question the steps, those of its prefix included.
+        Each program with its steps, those of its prefix included.
     """
     prompts = PromptFormat(load_tokenizer(str(WEIGHTS / "small")))
     engine = TransformersGenerator(model, prompts.tokenizer, _WINDOW, 256, describe(model, seed))
-    starts = prefixes if prefixes is not None else [[]] * len(questions)
+    started = list(zip(programs, repeat(()) if prefixes is None else prefixes, strict=prefixes is not None))
     sampling = Sampling(temperature=0.7)
     requests = [
-        CompletionRequest(prompts.ids(question, steps), max_new_tokens, sampling, seed=seed << 32 | number)
-        for number, (question, steps) in enumerate(zip(questions, starts, strict=True))
+        CompletionRequest(prompts.ids(program.question, steps), max_new_tokens, sampling, seed=seed << 32 | number)
+        for number, (program, steps) in enumerate(started)
     ]
     completions = _answers(engine, requests)
-    return [[*steps, *split_steps(written.text)] for steps, written in zip(starts, completions, strict=True)]
+    return [
+        (program, [*steps, *split_steps(written.text)])
+        for (program, steps), written in zip(started, completions, strict=True)
+    ]
 
 
-def score_solutions(
-    model: ProcessRewardModel, questions: Sequence[str], solutions: Sequence[Sequence[str]]
-) -> list[list[float]]:
+def score_solutions(model: ProcessRewardModel, solved: Sequence[Solved]) -> list[list[float]]:
     """For each step of each solution the probability that all steps up to it are right."""
     prompts = RewardFormat(load_tokenizer(str(WEIGHTS / "prm")), None, STEP_TAG)
     engine = TransformersPooling(model.model, model.score, prompts.step_tag_id, _WINDOW, 64, describe(model.model, 0))
-    return _answers(engine, [PoolingRequest(prompts.ids(*each)) for each in zip(questions, solutions, strict=True)])
+    return _answers(engine, [PoolingRequest(prompts.ids(program.question, steps)) for program, steps in solved])

@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,13 @@ import tyro
 from transformers import Qwen2ForCausalLM
 
 from rollouts.errors import TrimError
+from rollouts.tinymath.problems import training_programs
 from rollouts.tinymath.training.batches import Encoder, language_documents, pack
 from rollouts.tinymath.training.fit import Schedule, fit
 from rollouts.tinymath.training.folders import WEIGHTS, load_model, new_model, save_model
 from rollouts.tinymath.training.results import measure_family, render_results
-from rollouts.tinymath.training.reward import (
-    Solved,
-    draw_programs,
-    reward_documents,
-    reward_model_from,
-    routed_solutions,
-    solve,
-)
-from rollouts.tinymath.training.sampling import MAX_NEW_TOKENS
+from rollouts.tinymath.training.reward import reward_documents, reward_model_from, routed_solutions
+from rollouts.tinymath.training.sampling import MAX_NEW_TOKENS, Solved, sample_solutions
 
 _SCHEDULES: Mapping[str, Schedule] = {
     "small": Schedule(steps=2500, rows=4, matrix_rate=0.007, rate=2e-3),
@@ -95,23 +90,21 @@ def main(settings: TrainSettings) -> None:
     # Models that know nothing never end a solution.
     sampling: dict[str, Any] = {"seed": settings.seed, "max_new_tokens": 16 if settings.quick else MAX_NEW_TOKENS}
     models: dict[str, Any] = {}
+    programs = list(islice(training_programs(random.Random(f"tinymath-reward-{settings.seed}")), count))
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         training = {role: pool.submit(train_language_model, role, settings) for role in ("small", "large")}
         for role, trained in training.items():
             trained.result()
             models[role] = load_model(role, settings.output / role)
             if role == "small":
-                solved = solve(models["small"], draw_programs(count, settings.seed), **sampling)
+                solved = sample_solutions(models["small"], programs, **sampling)
     solved += routed_solutions(models["small"], models["large"], solved[:routed], **sampling)
     print(f"{len(solved)} solutions sampled after {time.monotonic() - started:.0f} s", flush=True)
     train_reward_model(models["large"], solved, settings)
     minutes = (time.monotonic() - started) / 60
-    figures = measure_family(settings.output, limit=4 if settings.quick else None, **sampling)
-    text = render_results(figures, minutes)
-    results = settings.results
-    if results is None and not settings.quick and settings.output == WEIGHTS:
-        results = WEIGHTS.parent / "RESULTS.md"
-    if results is not None:
+    text = render_results(*measure_family(settings.output, limit=4 if settings.quick else None, **sampling), minutes)
+    own = settings.output == WEIGHTS and not settings.quick
+    if results := settings.results or (WEIGHTS.parent / "RESULTS.md" if own else None):
         results.write_text(text)
     print(text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -16,12 +17,17 @@ from fake_server import (
     gone,
 )
 
-from rollouts.config import Sampling
+from rollouts.config import Limits
 from rollouts.errors import BackendError, ConfigError
-from rollouts.models.base import Completion
-from rollouts.models.server.chat import ChatBackend, first_step
+from rollouts.models.server.chat import ChatWriter, first_step
+from rollouts.models.stepwise import Generation
+from rollouts.text.steps import Prefix, Step, StopReason
 
 __all__ = ["fake"]
+
+
+def writer(server: FakeServer, **settings: Any) -> closing[ChatWriter]:
+    return closing(ChatWriter("large", chat_config(server, **settings), Limits(step_tokens=64), lambda *_: True))
 
 
 @pytest.mark.parametrize(
@@ -52,26 +58,27 @@ def test_first_step_of_an_answer(answer: str, step: str) -> None:
 @pytest.mark.parametrize(
     ("replies", "expected"),
     [
-        ([chat_reply("Step 3: c=7")], Completion("c=7\n\n", 5, None, "stop")),
-        ([chat_reply("c=7\n\nd=8", "length")], Completion("c=7\n\n", 5, None, "stop")),
-        ([chat_reply("c=7 and", "length")], Completion("c=7 and", 5, None, "length")),
-        ([chat_reply("So \\boxed{7}.\n\nDone")], Completion("So \\boxed{7}.", 5, None, "eos")),
+        ([chat_reply("Step 3: c=7")], Step("c=7\n\n", 5, StopReason.DELIMITER)),
+        ([chat_reply("c=7\n\nd=8", "length")], Step("c=7\n\n", 5, StopReason.DELIMITER)),
+        ([chat_reply("c=7 and", "length")], Step("c=7 and", 5, StopReason.LENGTH)),
+        ([chat_reply("", "length")], Step("", 5, StopReason.LENGTH)),
+        ([chat_reply("So \\boxed{7}.\n\nDone")], Step("So \\boxed{7}.", 5, StopReason.BOXED)),
         (
             [chat_reply("## Step 3"), chat_reply("## Step 3\n\nc=7\n\nd", "stop", 9)],
-            Completion("c=7\n\n", 14, None, "stop"),
+            Step("c=7\n\n", 14, StopReason.DELIMITER),
         ),
-        (
-            [chat_reply(None, "content_filter")],
-            Completion("", 5, None, "failed", "the server ended the answer with 'content_filter'"),
-        ),
-        ([error_reply(400, "no")], Completion("", 0, None, "failed", "HTTP 400: no")),
+        ([chat_reply("## Step 3"), chat_reply("## Step 3", "stop", 9)], Step("", 14, StopReason.FAILED)),
+        ([chat_reply(None, "content_filter")], Step("", 5, StopReason.FAILED)),
+        ([error_reply(400, "no")], Step("", 0, StopReason.FAILED)),
     ],
 )
-def test_chat_answers(fake: FakeServer, replies: list[Reply], expected: Completion) -> None:
-    with ChatBackend("large", chat_config(fake)) as backend:
+def test_chat_answers(fake: FakeServer, replies: list[Reply], expected: Step) -> None:
+    with writer(fake, sampling={"temperature": 0.5}) as large:
         first = len(fake.seen)
         fake.fault = lambda *_: replies[len(fake.seen) - first - 1]
-        assert backend.submit("Find c.", ["a=1\n\n", "b=2\n\n"], 64, Sampling(0.5)).result(10) == expected
+        steps = ("a=1\n\n", "b=2\n\n")
+        done = large.submit(Prefix("p", "Find c.", 0, steps, 8), whole=False).result(10)
+    assert done == Generation((expected,), expected.tokens)
     asked = [body for _, body in fake.seen[first:]]
     assert len(asked) == len(replies)
     assert [message["role"] for message in asked[0]["messages"]] == ["system", "user"]
@@ -95,18 +102,16 @@ def test_chat_leaves_out_what_a_vendor_refuses(fake: FakeServer) -> None:
         return error_reply(422, "Extra inputs are not permitted") if "top_k" in body else None
 
     fake.fault = vendor
-    with ChatBackend("large", chat_config(fake, system_prompt=None)) as backend:
-        done = backend.submit("Find a.", [], 64, Sampling(0.5)).result(10)
-        assert done == Completion("a=1\n\n", 2, None, "stop")
-        assert backend.describe()["unsent"] == ["min_p", "repetition_penalty", "stop", "top_k", "top_p"]
-        with pytest.raises(ConfigError, match="takes no top_k"):
-            backend.submit("Find a.", [], 64, Sampling(0.5, top_k=5))
+    with writer(fake, system_prompt=None) as large:
+        submit = partial(large.submit, Prefix("p", "Find a.", 0, (), 0), whole=False)
+        assert submit().result(10).steps == (Step("a=1\n\n", 2, StopReason.DELIMITER),)
+        assert large.describe()["unsent"] == ["min_p", "repetition_penalty", "stop", "top_k", "top_p"]
         fake.fault = lambda *_: error_reply(500, "boom")
-        submit = partial(backend.submit, "Find a.", [], 64, Sampling(0.5))
         gone(submit, [submit()], "HTTP 500: boom")
     fake.fault = vendor
-    with pytest.raises(ConfigError, match="refuses min_p = 0.1"):
-        ChatBackend("large", chat_config(fake, sampling={"min_p": 0.1}))
+    for wanted, value in (("min_p", 0.1), ("top_k", 5)):
+        with pytest.raises(ConfigError, match=f"refuses {wanted} = {value}"):
+            writer(fake, sampling={wanted: value})
     fake.fault = lambda path, *_: error_reply(404, "no such model") if "chat" in path else None
     with pytest.raises(BackendError, match="no such model.*Did you mean 'fake'"):
-        ChatBackend("large", chat_config(fake, model="fak"))
+        writer(fake, model="fak")

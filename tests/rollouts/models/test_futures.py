@@ -10,7 +10,7 @@ from handmade import problem
 from rollouts.config import Limits, Sampling
 from rollouts.models.base import Capabilities, Completion
 from rollouts.models.futures import forward, settled
-from rollouts.models.stepwise import StepModel
+from rollouts.models.stepwise import StepModel, StepRules
 from rollouts.text.prompts import PromptFormat, load_tokenizer
 from rollouts.text.steps import Prefix
 from rollouts.tinymath import model_dir
@@ -67,7 +67,7 @@ def test_a_step_that_is_given_up_ends_the_request_under_way():
             return self.asked[-1]
 
     prompts = PromptFormat(load_tokenizer(str(model_dir("small"))))
-    model = StepModel(Waits(), prompts, Sampling(), Limits())
+    model = StepModel(Waits(), StepRules("small", prompts, 512, Sampling(), Limits(), lambda *_: True))
     step = model.submit(Prefix("p", problem().question, 0, (), 0), whole=False)
     Waits.asked[0].set_result(Completion("---\n\n", 2, None, "stop"))  # decoration: the step needs a second request
     step.cancel()

@@ -7,7 +7,7 @@ from rollouts import tinymath
 from rollouts.config import ModelConfig
 from rollouts.models.base import LogprobRequest
 from rollouts.models.hf.generator import TransformersGenerator, generator
-from rollouts.models.hf.packing import packs
+from rollouts.models.hf.packing import pack_first
 
 
 @pytest.fixture(scope="module")
@@ -20,21 +20,22 @@ def branching():
 
 @pytest.mark.parametrize("most", [1, 7, 40, 10_000])
 def test_every_sequence_is_in_one_pack_and_sees_itself_alone(branching, most):
-    found = []
-    for pack in packs(branching, most):
-        assert len(pack.ids) <= most or len(pack.members) == 1
-        found += pack.members
-        for member, path in zip(pack.members, pack.paths, strict=True):
-            own = branching[member]
+    rest = sorted(branching)
+    while rest:
+        pack = pack_first(rest, most)
+        assert len(pack.ids) <= most or len(pack.paths) == 1
+        packed, rest = rest[: len(pack.paths)], rest[len(pack.paths) :]
+        assert packed
+        for own, path in zip(packed, pack.paths, strict=True):
             assert tuple(pack.ids[path]) == own
             assert pack.positions[path].tolist() == list(range(len(own)))
             for place, token in enumerate(path):
                 assert np.flatnonzero(pack.sees[token]).tolist() == sorted(path[: place + 1].tolist())
-    assert sorted(found) == list(range(len(branching)))
 
 
 def test_what_is_shared_is_computed_once(branching):
-    (pack,) = packs(branching, 10_000)
+    pack = pack_first(sorted(branching), 10_000)
+    assert len(pack.paths) == len(branching)
     prefixes = {own[:length] for own in branching for length in range(1, len(own) + 1)}
     assert len(pack.ids) == len(prefixes)
 

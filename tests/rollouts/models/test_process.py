@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 import toy_engine
 
+from rollouts.config import Sampling
 from rollouts.errors import BackendError
+from rollouts.models.base import CompletionRequest
 from rollouts.models.process import EngineProcess
 
 
@@ -68,6 +71,40 @@ def test_an_engine_that_fails_says_why_and_ctrl_c_is_not_its_business() -> None:
             submit(backend, ZeroDivisionError("by zero"))[0].result(30)
     with pytest.raises(BackendError, match="^small: the model could not be loaded. ValueError: pause is -1"):
         start(-1, "small")
+
+
+def test_an_end_that_nobody_asked_for_has_a_reason() -> None:
+    with start() as backend:
+        with pytest.raises(BackendError, match="^large: its engine failed. EOFError: lost"):
+            submit(backend, EOFError("lost"))[0].result(30)
+        backend._process.join(30)
+        assert backend._process.exitcode == 1
+
+
+def test_refusals_are_answers_and_cost_the_others_nothing() -> None:
+    with start() as backend:
+        asked = ("refused", 1, CompletionRequest((), 1, Sampling()))
+        refused, answered, failed = submit(backend, *asked)
+        with pytest.raises(BackendError, match="^large: the engine refused a request. refused$"):
+            refused.result(30)
+        assert answered.result(30) == 1
+        assert (failed.result(30).finish, failed.result(30).detail) == ("failed", "nothing to say")
+
+
+def test_a_closed_process_writes_nothing_into_the_pipe_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = start()
+    os.kill(backend._process.pid or 0, signal.SIGKILL)
+    backend._reader.join(30)
+    send, written = backend._connection._send, threading.Event()  # type: ignore[attr-defined]
+
+    def late(data: bytes) -> None:  # the descriptor is another pipe's if `close` does not wait
+        time.sleep(0.5)
+        written.set()
+        send(data)
+
+    monkeypatch.setattr(backend._connection, "_send", late)
+    backend.close()
+    assert written.is_set() and not backend._writer.is_alive()
 
 
 PROGRAM = """

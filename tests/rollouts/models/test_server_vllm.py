@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -15,12 +16,13 @@ from fake_server import (
 )
 from vllm_server import VllmServers
 
-from rollouts.config import Sampling
+from rollouts.config import Limits
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Completion, LogprobRequest, PoolingRequest
-from rollouts.models.server.chat import ChatBackend
+from rollouts.models.server.chat import ChatWriter
 from rollouts.models.server.completions import ServerBackend
 from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
+from rollouts.text.steps import Prefix, StopReason
 from rollouts.tinymath import STEP_TAG, model_dir
 
 QUESTION = "Let a=70+33, b=a+49, c=b*12. Find c."
@@ -138,7 +140,7 @@ def test_vllm_scores_are_the_reward_models(vllm_servers: VllmServers) -> None:
         scores = (hidden @ weights["score.2.weight"].T + weights["score.2.bias"]).softmax(-1)[:, 1]
     expected = [float(score) for token, score in zip(ids, scores, strict=True) if token == prompts.step_tag_id]
     with ServerBackend("scorer", config(vllm_servers.prm), prompts.step_tag_id) as backend:
-        assert backend.capabilities.pooling and not backend.capabilities.continue_prefix
+        assert backend.capabilities.pooling
         futures = [backend.submit(PoolingRequest(ids)) for _ in range(8)]
         for future in futures:
             assert future.result(60) == pytest.approx(expected, abs=2e-3)
@@ -151,12 +153,13 @@ def test_vllm_scores_are_the_reward_models(vllm_servers: VllmServers) -> None:
 
 @pytest.mark.vllm
 def test_vllm_chat_gives_one_step(vllm_servers: VllmServers) -> None:
-    with ChatBackend("large", chat_config(vllm_servers.small)) as backend:
-        assert backend.describe()["unsent"] == []
-        futures = [backend.submit(QUESTION, STEPS, 64, Sampling(1.0)) for _ in range(8)]
-        answers = [future.result(60) for future in futures]
-        assert sum(done.finish != "failed" for done in answers) >= 4
-        for done in answers:
-            assert done.tokens > 0 and (done.finish == "failed" or done.text.strip())
+    model = chat_config(vllm_servers.small, sampling={"temperature": 1.0})
+    with closing(ChatWriter("large", model, Limits(step_tokens=64), lambda *_: True)) as large:
+        assert large.describe()["unsent"] == []
+        futures = [large.submit(Prefix("p", QUESTION, 0, tuple(STEPS), 40), whole=False) for _ in range(8)]
+        steps = [future.result(60).steps[0] for future in futures]
+        assert sum(done.stop_reason is not StopReason.FAILED for done in steps) >= 4
+        for done in steps:
+            assert done.tokens > 0 and (done.stop_reason is StopReason.FAILED or done.text.strip())
             assert "\n\n" not in done.text.removesuffix("\n\n")
-            assert done.text.endswith("\n\n") == (done.finish == "stop")
+            assert done.text.endswith("\n\n") == (not done.terminal)

@@ -105,8 +105,6 @@ def test_a_reward_model_that_answers_with_another_count_is_an_error(tokenizer):
 
 
 def test_what_a_backend_lacks_is_an_error_before_the_run(tokenizer):
-    with pytest.raises(ConfigError, match="pooling"):
-        RewardScorer("prm", Answers(None), RewardFormat(tokenizer, None, "<extra_0>"), "m")
     with pytest.raises(ConfigError, match="log-probabilities"):
         LikelihoodScorer("l", Answers(None), PromptFormat(tokenizer), "m")
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from live import run_live
+from live import next_steps, run_live
 from reference_walk import walk
 from scipy import stats
 
-from rollouts.models.stepwise import Generation, next_steps, rests
+from rollouts.models.stepwise import Generation
 from rollouts.scoring.base import score_paths
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
@@ -142,6 +142,12 @@ def test_trees_give_the_distribution_of_live_episodes(store, size, live):
     print(found)
     assert len(found) == COMPARISONS
     assert min(p for p, _ in found.values()) > LEVEL / len(found), found
+
+
+def rests(writer, prefixes):
+    """Return the rest of each prefix, asked for as one batch."""
+    futures = [writer.submit(prefix, whole=True) for prefix in prefixes]
+    return [future.result() for future in futures]
 
 
 class SplicingWriter:
