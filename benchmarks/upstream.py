@@ -4,7 +4,8 @@
 
 It speaks what the router asks of vLLM: /v1/models, /v1/completions and /pooling. Steps are those that the embedded
 models wrote for the bundled rollouts; which one comes is a hash of the prompt. POST /control with {"mode": ...}
-makes it stall, answer half, answer nonsense, refuse or be slow. Every answer is appended to --log, see `Note`.
+makes it stall, answer half, answer nonsense, refuse or be slow; with {"name": ..., "window": ...} it is another model.
+Every answer is appended to --log, see `Note`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MODES = ("ok", "stall", "half", "garbage", "wrong", "error", "busy", "slow")
+MODES = ("ok", "stall", "half", "garbage", "wrong", "error", "busy", "slow", "surrogate", "separator", "negative")
+_WRITES = {"surrogate": "a\ud800b\n\n", "separator": "a\u2028b\x85c\n\n"}
 _SLOW_S = 5.0  # how much longer mode slow takes
 
 
@@ -87,7 +89,7 @@ class Upstream:
         """
         self.role, self.think, self.spread, self.tag, self.mode = role, think, spread, tag, "ok"
         self._random = random.Random(role)
-        self.name = f"tinymath-{role}"
+        self.name, self.window = f"tinymath-{role}", 1024
         self.recorded = replies.get(role, [])
         self._sink = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT) if log else None
 
@@ -103,10 +105,13 @@ class Upstream:
                 break
         path = scope["path"]
         if path == "/control":
-            self.mode = json.loads(body)["mode"]
+            vars(self).update(json.loads(body))
             await _reply(send, 200, b"{}")
             return
         asked = json.loads(body) if body else {}
+        if asked and asked["model"] != self.name:
+            await _reply(send, 404, b'{"error": {"message": "no such model"}}')
+            return
         content, tokens = self._answer(path, asked)
         note = Note("delivered", path, tokens, scope["arrived"], 0.0, asked.get("prompt") or asked.get("input") or [])
         left = asyncio.create_task(_left(receive))
@@ -139,7 +144,7 @@ class Upstream:
 
     def _answer(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
         if path == "/v1/models":
-            return {"object": "list", "data": [{"id": self.name, "object": "model", "max_model_len": 1024}]}, 0
+            return {"object": "list", "data": [{"id": self.name, "object": "model", "max_model_len": self.window}]}, 0
         if path == "/pooling":
             ids = body["input"]
             seen = [
@@ -163,6 +168,10 @@ class Upstream:
             tokens = body["max_tokens"]
             cut = {"text": "1" * tokens, "finish_reason": "length", "stop_reason": None, "token_ids": [5] * tokens}
             choice = {**choice, **cut}
+        if self.mode == "negative":
+            choice, tokens = {**choice, "token_ids": None}, -5
+        if self.mode in _WRITES and not probe:
+            choice |= {"text": _WRITES[self.mode]}
         return {"choices": [choice], "usage": {"completion_tokens": tokens}}, 0 if probe else tokens
 
     def _log(self, note: Note) -> None:

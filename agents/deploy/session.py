@@ -62,6 +62,11 @@ class Session:
         """Tokens that the large model may still decode; None without a cap."""
         return None if self._token_cap is None else max(self._token_cap - self.large_tokens, 0)
 
+    @property
+    def escalations_left(self) -> int | None:
+        """Steps that the large model may still write; None without a cap."""
+        return None if self._cap is None else max(self._cap - self.escalations, 0)
+
     def decide(self, score: float, tokens: int, *, text: str | None = None, ended: bool = False, **facts: Any) -> int:
         r"""Return who writes the next step: 0 (CONTINUE_SMALL) or 1 (ESCALATE_LARGE), within the caps.
 
@@ -117,7 +122,7 @@ class Session:
         return self._generator.random()
 
     def _may_escalate(self) -> bool:
-        return (self._cap is None or self.escalations < self._cap) and self.large_tokens_left != 0
+        return self.escalations_left != 0 and self.large_tokens_left != 0
 
     def override(self, action: int) -> None:
         """Say that another action is taken than was decided, for example because the large model cannot be reached.

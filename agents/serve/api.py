@@ -65,6 +65,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "ignore_eos": (False,),
     "min_tokens": (0,),
     "skip_special_tokens": (True,),
+    "chat_template_kwargs": ({}, {"enable_thinking": False}),
 }
 
 
@@ -152,13 +153,15 @@ class ChatRequest(BaseModel):
     seed: _Seed | None = None
     lam: Annotated[_Number, Field(ge=0)] | None = None
     budget: Annotated[_Number, Field(gt=0, le=1)] | None = None
-    trace: bool = False
+    trace: bool | None = False
 
     @model_validator(mode="after")
     def _only_what_is_done(self) -> ChatRequest:
         for name, value in (self.model_extra or {}).items():
+            if value is None:  # as good as absent
+                continue
             if name in _ONLY:
-                if value is not None and not any(_same(value, only) for only in _ONLY[name]):
+                if not any(_same(value, only) for only in _ONLY[name]):
                     raise ValueError(f"`{name}` is not supported here.\x00{name}")
             elif name not in _IGNORED:
                 known = [*type(self).model_fields, *_ONLY]
@@ -273,7 +276,7 @@ class Chunks:
     def __init__(self, model: str, ask: ChatRequest) -> None:
         """Fix what all chunks of the answer to a request have in common."""
         self.include_usage = bool(ask.stream_options and ask.stream_options.include_usage)
-        self._trace = ask.trace
+        self._trace = bool(ask.trace)
         self._common = _head("chat.completion.chunk", model)
 
     def first(self) -> str:
@@ -303,5 +306,5 @@ class Chunks:
 
 
 def event(value: Mapping[str, Any]) -> str:
-    """Return a server-sent event with a JSON value."""
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    """Return a server-sent event with a JSON value, in ASCII: some readers end lines at U+2028 or U+0085, too."""
+    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from agents.serve import api
 from agents.serve.api import ApiError, ChatRequest, Chunks
@@ -28,21 +29,26 @@ class _ClientGone(Exception):
     pass
 
 
-def build(service: Service, api_key: str | None = None, max_body_bytes: int = 1 << 18) -> FastAPI:
+def build(
+    service: Service, api_key: str | None = None, max_body_bytes: int = 1 << 18, cors_origins: Sequence[str] = ()
+) -> FastAPI:
     """Return the application.
 
     Args:
         service: What does the work.
         api_key: Key that clients must send; None: none.
         max_body_bytes: Largest request body.
+        cors_origins: Where pages may come from that call it in a browser.
     """
 
     def count(path: str, status: int) -> None:
         if path == _CHAT:
             service.metrics.requests.labels(str(status)).inc()
 
-    app = FastAPI(title="trim-routing", docs_url=None, redoc_url=None)
+    app = FastAPI(title="trim-routing", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Guard, api_key=api_key, max_body_bytes=max_body_bytes, count=count)  # type: ignore[arg-type]
+    if cors_origins:  # outermost: browsers ask without the key first
+        app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
 
     async def failed(_: Request, error: Exception) -> Response:
         if isinstance(error, _ClientGone):
@@ -61,7 +67,7 @@ def build(service: Service, api_key: str | None = None, max_body_bytes: int = 1 
         """Solve a problem step by step, each step by the model that the policy chooses."""
         try:
             ask = _read(raw, await raw.body())
-            route = service.begin(ask)
+            route = await service.begin(ask)
         except ApiError as error:
             count(_CHAT, error.status)
             raise
@@ -75,7 +81,7 @@ def build(service: Service, api_key: str | None = None, max_body_bytes: int = 1 
                 background=BackgroundTask(steps.aclose),  # if the client left between two of them
             )
         await _unless_gone(raw, _exhaust(steps))
-        trim = route.summary(trace=ask.trace)
+        trim = route.summary(trace=bool(ask.trace))
         return JSONResponse(api.completion(service.name, route.text, route.finish_reason, route.usage(), trim))
 
     @app.get("/v1/models")
@@ -90,8 +96,17 @@ def build(service: Service, api_key: str | None = None, max_body_bytes: int = 1 
 
     @app.get("/health")
     async def health() -> Response:
-        found = await service.health()
+        found = service.health()
         return JSONResponse(found, status_code=503 if found["status"] == "unavailable" else 200)
+
+    @app.get("/live")
+    async def live() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        status = "draining" if service.draining else service.health()["status"]
+        return JSONResponse({"status": status}, status_code=503 if status in ("draining", "unavailable") else 200)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 import os
-import socket
 import sys
 from typing import Any
 
@@ -15,6 +14,7 @@ from rollouts.config import FamilyConfig, ModelConfig, load_family, parse_family
 from rollouts.errors import ConfigError
 from rollouts.plugins import import_module
 
+_log = logging.getLogger("trim.serve")
 _EMBEDDED = "tinymath"
 
 
@@ -63,7 +63,6 @@ def _server(model: ModelConfig, url: str | None, flag: str, config: ServeConfig)
         "tokenizer": model.tokenizer or model.model,
         "api_key_env": model.api_key_env or config.upstream_key_env,
         "dtype": "auto",
-        "concurrency": max(model.concurrency, config.max_concurrent),
     }
 
 
@@ -103,10 +102,9 @@ class Server:
         Raises:
             TrimError: Policy or models cannot be used, or the port is taken; the message says what to do.
         """
-        import uvicorn
-
         import agents
         from agents.serve.app import build
+        from agents.serve.listen import Listener, address, listen
         from agents.serve.metrics import Metrics
         from agents.serve.models import Models
         from agents.serve.service import Service
@@ -118,19 +116,13 @@ class Server:
         self.models = Models(family_of(config, policy.about), config.upstream_timeout, metrics)
         _check_origin(config, self.models.family, policy)
         self.service = Service(policy, self.models, metrics, config)
-        app = build(self.service, _key(config.api_key_env), config.max_body_bytes)
-        self._uvicorn = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                log_level="info" if config.access_log else "warning",
-                access_log=config.access_log,
-                lifespan="off",
-                server_header=False,
-                timeout_graceful_shutdown=10,
-            )
-        )
-        self._listening = _listen(config)
-        self.url = "http://{}:{}/v1".format(*self._listening.getsockname()[:2])
+        key = _key(config.api_key_env)
+        app = build(self.service, key, config.max_body_bytes, config.cors_origins)
+        self._listener = Listener(app, self.service)
+        self._listening = listen(config.host, config.port)
+        self.url = f"http://{address(*self._listening.getsockname()[:2])}/v1"
+        if key is None and not (config.host in ("localhost", "::1") or config.host.startswith("127.")):
+            _log.warning("%s: whoever can reach it may use the models; --api-key-env NAME asks for a key.", self.url)
 
     def run(self) -> None:
         """Ask the upstreams, then serve.
@@ -139,7 +131,7 @@ class Server:
             ConfigError: An upstream is not the server that is needed.
         """
         try:
-            with asyncio.Runner(loop_factory=self._uvicorn.config.get_loop_factory()) as runner:
+            with asyncio.Runner(loop_factory=self._listener.config.get_loop_factory()) as runner:
                 runner.run(self._serve())
         finally:
             self._listening.close()
@@ -149,17 +141,22 @@ class Server:
             await self.models.start()
             up = ", ".join(f"{role} {'up' if each.up else 'DOWN'}" for role, each in self.models.upstreams.items())
             print(f"Serving {self.service.name!r} at {self.url} ({up}).", flush=True)
-            await self._uvicorn.serve(sockets=[self._listening])
+            await self._listener.serve(sockets=[self._listening])
         finally:
             await self.models.close()
 
     def stop(self) -> None:
         """End serving once the requests under way are answered; from any thread."""
-        self._uvicorn.should_exit = True
+        self._listener.should_exit = True
+
+    @property
+    def exit_code(self) -> int:
+        """What the process ends with: 128 + its signal if requests were cut, as if it had been killed; else 0."""
+        return 128 + (self._listener.signal or 0) if self.service.cut else 0
 
 
 def run(config: ServeConfig) -> int:
-    """Serve until interrupted.
+    """Serve until interrupted; return the exit code.
 
     Raises:
         TrimError: Policy, models or servers cannot be used; the message says what to do.
@@ -170,11 +167,11 @@ def run(config: ServeConfig) -> int:
         gc.collect()
         gc.freeze()  # what is there now stays: looking through it again and again would hold up every request
         server.run()
+        return server.exit_code
     except ModuleNotFoundError as error:
         raise ConfigError(f"Serving needs {error.name}: pip install 'trim-routing[serve]'.") from error
     except KeyboardInterrupt:
-        pass
-    return 0
+        return 0
 
 
 def _key(variable: str | None) -> str | None:
@@ -184,10 +181,3 @@ def _key(variable: str | None) -> str | None:
     if not key:
         raise ConfigError(f"The environment variable {variable} is not set; it must hold the API key for clients.")
     return key
-
-
-def _listen(config: ServeConfig) -> socket.socket:
-    try:
-        return socket.create_server((config.host, config.port), backlog=1024)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"Cannot listen on {config.host}:{config.port} ({error}). Choose another --port.") from error

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from rollouts.config import Imports
-from rollouts.errors import ConfigError
+import tyro
+from pydantic import Field
+
+from rollouts.config import Imports, settings
 
 Fallback = Literal["small", "large", "error"]
 """Who writes a step whose proposal cannot be scored; ``error`` ends the request."""
+_Positive = Annotated[float, Field(gt=0)]
+_Count = Annotated[int, Field(gt=0)]
 
 
-@dataclass(frozen=True)
+@settings
 class ServeConfig:
     """Serve a policy with the interface of an OpenAI-compatible server, in front of three vLLM servers.
 
@@ -29,14 +32,19 @@ class ServeConfig:
         lam: λ of requests that name neither lam nor budget.
         budget: Budget of requests that name neither.
         when_scorer_fails: Who writes a step whose proposal cannot be scored: small, large, or error to end the request.
+        when_small_fails: Who writes a step without a proposal: large, within what the policy's caps leave, or error to
+            end the request.
         upstream_timeout: Longest time of one upstream request, seconds.
         request_timeout: Longest time of one request, seconds; what was accepted until then is the answer.
+        drain_seconds: Longest time that requests under way have after SIGTERM; what is cut then ends with an error.
         max_tokens: Most tokens of an answer, if fewer than in the rollouts.
         max_concurrent: Most requests under way at once.
         max_body_bytes: Largest request body.
         api_key_env: Environment variable with the key that clients must send; left out, none is asked for.
         upstream_key_env: Environment variable with the key of the upstream servers, where the models file names none.
         allow_old: Read a policy of version 1 of its format too, whose settings may be damaged unnoticed.
+        cors_origins: Where pages may come from that call the service in a browser, https://host, or * for anywhere; may
+            be repeated.
         imports: A module to import before the policy is read: that of a router of your own; may be repeated.
         other_models: Serve other models than those that the policy was trained for.
         access_log: Log every request.
@@ -53,26 +61,17 @@ class ServeConfig:
     lam: float | None = None
     budget: float | None = None
     when_scorer_fails: Fallback = "small"
-    upstream_timeout: float = 30.0
-    request_timeout: float = 300.0
-    max_tokens: int | None = None
-    max_concurrent: int = 256
-    max_body_bytes: int = 1 << 18
+    when_small_fails: Literal["large", "error"] = "large"
+    upstream_timeout: _Positive = 30.0
+    request_timeout: _Positive = 300.0
+    drain_seconds: Annotated[float, Field(ge=0)] = 10.0
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_concurrent: _Count = 256
+    max_body_bytes: _Count = 1 << 18
     api_key_env: str | None = None
     upstream_key_env: str | None = None
     allow_old: bool = False
+    cors_origins: Annotated[tuple[str, ...], tyro.conf.arg(name="cors-origin"), tyro.conf.UseAppendAction] = ()
     imports: Imports = ()
     other_models: bool = False
     access_log: bool = False
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without a file.
-
-        Raises:
-            ConfigError: A value is out of range.
-        """
-        for name in ("upstream_timeout", "request_timeout", "max_concurrent", "max_body_bytes"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected a number above 0.")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ConfigError(f"max_tokens is {self.max_tokens}, expected at least 1.")

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agents.serve.api import ApiError
 
-_GUARDED = "/v1"
+_OPEN = ("/health", "/live", "/ready", "/metrics")  # for machines that watch the service; the rest asks for the key
 _BODY_S = 10.0  # a body that takes longer is not coming
 _DRAINED_S, _DRAINED_BYTES = 2.0, 1 << 24  # of a body that is too big, before it is refused
 _RETRY, _CLOSE = {"Retry-After": "1"}, {"Connection": "close"}  # the rest of the body is not worth reading
@@ -44,6 +44,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope["path"] = scope["path"].rstrip("/") or "/"
         try:
             headers = Headers(scope=scope)
             self._check_key(scope["path"], headers)
@@ -56,7 +57,7 @@ class Guard:
             await self.app(scope, _replay(body, receive), send)
 
     def _check_key(self, path: str, headers: Headers) -> None:
-        if self._key is None or not path.startswith(_GUARDED):
+        if self._key is None or path in _OPEN:
             return
         scheme, _, offered = headers.get("Authorization", "").partition(" ")
         if not secrets.compare_digest(_hash(offered), self._key) or scheme.lower() != "bearer":

@@ -31,8 +31,11 @@ class Metrics:
         self.steps = counter("trim_steps", "Accepted steps by author.", ["author"])
         self.escalations = counter("trim_escalations", "Escalations that the policy decided.")
         self.fallbacks = counter("trim_fallbacks", "Steps that went another way because an upstream failed.")
-        words = "Tokens that upstreams read (prompt) and decoded (completion), and decoded ones that no answer has"
-        self.tokens = counter("trim_tokens", f"{words} (discarded).", ["model", "kind"])
+        words = (
+            "Tokens that upstreams read (prompt) and decoded (completion), decoded ones that no answer has (discarded)"
+        )
+        more = "and the most that were decoded for requests whose answer was lost or not waited for (aborted)."
+        self.tokens = counter("trim_tokens", f"{words}, {more}", ["model", "kind"])
         words = "Share of an answer's tokens that the large model wrote."
         self.share = histogram("trim_large_token_share", words, buckets=_SHARES)
         words = "Time of a step that was not waiting for upstreams."
@@ -82,7 +85,7 @@ class Metrics:
         self.requests.labels(status).inc()
         self.seconds.observe(seconds)
         for model, spent in usage["models"].items():
-            for kind in ("prompt", "completion", "discarded"):
+            for kind in ("prompt", "completion", "discarded", "aborted"):
                 self.tokens.labels(model, kind).inc(spent.get(f"{kind}_tokens", 0))
         if share is not None:
             self.share.observe(share)

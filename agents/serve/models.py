@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 
 from agents.serve.metrics import SCORER, Metrics
@@ -26,7 +26,7 @@ from rollouts.text.prompts import PromptFormat, RewardFormat, has_room
 from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, Step, StopReason
 
 _SYSTEM_PROMPTS = 32  # formats of system prompts that requests bring, kept at hand
-_QUESTIONS = 256  # rendered questions kept at hand for each format
+_QUESTIONS, _BROUGHT = 16 << 20, 1 << 20  # bytes of rendered questions kept at hand for each format, own and brought
 _CHARACTERS = 16  # no text has as many of them per token
 _SMALLEST = CompletionRequest((1, 2, 3), 1, Sampling())
 
@@ -39,11 +39,18 @@ class Spent:
         requests: Requests that were answered.
         prompt_tokens: Tokens of their prompts; a prefix counts each time that it is sent.
         completion_tokens: Tokens that were decoded, kept or not.
+        aborted_tokens: Most tokens that may have been decoded for requests whose answer was lost or not waited for.
     """
 
     requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    aborted_tokens: int = 0
+
+    @property
+    def most_decoded(self) -> int:
+        """Tokens that were decoded, or may have been."""
+        return self.completion_tokens + self.aborted_tokens
 
     def add(self, prompt_tokens: int, completion_tokens: int = 0) -> None:
         """Charge an answered request."""
@@ -120,12 +127,14 @@ class Models:
         self.upstreams = {
             role: Upstream(role, model, probe, timeout_s, metrics) for role, (model, probe) in roles.items()
         }
-        self._brought = lru_cache(maxsize=_SYSTEM_PROMPTS)(self._with_system_prompt)
-        self._own = {role: self._with_system_prompt(role, config.generator(role).system_prompt) for role in ROLES}
+        self._brought = lru_cache(maxsize=_SYSTEM_PROMPTS)(partial(self._with_system_prompt, remembered=_BROUGHT))
+        self._own = {
+            role: self._with_system_prompt(role, config.generator(role).system_prompt, _QUESTIONS) for role in ROLES
+        }
 
-    def _with_system_prompt(self, role: str, system_prompt: str | None) -> PromptFormat:
+    def _with_system_prompt(self, role: str, system_prompt: str | None, remembered: int) -> PromptFormat:
         tokenizer = self.family.prompts(role).tokenizer
-        return PromptFormat(tokenizer, system_prompt, name=role, remembered=_QUESTIONS)
+        return PromptFormat(tokenizer, system_prompt, name=role, remembered=remembered)
 
     async def start(self) -> None:
         """Ask every upstream once; those without an answer are asked again in the background.
@@ -147,6 +156,11 @@ class Models:
         configured = self.family.windows[role]
         return configured if told is None else min(told, configured)
 
+    @property
+    def most_characters(self) -> int:
+        """Most characters of a request's messages that are worth tokenising."""
+        return _CHARACTERS * min(self.window(role) for role in ROLES)
+
     def formats(self, system_prompt: str | None) -> Mapping[str, PromptFormat]:
         """Return the prompt formats of a request, by role.
 
@@ -161,12 +175,7 @@ class Models:
         return {role: self._brought(role, system_prompt) for role in ROLES}
 
     def fits(self, formats: Mapping[str, PromptFormat], question: str, steps: Sequence[str]) -> bool:
-        """Whether a prefix leaves room for one more token in every role's window (docs/design.md, section 1).
-
-        A problem of very many characters is not even tokenised, which would hold up everybody else.
-        """
-        if len(question) > _CHARACTERS * max(self.window(role) for role in ROLES):
-            return False
+        """Whether a prefix leaves room for one more token in every role's window (docs/design.md, section 1)."""
         every: dict[str, PromptFormat | RewardFormat] = {**formats, SCORER: self._reward}
         return all(has_room(prompts, self.window(role), question, steps) for role, prompts in every.items())
 
@@ -185,7 +194,8 @@ class Models:
             steps: Accepted steps.
             used: Tokens of the accepted steps.
             ledger: Where it is charged.
-            most: Most tokens that may be decoded, if fewer than the step limit.
+            most: Most tokens that may be decoded, if fewer than the step limit. With a most, what may have been decoded
+                in vain is not asked for once more.
 
         Raises:
             Unavailable: The model gave no usable answer.
@@ -203,7 +213,7 @@ class Models:
         )
         draft = Draft(rules, Prefix("", task.question, 0, steps, used))
         while draft.generation is None:
-            completion = await self._complete(role, rules.window, draft.request(), ledger)
+            completion = await self._complete(role, rules.window, draft.request(), ledger, capped=most is not None)
             try:
                 draft.take(completion)
             except BackendError as error:
@@ -213,12 +223,20 @@ class Models:
             raise Unavailable(role, "malformed", completion.detail)
         return step
 
-    async def _complete(self, role: str, window: int, request: CompletionRequest, ledger: Ledger) -> Completion:
+    async def _complete(
+        self, role: str, window: int, request: CompletionRequest, ledger: Ledger, *, capped: bool
+    ) -> Completion:
+        spent = ledger.roles[role]
+
+        def lost() -> bool:
+            spent.aborted_tokens += request.max_tokens
+            return not capped
+
         with ledger.waiting():
             completion = await self.upstreams[role].post(
-                "completions", lambda model: completion_payload(model, window, request), read_completion
+                "completions", lambda model: completion_payload(model, window, request), _completion, lost
             )
-        ledger.roles[role].add(len(request.prompt_ids), completion.tokens)
+        spent.add(len(request.prompt_ids), completion.tokens)
         return completion
 
     async def scores(self, task: Task, steps: Sequence[str], ledger: Ledger) -> list[float]:
@@ -241,6 +259,16 @@ class Models:
             raise Unavailable(SCORER, "malformed", f"{len(scores)} scores for {kept} steps")
         ledger.roles[SCORER].add(len(ids))
         return scores + unread
+
+
+def _completion(body: Any) -> Completion:
+    completion = read_completion(body)
+    if completion.tokens < 0:
+        raise ValueError(f"{completion.tokens} tokens")
+    text = completion.text.encode("utf-16", "surrogatepass").decode(
+        "utf-16", "replace"
+    )  # JSON may hold halves of pairs
+    return replace(completion, text=text)
 
 
 def _generates(body: Any) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from agents.deploy.policy import Session
 from agents.serve.config import Fallback
 from agents.serve.metrics import SCORER
 from agents.serve.models import Ledger, Models, Task
 from agents.serve.upstreams import Unavailable
-from rollouts.errors import ConfigError
 from rollouts.text.steps import LARGE, SMALL, Step, StopReason, solution_text
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
 from rollouts.trees.columns import facts_of
@@ -34,6 +33,10 @@ class RouteFailed(Exception):
         """Say why, without upstreams' own words."""
         super().__init__(message)
         self.status = status
+
+
+class _CapSpent(Exception):
+    """Raised when only the large model could write the next step, and the policy's caps leave it nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +89,7 @@ class _Owed:
     decided: bool
 
 
-@dataclass
+@dataclass(eq=False)
 class Route:
     """One request under way; its state is here and nowhere else.
 
@@ -94,20 +97,30 @@ class Route:
         task: What is asked of the models.
         session: The policy's decisions for it.
         when_scorer_fails: Who writes a step whose proposal cannot be scored; ``error`` ends the request.
+        when_small_fails: Whether the large model writes steps without a proposal, or the request ends.
         ledger: What it has spent.
         written: The accepted steps.
         used: Their tokens.
-        ended: Why it ended: a stop reason of the last step, ``time``, or None while it is under way.
+        ended: Why it ended: a stop reason of the last step, ``time``, ``cap`` (of the policy, spent while the small
+            model was away), or None while it is under way.
     """
 
     task: Task
     session: Session
     when_scorer_fails: Fallback = "small"
+    when_small_fails: Literal["large", "error"] = "large"
     ledger: Ledger = field(default_factory=Ledger)
     written: list[Written] = field(default_factory=list)
     used: int = 0
     ended: str | None = None
     _owed: list[_Owed] = field(default_factory=list)
+    _stopped: str | None = None
+    _limit: asyncio.Timeout | None = None
+    _cut: bool = False
+
+    def __post_init__(self) -> None:
+        """Take the policy's cap on large tokens while nothing is spent."""
+        self._cap = self.session.large_tokens_left
 
     @property
     def _texts(self) -> tuple[str, ...]:
@@ -131,23 +144,38 @@ class Route:
             deadline: In the event loop's time. What was accepted until then is the answer.
 
         Raises:
-            RouteFailed: No model that could go on answers, or time was up before the first step.
+            RouteFailed: No model that could go on answers or may, time was up before the first step, or it was `cut`.
         """
         while self.ended is None:
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(-1 if self._cut else deadline) as self._limit:
                     step, note = await self._next(models)
             except TimeoutError:
+                if self._cut:
+                    raise RouteFailed("The service is shutting down.") from None
                 self.ended = "time"
                 if not self.written:
                     raise RouteFailed("Time was up before the first step.", 504) from None
                 return
+            except _CapSpent as error:
+                self.ended, self._stopped = "cap", f"step {len(self.written) + 1}: {error}"
+                if not self.written:
+                    raise RouteFailed(f"The first step cannot be written: {error}.") from error
+                return
+            finally:
+                self._limit = None
             self.used += step.tokens
             self.written.append(note)
             if step.terminal:
                 self.ended = step.stop_reason
                 self._settle([None] * len(self.written))
             yield note
+
+    def cut(self) -> None:
+        """End with an error, whatever is being waited for."""
+        self._cut = True
+        if self._limit is not None and not self._limit.expired():
+            self._limit.reschedule(-1)
 
     async def _next(self, models: Models) -> tuple[Step, Written]:
         """Return the next accepted step, and how it came about."""
@@ -186,12 +214,7 @@ class Route:
         score = _UNSCORED if score is None else score
         if not owed.decided:  # as if it had been proposed
             self.session.decide(**_facts(owed.step, score))
-            try:
-                self.session.override(ESCALATE_LARGE if owed.author == LARGE else CONTINUE_SMALL)
-            except ConfigError:  # the policy's cap is reached; the step is there all the same
-                self.session.override(CONTINUE_SMALL)
-                self.session.accept()
-                return
+            self.session.override(ESCALATE_LARGE if owed.author == LARGE else CONTINUE_SMALL)
         if owed.author == SMALL:
             self.session.accept()
             return
@@ -199,49 +222,74 @@ class Route:
         tokens = tokens if left is None else min(tokens, left)
         self.session.accept(**{**_facts(owed.step, score), "tokens": tokens})
 
+    async def _large(self, models: Models) -> tuple[Step | None, bool]:
+        """Return the large model's next step, and whether it is whole: the policy's caps may end it, or leave none."""
+        most = self._most()
+        if most == 0:
+            return None, False
+        step = await models.step(LARGE, self.task, self._texts, self.used, self.ledger, most=most)
+        return step, most is None or step.tokens < most or step.stop_reason is not StopReason.LENGTH
+
+    def _most(self) -> int | None:
+        """Return the most tokens that the large model may decode now; None without a cap.
+
+        What counts is what was decoded, or may have been, whoever asked for it and whatever became of it.
+        """
+        waiting = sum(owed.author == LARGE for owed in self._owed)
+        if self.session.escalations_left is not None and self.session.escalations_left <= waiting:
+            return 0
+        return None if self._cap is None else max(self._cap - self.ledger.roles[LARGE].most_decoded, 0)
+
     async def _escalate(
         self, models: Models, proposal: Step, score: float, late: tuple[float, ...]
     ) -> tuple[Step, Written]:
         """Let the large model write the step; keep the proposal if it does not answer or has too few tokens left."""
-        left = self.session.large_tokens_left
         common: dict[str, Any] = {"action": ESCALATE_LARGE, "proposal": proposal, "score": score, "late_scores": late}
         try:
-            step = await models.step(LARGE, self.task, self._texts, self.used, self.ledger, most=left)
-        except Unavailable as fault:
-            self.session.accept(action=CONTINUE_SMALL)
-            return proposal, self._note(proposal, SMALL, fallback=_words(fault, "the proposal was kept"), **common)
-        if left is not None and step.tokens >= left and step.stop_reason is StopReason.LENGTH:
-            self.session.accept(action=CONTINUE_SMALL, wasted=min(step.tokens, left))
+            step, whole = await self._large(models)
             words = "the policy's cap on large tokens was reached, the proposal was kept"
+        except Unavailable as fault:
+            step, whole, words = None, False, _words(fault, "the proposal was kept")
+        if step is None or not whole:
+            unknown = self.ledger.roles[LARGE].most_decoded - self.session.large_tokens
+            left = self.session.large_tokens_left
+            self.session.accept(action=CONTINUE_SMALL, wasted=0 if left is None else min(max(unknown, 0), left))
             return proposal, self._note(proposal, SMALL, large=step, fallback=words, **common)
         self._owed.append(_Owed(step, LARGE, decided=True))
         return step, self._note(step, LARGE, large=step, **common)
 
     async def _without_small(self, models: Models, fault: Unavailable) -> tuple[Step, Written]:
         """Let the large model write a step for which there is no proposal."""
+        if self.when_small_fails == "error":
+            raise RouteFailed(f"There is no proposal: {_brief(fault)}.") from fault
         try:
-            step = await models.step(LARGE, self.task, self._texts, self.used, self.ledger)
+            step, whole = await self._large(models)
         except Unavailable as second:
             raise RouteFailed(f"Neither model answers: {_brief(fault)}; {_brief(second)}.") from second
+        if step is None:
+            raise _CapSpent(_words(fault, "the policy's cap leaves the large model nothing")) from fault
+        words = "the large model wrote the step" if whole else "the large model wrote up to the policy's cap"
         self._owed.append(_Owed(step, LARGE, decided=False))
-        return step, self._note(step, LARGE, large=step, fallback=_words(fault, "the large model wrote the step"))
+        return step, self._note(step, LARGE, large=step, fallback=_words(fault, words))
 
     async def _without_scorer(self, models: Models, proposal: Step, fault: Unavailable) -> tuple[Step, Written]:
         """Do what is configured for proposals that cannot be scored."""
         if self.when_scorer_fails == "error":
             raise RouteFailed(f"The proposal cannot be scored: {_brief(fault)}.") from fault
-        words = _words(fault, "the proposal was kept")
+        words, large = "the proposal was kept", None
         if self.when_scorer_fails == "large":
             try:
-                step = await models.step(LARGE, self.task, self._texts, self.used, self.ledger)
+                large, whole = await self._large(models)
             except Unavailable as second:
-                words = _words(fault, _words(second, "the proposal was kept"))
+                words = _words(second, words)
             else:
-                self._owed.append(_Owed(step, LARGE, decided=False))
-                words = _words(fault, "the large model wrote the step")
-                return step, self._note(step, LARGE, proposal=proposal, large=step, fallback=words)
+                if large is not None and whole:
+                    self._owed.append(_Owed(large, LARGE, decided=False))
+                    words = _words(fault, "the large model wrote the step")
+                    return large, self._note(large, LARGE, proposal=proposal, large=large, fallback=words)
+                words = "the policy's cap was reached, the proposal was kept"
         self._owed.append(_Owed(proposal, SMALL, decided=False))
-        return proposal, self._note(proposal, SMALL, proposal=proposal, fallback=words)
+        return proposal, self._note(proposal, SMALL, proposal=proposal, large=large, fallback=_words(fault, words))
 
     def _note(
         self, step: Step, author: str, proposal: Step | None = None, large: Step | None = None, **more: Any
@@ -261,7 +309,8 @@ class Route:
 
         ``prompt_tokens`` are those of the problem's prompt, once, as the small model reads it. ``completion_tokens``
         are all that were decoded, by either model, discarded proposals included, as OpenAI counts them.
-        ``models`` tells what each upstream has decoded and read; there a prefix counts each time that it was sent.
+        ``models`` tells what each upstream has decoded and read; there a prefix counts each time that it was sent, and
+        ``aborted_tokens`` are the most that may have been decoded for answers that never came.
         """
         models: dict[str, dict[str, int]] = {}
         for role in (SMALL, LARGE):
@@ -296,7 +345,8 @@ class Route:
             "escalations": sum(step.escalated for step in self.written),
             "large_steps": sum(step.author == LARGE for step in self.written),
             "large_token_share": self.large_token_share,
-            "fallbacks": [f"step {step.step}: {step.fallback}" for step in self.written if step.fallback],
+            "fallbacks": [f"step {step.step}: {step.fallback}" for step in self.written if step.fallback]
+            + ([] if self._stopped is None else [self._stopped]),
             "ended": self.ended,
             "knob": {"name": self.session.knob.name, "value": self.session.knob.value},
         }

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from agents.deploy.policy import Policy
@@ -16,14 +17,21 @@ from agents.serve.metrics import Metrics
 from agents.serve.models import Models, Task
 from agents.serve.route import Route, RouteFailed, Written
 from rollouts.errors import ConfigError
+from rollouts.text.prompts import PromptFormat
 from rollouts.text.steps import ROLES, SMALL
 
+_SHORT = 2000  # characters that are tokenised in a few milliseconds
 CLIENT_GONE = 499
 """nginx' status for a client that left."""
 
 
 class Service:
-    """A policy, its models, and what is shared by requests: connections and counters, never state."""
+    """A policy, its models, and what is shared by requests: connections and counters, never state.
+
+    Attributes:
+        draining: Whether it is about to end, and load balancers should send nothing more.
+        cut: Requests that were ended before they were answered.
+    """
 
     def __init__(self, policy: Policy, models: Models, metrics: Metrics, config: ServeConfig) -> None:
         """Check that requests without a setting of their own can be served.
@@ -34,11 +42,17 @@ class Service:
         self.policy, self.models, self.metrics, self.config = policy, models, metrics, config
         self.name = config.name or policy.name
         self.since = int(time.time())
-        if config.lam is not None or config.budget is not None:
+        self.draining, self.cut = False, 0
+        self._routes: set[Route] = set()
+        try:
             policy.session(config.lam, config.budget)
+        except ConfigError as error:
+            asked = (config.lam, config.budget) != (None, None)
+            hint = "" if asked else " That is for requests that name neither: --lam or --budget."
+            raise ConfigError(f"{error}{hint}") from error
 
-    def begin(self, ask: ChatRequest) -> Route:
-        """Check a request and return its route, of which nothing is done yet.
+    async def begin(self, ask: ChatRequest) -> Route:
+        """Check a request and return its route, of which nothing is done yet; what is refused costs next to nothing.
 
         Raises:
             ApiError: It cannot be served as it is.
@@ -47,13 +61,23 @@ class Service:
             message = f"The model `{ask.model[:200]}` does not exist. Valid: {self.name}."
             raise ApiError(404, message, "NotFoundError", "model")
         question, system_prompt = ask.problem()
+        lam, budget = ask.lam, ask.budget
+        if lam is None and budget is None:
+            lam, budget = self.config.lam, self.config.budget
         try:
-            formats = self.models.formats(system_prompt)
+            session = self.policy.session(lam, budget, ask.seed)
         except ConfigError as error:
-            raise bad_request(str(error), "messages") from None
-        if not self.models.fits(formats, question, ()):
+            raise bad_request(str(error), "budget" if budget is not None else "lam") from None
+        self._check_crowd()
+        length = len(question) + len(system_prompt or "")
+        formats, prompt_tokens = None, 0
+        if length <= self.models.most_characters:
+            render = partial(self._render, question, system_prompt)
+            # Others would have to wait while a long text is tokenised.
+            formats, prompt_tokens = await asyncio.to_thread(render) if length > _SHORT else render()
+        if formats is None:
             raise bad_request(
-                f"The problem is too long ({len(question)} characters): the models' windows of "
+                f"The problem is too long ({length} characters): the models' windows of "
                 f"{', '.join(str(self.models.window(role)) for role in ROLES)} tokens leave no room for an answer.",
                 "messages",
             )
@@ -62,16 +86,27 @@ class Service:
         limits = self.models.limits
         most = [limit for limit in (limits.solution_tokens, self.config.max_tokens, ask.limit()) if limit]
         task = Task(question, formats, sampling, replace(limits, solution_tokens=min(most)))
-        lam, budget = ask.lam, ask.budget
-        if lam is None and budget is None:
-            lam, budget = self.config.lam, self.config.budget
-        try:
-            session = self.policy.session(lam, budget, ask.seed)
-        except ConfigError as error:
-            raise bad_request(str(error), "budget" if budget is not None else "lam") from None
-        route = Route(task, session, self.config.when_scorer_fails)
-        route.ledger.prompt_tokens = len(formats[SMALL].ids(question))
+        route = Route(task, session, self.config.when_scorer_fails, self.config.when_small_fails)
+        route.ledger.prompt_tokens = prompt_tokens
         return route
+
+    def _render(self, question: str, system_prompt: str | None) -> tuple[Mapping[str, PromptFormat] | None, int]:
+        """Return the formats of a request and the tokens of its prompt; no formats if it leaves no room.
+
+        Raises:
+            ApiError: A chat template has no place for it.
+        """
+        try:
+            formats = self.models.formats(system_prompt)
+            if not self.models.fits(formats, question, ()):
+                return None, 0
+            return formats, len(formats[SMALL].ids(question))
+        except ConfigError as error:
+            raise bad_request(str(error), "messages") from None
+
+    def _check_crowd(self) -> None:
+        if self.metrics.under_way >= self.config.max_concurrent:
+            raise ApiError(429, "Too many requests are under way; try again.", "RateLimitError")
 
     async def steps(self, route: Route, ask: ChatRequest) -> AsyncGenerator[Written, None]:
         """Yield the steps of a route, counted in before the first one and out with the status that its end has.
@@ -81,10 +116,13 @@ class Service:
                 what there is.
         """
         metrics, ledger = self.metrics, route.ledger
-        if metrics.under_way >= self.config.max_concurrent:
-            metrics.requests.labels("429").inc()
-            raise ApiError(429, "Too many requests are under way; try again.", "RateLimitError")
+        try:
+            self._check_crowd()
+        except ApiError as error:
+            metrics.requests.labels(str(error.status)).inc()
+            raise
         metrics.began()
+        self._routes.add(route)
         status, share = CLIENT_GONE, None
         began = now = time.monotonic()
         waited = ledger.waited
@@ -100,12 +138,13 @@ class Service:
         except RouteFailed as error:
             status = error.status
             kind = "GatewayTimeoutError" if status == 504 else "ServiceUnavailableError"
-            told: dict[str, Any] = {"usage": route.usage(), "trim": route.summary(trace=ask.trace)}
+            told: dict[str, Any] = {"usage": route.usage(), "trim": route.summary(trace=bool(ask.trace))}
             raise ApiError(status, str(error), kind, **told) from error
         except Exception:
             status = 500
             raise
         finally:
+            self._routes.discard(route)
             metrics.ended(str(status), time.monotonic() - began, route.usage(), share)
 
     def card(self) -> dict[str, Any]:
@@ -122,10 +161,14 @@ class Service:
             "trim": self.policy.describe(),
         }
 
-    async def health(self) -> dict[str, Any]:
-        """Return which upstreams answer now."""
-        upstreams = self.models.upstreams
-        await asyncio.gather(*(upstream.check() for upstream in upstreams.values()))
-        up = {role: upstream.up for role, upstream in upstreams.items()}
+    def cut_off(self) -> None:
+        """End what is under way, each with an error that says so."""
+        self.cut += len(self._routes)
+        for route in self._routes:
+            route.cut()
+
+    def health(self) -> dict[str, Any]:
+        """Return which upstreams answer, as far as is known; nobody is asked."""
+        up = {role: upstream.up for role, upstream in self.models.upstreams.items()}
         status = "ok" if all(up.values()) else "degraded" if any(up[role] for role in ROLES) else "unavailable"
         return {"status": status, "upstreams": {role: {"up": answers} for role, answers in up.items()}}

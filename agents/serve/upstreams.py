@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from rollouts.models.server.connection import Answer, Broken, Connection
 T = TypeVar("T")
 _log = logging.getLogger("trim.serve")
 _CONNECT_S = 2.0
-_PROBE_S = 3.0  # longest wait for a probe, and
+_PROBE_S = 3.0  # longest wait for a probe, twice as long for each that failed so, and
 _PAUSE_S = 0.5  # between two of them: together what a recovery may stay unnoticed
+_IN_A_ROW = 3  # connections that fail in a row: nobody is there
 _LONGEST_PATIENCE_S = 2.0  # "busy" servers that ask for longer pauses count as unavailable for this request
 _BUSY = (429, 503)
 _UNASKED = "not asked yet"
@@ -36,13 +38,23 @@ class Unavailable(Exception):
         role: ``small``, ``large`` or ``scorer``.
         kind: ``down``, ``timeout``, ``connection``, ``status``, ``busy``, ``malformed`` or ``refused``.
         pause: Seconds after which the request may be sent once more; None if it may not.
-        suspect: Whether the upstream may be down.
+        suspect: Whether the upstream may be down, or be another one.
+        lost: Whether the upstream may have worked on it.
     """
 
-    def __init__(self, role: str, kind: str, words: str, pause: float | None = None, *, suspect: bool = True) -> None:
+    def __init__(
+        self,
+        role: str,
+        kind: str,
+        words: str,
+        pause: float | None = None,
+        *,
+        suspect: bool = True,
+        lost: bool = False,
+    ) -> None:
         """Say why; `words` are for the log, as they may be the upstream's own."""
         super().__init__(f"{role}: {words}")
-        self.role, self.kind, self.pause, self.suspect = role, kind, pause, suspect
+        self.role, self.kind, self.pause, self.suspect, self.lost = role, kind, pause, suspect, lost
 
 
 @dataclass(frozen=True)
@@ -64,9 +76,11 @@ class Probe:
 class Upstream:
     """One upstream server and the connections to it, shared by all requests.
 
-    After a failed exchange it is sent the probe. If that is not answered either, the upstream is *down*: requests fail
-    at once, without waiting, while the probe is repeated until it is answered, so that a recovery is noticed within
-    about `_PROBE_S` + `_PAUSE_S` seconds. Cancelling a request closes its connection, which ends the generation there.
+    After a failed exchange it is identified anew and sent the probe. It is *down* after `_IN_A_ROW` connections in a
+    row that failed, after a probe that it answers wrongly, or that it leaves without an answer when nothing else was
+    answered within the time limit of a request either: slow is not down. Then requests fail at once, without waiting,
+    while the probe is repeated until it is answered, so that a recovery is noticed within about `_PROBE_S` + `_PAUSE_S`
+    seconds. Cancelling a request closes its connection, which ends the generation there.
 
     Attributes:
         role: ``small``, ``large`` or ``scorer``.
@@ -98,7 +112,7 @@ class Upstream:
         self.window: int | None = None
         self.trouble: str | None = _UNASKED
         self._watcher: asyncio.Task[None] | None = None
-        self._tried, self._tried_at = asyncio.Event(), 0.0
+        self._broken, self._answered_at = 0, -math.inf  # connections in a row; the event loop's time
         metrics.upstream_state(role, False)
 
     @property
@@ -112,8 +126,7 @@ class Upstream:
         Raises:
             ConfigError: Somebody answers, but it is not the server that is needed.
         """
-        await self._try()
-        if not self.up:
+        if not await self._try(_PROBE_S):
             self._watch()
 
     async def close(self) -> None:
@@ -124,27 +137,41 @@ class Upstream:
                 await self._watcher
         await self._connection.close()
 
-    async def post(self, path: str, payload: Callable[[str], Mapping[str, Any]], parse: Callable[[Any], T]) -> T:
+    async def post(
+        self,
+        path: str,
+        payload: Callable[[str], Mapping[str, Any]],
+        parse: Callable[[Any], T],
+        lost: Callable[[], bool] = lambda: True,
+    ) -> T:
         """Send a request and return what `parse` makes of the answer; once more if the connection broke or it was busy.
 
         Args:
             path: As of `Probe`.
             payload: From the model's name to the body.
             parse: May raise ValueError, LookupError, TypeError or BackendError for an answer that makes no sense.
+            lost: Called when the upstream may have worked on a request in vain, one that is cancelled included; returns
+                whether it may be sent once more.
 
         Raises:
             Unavailable: There was no usable answer, or the upstream is down.
         """
         async with self._slots:
             try:
-                return await self._attempt(path, payload, parse)
+                return await self._attempt(path, payload, parse, lost)
             except Unavailable as fault:
                 if fault.pause is None:
                     raise
                 await asyncio.sleep(fault.pause)
-            return await self._attempt(path, payload, parse)
+            return await self._attempt(path, payload, parse, lost)
 
-    async def _attempt(self, path: str, payload: Callable[[str], Mapping[str, Any]], parse: Callable[[Any], T]) -> T:
+    async def _attempt(
+        self,
+        path: str,
+        payload: Callable[[str], Mapping[str, Any]],
+        parse: Callable[[Any], T],
+        lost: Callable[[], bool],
+    ) -> T:
         if self.trouble is not None or self.model is None:
             raise Unavailable(self.role, "down", self.trouble or "its model is not known")
         began = time.monotonic()
@@ -155,8 +182,14 @@ class Upstream:
             _log.warning("%s", fault)
             if fault.suspect:
                 self._watch()
+            if fault.lost and not lost():
+                fault.pause = None
+            raise
+        except asyncio.CancelledError:
+            lost()
             raise
         self._metrics.upstream_answered(self.role, time.monotonic() - began)
+        self._answered_at = asyncio.get_running_loop().time()
         return answer
 
     async def _exchange(self, path: str, payload: Any, parse: Callable[[Any], T], timeout: float) -> T:
@@ -164,18 +197,24 @@ class Upstream:
             async with asyncio.timeout(timeout):
                 answer = await self._connection.request(path, payload)
         except TimeoutError:
-            raise Unavailable(self.role, "timeout", f"no answer within {timeout:g} s") from None
+            raise Unavailable(self.role, "timeout", f"no answer within {timeout:g} s", lost=True) from None
         except Broken as error:
-            raise Unavailable(self.role, "connection", str(error), None if error.refused else 0.0) from None
+            self._broken += 1
+            if self._broken >= _IN_A_ROW:
+                self._set(str(error))
+                self._watch()
+            pause = None if error.refused else 0.0
+            raise Unavailable(self.role, "connection", str(error), pause, lost=not error.refused) from None
+        self._broken = 0
         if not answer.ok:
             raise self._refusal(answer)
         try:
             return parse(answer.json())
         except BackendError as error:
-            raise Unavailable(self.role, "malformed", self._connection.clean(str(error))) from None
+            raise Unavailable(self.role, "malformed", self._connection.clean(str(error)), lost=True) from None
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             words = f"an answer that cannot be read: {answer.text[:80]!r}, {type(error).__name__}: {error}"
-            raise Unavailable(self.role, "malformed", self._connection.clean(words), 0.0) from None
+            raise Unavailable(self.role, "malformed", self._connection.clean(words), 0.0, lost=True) from None
 
     def _refusal(self, answer: Answer) -> Unavailable:
         status = answer.status
@@ -185,8 +224,8 @@ class Upstream:
             patient = pause if pause <= _LONGEST_PATIENCE_S else None
             return Unavailable(self.role, "busy", words, patient, suspect=status == 503)
         if 400 <= status < 500 and status not in (401, 403, 404):
-            return Unavailable(self.role, "refused", words, suspect=False)
-        return Unavailable(self.role, "status", words)
+            return Unavailable(self.role, "refused", words)  # perhaps its window is another one now
+        return Unavailable(self.role, "status", words, lost=status >= 500)
 
     def _watch(self) -> None:
         """See to it that somebody asks whether the server is there."""
@@ -194,35 +233,37 @@ class Upstream:
             self._watcher = asyncio.create_task(self._ask_until_up())
 
     async def _ask_until_up(self) -> None:
-        while True:
-            try:
-                await self._try()
-            except ConfigError as error:
-                self._set(str(error))
-            self._tried.set()
-            self._tried, self._tried_at = asyncio.Event(), time.monotonic()
-            if self.up:
-                return
+        patience = _PROBE_S
+        while not await self._try(patience):
+            patience = min(2 * patience, max(self._timeout, _PROBE_S))
             await asyncio.sleep(_PAUSE_S)
 
-    async def check(self) -> None:
-        """Ask an upstream that counts as up whether it is; what counts as down is being asked all the time."""
-        if self.up and time.monotonic() - self._tried_at > _PAUSE_S:
-            tried = self._tried
-            self._watch()
-            await tried.wait()
-
-    async def _try(self) -> None:
+    async def _try(self, patience: float) -> bool:
+        """Ask who is there and whether it works; return whether there is nothing more to ask."""
+        began = asyncio.get_running_loop().time()
         try:
-            if self.model is None:
-                await self._identify()
+            await self._identify()
             assert self.model is not None
-            await self._exchange(self._probe.path, self._probe.payload(self.model), self._probed, _PROBE_S)
+            await self._exchange(self._probe.path, self._probe.payload(self.model), self._probed, patience)
         except Unavailable as fault:
-            if fault.kind != "refused":  # else somebody is there
+            since = asyncio.get_running_loop().time() - self._timeout if fault.kind == "timeout" else began
+            if (
+                fault.kind == "refused" and self.model is not None
+            ) or self._answered_at > began:  # somebody works there
+                self._set(None)
+                return True
+            if self.up and self._answered_at > since:
+                return False
+            if fault.kind != "connection" or not self.up:
                 self._set(str(fault).removeprefix(f"{self.role}: "))
-                return
+            return False
+        except ConfigError as error:
+            if self.trouble == _UNASKED:
+                raise
+            self._set(str(error))
+            return False
         self._set(None)
+        return True
 
     def _probed(self, body: Any) -> None:
         try:

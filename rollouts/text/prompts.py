@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
 from rollouts.errors import ConfigError
 from rollouts.text.steps import DELIMITER
-from rollouts.text.tokens import encoder_of
+from rollouts.text.tokens import Remembered, encoder_of
 
 _PROBE = "What is 6 times 7?"
-_REMEMBERED = 4096
+_REMEMBERED = 16 << 20  # bytes of rendered questions
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
@@ -63,7 +62,7 @@ class PromptFormat:
             tokenizer: The model's tokenizer.
             system_prompt: System message; None sends none.
             name: Named in errors.
-            remembered: Most questions whose rendering is kept.
+            remembered: Most bytes of rendered questions that are kept.
 
         Raises:
             ConfigError: No chat template, a thinking block that stays open, or a question that the template loses.
@@ -72,7 +71,7 @@ class PromptFormat:
         self.encode = encoder_of(tokenizer)
         self.system_prompt = system_prompt
         self.name = name
-        self._head = lru_cache(maxsize=remembered)(self._render)
+        self._head = Remembered(self._render, remembered)
         self._self_test()
         probe = self.text(_PROBE, ["One." + DELIMITER])
         self.template_hash = hashlib.blake2b(probe.encode(), digest_size=8).hexdigest()
@@ -158,7 +157,7 @@ class RewardFormat:
         if len(ids) != 1:
             raise ConfigError(f"scorer: step tag {step_tag!r} is {len(ids)} tokens of its tokenizer, expected one.")
         self.step_tag_id: int = ids[0]
-        self._head = lru_cache(maxsize=remembered)(self._render)
+        self._head = Remembered(self._render, remembered)
         probe = self.text(_PROBE, ["One." + DELIMITER])
         self.template_hash = hashlib.blake2b(probe.encode(), digest_size=8).hexdigest()
 

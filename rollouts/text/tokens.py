@@ -4,13 +4,49 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
 
-_REMEMBERED = 2048  # pieces between special tokens: messages and, where tags divide them, steps
+T = TypeVar("T", bound="str | tuple[Any, ...]")
+_REMEMBERED = 16 << 20  # bytes of pieces between special tokens: messages and, where tags divide them, steps
 _TRIED = 64  # special tokens that are tried out; there may be a thousand, all alike
 _PROBES = ("{0}a b{0} c\n{0}\nd e\n\n{0}", "f {0}{0}g\n\n {0}\n\nh")
+
+
+class Remembered(Generic[T]):
+    """A function of a text that remembers what it was last asked, as far as that fits into some memory."""
+
+    def __init__(self, function: Callable[[str], T], most_bytes: int) -> None:
+        """Begin with nothing; texts and results of more than 1/16 of `most_bytes` are not kept."""
+        self._function, self._most = function, most_bytes
+        self._known: OrderedDict[str, tuple[T, int]] = OrderedDict()
+        self._lock = threading.Lock()
+        self.bytes = 0
+
+    def __call__(self, text: str) -> T:
+        """Return the function's result."""
+        with self._lock:
+            found = self._known.get(text)
+            if found is not None:
+                self._known.move_to_end(text)
+                return found[0]
+        result = self._function(text)
+        size = sys.getsizeof(text) + sys.getsizeof(result)
+        if not isinstance(result, str):
+            size += sum(map(sys.getsizeof, result))
+        if size <= self._most // 16:
+            with self._lock:
+                if text not in self._known:
+                    self._known[text] = result, size
+                    self.bytes += size
+                while self.bytes > self._most:
+                    self.bytes -= self._known.popitem(last=False)[1][1]
+        return result
 
 
 class Encoder:
@@ -28,7 +64,7 @@ class Encoder:
             tokenizer: A fast tokenizer of transformers, without truncation and padding.
         """
         self._backend = tokenizer.backend_tokenizer
-        self._piece = lru_cache(maxsize=_REMEMBERED)(self.whole)
+        self._piece = Remembered(self.whole, _REMEMBERED)
         added = self._backend.get_added_tokens_decoder()
         self._special = {token.content: (number,) for number, token in added.items() if not token.normalized}
         longest_first = sorted(self._special, key=len, reverse=True)

@@ -179,7 +179,7 @@ def test_mistakes_are_one_line(
             (["--policy", str(foreign), "--models", "tinymath", *servers], "was trained with small 'Qwen"),
             (["--policy", str(short), *servers], "at most 4 steps"),
             (["--policy", str(folder), *servers, "--lam", "0.1"], "fixed setting"),
-            (["--policy", str(folder), *servers, "--max-tokens", "0"], "max_tokens is 0"),
+            (["--policy", str(folder), *servers, "--max-tokens", "0"], "--max-tokens is 0"),
             (["--policy", str(folder), *servers, "--api-key-env", "TRIM_NO_SUCH_KEY"], "TRIM_NO_SUCH_KEY is not set"),
             (["--policy", str(folder), *servers, "--port", str(taken.getsockname()[1])], "Choose another --port"),
             (["--policy", str(folder), *servers, "--small", "localhost"], "not of the form"),

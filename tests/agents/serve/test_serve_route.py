@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any
 
 import pytest
@@ -141,6 +142,7 @@ def test_caps_of_the_policy_bind() -> None:
         "requests": 2,
         "prompt_tokens": 0,
         "completion_tokens": 30,
+        "aborted_tokens": 0,
         "discarded_tokens": 9,
     }
 
@@ -168,9 +170,91 @@ def test_who_writes_when_somebody_does_not_answer(down: Any, fallback: Any, auth
     assert small["discarded_tokens"] == (50 if authors == {"large"} and "small" not in down else 0)
 
 
-def test_a_cap_of_the_policy_does_not_stop_what_must_be_written() -> None:
-    done = route(Scripted([0.9] * 9, down=("small",)), max_escalations=1, max_large_tokens=25)
-    assert [step.author for step in done.written] == ["large"] * 4
+def test_caps_of_the_policy_bind_without_the_small_model() -> None:
+    done = route(Scripted([0.9] * 9, down=("small",)), max_escalations=1)
+    assert [step.author for step in done.written] == ["large"]
+    assert (done.ended, done.finish_reason) == ("cap", "length")
+    assert done.summary(trace=False)["fallbacks"] == [
+        "step 1: small (down): the large model wrote the step",
+        "step 2: small (down): the policy's cap leaves the large model nothing",
+    ]
+    done = route(Scripted([0.9] * 9, down=("small",)), max_large_tokens=25)
+    assert [(step.author, step.large_tokens) for step in done.written] == [("large", 21), ("large", 4)]
+    assert "up to the policy's cap" in str(done.written[1].fallback) and done.finish_reason == "length"
+    for away in ("large", "small"):
+        with pytest.raises(RouteFailed, match="The first step cannot be written: small .down.: the policy's cap"):
+            route(Scripted([0.9] * 9, down=("small", away)), max_large_tokens=0)
+
+
+def test_caps_of_the_policy_bind_without_the_scorer() -> None:
+    done = route(Scripted([0.9] * 9, down=("scorer",)), "large", max_large_tokens=30)
+    assert [(step.author, step.large_tokens) for step in done.written] == [
+        ("large", 21),
+        ("small", 9),
+        ("small", None),
+        ("small", None),
+    ]
+    assert "cap" in str(done.written[1].fallback) and "cap" in str(done.written[3].fallback) and done.ended == END
+
+
+def test_a_missing_proposal_can_be_an_error() -> None:
+    policy = Policy(Threshold(0.5), {"max_steps": 6})
+    going = Route(TASK, policy.session(), when_small_fails="error")
+
+    async def run() -> None:
+        models = Scripted([0.9] * 9, down=("small",))
+        async for _ in going.steps(models, asyncio.get_running_loop().time() + 9):  # type: ignore[arg-type]
+            pass
+
+    with pytest.raises(RouteFailed, match=r"There is no proposal: small \(down\)"):
+        asyncio.run(run())
+
+
+class Flickering(Scripted):
+    """Each request fails by chance; a large one that fails may have been decoded as far as it might."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)
+        super().__init__([self.draw.random() for _ in range(99)], length=self.draw.randrange(3, 7))
+        self.decoded = 0
+
+    async def step(self, role: str, task: Task, steps: Any, used: int, ledger: Any, most: int | None = None) -> Step:
+        self.down = {role} if self.draw.random() < 0.4 else set()
+        if role == "large" and self.down:
+            vain = 40 if most is None else most
+            ledger.roles[role].aborted_tokens += vain
+            self.decoded += vain
+        before = ledger.roles[role].completion_tokens
+        step = await super().step(role, task, steps, used, ledger, most)
+        self.decoded += (ledger.roles[role].completion_tokens - before) * (role == "large")
+        return step
+
+    async def scores(self, task: Task, steps: Any, ledger: Any) -> list[float]:
+        self.down = {"scorer"} if self.draw.random() < 0.4 else set()
+        return await super().scores(task, steps, ledger)
+
+
+@pytest.mark.parametrize("fallback", ["small", "large"])
+def test_caps_of_the_policy_bind_whatever_fails(fallback: str) -> None:
+    most, ends = 50, set()
+    for seed in range(300):
+        models = Flickering(seed)
+        policy = Policy(Threshold(0.5, schema="agg+prod/1"), {"max_steps": 6, "max_large_tokens": most,
+                                                              "max_escalations": 2})  # fmt: skip
+        going = Route(TASK, policy.session(), fallback)  # type: ignore[arg-type]
+
+        async def run(going: Route, models: Any) -> None:
+            async for _ in going.steps(models, asyncio.get_running_loop().time() + 60):
+                pass
+
+        try:
+            asyncio.run(run(going, models))
+        except RouteFailed as error:
+            assert "Neither model" in str(error) or "cap" in str(error)
+        ends.add(going.ended)
+        assert models.decoded <= most and sum(step.author == "large" for step in going.written) <= 2
+        assert going.session.large_tokens <= most and going.session.escalations <= 2
+    assert {END, "cap", None} <= ends
 
 
 @pytest.mark.parametrize(
