@@ -21,7 +21,20 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MODES = ("ok", "stall", "half", "garbage", "wrong", "error", "busy", "slow", "surrogate", "separator", "negative")
+MODES = (
+    "ok",
+    "stall",
+    "half",
+    "garbage",
+    "wrong",
+    "error",
+    "busy",
+    "slow",
+    "surrogate",
+    "separator",
+    "negative",
+    "lame",
+)
 _WRITES = {"surrogate": "a\ud800b\n\n", "separator": "a\u2028b\x85c\n\n"}
 _SLOW_S = 5.0  # how much longer mode slow takes
 
@@ -88,7 +101,7 @@ class Upstream:
             replies: As `record` wrote them.
         """
         self.role, self.think, self.spread, self.tag, self.mode = role, think, spread, tag, "ok"
-        self._random = random.Random(role)
+        self._random, self._asked = random.Random(role), 0
         self.name, self.window = f"tinymath-{role}", 1024
         self.recorded = replies.get(role, [])
         self._sink = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT) if log else None
@@ -126,7 +139,9 @@ class Upstream:
         delay = 0.0 if note.path == "/v1/models" else think + _SLOW_S * (self.mode == "slow")
         if self.mode == "half":
             await _reply(send, 200, raw, upto=len(raw) // 2)
-        if self.mode in ("stall", "half"):
+        self._asked += 1
+        probe = note.tokens == 0 and note.path != "/pooling"
+        if self.mode in ("stall", "half") or (self.mode == "lame" and (probe or self._asked % 3 == 0)):
             delay = 3600.0
         done, _ = await asyncio.wait({left}, timeout=delay)
         if done:

@@ -77,10 +77,11 @@ class Upstream:
     """One upstream server and the connections to it, shared by all requests.
 
     After a failed exchange it is identified anew and sent the probe. It is *down* after `_IN_A_ROW` connections in a
-    row that failed, after a probe that it answers wrongly, or that it leaves without an answer when nothing else was
-    answered within the time limit of a request either: slow is not down. Then requests fail at once, without waiting,
-    while the probe is repeated until it is answered, so that a recovery is noticed within about `_PROBE_S` + `_PAUSE_S`
-    seconds. Cancelling a request closes its connection, which ends the generation there.
+    row that failed (those that break together count once), after a probe that it answers wrongly, or that it leaves
+    without an answer when nothing else was answered within the time limit of a request either: slow is not down. Then
+    requests fail at once, without waiting, while the probe is repeated until it is answered, so that a recovery is
+    noticed within about `_PROBE_S` + `_PAUSE_S` seconds. Cancelling a request closes its connection, which ends the
+    generation there.
 
     Attributes:
         role: ``small``, ``large`` or ``scorer``.
@@ -112,7 +113,8 @@ class Upstream:
         self.window: int | None = None
         self.trouble: str | None = _UNASKED
         self._watcher: asyncio.Task[None] | None = None
-        self._broken, self._answered_at = 0, -math.inf  # connections in a row; the event loop's time
+        self._broken, self._broken_at = 0, -math.inf  # connections in a row, and when the last one broke
+        self._answered_at = -math.inf
         metrics.upstream_state(role, False)
 
     @property
@@ -163,6 +165,8 @@ class Upstream:
                 if fault.pause is None:
                     raise
                 await asyncio.sleep(fault.pause)
+                if not self.up:
+                    raise
             return await self._attempt(path, payload, parse, lost)
 
     async def _attempt(
@@ -189,17 +193,19 @@ class Upstream:
             lost()
             raise
         self._metrics.upstream_answered(self.role, time.monotonic() - began)
-        self._answered_at = asyncio.get_running_loop().time()
+        self._answered_at = time.monotonic()
         return answer
 
     async def _exchange(self, path: str, payload: Any, parse: Callable[[Any], T], timeout: float) -> T:
+        began = time.monotonic()
         try:
             async with asyncio.timeout(timeout):
                 answer = await self._connection.request(path, payload)
         except TimeoutError:
             raise Unavailable(self.role, "timeout", f"no answer within {timeout:g} s", lost=True) from None
         except Broken as error:
-            self._broken += 1
+            if began >= self._broken_at:  # those that break together count once
+                self._broken, self._broken_at = self._broken + 1, time.monotonic()
             if self._broken >= _IN_A_ROW:
                 self._set(str(error))
                 self._watch()
@@ -240,13 +246,13 @@ class Upstream:
 
     async def _try(self, patience: float) -> bool:
         """Ask who is there and whether it works; return whether there is nothing more to ask."""
-        began = asyncio.get_running_loop().time()
+        began = time.monotonic()
         try:
             await self._identify()
             assert self.model is not None
             await self._exchange(self._probe.path, self._probe.payload(self.model), self._probed, patience)
         except Unavailable as fault:
-            since = asyncio.get_running_loop().time() - self._timeout if fault.kind == "timeout" else began
+            since = time.monotonic() - self._timeout if fault.kind == "timeout" else began
             if (
                 fault.kind == "refused" and self.model is not None
             ) or self._answered_at > began:  # somebody works there

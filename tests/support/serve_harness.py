@@ -83,7 +83,10 @@ class UpstreamProcess:
         raise RuntimeError(f"no upstream {self.role}")
 
     def mode(self, mode: str) -> None:
-        httpx.post(f"http://127.0.0.1:{self.port}/control", json={"mode": mode}, timeout=10).raise_for_status()
+        self.control(mode=mode)
+
+    def control(self, **values: Any) -> None:
+        httpx.post(f"http://127.0.0.1:{self.port}/control", json=values, timeout=10).raise_for_status()
 
     def signal(self, number: int) -> None:
         assert self.process is not None
@@ -99,6 +102,9 @@ class UpstreamProcess:
         """What was noted: [delivered or left, path, tokens]."""
         rows = [line.split() for line in self.log.read_text().splitlines()]
         return [row for row in rows if row[0] == word and path in row[1]]
+
+    def probes(self) -> int:
+        return sum(row[2] == "0" and "completions" in row[1] for row in self.lines("delivered"))
 
     def decoded(self) -> int:
         """Tokens of delivered completions, probes left out."""

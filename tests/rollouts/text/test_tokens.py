@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from rollouts.text.prompts import load_tokenizer
-from rollouts.text.tokens import Encoder, encoder_of
+from rollouts.text.tokens import Encoder, Remembered, encoder_of
 from rollouts.tinymath import model_dir
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<extra_0>", "<|im", "_start|>"]
@@ -73,3 +73,15 @@ def test_models_with_the_same_vocabulary_share_their_pieces() -> None:
     small, large = (load_tokenizer(str(model_dir(role))) for role in ("small", "large"))
     assert small is not large and encoder_of(small) is encoder_of(large)
     assert encoder_of(CUT["bytes"]) is not encoder_of(CUT["accents"])
+
+
+def test_what_is_remembered_is_weighed() -> None:
+    asked: list[str] = []
+    remembered = Remembered(lambda text: asked.append(text) or tuple(range(len(text))), 100_000)  # type: ignore[func-returns-value]
+    for number in range(300):
+        remembered(f"{number} " + "a" * 50)
+        remembered(f"{number} " + "a" * 5000)  # too long to be kept
+        assert remembered.bytes <= 100_000
+    asked.clear()
+    assert len(remembered("299 " + "a" * 50)) == 54 and remembered("299 " + "a" * 5000) and remembered("0 " + "a" * 50)
+    assert asked == ["299 " + "a" * 5000, "0 " + "a" * 50]

@@ -1,0 +1,333 @@
+"""The service stays itself under stress: hard caps, slow upstreams, cheap refusals, a drained end, changed upstreams."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serve_harness import QUESTION, Router, Upstreams, policy, streamed
+from test_serve_abuse import Process
+
+from agents.__main__ import main
+from agents.serve import listen
+from agents.serve import upstreams as probing
+from agents.serve.command import ServeConfig, Server, family_of
+from rollouts.text.tokens import Encoder
+from rollouts.tinymath import model_dir
+
+
+@pytest.fixture
+def made(upstreams: Upstreams, tmp_path: Path) -> Iterator[Any]:
+    """Routers with settings of their own; the upstreams are well again afterwards."""
+    running: list[Router] = []
+
+    def make(about: dict[str, Any] | None = None, **settings: Any) -> Router:
+        running.append(Router(policy(tmp_path, **about or {}), upstreams.urls(), **settings))
+        return running[-1]
+
+    yield make
+    for each in running:
+        each.stop()
+    for upstream in upstreams.every:
+        assert upstream.process is not None
+        if upstream.process.poll() is not None:
+            upstream.start()
+        upstream.wait()
+        upstream.control(mode="ok", think=upstream.think, window=1024, name=f"tinymath-{upstream.role}")
+
+
+# ---------------------------------------------------------------- caps
+
+
+def test_no_request_exceeds_its_cap_whoever_is_killed(made: Any, upstreams: Upstreams) -> None:
+    most = 30
+    router = made({"max_large_tokens": most, "max_escalations": 3}, when_scorer_fails="large", upstream_timeout=3.0)
+    ended, draw = threading.Event(), random.Random(0)
+
+    def disturb() -> None:
+        while not ended.is_set():
+            victim = draw.choice([upstreams.small, upstreams.prm])
+            victim.kill()
+            ended.wait(draw.uniform(0.2, 0.8))
+            victim.start()
+            victim.wait()
+            ended.wait(draw.uniform(0.0, 0.5))
+
+    disturbing = threading.Thread(target=disturb)
+    disturbing.start()
+    answers, end = [], time.monotonic() + 6
+    try:
+        while time.monotonic() < end:
+            answers += router.chats(24, clients=12, trace=True)
+    finally:
+        ended.set()
+        disturbing.join()
+    assert {answer.status_code for answer in answers} <= {200, 503}
+    for answer in answers:
+        body = answer.json()
+        large = body["usage"]["models"]["large"]
+        assert large["completion_tokens"] + large["aborted_tokens"] <= most
+        assert body["trim"]["large_steps"] <= 3
+        if answer.status_code == 503:
+            assert "cap" in body["error"]["message"]
+    notes = " ".join(note for answer in answers for note in answer.json()["trim"]["fallbacks"])
+    assert "small" in notes and "scorer" in notes and "cap" in notes
+
+
+def test_a_missing_small_model_can_end_the_request(made: Any, upstreams: Upstreams) -> None:
+    router = made(when_small_fails="error")
+    upstreams.small.kill()
+    answer = router.chat()
+    assert answer.status_code == 503 and "There is no proposal: small" in answer.json()["error"]["message"]
+
+
+# ---------------------------------------------------------------- slow is not down
+
+
+def test_asking_for_health_asks_nobody(made: Any, upstreams: Upstreams, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "_PROBE_S", 0.2)
+    router = made()
+    upstreams.small.control(think=0.8)
+    probes, ended = upstreams.small.probes(), threading.Event()
+
+    def poll() -> None:
+        while not ended.is_set():
+            assert router.client.get("/health").json()["status"] == "ok"
+            time.sleep(0.02)
+
+    polling = threading.Thread(target=poll)
+    polling.start()
+    answers = router.chats(4, clients=4, max_tokens=30)
+    ended.set()
+    polling.join()
+    assert all(answer.json()["trim"]["fallbacks"] == [] for answer in answers)
+    assert upstreams.small.probes() == probes
+    assert router.client.get("/live").status_code == router.client.get("/ready").status_code == 200
+
+
+def test_who_answers_some_requests_is_not_down(made: Any, upstreams: Upstreams) -> None:
+    router = made(upstream_timeout=1.0)
+    upstreams.small.mode("lame")
+    answers = router.chats(12, clients=6, max_tokens=40)
+    kinds = {note.split("(")[1].split(")")[0] for answer in answers for note in answer.json()["trim"]["fallbacks"]}
+    assert kinds == {"timeout"}  # and never "down"
+    assert router.client.get("/health").json()["status"] == "ok"
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_refused_requests_cost_nothing(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int | None]] = []
+    whole = Encoder.whole
+    monkeypatch.setattr(
+        Encoder,
+        "whole",
+        lambda self, text: seen.append((len(text), threading.current_thread().ident)) or whole(self, text),
+    )
+    began = time.monotonic()
+    for number in range(40):
+        huge = f"{number} " + "Be brief. " * 25_000
+        answer = router.chat(messages=[{"role": "system", "content": huge}, {"role": "user", "content": QUESTION}])
+        assert answer.status_code == 400 and "too long" in answer.json()["error"]["message"]
+    assert time.monotonic() - began < 4 and not seen  # tokenising them takes half a minute
+    assert router.chat("word " * 2000).status_code == 400
+    assert [size for size, _ in seen if size > 5000]
+    assert all(thread != router.thread.ident for size, thread in seen if size > 5000)
+
+
+def test_who_is_one_too_many_is_not_tokenised(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    router = made(max_concurrent=1)
+    monkeypatch.setattr(router.server.service.metrics, "under_way", 1)
+    monkeypatch.setattr(Encoder, "whole", None)
+    assert router.chat("What is 3 times 31?").status_code == 429
+
+
+# ---------------------------------------------------------------- the end
+
+
+@pytest.fixture
+def process(upstreams: Upstreams, folder: Path) -> Iterator[tuple[Process, str]]:
+    flags = [part for role, url in upstreams.urls().items() for part in (f"--{role}", url)]
+    running = Process("--policy", folder, "--port", 0, "--drain-seconds", 2, *flags)
+    yield running, running.wait()
+    running.process.kill()
+    running.process.wait()
+    upstreams.well()
+
+
+def test_sigterm_drains_and_cut_streams_say_so(process: tuple[Process, str], upstreams: Upstreams) -> None:
+    running, url = process
+    body = {"messages": [{"role": "user", "content": QUESTION}], "stream": True}
+    lines: list[str] = []
+    ready: list[tuple[int, int]] = []
+
+    def watch() -> None:
+        time.sleep(0.3)
+        ready.append(tuple(httpx.get(f"{url}/{path}").status_code for path in ("ready", "live")))  # type: ignore[arg-type]
+
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as answer:
+        for line in answer.iter_lines():
+            lines += [line] if line else []
+            if len(lines) == 2:
+                upstreams.prm.mode("stall")
+                began = time.monotonic()
+                running.process.send_signal(signal.SIGTERM)
+                watching = threading.Thread(target=watch)
+                watching.start()
+    assert 1.5 < time.monotonic() - began < 4
+    watching.join()
+    assert ready == [(503, 200)]
+    assert "shutting down" in json.loads(lines[-2].removeprefix("data: "))["error"]["message"]
+    assert lines[-1] == "data: [DONE]"
+    assert running.process.wait(5) == 143 and "Traceback" not in running.log.read_text()
+
+
+def test_sigterm_lets_requests_end(process: tuple[Process, str]) -> None:
+    running, url = process
+    body = {"messages": [{"role": "user", "content": QUESTION}]}
+    found: list[httpx.Response] = []
+    asking = threading.Thread(
+        target=lambda: found.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30))
+    )
+    asking.start()
+    time.sleep(0.1)
+    running.process.send_signal(signal.SIGTERM)
+    asking.join()
+    assert found[0].status_code == 200 and running.process.wait(5) == 0
+
+
+def test_headers_that_do_not_come_are_given_up(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listen, "_HEADERS_S", 0.4)
+    router = made()
+    where = ("127.0.0.1", int(router.url.rsplit(":", 1)[1].split("/")[0]))
+    whole = b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n"
+    for first in (b"", whole):
+        with socket.create_connection(where, timeout=3) as connection:
+            connection.sendall(first)
+            while first and not connection.recv(4096).endswith(b'{"status":"alive"}'):
+                pass
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: ")
+            began = time.monotonic()
+            assert connection.recv(4096) == b"" and time.monotonic() - began < 2
+    assert router.chat().status_code == 200  # which takes longer
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_the_models_files_concurrency_counts(upstreams: Upstreams) -> None:
+    config = ServeConfig(policy="none", models="tinymath", **upstreams.urls(), max_concurrent=300)
+    assert {family_of(config, {}).generator(role).concurrency for role in ("small", "large")} == {64}
+
+
+def test_a_range_without_a_usual_setting_is_refused_at_the_start(
+    upstreams: Upstreams, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import numpy as np
+
+    from agents.routers.mlp import ConditionedMLP
+
+    shapes = {"0.weight": (8, 5), "0.bias": (8,), "1.weight": (2, 8), "1.bias": (2,)}
+    weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    folder = policy(tmp_path, ConditionedMLP("ranged", "agg/1", 1e-4, 1e-2, weights))
+    servers = [part for role, url in upstreams.urls().items() for part in (f"--{role}", url)]
+    assert main(["serve", "--policy", str(folder), *servers, "--port", "0"]) == 2
+    assert "serves every lam from 0.0001 to 0.01" in (error := capsys.readouterr().err) and "--lam" in error
+    Server(ServeConfig(policy=str(folder), **upstreams.urls(), port=0, lam=1e-3))._listening.close()
+
+
+def test_addresses_of_all_kinds(upstreams: Upstreams, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6")
+    server = Server(ServeConfig(policy=str(folder), **upstreams.urls(), port=0, host="::1"))
+    server._listening.close()
+    assert server.url.startswith("http://[::1]:") and "may use the models" not in caplog.text
+    for host in ("::", "0.0.0.0"):
+        caplog.clear()
+        Server(ServeConfig(policy=str(folder), **upstreams.urls(), port=0, host=host))._listening.close()
+        assert "may use the models" in caplog.text
+
+
+def test_pages_of_named_origins_may_call(made: Any, router: Router) -> None:
+    asked = {"Origin": "https://mine.example", "Access-Control-Request-Method": "POST"}
+    path = "/v1/chat/completions"
+    answer = made(cors_origins=("https://mine.example",)).client.options(path, headers=asked)
+    assert answer.status_code == 200 and answer.headers["Access-Control-Allow-Origin"] == "https://mine.example"
+    assert "Access-Control-Allow-Origin" not in router.client.options(path, headers=asked).headers
+
+
+# ---------------------------------------------------------------- upstreams
+
+
+def test_an_upstream_under_another_name_or_window_is_identified_anew(made: Any, upstreams: Upstreams) -> None:
+    router = made()
+    assert router.chat().status_code == 200
+    upstreams.small.control(name="somebody-else")
+    router.chat()
+    router.wait_down("small")
+    upstreams.small.control(name=str(model_dir("small")), window=512)
+    router.wait_up(("small",), within=5)
+    assert router.chat().json()["trim"]["fallbacks"] == []
+    assert router.server.models.window("small") == 512
+
+
+@pytest.mark.parametrize(("mode", "text"), [("surrogate", "a\ufffdb\n\n"), ("separator", "a\u2028b\x85c\n\n")])
+def test_texts_of_every_kind_reach_the_client(made: Any, upstreams: Upstreams, mode: str, text: str) -> None:
+    router = made()
+    upstreams.small.mode(mode)
+    upstreams.large.mode(mode)
+    assert text in router.chat().json()["choices"][0]["message"]["content"]
+    steps = [chunk["choices"][0]["delta"]["content"] for chunk in streamed(router)]  # of an iterator over lines
+    assert text in steps
+
+
+def test_negative_counts_are_no_answer(made: Any, upstreams: Upstreams) -> None:
+    router = made()
+    upstreams.small.mode("negative")
+    answer = router.chat()
+    assert answer.status_code == 200 and "small (malformed)" in answer.json()["trim"]["fallbacks"][0]
+
+
+def test_what_was_decoded_for_nobody_is_counted(made: Any, upstreams: Upstreams) -> None:
+    router = made()
+    upstreams.small.mode("stall")
+    with pytest.raises(httpx.ReadTimeout):
+        router.client.post(
+            "/v1/chat/completions", json={"messages": [{"role": "user", "content": QUESTION}]}, timeout=0.3
+        )
+    router.idle()
+    assert router.metric("trim_tokens_total", model="small", kind="aborted") > 0
+
+
+# ---------------------------------------------------------------- addresses and requests
+
+
+def test_slashes_and_nulls(router: Router, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    answer = router.client.post(
+        "/v1/chat/completions/", json={"messages": [{"role": "user", "content": QUESTION}], "unheard_of": None}
+    )
+    assert answer.status_code == 200
+    assert router.client.get("/v1/models/", headers={"Host": "evil.example"}).json()["object"] == "list"
+    assert router.chat(chat_template_kwargs={"enable_thinking": False}, trace=None).status_code == 200
+    assert router.chat(chat_template_kwargs={"enable_thinking": True}).status_code == 400
+    assert router.chat(unheard_of=0).status_code == 400
+
+
+def test_the_schema_is_behind_the_key(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIM_TEST_STRESS_KEY", "sk-1")
+    router = made(api_key_env="TRIM_TEST_STRESS_KEY")
+    for path, status in (("/openapi.json", 401), ("/v1/models/", 401), ("/health", 200), ("/ready/", 200)):
+        assert router.client.get(path).status_code == status
+    assert router.client.get("/openapi.json", headers={"Authorization": "Bearer sk-1"}).status_code == 200
