@@ -140,8 +140,9 @@ class Upstream:
         if self.mode == "half":
             await _reply(send, 200, raw, upto=len(raw) // 2)
         self._asked += 1
-        probe = note.tokens == 0 and note.path != "/pooling"
-        if self.mode in ("stall", "half") or (self.mode == "lame" and (probe or self._asked % 3 == 0)):
+        probe = note.tokens == 0 and note.path == "/v1/completions"
+        lame = self.mode == "lame" and (probe or (note.path == "/v1/completions" and self._asked % 3 == 0))
+        if self.mode in ("stall", "half") or lame:
             delay = 3600.0
         done, _ = await asyncio.wait({left}, timeout=delay)
         if done:
