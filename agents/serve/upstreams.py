@@ -78,10 +78,10 @@ class Upstream:
 
     After a failed exchange it is identified anew and sent the probe. It is *down* after `_IN_A_ROW` connections in a
     row that failed (those that break together count once), after a probe that it answers wrongly, or that it leaves
-    without an answer when nothing else was answered within the time limit of a request either: slow is not down. Then
-    requests fail at once, without waiting, while the probe is repeated until it is answered, so that a recovery is
-    noticed within about `_PROBE_S` + `_PAUSE_S` seconds. Cancelling a request closes its connection, which ends the
-    generation there.
+    without an answer when a request was, too, and nothing was answered within the time limit of a request: slow is not
+    down. Then requests fail at once, without waiting, while the probe is repeated until it is answered, so that a
+    recovery is noticed within about `_PROBE_S` + `_PAUSE_S` seconds. Cancelling a request closes its connection, which
+    ends the generation there.
 
     Attributes:
         role: ``small``, ``large`` or ``scorer``.
@@ -114,7 +114,7 @@ class Upstream:
         self.trouble: str | None = _UNASKED
         self._watcher: asyncio.Task[None] | None = None
         self._broken, self._broken_at = 0, -math.inf  # connections in a row, and when the last one broke
-        self._answered_at = -math.inf
+        self._answered_at = self._timed_out_at = -math.inf
         metrics.upstream_state(role, False)
 
     @property
@@ -184,6 +184,8 @@ class Upstream:
         except Unavailable as fault:
             self._metrics.upstream_failed(self.role, fault.kind)
             _log.warning("%s", fault)
+            if fault.kind == "timeout":
+                self._timed_out_at = time.monotonic()
             if fault.suspect:
                 self._watch()
             if fault.lost and not lost():
@@ -252,13 +254,16 @@ class Upstream:
             assert self.model is not None
             await self._exchange(self._probe.path, self._probe.payload(self.model), self._probed, patience)
         except Unavailable as fault:
-            since = time.monotonic() - self._timeout if fault.kind == "timeout" else began
             if (
                 fault.kind == "refused" and self.model is not None
             ) or self._answered_at > began:  # somebody works there
                 self._set(None)
                 return True
-            if self.up and self._answered_at > since:
+            if fault.kind == "timeout" and patience >= self._timeout:
+                self._timed_out_at = time.monotonic()
+            unknown = self.trouble not in (None, _UNASKED) or self.model is None
+            if fault.kind == "timeout" and not unknown and not self._silent:  # slow, as far as is known
+                self._set(None)
                 return False
             if fault.kind != "connection" or not self.up:
                 self._set(str(fault).removeprefix(f"{self.role}: "))
@@ -270,6 +275,11 @@ class Upstream:
             return False
         self._set(None)
         return True
+
+    @property
+    def _silent(self) -> bool:
+        """Whether something that was as patient as requests are got no answer, and nothing else did meanwhile."""
+        return self._answered_at < min(self._timed_out_at, time.monotonic() - self._timeout)
 
     def _probed(self, body: Any) -> None:
         try:

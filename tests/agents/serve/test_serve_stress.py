@@ -115,6 +115,13 @@ def test_asking_for_health_asks_nobody(made: Any, upstreams: Upstreams, monkeypa
     assert router.client.get("/live").status_code == router.client.get("/ready").status_code == 200
 
 
+def test_a_slow_upstream_is_up_from_the_start(made: Any, upstreams: Upstreams, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "_PROBE_S", 0.3)
+    upstreams.small.control(think=0.8)
+    router = made()
+    assert router.chat(max_tokens=30).json()["trim"]["fallbacks"] == []
+
+
 def test_who_answers_some_requests_is_not_down(made: Any, upstreams: Upstreams) -> None:
     router = made(upstream_timeout=0.8)
     upstreams.small.mode("lame")
