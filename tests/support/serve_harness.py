@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -201,6 +202,27 @@ class Router:
         self.server.stop()
         self.thread.join(20)
         assert not self.thread.is_alive()
+
+
+class Process:
+    """``python -m agents serve`` with what it printed."""
+
+    def __init__(self, *arguments: Any) -> None:
+        command = [sys.executable, "-m", "agents", "serve", *map(str, arguments)]
+        self.log = Path(f"/tmp/serve-{os.getpid()}-{free_port()}.log")
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=output, text=True)
+
+    def wait(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("Serving 'trim-thr' at http://127.0.0.1:"), line + self.log.read_text()
+        assert "small up, large up, scorer up" in line
+        return line.split(" at ")[1].split("/v1")[0]
+
+    def megabytes(self) -> float:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1024
 
 
 def streamed(router: Router, question: str = QUESTION, **more: Any) -> Iterator[dict[str, Any]]:

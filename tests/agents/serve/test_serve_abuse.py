@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,32 +14,11 @@ from typing import Any
 
 import httpx
 import pytest
-from serve_harness import QUESTION, ROOT, Upstreams, free_port, policy
+from serve_harness import QUESTION, Process, Upstreams, policy
 
 MALFORMED = 1000
 GROWTH_MB = 20.0
 LIMIT = 1 << 18
-
-
-class Process:
-    """``python -m agents serve`` with what it printed."""
-
-    def __init__(self, *arguments: Any) -> None:
-        command = [sys.executable, "-m", "agents", "serve", *map(str, arguments)]
-        self.log = Path(f"/tmp/serve-{os.getpid()}-{free_port()}.log")
-        with self.log.open("wb") as output:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=output, text=True)
-
-    def wait(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line.startswith("Serving 'trim-thr' at http://127.0.0.1:"), line + self.log.read_text()
-        assert "small up, large up, scorer up" in line
-        return line.split(" at ")[1].split("/v1")[0]
-
-    def megabytes(self) -> float:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) / 1024
 
 
 @pytest.fixture(scope="module")

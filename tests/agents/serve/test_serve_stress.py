@@ -15,8 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serve_harness import QUESTION, Router, Upstreams, policy, streamed
-from test_serve_abuse import Process
+from serve_harness import QUESTION, Process, Router, Upstreams, policy, streamed
 
 from agents.__main__ import main
 from agents.serve import listen
