@@ -8,17 +8,21 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rollouts.store.shards import GRADES, KEY, Table
+import pyarrow as pa
+
+from rollouts.store.shards import CONTENT, GRADES, KEY, Table
+from rollouts.text.steps import extend_hash
 
 TreeKey = tuple[str, int]  # problem id, replica
-RowKey = tuple[str, int, int, str]  # problem id, replica, prefix, role: what joins a row to a proposal
+RowKey = tuple[Any, ...]  # what joins a row to a proposal: its place (problem id, replica, prefix, role), its content
 _FLUSH_SECONDS = 10.0
 
 
 class Rows:
     """One column of a table for the trees that are at hand (`read`, `forget`), and new rows (`put`, `flush`).
 
-    Of duplicate keys the first wins.
+    Of duplicate keys the first wins. Where a table has `CONTENT`, a row is found for a proposal of that text only: one
+    that was made for another text at the same place is none.
 
     Attributes:
         table: The table.
@@ -38,7 +42,7 @@ class Rows:
             seconds: Seconds after which a shard is due.
         """
         self.table = table
-        self.column = column or table.schema.names[len(KEY)]
+        self.column = column or table.schema.names[len(table.key)]
         self.max_rows = rows
         self.max_seconds = seconds
         self.of_solutions = table.schema.equals(GRADES)
@@ -52,11 +56,12 @@ class Rows:
     def read(self, trees: Collection[TreeKey]) -> None:
         """Take trees at hand, with the rows that the table has for them."""
         self._values.update((tree, {}) for tree in trees)
-        for part in self.table.read({problem for problem, _ in trees}, [*KEY, self.column]):
-            *columns, values = (part[name].to_pylist() for name in (*KEY, self.column))
+        for part in self.table.read({problem for problem, _ in trees}, [*self.table.key, self.column]):
+            *columns, values = (part[name].to_pylist() for name in (*self.table.key, self.column))
             for key, value in zip(zip(*columns, strict=True), values, strict=True):
                 if (held := self._values.get(key[:2])) is not None:
-                    held.setdefault(key, value)
+                    by_place = self.table.by_place and key[-1] is None
+                    held.setdefault(key[: len(KEY)] if by_place else key, value)
 
     def forget(self, trees: Iterable[TreeKey]) -> None:
         """Let go of trees; their new rows still go to the disk."""
@@ -65,22 +70,31 @@ class Rows:
 
     def __contains__(self, key: RowKey) -> bool:
         """Whether a tree at hand has a row for a proposal."""
-        return key in self._values[key[:2]]
+        return self._found(key) in self._values[key[:2]]
 
     def __getitem__(self, key: RowKey) -> Any:
         """Return the value of a proposal of a tree at hand."""
-        return self._values[key[:2]][key]
+        return self._values[key[:2]][self._found(key)]
 
     def get(self, key: RowKey, default: Any = None) -> Any:
         """Return the value of a proposal of a tree at hand, or a default if there is no row."""
-        return self._values[key[:2]].get(key, default)
+        return self._values[key[:2]].get(self._found(key), default)
+
+    def _found(self, key: RowKey) -> RowKey:
+        """Return under what the value of a proposal of a tree at hand would be: its content, or its place alone."""
+        return key if key in self._values[key[:2]] else key[: len(KEY)]
+
+    def unclaimed(self, tree: TreeKey, keys: Iterable[RowKey]) -> int:
+        """Return how many rows of a tree at hand belong to none of its proposals, whose keys are given."""
+        return len(self._values[tree].keys() - {self._found(key) for key in keys})
 
     def put(self, key: RowKey, **values: Any) -> None:
         """Add a row, with the values of all columns beside its key; where there is one already, that one stays."""
-        held = self._values.get(key[:2], {})
-        if key not in held:
-            held[key] = values[self.column]
-            self._new.append({**dict(zip(KEY, key, strict=True)), **values})
+        held = self._values.get(key[:2])
+        if held is None or self._found(key) not in held:
+            if held is not None:
+                held[key] = values[self.column]
+            self._new.append({CONTENT: None, **dict(zip((*KEY, CONTENT), key, strict=False)), **values})
             self.added += 1
 
     def count(self, counters: Mapping[str, int]) -> None:
@@ -115,12 +129,23 @@ class Rows:
 
     def lacking(self, steps: Table, problems: Collection[str]) -> set[str]:
         """Return which of some problems have proposals without a row, orphaned ones included."""
-        keys: list[RowKey] = []
-        for part in steps.read(problems, [*KEY, "terminal"]):
+        contents: dict[RowKey, int] = {}
+        for part in steps.read(problems, [*KEY, "text", "terminal"]):
             part = part.filter(part["terminal"]) if self.of_solutions else part
-            keys += zip(*(part[name].to_pylist() for name in KEY), strict=True)
-        trees = {key[:2] for key in keys}
+            contents_of(part, contents)
+        trees = {place[:2] for place in contents}
         self.read(trees)
-        found = {key[0] for key in keys if key not in self}
+        found = {place[0] for place, content in contents.items() if (*place, content) not in self}
         self.forget(trees)
         return found
+
+
+def contents_of(steps: pa.Table, contents: dict[RowKey, int]) -> None:
+    """Add the contents of steps by their place; of duplicates the first wins.
+
+    Args:
+        steps: Rows of the step table with `KEY` and ``text``.
+        contents: Where to.
+    """
+    for *place, text in zip(*(steps[name].to_pylist() for name in (*KEY, "text")), strict=True):
+        contents.setdefault(tuple(place), extend_hash(place[2], text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,15 +34,19 @@ STEPS = pa.schema(
         pa.field("label", pa.bool_()),
     ]
 )
-SCORES = pa.schema([*_KEY_FIELDS, pa.field("score", pa.float32())])
+CONTENT = "content"  # what a row is about: the hash of its prefix and of the proposal's text
+_CONTENT_FIELD = pa.field(CONTENT, pa.uint64())  # null in rows from before there was such a column
+SCORES = pa.schema([*_KEY_FIELDS, _CONTENT_FIELD, pa.field("score", pa.float32())])
 GRADES = pa.schema(
     [
         *_KEY_FIELDS,
+        _CONTENT_FIELD,
         pa.field("correct", pa.bool_(), nullable=False),
         pa.field("extracted", pa.string()),
         pa.field("error", pa.string()),
     ]
 )
+_COUNTER, _COMPACTED = "trim.", "trim-compacted"  # in the metadata of shards
 _SHARD = re.compile(r"part-(\d{6})\.parquet$")
 
 
@@ -60,12 +65,21 @@ def write_atomically(path: Path, write: Any) -> None:
 
 
 class Table:
-    """One append-only table: a directory of shards with one schema."""
+    """One append-only table: a directory of shards with one schema.
 
-    def __init__(self, directory: Path, schema: pa.Schema) -> None:
+    Attributes:
+        directory: Where its shards are.
+        schema: Their columns.
+        key: The columns that name a row.
+        by_place: Whether a row without `CONTENT` belongs to whatever step is at its place.
+    """
+
+    def __init__(self, directory: Path, schema: pa.Schema, *, by_place: bool = True) -> None:
         """Name the table; the directory is made at the first `append`."""
         self.directory = directory
         self.schema = schema
+        self.key = (*KEY, CONTENT) if CONTENT in schema.names else KEY
+        self.by_place = by_place
         self._mentioned: dict[tuple[Path, int], set[str]] = {}
 
     def shards(self) -> list[Path]:
@@ -89,16 +103,19 @@ class Table:
         """Write one shard.
 
         Args:
-            rows: Columns of the schema, equally long.
+            rows: Columns of the schema, equally long; `CONTENT` may be left out.
             counters: Whole numbers to be summed over shards (`counters`), such as dropped segments.
             path: Where to; default `next_shard`.
         """
-        arrays = [pa.array(rows[field.name], type=field.type) for field in self.schema]
+        unknown = [None] * len(rows["problem"])
+        columns = [rows.get(name, unknown) if name == CONTENT else rows[name] for name in self.schema.names]
+        arrays = [pa.array(column, type=field.type) for column, field in zip(columns, self.schema, strict=True)]
         self._write(pa.Table.from_arrays(arrays, schema=self.schema), counters or {}, path or self.next_shard())
 
-    def _write(self, table: pa.Table, counters: Mapping[str, int], path: Path) -> None:
+    def _write(self, table: pa.Table, counters: Mapping[str, int], path: Path, **metadata: str) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        table = table.replace_schema_metadata({f"trim.{name}": str(value) for name, value in counters.items()})
+        counted = {f"{_COUNTER}{name}": str(value) for name, value in counters.items()}
+        table = table.replace_schema_metadata(counted | metadata)
 
         def write(target: Path) -> None:
             pq.write_table(table, target, compression="zstd", compression_level=12, write_page_checksum=True)
@@ -112,18 +129,19 @@ class Table:
             StoreError: The shard is truncated, corrupted or has another schema; the message names it.
         """
         try:
-            table = pq.read_table(
-                path, columns=list(columns) if columns else None, page_checksum_verification=True, partitioning=None
-            )
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                table = file.read(columns=list(columns) if columns else None)
         except (pa.ArrowException, OSError) as error:
             raise StoreError(
                 f"{path}: unreadable shard ({str(error).splitlines()[0][:160]}). "
                 "`python -m rollouts repair` sets it aside; the same command then generates what is missing."
             ) from error
         wanted = list(columns) if columns else self.schema.names
+        if CONTENT in wanted and CONTENT not in table.column_names:
+            table = table.append_column(_CONTENT_FIELD, pa.nulls(table.num_rows, pa.uint64()))
         if missing := [name for name in wanted if name not in table.column_names]:
             raise StoreError(f"{path}: columns {missing} are missing, found {table.column_names}.")
-        return table
+        return table.select(wanted)
 
     def read(self, problems: Collection[str] | None = None, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield the shards one by one, cut to some problems; shards without any of them are not read."""
@@ -147,43 +165,61 @@ class Table:
 
     def keys(self) -> pa.Table:
         """Return the keys of all rows, duplicates included; whole shards are read, so that damage anywhere is found."""
-        empty = _plain(self.schema.empty_table().select(KEY))
-        return pa.concat_tables([empty, *(_plain(table.select(KEY)).cast(empty.schema) for table in self.read())])
+        empty = _plain(self.schema.empty_table().select(self.key))
+        return pa.concat_tables([empty, *(_plain(table.select(self.key)).cast(empty.schema) for table in self.read())])
 
     def counters(self) -> dict[str, int]:
         """Return the shards' counters, summed."""
-        totals: dict[str, int] = {}
+        totals: Counter[str] = Counter()
         for path in self.shards():
-            for name, value in (pq.read_metadata(path).metadata or {}).items():
-                if name.startswith(b"trim."):
-                    key = name.decode().removeprefix("trim.")
-                    totals[key] = totals.get(key, 0) + int(value)
-        return totals
+            metadata = {name.decode(): value for name, value in (pq.read_metadata(path).metadata or {}).items()}
+            if _COMPACTED in metadata:  # those before it are in it, and there only because of a crash
+                totals.clear()
+            totals.update(_counters_in(metadata))
+        return dict(totals)
+
+    def complete(self, content_of: Mapping[tuple[Any, ...], int]) -> None:
+        """Give rows that have no `CONTENT` that of the step at their place, where one is known."""
+        for path in self.shards():
+            table = self.read_shard(path)
+            if not table[CONTENT].null_count:
+                continue
+            rows = zip(*(table[name].to_pylist() for name in self.key), strict=True)
+            found = [content_of.get(key[:-1]) if key[-1] is None else key[-1] for key in rows]
+            column = pa.array(found, type=pa.uint64())
+            metadata = {name.decode(): value for name, value in (pq.read_metadata(path).metadata or {}).items()}
+            table = table.set_column(table.column_names.index(CONTENT), _CONTENT_FIELD, column)
+            self._write(table, _counters_in(metadata), path, **{k: "" for k in metadata if k == _COMPACTED})
 
     def compact(self) -> None:
         """Rewrite all shards as one, sorted by key, duplicates dropped (first wins), then remove the old ones.
 
-        A crash in between leaves rows twice, which readers resolve to the same content.
+        A crash in between leaves rows twice, which readers resolve to the same content, and counters once.
         """
         old = self.shards()
         if not old:
             return
         table = pa.concat_tables([_plain(self.read_shard(path)) for path in old])
         numbered = table.append_column("row", pa.array(range(table.num_rows), type=pa.int64()))
-        first = numbered.group_by(KEY).aggregate([("row", "min")]).sort_by([(name, "ascending") for name in KEY])
+        first = numbered.group_by(self.key).aggregate([("row", "min")])
+        first = first.sort_by([(name, "ascending") for name in self.key])
         table = table.take(first["row_min"])
         arrays = [
             table[field.name].dictionary_encode() if pa.types.is_dictionary(field.type) else table[field.name]
             for field in self.schema
         ]
         table = pa.Table.from_arrays(arrays, names=self.schema.names).cast(self.schema)
-        self._write(table, self.counters(), self.next_shard())
+        self._write(table, self.counters(), self.next_shard(), **{_COMPACTED: ""})
         for path in old:
             path.unlink()
 
     def leftovers(self) -> list[Path]:
         """Return temporary files that a crash left behind."""
         return sorted(self.directory.glob(".*.tmp")) if self.directory.is_dir() else []
+
+
+def _counters_in(metadata: Mapping[str, bytes]) -> dict[str, int]:
+    return {name.removeprefix(_COUNTER): int(value) for name, value in metadata.items() if name.startswith(_COUNTER)}
 
 
 def _plain(table: pa.Table) -> pa.Table:

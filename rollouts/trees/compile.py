@@ -127,6 +127,7 @@ class _Counts:
     not_numbers: int = 0
     without_score: int = 0  # trees left out because an input exceeded the scorer's window
     orphans: int = 0
+    unclaimed: int = 0  # scores and grades that belong to no step
 
 
 def _compile(store: Store, scorer: str, grader: str, on_progress: Callable[[int], None] | None) -> Trees:
@@ -168,6 +169,7 @@ def _compile(store: Store, scorer: str, grader: str, on_progress: Callable[[int]
         "large": process["large"]["model"],
         "left_out_trees": counts.without_score,
         "orphans": counts.orphans,
+        "unclaimed_rows": counts.unclaimed,
         "hash": digest.hexdigest(),
     }
     return Trees(
@@ -218,6 +220,8 @@ def _rows_of(
     scores, grades, *labels = tables
     counts.orphans += tree.orphans
     counts.incomplete += tree.missing() > 0
+    keys = [tree.row_key(*place[1:]) for place in tree.places()]
+    counts.unclaimed += sum(rows.unclaimed(tree.key, keys) for rows in (scores, grades))
     row_of = {key: first + offset for offset, key in enumerate(tree.nodes)}
     before = {tree.root.key: (1.0, 1.0)}  # least and product of the scores of the accepted steps
     actions: list[tuple[Any, ...]] = []

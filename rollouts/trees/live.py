@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from rollouts.errors import StoreError
 from rollouts.models.stepwise import Generation, StepWriter
 from rollouts.scoring.base import Scorer
-from rollouts.store.rows import RowKey, Rows, TreeKey
+from rollouts.store.rows import Rows, TreeKey
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader
 from rollouts.tasks.problems import Problem
@@ -135,10 +135,9 @@ class LiveTrees:
 
     def propose(self, places: Iterable[Place]) -> None:
         """Make sure that the proposals at some places exist."""
-        asked: dict[RowKey, Place] = {}
-        for tree, node, role in places:
-            if role not in node.proposals:
-                asked[tree.row_key(node, role)] = (tree, node, role)
+        asked = {
+            (tree.key, node.key, role): (tree, node, role) for tree, node, role in places if role not in node.proposals
+        }
 
         def ask(place: Place) -> Future[Generation]:
             tree, node, role = place
@@ -149,7 +148,8 @@ class LiveTrees:
             new = tree.insert_path(node, role, generation.steps)
             self.buffer.add(tree, role, new, generation)
             self.generated += len(new)
-            self._note((tree, found, role) for found, _ in new)
+            self._note(tree.places() if tree.relaxed else ((tree, found, role) for found, _ in new))
+            tree.relaxed = False
 
         ask_all(asked.values(), ask, take)
         self.flush_if_due()

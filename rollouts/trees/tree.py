@@ -66,8 +66,8 @@ class RolloutTree:
     Attributes:
         key: What names it: its problem's id and its replica.
         nodes: Its nodes by key, parents before children.
-        orphans: Steps of the store that no path reaches.
-        relaxed: Whether some node learned of a cheaper way since this was last set to False.
+        relaxed: Whether some node learned of a cheaper way, or orphans found their node, since this was last set to
+            False.
     """
 
     def __init__(self, problem: Problem, replica: int, max_escalations: int | None) -> None:
@@ -85,8 +85,8 @@ class RolloutTree:
         self.key: TreeKey = (problem.id, replica)
         self.root = Node(ROOT_HASH, (), 0, 0, True)
         self.nodes = {ROOT_HASH: self.root}
-        self.orphans = 0
         self.relaxed = False
+        self._orphans: dict[int, dict[str, Step]] = {}  # by prefix and role
 
     @classmethod
     def from_rows(
@@ -94,26 +94,40 @@ class RolloutTree:
     ) -> RolloutTree:
         """Rebuild a tree from (prefix, role, step) rows of the step table; of duplicate keys the first wins.
 
-        Rows that no path reaches (a shard between was set aside) are counted in `orphans` and left out.
+        Rows that no path reaches (a shard between was set aside) are orphans and left out until one does.
         """
         tree = cls(problem, replica, max_escalations)
-        found: dict[int, dict[str, Step]] = {}
         for prefix, role, step in rows:
-            found.setdefault(prefix, {}).setdefault(role, step)
-        stack = [tree.root]
+            tree._orphans.setdefault(prefix, {}).setdefault(role, step)
+        tree._adopt(tree.root)
+        return tree
+
+    @property
+    def orphans(self) -> int:
+        """Steps of the store that no path reaches."""
+        return sum(len(proposals) for proposals in self._orphans.values())
+
+    def _adopt(self, node: Node) -> None:
+        """Give a node, and all that this leads to, the proposals that the store has for them."""
+        stack = [node]
         while stack:
             node = stack.pop()
-            proposals = found.pop(node.key, {})
+            proposals = self._orphans.pop(node.key, {})
             for role in ROLES:
                 if role in proposals:
-                    child = tree.insert(node, role, proposals[role])
+                    child = self._insert(node, role, proposals[role])
                     if child is not None and child not in stack:
                         stack.append(child)
-        tree.orphans = sum(len(proposals) for proposals in found.values())
-        return tree
 
     def insert(self, node: Node, role: str, step: Step) -> Node | None:
         """Record a proposal; return the node it leads to, or None if it is terminal."""
+        child = self._insert(node, role, step)
+        if child is not None and child.key in self._orphans:
+            self._adopt(child)
+            self.relaxed = True
+        return child
+
+    def _insert(self, node: Node, role: str, step: Step) -> Node | None:
         node.proposals[role] = step
         if step.terminal:
             return None
@@ -190,8 +204,8 @@ class RolloutTree:
         return None if step is None or step.terminal else self.nodes[node.child_key(step)]
 
     def row_key(self, node: Node, role: str) -> RowKey:
-        """Return what joins the rows of all tables to a proposal."""
-        return (self.problem.id, self.replica, node.key, role)
+        """Return what joins the rows of all tables to a proposal that is there: its place and its content."""
+        return (self.problem.id, self.replica, node.key, role, node.child_key(node.proposals[role]))
 
     def places(self) -> Iterator[Place]:
         """Yield where there are proposals."""

@@ -10,7 +10,6 @@ import pyarrow.compute as pc
 
 from rollouts.errors import StoreError
 from rollouts.store.rows import Rows
-from rollouts.store.shards import KEY
 from rollouts.store.store import Store
 from rollouts.trees.annotate import is_left
 from rollouts.trees.grow import load_trees
@@ -41,7 +40,7 @@ def verify_store(store: Store) -> Findings:
             findings.problems.append(str(error))
             continue
         findings.facts.append(f"{name}: {keys.num_rows:,} rows in {len(table.shards())} shards")
-        if duplicates := keys.num_rows - keys.group_by(KEY).aggregate([]).num_rows:
+        if duplicates := keys.num_rows - keys.group_by(table.key).aggregate([]).num_rows:
             findings.problems.append(f"{name}: {duplicates} duplicate keys.")
         if strangers := pc.sum(pc.invert(pc.is_in(keys["problem"], value_set=known))).as_py():
             findings.problems.append(f"{name}: {strangers} rows of problems that problems.parquet does not have.")
@@ -62,11 +61,15 @@ def _trees(store: Store, findings: Findings) -> None:
     missing: Counter[tuple[str, str]] = Counter()
     for tree in trees:
         counts.update(trees=1, nodes=len(tree.nodes), open=tree.missing() > 0, orphans=tree.orphans)
+        keys = [tree.row_key(node, role) for _, node, role in tree.places()]
         for which, rows in tables.items():
             missing[which] += sum(is_left(rows, place) for place in tree.places())
+            counts["unclaimed"] += rows.unclaimed(tree.key, keys)
     findings.facts.append(
         f"{counts['trees']:,} trees, {counts['nodes']:,} decision nodes, {counts['orphans']} orphaned steps"
     )
+    if counts["unclaimed"]:
+        findings.facts.append(f"{counts['unclaimed']:,} scores and grades belong to no step that is there; not used")
     if counts["open"]:
         findings.problems.append(f"{counts['open']} trees are not closed; the same `generate` closes them.")
     for (kind, name), count in (+missing).items():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from rollouts.store import shards
 from rollouts.store.rows import Rows
-from rollouts.store.shards import GRADES, KEY, SCORES, STEPS, Table
+from rollouts.store.shards import CONTENT, GRADES, KEY, SCORES, STEPS, Table
+from rollouts.text.steps import extend_hash
 
 
 @pytest.fixture
@@ -17,8 +20,8 @@ def table(tmp_path):
     return Table(tmp_path / "scores", SCORES)
 
 
-def key(problem="p", replica=0, prefix=0, role="small"):
-    return (problem, replica, prefix, role)
+def key(problem="p", replica=0, prefix=0, role="small", text="x"):
+    return (problem, replica, prefix, role, extend_hash(prefix, text))
 
 
 def stored(table):
@@ -96,7 +99,7 @@ def test_an_interrupt_while_a_shard_is_written_loses_no_row_and_doubles_none(tab
 def test_problems_that_lack_rows(tmp_path):
     steps = Table(tmp_path / "steps", STEPS)
     keys = [key(name, prefix=prefix) for name in ("p", "q") for prefix in (0, 1)]
-    columns = {name: list(values) for name, values in zip(KEY, zip(*keys, strict=True), strict=True)}
+    columns = {name: list(values) for name, values in zip((*KEY, CONTENT), zip(*keys, strict=True), strict=True)}
     steps.append({
         **columns, "text": ["x"] * 4, "tokens": [1] * 4, "prompt_tokens": [1] * 4, "stop_reason": ["eos"] * 4,
         "terminal": [False, True, False, False], "label": [None] * 4,
@@ -133,3 +136,61 @@ def test_only_shards_that_mention_a_problem_are_read(table, monkeypatch):
     os.utime(table.shards()[0], ns=(1, 1))  # another shard under a name that was read before
     assert [part.num_rows for part in table.read({"q"}, KEY)] == [1]
     assert read["part-000001.parquet", ("problem",)] == 2
+
+
+def test_a_row_is_found_for_the_text_that_it_was_made_for(table):
+    one, other = key(text="one"), key(text="other")
+    rows = Rows(table)
+    rows.put(one, score=0.25)
+    rows.flush()
+    rows = Rows(table)
+    rows.read([("p", 0)])
+    assert rows[one] == 0.25 and other not in rows and rows.get(other, ...) is ...
+    with pytest.raises(KeyError):
+        rows[other]
+    assert rows.unclaimed(("p", 0), [other]) == 1 and not rows.unclaimed(("p", 0), [one, other])
+    rows.put(other, score=0.75)
+    rows.flush()
+    table.compact()
+    rows = Rows(table)
+    rows.read([("p", 0)])
+    assert rows[one] == 0.25 and rows[other] == 0.75
+
+
+@pytest.mark.parametrize("by_place", [True, False])
+def test_rows_from_before_contents(tmp_path, by_place):
+    before = Table(tmp_path / "scores", pa.schema([field for field in SCORES if field.name != CONTENT]))
+    columns = dict(zip(KEY, ([value] for value in key()), strict=False))
+    before.append({**columns, "score": [0.5]})
+    table = Table(tmp_path / "scores", SCORES, by_place=by_place)
+    rows = Rows(table)
+    rows.read([("p", 0)])
+    assert (key() in rows) == by_place and rows.get(key(text="any")) == (0.5 if by_place else None)
+    rows.put(key(), score=0.75)
+    rows.flush()
+    assert len(stored(table)) == (1 if by_place else 2)
+    table.complete({key()[: len(KEY)]: extend_hash(0, "x")})
+    rows.read([("p", 0)])
+    assert rows[key()] == 0.5 and key(text="any") not in rows
+
+
+def test_counters_after_a_crash_between_compaction_and_removal(table, monkeypatch):
+    for score in (0.25, 0.5):
+        rows = Rows(table)
+        rows.put(key(prefix=len(table.shards())), score=score)
+        rows.count({"requests": 3})
+        rows.flush()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "unlink", interrupted)
+        table.compact()
+    assert len(table.shards()) == 3 and table.counters() == {"requests": 6}
+    rows.put(key(prefix=9), score=1.0)
+    rows.count({"requests": 1})
+    rows.flush()
+    assert table.counters() == {"requests": 7}
+    table.compact()
+    assert len(table.shards()) == 1 and table.counters() == {"requests": 7}
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt

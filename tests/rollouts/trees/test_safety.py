@@ -11,14 +11,20 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import scripted_run
-from handmade import ScriptedScorer, problem, process
+from handmade import ScriptedScorer, ScriptedWriter, problem, process
 from test_trees import PROBLEMS, all_steps, finish, grow
 
 from rollouts.__main__ import main
 from rollouts.errors import StoreError
 from rollouts.store.store import Store
+from rollouts.tasks.grading import make_grader
+from rollouts.text.steps import ROLES, Step, StopReason, solution_text
+from rollouts.trees.compile import compile_store
+from rollouts.trees.grow import load_trees
 from rollouts.trees.verify import verify_store
 
 ROOT = Path(__file__).parents[3]
@@ -120,6 +126,99 @@ def test_a_truncated_shard_is_named_repaired_and_grown_again(store, capsys):
     assert all_steps(store) == reference
 
 
+class MoodyWriter(ScriptedWriter):
+    """Writes something else every time, as engines that are started again do; often the text of another draw."""
+
+    def __init__(self, role: str, seed: int) -> None:
+        super().__init__(role)
+        self.generator = random.Random(f"{role}{seed}")
+
+    def step(self, prefix, steps):
+        draw = self.generator.randrange(4)
+        if len(steps) + 1 >= self.depth or self.generator.random() < 0.2:
+            return Step(f"so \\boxed{{{7 + draw % 2}}}", 5 + draw, StopReason.BOXED, 20)
+        return Step(f"step {len(steps)} says {draw}\n\n", 3 + draw, StopReason.DELIMITER, 20)
+
+
+def grown_anew(path: Path, seed: int) -> Store:
+    who = {role: MoodyWriter(role, seed) for role in ROLES}
+    return finish(grow(path, max_escalations=1, replicas=1, who=who, flush_rows=20))
+
+
+def check_that_all_is_about_its_own_text(store: Store) -> None:
+    """Every score and grade of the compiled store is that of the proposal's text, computed anew."""
+    trees, row, grader = compile_store(store, cache=False), 0, make_grader("exact")
+    for tree in load_trees(store, store.problems(), None, 1):
+        for node in tree.nodes.values():
+            for action, role in enumerate(ROLES):
+                if step := node.proposals.get(role):
+                    steps = [*node.steps, step.text]
+                    score = np.float32(ScriptedScorer().of(tree.problem.question, steps))
+                    right = grader.grade_many([(tree.problem.answer, solution_text(steps))])[0].correct
+                    assert trees.proposal(row, action) == step.text
+                    assert trees.score[row, action] == score
+                    assert trees.correct[row, action] == (right if step.terminal else -1)
+            row += 1
+    assert row == trees.nodes
+
+
+def without_contents(store: Store) -> None:
+    """Make scores and grades as they were before rows said what they are about."""
+    for table in store.tables()[1:]:
+        for shard in table.shards():
+            pq.write_table(pq.ParquetFile(shard).read().drop_columns("content"), shard)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new store", "from before contents"])
+def test_after_repairs_with_other_draws_nothing_old_sticks_to_anything_new(tmp_path, old):
+    store = grown_anew(tmp_path / "s", 0)
+    if old:
+        without_contents(store)
+    check_that_all_is_about_its_own_text(store)
+    generator, unclaimed, kept = random.Random(1), 0, 0
+    for attempt in range(1, 21):
+        truncate(generator.choice(store.steps.shards()))
+        if attempt % 3 == 0:
+            truncate(generator.choice(store.scores("scripted").shards()))
+        store.repair()
+        before = store.scores("scripted").keys().num_rows
+        grown_anew(store.path, attempt)
+        check_that_all_is_about_its_own_text(store)
+        assert not verify_store(store).problems
+        unclaimed += compile_store(store, cache=False).meta["unclaimed_rows"]
+        kept += before > 0 and store.scores("scripted").keys().num_rows - before < before
+        if attempt % 5 == 0:
+            for table in store.tables():
+                table.compact()
+            check_that_all_is_about_its_own_text(store)
+            store = grown_anew(store.path, -attempt)  # nothing is left to do: shards are whole again
+    assert unclaimed and kept == 20, "there was nothing to confuse, or everything was done again"
+
+
+def test_old_rows_of_a_store_that_was_repaired_before_are_not_believed(tmp_path):
+    store = grown_anew(tmp_path / "s", 0)
+    shard = store.steps.shards()[1]
+    (store.path / "set-aside" / "steps").mkdir(parents=True)
+    shard.rename(store.path / "set-aside" / "steps" / shard.name)  # as repair did when rows said nothing
+    without_contents(store)
+    with pytest.raises(StoreError, match="no score"):
+        compile_store(grow(store.path, 1, 1, who={role: MoodyWriter(role, 1) for role in ROLES}), cache=False)
+    check_that_all_is_about_its_own_text(finish(store))
+    assert any("belong to no step" in fact for fact in verify_store(store).facts)
+
+
+def test_shards_of_one_name_that_are_set_aside_are_both_kept(store):
+    for _ in range(3):
+        truncate(store.steps.shards()[-1])
+        store.repair()
+        grow(store.path)
+    assert len(list((store.path / "set-aside" / "steps").iterdir())) == 3
+
+
 def test_a_flipped_byte_is_found(store, capsys):
     shard = store.steps.shards()[0]
     content = bytearray(shard.read_bytes())
@@ -164,6 +263,15 @@ def test_a_problem_with_other_content_is_refused_and_new_ones_are_added(store):
     assert len(store.problems()) == len(PROBLEMS) + 1
     with pytest.raises(StoreError, match="Did you mean 'train'"):
         store.problems("trian")
+
+
+def test_no_engine_start_is_lost_between_opening_and_writing(store):
+    early, late = Store.create(store.path, process()), Store(store.path)
+    with early.writing():
+        early.record_engine({"role": "small", "seed": early.next_start()})
+    with late.writing():
+        late.record_engine({"role": "small", "seed": late.next_start()})
+    assert [start["seed"] for start in Store(store.path).manifest["engines"]] == [0, 1]
 
 
 def test_two_writers_at_once_are_refused(store):

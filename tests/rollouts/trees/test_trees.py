@@ -434,6 +434,7 @@ def test_score_and_grade_finish_exactly_when_nothing_is_left(tmp_path):
 
     scores = store.scores("scripted")
     kept = scores.read_shard(scores.shards()[0]).slice(10).to_pydict()
+    orphans["content"] = [1] * 10
     for name in kept:
         kept[name] += [0.0] * 20 if name == "score" else 2 * orphans[name]
     scores.shards()[0].unlink()
