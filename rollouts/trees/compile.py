@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -64,10 +63,9 @@ def compile_store(
     """
     store = store if isinstance(store, Store) else Store(store)
     scorer, grader = store.choose("scores", scorer), store.choose("grades", grader)
-    key = _cache_key(store, scorer, grader)
-    folders = [parent / key for parent in _cache_parents(store)] if cache else []
+    folders = _cache_folders(store, scorer, grader) if cache else []
     for folder in folders:
-        if (folder / "meta.json").is_file():
+        with suppress(OSError):  # not there, or another process removes it at this moment
             return _load(folder)
     trees = _compile(store, scorer, grader, on_progress)
     for folder in folders:
@@ -77,9 +75,17 @@ def compile_store(
     return trees
 
 
-def _cache_parents(store: Store) -> list[Path]:
+def _cache_folders(store: Store, scorer: str, grader: str) -> list[Path]:
+    """Return where compiled arrays may be: ``OWNER-CONTENT``, of which one for each owner is kept."""
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return [store.path / ".compiled", home / "trim-routing" / "compiled"]
+    content = _cache_key(store, scorer, grader)
+    return [
+        parent / f"{hashlib.blake2b(owner.encode(), digest_size=6).hexdigest()}-{content}"
+        for parent, owner in (
+            (store.path / ".compiled", f"{scorer}|{grader}"),
+            (home / "trim-routing" / "compiled", f"{store.path.resolve()}|{scorer}|{grader}"),
+        )
+    ]
 
 
 def _cache_key(store: Store, scorer: str, grader: str) -> str:
@@ -107,9 +113,10 @@ def _save(trees: Trees, folder: Path) -> None:
         except OSError:
             if not (folder / "meta.json").is_file():  # another process may have been first
                 raise
-    for old in folder.parent.iterdir():
-        if old.name != folder.name and not old.name.startswith("."):
-            shutil.rmtree(old, ignore_errors=True)
+        for old in folder.parent.glob(f"{folder.name.partition('-')[0]}-*"):
+            if old != folder:
+                with suppress(OSError):  # it goes as a whole, and another process may be removing it too
+                    old.rename(Path(scratch) / old.name)
 
 
 def _load(folder: Path) -> Trees:

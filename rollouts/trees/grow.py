@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -41,12 +42,14 @@ class Progress:
         total: Trees in this pass.
         steps: Steps generated in this run.
         tokens: Tokens decoded in this run, by role.
+        under_way: Requests that are under way.
     """
 
     trees: int = 0
     total: int = 0
     steps: int = 0
     tokens: Counter[str] = field(default_factory=Counter)
+    under_way: int = 0
 
 
 class StepBuffer(Rows):
@@ -161,9 +164,10 @@ class Grower:
             buffer: Where new rows go.
             in_flight: Trees grown at once.
             max_large_tokens: Stop asking the large model after so many of its tokens in `progress`; the store
-                stays resumable.
+                stays resumable. Every request reserves what the longest so far took, and asks for one step, so that
+                not more than the excess of those under way over that goes beyond.
             progress: Counts to go on from; default: fresh ones.
-            on_progress: Called about once a second.
+            on_progress: Called about once a second, from the first request on.
         """
         self.writers = writers
         self.buffer = buffer
@@ -174,6 +178,9 @@ class Grower:
         self.budget_spent = False
         self._answers: queue.SimpleQueue[tuple[RolloutTree, Want, Future[Generation]]] = queue.SimpleQueue()
         self._pending: Counter[int] = Counter()
+        self._waiting: deque[tuple[RolloutTree, Want]] = deque()  # for what the budget has left
+        self._large_under_way = 0
+        self._longest: float = math.inf  # large step so far; before the first one there is one request at a time
 
     def run(self, trees: Iterable[RolloutTree]) -> int:
         """Grow trees until nothing more can be asked of the roles at hand.
@@ -190,7 +197,8 @@ class Grower:
         source = iter(trees)
         active: dict[int, RolloutTree] = {}
         open_trees = 0
-        last = time.monotonic()
+        told = -math.inf
+        self.progress.under_way = 0
         try:
             while True:
                 taken = 0
@@ -204,14 +212,19 @@ class Grower:
                     if taken:
                         continue  # all of these were closed already; there may be more
                     return open_trees
-                tree, want, future = self._answers.get()
-                self._take(tree, want, future.result())
-                if not self._pending[id(tree)]:
-                    open_trees += self._finish(active, tree)
-                self.buffer.flush_if_due()
-                if self.on_progress and time.monotonic() - last > 1.0:
-                    last = time.monotonic()
+                if self.on_progress and time.monotonic() - told > 1.0:
+                    told = time.monotonic()
                     self.on_progress(self.progress)
+                try:
+                    tree, want, future = self._answers.get(timeout=1.0)
+                except queue.Empty:
+                    continue
+                self._take(tree, want, future.result())
+                for touched in dict.fromkeys((tree, *self._give_up())):
+                    if not self._pending[id(touched)]:
+                        open_trees += self._finish(active, touched)
+                self._ask_waiting()
+                self.buffer.flush_if_due()
         finally:
             self._salvage()
             self.buffer.flush()
@@ -236,14 +249,44 @@ class Grower:
 
     def _ask(self, tree: RolloutTree, wants: Iterable[Want]) -> None:
         for want in wants:
-            if want.role == LARGE and self.max_large_tokens is not None:
-                if self.progress.tokens[LARGE] >= self.max_large_tokens:
-                    self.budget_spent = True
-                    continue
+            bounded = want.role == LARGE and self.max_large_tokens is not None
+            if bounded and self._budget_left() <= 0:
+                self.budget_spent = True
+                continue
             want.node.asked.add(want.role)
             self._pending[id(tree)] += 1
-            future = self.writers[want.role].submit(tree.prefix(want.node), whole=want.whole)
-            future.add_done_callback(lambda done, want=want: self._answers.put((tree, want, done)))  # type: ignore[misc]
+            if bounded:
+                self._waiting.append((tree, want._replace(whole=False)))
+            else:
+                self._submit(tree, want)
+        self._ask_waiting()
+
+    def _submit(self, tree: RolloutTree, want: Want) -> None:
+        future = self.writers[want.role].submit(tree.prefix(want.node), whole=want.whole)
+        self.progress.under_way += 1
+        self._large_under_way += want.role == LARGE
+        future.add_done_callback(lambda done: self._answers.put((tree, want, done)))
+
+    def _budget_left(self) -> float:
+        return math.inf if self.max_large_tokens is None else self.max_large_tokens - self.progress.tokens[LARGE]
+
+    def _give_up(self) -> list[RolloutTree]:
+        """Return the trees that wait for a budget that is spent; they wait no longer."""
+        given_up = []
+        while self._waiting and self._budget_left() <= 0:
+            self.budget_spent = True
+            tree, want = self._waiting.popleft()
+            want.node.asked.discard(want.role)
+            self._pending[id(tree)] -= 1
+            given_up.append(tree)
+        return given_up
+
+    def _ask_waiting(self) -> None:
+        """Ask the large model for what the budget has room for."""
+        while self._waiting and (left := self._budget_left()) > 0:
+            if self._large_under_way and self._longest * (self._large_under_way + 1) > left:
+                break
+            self._submit(*self._waiting.popleft())
 
     def _take(self, tree: RolloutTree, want: Want, generation: Generation) -> None:
         touched = self._record(tree, want, generation)
@@ -253,6 +296,10 @@ class Grower:
     def _record(self, tree: RolloutTree, want: Want, generation: Generation) -> list[Node]:
         """Insert an answer; return the nodes at which something may have become askable."""
         self._pending[id(tree)] -= 1
+        self.progress.under_way -= 1
+        if want.role == LARGE:
+            self._large_under_way -= 1
+            self._longest = max(generation.decoded, 0 if self._longest == math.inf else self._longest)
         want.node.asked.discard(want.role)
         new = tree.insert_path(want.node, want.role, generation.steps)
         self.buffer.add(tree, want.role, new, generation)

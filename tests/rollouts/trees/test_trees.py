@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import threading
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
@@ -210,6 +211,47 @@ def test_token_budget_stops_and_resumes(tmp_path):
     assert all_steps(store) == all_steps(grow(tmp_path / "whole"))
 
 
+class LongWriter(ShuffledWriter):
+    """Answers late and in any order, the large model in steps of 53 to 59 tokens."""
+
+    def step(self, prefix, steps):
+        made = super().step(prefix, steps)
+        return replace(made, tokens=made.tokens + 50 * (self.role == LARGE))
+
+
+@pytest.mark.parametrize("cap", [None, 1])
+@pytest.mark.parametrize("budget", [1, 40, 500])
+def test_a_token_budget_is_not_exceeded_by_what_is_under_way(tmp_path, cap, budget):
+    store = Store.create(tmp_path / "s", process(cap))
+    store.add_problems(PROBLEMS)
+    grower = Grower(
+        {role: LongWriter(role, budget) for role in ROLES}, StepBuffer(store.steps), max_large_tokens=budget
+    )
+    assert grower.run(load_trees(store, PROBLEMS, 2, cap)) and grower.budget_spent
+    assert budget <= grower.progress.tokens[LARGE] <= budget + 59
+    assert not grower.progress.under_way
+    free = Grower({role: LongWriter(role, 0) for role in ROLES}, StepBuffer(store.steps))
+    assert free.run(load_trees(store, PROBLEMS, 2, cap)) == 0 and free.progress.tokens[LARGE] > 1000 - budget
+
+
+def test_progress_is_told_before_the_first_answer(tmp_path):
+    class Slow(ScriptedWriter):
+        def submit(self, prefix, *, whole):
+            future, answer = Future(), super().submit(prefix, whole=whole).result()
+            threading.Timer(0.2, future.set_result, [answer]).start()
+            return future
+
+    store = Store.create(tmp_path / "s", process())
+    told = []
+    grower = Grower(
+        {role: Slow(role, depth=1) for role in ROLES},
+        StepBuffer(store.steps),
+        on_progress=lambda now: told.append((now.steps, now.under_way)),
+    )
+    grower.run(load_trees(store, PROBLEMS, 1, None))
+    assert told[0] == (0, len(PROBLEMS)) and told[-1] == (2 * len(PROBLEMS), 0)
+
+
 def test_of_duplicate_keys_the_first_wins(tmp_path):
     store = finish(grow(tmp_path / "s"))
     rows = store.steps.read_shard(store.steps.shards()[0]).to_pydict()
@@ -325,6 +367,49 @@ def test_compiling_is_cached_by_content(tmp_path):
     assert again.meta["hash"] == first.meta["hash"] and np.array_equal(first.child, again.child)
     assert isinstance(again.child, np.memmap)
     assert split_statistics(again, "train").trees == 6
+
+
+def compiled_folders(parent):
+    return sorted(path.name for path in parent.iterdir())
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside the store", "in the user's cache"])
+def test_compiled_arrays_of_others_stay_and_old_ones_go(tmp_path, monkeypatch, beside):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    stores = [finish(grow(tmp_path / name, replicas=1)) for name in ("one", "two")]
+    for store in stores:
+        shutil.copytree(store.scores("scripted").directory, store.path / "scores" / "again")
+        if not beside:
+            (store.path / ".compiled").write_text("not a folder")
+    parents = [store.path / ".compiled" if beside else tmp_path / "cache/trim-routing/compiled" for store in stores]
+
+    def compile_all():
+        for store in stores:
+            for scorer in ("scripted", "again"):
+                assert isinstance(compile_store(store, scorer).child, np.memmap)
+
+    compile_all()
+    first = [compiled_folders(parent) for parent in parents]
+    assert [len(found) for found in first] == ([2, 2] if beside else [4, 4])
+    compile_all()
+    assert [compiled_folders(parent) for parent in parents] == first
+    finish(grow(stores[0].path, replicas=2))
+    compile_store(stores[0], "scripted")
+    now = compiled_folders(parents[0])
+    assert len(now) == len(first[0]) and len(set(now) & set(first[0])) == len(now) - 1
+
+
+def test_a_reader_whose_compiled_arrays_go_compiles_again(tmp_path, monkeypatch):
+    store = finish(grow(tmp_path / "s", replicas=1))
+    first, read = compile_store(store), np.load
+
+    def gone(path, **options):
+        monkeypatch.setattr(np, "load", read)
+        shutil.rmtree(path.parent)
+        return read(path, **options)
+
+    monkeypatch.setattr(np, "load", gone)
+    assert compile_store(store).meta == first.meta
 
 
 @pytest.mark.parametrize(("kind", "remedy"), [("scores", "score"), ("grades", "grade")])
