@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
 
 from rollouts.cli.inspect import Repair, Show, Stats, StorePath, Verify
 from rollouts.cli.progress import console, progress_bar
 from rollouts.config import load_family
-from rollouts.errors import ConfigError, DataError
+from rollouts.errors import ConfigError, DataError, did_you_mean
 from rollouts.family import Family
 from rollouts.scoring.base import self_test_examples
 from rollouts.store.rows import Rows
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader, make_grader, unreadable_answers
-from rollouts.tasks.problems import Problem, load_problems
+from rollouts.tasks.problems import EMBEDDED, SPLITS, Problem, load_problems
 from rollouts.text.steps import ROLES
 from rollouts.trees.annotate import grade_store, left, score_store
 from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, label_of, load_trees, replicas_of
 from rollouts.trees.grow import Progress as Counts
+
+FREE_TEXT_ESCALATIONS = 2  # K by default where models write free text
+_MOST_WORKERS = 16
 
 
 def parse_replicas(text: str) -> int | dict[str, int]:
@@ -55,7 +60,9 @@ class Generate:
         models: TOML file of the roles, or ``tinymath`` / ``tinymath:transformers`` for the embedded family.
         limit: Most problems of each split.
         split: Put all problems of JSONL files into this split instead of splitting them by hash.
-        max_escalations: K: every path with at most K escalations; None for complete trees.
+        max_escalations: K: every path with at most K escalations; ``none``: complete trees. ``auto``: the K of the
+            store where there is one, else complete trees for tinymath and 2 for other problems, as free text
+            hardly ever merges.
         replicas: Independent samples of every tree: a number, or by split, such as ``train=1,test=2``.
         seed: Run seed.
         grader: ``exact``, ``numeric`` or ``module:object`` (`rollouts.tasks.grading.Grader`).
@@ -73,7 +80,7 @@ class Generate:
     models: str = "tinymath"
     limit: int | None = None
     split: str | None = None
-    max_escalations: int | None = None
+    max_escalations: int | Literal["auto", "none"] | None = "auto"
     replicas: str = "1"
     seed: int = 0
     grader: str = "exact"
@@ -92,19 +99,25 @@ class Generate:
         grader = make_grader(self.grader)
         family = Family(load_family(self.models), seed=self.seed, examples=self_test_examples(problems))
         replicas = parse_replicas(self.replicas)
+        if isinstance(replicas, dict):
+            splits = [*SPLITS, *(problem.split for problem in problems)]
+            if unknown := [split for split in replicas if split not in splits]:
+                raise ConfigError(f"--replicas {self.replicas!r}: no split {unknown[0]!r}."
+                                  + did_you_mean(unknown[0], splits))  # fmt: skip
         most = max(replicas.values()) if isinstance(replicas, dict) else replicas
         greedy = [role for role in ROLES if family.config.generator(role).sampling.temperature == 0]
         if most > 1 and greedy:
             raise ConfigError(f"Temperature 0 ({greedy[0]}) makes all replicas the same; use --replicas 1.")
         problems = self._that_fit(screen, family, problems)
         self._warn_of_unreadable_answers(screen, grader, problems)
+        labelled = all(problem.source == EMBEDDED for problem in problems)
+        most_escalations = self._most_escalations(screen, complete=labelled)
         if self.dry_run:
             from rollouts.cli.estimate import estimate
 
-            estimate(screen, family, problems, replicas, self.max_escalations, self.in_flight)
+            estimate(screen, family, problems, replicas, most_escalations, self.in_flight)
             return
-        labelled = all(problem.source == "tinymath" for problem in problems)
-        store = Store.create(self.out, family.process(self.max_escalations, labels=labelled))
+        store = Store.create(self.out, family.process(most_escalations, labels=labelled))
         with store.writing():
             store.add_problems(problems)
             closed = self._grow(screen, store, family, problems, replicas)
@@ -116,6 +129,17 @@ class Generate:
             screen.print("The token budget is spent; the same command with a new budget goes on.")
         elif self.score and self.grade and family.config.scorer is not None:
             Stats(self.out).run()
+
+    def _most_escalations(self, screen: Console, complete: bool) -> int | None:
+        if isinstance(self.max_escalations, str) and self.max_escalations == "auto":
+            if (Path(self.out) / "manifest.json").is_file():
+                found: int | None = Store(self.out).manifest["process"]["max_escalations"]
+                return found
+            if complete:
+                return None
+            screen.print(f"Trees hold every path with at most {FREE_TEXT_ESCALATIONS} escalations (--max-escalations).")
+            return FREE_TEXT_ESCALATIONS
+        return None if self.max_escalations == "none" else self.max_escalations
 
     def _load_problems(self, screen: Console) -> list[Problem]:
         found: list[Problem] = []
@@ -148,7 +172,7 @@ class Generate:
         self, screen: Console, store: Store, family: Family, problems: Sequence[Problem], replicas: int | dict[str, int]
     ) -> bool:
         def load() -> Iterator[Any]:
-            return load_trees(store, problems, replicas, self.max_escalations)
+            return load_trees(store, problems, replicas, store.manifest["process"]["max_escalations"])
 
         total = sum(replicas_of(problem, replicas) for problem in problems)
         if not any(tree.wants() for tree in load()):
@@ -160,7 +184,12 @@ class Generate:
 
             def show(now: Counts) -> None:
                 tokens = ", ".join(f"{now.tokens[role]:,} {role}" for role in ROLES)
-                advance(completed=now.trees, note=f"{now.steps:,} steps; tokens {tokens}")
+                note = f"{now.steps:,} steps; tokens {tokens}; {now.under_way:,} requests under way"
+                advance(completed=now.trees, note=note)
+
+            def opened(role: str) -> Any:
+                advance(0, note=f"loading the {role} model")
+                return family.open(role, store)
 
             def grower(writers: Any) -> Grower:
                 counts.trees = 0
@@ -174,9 +203,9 @@ class Generate:
                 )
 
             if self.sequential:
-                return grow_sequentially(lambda role: family.open(role, store), load, grower) == 0
+                return grow_sequentially(opened, load, grower) == 0
             with ExitStack() as stack:
-                writers = {role: stack.enter_context(family.open(role, store)) for role in ROLES}
+                writers = {role: stack.enter_context(opened(role)) for role in ROLES}
                 return grower(writers).run(load()) == 0
 
 
@@ -196,9 +225,14 @@ def run_scoring(store: Store, family: Family, problems: Sequence[Problem] | None
 def run_grading(store: Store, grader: Grader, problems: Sequence[Problem] | None) -> None:
     """Grade what is ungraded, with a bar."""
     with progress_bar("Grading", None, "solutions") as advance:
-        report = grade_store(store, grader, problems, on_progress=advance)
+        report = grade_store(store, grader, problems, workers=_workers(), on_progress=advance)
     if report.errors:
         console().print(f"The grader failed on {report.errors} answers; they are graded wrong.")
+
+
+def _workers() -> int:
+    """Return how many processes grade: one for each core that this process may use."""
+    return min(len(os.sched_getaffinity(0)), _MOST_WORKERS) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

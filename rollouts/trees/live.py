@@ -154,8 +154,8 @@ class LiveTrees:
         ask_all(asked.values(), ask, take)
         self.flush_if_due()
 
-    def score(self, places: Iterable[Place]) -> list[float]:
-        """Return the scores of existing proposals; 0 where the scorer has none (its window is exceeded).
+    def score(self, places: Iterable[Place]) -> list[float | None]:
+        """Return the scores of existing proposals; None where the scorer has none (its window is exceeded).
 
         New proposals are scored in the same batch, whether named or not; one forward pass scores a proposal and
         what follows it.
@@ -163,8 +163,7 @@ class LiveTrees:
         wanted = list(places)
         score_paths(self.scorer, self._scores, paths(self._scores, (*self._unscored, *wanted)))
         self._unscored = []
-        values = [self._scores[tree.row_key(node, role)] for tree, node, role in wanted]
-        return [0.0 if value is None else value for value in values]
+        return [self._scores[tree.row_key(node, role)] for tree, node, role in wanted]
 
     def grade(self) -> None:
         """Grade the new solutions."""

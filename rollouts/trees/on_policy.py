@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rollouts.errors import ConfigError, did_you_mean
+from rollouts.errors import ConfigError, StoreError, did_you_mean
 from rollouts.models.stepwise import StepWriter
 from rollouts.plugins import is_plugin, load_plugin
 from rollouts.scoring.base import Scorer
@@ -20,7 +20,7 @@ from rollouts.text.steps import LARGE, ROLES, SMALL, Step
 from rollouts.trees.columns import FOLDS, Columns, Folded, facts_of
 from rollouts.trees.grow import load_trees
 from rollouts.trees.live import LiveTrees
-from rollouts.trees.tree import Node, RolloutTree
+from rollouts.trees.tree import Node, Place, RolloutTree
 
 Router = Callable[[Columns], NDArray[Any]]  # (n,) columns by name, as `observe` returns them -> (n,) of 0 and 1
 
@@ -58,12 +58,16 @@ def observe(live: LiveTrees, episodes: Sequence[Episode]) -> dict[str, Any]:
     Returns:
         What a router sees: arrays of shape (n,) by name (`rollouts.trees.columns.COLUMNS`), and ``escalations`` and
         ``large_tokens`` so far.
+
+    Raises:
+        StoreError: A step has no score; a compiled store leaves such trees out (`leave_out_unscored`).
     """
     running = [(episode, episode.node) for episode in episodes if episode.node is not None]
     proposals = [(episode.tree, node, SMALL) for episode, node in running]
     accepted = [(episode.tree, *episode.last) if episode.last else None for episode, _ in running]
     live.propose(proposals)
-    scores = iter(live.score([*filter(None, accepted), *proposals]))
+    places = [*filter(None, accepted), *proposals]
+    scores = iter(_there(live, places))
     for (episode, _), place in zip(running, accepted, strict=True):
         if place is not None:
             _, before, role = place
@@ -75,6 +79,29 @@ def observe(live: LiveTrees, episodes: Sequence[Episode]) -> dict[str, Any]:
         rows.append(row | {"escalations": episode.escalations, "large_tokens": episode.large_tokens})
     columns: dict[str, Any] = {name: np.array([row[name] for row in rows], np.float64) for name in rows[0]}
     return columns | {"max_steps": int(live.store.manifest["process"]["limits"]["max_steps"])}
+
+
+def _there(live: LiveTrees, places: Sequence[Place]) -> list[float]:
+    scores = []
+    for (tree, node, _), score in zip(places, live.score(places), strict=True):
+        if score is None:
+            raise StoreError(f"{live.store.path}: step {len(node.steps) + 1} of problem {tree.problem.id!r}, replica "
+                             f"{tree.replica}, has no score by {live.scorer.name!r}: its input exceeds the scorer's "
+                             "window. Raise max_length of the scorer, or leave the problem out.")  # fmt: skip
+        scores.append(score)
+    return scores
+
+
+def leave_out_unscored(live: LiveTrees, episodes: Sequence[Episode]) -> list[Episode]:
+    """Return the running episodes whose last step and small proposal have scores, asking for all misses at once."""
+    running = [(episode, episode.node) for episode in episodes if episode.node is not None]
+    wanted = {
+        episode: [(episode.tree, node, SMALL), *([(episode.tree, *episode.last)] if episode.last else [])]
+        for episode, node in running
+    }
+    live.propose(places[0] for places in wanted.values())
+    live.score(chain.from_iterable(wanted.values()))
+    return [episode for episode, places in wanted.items() if None not in live.score(places)]
 
 
 def _as_accepted(node: Node, role: str) -> Step:
@@ -134,10 +161,10 @@ def expand_on_policy(
         while trees := list(islice(source, batch)):
             live.add(trees)
             for _ in range(episodes):
-                running = [Episode(tree, tree.root) for tree in trees]
+                running = leave_out_unscored(live, [Episode(tree, tree.root) for tree in trees])
                 while running:
                     act(live, running, np.asarray(router(observe(live, running))))
-                    running = [episode for episode in running if episode.node is not None]
+                    running = leave_out_unscored(live, running)
             live.score(())  # of last steps
             live.forget(0)
             if on_progress:

@@ -16,9 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import scripted_run
 from handmade import ScriptedScorer, ScriptedWriter, problem, process
+from rich.console import Console
 from test_trees import PROBLEMS, all_steps, finish, grow
 
 from rollouts.__main__ import main
+from rollouts.cli.generate import Generate
 from rollouts.errors import StoreError
 from rollouts.store.store import Store
 from rollouts.tasks.answers import final_answer
@@ -289,6 +291,7 @@ def test_two_writers_at_once_are_refused(store):
         (["generate", "out", "--problems", "missing.jsonl"], "missing.jsonl"),
         (["generate", "out", "--models", "missing.toml"], "missing.toml"),
         (["generate", "out", "--replicas", "none"], "--replicas"),
+        (["generate", "out", "--replicas", "trian=4"], "Did you mean 'train'"),
         (["generate", "out", "--grader", "exakt"], "Did you mean 'exact'"),
         (["generate", "out", "--models", "tinymath:vlm"], "Did you mean 'vllm'"),
     ],
@@ -340,3 +343,15 @@ def test_a_problem_longer_than_the_window_is_left_out_and_counted(tmp_path, caps
     assert main(["generate", out, "--problems", str(file), "--models", models, "--no-score"]) == 0
     assert "1 problems are longer" in capsys.readouterr().err
     assert len(Store(out).problems()) == 1
+    assert Store(out).manifest["process"]["max_escalations"] == 2  # free text
+
+
+def test_how_many_escalations_trees_hold_by_default(tmp_path):
+    def most(complete, **options):
+        return Generate(tmp_path / "s", **options)._most_escalations(Console(quiet=True), complete)
+
+    assert (most(True), most(False)) == (None, 2)
+    assert (most(False, max_escalations="none"), most(False, max_escalations=None)) == (None, None)
+    assert (most(True, max_escalations=0), most(False, max_escalations=3)) == (0, 3)
+    Store.create(tmp_path / "s", process(1))
+    assert most(True) == most(False) == 1

@@ -26,7 +26,8 @@ from rollouts.trees.arrays import MISSING
 from rollouts.trees.columns import COLUMNS
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, load_trees
-from rollouts.trees.on_policy import expand_on_policy, load_router
+from rollouts.trees.live import LiveTrees
+from rollouts.trees.on_policy import Episode, act, expand_on_policy, load_router, observe
 from rollouts.trees.stats import oracle, split_statistics
 from rollouts.trees.tree import RolloutTree
 from rollouts.trees.verify import verify_store
@@ -552,6 +553,40 @@ def test_on_policy_expansion_adds_what_the_router_reaches(tmp_path):
     assert got.escalations.max() > 1
     assert (trees.child == MISSING).any()
     assert expand_on_policy(store, writers(), ScriptedScorer(), router, PROBLEMS) == 0
+
+
+class NarrowScorer(ScriptedScorer):
+    """Has no score for what follows a path of 40 characters or more, as one with a small window."""
+
+    def submit(self, question, steps):
+        future = Future()
+        scores = super().submit(question, steps).result()
+        future.set_result([s if len("".join(steps[: i + 1])) < 40 else None for i, s in enumerate(scores)])
+        return future
+
+
+def test_a_step_without_a_score_is_never_taken_for_a_bad_one(tmp_path):
+    store = grow(tmp_path / "s", 1)
+    seen = []
+
+    def router(columns):
+        seen.extend(columns["score"].tolist())
+        return np.ones(len(columns["score"]))
+
+    with store.writing():
+        expand_on_policy(store, writers(), NarrowScorer(), router, PROBLEMS)
+    assert seen and all(0 < score <= 1 for score in seen)
+    score_store(store, NarrowScorer())
+    grade_store(store, make_grader("exact"))
+    assert 0 < compile_store(store, cache=False).meta["left_out_trees"]
+    live = LiveTrees(store, writers(), NarrowScorer())
+    trees = list(load_trees(store, PROBLEMS, 2, 1))
+    live.add(trees)
+    episodes = [Episode(tree, tree.root) for tree in trees]
+    with pytest.raises(StoreError, match=r"problem 'p\d', replica \d, has no score by 'scripted'"):
+        while episodes:
+            act(live, episodes, np.ones(len(observe(live, episodes)["score"])))
+            episodes = [episode for episode in episodes if episode.node is not None]
 
 
 def test_routers_of_ones_own_by_name(tmp_path, monkeypatch):
