@@ -133,17 +133,19 @@ class Repair:
     Attributes:
         store: Directory of the store.
         compact: Also merge all shards of each table into one, sorted, which is smaller and faster to read.
+        drop_failed: Also drop the steps whose requests failed, so that `generate` asks for them again.
     """
 
     store: StorePath
     compact: bool = False
+    drop_failed: bool = False
 
     def run(self) -> None:
         """Run the command."""
         store = Store(self.store)
         out = Console(highlight=False)
         with store.writing():
-            done = store.repair()
+            done = store.repair(drop_failed=self.drop_failed)
             if self.compact:
                 for table in store.tables():
                     before = len(table.shards())

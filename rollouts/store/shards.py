@@ -172,7 +172,7 @@ class Table:
         """Return the shards' counters, summed."""
         totals: Counter[str] = Counter()
         for path in self.shards():
-            metadata = {name.decode(): value for name, value in (pq.read_metadata(path).metadata or {}).items()}
+            metadata = _metadata_of(path)
             if _COMPACTED in metadata:  # those before it are in it, and there only because of a crash
                 totals.clear()
             totals.update(_counters_in(metadata))
@@ -187,9 +187,22 @@ class Table:
             rows = zip(*(table[name].to_pylist() for name in self.key), strict=True)
             found = [content_of.get(key[:-1]) if key[-1] is None else key[-1] for key in rows]
             column = pa.array(found, type=pa.uint64())
-            metadata = {name.decode(): value for name, value in (pq.read_metadata(path).metadata or {}).items()}
-            table = table.set_column(table.column_names.index(CONTENT), _CONTENT_FIELD, column)
-            self._write(table, _counters_in(metadata), path, **{k: "" for k in metadata if k == _COMPACTED})
+            self._rewrite(path, table.set_column(table.column_names.index(CONTENT), _CONTENT_FIELD, column))
+
+    def drop(self, column: str, value: str) -> int:
+        """Drop all rows with a value in a column; return how many there were."""
+        dropped = 0
+        for path in self.shards():
+            table = self.read_shard(path)
+            kept = table.filter(pc.not_equal(pc.cast(table[column], pa.string()), value))
+            if kept.num_rows < table.num_rows:
+                dropped += table.num_rows - kept.num_rows
+                self._rewrite(path, kept)
+        return dropped
+
+    def _rewrite(self, path: Path, table: pa.Table) -> None:
+        metadata = _metadata_of(path)
+        self._write(table, _counters_in(metadata), path, **{name: "" for name in metadata if name == _COMPACTED})
 
     def compact(self) -> None:
         """Rewrite all shards as one, sorted by key, duplicates dropped (first wins), then remove the old ones.
@@ -216,6 +229,10 @@ class Table:
     def leftovers(self) -> list[Path]:
         """Return temporary files that a crash left behind."""
         return sorted(self.directory.glob(".*.tmp")) if self.directory.is_dir() else []
+
+
+def _metadata_of(path: Path) -> dict[str, bytes]:
+    return {name.decode(): value for name, value in (pq.read_metadata(path).metadata or {}).items()}
 
 
 def _counters_in(metadata: Mapping[str, bytes]) -> dict[str, int]:

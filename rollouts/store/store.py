@@ -18,6 +18,7 @@ from rollouts.errors import StoreError, did_you_mean
 from rollouts.store.rows import RowKey, contents_of
 from rollouts.store.shards import GRADES, KEY, SCORES, STEPS, Table, write_atomically
 from rollouts.tasks.problems import Problem
+from rollouts.text.steps import StopReason
 
 SCHEMA_VERSION = 1
 _PROBLEMS = pa.schema([(name, pa.string()) for name in ("id", "split", "question", "answer", "source", "licence")])
@@ -224,8 +225,12 @@ class Store:
             self.manifest = _read_manifest(self.path / "manifest.json")
             yield
 
-    def repair(self) -> list[str]:
-        """Set unreadable shards aside (``set-aside/``), remove leftovers of crashes; return what was done."""
+    def repair(self, *, drop_failed: bool = False) -> list[str]:
+        """Set unreadable shards aside (``set-aside/``), remove leftovers of crashes; return what was done.
+
+        Args:
+            drop_failed: Also drop the steps whose requests failed, so that they are asked for again.
+        """
         done: list[str] = []
         for table in reversed(self.tables()):  # steps last
             for path in table.leftovers():
@@ -248,10 +253,15 @@ class Store:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(path, target)
                 done.append(f"moved {path} to {target}: {why}")
+        if drop_failed:
+            if self._by_place():
+                self._complete(self.steps.shards())
+            dropped = self.steps.drop("stop_reason", StopReason.FAILED)
+            done.append(f"dropped {dropped} failed steps; `generate` asks for them again")
         return done
 
     def _complete(self, readable: Sequence[Path]) -> None:
-        """Before others than these step shards go: note in old scores and grades which texts they are about."""
+        """Before steps go: note in old scores and grades which texts, of those in these shards, they are about."""
         contents: dict[RowKey, int] = {}
         for path in readable:
             contents_of(self.steps.read_shard(path, [*KEY, "text"]), contents)

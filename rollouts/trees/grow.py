@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from rollouts.errors import BackendError
 from rollouts.models.stepwise import Generation, StepWriter
 from rollouts.store.rows import Rows, TreeKey
 from rollouts.store.shards import KEY, Table
@@ -20,6 +21,8 @@ from rollouts.tasks.problems import Problem
 from rollouts.text.steps import LARGE, ROLES, Step, StopReason
 from rollouts.trees.tree import Node, RolloutTree, Want
 
+_FIRST, _JUDGED, _MOST_FAILED = 200, 20, 0.5  # requests of a role that are looked at, from which on, for which share
+_FEWEST_FAILURES = 4  # of a run whose requests all failed
 _COLUMNS = (*KEY, "text", "tokens", "stop_reason", "prompt_tokens")
 Labeller = Callable[[str, Sequence[str]], Sequence[bool]]
 
@@ -179,6 +182,8 @@ class Grower:
         self._answers: queue.SimpleQueue[tuple[RolloutTree, Want, Future[Generation]]] = queue.SimpleQueue()
         self._pending: Counter[int] = Counter()
         self._waiting: deque[tuple[RolloutTree, Want]] = deque()  # for what the budget has left
+        self._answered: Counter[str] = Counter()  # by role
+        self._failed: Counter[str] = Counter()
         self._large_under_way = 0
         self._longest: float = math.inf  # large step so far; before the first one there is one request at a time
 
@@ -192,7 +197,7 @@ class Grower:
             budget is spent).
 
         Raises:
-            BackendError: A model is gone; the message names it.
+            BackendError: A model is gone, or half of a role's first requests fail; the message names it.
         """
         source = iter(trees)
         active: dict[int, RolloutTree] = {}
@@ -211,6 +216,8 @@ class Grower:
                 if not active:
                     if taken:
                         continue  # all of these were closed already; there may be more
+                    for role in self.writers:
+                        self._refuse_failures(role, least=_FEWEST_FAILURES, share=1.0)
                     return open_trees
                 if self.on_progress and time.monotonic() - told > 1.0:
                     told = time.monotonic()
@@ -220,6 +227,7 @@ class Grower:
                 except queue.Empty:
                     continue
                 self._take(tree, want, future.result())
+                self._refuse_failures(want.role, least=_JUDGED, share=_MOST_FAILED)
                 for touched in dict.fromkeys((tree, *self._give_up())):
                     if not self._pending[id(touched)]:
                         open_trees += self._finish(active, touched)
@@ -230,6 +238,16 @@ class Grower:
             self.buffer.flush()
             if self.on_progress:
                 self.on_progress(self.progress)
+
+    def _refuse_failures(self, role: str, least: int, share: float) -> None:
+        """Raise if this share of a role's first requests has failed: that is no accident but a wrong setting."""
+        answered, failed = self._answered[role], self._failed[role]
+        if least <= answered <= _FIRST and failed >= share * answered:
+            store = self.buffer.table.directory.parent
+            raise BackendError(
+                f"{role}: {failed} of its first {answered} requests failed and are stored as failed steps. Mend the cause; "
+                f"after `python -m rollouts repair {store} --drop-failed` the same `generate` asks again."
+            )
 
     def _salvage(self) -> None:
         """Record the answers that are there already when the run breaks off."""
@@ -297,6 +315,8 @@ class Grower:
         """Insert an answer; return the nodes at which something may have become askable."""
         self._pending[id(tree)] -= 1
         self.progress.under_way -= 1
+        self._answered[want.role] += 1
+        self._failed[want.role] += generation.steps[-1].stop_reason is StopReason.FAILED
         if want.role == LARGE:
             self._large_under_way -= 1
             self._longest = max(generation.decoded, 0 if self._longest == math.inf else self._longest)

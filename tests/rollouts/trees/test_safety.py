@@ -21,10 +21,10 @@ from test_trees import PROBLEMS, all_steps, finish, grow
 
 from rollouts.__main__ import main
 from rollouts.cli.generate import Generate
-from rollouts.errors import StoreError
+from rollouts.errors import BackendError, StoreError
 from rollouts.store.store import Store
 from rollouts.tasks.answers import final_answer
-from rollouts.text.steps import ROLES, Step, StopReason, solution_text
+from rollouts.text.steps import LARGE, ROLES, SMALL, Step, StopReason, solution_text
 from rollouts.trees.arrays import Trees
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import load_trees
@@ -214,6 +214,37 @@ def test_old_rows_of_a_store_that_was_repaired_before_are_not_believed(tmp_path)
         compile_store(grow(store.path, 1, 1, who={role: MoodyWriter(role, 1) for role in ROLES}), cache=False)
     check_that_all_is_about_its_own_text(finish(store))
     assert any("belong to no step" in fact for fact in verify_store(store).facts)
+
+
+class RefusedWriter(ScriptedWriter):
+    """Fails on all requests, or on every fifth."""
+
+    def __init__(self, role: str, every: int) -> None:
+        super().__init__(role)
+        self.every = every
+
+    def step(self, prefix, steps):
+        return Step("", 0, StopReason.FAILED) if len(self.asked) % self.every == 0 else super().step(prefix, steps)
+
+
+@pytest.mark.parametrize(("cap", "replicas", "count"), [(0, 1, 6), (1, 9, 20)])
+def test_requests_that_always_fail_stop_the_run_and_can_be_asked_again(tmp_path, capsys, cap, replicas, count):
+    who = {SMALL: ScriptedWriter(SMALL), LARGE: RefusedWriter(LARGE, 1)}
+    with pytest.raises(BackendError, match=rf"large: {count} of its first {count} .* repair .*s --drop-failed"):
+        grow(tmp_path / "s", cap, replicas, who=who)
+    store = Store(tmp_path / "s")
+    finish(store)
+    assert main(["repair", str(store.path), "--drop-failed"]) == 0
+    assert "failed steps; `generate` asks" in capsys.readouterr().out
+    assert not any("failed" in part["stop_reason"].to_pylist() for part in store.steps.read())
+    finish(grow(store.path, cap, replicas))
+    assert all_steps(store) == all_steps(grow(tmp_path / "whole", cap, replicas))
+    assert not verify_store(store).problems
+
+
+def test_some_requests_may_fail(tmp_path):
+    store = grow(tmp_path / "s", 1, 9, who={role: RefusedWriter(role, 5) for role in ROLES})
+    assert not verify_store(finish(store)).problems
 
 
 def test_shards_of_one_name_that_are_set_aside_are_both_kept(store):
