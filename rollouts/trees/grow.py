@@ -245,8 +245,8 @@ class Grower:
         if least <= answered <= _FIRST and failed >= share * answered:
             store = self.buffer.table.directory.parent
             raise BackendError(
-                f"{role}: {failed} of its first {answered} requests failed and are stored as failed steps. Mend the cause; "
-                f"after `python -m rollouts repair {store} --drop-failed` the same `generate` asks again."
+                f"{role}: {failed} of its first {answered} requests failed and are stored as failed steps. Mend the "
+                f"cause; after `python -m rollouts repair {store} --drop-failed` the same `generate` asks again."
             )
 
     def _salvage(self) -> None:

@@ -555,6 +555,21 @@ def test_on_policy_expansion_adds_what_the_router_reaches(tmp_path):
     assert expand_on_policy(store, writers(), ScriptedScorer(), router, PROBLEMS) == 0
 
 
+def test_the_command_grades_with_a_process_for_each_core(tmp_path, monkeypatch):
+    asked, grader = [], make_grader("exact")
+
+    class Recording:
+        name, describe = grader.name, grader.describe
+
+        def grade_many(self, pairs, workers=1):
+            asked.append(workers)
+            return grader.grade_many(pairs)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    run_grading(grow(tmp_path / "s"), Recording(), None)
+    assert asked == [6]
+
+
 class NarrowScorer(ScriptedScorer):
     """Has no score for what follows a path of 40 characters or more, as one with a small window."""
 
