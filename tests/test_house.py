@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollouts.text": GROUND | {"rollouts.tasks"},
     "rollouts.models": GROUND | {"rollouts.tasks", "rollouts.text"},
     "rollouts.scoring": DATA | {"rollouts.models"},
-    "rollouts.store": GROUND | {"rollouts.tasks"},
+    "rollouts.store": DATA,
     "rollouts.trees": TREES - {"rollouts.trees"},
     "rollouts.family": TREES - {"rollouts.trees"},
     "rollouts.cli": TREES | {"rollouts.family"},

@@ -256,8 +256,8 @@ class Store:
         if drop_failed:
             if self._by_place():
                 self._complete(self.steps.shards())
-            dropped = self.steps.drop("stop_reason", StopReason.FAILED)
-            done.append(f"dropped {dropped} failed steps; `generate` asks for them again")
+            if dropped := self.steps.drop("stop_reason", StopReason.FAILED):
+                done.append(f"dropped {dropped} failed steps; `generate` asks for them again")
         return done
 
     def _complete(self, readable: Sequence[Path]) -> None:
