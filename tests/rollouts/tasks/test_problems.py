@@ -231,7 +231,7 @@ def test_parquet_and_csv_are_read(write, tmp_path):
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (
             "a.jsonl.gz",
-            gzip.compress(b'{"question": "Q", "answer": "1"}' * 9)[:30],
+            gzip.compress(b'{"question": "Q", "answer": "1"}' * 9, mtime=0)[:30],
             "damaged gzip data.*fetch it again",
         ),
         ("a.parquet", b"PAR1 but not really", "damaged Parquet data.*fetch it again"),
