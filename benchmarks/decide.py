@@ -3,7 +3,7 @@
 Prints microseconds per decision of a session, of 64 sessions that decide together, and per begun session, by processor
 time of this process (one core); and the time that importing the loader takes, NumPy included, in a process of its own.
 Without folders of artefacts: networks of the default size with random weights (speed does not depend on them), by
-NumPy and by onnxruntime, a threshold, and a POMDP that is fitted to the bundled rollouts first.
+NumPy, a threshold, and a POMDP that is fitted to the bundled rollouts first.
 """
 
 from __future__ import annotations

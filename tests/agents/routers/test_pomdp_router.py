@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from made_pomdps import made_trees
-from made_routers import Remembering
+from made_routers import Remembering, sealed
 from scripted_store import scripted_store
 
 from agents.evaluation.splits import Candidates
@@ -132,10 +132,10 @@ def test_it_is_the_same_after_reloading(bundled, planned, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: p.pop("value"), "KeyError: 'value'"),
+        (lambda p: p.pop("value"), "'value' is missing"),
         (lambda p: p.update(value=p["value"][:-1]), "values of shape"),
         (lambda p: p["model"]["kind"].__setitem__(0, [9.0] * 5), "kind is not made of probabilities"),
-        (lambda p: p["model"].update(large=[[0.5, 0.5]]), "large has shape"),
+        (lambda p: p["model"].update(large=[[[0.5, 0.5]]]), "large has shape"),
         (lambda p: p["model"].update(edges=p["model"]["edges"][::-1]), "edges"),
         (lambda p: p["model"].update(level=[99] * len(p["model"]["level"])), "level"),
         (lambda p: p["model"].update(repair=2.0), "repair"),
@@ -145,7 +145,7 @@ def test_damaged_plans_are_refused(planned, tmp_path, damage, message):
     folder = artefact.save(planned[0], tmp_path / "p", {})
     described = json.loads((folder / "policy.json").read_text())
     damage(described["pomdp"])
-    (folder / "policy.json").write_text(json.dumps(described))
+    (folder / "policy.json").write_text(sealed(described))
     with pytest.raises(ArtefactError, match=message):
         artefact.load(folder)
 
