@@ -15,6 +15,9 @@ from pydantic.dataclasses import dataclass
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.plugins import is_plugin
 
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 BackendKind = Literal["vllm", "server", "transformers"]
 SCORER_KINDS = ("prm", "likelihood", "self-evaluation")
 
@@ -47,9 +50,9 @@ class Limits:
         max_steps: Most accepted steps of one solution.
     """
 
-    step_tokens: Annotated[int, Field(ge=1)] = 512
-    solution_tokens: Annotated[int, Field(ge=1)] = 2048
-    max_steps: Annotated[int, Field(ge=1)] = 30
+    step_tokens: Count = 512
+    solution_tokens: Count = 2048
+    max_steps: Count = 30
 
 
 class ModelConfig(_Section):
@@ -87,20 +90,20 @@ class ModelConfig(_Section):
     licence: str = "unknown"
     tokenizer: str | None = None
     devices: tuple[int, ...] = ()
-    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    tensor_parallel: Count = 1
     memory_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
-    cpu_cache_gib: Annotated[int, Field(ge=1)] = 1
+    cpu_cache_gib: Count = 1
     max_length: Annotated[int, Field(ge=16)] | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
-    max_batch: Annotated[int, Field(ge=1)] = 256
+    max_batch: Count = 256
     threads: Annotated[int, Field(ge=0)] = 0
     url: str | None = None
     api_key_env: str | None = None
-    timeout_s: Annotated[float, Field(gt=0.0)] = 120.0
-    concurrency: Annotated[int, Field(ge=1)] = 64
+    timeout_s: Positive = 120.0
+    concurrency: Count = 64
     retries: Annotated[int, Field(ge=0)] = 4
-    price_input: Annotated[float, Field(ge=0.0)] = 0.0
-    price_output: Annotated[float, Field(ge=0.0)] = 0.0
+    price_input: NotNegative = 0.0
+    price_output: NotNegative = 0.0
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -279,7 +282,7 @@ _WORDS = {"Input should be": "expected", "greater than or equal to": "at least",
 def settings(declared: _Class) -> _Class:
     """Make a class of annotated fields a frozen dataclass whose values are checked when it is made.
 
-    Constraints stand at the field, ``Annotated[int, Field(ge=1)]``; what they cannot say goes into ``__post_init__``.
+    Constraints stand at the field, as `Count`; what they cannot say goes into ``__post_init__``.
     ``section`` is what flags begin with where the settings are part of others: ``ppo`` of ``--ppo.iterations``. A value
     that does not fit, an unknown name among the arguments included, is a `ConfigError` that names the flag.
     """

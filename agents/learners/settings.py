@@ -6,12 +6,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from rollouts.config import settings
+from rollouts.config import Count, NotNegative, Positive, settings
 from rollouts.errors import ConfigError
-
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @settings

@@ -12,16 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from agents.learners.settings import (
-    Count,
-    LearnerSettings,
-    NotNegative,
-    Positive,
-    PPOSettings,
-    SeqSettings,
-    TreeSettings,
-)
-from rollouts.config import Imports, settings
+from agents.learners.settings import LearnerSettings, PPOSettings, SeqSettings, TreeSettings
+from rollouts.config import Count, Imports, NotNegative, Positive, settings
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.plugins import is_plugin, load_plugin
 from trim_env.costs import cost_model

@@ -5,14 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import tyro
-from pydantic import Field
 
-from rollouts.config import Imports, settings
+from rollouts.config import Count, Imports, NotNegative, Positive, settings
 
 Fallback = Literal["small", "large", "error"]
 """Who writes a step whose proposal cannot be scored; ``error`` ends the request."""
-_Positive = Annotated[float, Field(gt=0)]
-_Count = Annotated[int, Field(gt=0)]
 
 
 @settings
@@ -62,12 +59,12 @@ class ServeConfig:
     budget: float | None = None
     when_scorer_fails: Fallback = "small"
     when_small_fails: Literal["large", "error"] = "large"
-    upstream_timeout: _Positive = 30.0
-    request_timeout: _Positive = 300.0
-    drain_seconds: Annotated[float, Field(ge=0)] = 10.0
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_concurrent: _Count = 256
-    max_body_bytes: _Count = 1 << 18
+    upstream_timeout: Positive = 30.0
+    request_timeout: Positive = 300.0
+    drain_seconds: NotNegative = 10.0
+    max_tokens: Count | None = None
+    max_concurrent: Count = 256
+    max_body_bytes: Count = 1 << 18
     api_key_env: str | None = None
     upstream_key_env: str | None = None
     allow_old: bool = False

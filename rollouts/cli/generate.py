@@ -1,4 +1,4 @@
-"""The commands of ``python -m rollouts`` that make stores: each a frozen dataclass whose fields are its flags."""
+"""The commands of ``python -m rollouts`` that make stores: each field is a flag."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from rollouts.cli.inspect import Repair, Show, Stats, StorePath, Verify
 from rollouts.cli.progress import console, progress_bar
-from rollouts.config import load_family
+from rollouts.config import Count, NotNegative, load_family, settings
 from rollouts.errors import ConfigError, DataError, did_you_mean
 from rollouts.family import Family
 from rollouts.scoring.base import self_test_examples
@@ -50,7 +49,7 @@ def parse_replicas(text: str) -> int | dict[str, int]:
     return value
 
 
-@dataclass(frozen=True)
+@settings
 class Generate:
     """Generate rollout trees; scores and grades follow. The same command goes on where it stopped.
 
@@ -78,17 +77,17 @@ class Generate:
     out: StorePath
     problems: tuple[str, ...] = ("tinymath",)
     models: str = "tinymath"
-    limit: int | None = None
+    limit: Count | None = None
     split: str | None = None
     max_escalations: int | Literal["auto", "none"] | None = "auto"
     replicas: str = "1"
     seed: int = 0
     grader: str = "exact"
     sequential: bool = False
-    in_flight: int = 256
-    max_large_tokens: int | None = None
+    in_flight: Count = 256
+    max_large_tokens: Count | None = None
     dry_run: bool = False
-    flush_seconds: float = 10.0
+    flush_seconds: NotNegative = 10.0
     score: bool = True
     grade: bool = True
 
@@ -235,7 +234,7 @@ def _workers() -> int:
     return min(len(os.sched_getaffinity(0)), _MOST_WORKERS) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@dataclass(frozen=True)
+@settings
 class Expand:
     """Add the nodes that a router reaches to a bounded store, then grade the new solutions.
 
@@ -255,7 +254,7 @@ class Expand:
     router: str
     models: str = "tinymath"
     split: str | None = None
-    episodes: int = 1
+    episodes: Count = 1
     seed: int = 0
     grader: str = "exact"
 
@@ -281,7 +280,7 @@ class Expand:
         console().print(f"{added:,} steps added.")
 
 
-@dataclass(frozen=True)
+@settings
 class Score:
     """Add a scorer's table to a store, without any generating model (but the one that scores).
 
@@ -302,7 +301,7 @@ class Score:
             run_scoring(store, family, None)
 
 
-@dataclass(frozen=True)
+@settings
 class Grade:
     """Add a grader's table to a store.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from rollouts.cli.progress import progress_bar
+from rollouts.config import Count, settings
 from rollouts.errors import StoreError, did_you_mean
 from rollouts.store.rows import Rows
 from rollouts.store.store import Store
@@ -19,7 +20,7 @@ from rollouts.trees.grow import load_trees
 StorePath = Annotated[Path, tyro.conf.Positional]
 
 
-@dataclass(frozen=True)
+@settings
 class Stats:
     """Print what a store holds: trees, tokens, stop reasons, accuracies with intervals, oracle headroom.
 
@@ -59,7 +60,7 @@ class Stats:
             self.json_out.write_text(json.dumps({**values, "meta": trees.meta}, indent=1), encoding="utf-8")
 
 
-@dataclass(frozen=True)
+@settings
 class Show:
     """Print one problem's tree: both proposals at every node, scores, tokens, correctness.
 
@@ -77,7 +78,7 @@ class Show:
     replica: int = 0
     scorer: str | None = None
     grader: str | None = None
-    most: int = 60
+    most: Count = 60
 
     def run(self) -> None:
         """Run the command."""
@@ -103,7 +104,7 @@ class Show:
         show_tree(Console(highlight=False), tree, scores, grades, self.most)
 
 
-@dataclass(frozen=True)
+@settings
 class Verify:
     """Check a store: shards readable, keys unique, trees closed, every step scored and every solution graded.
 
@@ -126,7 +127,7 @@ class Verify:
         out.print("The store is sound.")
 
 
-@dataclass(frozen=True)
+@settings
 class Repair:
     """Set unreadable shards aside and remove leftovers of crashes; `generate` then fills the gaps.
 
