@@ -41,6 +41,32 @@ def chat_messages(question: str, system_prompt: str | None) -> list[dict[str, st
     return [*system, {"role": "user", "content": question}]
 
 
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Return the texts that a tokenizer reads as special tokens, longest first."""
+    found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(found, key=lambda text: (-len(text), text)))
+
+
+def plain(text: str, special: Sequence[str]) -> str:
+    """Return a text in which no special token is left: a blank after its first character makes it text."""
+    for token in special:
+        text = text.replace(token, f"{token[0]} {token[1:]}" if len(token) > 1 else " ")
+    return text
+
+
+def _applied(tokenizer: Any, name: str, messages: list[dict[str, str]], **options: bool) -> str:
+    """Return messages as a tokenizer's chat template renders them; raise `ConfigError` where it cannot."""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except ValueError as error:
+        raise ConfigError(f"{name}: the tokenizer has no chat template ({error}).") from error
+    except Exception as error:  # templates are programs of their own and raise what they like
+        raise ConfigError(
+            f"{name}: the chat template failed ({error}). Take the system prompt out: system_prompt = null in the file of "
+            "the models, if the template knows no system message."
+        ) from error
+
+
 class PromptFormat:
     """Renders prefixes for one generating model.
 
@@ -50,6 +76,7 @@ class PromptFormat:
 
     Attributes:
         encode: From text to token ids.
+        special: Texts that the tokenizer reads as special tokens; in questions they are made plain text.
         template_hash: Hash of how two known prompts are rendered; part of the manifest.
     """
 
@@ -69,6 +96,7 @@ class PromptFormat:
         """
         self.tokenizer = tokenizer
         self.encode = encoder_of(tokenizer)
+        self.special = special_tokens(tokenizer)
         self.system_prompt = system_prompt
         self.name = name
         self._head = Remembered(self._render, remembered)
@@ -77,23 +105,14 @@ class PromptFormat:
         self.template_hash = hashlib.blake2b(probe.encode(), digest_size=8).hexdigest()
 
     def _render(self, question: str) -> str:
-        messages = chat_messages(question, self.system_prompt)
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-                )
-            )
-        except ValueError as error:
-            raise ConfigError(f"{self.name}: the tokenizer has no chat template ({error}).") from error
-        except Exception as error:  # templates are programs of their own and raise what they like
-            raise ConfigError(f"{self.name}: the chat template failed ({error}). Try system_prompt = null.") from error
+        messages = chat_messages(plain(question, self.special), self.system_prompt)
+        return _applied(self.tokenizer, self.name, messages, add_generation_prompt=True, enable_thinking=False)
 
     def _self_test(self) -> None:
         head = self._render(_PROBE)
         if _PROBE not in head:
             raise ConfigError(f"{self.name}: the chat template does not contain the question it was given.")
-        if self.system_prompt is not None and self.system_prompt not in head:
+        if self.system_prompt is not None and self.system_prompt.strip() not in head:  # many templates trim it
             raise ConfigError(f"{self.name}: the chat template drops the system prompt. Set it to null.")
         answer = head[head.rindex(_PROBE) :]
         for opening, closing in (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]")):
@@ -147,12 +166,13 @@ class RewardFormat:
         """Check the step tag; arguments as of `PromptFormat`.
 
         Raises:
-            ConfigError: The tag is not one token of the tokenizer.
+            ConfigError: The tag is not one token of the tokenizer, or the chat template cannot be used.
         """
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.step_tag = step_tag
         self.encode = encoder_of(tokenizer)
+        self.special = (*special_tokens(tokenizer), step_tag)
         ids = self.encode(step_tag)
         if len(ids) != 1:
             raise ConfigError(f"scorer: step tag {step_tag!r} is {len(ids)} tokens of its tokenizer, expected one.")
@@ -162,9 +182,12 @@ class RewardFormat:
         self.template_hash = hashlib.blake2b(probe.encode(), digest_size=8).hexdigest()
 
     def _render(self, question: str) -> tuple[str, str]:
-        marker = "\u241e"
+        question = plain(question, self.special)
+        marker = "\u241e" * (1 + question.count("\u241e"))  # longer than any run in the question
         messages = [*chat_messages(question, self.system_prompt), {"role": "assistant", "content": marker}]
-        head, _, tail = str(self.tokenizer.apply_chat_template(messages, tokenize=False)).partition(marker)
+        head, found, tail = _applied(self.tokenizer, "scorer", messages).rpartition(marker)
+        if not found:
+            raise ConfigError("scorer: the chat template drops the assistant's message, where the steps belong.")
         return head, tail.rstrip("\n")
 
     def text(self, question: str, steps: Sequence[str]) -> str:
