@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 from rollouts.errors import ConfigError, did_you_mean
@@ -18,6 +27,8 @@ from rollouts.plugins import is_plugin
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+SystemPrompt = Annotated[str | None, AfterValidator(lambda text: text or None)]
+"""A system message; the empty one, as TOML knows no null, is that none is sent."""
 BackendKind = Literal["vllm", "server", "transformers"]
 SCORER_KINDS = ("prm", "likelihood", "self-evaluation")
 
@@ -123,12 +134,12 @@ class GeneratorConfig(ModelConfig):
     """A model that writes steps: small or large.
 
     Attributes:
-        system_prompt: System message of the chat template; None sends none.
+        system_prompt: System message of the chat template; an empty one (``system_prompt = ""``) is not sent.
         sampling: Sampling parameters.
         chat_only: The server cannot continue a partial answer: ask for single steps by chat (large model only).
     """
 
-    system_prompt: str | None = "Please reason step by step, and put your final answer within \\boxed{}."
+    system_prompt: SystemPrompt = "Please reason step by step, and put your final answer within \\boxed{}."
     sampling: Sampling = Sampling()
     chat_only: bool = False
 
@@ -150,7 +161,7 @@ class ScorerConfig(_Section):
         options: Table handed to a scorer of one's own.
         model: The reward model, for ``prm``.
         under: The generating role whose model scores, for ``likelihood`` and ``self-evaluation``.
-        system_prompt: System message in the reward model's input.
+        system_prompt: System message in the reward model's input; likewise.
         step_tag: Text of the token at which the reward model is read.
     """
 
@@ -159,7 +170,7 @@ class ScorerConfig(_Section):
     options: dict[str, Any] = {}
     model: ModelConfig | None = None
     under: Literal["small", "large"] = "large"
-    system_prompt: str | None = "Please reason step by step, and put your final answer within \\boxed{}."
+    system_prompt: SystemPrompt = "Please reason step by step, and put your final answer within \\boxed{}."
     step_tag: str = "<extra_0>"
 
     @field_validator("kind")

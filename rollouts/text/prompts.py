@@ -62,8 +62,7 @@ def _applied(tokenizer: Any, name: str, messages: list[dict[str, str]], **option
         raise ConfigError(f"{name}: the tokenizer has no chat template ({error}).") from error
     except Exception as error:  # templates are programs of their own and raise what they like
         raise ConfigError(
-            f"{name}: the chat template failed ({error}). Take the system prompt out: system_prompt = null in the file of "
-            "the models, if the template knows no system message."
+            f'{name}: the chat template failed ({error}). If it knows no system message, set system_prompt = "".'
         ) from error
 
 
@@ -113,7 +112,7 @@ class PromptFormat:
         if _PROBE not in head:
             raise ConfigError(f"{self.name}: the chat template does not contain the question it was given.")
         if self.system_prompt is not None and self.system_prompt.strip() not in head:  # many templates trim it
-            raise ConfigError(f"{self.name}: the chat template drops the system prompt. Set it to null.")
+            raise ConfigError(f'{self.name}: the chat template drops the system prompt. Set it to "".')
         answer = head[head.rindex(_PROBE) :]
         for opening, closing in (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]")):
             if answer.rfind(opening) > answer.rfind(closing):

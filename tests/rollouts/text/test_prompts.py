@@ -2,6 +2,7 @@
 
 import pytest
 
+from rollouts.config import load_family
 from rollouts.errors import ConfigError
 from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
 from rollouts.tinymath import model_dir
@@ -138,3 +139,12 @@ def test_reward_templates_that_cannot_be_used(tokenizer, template, message):
     tokenizer.chat_template = template
     with pytest.raises(ConfigError, match=message):
         RewardFormat(tokenizer, "Be brief.", "<extra_0>")
+
+
+@pytest.mark.parametrize("given", ['system_prompt = ""', "system_prompt = ''"])
+def test_a_models_file_can_do_without_a_system_prompt(tmp_path, given):
+    folder = model_dir("small")
+    roles = "".join(f"[{role}]\nbackend = 'transformers'\nmodel = '{folder}'\n{given}\n" for role in ("small", "large"))
+    (tmp_path / "models.toml").write_text(roles)
+    family = load_family(tmp_path / "models.toml")
+    assert family.small.system_prompt is family.large.system_prompt is None
