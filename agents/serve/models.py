@@ -214,13 +214,10 @@ class Models:
         draft = Draft(rules, Prefix("", task.question, 0, steps, used))
         while draft.generation is None:
             completion = await self._complete(role, rules.window, draft.request(), ledger, capped=most is not None)
-            try:
-                draft.take(completion)
-            except BackendError as error:
-                raise Unavailable(role, "malformed", str(error)) from None
+            draft.take(completion)
         step = draft.generation.steps[0]
         if step.stop_reason is StopReason.FAILED:
-            raise Unavailable(role, "malformed", completion.detail)
+            raise Unavailable(role, "malformed", draft.generation.reason)
         return step
 
     async def _complete(

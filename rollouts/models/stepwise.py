@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rollouts.config import Limits, Sampling
-from rollouts.errors import BackendError
 from rollouts.models.base import Backend, Completion, CompletionRequest
 from rollouts.models.futures import forward
 from rollouts.text.prompts import PromptFormat
@@ -37,12 +36,14 @@ class Generation:
         decoded: Tokens decoded, whether kept or not.
         dropped: Segments thrown away because the ids before them were not those of their node's prompt.
         cut_tokens: Tokens decoded after the terminal step, or thrown away with dropped segments.
+        reason: Why the last step failed, where it did.
     """
 
     steps: tuple[Step, ...]
     decoded: int
     dropped: int = 0
     cut_tokens: int = 0
+    reason: str = ""
 
 
 class StepWriter(Protocol):
@@ -168,19 +169,17 @@ class Draft:
         )
 
     def take(self, completion: Completion) -> None:
-        """Take the answer to the last request.
-
-        Raises:
-            BackendError: The model thinks although it should not.
-        """
-        if "<think>" in completion.text:
-            raise BackendError(
-                f"{self.rules.role}: the model writes '<think>' although thinking is switched off; "
-                "steps of a thinking model cannot be routed. Use a model that can switch it off."
+        """Take the answer to the last request; one that begins to think, though it should not, has failed."""
+        reason = completion.detail
+        thinks = completion.text.lstrip().startswith("<think>")
+        if thinks:
+            reason = (
+                "the model writes '<think>' although thinking is switched off; steps of a thinking model cannot be "
+                "routed. Use a model that can switch it off."
             )
-        if completion.finish == "failed":
+        if thinks or completion.finish == "failed":
             failed = Step("", completion.tokens, StopReason.FAILED, len(self.prompt))
-            self.generation = Generation((failed,), self.tokens + completion.tokens)
+            self.generation = Generation((failed,), self.tokens + completion.tokens, reason=reason)
         elif self.whole:
             self.generation = self._cut(completion)
         else:

@@ -184,6 +184,7 @@ class Grower:
         self._waiting: deque[tuple[RolloutTree, Want]] = deque()  # for what the budget has left
         self._answered: Counter[str] = Counter()  # by role
         self._failed: Counter[str] = Counter()
+        self._reason: dict[str, str] = {}  # of the last failure by role
         self._large_under_way = 0
         self._longest: float = math.inf  # large step so far; before the first one there is one request at a time
 
@@ -245,8 +246,9 @@ class Grower:
         if least <= answered <= _FIRST and failed >= share * answered:
             store = self.buffer.table.directory.parent
             raise BackendError(
-                f"{role}: {failed} of its first {answered} requests failed and are stored as failed steps. Mend the "
-                f"cause; after `python -m rollouts repair {store} --drop-failed` the same `generate` asks again."
+                f"{role}: {failed} of its first {answered} requests failed and are stored as failed steps (the last: "
+                f"{self._reason[role][:300]}). Mend the cause; after `python -m rollouts repair {store} --drop-failed` "
+                "the same `generate` asks again."
             )
 
     def _salvage(self) -> None:
@@ -316,7 +318,9 @@ class Grower:
         self._pending[id(tree)] -= 1
         self.progress.under_way -= 1
         self._answered[want.role] += 1
-        self._failed[want.role] += generation.steps[-1].stop_reason is StopReason.FAILED
+        if generation.steps[-1].stop_reason is StopReason.FAILED:
+            self._failed[want.role] += 1
+            self._reason[want.role] = generation.reason or "no reason given"
         if want.role == LARGE:
             self._large_under_way -= 1
             self._longest = max(generation.decoded, 0 if self._longest == math.inf else self._longest)

@@ -170,18 +170,20 @@ class ChatWriter:
     async def _generate(self, prefix: Prefix) -> Generation:
         content = step_request(prefix.question, prefix.steps)
         budget = min(self._limits.step_tokens, self._limits.solution_tokens - prefix.used_tokens)
-        billed = 0
+        billed, why = 0, "no step in its answer"
         # An answer that begins with a heading or with thinking ends at the first blank line in it, without a step:
         # then it is asked for again without the stop string.
         for stop in (False,) if "stop" in self._unsent else (True, False):
             try:
                 payload = self._payload(content, budget, stop=stop)
                 answer, tokens, reason = await self._http.post("chat/completions", payload, _read)
-            except RequestFailed:
+            except RequestFailed as error:
+                why = str(error)
                 break
             billed += tokens
             if reason not in ("stop", "length"):
-                break  # such as a vendor's filter
+                why = f"ended by {reason!r}"  # such as a vendor's filter
+                break
             text, complete = first_step(answer, len(prefix.steps) + 1)
             cut = reason == "length" and not complete
             if text or cut:
@@ -189,7 +191,7 @@ class ChatWriter:
                 segment = Segment(text + DELIMITER * goes_on, 0, billed, goes_on)
                 step = close_step(prefix, (), segment, StopReason.LENGTH, self._limits, self._fits, 0)
                 return Generation((step,), billed)
-        return Generation((Step("", billed, StopReason.FAILED),), billed)
+        return Generation((Step("", billed, StopReason.FAILED),), billed, reason=why)
 
     def _payload(self, content: str, max_tokens: int, *, stop: bool) -> dict[str, Any]:
         fields = {**_NEUTRAL, **asdict(self._model.sampling)}

@@ -78,7 +78,8 @@ def test_chat_answers(fake: FakeServer, replies: list[Reply], expected: Step) ->
         fake.fault = lambda *_: replies[len(fake.seen) - first - 1]
         steps = ("a=1\n\n", "b=2\n\n")
         done = large.submit(Prefix("p", "Find c.", 0, steps, 8), whole=False).result(10)
-    assert done == Generation((expected,), expected.tokens)
+    assert done == Generation((expected,), expected.tokens, reason=done.reason)
+    assert bool(done.reason) is (expected.stop_reason is StopReason.FAILED)
     asked = [body for _, body in fake.seen[first:]]
     assert len(asked) == len(replies)
     assert [message["role"] for message in asked[0]["messages"]] == ["system", "user"]

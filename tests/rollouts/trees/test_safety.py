@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -226,11 +228,18 @@ class RefusedWriter(ScriptedWriter):
     def step(self, prefix, steps):
         return Step("", 0, StopReason.FAILED) if len(self.asked) % self.every == 0 else super().step(prefix, steps)
 
+    def submit(self, prefix, *, whole):
+        future = Future()
+        future.set_result(replace(super().submit(prefix, whole=whole).result(), reason="HTTP 400: no such model"))
+        return future
+
 
 @pytest.mark.parametrize(("cap", "replicas", "count"), [(0, 1, 6), (1, 9, 20)])
 def test_requests_that_always_fail_stop_the_run_and_can_be_asked_again(tmp_path, capsys, cap, replicas, count):
     who = {SMALL: ScriptedWriter(SMALL), LARGE: RefusedWriter(LARGE, 1)}
-    with pytest.raises(BackendError, match=rf"large: {count} of its first {count} .* repair .*s --drop-failed"):
+    with pytest.raises(
+        BackendError, match=rf"large: {count} of its first {count} .*no such model.* repair .*s --drop-failed"
+    ):
         grow(tmp_path / "s", cap, replicas, who=who)
     store = Store(tmp_path / "s")
     finish(store)
