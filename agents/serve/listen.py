@@ -17,9 +17,7 @@ from agents.serve.service import Service
 from rollouts.errors import ConfigError
 
 _HEADERS_S = 10.0  # headers that take longer are not coming
-_NOTICE_S = (
-    2.0  # load balancers have it to see that the service is not ready any more, at most half of the time to drain
-)
+_NOTICE_S = 2.0  # load balancers have it to see that the service is not ready; at most half of the time to drain
 _LAST_WORDS_S = 2  # cut requests have it to say so
 
 
