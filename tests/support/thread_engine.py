@@ -25,10 +25,7 @@ _AT_WORK = threading.Lock()
 class EngineThread(Backend):
     """Stands for `rollouts.models.process.EngineProcess`: the same engine, without importing everything each time."""
 
-    started = 0
-
     def __init__(self, role: str, factory: Callable[..., Engine], environment: Mapping[str, str], **settings: Any):
-        EngineThread.started += 1
         self.role = role
         # Left alone, vLLM pins the process to some cores.
         os.environ.update(environment, VLLM_CPU_OMP_THREADS_BIND="nobind")
@@ -102,14 +99,18 @@ class EngineThread(Backend):
 
 @contextmanager
 def in_threads() -> Iterator[None]:
-    """Whatever engine is opened inside runs in a thread."""
-    started, before = EngineThread.started, dict(os.environ)
+    """Whatever engine is opened inside runs in a thread; one that would start a process is an error."""
+
+    def refuse(*args: Any, **settings: Any) -> None:
+        pytest.fail("an engine was to start in a process of its own: where is EngineProcess taken from now?")
+
+    before = dict(os.environ)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process.EngineProcess, "__init__", refuse)
         patch.setattr(process, "EngineProcess", EngineThread)
         yield
     os.environ.clear()
     os.environ.update(before)
-    assert EngineThread.started > started, "nothing was started in a thread: where is EngineProcess taken from now?"
 
 
 @pytest.fixture(scope="module")
