@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from hashlib import file_digest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 
 from rollouts.errors import StoreError
 
+T = TypeVar("T")
 KEY = ("problem", "replica", "prefix", "role")
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 _KEY_FIELDS = [
@@ -32,10 +34,12 @@ STEPS = pa.schema(
         pa.field("stop_reason", _TEXT, nullable=False),
         pa.field("terminal", pa.bool_(), nullable=False),
         pa.field("label", pa.bool_()),
+        pa.field("reason", pa.string()),  # why its request failed
     ]
 )
 CONTENT = "content"  # what a row is about: the hash of its prefix and of the proposal's text
 _CONTENT_FIELD = pa.field(CONTENT, pa.uint64())  # null in rows from before there was such a column
+_ADDED = (CONTENT, "reason")  # columns that shards may lack: they were written before there was one
 SCORES = pa.schema([*_KEY_FIELDS, _CONTENT_FIELD, pa.field("score", pa.float32())])
 GRADES = pa.schema(
     [
@@ -48,6 +52,8 @@ GRADES = pa.schema(
 )
 _COUNTER, _COMPACTED = "trim.", "trim-compacted"  # in the metadata of shards
 _SHARD = re.compile(r"part-(\d{6})\.parquet$")
+_GROUP_ROWS = 10_000  # rows that are read together for a few problems
+_COMPACTED_TOGETHER = 128  # problems
 
 
 def write_atomically(path: Path, write: Any) -> None:
@@ -80,13 +86,50 @@ class Table:
         self.schema = schema
         self.key = (*KEY, CONTENT) if CONTENT in schema.names else KEY
         self.by_place = by_place
-        self._mentioned: dict[tuple[Path, int], set[str]] = {}
+        self._indexed: dict[Path, tuple[int, int]] = {}
+        self._groups: dict[str, list[tuple[Path, int]]] = {}  # row groups by problem, in the order of first appearance
 
     def shards(self) -> list[Path]:
         """Return the shards in the order in which they were written."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(path for path in self.directory.iterdir() if _SHARD.fullmatch(path.name))
+        return sorted(self._stamps())
+
+    def _stamps(self) -> dict[Path, tuple[int, int]]:
+        """Return the shards, each with what is another when a file takes its name: inode and time.
+
+        The directory is listed until two lists agree: one during which shards are replaced may have neither old nor
+        new ones.
+        """
+        before = None
+        while self.directory.is_dir():
+            now = {}
+            try:
+                with os.scandir(self.directory) as entries:
+                    for entry in entries:
+                        if _SHARD.fullmatch(entry.name):
+                            now[Path(entry.path)] = (entry.stat().st_ino, entry.stat().st_mtime_ns)
+            except FileNotFoundError:
+                continue
+            if now == before:
+                return now
+            before = now
+        return {}
+
+    def _undisturbed(self, read: Callable[[], T]) -> T:
+        """Read, and again if shards went meanwhile: compaction removes them when their rows are in a new one."""
+        while True:
+            before = self.shards()
+            try:
+                return read()
+            except (StoreError, OSError):
+                if self.shards() == before:
+                    raise
+
+    def _current(self) -> list[Path]:
+        """Return the shards without those that compaction is about to remove, or has left after a crash."""
+        found: list[Path] = []
+        for path in self.shards():
+            found = [path] if _COMPACTED in _metadata_of(path) else [*found, path]
+        return found
 
     def next_shard(self) -> Path:
         """Return where the next shard goes."""
@@ -103,78 +146,119 @@ class Table:
         """Write one shard.
 
         Args:
-            rows: Columns of the schema, equally long; `CONTENT` may be left out.
+            rows: Columns of the schema, equally long; `CONTENT` and ``reason`` may be left out.
             counters: Whole numbers to be summed over shards (`counters`), such as dropped segments.
             path: Where to; default `next_shard`.
         """
         unknown = [None] * len(rows["problem"])
-        columns = [rows.get(name, unknown) if name == CONTENT else rows[name] for name in self.schema.names]
+        columns = [rows.get(name, unknown) if name in _ADDED else rows[name] for name in self.schema.names]
         arrays = [pa.array(column, type=field.type) for column, field in zip(columns, self.schema, strict=True)]
-        self._write(pa.Table.from_arrays(arrays, schema=self.schema), counters or {}, path or self.next_shard())
+        self._write([pa.Table.from_arrays(arrays, schema=self.schema)], counters or {}, path or self.next_shard())
 
-    def _write(self, table: pa.Table, counters: Mapping[str, int], path: Path, **metadata: str) -> None:
+    def _write(self, parts: Iterable[pa.Table], counters: Mapping[str, int], path: Path, **metadata: str) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         counted = {f"{_COUNTER}{name}": str(value) for name, value in counters.items()}
-        table = table.replace_schema_metadata(counted | metadata)
+        schema = self.schema.with_metadata(counted | metadata)
 
         def write(target: Path) -> None:
-            pq.write_table(table, target, compression="zstd", compression_level=12, write_page_checksum=True)
+            with pq.ParquetWriter(
+                target, schema, compression="zstd", compression_level=12, write_page_checksum=True
+            ) as file:
+                for part in parts:
+                    file.write_table(part.replace_schema_metadata(schema.metadata), row_group_size=_GROUP_ROWS)
 
         write_atomically(path, write)
 
-    def read_shard(self, path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return one shard.
+    def read_shard(
+        self, path: Path, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None
+    ) -> pa.Table:
+        """Return one shard, or some of its columns and row groups.
 
         Raises:
             StoreError: The shard is truncated, corrupted or has another schema; the message names it.
         """
+        wanted = list(columns) if columns else self.schema.names
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                table = file.read(columns=list(columns) if columns else None)
+                there = file.schema_arrow.names
+                some = [name for name in wanted if name in there]
+                groups = range(file.num_row_groups) if groups is None else groups
+                table = file.read_row_groups(groups, some if columns else None)
         except (pa.ArrowException, OSError) as error:
             raise StoreError(
                 f"{path}: unreadable shard ({str(error).splitlines()[0][:160]}). "
                 "`python -m rollouts repair` sets it aside; the same command then generates what is missing."
             ) from error
-        wanted = list(columns) if columns else self.schema.names
-        if CONTENT in wanted and CONTENT not in table.column_names:
-            table = table.append_column(_CONTENT_FIELD, pa.nulls(table.num_rows, pa.uint64()))
+        for name in _ADDED:
+            if name in wanted and name not in there:
+                field = self.schema.field(name)
+                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
         if missing := [name for name in wanted if name not in table.column_names]:
             raise StoreError(f"{path}: columns {missing} are missing, found {table.column_names}.")
         return table.select(wanted)
 
     def read(self, problems: Collection[str] | None = None, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """Yield the shards one by one, cut to some problems; shards without any of them are not read."""
-        wanted = None if problems is None else pa.array(sorted(problems), type=pa.string())
-        for path in self.shards():
-            if problems is not None and self._problems_of(path).isdisjoint(problems):
-                continue
-            table = self.read_shard(path, columns)
-            if wanted is not None:
-                table = table.filter(pc.is_in(pc.cast(table["problem"], pa.string()), value_set=wanted))
-            if table.num_rows:
-                yield table
+        """Yield the shards one by one, cut to some problems; row groups without any of them are not read.
 
-    def _problems_of(self, path: Path) -> set[str]:
-        """Return the problems that a shard mentions; read once, as shards do not change."""
-        key = path, path.stat().st_mtime_ns if path.exists() else 0
-        if key not in self._mentioned:
-            column = self.read_shard(path, ["problem"])["problem"]
-            self._mentioned[key] = set(pc.unique(pc.cast(column, pa.string())).to_pylist())
-        return self._mentioned[key]
+        What is yielded was there at one moment, whatever is written or compacted meanwhile.
+        """
+        if problems is None:
+            tables = self._undisturbed(lambda: [self.read_shard(path, columns) for path in self._current()])
+        else:
+            tables = self._undisturbed(lambda: self._read_of(problems, columns))
+        yield from (table for table in tables if table.num_rows)
+
+    def _read_of(self, problems: Collection[str], columns: Sequence[str] | None) -> list[pa.Table]:
+        self._update_index()
+        groups: dict[Path, set[int]] = {}
+        for problem in problems:
+            for path, group in self._groups.get(problem, ()):
+                groups.setdefault(path, set()).add(group)
+        wanted, found = pa.array(sorted(problems), type=pa.string()), []
+        for path in sorted(groups):
+            table = self.read_shard(path, columns, sorted(groups[path]))
+            found.append(table.filter(pc.is_in(pc.cast(table["problem"], pa.string()), value_set=wanted)))
+        return found
+
+    def _update_index(self) -> None:
+        """Note the problems of new row groups; shards do not change, and what took the name of one is read anew."""
+        now = self._stamps()
+        if any(now.get(path) != stamp for path, stamp in self._indexed.items()):
+            self._indexed, self._groups = {}, {}
+        for path in sorted(now.keys() - self._indexed.keys()):
+            column = pc.cast(self.read_shard(path, ["problem"])["problem"], pa.string())
+            about = pq.read_metadata(path)
+            if _COMPACTED.encode() in (about.metadata or {}):
+                self._groups = {}
+            start = 0
+            for group in range(about.num_row_groups):
+                rows = about.row_group(group).num_rows
+                for problem in pc.unique(column.slice(start, rows)).to_pylist():
+                    self._groups.setdefault(problem, []).append((path, group))
+                start += rows
+            self._indexed[path] = now[path]
 
     def keys(self) -> pa.Table:
         """Return the keys of all rows, duplicates included; whole shards are read, so that damage anywhere is found."""
         empty = _plain(self.schema.empty_table().select(self.key))
-        return pa.concat_tables([empty, *(_plain(table.select(self.key)).cast(empty.schema) for table in self.read())])
+        found = self._undisturbed(
+            lambda: [_plain(self.read_shard(path).select(self.key)).cast(empty.schema) for path in self._current()]
+        )
+        return pa.concat_tables([empty, *found])
+
+    def digests(self) -> list[bytes]:
+        """Return a digest of each shard's bytes."""
+
+        def of(path: Path) -> bytes:
+            with path.open("rb") as handle:
+                return file_digest(handle, "blake2b").digest()
+
+        return self._undisturbed(lambda: [of(path) for path in self._current()])
 
     def counters(self) -> dict[str, int]:
         """Return the shards' counters, summed."""
         totals: Counter[str] = Counter()
-        for path in self.shards():
-            metadata = _metadata_of(path)
-            if _COMPACTED in metadata:  # those before it are in it, and there only because of a crash
-                totals.clear()
+        for metadata in self._undisturbed(lambda: [_metadata_of(path) for path in self._current()]):
             totals.update(_counters_in(metadata))
         return dict(totals)
 
@@ -202,29 +286,39 @@ class Table:
 
     def _rewrite(self, path: Path, table: pa.Table) -> None:
         metadata = _metadata_of(path)
-        self._write(table, _counters_in(metadata), path, **{name: "" for name in metadata if name == _COMPACTED})
+        self._write([table], _counters_in(metadata), path, **{name: "" for name in metadata if name == _COMPACTED})
 
     def compact(self) -> None:
-        """Rewrite all shards as one, sorted by key, duplicates dropped (first wins), then remove the old ones.
+        """Rewrite all shards as one, problem by problem, duplicates dropped (first wins), then remove the old ones.
 
-        A crash in between leaves rows twice, which readers resolve to the same content, and counters once.
+        Problems stay in the order in which they came, so that those that are read together lie together; memory grows
+        with what some of them need. A crash in between leaves the old shards, which readers then pass over.
         """
-        old = self.shards()
-        if not old:
+        if not (old := self.shards()):
             return
-        table = pa.concat_tables([_plain(self.read_shard(path)) for path in old])
-        numbered = table.append_column("row", pa.array(range(table.num_rows), type=pa.int64()))
-        first = numbered.group_by(self.key).aggregate([("row", "min")])
-        first = first.sort_by([(name, "ascending") for name in self.key])
+        self._update_index()
+        problems = list(self._groups)
+        parts = (
+            self._merged(problems[start : start + _COMPACTED_TOGETHER])
+            for start in range(0, len(problems), _COMPACTED_TOGETHER)
+        )
+        self._write(parts, self.counters(), self.next_shard(), **{_COMPACTED: ""})
+        for path in old:
+            path.unlink()
+
+    def _merged(self, problems: Sequence[str]) -> pa.Table:
+        """Return all rows of some problems, each once, problem by problem."""
+        table = pa.concat_tables([_plain(part, pa.large_string()) for part in self.read(problems)])
+        order = pc.index_in(table["problem"], value_set=pa.array(problems, pa.large_string()))
+        numbered = table.append_column("row", pa.array(range(table.num_rows), pa.int64())).append_column("order", order)
+        first = numbered.group_by(self.key).aggregate([("row", "min"), ("order", "min")])
+        first = first.sort_by([(name, "ascending") for name in ("order_min", *self.key[1:])])
         table = table.take(first["row_min"])
         arrays = [
             table[field.name].dictionary_encode() if pa.types.is_dictionary(field.type) else table[field.name]
             for field in self.schema
         ]
-        table = pa.Table.from_arrays(arrays, names=self.schema.names).cast(self.schema)
-        self._write(table, self.counters(), self.next_shard(), **{_COMPACTED: ""})
-        for path in old:
-            path.unlink()
+        return pa.Table.from_arrays(arrays, names=self.schema.names).cast(self.schema)
 
     def leftovers(self) -> list[Path]:
         """Return temporary files that a crash left behind."""
@@ -239,7 +333,8 @@ def _counters_in(metadata: Mapping[str, bytes]) -> dict[str, int]:
     return {name.removeprefix(_COUNTER): int(value) for name, value in metadata.items() if name.startswith(_COUNTER)}
 
 
-def _plain(table: pa.Table) -> pa.Table:
+def _plain(table: pa.Table, text: pa.DataType = pa.string()) -> pa.Table:
     """Return a table with its texts as plain strings, so that shards can be joined."""
-    fields = [field.with_type(pa.string()) if pa.types.is_dictionary(field.type) else field for field in table.schema]
+    texts = (pa.types.is_dictionary, pa.types.is_string)
+    fields = [field.with_type(text) if any(kind(field.type) for kind in texts) else field for field in table.schema]
     return table.replace_schema_metadata(None).cast(pa.schema(fields))

@@ -64,6 +64,7 @@ class Store:
                 f"{file}: schema version {version!r}, this version reads up to {SCHEMA_VERSION}. Upgrade trim-routing."
             )
         self.steps = Table(self.path / "steps", STEPS)
+        self._tables: dict[Path, Table] = {}  # kept, as each knows where its rows are
 
     @classmethod
     def create(cls, path: str | Path, process: Mapping[str, Any]) -> Store:
@@ -149,11 +150,16 @@ class Store:
 
     def scores(self, name: str) -> Table:
         """Return the score table of a scorer (perhaps still empty)."""
-        return Table(self.path / "scores" / name, SCORES, by_place=self._by_place())
+        return self._table(self.path / "scores" / name, SCORES)
 
     def grades(self, name: str) -> Table:
         """Return the grade table of a grader (perhaps still empty)."""
-        return Table(self.path / "grades" / name, GRADES, by_place=self._by_place())
+        return self._table(self.path / "grades" / name, GRADES)
+
+    def _table(self, directory: Path, schema: pa.Schema) -> Table:
+        table = self._tables.setdefault(directory, Table(directory, schema))
+        table.by_place = self._by_place()
+        return table
 
     def _by_place(self) -> bool:
         """Whether every step is still the one that rows without a content were made for."""

@@ -91,11 +91,11 @@ def _cache_folders(store: Store, scorer: str, grader: str) -> list[Path]:
 def _cache_key(store: Store, scorer: str, grader: str) -> str:
     digest = hashlib.blake2b(f"{_FORMAT}|{scorer}|{grader}".encode(), digest_size=12)
     digest.update(json.dumps(store.manifest["process"], sort_keys=True).encode())
-    files = [store.path / "problems.parquet", *store.steps.shards()]
-    files += [*store.scores(scorer).shards(), *store.grades(grader).shards()]
-    for file in files:
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "blake2b").digest())
+    with (store.path / "problems.parquet").open("rb") as handle:
+        digest.update(hashlib.file_digest(handle, "blake2b").digest())
+    for table in (store.steps, store.scores(scorer), store.grades(grader)):
+        for shard in table.digests():
+            digest.update(shard)
     return digest.hexdigest()
 
 

@@ -23,6 +23,7 @@ from rollouts.trees.tree import Node, RolloutTree, Want
 
 _FIRST, _JUDGED, _MOST_FAILED = 200, 20, 0.5  # requests of a role that are looked at, from which on, for which share
 _FEWEST_FAILURES = 4  # of a run whose requests all failed
+_REASON = 300  # characters of the reason of a failure that are kept
 _COLUMNS = (*KEY, "text", "tokens", "stop_reason", "prompt_tokens")
 Labeller = Callable[[str, Sequence[str]], Sequence[bool]]
 
@@ -83,6 +84,7 @@ class StepBuffer(Rows):
                 stop_reason=str(step.stop_reason),
                 terminal=step.terminal,
                 label=label,
+                reason=generation.reason[:_REASON] or None if step.stop_reason is StopReason.FAILED else None,
             )
         counts = {
             "requests": 1,
@@ -247,7 +249,7 @@ class Grower:
             store = self.buffer.table.directory.parent
             raise BackendError(
                 f"{role}: {failed} of its first {answered} requests failed and are stored as failed steps (the last: "
-                f"{self._reason[role][:300]}). Mend the cause; after `python -m rollouts repair {store} --drop-failed` "
+                f"{self._reason[role][:_REASON]}). Mend the cause; after `python -m rollouts repair {store} --drop-failed` "
                 "the same `generate` asks again."
             )
 

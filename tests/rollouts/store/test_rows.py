@@ -123,9 +123,9 @@ def test_only_shards_that_mention_a_problem_are_read(table, monkeypatch):
     read = Counter()
     read_shard = table.read_shard
 
-    def counted(path, columns=None):
+    def counted(path, columns=None, *groups):
         read[path.name, tuple(columns)] += 1
-        return read_shard(path, columns)
+        return read_shard(path, columns, *groups)
 
     monkeypatch.setattr(table, "read_shard", counted)
     for _ in range(2):
