@@ -13,6 +13,7 @@ from typing import Any
 from rollouts.config import FamilyConfig, GeneratorConfig, ModelConfig
 from rollouts.errors import ConfigError
 from rollouts.models.base import Backend
+from rollouts.models.identity import identity, served
 from rollouts.models.open import open_backend
 from rollouts.models.stepwise import StepModel, StepRules
 from rollouts.plugins import build_plugin, is_plugin
@@ -46,6 +47,7 @@ class Family:
         self.examples = examples
         self.limits = config.limits
         self.prompts = cache(self._prompts)
+        self.identity = cache(identity)
         self._continuing = [role for role in ROLES if not config.generator(role).chat_only]
         for role in self._continuing:
             self.prompts(role)
@@ -105,6 +107,7 @@ class Family:
             "seed": self.seed,
             "labels": labels,
             "windows": dict(self.windows),
+            "models": {role: self.identity(self.config.generator(role)) for role in ROLES},
         }
         for role in ROLES:
             model = self.config.generator(role)
@@ -126,17 +129,19 @@ class Family:
             from rollouts.models.server.chat import ChatWriter
 
             with closing(ChatWriter(role, model, self.limits, self.fits)) as chat:
+                store.identify(role, served(chat.describe()))
                 store.record_engine({"role": role, **chat.describe()})
                 yield chat
             return
-        with self._backend(role, model, store) as backend:
+        store.identify(role, self.identity(model))  # before it is loaded
+        with self._backend(role, model, store, writes=True) as backend:
             window, sampling = backend.window, model.sampling
             rules = StepRules(role, self.prompts(role), window, sampling, self.limits, self.fits, self.seed)
             yield StepModel(backend, rules)
 
     @contextmanager
     def _backend(
-        self, role: str, model: ModelConfig, store: Store, pooling_tag: int | None = None
+        self, role: str, model: ModelConfig, store: Store, pooling_tag: int | None = None, *, writes: bool = False
     ) -> Iterator[Backend]:
         digest = hashlib.blake2b(f"{self.seed}|{role}|{store.next_start()}".encode(), digest_size=4).digest()
         seed = int.from_bytes(digest, "little") >> 1  # no two starts of a store share one
@@ -146,6 +151,9 @@ class Family:
                 raise ConfigError(
                     f"{role}: its window is {backend.window} tokens, the configuration says {self.windows[role]}."
                 )
+            backend.identity = {**self.identity(model), **served(backend.describe())}
+            if writes:
+                store.identify(role, backend.identity)
             store.record_engine({"role": role, "seed": seed, **backend.describe()})
             yield backend
 
@@ -163,6 +171,15 @@ class Family:
             return _file_name(scorer.name or scorer.kind)
         model = scorer.model if scorer.model is not None else self.config.generator(scorer.under)
         return _file_name(scorer.name or f"{scorer.kind}-{model.display_name}")
+
+    def refuse_other_scores(self, store: Store) -> None:
+        """Raise a StoreError if a store has scores by another model of the scorer's name; nothing is loaded."""
+        scorer = self.config.scorer
+        if scorer is not None and not is_plugin(scorer.kind):
+            role, model = (
+                ("scorer", scorer.model) if scorer.model else (scorer.under, self.config.generator(scorer.under))
+            )
+            store.refuse_others("scores", self.scorer_name, {role: self.identity(model)})
 
     @contextmanager
     def open_scorer(self, store: Store) -> Iterator[Scorer]:

@@ -117,6 +117,8 @@ class Generate:
             estimate(screen, family, problems, replicas, most_escalations, self.in_flight)
             return
         store = Store.create(self.out, family.process(most_escalations, labels=labelled))
+        tell_notes(store)
+        family.refuse_other_scores(store)
         with store.writing():
             store.add_problems(problems)
             closed = self._grow(screen, store, family, problems, replicas)
@@ -215,10 +217,17 @@ def run_scoring(store: Store, family: Family, problems: Sequence[Problem] | None
         return
     with family.open_scorer(store) as scorer, progress_bar("Scoring", total, "steps") as advance:
         report = score_store(store, scorer, problems, on_progress=advance)
+    tell_notes(store)
     if report.skipped:
         console().print(
             f"{report.skipped} steps exceed the scorer's window and have no score; their trees are left out."
         )
+
+
+def tell_notes(store: Store) -> None:
+    """Print what whoever goes on with a store should be told, once."""
+    while store.notes:
+        console().print(store.notes.pop(0))
 
 
 def run_grading(store: Store, grader: Grader, problems: Sequence[Problem] | None) -> None:
@@ -267,7 +276,7 @@ class Expand:
         router = load_router(self.router, self.seed)
         process = store.manifest["process"]
         family = Family(load_family(self.models), seed=process["seed"], examples=self_test_examples(problems))
-        Store.create(self.store, family.process(process["max_escalations"], labels=process["labels"]))
+        tell_notes(Store.create(self.store, family.process(process["max_escalations"], labels=process["labels"])))
         with store.writing(), ExitStack() as stack:
             writers = {role: stack.enter_context(family.open(role, store)) for role in ROLES}
             scorer = stack.enter_context(family.open_scorer(store))
@@ -297,6 +306,7 @@ class Score:
         store = Store(self.store)
         problems = store.problems()
         family = Family(load_family(self.models), examples=self_test_examples(problems))
+        family.refuse_other_scores(store)
         with store.writing():
             run_scoring(store, family, None)
 

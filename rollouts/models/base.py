@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from rollouts.config import Sampling
@@ -108,11 +109,13 @@ class Backend(AbstractContextManager["Backend"]):
         role: What the model is used for (``small``, ``large``, ``scorer``); errors name it.
         capabilities: What it can do.
         window: Most tokens of prompt and completion together.
+        identity: What tells its model from another (`rollouts.models.identity`), where that is known.
     """
 
     role: str
     capabilities: Capabilities
     window: int
+    identity: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def submit(self, request: Request) -> Future[Any]:

@@ -49,7 +49,8 @@ class Scorer(Protocol):
     def process(self) -> Mapping[str, Any]:
         """Return all that decides the scores, such as model, revision and options, as JSON takes it.
 
-        It goes into the table's manifest. A scorer that says something else is refused for that table.
+        It goes into the table's manifest. A scorer that says something else is refused for that table. Under
+        ``models`` it may say by role what tells the models that it uses from others (`rollouts.models.identity`).
         """
 
 

@@ -38,7 +38,12 @@ class LikelihoodScorer:
 
     def process(self) -> Mapping[str, Any]:
         """Return model and prompt format."""
-        return {"kind": "likelihood", "model": self.model, "template_hash": self.prompts.template_hash}
+        return {
+            "kind": "likelihood",
+            "model": self.model,
+            "template_hash": self.prompts.template_hash,
+            "models": {self.backend.role: dict(self.backend.identity)},
+        }
 
     def submit(self, question: str, steps: Sequence[str]) -> Future[Scores]:
         """Score one path with one prefill pass over the steps that fit."""

@@ -40,7 +40,12 @@ class SelfEvaluationScorer:
 
     def process(self) -> Mapping[str, Any]:
         """Return model, instruction and template."""
-        return {"kind": "self-evaluation", "model": self.model, "template_hash": self.prompts.template_hash}
+        return {
+            "kind": "self-evaluation",
+            "model": self.model,
+            "template_hash": self.prompts.template_hash,
+            "models": {self.backend.role: dict(self.backend.identity)},
+        }
 
     def _question(self, question: str, steps: Sequence[str]) -> str:
         listed = "\n\n".join(f"Step {number}: {step.strip()}" for number, step in enumerate(steps, 1))

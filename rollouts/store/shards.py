@@ -18,7 +18,8 @@ from rollouts.errors import StoreError
 
 T = TypeVar("T")
 KEY = ("problem", "replica", "prefix", "role")
-_TEXT = pa.dictionary(pa.int32(), pa.string())
+_STRING = pa.string()
+_TEXT = pa.dictionary(pa.int32(), _STRING)
 _KEY_FIELDS = [
     pa.field("problem", _TEXT, nullable=False),
     pa.field("replica", pa.int16(), nullable=False),
@@ -333,7 +334,7 @@ def _counters_in(metadata: Mapping[str, bytes]) -> dict[str, int]:
     return {name.removeprefix(_COUNTER): int(value) for name, value in metadata.items() if name.startswith(_COUNTER)}
 
 
-def _plain(table: pa.Table, text: pa.DataType = pa.string()) -> pa.Table:
+def _plain(table: pa.Table, text: pa.DataType = _STRING) -> pa.Table:
     """Return a table with its texts as plain strings, so that shards can be joined."""
     texts = (pa.types.is_dictionary, pa.types.is_string)
     fields = [field.with_type(text) if any(kind(field.type) for kind in texts) else field for field in table.schema]

@@ -249,7 +249,7 @@ class Grower:
             store = self.buffer.table.directory.parent
             raise BackendError(
                 f"{role}: {failed} of its first {answered} requests failed and are stored as failed steps (the last: "
-                f"{self._reason[role][:_REASON]}). Mend the cause; after `python -m rollouts repair {store} --drop-failed` "
+                f"{self._reason[role]}). Mend the cause; after `python -m rollouts repair {store} --drop-failed` "
                 "the same `generate` asks again."
             )
 
@@ -322,7 +322,7 @@ class Grower:
         self._answered[want.role] += 1
         if generation.steps[-1].stop_reason is StopReason.FAILED:
             self._failed[want.role] += 1
-            self._reason[want.role] = generation.reason or "no reason given"
+            self._reason[want.role] = generation.reason[:_REASON] or "no reason given"
         if want.role == LARGE:
             self._large_under_way -= 1
             self._longest = max(generation.decoded, 0 if self._longest == math.inf else self._longest)

@@ -63,6 +63,8 @@ class ServerBackend(Backend):
                 "url": self._http.url,
                 "model": card["id"],
                 "root": card.get("root"),  # what the server calls `model` may be another name for it
+                "owned_by": card.get("owned_by"),
+                "max_model_len": card.get("max_model_len"),
                 "seed": None,  # the server's own
             }
             if step_tag_id is None:
