@@ -87,7 +87,8 @@ class ModelConfig(_Section):
         threads: CPU threads of the engine; 0 lets it decide.
         url: Base URL of a server, such as ``http://localhost:8000/v1``.
         api_key_env: Name of the environment variable that holds the server's key.
-        timeout_s: Longest time of one HTTP request, seconds.
+        timeout_s: Longest time of one HTTP request, seconds; one that may decode more than 512 tokens, as whole
+            solutions, has proportionally longer: 2,048 tokens four times as long.
         concurrency: Most HTTP requests under way at once.
         retries: Attempts after a failed one before a server counts as gone.
         price_input: Price of a million prompt tokens, for estimates.

@@ -38,7 +38,7 @@ class Stats:
 
     def run(self) -> None:
         """Run the command."""
-        from rollouts.cli.view import counts_table, statistics_table
+        from rollouts.cli.view import counts_table, failure_lines, statistics_table
         from rollouts.trees.compile import compile_store
         from rollouts.trees.stats import split_statistics, store_statistics
 
@@ -46,6 +46,8 @@ class Stats:
         out = Console(highlight=False)
         counts = store_statistics(store)
         out.print(counts_table(counts))
+        for line in failure_lines(counts["failures"]):
+            out.print(line, markup=False)
         with progress_bar("Compiling", None, "trees") as advance:
             trees = compile_store(store, self.scorer, self.grader, on_progress=advance)
         present = dict.fromkeys(trees.splits[trees.problem].tolist())
@@ -101,7 +103,9 @@ class Show:
             rows.read([tree.key])
             annotations.append(rows)
         scores, grades = annotations
-        show_tree(Console(highlight=False), tree, scores, grades, self.most)
+        reasons = Rows(store.steps, "reason")
+        reasons.read([tree.key])
+        show_tree(Console(highlight=False), tree, scores, grades, reasons, self.most)
 
 
 @settings
@@ -121,7 +125,7 @@ class Verify:
         findings = verify_store(Store(self.store))
         out = Console(highlight=False)
         for fact in findings.facts:
-            out.print(fact)
+            out.print(fact, markup=False)
         if findings.problems:
             raise StoreError(f"{self.store}: " + " ".join(findings.problems))
         out.print("The store is sound.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -61,7 +61,15 @@ def counts_table(counts: Mapping[str, Any]) -> RichTable:
     return table
 
 
-def show_tree(console: Console, tree: RolloutTree, scores: Rows, grades: Rows, most: int = 60) -> None:
+def failure_lines(failures: Sequence[Mapping[str, Any]], most: int = 5) -> Iterator[str]:
+    """Yield why steps failed, most frequent reasons first (``failures`` of `store_statistics`)."""
+    for each in failures[:most]:
+        yield f"{each['steps']:,} failed steps of {each['role']}: {each['reason']}"
+    if rest := sum(each["steps"] for each in failures[most:]):
+        yield f"{rest:,} failed steps for {len(failures) - most:,} other reasons"
+
+
+def show_tree(console: Console, tree: RolloutTree, scores: Rows, grades: Rows, reasons: Rows, most: int = 60) -> None:
     """Print one problem's tree: at each node both proposals with score, tokens and, at the end, correctness.
 
     Args:
@@ -69,6 +77,7 @@ def show_tree(console: Console, tree: RolloutTree, scores: Rows, grades: Rows, m
         tree: The tree.
         scores: Scores, with the tree at hand.
         grades: Grades, likewise.
+        reasons: Why steps failed, likewise.
         most: Decision nodes shown; the rest is counted.
     """
     console.print(Text(tree.problem.question, style="bold"))
@@ -88,7 +97,8 @@ def show_tree(console: Console, tree: RolloutTree, scores: Rows, grades: Rows, m
         for role in ROLES[:1] if same else ROLES:
             if role in node.proposals:
                 key = tree.row_key(node, role)
-                line = _line("both" if same else role, node.proposals[role], scores.get(key), grades.get(key))
+                step, why = node.proposals[role], reasons.get(key)
+                line = _line("both" if same else role, step, scores.get(key), grades.get(key), why)
                 twig = branch.add(line)
                 child = tree.child(node, role)
                 if child is not None:
@@ -100,7 +110,7 @@ def show_tree(console: Console, tree: RolloutTree, scores: Rows, grades: Rows, m
         console.print(f"[dim]... {len(tree.nodes) - most} more nodes; --most shows more[/]")
 
 
-def _line(author: str, step: Step, score: float | None, correct: bool | None) -> Text:
+def _line(author: str, step: Step, score: float | None, correct: bool | None, why: str | None) -> Text:
     text = Text()
     text.append(f"{author:5} ", style=f"bold {_COLOUR.get(author, 'white')}")
     text.append(step.text.strip() or "(nothing)", style="default")
@@ -110,5 +120,5 @@ def _line(author: str, step: Step, score: float | None, correct: bool | None) ->
     text.append(f"  {step.tokens} tok", style="dim")
     if step.terminal:
         mark, style = {True: ("right", "bold green"), False: ("wrong", "bold red"), None: ("ungraded", "dim")}[correct]
-        text.append(f"  {mark} ({step.stop_reason})", style=style)
+        text.append(f"  {mark} ({step.stop_reason}{f': {why}' if why else ''})", style=style)
     return text

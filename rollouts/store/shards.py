@@ -40,7 +40,7 @@ STEPS = pa.schema(
 )
 CONTENT = "content"  # what a row is about: the hash of its prefix and of the proposal's text
 _CONTENT_FIELD = pa.field(CONTENT, pa.uint64())  # null in rows from before there was such a column
-_ADDED = (CONTENT, "reason")  # columns that shards may lack: they were written before there was one
+_LATER = {CONTENT, "reason"}  # null in shards from before there were such columns
 SCORES = pa.schema([*_KEY_FIELDS, _CONTENT_FIELD, pa.field("score", pa.float32())])
 GRADES = pa.schema(
     [
@@ -152,7 +152,7 @@ class Table:
             path: Where to; default `next_shard`.
         """
         unknown = [None] * len(rows["problem"])
-        columns = [rows.get(name, unknown) if name in _ADDED else rows[name] for name in self.schema.names]
+        columns = [rows.get(name, unknown) if name in _LATER else rows[name] for name in self.schema.names]
         arrays = [pa.array(column, type=field.type) for column, field in zip(columns, self.schema, strict=True)]
         self._write([pa.Table.from_arrays(arrays, schema=self.schema)], counters or {}, path or self.next_shard())
 
@@ -190,10 +190,9 @@ class Table:
                 f"{path}: unreadable shard ({str(error).splitlines()[0][:160]}). "
                 "`python -m rollouts repair` sets it aside; the same command then generates what is missing."
             ) from error
-        for name in _ADDED:
-            if name in wanted and name not in there:
-                field = self.schema.field(name)
-                table = table.append_column(field, pa.nulls(table.num_rows, field.type))
+        for name in _LATER.intersection(wanted).difference(there):
+            field = self.schema.field(name)
+            table = table.append_column(field, pa.nulls(table.num_rows, field.type))
         if missing := [name for name in wanted if name not in table.column_names]:
             raise StoreError(f"{path}: columns {missing} are missing, found {table.column_names}.")
         return table.select(wanted)

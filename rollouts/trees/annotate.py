@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
+from rollouts.errors import ConfigError
 from rollouts.scoring.base import Scorer, Scores
 from rollouts.store.rows import RowKey, Rows
 from rollouts.store.store import Store
@@ -160,7 +161,9 @@ def score_paths(
 
     def take(path: Path, scores: Scores) -> None:
         tree, edges = path
-        new = scores[len(edges[0][0].steps) :]
+        before = len(edges[0][0].steps)
+        what = f"the steps of a path of {tree.problem.id!r}"
+        new = _one_for_each(f"Scorer {scorer.name!r}", scores, before + len(edges), what)[before:]
         for (node, role), score in zip(edges, new, strict=True):
             stored = None if score is None else float(np.float32(score))  # what the table will give back
             for same in node.twins(role):
@@ -208,10 +211,23 @@ def grade_places(grader: Grader, rows: Rows, places: Sequence[Place], workers: i
     pairs = [
         (tree.problem.answer, solution_text([*node.steps, node.proposals[role].text])) for tree, node, role in places
     ]
-    grades = grader.grade_many(pairs, workers)
+    some = ", ".join(dict.fromkeys(repr(tree.problem.id) for tree, *_ in places[:3]))
+    what = f"solutions of {some}{' ...' if len(places) > 3 else ''}"
+    grades = _one_for_each(f"Grader {grader.name!r}", grader.grade_many(pairs, workers), len(pairs), what)
     for (tree, node, role), grade in zip(places, grades, strict=True):
         rows.put(tree.row_key(node, role), correct=grade.correct, extracted=grade.extracted, error=grade.error)
     return sum(grade.error is not None for grade in grades)
+
+
+def _one_for_each(who: str, results: Any, wanted: int, what: str) -> list[Any]:
+    """Return what a scorer or grader of somebody's own gave; raise ConfigError if it is not one result for each."""
+    try:
+        found = list(results)
+    except TypeError:
+        raise ConfigError(f"{who} gave {results!r:.80}, expected a list with one for each of {what}.") from None
+    if len(found) != wanted:
+        raise ConfigError(f"{who} gave {len(found)} results, expected {wanted}: one for each of {what}.")
+    return found
 
 
 def ask_all(

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rollouts.errors import StoreError
 from rollouts.store.store import Store
+from rollouts.text.steps import StopReason
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees, graph_of
 
 
@@ -166,10 +168,28 @@ def small_path_min_scores(trees: Trees, indices: NDArray[Any]) -> NDArray[np.flo
     return found
 
 
+def failed_steps(store: Store) -> Counter[tuple[str, str]]:
+    """Count failed steps by role and reason; stores of earlier versions do not tell the reason."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for table in store.steps.read(columns=["role", "stop_reason", "reason"]):
+        failed = table.filter(pc.equal(table["stop_reason"].cast("string"), StopReason.FAILED))
+        pairs = zip(failed["role"].to_pylist(), failed["reason"].to_pylist(), strict=True)
+        counts.update((role, reason or "no reason stored") for role, reason in pairs)
+    return counts
+
+
 def store_statistics(store: Store) -> dict[str, Any]:
     """Return counts that need no compiling: rows, stop reasons, tokens and requests by role, dropped segments."""
     reasons: Counter[str] = Counter()
     for table in store.steps.read(columns=["role", "stop_reason"]):
         pairs = zip(table["role"].to_pylist(), table["stop_reason"].to_pylist(), strict=True)
         reasons.update(f"{role} {reason}" for role, reason in pairs)
-    return {"steps": reasons.total(), "stop_reasons": dict(sorted(reasons.items())), "requests": store.steps.counters()}
+    failures = [
+        {"role": role, "reason": why, "steps": count} for (role, why), count in failed_steps(store).most_common()
+    ]
+    return {
+        "steps": reasons.total(),
+        "stop_reasons": dict(sorted(reasons.items())),
+        "requests": store.steps.counters(),
+        "failures": failures,
+    }

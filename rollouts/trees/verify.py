@@ -13,6 +13,7 @@ from rollouts.store.rows import Rows
 from rollouts.store.store import Store
 from rollouts.trees.annotate import is_left
 from rollouts.trees.grow import load_trees
+from rollouts.trees.stats import failed_steps
 
 
 @dataclass
@@ -68,6 +69,8 @@ def _trees(store: Store, findings: Findings) -> None:
     findings.facts.append(
         f"{counts['trees']:,} trees, {counts['nodes']:,} decision nodes, {counts['orphans']} orphaned steps"
     )
+    for (role, reason), count in failed_steps(store).most_common():
+        findings.facts.append(f"{count:,} failed steps of {role}: {reason}")
     if counts["unclaimed"]:
         findings.facts.append(f"{counts['unclaimed']:,} scores and grades belong to no step that is there; not used")
     if counts["open"]:

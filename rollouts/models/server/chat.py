@@ -139,7 +139,11 @@ class ChatWriter:
             payload = self._payload(_PROBE, _PROBE_TOKENS, stop="stop" not in self._unsent)
             self._http.heartbeat = ("chat/completions", payload)
             try:
-                self._http.ask("chat/completions", payload, lambda body: int(body["usage"]["completion_tokens"]))
+                text, _, reason = self._http.ask("chat/completions", payload, _read)
+                if not text.strip() and reason != "length":  # hidden thoughts may take all of so few tokens
+                    raise ConfigError(
+                        f"{self.role}: {self._http.url} answered a chat with {name} without text (ended by {reason!r})."
+                    )
                 return
             except RequestFailed as error:
                 if not self._leave_out(str(error), payload):
@@ -176,7 +180,7 @@ class ChatWriter:
         for stop in (False,) if "stop" in self._unsent else (True, False):
             try:
                 payload = self._payload(content, budget, stop=stop)
-                answer, tokens, reason = await self._http.post("chat/completions", payload, _read)
+                answer, tokens, reason = await self._http.post("chat/completions", payload, _read, budget)
             except RequestFailed as error:
                 why = str(error)
                 break

@@ -129,7 +129,7 @@ class ServerBackend(Backend):
         answer: Callable[[], Awaitable[Any]]
         if isinstance(request, CompletionRequest) and not self.capabilities.pooling:
             payload = completion_payload(self._model, self.window, request)
-            answer = partial(self._http.post, "completions", payload, read_completion)
+            answer = partial(self._http.post, "completions", payload, read_completion, request.max_tokens)
         elif isinstance(request, LogprobRequest) and self.capabilities.prompt_logprobs:
             smallest = completion_payload(self._model, self.window, CompletionRequest(request.ids, 1, Sampling(1.0)))
             read = partial(read_logprobs, ids=request.ids, start=request.start)

@@ -18,6 +18,7 @@ from rollouts.models.server.connection import Answer, Broken, Connection
 
 T = TypeVar("T")
 _HEARTBEAT_S = 15.0  # longest wait for the smallest request there is
+_TOKENS_IN_TIME = 512  # tokens that a request may decode within `timeout_s`
 _LONGEST_PAUSE_S = 120.0  # a server that asks for a longer Retry-After counts as gone
 _HOPELESS = 32  # this many requests in a row without one answer are no accident
 _GAVE_UP_WAITING = (408, 504, 524)  # somebody on the way ran out of patience: the request's own time was exceeded
@@ -134,21 +135,23 @@ class HttpServer:
         finally:
             self._tasks.discard(task)
 
-    async def post(self, path: str, payload: Mapping[str, Any] | None, parse: Callable[[Any], T]) -> T:
+    async def post(self, path: str, payload: Mapping[str, Any] | None, parse: Callable[[Any], T], tokens: int = 0) -> T:
         """Send one request, again where that helps, and return what `parse` makes of the answer's JSON.
 
         Args:
             path: Below the base URL; below the root if it begins with a slash.
             payload: Body; None sends a GET.
             parse: May raise ValueError, LookupError or TypeError for an answer that makes no sense.
+            tokens: Most tokens that it decodes; it has as much more time as they are more than 512.
 
         Raises:
             RequestFailed: The request failed, on a server that is well.
             BackendError: The server is gone.
         """
+        timeout = self._timeout * max(1.0, tokens / _TOKENS_IN_TIME)
         async with self._slots:
             try:
-                result: T = await self._retrying()(self._attempt, path, payload, parse)
+                result: T = await self._retrying()(self._attempt, path, payload, parse, timeout)
             except _Trouble as trouble:
                 if trouble.busy:
                     self._give_up(f"is still busy after {self._retries} retries ({trouble}). Lower `concurrency`.")
@@ -179,10 +182,10 @@ class HttpServer:
 
         return AsyncRetrying(retry=retry_if_exception(again), stop=stop, wait=wait, reraise=True)
 
-    async def _attempt(self, path: str, payload: Any, parse: Callable[[Any], T]) -> T:
+    async def _attempt(self, path: str, payload: Any, parse: Callable[[Any], T], timeout: float) -> T:
         """Send once; after trouble find out whether the server is there."""
         try:
-            result = await self._exchange(path, payload, parse, self._timeout)
+            result = await self._exchange(path, payload, parse, timeout)
         except _Trouble as trouble:
             if not trouble.busy:
                 at_once = await self._check()

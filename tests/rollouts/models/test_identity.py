@@ -237,8 +237,9 @@ def test_another_reward_model_under_the_same_name_is_refused(tmp_path, capsys):
 
     def score() -> int:
         lines = [f'[{role}]\nbackend = "transformers"\nmodel = "{model_dir(role)}"' for role in ("small", "large")]
-        prm = f'[scorer]\nkind = "prm"\nsystem_prompt = ""\n[scorer.model]\nbackend = "transformers"\nmodel = "{folder}"\nmax_length = 512'
-        (tmp_path / "models.toml").write_text("\n".join([*lines, prm]))
+        lines += ['[scorer]\nkind = "prm"\nsystem_prompt = ""', '[scorer.model]\nbackend = "transformers"']
+        lines += [f'model = "{folder}"', "max_length = 512"]
+        (tmp_path / "models.toml").write_text("\n".join(lines))
         return main(["score", str(store.path), "--models", str(tmp_path / "models.toml")])
 
     assert score() == 0, capsys.readouterr().err
