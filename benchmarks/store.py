@@ -2,7 +2,8 @@
 
 Makes synthetic stores of several sizes and measures on each, in processes of their own, what reads all of it (the scan
 of a run that goes on, scoring and grading with nothing left, compiling, `verify`), one tree, and `repair --compact`,
-before and after compaction. ``--against`` measures another checkout beside this one, on copies of the same stores.
+before and after compaction. Seconds are processor time, so that a busy machine does not matter. ``--against`` measures
+another checkout beside this one, on copies of the same stores.
 """
 
 from __future__ import annotations
@@ -95,12 +96,12 @@ MEASURED: dict[str, Callable[[Store], object]] = {
 
 
 def measure(name: str, path: Path) -> None:
-    """Measure one thing; print seconds and the peak memory beyond that of the imports, MiB."""
+    """Measure one thing; print seconds of processor time and the peak memory beyond the imports, MiB."""
     store = Store(path)
     before = _peak()
-    begun = time.perf_counter()
+    begun = time.process_time()
     ({**MEASURED, "compact": _compact}[name])(store)
-    seconds = time.perf_counter() - begun
+    seconds = time.process_time() - begun
     print(json.dumps([seconds, _peak() - before]))
 
 

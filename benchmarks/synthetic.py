@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -27,12 +28,13 @@ class Writer:
 
     whole_paths = True
 
-    def __init__(self, role: str, seed: object, depth: int = 4, filler: str = "") -> None:
-        """Seed the draws; paths have at most `depth` steps, each with `filler` in it."""
+    def __init__(self, role: str, seed: object, depth: int = 4, filler: str = "", pause: float = 0.0) -> None:
+        """Seed the draws; paths have at most `depth` steps, with `filler` in each; a request takes `pause` seconds."""
         self.role = role
         self._draws = random.Random(f"{role} {seed}")
         self._depth = depth
         self._filler = filler
+        self._pause = pause
 
     def _step(self, depth: int) -> Step:
         draw = self._draws.randrange(4)
@@ -42,6 +44,7 @@ class Writer:
 
     def submit(self, prefix: Prefix, *, whole: bool) -> Future[Generation]:
         """Write the next step, or the whole rest."""
+        time.sleep(self._pause)
         steps = [self._step(len(prefix.steps) + 1)]
         while whole and not steps[-1].terminal:
             steps.append(self._step(len(prefix.steps) + len(steps) + 1))
@@ -54,12 +57,17 @@ class Scorer:
     name = "hash"
     tolerance = 0.0
 
+    def __init__(self, pause: float = 0.0) -> None:
+        """Take `pause` seconds for each path."""
+        self._pause = pause
+
     def process(self) -> Mapping[str, Any]:
         """Return that there is nothing to set."""
         return {"kind": "hash"}
 
     def submit(self, question: str, steps: Sequence[str]) -> Future[Scores]:
         """Score one path."""
+        time.sleep(self._pause)
         return _settled([score_of(question, steps[: end + 1]) for end in range(len(steps))])
 
 
@@ -68,12 +76,17 @@ class Grader:
 
     name = "hash"
 
+    def __init__(self, pause: float = 0.0) -> None:
+        """Take `pause` seconds for each solution."""
+        self._pause = pause
+
     def describe(self) -> Mapping[str, Any]:
         """Return that there is nothing to set."""
         return {"kind": "hash"}
 
     def grade_many(self, pairs: Sequence[tuple[str, str]], workers: int = 1) -> list[Grade]:
         """Grade pairs of answer and solution."""
+        time.sleep(self._pause * len(pairs))
         return [Grade(is_right(solution), "") for _, solution in pairs]
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any, TypeVar
@@ -179,17 +180,11 @@ class Table:
             StoreError: The shard is truncated, corrupted or has another schema; the message names it.
         """
         wanted = list(columns) if columns else self.schema.names
-        try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                there = file.schema_arrow.names
-                some = [name for name in wanted if name in there]
-                groups = range(file.num_row_groups) if groups is None else groups
-                table = file.read_row_groups(groups, some if columns else None)
-        except (pa.ArrowException, OSError) as error:
-            raise StoreError(
-                f"{path}: unreadable shard ({str(error).splitlines()[0][:160]}). "
-                "`python -m rollouts repair` sets it aside; the same command then generates what is missing."
-            ) from error
+        with _reading(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
+            there = file.schema_arrow.names
+            some = [name for name in wanted if name in there]
+            groups = range(file.num_row_groups) if groups is None else groups
+            table = file.read_row_groups(groups, some if columns else None)
         for name in _LATER.intersection(wanted).difference(there):
             field = self.schema.field(name)
             table = table.append_column(field, pa.nulls(table.num_rows, field.type))
@@ -227,7 +222,8 @@ class Table:
             self._indexed, self._groups = {}, {}
         for path in sorted(now.keys() - self._indexed.keys()):
             column = pc.cast(self.read_shard(path, ["problem"])["problem"], pa.string())
-            about = pq.read_metadata(path)
+            with _reading(path):
+                about = pq.read_metadata(path)
             if _COMPACTED.encode() in (about.metadata or {}):
                 self._groups = {}
             start = 0
@@ -325,8 +321,20 @@ class Table:
         return sorted(self.directory.glob(".*.tmp")) if self.directory.is_dir() else []
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(
+            f"{path}: unreadable shard ({str(error).splitlines()[0][:160]}). "
+            "`python -m rollouts repair` sets it aside; the same command then generates what is missing."
+        ) from error
+
+
 def _metadata_of(path: Path) -> dict[str, bytes]:
-    return {name.decode(): value for name, value in (pq.read_metadata(path).metadata or {}).items()}
+    with _reading(path):
+        return {name.decode(): value for name, value in (pq.read_metadata(path).metadata or {}).items()}
 
 
 def _counters_in(metadata: Mapping[str, bytes]) -> dict[str, int]:
