@@ -165,6 +165,7 @@ class Trial:
         """Damage shards, repair, and have models of other draws fill the gaps."""
         with self.start("compact" if self.generator.random() < 0.8 else None) as process:
             self.finish(process)
+        self.check()
         store = Store(self.path)
         tables = [store.steps, *(table for table in store.tables()[1:] if self.generator.random() < 0.3)]
         for table in tables:
