@@ -17,11 +17,23 @@ from typing import Any, NoReturn
 
 from rollouts.errors import DataError
 
-_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
+_COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bz2",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x50\x2a\x4d\x18": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+}
 _COMPRESSED_SUFFIXES = (".gz", ".bz2", ".zst", ".zstd", ".lz4")
 _OTHERS = {
     b"PK\x03\x04": "a ZIP archive or a spreadsheet: unpack it, or save the sheet as CSV",
     b"\xfd7zXZ": "compressed with xz: unpack it with xz -d",
+    b"\x5d\x00\x00": "compressed with lzma: unpack it with xz -d",
+    b"\x1f\x9d": "compressed with compress: unpack it with uncompress",
+    b"\x02\x21\x4c\x18": "compressed with an old lz4: unpack it with lz4 -d",
+    b"\xff\x06\x00\x00sNaPpY": "compressed with snappy: unpack it, or write it with gzip",
+    b"Rar!": "a RAR archive: unpack it",
+    b"ustar": "a tar archive: unpack it",
     b"7z\xbc\xaf": "a 7z archive: unpack it",
     b"ARROW1": "an Arrow file: write it as Parquet",
     b"\xff\xff\xff\xff": "an Arrow stream, as Dataset.save_to_disk leaves it: write it with Dataset.to_parquet",
@@ -126,7 +138,7 @@ def read_rows(path: Path) -> Iterator[Row]:
         yield from _parquet_rows(path, content)
         return
     for magic, what in _OTHERS.items():
-        if content.startswith(magic):
+        if content.startswith(magic) or magic == b"ustar" == content[257:262]:
             raise DataError(f"{path}: this is {what}; expected JSON lines, CSV or Parquet")
     content = _as_utf8(path, content)
     if suffix.lower() in (".csv", ".tsv"):

@@ -89,6 +89,15 @@ def test_chat_answers(fake: FakeServer, replies: list[Reply], expected: Step) ->
     assert all("stop" not in body for body in asked[1:])
 
 
+@pytest.mark.parametrize("content", ["", None, " \n"])
+def test_a_vendor_that_answers_without_a_text_is_refused_at_the_start(fake: FakeServer, content: Any) -> None:
+    fake.fault = lambda path, *_: chat_reply(content) if "chat" in path else None
+    with pytest.raises(ConfigError, match=r"large: http.*/v1 answered a chat with fake without text .ended by 'stop'"):
+        writer(fake)
+    fake.fault = lambda path, *_: chat_reply(content, "length") if "chat" in path else None
+    writer(fake).thing.close()  # it may have thought
+
+
 def test_chat_leaves_out_what_a_vendor_refuses(fake: FakeServer) -> None:
     def vendor(path: str, body: Any, count: int) -> Any:
         if path != "/v1/chat/completions":

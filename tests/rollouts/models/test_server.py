@@ -211,6 +211,16 @@ def test_a_request_beyond_its_time_fails_and_is_not_redrawn(fake: FakeServer) ->
         assert backend.submit(ask()).result(10).detail == "HTTP 504: gateway"
 
 
+def test_a_request_for_many_tokens_has_more_time(fake: FakeServer) -> None:
+    with ServerBackend("large", config(fake, timeout_s=0.4)) as backend:
+        fake.fault = lambda path, body, count: time.sleep(0.8) if real(body) else None
+        outcomes = {most: backend.submit(ask(max_tokens=most)) for most in (8, 512, 2048)}
+        assert outcomes[8].result(10).detail == outcomes[512].result(10).detail == "no answer within 0.4 s"
+        assert outcomes[2048].result(10).finish == "stop"
+        fake.fault = lambda path, body, count: HANG if real(body) else None
+        assert backend.submit(ask(max_tokens=2048)).result(20).detail == "no answer within 1.6 s"
+
+
 def test_a_server_that_answers_heartbeats_only_is_no_server(fake: FakeServer) -> None:
     with ServerBackend("large", config(fake, timeout_s=1.0, concurrency=32)) as backend:
         fake.fault = lambda path, body, count: HANG if real(body) else None

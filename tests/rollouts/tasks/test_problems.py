@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import lzma
 import re
 import subprocess
 import sys
@@ -193,16 +194,18 @@ def _packed(how, content):
         return content.decode().encode("utf-16")
     if how in ("utf-16-le", "utf-16-be", "utf-32"):
         return content.decode().encode(how)
+    if how == "pzstd":  # which writes a frame to be skipped first
+        return b"\x50\x2a\x4d\x18\x04\x00\x00\x00size" + _packed("zstd", content)
     with pa.BufferOutputStream() as sink:
         with pa.CompressedOutputStream(sink, how) as stream:
             stream.write(content)
         return sink.getvalue().to_pybytes()
 
 
-@pytest.mark.parametrize("how", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "gzip", "bz2", "zstd", "lz4"])
+@pytest.mark.parametrize("how", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "gzip", "bz2", "zstd", "pzstd", "lz4"])
 def test_compressed_files_and_other_unicode_encodings_are_read(write, how):
     plain = write(*_questions(5), {"question": "caf\u00e9?", "answer": "1"})
-    suffix = {"gzip": ".gz", "bz2": ".bz2", "zstd": ".zst", "lz4": ".lz4"}.get(how, "")
+    suffix = {"gzip": ".gz", "bz2": ".bz2", "zstd": ".zst", "pzstd": ".zst", "lz4": ".lz4"}.get(how, "")
     path = plain.parent / "packed" / f"apples.jsonl{suffix}"
     path.parent.mkdir()
     path.write_bytes(_packed(how, plain.read_bytes()))
@@ -227,6 +230,13 @@ def test_parquet_and_csv_are_read(write, tmp_path):
     [
         ("a.jsonl", b"PK\x03\x04 and more", "ZIP archive or a spreadsheet.*CSV"),
         ("a.jsonl", b"\xfd7zXZ\x00", "xz -d"),
+        ("a.jsonl.xz", lzma.compress(b"{}"), "compressed with xz.*xz -d"),
+        ("a.jsonl.lzma", lzma.compress(b"{}", lzma.FORMAT_ALONE), "compressed with lzma.*xz -d"),
+        ("a.jsonl.Z", b"\x1f\x9d\x90{}", "uncompress"),
+        ("a.jsonl.lz4", b"\x02\x21\x4c\x18{}", "lz4 -d"),
+        ("a.rar", b"Rar!\x1a\x07\x00", "RAR archive: unpack it"),
+        ("a.tar", bytes(257) + b"ustar", "tar archive: unpack it"),
+        ("a.tar.gz", gzip.compress(b"a.jsonl".ljust(257, b"\0") + b"ustar", mtime=0), "tar archive: unpack it"),
         ("a.jsonl", b"ARROW1\x00\x00", "Arrow file: write it as Parquet"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -218,6 +219,9 @@ def test_old_rows_of_a_store_that_was_repaired_before_are_not_believed(tmp_path)
     assert any("belong to no step" in fact for fact in verify_store(store).facts)
 
 
+REFUSAL = "HTTP 400: no such model [such] as this"
+
+
 class RefusedWriter(ScriptedWriter):
     """Fails on all requests, or on every fifth."""
 
@@ -230,7 +234,7 @@ class RefusedWriter(ScriptedWriter):
 
     def submit(self, prefix, *, whole):
         future = Future()
-        future.set_result(replace(super().submit(prefix, whole=whole).result(), reason="HTTP 400: no such model"))
+        future.set_result(replace(super().submit(prefix, whole=whole).result(), reason=REFUSAL))
         return future
 
 
@@ -248,6 +252,46 @@ def test_requests_that_always_fail_stop_the_run_and_can_be_asked_again(tmp_path,
     assert not any("failed" in part["stop_reason"].to_pylist() for part in store.steps.read())
     finish(grow(store.path, cap, replicas))
     assert all_steps(store) == all_steps(grow(tmp_path / "whole", cap, replicas))
+    assert not verify_store(store).problems
+
+
+def test_why_steps_failed_is_stored_and_told_with_counts(tmp_path, capsys):
+    store = finish(grow(tmp_path / "s", 1, 9, who={role: RefusedWriter(role, 5) for role in ROLES}))
+    failed = Counter()
+    for part in store.steps.read():
+        for row in part.to_pylist():
+            assert (row["reason"] is None) == (row["stop_reason"] != "failed")
+            failed[row["role"], row["reason"]] += 1
+    lines = [f"{failed[role, REFUSAL]:,} failed steps of {role}: {REFUSAL}" for role in ROLES]
+    assert main(["stats", str(store.path), "--json-out", str(tmp_path / "s.json")]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(" ".join(line.split()) in told for line in lines)
+    numbers = json.loads((tmp_path / "s.json").read_text())["generated"]["failures"]
+    assert {(each["role"], each["reason"]): each["steps"] for each in numbers} == {
+        key: count for key, count in failed.items() if key[1]
+    }
+    assert main(["verify", str(store.path)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert all(" ".join(line.split()) in told for line in lines)
+    shown = ""
+    for item in PROBLEMS:
+        assert main(["show", str(store.path), "--problem", item.id]) == 0
+        shown += "".join(capsys.readouterr().out.split())
+    assert "".join(f"wrong (failed: {REFUSAL})".split()) in shown
+    store.steps.compact()
+    assert main(["verify", str(store.path)]) == 0
+    assert " ".join(lines[0].split()) in " ".join(capsys.readouterr().out.split())
+
+
+def test_steps_that_failed_in_a_store_of_an_earlier_version_have_no_reason(tmp_path, capsys):
+    store = finish(grow(tmp_path / "s", 1, 9, who={role: RefusedWriter(role, 5) for role in ROLES}))
+    for shard in store.steps.shards():
+        pq.write_table(pq.ParquetFile(shard).read().drop_columns("reason"), shard)
+    for command in ("stats", "verify", "show"):
+        assert main([command, str(store.path)]) == 0
+        assert ("no reason stored" in capsys.readouterr().out) == (command != "show")
+    assert main(["repair", str(store.path), "--drop-failed"]) == 0
+    store = finish(grow(store.path, 1, 9))
     assert not verify_store(store).problems
 
 
