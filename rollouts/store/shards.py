@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ GRADES = pa.schema(
 )
 _COUNTER, _COMPACTED = "trim.", "trim-compacted"  # in the metadata of shards
 _SHARD = re.compile(r"part-(\d{6})\.parquet$")
+_SAME_TIME_NS = 2_000_000_000  # two changes so close may leave a directory the same time
 _GROUP_ROWS = 10_000  # rows that are read together for a few problems
 _COMPACTED_TOGETHER = 128  # problems
 
@@ -88,6 +90,7 @@ class Table:
         self.schema = schema
         self.key = (*KEY, CONTENT) if CONTENT in schema.names else KEY
         self.by_place = by_place
+        self._listed: tuple[int, dict[Path, tuple[int, int]]] = (-1, {})
         self._indexed: dict[Path, tuple[int, int]] = {}
         self._groups: dict[str, list[tuple[Path, int]]] = {}  # row groups by problem, in the order of first appearance
 
@@ -99,11 +102,13 @@ class Table:
         """Return the shards, each with what is another when a file takes its name: inode and time.
 
         The directory is listed until two lists agree: one during which shards are replaced may have neither old nor
-        new ones.
+        new ones. It is not listed again while its own time says that nothing came or went.
         """
         before = None
         while self.directory.is_dir():
-            now = {}
+            now, changed = {}, self.directory.stat().st_mtime_ns
+            if changed == self._listed[0]:
+                return self._listed[1]
             try:
                 with os.scandir(self.directory) as entries:
                     for entry in entries:
@@ -112,6 +117,8 @@ class Table:
             except FileNotFoundError:
                 continue
             if now == before:
+                if time.time_ns() - changed > _SAME_TIME_NS:
+                    self._listed = changed, now
                 return now
             before = now
         return {}
