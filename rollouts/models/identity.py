@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rollouts.config import ModelConfig
+from rollouts.errors import ConfigError
 
 _READ, _BLOCK = 512 << 20, 64 << 10  # bytes of a model that are read, and at once
+_LONGEST_HEADER = 100_000_000  # bytes, as the format has it
 _CONFIGURATION = ("config.json", "generation_config.json", "adapter_config.json")
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"),
@@ -34,7 +36,18 @@ def identity(model: ModelConfig) -> dict[str, Any]:
     Args:
         model: Where it is: a folder gives ``weights``, ``configuration`` and ``tokenizer``, a name on the hub the
             ``revision`` that the local cache has for it, a server its tokenizer alone (see `served`).
+
+    Raises:
+        ConfigError: A file cannot be read.
     """
+    try:
+        found = _parts(model)
+    except OSError as error:
+        raise ConfigError(f"{model.model}: cannot be read ({error}).") from error
+    return {part: value for part, value in found.items() if value is not None}
+
+
+def _parts(model: ModelConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
     place = Path(model.model)
     if model.backend != "server":
@@ -48,7 +61,7 @@ def identity(model: ModelConfig) -> dict[str, Any]:
         local = Path(tokenizer).is_dir()
         cached = None if local else _cached_revision(tokenizer, model.revision, "tokenizer_config.json")
         found["tokenizer"] = _files(Path(tokenizer), _TOKENIZER) if local else cached
-    return {part: value for part, value in found.items() if value is not None}
+    return found
 
 
 def served(description: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,12 +142,11 @@ def _tensors(file: Path, handle: BinaryIO) -> Iterator[tuple[str, int, int]]:
     if file.suffix == ".safetensors":
         length = int.from_bytes(handle.read(8), "little")
         try:
-            header = json.loads(handle.read(length) if length < size else b"")
-            yield from [
-                (f"{name} {tensor['dtype']} {tensor['shape']}", *(length + 8 + at for at in tensor["data_offsets"]))
-                for name, tensor in header.items()
-                if name != "__metadata__"
-            ]
+            header = json.loads(handle.read(length) if length < min(size, _LONGEST_HEADER) else b"")
+            header.pop("__metadata__", None)
+            places = [[min(length + 8 + at, size) for at in tensor["data_offsets"]] for tensor in header.values()]
+            names = [f"{name} {tensor['dtype']} {tensor['shape']}" for name, tensor in header.items()]
+            yield from [(name, begin, end) for name, (begin, end) in zip(names, places, strict=True)]
             return
         except (ValueError, LookupError, AttributeError, TypeError):
             pass  # a damaged file: the engine will say so

@@ -24,7 +24,6 @@ SCHEMA_VERSION = 1
 _PROBLEMS = pa.schema([(name, pa.string()) for name in ("id", "split", "question", "answer", "source", "licence")])
 
 
-_COMMANDS = {"scores": "score", "grades": "grade"}
 _LOCK, _SET_ASIDE = ".lock", "set-aside"
 BUNDLED = Path(__file__).parents[1] / "datasets"
 
@@ -234,9 +233,9 @@ class Store:
             StoreError: There is none, there are several and no name was given, or the name is unknown.
         """
         names = self.names(kind)
+        command = "score" if kind == "scores" else "grade"
         if not names:
-            raise StoreError(f"{self.path}: no {kind} yet. Add them with `python -m rollouts {_COMMANDS[kind]} "
-                             f"{self.path}`.")  # fmt: skip
+            raise StoreError(f"{self.path}: no {kind} yet. Add them with `python -m rollouts {command} {self.path}`.")
         if name is None and len(names) == 1:
             return names[0]
         if name is None:
@@ -364,13 +363,10 @@ def _unknown(place: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -
 
 def _learn(manifest: dict[str, Any], models: Mapping[str, Mapping[str, Any]]) -> bool:
     """Add what is new of models to a manifest; return whether anything was."""
-    known = {role: dict(parts) for role, parts in manifest.get("models", {}).items()}
-    for role, parts in models.items():
-        known[role] = {**parts, **known.get(role, {})}
-    known = {role: parts for role, parts in known.items() if parts}
-    changed = bool(known != manifest.get("models", {}))
-    manifest.update({"models": known} if changed else {})
-    return changed
+    before = manifest.get("models", {})
+    known = before | {role: {**parts, **before.get(role, {})} for role, parts in models.items() if parts}
+    manifest.update({"models": known} if known else {})
+    return bool(known != before)
 
 
 def _differences(found: Any, wanted: Any, place: str = "") -> Iterator[str]:
