@@ -124,14 +124,18 @@ class Table:
         return {}
 
     def _undisturbed(self, read: Callable[[], T]) -> T:
-        """Read, and again if shards went meanwhile: compaction removes them when their rows are in a new one."""
+        """Read, and again if shards went or were replaced meanwhile: what compaction removes is in a new one."""
         while True:
-            before = self.shards()
+            before = self._stamps()
             try:
-                return read()
+                result = read()
             except (StoreError, OSError):
-                if self.shards() == before:
+                if self._stamps() == before:
                     raise
+                continue
+            now = self._stamps()
+            if all(now.get(path, stamp) == stamp for path, stamp in before.items()):
+                return result
 
     def _current(self) -> list[Path]:
         """Return the shards without those that compaction is about to remove, or has left after a crash."""

@@ -133,6 +133,21 @@ def test_a_reader_that_is_overtaken_by_compaction_sees_all_rows_once(table, monk
     assert plain(table.shards()[0]).num_rows == 8
 
 
+@pytest.mark.usefixtures("small_groups")
+def test_a_reader_that_is_overtaken_by_a_shard_of_the_same_name_reads_that(table, monkeypatch):
+    append(table, *"pqpqpqpqpq")
+    reader, plain, overtaken = Table(table.directory, SCORES), table.read_shard, []
+
+    def slow(path, columns=None, groups=None):
+        if groups is not None and not overtaken:
+            overtaken.append(path)
+            assert table.drop("problem", "q") == 5
+        return plain(path, columns, groups)
+
+    monkeypatch.setattr(reader, "read_shard", slow)
+    assert len(rows_of(reader, {"p"})) == 5 and overtaken
+
+
 def test_what_a_compaction_that_was_cut_off_left_is_passed_over(table, monkeypatch):
     for shard in range(3):
         append(table, "p", "q", start=2 * shard)
