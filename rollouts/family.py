@@ -107,7 +107,7 @@ class Family:
             "seed": self.seed,
             "labels": labels,
             "windows": dict(self.windows),
-            "models": {role: self.identity(self.config.generator(role)) for role in ROLES},
+            "identities": {role: self.identity(self.config.generator(role)) for role in ROLES},
         }
         for role in ROLES:
             model = self.config.generator(role)

@@ -50,7 +50,7 @@ class Scorer(Protocol):
         """Return all that decides the scores, such as model, revision and options, as JSON takes it.
 
         It goes into the table's manifest. A scorer that says something else is refused for that table. Under
-        ``models`` it may say by role what tells the models that it uses from others (`rollouts.models.identity`).
+        ``identities`` it may say by role what tells the models that it uses from others (`rollouts.models.identity`).
         """
 
 

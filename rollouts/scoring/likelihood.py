@@ -42,7 +42,7 @@ class LikelihoodScorer:
             "kind": "likelihood",
             "model": self.model,
             "template_hash": self.prompts.template_hash,
-            "models": {self.backend.role: dict(self.backend.identity)},
+            "identities": {self.backend.role: dict(self.backend.identity)},
         }
 
     def submit(self, question: str, steps: Sequence[str]) -> Future[Scores]:

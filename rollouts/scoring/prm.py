@@ -31,7 +31,7 @@ class RewardScorer:
             "model": self.model,
             "step_tag": self.prompts.step_tag,
             "template_hash": self.prompts.template_hash,
-            "models": {self.backend.role: dict(self.backend.identity)},
+            "identities": {self.backend.role: dict(self.backend.identity)},
         }
 
     def submit(self, question: str, steps: Sequence[str]) -> Future[Scores]:

@@ -44,7 +44,7 @@ class SelfEvaluationScorer:
             "kind": "self-evaluation",
             "model": self.model,
             "template_hash": self.prompts.template_hash,
-            "models": {self.backend.role: dict(self.backend.identity)},
+            "identities": {self.backend.role: dict(self.backend.identity)},
         }
 
     def _question(self, question: str, steps: Sequence[str]) -> str:
