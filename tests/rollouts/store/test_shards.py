@@ -13,9 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 from made_stores import PROBLEMS, finished, grown
 
+from benchmarks import synthetic
 from rollouts.errors import StoreError
 from rollouts.store import shards
+from rollouts.store.rows import Rows
 from rollouts.store.shards import KEY, SCORES, STEPS, Table
+from rollouts.store.store import Store
+from rollouts.trees.annotate import grade_store, left, score_store
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import load_trees
 from rollouts.trees.verify import verify_store
@@ -189,7 +193,7 @@ def test_readers_beside_repair_compact_miss_nothing_and_meet_no_missing_file(tmp
     store = finished(tmp_path / "s", replicas=1)
 
     def read() -> tuple:
-        trees = compile_store(type(store)(store.path), cache=False)
+        trees = compile_store(Store(store.path), cache=False)
         walked = [len(tree.nodes) for tree in load_trees(store, PROBLEMS, None, None)]
         keys = [len(set(zip(*table.keys().to_pydict().values(), strict=True))) for table in store.tables()]
         return trees.meta["hash"], walked, keys, sorted(store.steps.counters())
@@ -214,7 +218,7 @@ def test_verify_beside_compaction_finds_the_store_sound(tmp_path):
 
     def compact() -> None:
         for _ in range(10):
-            for table in type(store)(store.path).tables():
+            for table in Store(store.path).tables():
                 table.append({name: [] for name in table.schema.names})
                 table.compact()
         over.set()
@@ -222,7 +226,7 @@ def test_verify_beside_compaction_finds_the_store_sound(tmp_path):
     worker = threading.Thread(target=compact)
     worker.start()
     while not over.is_set():
-        found = verify_store(type(store)(store.path)).problems
+        found = verify_store(Store(store.path)).problems
         assert not [line for line in found if "unfinished" not in line], found
     worker.join()
     assert not verify_store(store).problems
@@ -259,3 +263,31 @@ def test_texts_are_joined_as_large_strings(table):
     append(table, "p")
     plain = shards._plain(table.read_shard(table.shards()[0]), pa.large_string())
     assert plain.schema.field("problem").type == pa.large_string()
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_what_is_read_grows_with_the_problems_and_not_with_their_square(tmp_path, monkeypatch, compacted):
+    monkeypatch.setattr(shards, "_GROUP_ROWS", 200)
+    plain = Table.read_shard
+
+    def scan(problems: int) -> tuple[int, int]:
+        store, items = synthetic.make(tmp_path / str(problems), problems, 1, 1)
+        store.add_problems(items)
+        synthetic.grow(store, items, 1, 0, 500)
+        score_store(store, synthetic.Scorer())
+        grade_store(store, synthetic.Grader())
+        if compacted:
+            for table in store.tables():
+                table.compact()
+        store, rows = Store(store.path), []
+        with monkeypatch.context() as patched:
+            patched.setattr(Table, "read_shard", lambda *a: rows.append(plain(*a)) or rows[-1])
+            scores, grades = Rows(store.scores("hash")), Rows(store.grades("hash"))
+            trees = list(load_trees(store, items, None, 1, chunk=16, along=[scores, grades]))
+            assert not list(left(store, scores, chunk=16)) and not list(left(store, grades, chunk=16))
+        assert len(trees) == problems
+        return sum(part.num_rows for part in rows), store.steps.keys().num_rows
+
+    counted = {problems: scan(problems) for problems in (60, 480)}
+    (few, few_steps), (many, many_steps) = counted.values()
+    assert many / few < 1.4 * many_steps / few_steps, counted
