@@ -106,7 +106,8 @@ class Training:
 
     def _begin(self, attempt: int) -> None:
         self.attempt = attempt
-        self.learner = learner(self.tables, self.lam, remedy(self.settings, attempt), self.seed + 1000 * attempt)
+        seed = int(np.random.SeedSequence(self.seed, spawn_key=(attempt,)).generate_state(1)[0])  # 32 bits, for torch
+        self.learner = learner(self.tables, self.lam, remedy(self.settings, attempt), seed)
         if attempt:
             trees = self.tables.trees
             decided = ~np.isnan(trees.score[:, CONTINUE_SMALL])  # on always-large's path small steps may be missing

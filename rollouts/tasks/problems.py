@@ -28,7 +28,9 @@ from rollouts.tasks.answers import boxed_answer
 from rollouts.tasks.files import Row, bare_name, read_rows, shown
 
 EMBEDDED = "tinymath"
-SPLITS = ("train", "validation", "test", "ood")
+#: A test split for problems that are drawn after all choices were made; only generated where it is named.
+FRESH = "test2"
+SPLITS = ("train", "validation", "test", "ood", FRESH)
 #: Shares of train, validation and test among problems that are split by hash.
 FRACTIONS = (0.7, 0.15, 0.15)
 #: `split` that has every row placed by its hash, whatever split it names itself.
@@ -49,7 +51,7 @@ class Problem:
 
     Attributes:
         id: Unique across sources: ``<source>/<id in the file>``, or ``<source>/q-<hash of the question>``.
-        split: ``train``, ``validation``, ``test`` or ``ood``.
+        split: ``train``, ``validation``, ``test``, ``ood`` or ``test2`` (`FRESH`).
         question: The text, as it was read.
         answer: The final answer only, as it was read (thousands separators, units and LaTeX included).
         source: Where it comes from: a file's name without suffix, unless said otherwise.
@@ -160,7 +162,7 @@ def _embedded(named: str, split: str | None, limit: int | None, source: str, lic
         raise ConfigError(f"unknown split {wanted!r} of {EMBEDDED}.{did_you_mean(wanted, EMBEDDED_SPLITS)}")
     return ProblemSet(
         Problem(tiny.id, name, tiny.question, tiny.answer, source, "MIT" if licence == "unknown" else licence)
-        for name in ([wanted] if wanted else EMBEDDED_SPLITS)
+        for name in ([wanted] if wanted else (each for each in EMBEDDED_SPLITS if each != FRESH))
         for tiny in generate_problems(name, limit)
     )
 

@@ -22,13 +22,14 @@ Operand = int | str
 
 SEED = 20261
 #: Default number of problems of each split.
-SPLITS: Mapping[str, int] = {"train": 2000, "validation": 400, "test": 1000, "ood": 500}
+SPLITS: Mapping[str, int] = {"train": 2000, "validation": 400, "test": 1000, "ood": 500, "test2": 1000}
 #: The delimiter that ends every step but the last.
 STEP_DELIMITER = "\n\n"
 
-# Disjoint by construction, whatever the counts: the hash of a question's text says who may use it.
+# Disjoint by construction, whatever the counts: the hash of a question's text says who may use it. Only `ood` and
+# `test2` share a bucket: they can meet in programs of nine definitions alone, which do not repeat by chance.
 _BUCKETS = {"model": range(0, 12), "train": range(12, 16), "validation": range(16, 17), "test": range(17, 19),
-            "ood": range(19, 20)}  # fmt: skip
+            "ood": range(19, 20), "test2": range(19, 20)}  # fmt: skip
 _BUCKET_COUNT = 20
 _MAX_CHARACTERS = 480
 
