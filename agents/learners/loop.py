@@ -1,8 +1,9 @@
-"""Trains a router for one λ or for a range: attempts within a budget, the checkpoint that validation prefers."""
+"""Trains a router for one λ or for a range: attempts within a budget, the mean of the last policies of one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +21,8 @@ from trim_env.episodes import Lam
 from trim_env.tables import DecisionTables
 
 Trainable = MLP | ConditionedMLP | SeqPolicy
+TAIL = 8
+"""One in so many rounds of an attempt, the last ones, goes into its router; measured in results/tail.md."""
 
 
 def learner(tables: DecisionTables, lam: Lam, settings: LearnerSettings, seed: int) -> PPOAgg | TreeAgg:
@@ -39,7 +42,7 @@ class Result:
     """A trained router.
 
     Attributes:
-        router: The checkpoint with the greatest return on the choice half, of all attempts.
+        router: The mean of the last policies (`averaged`) of the attempt that does best on the choice half.
         health: Verdict on the other half, by λ.
         records: What was logged, by iteration, of all attempts.
         baselines: The best constant and the best threshold, by λ.
@@ -69,6 +72,16 @@ def remedy(settings: LearnerSettings, attempt: int) -> LearnerSettings:
         lam_start=settings.lam_start / 2,
         lam_ramp=max(settings.lam_ramp, 0.6),
     )
+
+
+def averaged(policies: Collection[Trainable]) -> Trainable:
+    """Return the policy whose weights are the means of those of several policies of one training."""
+    first, *_ = policies
+    weights = {
+        name: np.mean([each.weights[name] for each in policies], axis=0, dtype=np.float64).astype(np.float32)
+        for name in first.weights
+    }
+    return replace(first, weights=weights)
 
 
 def checked_at(lam: Lam) -> tuple[float, ...]:
@@ -101,13 +114,14 @@ class Training:
         self.lams = checked_at(lam)
         self.baselines = {each: validation.candidates.best(each) for each in self.lams}
         self.records: list[Record] = []
-        self._best: tuple[float, Trainable] | None = None
         self._begin(0)
 
     def _begin(self, attempt: int) -> None:
         self.attempt = attempt
         seed = int(np.random.SeedSequence(self.seed, spawn_key=(attempt,)).generate_state(1)[0])  # 32 bits, for torch
-        self.learner = learner(self.tables, self.lam, remedy(self.settings, attempt), seed)
+        settings = remedy(self.settings, attempt)
+        self.learner = learner(self.tables, self.lam, settings, seed)
+        self._last: deque[Trainable] = deque(maxlen=-(-settings.iterations // TAIL))
         if attempt:
             trees = self.tables.trees
             decided = ~np.isnan(trees.score[:, CONTINUE_SMALL])  # on always-large's path small steps may be missing
@@ -127,13 +141,15 @@ class Training:
         Args:
             on_iteration: Called with the record of each iteration.
         """
+        found: list[tuple[float, Trainable]] = []
         while True:
             while not self.learner.done:
                 record = self._iterate()
                 if on_iteration:
                     on_iteration(record)
-            assert self._best is not None
-            router = self._best[1]
+            router = averaged(self._last)
+            found.append((self._measure(router)["return"], router))
+            _, router = max(found, key=lambda each: each[0])
             if self.attempt + 1 >= self.attempts or all(
                 each.fine for each in self._assess(router, final=False).values()
             ):
@@ -146,12 +162,10 @@ class Training:
 
     def _iterate(self) -> Record:
         record = self.learner.iterate()
-        router = self.learner.router()
-        measured = self._measure(router)
+        self._last.append(self.learner.router())
+        measured = self._measure(self._last[-1])
         record |= {"attempt": float(self.attempt), **{f"validation/{name}": v for name, v in measured.items()}}
         record["step"] = float(len(self.records) + 1)
-        if self._best is None or measured["return"] > self._best[0]:
-            self._best = (measured["return"], router)
         self.records.append(record)
         return record
 

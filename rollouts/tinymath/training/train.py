@@ -64,7 +64,9 @@ def train_language_model(role: str, settings: TrainSettings) -> None:
     torch.manual_seed(settings.seed)
     model = new_model(role)
     encoder = Encoder()
-    documents = language_documents(encoder, random.Random(f"tinymath-documents-{settings.seed}"), settings.corrupted_share)
+    documents = language_documents(
+        encoder, random.Random(f"tinymath-documents-{settings.seed}"), settings.corrupted_share
+    )
     schedule = _QUICK if settings.quick else _SCHEDULES[role]
     fit(model, role, pack(documents, schedule.rows, encoder.pad), schedule, compiled=not settings.quick)
     save_model(model, role, settings.output / role)
