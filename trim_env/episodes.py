@@ -70,7 +70,7 @@ def spawn_seeds(seed: int, count: int) -> list[int]:
     They are hashes (`numpy.random.SeedSequence`), not seed, seed + 1, ...: environments of neighbouring seeds would
     run through the same problems. Environment i has the same seed whatever the count.
     """
-    return np.random.SeedSequence(seed).generate_state(count, np.uint64).tolist()
+    return [int(each) for each in np.random.SeedSequence(seed).generate_state(count, np.uint64)]
 
 
 class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):

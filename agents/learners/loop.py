@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agents.evaluation.health import Health
 from agents.evaluation.splits import Baselines, Record, Validation
@@ -77,11 +78,11 @@ def remedy(settings: LearnerSettings, attempt: int) -> LearnerSettings:
 def averaged(policies: Collection[Trainable]) -> Trainable:
     """Return the policy whose weights are the means of those of several policies of one training."""
     first, *_ = policies
-    weights = {
-        name: np.mean([each.weights[name] for each in policies], axis=0, dtype=np.float64).astype(np.float32)
-        for name in first.weights
-    }
-    return replace(first, weights=weights)
+
+    def mean(name: str) -> NDArray[np.float32]:
+        return np.asarray(np.mean([each.weights[name] for each in policies], axis=0, dtype=np.float64), np.float32)
+
+    return replace(first, weights={name: mean(name) for name in first.weights})
 
 
 def checked_at(lam: Lam) -> tuple[float, ...]:

@@ -10,7 +10,6 @@ from rollouts.trees.compile import compile_store
 from rollouts.trees.stats import split_statistics
 from rollouts.trees.verify import verify_store
 
-
 HASH = "36955da54596adf3ea8e4833"  # that stored runs and policies name
 
 
