@@ -2,12 +2,12 @@
 
     python -m benchmarks.retraining --out results/retraining.md
     python -m benchmarks.retraining --parts endings --kinds tree-agg --seeds 6    # a piece of it
-    python -m benchmarks.retraining --part scorer --seeds 1
+    python -m benchmarks.retraining --parts scorer --seeds 1
 
 ``spread``: for every seed routers as `train.py` makes them by default; metrics of their curve on all of validation
 (restarts of a training are decided on half of it). ``endings``: trainings of one attempt; the return of the checkpoint
-that is best on one half of validation, on the other half, mean over both ways round, beside that of the mean of the last
-k policies on both halves, which chooses nothing. ``scorer``: the tokens that the reward model reads for a solution.
+that is best on one half of validation, on the other half, mean over both ways round, beside that of the mean of the
+last k policies on both halves, which chooses nothing. ``scorer``: tokens that the reward model reads for a solution.
 """
 
 from __future__ import annotations
@@ -125,10 +125,10 @@ def scorer(tables: DecisionTables, routers: dict[float, AnyRouter]) -> list[str]
                 whole, new, before = whole + len(ids), new + len(ids) - shared, ids
                 steps.append(trees.proposal(row, int(action == 1)))
         count = len(tables.indices)
-        saved = spared - paths.large_tokens.mean()
+        large, reads = float(paths.large_tokens.mean()), (whole / count, new / count)
         lines.append(
-            f"| {lam:g} | {paths.steps.mean():.1f} | {paths.large_tokens.mean():.1f} | {saved:.1f} | {whole / count:.0f} "
-            f"| {new / count:.0f} | {whole / count / saved:.1f}; {new / count / saved:.1f} |"
+            f"| {lam:g} | {paths.steps.mean():.1f} | {large:.1f} | {spared - large:.1f} | {reads[0]:.0f} | {reads[1]:.0f} "
+            f"| {reads[0] / (spared - large):.1f}; {reads[1] / (spared - large):.1f} |"
         )
     return [
         "## What the scorer costs",
@@ -184,11 +184,10 @@ def main() -> None:
     tables = decision_tables(settings.rollouts, "validation")
     seeds = trained(settings) if {"spread", "scorer"} & {*settings.parts} else []
     for part in settings.parts:
-        lines += [
-            *(endings(settings) if part == "endings" else []),
-            *(spread(tables, seeds) if part == "spread" else []),
-        ]
-        lines += [*(scorer(tables, seeds[0]) if part == "scorer" else []), ""]
+        if part == "endings":
+            lines += [*endings(settings), ""]
+        else:
+            lines += [*(spread(tables, seeds) if part == "spread" else scorer(tables, seeds[0])), ""]
     write("\n".join(lines), settings.out)
 
 
