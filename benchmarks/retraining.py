@@ -125,10 +125,11 @@ def scorer(tables: DecisionTables, routers: dict[float, AnyRouter]) -> list[str]
                 whole, new, before = whole + len(ids), new + len(ids) - shared, ids
                 steps.append(trees.proposal(row, int(action == 1)))
         count = len(tables.indices)
-        large, reads = float(paths.large_tokens.mean()), (whole / count, new / count)
+        large, all_read, new_read = float(paths.large_tokens.mean()), whole / count, new / count
+        saved = spared - large
         lines.append(
-            f"| {lam:g} | {paths.steps.mean():.1f} | {large:.1f} | {spared - large:.1f} | {reads[0]:.0f} | {reads[1]:.0f} "
-            f"| {reads[0] / (spared - large):.1f}; {reads[1] / (spared - large):.1f} |"
+            f"| {lam:g} | {paths.steps.mean():.1f} | {large:.1f} | {saved:.1f} | {all_read:.0f} | {new_read:.0f} "
+            f"| {all_read / saved:.1f}; {new_read / saved:.1f} |"
         )
     return [
         "## What the scorer costs",
