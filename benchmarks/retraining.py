@@ -13,7 +13,7 @@ last k policies on both halves, which chooses nothing. ``scorer``: tokens that t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,7 @@ import tyro
 from agents.evaluation.curves import Curve
 from agents.evaluation.splits import Validation
 from agents.evaluation.walk import references, run
-from agents.learners.loop import Trainable, averaged, checked_at, learner
+from agents.learners.loop import Trainable, checked_at, learner
 from agents.learners.settings import LearnerSettings, PPOSettings, SeqSettings, TreeSettings
 from agents.report.walks import follow
 from agents.routers.base import AnyRouter
@@ -139,6 +139,15 @@ def scorer(tables: DecisionTables, routers: dict[float, AnyRouter]) -> list[str]
         "",
         *lines,
     ]
+
+
+def averaged(policies: Sequence[Trainable]) -> Trainable:
+    """Return the policy whose weights are the means of those of several policies of one training."""
+    weights = {
+        name: np.mean([each.weights[name] for each in policies], axis=0, dtype=np.float64).astype(np.float32)
+        for name in policies[0].weights
+    }
+    return replace(policies[0], weights=weights)  # type: ignore[arg-type]
 
 
 def ending(schema: str, lam: Lam, own: LearnerSettings, seed: int, store: str) -> tuple[float, list[float]]:

@@ -1,13 +1,11 @@
-"""Trains a router for one λ or for a range: attempts within a budget, the mean of the last policies of one."""
+"""Trains a router for one λ or for a range: attempts within a budget, each of which ends with a policy."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from agents.evaluation.health import Health
 from agents.evaluation.splits import Baselines, Record, Validation
@@ -22,8 +20,6 @@ from trim_env.episodes import Lam
 from trim_env.tables import DecisionTables
 
 Trainable = MLP | ConditionedMLP | SeqPolicy
-TAIL = 8
-"""One in so many rounds of an attempt, the last ones, goes into its router; measured in results/tail.md."""
 
 
 def learner(tables: DecisionTables, lam: Lam, settings: LearnerSettings, seed: int) -> PPOAgg | TreeAgg:
@@ -43,7 +39,8 @@ class Result:
     """A trained router.
 
     Attributes:
-        router: The mean of the last policies (`averaged`) of the attempt that does best on the choice half.
+        router: The last policy of the attempt whose last policy does best on the choice half. No checkpoint on the way
+            is chosen: the best of many on a few hundred problems is the luckiest (results/retraining.md).
         health: Verdict on the other half, by λ.
         records: What was logged, by iteration, of all attempts.
         baselines: The best constant and the best threshold, by λ.
@@ -73,16 +70,6 @@ def remedy(settings: LearnerSettings, attempt: int) -> LearnerSettings:
         lam_start=settings.lam_start / 2,
         lam_ramp=max(settings.lam_ramp, 0.6),
     )
-
-
-def averaged(policies: Collection[Trainable]) -> Trainable:
-    """Return the policy whose weights are the means of those of several policies of one training."""
-    first, *_ = policies
-
-    def mean(name: str) -> NDArray[np.float32]:
-        return np.asarray(np.mean([each.weights[name] for each in policies], axis=0, dtype=np.float64), np.float32)
-
-    return replace(first, weights={name: mean(name) for name in first.weights})
 
 
 def checked_at(lam: Lam) -> tuple[float, ...]:
@@ -120,9 +107,7 @@ class Training:
     def _begin(self, attempt: int) -> None:
         self.attempt = attempt
         seed = int(np.random.SeedSequence(self.seed, spawn_key=(attempt,)).generate_state(1)[0])  # 32 bits, for torch
-        settings = remedy(self.settings, attempt)
-        self.learner = learner(self.tables, self.lam, settings, seed)
-        self._last: deque[Trainable] = deque(maxlen=-(-settings.iterations // TAIL))
+        self.learner = learner(self.tables, self.lam, remedy(self.settings, attempt), seed)
         if attempt:
             trees = self.tables.trees
             decided = ~np.isnan(trees.score[:, CONTINUE_SMALL])  # on always-large's path small steps may be missing
@@ -148,8 +133,7 @@ class Training:
                 record = self._iterate()
                 if on_iteration:
                     on_iteration(record)
-            router = averaged(self._last)
-            found.append((self._measure(router)["return"], router))
+            found.append((record["validation/return"], self.learner.router()))
             _, router = max(found, key=lambda each: each[0])
             if self.attempt + 1 >= self.attempts or all(
                 each.fine for each in self._assess(router, final=False).values()
@@ -163,8 +147,7 @@ class Training:
 
     def _iterate(self) -> Record:
         record = self.learner.iterate()
-        self._last.append(self.learner.router())
-        measured = self._measure(self._last[-1])
+        measured = self._measure(self.learner.router())
         record |= {"attempt": float(self.attempt), **{f"validation/{name}": v for name, v in measured.items()}}
         record["step"] = float(len(self.records) + 1)
         self.records.append(record)
