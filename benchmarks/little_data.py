@@ -3,7 +3,7 @@
     python -m benchmarks.little_data --out results/little_data
 
 For each size, some training problems are drawn and a fifth as many validation problems (20 at least), for choosing
-thresholds and checkpoints; every method is fitted on them as `train.py` would, and evaluated on the test split. The
+thresholds and restarts; every method is fitted on them as `train.py` would, and evaluated on the test split. The
 figure of merit is the mean return over four λ.
 """
 

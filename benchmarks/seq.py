@@ -1,8 +1,8 @@
 """TRIM-Seq against TRIM-Agg: ``python -m benchmarks.seq``.
 
-Trains both with the defaults of `train.py` for every λ and seed, one attempt each (checkpoints are chosen on the choice
-half of validation), and prints what they return on test problems, with the paired difference of the two (mean over
-seeds) and its 95 % bootstrap interval over problems, and the processor time of a training.
+Trains both with the defaults of `train.py` for every λ and seed, one attempt each, and prints what they return on test
+problems, with the paired difference of the two (mean over seeds) and its 95 % bootstrap interval over problems, and the
+processor time of a training.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m benchmarks.tree_gradient --out results/tree_gradient
 
 Only the evaluation splits of the bundled rollouts have four replicas, so the splits change roles here: routers are
-trained on problems of the test split, choose their checkpoint on the validation split, and are held against the 2,000
+trained on problems of the test split, are validated on the validation split, and are held against the 2,000
 problems of the training split.
 """
 

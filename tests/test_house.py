@@ -118,6 +118,30 @@ def test_few_rooms_know_torch() -> None:
     assert not wrong, wrong
 
 
+def calculated(node: ast.AST) -> bool:
+    """Whether this adds something to a seed, or multiplies it: neighbouring seeds would share streams."""
+    sides = [node.left, node.right] if isinstance(node, ast.BinOp) else []
+    sides = [node.target, node.value] if isinstance(node, ast.AugAssign) else sides
+    names = [getattr(side, "attr", getattr(side, "id", "")) for side in sides]
+    arithmetic = isinstance(getattr(node, "op", None), ast.Add | ast.Sub | ast.Mult)
+    return arithmetic and any("seed" in name.lower() for name in names)
+
+
+def test_seeds_are_derived_by_hashing() -> None:
+    made = ("seed + 1", "self.seed + i * 2", "1000 * seed", "k - settings.seed", "run_seed += 1")
+    assert all(any(map(calculated, ast.walk(ast.parse(text)))) for text in made)
+    hashing = ROOT / "trim_env" / "tables.py"  # `draw`
+    files = {*sources(), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")} - {hashing}
+    assert len(files) > 100
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if calculated(node)
+    ]
+    assert not found, f"{found}: use numpy.random.SeedSequence, or a text with the seed in it"
+
+
 @pytest.mark.parametrize("package", MOST_LOOSE_FILES)
 def test_few_files_lie_outside_a_room(package: str) -> None:
     loose = sorted(file.name for file in (ROOT / package).glob("*.py"))

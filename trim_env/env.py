@@ -176,7 +176,7 @@ class TrimEnv(gymnasium.Env[Any, Any]):
         super().reset(seed=seed)
         if seed is None and not self._seeded:
             seed = int(self.np_random.integers(2**32))
-        observations, _ = self._vector.reset(seed=seed, options=options)
+        observations, _ = self._vector.reset(seed=None if seed is None else [seed], options=options)
         self._seeded, trees = True, self.tables.trees
         self._arrive()
         tree = int(trees.tree[self._row])

@@ -64,6 +64,15 @@ class UnknownRenderMode(ConfigError, TypeError):
     """Raised for a render mode that there is not; a TypeError too, on which others ask again without one."""
 
 
+def spawn_seeds(seed: int, count: int) -> list[int]:
+    """Return the 64-bit seeds of the environments of a vector with one seed.
+
+    They are hashes (`numpy.random.SeedSequence`), not seed, seed + 1, ...: environments of neighbouring seeds would
+    run through the same problems. Environment i has the same seed whatever the count.
+    """
+    return [int(each) for each in np.random.SeedSequence(seed).generate_state(count, np.uint64)]
+
+
 class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
     """What all vector environments of this package share; a subclass begins episodes and steps them.
 
@@ -76,7 +85,8 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
     has above, valid where ``_correct`` (and so on) is true, and the next step ignores the action: it returns the first
     observation of a new episode, with reward 0.
 
-    Environment i with ``reset(seed=s)`` runs through the same problems as a single environment with seed s + i.
+    Environment i with ``reset(seed=s)`` runs through the same problems as a single environment with seed
+    ``spawn_seeds(s, E)[i]``, and shares them with no environment of another seed.
 
     Attributes:
         lam_share: Share of λ that rewards charge, in (0, 1]: less than 1 only while a training warms up.
@@ -211,8 +221,8 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         """Start E episodes.
 
         Args:
-            seed: Seeds of the draws of problems: one for each environment, or s for s, s + 1, ...; None goes on
-                with the draws of the last reset (and seeds the first one from entropy).
+            seed: Seeds of the draws of problems: one for each environment, or one that theirs are derived from
+                (`spawn_seeds`); None goes on with the draws of the last reset (and seeds the first one from entropy).
             options: ``problem`` (an id, or E of them; None draws one) and ``replica`` (a number or E of them, by
                 default 0) to start given ones.
 
@@ -237,11 +247,10 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
     def _seeds_from(self, seed: int | Sequence[int] | None) -> NDArray[np.uint64]:
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
-        first = np.atleast_1d(np.asarray(seed)).astype(object)
-        seeds = [first[0] + offset for offset in range(self.num_envs)] if np.ndim(seed) == 0 else first.tolist()
-        if len(seeds) != self.num_envs or min(seeds) < 0:
+        given = np.atleast_1d(np.asarray(seed, object)).tolist()
+        if (np.ndim(seed) and len(given) != self.num_envs) or min(given) < 0:
             raise ConfigError(f"reset got seeds {seed} for {self.num_envs} environments: one each, none negative.")
-        return np.asarray(seeds, np.uint64)
+        return np.asarray(given if np.ndim(seed) else spawn_seeds(given[0], self.num_envs), np.uint64)
 
     def _chosen(self, options: dict[str, Any]) -> list[tuple[int, int]]:
         """Return (episode, number of its tree) for each episode that has one chosen for it."""

@@ -12,6 +12,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from rollouts.errors import ConfigError
+from trim_env.episodes import spawn_seeds
 
 
 class SB3VecEnv(VecEnv):
@@ -48,9 +49,9 @@ class SB3VecEnv(VecEnv):
         return observations  # type: ignore[no-any-return]
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
-        """Seed the next reset; environment i gets ``seed + i``."""
+        """Seed the next reset; return the environments' seeds (`trim_env.episodes.spawn_seeds`)."""
         self._next_seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
-        return [self._next_seed + offset for offset in range(self.num_envs)]
+        return spawn_seeds(self._next_seed, self.num_envs)
 
     def step_async(self, actions: NDArray[Any]) -> None:
         """Take note of (E,) actions."""

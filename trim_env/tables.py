@@ -158,7 +158,7 @@ def decision_tables(
         ConfigError: Unknown schema or cost model, features or costs that are no numbers, a K that the store does
             not support, or an M below 1.
     """
-    trees = rollouts if isinstance(rollouts, Trees) else compile_store(rollouts)
+    trees = rollouts if isinstance(rollouts, Trees) else compile_store(rollouts, split=split)
     schema, model = schema_named(schema, imports=imports), cost_model(cost, imports=imports)
     large = np.zeros((trees.nodes, 2), np.int64)
     large[:, ESCALATE_LARGE] = trees.tokens[:, ESCALATE_LARGE]

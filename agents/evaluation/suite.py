@@ -123,7 +123,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     methods = load_methods(config.runs, config.allow_old)
     trees = compile_store(config.rollouts, config.scorer, config.grader)
     agreed = _agreed(methods, trees, config)
-    split, validation = (decision_tables(trees, name, **agreed) for name in (config.split, "validation"))
+    asked = compile_store(config.rollouts, config.scorer, config.grader, split=config.split)
+    split, validation = decision_tables(asked, config.split, **agreed), decision_tables(trees, "validation", **agreed)
     both = references(split)
     curves: dict[str, Points] = {
         name: [point for item in items for point in _points(item, validation, split)] for name, items in methods.items()
@@ -142,7 +143,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     weights = resample_weights(len(both.small), seed=config.seed)
     subject = {
         "rollouts": str(config.rollouts),
-        "hash": trees.meta["hash"],
+        "hash": asked.meta["hash"],
         "split": config.split,
         "problems": len(both.small),
         "cost": split.cost_model.name,

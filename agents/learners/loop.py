@@ -1,4 +1,4 @@
-"""Trains a router for one λ or for a range: attempts within a budget, the checkpoint that validation prefers."""
+"""Trains a router for one λ or for a range: attempts within a budget, each of which ends with a policy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class Result:
     """A trained router.
 
     Attributes:
-        router: The checkpoint with the greatest return on the choice half, of all attempts.
+        router: The last policy of the attempt whose last policy does best on the choice half. No checkpoint on the way
+            is chosen: the best of many on a few hundred problems is the luckiest (results/retraining.md).
         health: Verdict on the other half, by λ.
         records: What was logged, by iteration, of all attempts.
         baselines: The best constant and the best threshold, by λ.
@@ -101,12 +102,12 @@ class Training:
         self.lams = checked_at(lam)
         self.baselines = {each: validation.candidates.best(each) for each in self.lams}
         self.records: list[Record] = []
-        self._best: tuple[float, Trainable] | None = None
         self._begin(0)
 
     def _begin(self, attempt: int) -> None:
         self.attempt = attempt
-        self.learner = learner(self.tables, self.lam, remedy(self.settings, attempt), self.seed + 1000 * attempt)
+        seed = int(np.random.SeedSequence(self.seed, spawn_key=(attempt,)).generate_state(1)[0])  # 32 bits, for torch
+        self.learner = learner(self.tables, self.lam, remedy(self.settings, attempt), seed)
         if attempt:
             trees = self.tables.trees
             decided = ~np.isnan(trees.score[:, CONTINUE_SMALL])  # on always-large's path small steps may be missing
@@ -126,13 +127,14 @@ class Training:
         Args:
             on_iteration: Called with the record of each iteration.
         """
+        found: list[tuple[float, Trainable]] = []
         while True:
             while not self.learner.done:
                 record = self._iterate()
                 if on_iteration:
                     on_iteration(record)
-            assert self._best is not None
-            router = self._best[1]
+            found.append((record["validation/return"], self.learner.router()))
+            _, router = max(found, key=lambda each: each[0])
             if self.attempt + 1 >= self.attempts or all(
                 each.fine for each in self._assess(router, final=False).values()
             ):
@@ -145,12 +147,9 @@ class Training:
 
     def _iterate(self) -> Record:
         record = self.learner.iterate()
-        router = self.learner.router()
-        measured = self._measure(router)
+        measured = self._measure(self.learner.router())
         record |= {"attempt": float(self.attempt), **{f"validation/{name}": v for name, v in measured.items()}}
         record["step"] = float(len(self.records) + 1)
-        if self._best is None or measured["return"] > self._best[0]:
-            self._best = (measured["return"], router)
         self.records.append(record)
         return record
 

@@ -52,7 +52,7 @@ def gather(config: EvaluateConfig, evaluation: Evaluation, trace_bytes: int = TR
         TrimError: As `agents.evaluation.suite.evaluate`.
     """
     subject, seed = evaluation.subject, config.seed
-    trees = compile_store(config.rollouts, config.scorer, config.grader)
+    trees = compile_store(config.rollouts, config.scorer, config.grader, split=config.split)
     caps = {name: subject[name] for name in ("max_escalations", "max_large_tokens")}
     tables = decision_tables(trees, subject["split"], cost=subject["cost"], **caps)
     uncapped = replace(tables, max_escalations=None, max_large_tokens=None)

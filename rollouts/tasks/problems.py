@@ -28,7 +28,7 @@ from rollouts.tasks.answers import boxed_answer
 from rollouts.tasks.files import Row, bare_name, read_rows, shown
 
 EMBEDDED = "tinymath"
-SPLITS = ("train", "validation", "test", "ood")
+SPLITS = ("train", "validation", "test", "ood", "test2")
 #: Shares of train, validation and test among problems that are split by hash.
 FRACTIONS = (0.7, 0.15, 0.15)
 #: `split` that has every row placed by its hash, whatever split it names itself.
@@ -49,7 +49,7 @@ class Problem:
 
     Attributes:
         id: Unique across sources: ``<source>/<id in the file>``, or ``<source>/q-<hash of the question>``.
-        split: ``train``, ``validation``, ``test`` or ``ood``.
+        split: ``train``, ``validation``, ``test``, ``ood`` or ``test2`` (drawn after all choices were made).
         question: The text, as it was read.
         answer: The final answer only, as it was read (thousands separators, units and LaTeX included).
         source: Where it comes from: a file's name without suffix, unless said otherwise.
@@ -150,14 +150,14 @@ def split_of(question: str, fractions: tuple[float, float, float] = FRACTIONS) -
 
 
 def _embedded(named: str, split: str | None, limit: int | None, source: str, licence: str) -> ProblemSet:
+    from rollouts.tinymath import FRESH, generate_problems
     from rollouts.tinymath import SPLITS as EMBEDDED_SPLITS
-    from rollouts.tinymath import generate_problems
 
     if named and split and named != split:
         raise ConfigError(f"problems {EMBEDDED}:{named} with split {split!r}; name one of the two")
     wanted = named or split
-    if wanted and wanted not in EMBEDDED_SPLITS:
-        raise ConfigError(f"unknown split {wanted!r} of {EMBEDDED}.{did_you_mean(wanted, EMBEDDED_SPLITS)}")
+    if wanted and wanted not in (known := (*EMBEDDED_SPLITS, *FRESH)):
+        raise ConfigError(f"unknown split {wanted!r} of {EMBEDDED}.{did_you_mean(wanted, known)}")
     return ProblemSet(
         Problem(tiny.id, name, tiny.question, tiny.answer, source, "MIT" if licence == "unknown" else licence)
         for name in ([wanted] if wanted else EMBEDDED_SPLITS)

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from rollouts.errors import ConfigError
 from rollouts.tinymath.labels import label_steps
-from rollouts.tinymath.problems import SPLITS, STEP_DELIMITER, TinyProblem, generate_problems, solution_steps
+from rollouts.tinymath.problems import FRESH, SPLITS, STEP_DELIMITER, TinyProblem, generate_problems, solution_steps
 
 __all__ = [
+    "FRESH",
     "ROLES",
     "SPLITS",
     "STEP_DELIMITER",

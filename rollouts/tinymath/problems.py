@@ -23,12 +23,15 @@ Operand = int | str
 SEED = 20261
 #: Default number of problems of each split.
 SPLITS: Mapping[str, int] = {"train": 2000, "validation": 400, "test": 1000, "ood": 500}
+#: Likewise of splits drawn after all choices were made, which are generated only where they are named.
+FRESH: Mapping[str, int] = {"test2": 1000}
 #: The delimiter that ends every step but the last.
 STEP_DELIMITER = "\n\n"
 
-# Disjoint by construction, whatever the counts: the hash of a question's text says who may use it.
+# Disjoint by construction, whatever the counts: the hash of a question's text says who may use it. Only `ood` and
+# `test2` share a bucket: they can meet in programs of nine definitions alone, which do not repeat by chance.
 _BUCKETS = {"model": range(0, 12), "train": range(12, 16), "validation": range(16, 17), "test": range(17, 19),
-            "ood": range(19, 20)}  # fmt: skip
+            "ood": range(19, 20), "test2": range(19, 20)}  # fmt: skip
 _BUCKET_COUNT = 20
 _MAX_CHARACTERS = 480
 
@@ -240,7 +243,7 @@ def training_programs(generator: random.Random, long_share: float = 0.08) -> Ite
 
 
 def generate_problems(split: str, count: int | None = None) -> list[TinyProblem]:
-    """The first ``count`` problems of a split (its default count, see ``SPLITS``, where None).
+    """The first ``count`` problems of a split (its default count, see ``SPLITS`` and ``FRESH``, where None).
 
     The same call gives the same problems, a shorter list is a prefix of a longer one, and no question
     occurs twice, in another split or among those that the models were trained on.
@@ -248,9 +251,10 @@ def generate_problems(split: str, count: int | None = None) -> list[TinyProblem]
     Raises:
         ConfigError: The split does not exist, or the count is negative.
     """
-    if split not in SPLITS:
-        raise ConfigError(f"unknown tinymath split {split!r}; expected one of {', '.join(SPLITS)}")
-    wanted = SPLITS[split] if count is None else count
+    sizes = {**SPLITS, **FRESH}
+    if split not in sizes:
+        raise ConfigError(f"unknown tinymath split {split!r}; expected one of {', '.join(sizes)}")
+    wanted = sizes[split] if count is None else count
     if wanted < 0:
         raise ConfigError(f"count of problems is {wanted}; expected 0 or more")
     generator = random.Random(f"tinymath-{split}-{SEED}")

@@ -46,6 +46,7 @@ def compile_store(
     scorer: str | None = None,
     grader: str | None = None,
     *,
+    split: str | None = None,
     cache: bool = True,
     on_progress: Callable[[int], None] | None = None,
 ) -> Trees:
@@ -55,13 +56,14 @@ def compile_store(
         store: The store or its path.
         scorer: Score table; may be left out if there is one only.
         grader: Grade table; likewise.
+        split: The split that is wanted, which may be in a store within the store (`Store.holding`).
         cache: Keep the arrays beside the store (or, where that cannot be written, in the user's cache folder).
         on_progress: Called with the number of trees compiled since the last call.
 
     Raises:
         StoreError: No scores or grades, some are missing, a damaged shard, or trees that are not closed.
     """
-    store = store if isinstance(store, Store) else Store(store)
+    store = (store if isinstance(store, Store) else Store(store)).holding(split)
     scorer, grader = store.choose("scores", scorer), store.choose("grades", grader)
     folders = _cache_folders(store, scorer, grader) if cache else []
     for folder in folders:

@@ -23,6 +23,7 @@ from test_live import idle
 
 from rollouts.errors import ConfigError
 from trim_env.env import TrimEnv
+from trim_env.episodes import spawn_seeds
 from trim_env.sb3 import SB3VecEnv
 from trim_env.tables import decision_tables
 from trim_env.vector import EPISODE_INFO, TrimVectorEnv
@@ -41,7 +42,7 @@ def capped(tmp_path_factory):
 def test_make_vec(mode, render_mode):
     options = {} if render_mode else {"render_mode": None}
     env = gymnasium.make_vec("Trim-v0", num_envs=3, vectorization_mode=mode, split="test", **options)
-    first = env.reset(seed=4)[0]
+    first = env.reset(seed=spawn_seeds(4, 3))[0]
     np.testing.assert_array_equal(first, TrimVectorEnv("quickstart", "test", 3).reset(seed=4)[0])
     assert env.observation_space.contains(env.step(np.array([0, 1, 0]))[0])
     env.close()
@@ -163,7 +164,7 @@ def test_a_learner_by_the_name_of_the_environment():
 def test_environments_by_name():
     env = make_vec_env("Trim-v0", n_envs=4, seed=7, env_kwargs={"split": "test"})
     first = env.reset()
-    np.testing.assert_array_equal(first, TrimVectorEnv("quickstart", "test", 4).reset(seed=7)[0])
+    np.testing.assert_array_equal(first, TrimVectorEnv("quickstart", "test", 4).reset(seed=[7, 8, 9, 10])[0])
     ended: list = []
     while not ended:
         ended = [info["episode"] for info in env.step(np.zeros(4, int))[3] if "episode" in info]

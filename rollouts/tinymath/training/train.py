@@ -64,7 +64,9 @@ def train_language_model(role: str, settings: TrainSettings) -> None:
     torch.manual_seed(settings.seed)
     model = new_model(role)
     encoder = Encoder()
-    documents = language_documents(encoder, random.Random(settings.seed + 1), settings.corrupted_share)
+    documents = language_documents(
+        encoder, random.Random(f"tinymath-documents-{settings.seed}"), settings.corrupted_share
+    )
     schedule = _QUICK if settings.quick else _SCHEDULES[role]
     fit(model, role, pack(documents, schedule.rows, encoder.pad), schedule, compiled=not settings.quick)
     save_model(model, role, settings.output / role)
@@ -75,7 +77,7 @@ def train_reward_model(large: Qwen2ForCausalLM, solved: list[Solved], settings: 
     torch.manual_seed(settings.seed)
     model = reward_model_from(large)
     encoder = Encoder()
-    documents = reward_documents(encoder, solved, random.Random(settings.seed + 2))
+    documents = reward_documents(encoder, solved, random.Random(f"tinymath-rewards-{settings.seed}"))
     schedule = _QUICK if settings.quick else _SCHEDULES["prm"]
     inherited = frozenset(f"model.{name}" for name in large.model.state_dict())
     batches = pack(documents, schedule.rows, encoder.pad)

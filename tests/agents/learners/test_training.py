@@ -30,7 +30,8 @@ from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
 ROOT = Path(__file__).parents[3]
-SMALL = PPOSettings(iterations=6, num_envs=64, n_steps=8, batch_size=256, n_epochs=2, hidden=16)
+TINY = {"num_envs": 64, "n_steps": 8, "batch_size": 256, "n_epochs": 2, "hidden": 16}
+SMALL = PPOSettings(iterations=6, **TINY)
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +103,46 @@ def test_same_seed_same_result_another_seed_another(trees):
     assert results[0].records == results[1].records
 
 
-def test_the_best_checkpoint_of_the_choice_half_is_returned(trees):
-    validation = validation_of(trees)
-    result = Training(decision_tables(trees, "train"), validation, 0.01, SMALL, 0, attempts=1).run()
-    best = max(record["validation/return"] for record in result.records)
-    assert run(result.router, validation.choice).returns(0.01).mean() == pytest.approx(best)
+@pytest.mark.parametrize("kind", ["ppo-agg", "range", "ppo-seq", "tree-agg"])
+def test_the_last_policy_is_returned_whatever_validation_says_of_earlier_ones(trees, kind):
+    settings = {"ppo-seq": SeqSettings(**TINY, width=8, heads=2), "tree-agg": TreeSettings(updates=2)}
+    settings = replace(settings.get(kind, PPOSettings(**TINY)), iterations=6)
+    lam = (0.005, 0.05) if kind == "range" else 0.01
+    schema = "seq" if kind == "ppo-seq" else "agg+"
+    validation = Validation(lambda indices: decision_tables(trees, schema=schema, indices=indices), trees)
+    training = Training(decision_tables(trees, "train", schema=schema), validation, lam, settings, 0, attempts=1)
+    training._measure = lambda router: dict.fromkeys(("return", "accuracy", "share", "escalation_rate"), -len(seen))
+    seen: list = []
+    result = training.run(lambda record: seen.append(training.learner.router().weights))
+    assert len(seen) == 6
+    assert all((values == seen[-1][name]).all() for name, values in result.router.weights.items())
+    assert any((values != seen[0][name]).any() for name, values in result.router.weights.items())
+
+
+def test_the_attempt_that_does_best_on_the_choice_half_is_returned(trees):
+    clear = telling(trees)
+    tables, validation = decision_tables(clear, "train"), validation_of(clear)
+    training = Training(tables, validation, 0.001, replace(SMALL, iterations=2, learning_rate=1e-12), 1, attempts=3)
+    ends = {}
+    result = training.run(lambda record: ends.update({record["attempt"]: training.learner.router()}))
+    reached = [run(router, validation.choice).returns(0.001).mean() for router in ends.values()]
+    assert len(reached) == result.attempts > 1 and reached[0] < max(reached) - 0.01
+    assert run(result.router, validation.choice).returns(0.001).mean() == pytest.approx(max(reached))
+
+
+def test_neighbouring_seeds_and_attempts_share_no_stream(trees):
+    """Every attempt of every training asks its environments for other problems."""
+    tables, validation = decision_tables(trees, "train"), validation_of(trees)
+    drawn = []
+    for seed in (0, 1, 2, 999, 1000, 1001, 2000):
+        training = Training(tables, validation, 0.01, SMALL, seed)
+        for attempt in range(3):
+            training._begin(attempt)
+            drawn.append(training.learner.seed)
+            env = training.learner.learner.get_env()
+            env.reset()
+            drawn.extend(env.env._seeds.tolist())
+    assert len(set(drawn)) == len(drawn) == 21 * (SMALL.num_envs + 1)
 
 
 def test_a_collapsed_router_is_trained_again_and_never_passed_off(trees):

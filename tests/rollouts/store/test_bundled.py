@@ -10,6 +10,8 @@ from rollouts.trees.compile import compile_store
 from rollouts.trees.stats import split_statistics
 from rollouts.trees.verify import verify_store
 
+HASH = "36955da54596adf3ea8e4833"  # that stored runs and policies name
+
 
 @pytest.fixture(scope="module")
 def trees():
@@ -41,6 +43,28 @@ def test_its_problems_are_those_of_the_embedded_set():
     stored = {problem.id: problem.question for problem in Store("quickstart").problems()}
     for split in ("train", "validation", "test", "ood"):
         assert all(stored[problem.id] == problem.question for problem in generate_problems(split))
+
+
+def test_the_fresh_split_is_sound_and_shares_no_question():
+    """Nothing that a router reaches on it is looked at here."""
+    fresh, store = Store("quickstart/test2"), Store("quickstart")
+    assert store.holding("test2").path == fresh.path and store.holding("test").path == store.path
+    assert not verify_store(fresh).problems
+    problems = fresh.problems()
+    assert {problem.split for problem in problems} == {"test2"} and len(problems) == 1000
+    assert [problem.question for problem in problems] == [each.question for each in generate_problems("test2")]
+    assert not {problem.question for problem in problems} & {problem.question for problem in store.problems()}
+    trees = compile_store("quickstart", split="test2")
+    assert 1995 <= len(trees.select("test2")) <= 2000 and (trees.child >= -1).all()
+    assert trees.meta["scorer"] == compile_store("quickstart").meta["scorer"]
+    seeds = [each["seed"] for each in (*fresh.manifest["engines"], *store.manifest["engines"])]
+    assert len(set(seeds)) == len(seeds)
+    files = [path for path in fresh.path.rglob("*") if path.is_file() and ".compiled" not in path.parts]
+    assert sum(path.stat().st_size for path in files) < 1.5e6
+
+
+def test_what_was_trained_on_the_bundled_rollouts_stays_theirs(trees):
+    assert trees.meta["hash"] == HASH
 
 
 def test_there_is_something_to_route(trees):

@@ -282,6 +282,7 @@ def test_the_embedded_set_and_its_splits():
     ]
     assert load_problems("tinymath", split="test", limit=3) == problems
     assert Counter(problem.split for problem in load_problems("tinymath", limit=2)) == dict.fromkeys(SPLITS, 2)
+    assert {problem.split for problem in load_problems("tinymath:test2", limit=2)} == {"test2"}
 
 
 # --- splits ---

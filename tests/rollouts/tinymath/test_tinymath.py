@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rollouts.errors import ConfigError
-from rollouts.tinymath import SPLITS, generate_problems, label_steps, model_dir, solution_steps
+from rollouts.tinymath import FRESH, SPLITS, generate_problems, label_steps, model_dir, solution_steps
 
 QUESTION = "Let a=70+33, b=a+49, c=b*12, d=c%60, e=d-b. Find e."
 STEPS = [
@@ -28,7 +28,7 @@ STEPS = [
 
 def test_splits_have_their_sizes_ids_and_no_common_question() -> None:
     questions: Counter[str] = Counter()
-    for split, count in SPLITS.items():
+    for split, count in {**SPLITS, **FRESH}.items():
         problems = generate_problems(split)
         assert len(problems) == count
         assert [p.id for p in problems[:2]] == [f"tinymath-{split}-00000", f"tinymath-{split}-00001"]
@@ -47,13 +47,13 @@ def test_training_problems_of_the_models_are_in_no_split() -> None:
 
     from rollouts.tinymath.problems import training_programs
 
-    held_out = {p.question for split in SPLITS for p in generate_problems(split)}
+    held_out = {p.question for split in (*SPLITS, *FRESH) for p in generate_problems(split)}
     trained = {p.question for p in islice(training_programs(random.Random(5)), 5000)}
     assert len(trained) > 4900
     assert not held_out & trained
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", [*SPLITS, *FRESH])
 def test_reference_solutions_are_right_and_give_the_answer(split: str) -> None:
     for problem in generate_problems(split, 200):
         steps = solution_steps(problem.question)

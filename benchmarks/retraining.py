@@ -1,0 +1,205 @@
+"""What another training seed changes, which policy of a training to keep, and what the scorer costs; on validation.
+
+    python -m benchmarks.retraining --out results/retraining.md
+    python -m benchmarks.retraining --parts endings --kinds tree-agg --seeds 6    # a piece of it
+    python -m benchmarks.retraining --parts scorer --seeds 1
+
+``spread``: for every seed routers as `train.py` makes them by default; metrics of their curve on all of validation
+(restarts of a training are decided on half of it). ``endings``: trainings of one attempt; the return of the checkpoint
+that is best on one half of validation, on the other half, mean over both ways round, beside that of the mean of the
+last k policies on both halves, which chooses nothing. ``scorer``: tokens that the reward model reads for a solution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from agents.evaluation.curves import Curve
+from agents.evaluation.splits import Validation
+from agents.evaluation.walk import references, run
+from agents.learners.loop import Trainable, checked_at, learner
+from agents.learners.settings import LearnerSettings, PPOSettings, SeqSettings, TreeSettings
+from agents.report.walks import follow
+from agents.routers.base import AnyRouter
+from agents.routers.mlp import at
+from agents.runs.config import TrainConfig
+from agents.runs.run import automatic_lams
+from benchmarks.methods import RANGE, Data, fit, heading, write
+from rollouts.config import load_family
+from rollouts.family import Family
+from rollouts.trees.compile import compile_store
+from trim_env.episodes import Lam
+from trim_env.features import DEFAULT_SCHEMA
+from trim_env.tables import DecisionTables, decision_tables
+
+KEPT = (1, 2, 4, 8, 16)
+KINDS: dict[str, LearnerSettings] = {
+    "ppo-agg": PPOSettings(),
+    "ppo-agg, λ range": PPOSettings(),
+    "tree-agg": TreeSettings(),
+    "ppo-seq": SeqSettings(),
+}
+Part = Literal["spread", "endings", "scorer"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the study.
+
+    Attributes:
+        parts: What to measure.
+        seeds: Number of training seeds.
+        kinds: Learners whose endings are compared.
+        lams: λ of those.
+        rollouts: The store.
+        out: Where to write the report; default: print only.
+    """
+
+    parts: tuple[Part, ...] = ("spread", "scorer", "endings")
+    seeds: int = 6
+    kinds: tuple[str, ...] = tuple(KINDS)
+    lams: tuple[float, ...] = (1.1e-3, 3e-3, 8.5e-3)
+    rollouts: str = "quickstart"
+    out: Path | None = None
+
+
+def trained(settings: Settings) -> list[dict[float, AnyRouter]]:
+    """Return the routers of every seed by λ, as `train.py` makes them by default."""
+    data = Data.of(compile_store(settings.rollouts))
+    lams = automatic_lams(data.trees, TrainConfig(rollouts=settings.rollouts))
+    found = [fit("TRIM-Agg", data, seed, lams) for seed in range(settings.seeds)]
+    return [each.routers for each in found if not isinstance(each, str)]
+
+
+def spread(tables: DecisionTables, seeds: Sequence[dict[float, AnyRouter]]) -> list[str]:
+    """Say how the default agent's curve differs from seed to seed."""
+    both = references(tables)
+    curves = [Curve.of([(lam, run(each, tables)) for lam, each in routers.items()], both) for routers in seeds]
+    lines = [
+        "| metric | " + " | ".join(f"seed {seed}" for seed in range(len(seeds))) + " | mean | standard deviation |"
+    ]
+    lines.append("|---|" + "---:|" * (len(seeds) + 2))
+    metrics: dict[str, Callable[[Curve], float]] = {
+        "CPT(80 %), % of always-large's cost": lambda curve: 100 * float(curve.cpt(80)),
+        "accuracy at 10 % of always-large's cost, %": lambda curve: 100 * float(curve.accuracy_at(np.array([0.1]))[0]),
+    }
+    for name, metric in metrics.items():
+        values = [metric(curve) for curve in curves]
+        cells = [f"{value:.1f}" for value in (*values, np.mean(values))]
+        lines.append(f"| {name} | {' | '.join(cells)} | {np.std(values, ddof=1):.2f} |")
+    return [
+        "## Another seed",
+        "",
+        f"`ppo-agg` by default, λ = {', '.join(f'{lam:g}' for lam in seeds[0])}.",
+        "",
+        *lines,
+    ]
+
+
+def scorer(tables: DecisionTables, routers: dict[float, AnyRouter]) -> list[str]:
+    """Say how many tokens the reward model reads for a solution of the default agent, one request for each decision."""
+    trees, prompts = tables.trees, Family(load_family("tinymath")).reward_prompts
+    assert prompts is not None
+    spared = float(references(tables).large.large_tokens.mean())
+    lines = [
+        "| λ | decisions | large tokens | saved | read, whole path each time | read, prefixes cached | read / saved |"
+    ]
+    lines.append("|---:|" + "---:|" * 6)
+    for lam, router in routers.items():
+        paths = follow(router, tables)
+        whole = new = 0
+        for tree, rows, actions in zip(tables.indices, paths.rows.tolist(), paths.actions.tolist(), strict=True):
+            question, steps = trees.questions[trees.problem[tree]], list[str]()
+            before: tuple[int, ...] = ()
+            for row, action in zip(rows, actions, strict=True):
+                if row < 0:
+                    break
+                ids = prompts.ids(question, [*steps, trees.proposal(row, 0)])
+                shared = next((i for i, (a, b) in enumerate(zip(ids, before, strict=False)) if a != b), len(before))
+                whole, new, before = whole + len(ids), new + len(ids) - shared, ids
+                steps.append(trees.proposal(row, int(action == 1)))
+        count = len(tables.indices)
+        large, all_read, new_read = float(paths.large_tokens.mean()), whole / count, new / count
+        saved = spared - large
+        lines.append(
+            f"| {lam:g} | {paths.steps.mean():.1f} | {large:.1f} | {saved:.1f} | {all_read:.0f} | {new_read:.0f} "
+            f"| {all_read / saved:.1f}; {new_read / saved:.1f} |"
+        )
+    return [
+        "## What the scorer costs",
+        "",
+        f"Tokens for a solution; always-large writes {spared:.1f}. Saved: those that the large model does not write. "
+        "The reward model reads a proposal with all that stands before it; with prefixes cached only what is new.",
+        "",
+        *lines,
+    ]
+
+
+def averaged(policies: Sequence[Trainable]) -> Trainable:
+    """Return the policy whose weights are the means of those of several policies of one training."""
+    weights = {
+        name: np.mean([each.weights[name] for each in policies], axis=0, dtype=np.float64).astype(np.float32)
+        for name in policies[0].weights
+    }
+    return replace(policies[0], weights=weights)  # type: ignore[arg-type]
+
+
+def ending(schema: str, lam: Lam, own: LearnerSettings, seed: int, store: str) -> tuple[float, list[float]]:
+    """Return the mean over both halves of the best checkpoint's return on the other one, and of the last k's means."""
+    trees = compile_store(store)
+    validation = Validation(lambda i: decision_tables(trees, schema=schema, indices=i), trees)
+    halves = validation.choice, validation.verdict
+
+    def returned(policy: Trainable) -> list[float]:
+        lams = checked_at(lam)
+        return [float(np.mean([run(at(policy, each), half).returns(each).mean() for each in lams])) for half in halves]
+
+    training, policies = learner(decision_tables(trees, "train", schema=schema), lam, own, seed), list[Trainable]()
+    while not training.done:
+        training.iterate()
+        policies.append(training.router())
+    reached = np.array([returned(policy) for policy in policies])
+    best = reached.argmax(axis=0)
+    crossed = (reached[best[0], 1] + reached[best[1], 0]) / 2
+    return float(crossed), [float(np.mean(returned(averaged(policies[-kept:])))) for kept in KEPT]
+
+
+def endings(settings: Settings) -> list[str]:
+    """Say what the best checkpoint and the means of the last policies return."""
+    lines = ["| learner | λ | best checkpoint | " + " | ".join(f"mean of {kept}" for kept in KEPT) + " |"]
+    lines.append("|---|---|" + "---:|" * (1 + len(KEPT)))
+    for kind in settings.kinds:
+        schema = "seq" if kind == "ppo-seq" else DEFAULT_SCHEMA
+        lams: Sequence[Lam] = (RANGE,) if kind.endswith("range") else settings.lams
+        for lam in lams:
+            found = [ending(schema, lam, KINDS[kind], seed, settings.rollouts) for seed in range(settings.seeds)]
+            values = np.array([[best, *last] for best, last in found])
+            cells = [f"{mean:.4f} ± {std:.4f}" for mean, std in zip(values.mean(0), values.std(0, ddof=1), strict=True)]
+            name = f"{lam[0]:g} to {lam[1]:g}" if isinstance(lam, tuple) else f"{lam:g}"
+            lines.append(f"| {kind} | {name} | {' | '.join(cells)} |")
+    note = f"Return, mean ± standard deviation over {settings.seeds} seeds; settings by default, one attempt."
+    return ["## Which policy of a training", "", note, "", *lines]
+
+
+def main() -> None:
+    """Run the study."""
+    settings = tyro.cli(Settings, description=__doc__)
+    lines = heading("Training again, and the scorer", "retraining")
+    tables = decision_tables(settings.rollouts, "validation")
+    seeds = trained(settings) if {"spread", "scorer"} & {*settings.parts} else []
+    for part in settings.parts:
+        if part == "endings":
+            lines += [*endings(settings), ""]
+        else:
+            lines += [*(spread(tables, seeds) if part == "spread" else scorer(tables, seeds[0])), ""]
+    write("\n".join(lines), settings.out)
+
+
+if __name__ == "__main__":
+    main()
