@@ -39,6 +39,7 @@ from agents.routers.base import Threshold
 from benchmarks.serve import process, url_of
 from benchmarks.upstream import StandIn, record
 from rollouts.text.prompts import load_tokenizer
+from rollouts.text.steps import LARGE, ROLES
 from rollouts.tinymath import model_dir
 
 _ABOUT = {"small": "tinymath-small", "large": "tinymath-large", "scorer": "tinymath-prm", "max_steps": 16}
@@ -88,8 +89,8 @@ class Seen:
         status: HTTP status; 0 if the client left.
         seconds: Until the answer's end.
         text: The answer.
-        large: Large tokens as the answer tells them, those that may have been decoded in vain included; None if it
-            does not.
+        decoded: Completion tokens by role as the answer tells them; None if it does not.
+        aborted: Likewise, the most that may have been decoded in vain.
         notes: What the answer says of faults.
         ending: How a stream ended: ``done``, ``error`` or ``cut`` without [DONE].
     """
@@ -98,7 +99,8 @@ class Seen:
     status: int = 0
     seconds: float = 0.0
     text: str = ""
-    large: int | None = None
+    decoded: dict[str, int] | None = None
+    aborted: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     ending: str = "done"
 
@@ -133,8 +135,10 @@ def _read_body(body: dict[str, Any], seen: Seen) -> None:
 
 def _read_usage(body: dict[str, Any], seen: Seen) -> None:
     if body.get("usage"):
-        large = body["usage"]["models"]["large"]
-        seen.large = large["completion_tokens"] + large["aborted_tokens"]
+        models = body["usage"]["models"]
+        seen.decoded, seen.aborted = (
+            {role: models[role][f"{kind}_tokens"] for role in ROLES} for kind in ("completion", "aborted")
+        )
 
 
 async def _read_stream(answer: aiohttp.ClientResponse, seen: Seen) -> None:
@@ -383,26 +387,36 @@ async def _cap(config: Config, stage: Stage, urls: list[str]) -> dict[str, Any]:
         disturbing.cancel()
         await asyncio.sleep(1.0)
         metrics = [await _metrics(client, url) for url in urls]
-    asked = _by_question(stage.standins["large"], "decoded", "left")
+    asked = {role: _by_question(stage.standins[role], "decoded", "left") for role in ROLES}
+    large = asked[LARGE]
     notes = " ".join(note for each in seen for note in each.notes)
-    told = {each.index: each.large for each in seen if each.large is not None}
+    told = [each for each in seen if each.decoded is not None]
     found: dict[str, Any] = {
         "requests": len(seen),
         "statuses": dict(Counter(each.status for each in seen)),
         "streams_ended": dict(Counter(each.ending for each in seen if each.status)),
         "faults": {word: notes.count(word) for word in ("small (", "scorer (", "large (", "cap")},
-        "most_large_tokens": max(map(sum, asked.values())),
-        "above_M": sum(sum(tokens) > config.large_tokens for tokens in asked.values()),
-        "above_K": sum(len(tokens) > config.escalations for tokens in asked.values()),
-        "told_less_than_noted": sum(told[index] < sum(asked[index]) for index in told),
+        "most_large_tokens": max(map(sum, large.values())),
+        "above_M": sum(sum(tokens) > config.large_tokens for tokens in large.values()),
+        "above_K": sum(len(tokens) > config.escalations for tokens in large.values()),
+        "told": len(told),
+        "told_wrongly": sum(
+            not _told_rightly(each, role, sum(asked[role][each.index])) for each in told for role in ROLES
+        ),
         "in_flight": [int(each["trim_requests_in_flight"]) for each in metrics],
     }
-    for role in ("small", "large"):
+    for role in ROLES:
         notes_of = stage.standins[role].notes
         found[role] = {word: sum(note.tokens for note in notes_of(word)) for word in ("decoded", "delivered", "left")}
         for kind in ("completion", "aborted"):
             found[role][f"metrics_{kind}"] = sum(_spent(each, role, kind) for each in metrics)
     return found
+
+
+def _told_rightly(seen: Seen, role: str, noted: int) -> bool:
+    """Whether an answer tells what a stand-in noted: exactly, or within what may have been decoded in vain."""
+    assert seen.decoded is not None
+    return seen.decoded[role] <= noted <= seen.decoded[role] + seen.aborted[role]
 
 
 def _by_question(standin: StandIn, *words: str) -> dict[int, list[int]]:
