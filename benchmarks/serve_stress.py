@@ -7,7 +7,7 @@ answer the same prompt with the same step, so a question has one answer as long 
 
 load    questions by 8 clients, then for a minute as many as twice what the service can answer, while somebody polls
         /health, /ready and /live
-refuse  honest requests alone, beside requests of 250 KB that are refused, and while all of those come at once
+refuse  honest requests alone, beside requests of 250 KB that are refused, 50 a second, and all of those at once
 cap     requests under caps on large tokens and escalations, streams and whole answers, some of whose clients leave,
         while the small model and the scorer are killed and come back; what was decoded is what the stand-ins noted
 drain   SIGTERM during 50 streams: of a service that can finish them, and of one that cannot
@@ -315,19 +315,21 @@ async def _refuse(config: Config, url: str, pid: int) -> dict[str, Any]:
             statuses[answer.status] += 1
             await answer.read()
 
-    async def some(client: aiohttp.ClientSession, count: int) -> None:
+    async def some(client: aiohttp.ClientSession, count: int, pause: float) -> None:
         for _ in range(count):
             await refuse(client)
+            await asyncio.sleep(pause)
 
     async with _client() as client:
         await _closed(client, url, range(_QUESTIONS), 8)
         highest = [_megabytes(pid)]
         watching = asyncio.create_task(_highest(pid, highest))
         found: dict[str, Any] = {"megabytes_before": round(highest[0], 1)}
-        beside = {"alone": 0, "beside_10_at_a_time": 10, "beside_all_at_once": config.refused}
-        for name, clients in beside.items():
+        beside = {"alone": (0, 0.0), "beside_50_a_second": (10, 0.2), "beside_all_at_once": (config.refused, 0.0)}
+        for name, (clients, pause) in beside.items():
             highest[:] = [_megabytes(pid)]
-            refusing = [asyncio.create_task(some(client, config.refused // clients)) for _ in range(clients)]
+            count = config.refused // max(clients, 1)
+            refusing = [asyncio.create_task(some(client, count, pause)) for _ in range(clients)]
             honest = await _closed(client, url, range(_QUESTIONS), 8)
             unfinished = sum(not task.done() for task in refusing)
             await asyncio.gather(*refusing)

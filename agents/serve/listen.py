@@ -97,11 +97,17 @@ class Listener(uvicorn.Server):
         """Let what is under way end, and cut what takes too long."""
         self._service.draining = True
         left = min(self._told_at, time.monotonic()) + self._drain_s - time.monotonic()
-        cutting = asyncio.get_running_loop().call_later(max(left, 0.0), self._service.cut_off)
+        cutting = asyncio.get_running_loop().call_later(max(left, 0.0), self._cut_off)
         try:
             await super().shutdown(sockets)
         finally:
             cutting.cancel()
+
+    def _cut_off(self) -> None:
+        self._service.cut_off()
+        for connection in list(self.server_state.connections):
+            if connection.cycle is not None and connection.cycle.more_body:  # its request is not there yet
+                connection.transport.close()
 
 
 def listen(host: str, port: int) -> socket.socket:

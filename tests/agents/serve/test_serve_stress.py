@@ -215,6 +215,32 @@ def test_sigterm_lets_requests_end(process: tuple[Process, str]) -> None:
     assert found[0].status_code == 200 and running.process.wait(5) == 0
 
 
+def test_nothing_is_begun_when_time_is_up(made: Any) -> None:
+    router = made()
+    router.server.service.cut_off()
+    answer = router.chat()
+    assert answer.status_code == 503 and "shutting down" in answer.json()["error"]["message"]
+
+
+def test_requests_that_are_not_there_in_time_are_dropped(process: tuple[Process, str], upstreams: Upstreams) -> None:
+    running, url = process
+    upstreams.small.mode("stall")
+    body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "stream": True}).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+    where = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+    late, never = (socket.create_connection(where, timeout=10) for _ in range(2))
+    for connection in (late, never):
+        connection.sendall(f"{head}{len(body)}\r\n\r\n".encode() + body[:-1])
+    time.sleep(0.3)
+    began = time.monotonic()
+    running.process.send_signal(signal.SIGTERM)
+    time.sleep(1.7)
+    late.sendall(body[-1:])
+    assert b"503" in late.recv(4096) and never.recv(4096) == b""
+    assert running.process.wait(5) == 143 and time.monotonic() - began < 4
+    assert "Traceback" not in running.log.read_text()
+
+
 def test_headers_that_do_not_come_are_given_up(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listen, "_HEADERS_S", 0.4)
     router = made()
