@@ -13,6 +13,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from agents.serve.guard import LARGE
 from agents.serve.service import Service
 from rollouts.errors import ConfigError
 
@@ -104,9 +105,10 @@ class Listener(uvicorn.Server):
             cutting.cancel()
 
     def _cut_off(self) -> None:
+        """End what is under way; requests that are not there yet will not be answered."""
         self._service.cut_off()
         for connection in list(self.server_state.connections):
-            if connection.cycle is not None and connection.cycle.more_body:  # its request is not there yet
+            if isinstance(connection, _Impatient) and connection.cycle is not None and connection.cycle.more_body:
                 connection.transport.close()
 
 
@@ -117,13 +119,14 @@ def listen(host: str, port: int) -> socket.socket:
         ConfigError: The address is none of this machine's, or the port is taken.
     """
     try:
-        if ":" not in host:
-            return socket.create_server((host, port), backlog=1024)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         both = host == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=both, backlog=1024)
+        listening = socket.create_server((host, port), family=family, dualstack_ipv6=both, backlog=1024)
     except (OSError, OverflowError) as error:
         flag = "--host" if isinstance(error, socket.gaierror) else "--port"
         raise ConfigError(f"Cannot listen on {address(host, port)} ({error}). Choose another {flag}.") from error
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, LARGE)  # what is not read yet waits where it comes from
+    return listening
 
 
 def address(host: str, port: int) -> str:
