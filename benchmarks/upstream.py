@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ import tempfile
 import threading
 import time
 import zlib
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import Request, urlopen
@@ -152,6 +154,19 @@ class StandIn:
         """Return what was noted of answers, probes left out."""
         return [note for note in read_log(self.log, word) if note.tokens]
 
+    def asked(self, *words: str) -> dict[int, list[int]]:
+        """Return the tokens of the answers to each question ``Let a=NUMBER+33, ...``, by its number."""
+        from rollouts.text.prompts import load_tokenizer
+        from rollouts.tinymath import model_dir
+
+        tokenizer = load_tokenizer(str(model_dir(self.role)))
+        found: dict[int, list[int]] = defaultdict(list)
+        for note in (note for word in words for note in self.notes(word)):
+            number = re.search(r"a\s*=\s*(\d+)\s*\+\s*33", tokenizer.decode(note.prompt))
+            if number:
+                found[int(number[1])].append(note.tokens)
+        return found
+
 
 def step_tag_id() -> int:
     """Return the token that the embedded reward model is read at."""
@@ -257,7 +272,7 @@ class Upstream:
             "stop_reason": "\n\n" if delimiter else None,
             "token_ids": [5] * tokens,
         }
-        probe = body["max_tokens"] == 1
+        probe = body["prompt"] == [1, 2, 3]
         if tokens > body["max_tokens"]:
             tokens = body["max_tokens"]
             cut = {"text": "1" * tokens, "finish_reason": "length", "stop_reason": None, "token_ids": [5] * tokens}

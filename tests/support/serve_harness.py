@@ -135,10 +135,10 @@ class Router:
         body = {"messages": [{"role": "user", "content": question}], **more}
         return self.client.post("/v1/chat/completions", json=body)
 
-    def chats(self, count: int, clients: int = 8, **more: Any) -> list[httpx.Response]:
-        """Many problems at once."""
+    def chats(self, count: int, clients: int = 8, first: int = 0, **more: Any) -> list[httpx.Response]:
+        """Many problems at once, those with the numbers from `first` on."""
         with ThreadPoolExecutor(clients) as pool:
-            questions = [f"Let a={number}+33, b=a+49. Find b." for number in range(count)]
+            questions = [f"Let a={number}+33, b=a+49. Find b." for number in range(first, first + count)]
             return list(pool.map(lambda question: self.chat(question, **more), questions))
 
     def metric(self, name: str, **labels: str) -> float:
