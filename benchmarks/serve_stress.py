@@ -18,13 +18,12 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -38,9 +37,7 @@ from agents.routers import artefact
 from agents.routers.base import Threshold
 from benchmarks.serve import process, url_of
 from benchmarks.upstream import StandIn, record
-from rollouts.text.prompts import load_tokenizer
 from rollouts.text.steps import LARGE, ROLES
-from rollouts.tinymath import model_dir
 
 _ABOUT = {"small": "tinymath-small", "large": "tinymath-large", "scorer": "tinymath-prm", "max_steps": 16}
 _QUESTIONS = 100  # that load asks again and again
@@ -54,11 +51,12 @@ class Config:
     Attributes:
         parts: What is done.
         seconds: How long the load lasts.
-        overload: Its requests per second, as a multiple of what the service answers with `clients` clients.
-        clients: Clients that measure what it can answer; also those under caps.
+        overload: Its requests per second, as a multiple of what the service can answer.
+        saturating: Clients that measure what it can answer.
         refused: Requests that are refused.
         kilobytes: Their size.
         capped: Requests under caps.
+        clients: Clients that send them.
         large_tokens: Cap on large tokens, M.
         escalations: Cap on escalations, K.
         streams: Streams under way when the service is told to end.
@@ -69,10 +67,11 @@ class Config:
     parts: tuple[Part, ...] = ("load", "refuse", "cap", "drain")
     seconds: float = 60.0
     overload: float = 2.0
-    clients: int = 32
+    saturating: int = 128
     refused: int = 500
     kilobytes: int = 250
     capped: int = 1000
+    clients: int = 32
     large_tokens: int = 30
     escalations: int = 3
     streams: int = 50
@@ -92,6 +91,7 @@ class Seen:
         decoded: Completion tokens by role as the answer tells them; None if it does not.
         aborted: Likewise, the most that may have been decoded in vain.
         notes: What the answer says of faults.
+        share: Large-token share of a whole answer.
         ending: How a stream ended: ``done``, ``error`` or ``cut`` without [DONE].
     """
 
@@ -102,6 +102,7 @@ class Seen:
     decoded: dict[str, int] | None = None
     aborted: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    share: float = 0.0
     ending: str = "done"
 
 
@@ -131,6 +132,7 @@ def _read_body(body: dict[str, Any], seen: Seen) -> None:
     seen.text = body["choices"][0]["message"]["content"] if "choices" in body else body["error"]["message"]
     _read_usage(body, seen)
     seen.notes = body.get("trim", {}).get("fallbacks", [])
+    seen.share = body.get("trim", {}).get("large_token_share", 0.0)
 
 
 def _read_usage(body: dict[str, Any], seen: Seen) -> None:
@@ -257,14 +259,12 @@ async def _load(config: Config, stage: Stage, url: str, log: Path) -> dict[str, 
     draw = random.Random(config.seed)
     async with _client() as client:
         alone = await _closed(client, url, range(_QUESTIONS), 8)
-        share = await _share(client, url)
         began = time.monotonic()
-        busy = await _closed(client, url, range(10 * config.clients), config.clients)
+        busy = await _closed(client, url, range(5 * config.saturating), config.saturating)
         able = len(busy) / (time.monotonic() - began)
-        known = {seen.index: seen.text for seen in alone}
+        known = {seen.index: seen for seen in alone}
         poll = _Poll()
         watching = asyncio.create_task(poll.watch(client, url))
-        before = await _share(client, url)
         asking: list[asyncio.Task[Seen]] = []
         began = time.monotonic()
         while (now := time.monotonic() - began) < config.seconds:
@@ -272,7 +272,6 @@ async def _load(config: Config, stage: Stage, url: str, log: Path) -> dict[str, 
                 asking.append(asyncio.create_task(_ask(client, url, draw.randrange(_QUESTIONS))))
             await asyncio.sleep(0.005)
         seen = await asyncio.gather(*asking)
-        after = await _share(client, url)
         watching.cancel()
         answered = [each for each in seen if each.status == 200]
         metrics = await _metrics(client, url)
@@ -285,20 +284,14 @@ async def _load(config: Config, stage: Stage, url: str, log: Path) -> dict[str, 
         "answered": _times([each.seconds for each in answered]),
         "refused": _times([each.seconds for each in seen if each.status != 200]),
         "fallbacks": int(metrics["trim_fallbacks_total"]),
-        "other_answers_than_alone": sum(each.text != known[each.index] for each in answered),
-        "large_share_alone": round(share[1] / share[0], 4),
-        "large_share": round((after[1] - before[1]) / (after[0] - before[0]), 4),
+        "other_answers_than_alone": sum(each.text != known[each.index].text for each in answered),
+        "large_share_alone": round(float(np.mean([known[each.index].share for each in answered])), 4),
+        "large_share": round(float(np.mean([each.share for each in answered])), 4),
         "polls": dict(poll.statuses),
         "polls_took": _times(poll.seconds),
         "said_down": log.read_text().count("is down"),
         "tracebacks": _tracebacks(log),
     }
-
-
-async def _share(client: aiohttp.ClientSession, url: str) -> tuple[float, float]:
-    """Return how many answers there were, and the sum of their large-token shares."""
-    metrics = await _metrics(client, url)
-    return metrics["trim_large_token_share_count"], metrics["trim_large_token_share_sum"]
 
 
 # ---------------------------------------------------------------- refused requests
@@ -389,7 +382,7 @@ async def _cap(config: Config, stage: Stage, urls: list[str]) -> dict[str, Any]:
         disturbing.cancel()
         await asyncio.sleep(1.0)
         metrics = [await _metrics(client, url) for url in urls]
-    asked = {role: _by_question(stage.standins[role], "decoded", "left") for role in ROLES}
+    asked = {role: stage.standins[role].asked("decoded", "left") for role in ROLES}
     large = asked[LARGE]
     notes = " ".join(note for each in seen for note in each.notes)
     told = [each for each in seen if each.decoded is not None]
@@ -403,7 +396,7 @@ async def _cap(config: Config, stage: Stage, urls: list[str]) -> dict[str, Any]:
         "above_K": sum(len(tokens) > config.escalations for tokens in large.values()),
         "told": len(told),
         "told_wrongly": sum(
-            not _told_rightly(each, role, sum(asked[role][each.index])) for each in told for role in ROLES
+            not _told_rightly(each, role, sum(asked[role].get(each.index, ()))) for each in told for role in ROLES
         ),
         "in_flight": [int(each["trim_requests_in_flight"]) for each in metrics],
     }
@@ -419,18 +412,6 @@ def _told_rightly(seen: Seen, role: str, noted: int) -> bool:
     """Whether an answer tells what a stand-in noted: exactly, or within what may have been decoded in vain."""
     assert seen.decoded is not None
     return seen.decoded[role] <= noted <= seen.decoded[role] + seen.aborted[role]
-
-
-def _by_question(standin: StandIn, *words: str) -> dict[int, list[int]]:
-    """Return the tokens of each request at a stand-in, by the number in the question."""
-    tokenizer = load_tokenizer(str(model_dir(standin.role)))
-    found: dict[int, list[int]] = defaultdict(list)
-    for word in words:
-        for note in standin.notes(word):
-            asked = re.search(r"a\s*=\s*(\d+)\s*\+\s*33", tokenizer.decode(note.prompt))
-            assert asked is not None
-            found[int(asked[1])].append(note.tokens)
-    return found
 
 
 # ---------------------------------------------------------------- the end
