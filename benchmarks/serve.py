@@ -29,7 +29,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.request import urlopen
 
 import aiohttp
@@ -37,12 +36,12 @@ import numpy as np
 
 from agents.routers import artefact
 from agents.routers.base import Threshold
-from benchmarks.upstream import read_log, record
+from benchmarks.upstream import StandIn, read_log, record
 from rollouts.config import Sampling
 from rollouts.models.base import CompletionRequest
 from rollouts.models.server.wire import completion_payload, read_completion
-from rollouts.text.prompts import RewardFormat, load_tokenizer
-from rollouts.tinymath import STEP_TAG, model_dir
+from rollouts.text.prompts import load_tokenizer
+from rollouts.tinymath import model_dir
 
 _MODEL = "trim-thr"
 _ABOUT = {"small": "tinymath-small", "large": "tinymath-large", "scorer": "tinymath-prm", "max_steps": 16}
@@ -75,7 +74,8 @@ class Config:
 
 
 @contextmanager
-def _process(*arguments: object, **options: Any) -> Iterator[subprocess.Popen[str]]:
+def process(*arguments: object, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Run a module of this project, and end it."""
     command = [sys.executable, "-m", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options) as process:
         try:
@@ -84,22 +84,13 @@ def _process(*arguments: object, **options: Any) -> Iterator[subprocess.Popen[st
             process.kill()
 
 
-def _url_of(process: subprocess.Popen[str]) -> str:
+def url_of(process: subprocess.Popen[str]) -> str:
+    """Return where the service is, once its upstreams are up."""
     assert process.stdout is not None
     found = re.search(r"at (http://\S+)/v1 \(small up, large up, scorer up\)", process.stdout.readline())
     if found is None:
         raise SystemExit("The service did not start.")
     return found[1]
-
-
-def _wait(port: int) -> None:
-    for _ in range(600):
-        try:
-            urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).close()
-            return
-        except URLError:
-            time.sleep(0.1)
-    raise SystemExit(f"No upstream on port {port}.")
 
 
 @dataclass(frozen=True)
@@ -142,7 +133,7 @@ def _overheads(requests: list[Request], logs: dict[str, Path]) -> list[tuple[flo
     spans: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for role, log in logs.items():
         tokenizer = load_tokenizer(str(model_dir(role)))
-        for note in read_log(log):
+        for note in read_log(log, "delivered"):
             found = re.search(r"a\s*=\s*(-?\d+)\s*\+\s*33", tokenizer.decode(note.prompt)) if note.prompt else None
             if found:
                 spans[int(found[1])].append((note.arrived, note.sent))
@@ -166,7 +157,7 @@ def _overheads(requests: list[Request], logs: dict[str, Path]) -> list[tuple[flo
 
 async def _bare(url: str, log: Path, count: int) -> list[float]:
     """Return the seconds that the HTTP client and the connection alone take of an exchange, one after the other."""
-    times, before = [], len(read_log(log))
+    times, before = [], len(read_log(log, "delivered"))
     async with aiohttp.ClientSession() as client:
         for number in range(count):
             begun = time.monotonic()
@@ -174,7 +165,9 @@ async def _bare(url: str, log: Path, count: int) -> list[float]:
             async with client.post(f"{url}/completions", json=payload) as answer:
                 read_completion(json.loads(await answer.read()))
             times.append(time.monotonic() - begun)
-    return [each - (note.sent - note.arrived) for each, note in zip(times, read_log(log)[before:], strict=True)]
+    return [
+        each - (note.sent - note.arrived) for each, note in zip(times, read_log(log, "delivered")[before:], strict=True)
+    ]
 
 
 def _core_seconds(process: subprocess.Popen[str]) -> float:
@@ -192,7 +185,6 @@ def _inside(metrics: str) -> list[tuple[float, float]]:
 
 def measure(config: Config) -> dict[str, Any]:
     """Return the figures."""
-    reward = RewardFormat(load_tokenizer(str(model_dir("prm"))), None, STEP_TAG)
     own, *others = sorted(os.sched_getaffinity(0))
     with ExitStack() as stack:
         if config.pin and others:
@@ -201,15 +193,16 @@ def measure(config: Config) -> dict[str, Any]:
         replies = record(folder / "replies.json")
         policy = artefact.save(Threshold(0.3), folder / "policy", _ABOUT)
         flags: list[object] = ["--policy", policy, "--port", 0]
-        logs = {role: folder / f"{role}.log" for role in ("small", "large", "prm")}
-        for offset, (role, log) in enumerate(logs.items()):
-            port, think = 18_400 + offset, getattr(config, role)
-            more = ["--spread", config.spread, "--tag", reward.step_tag_id, "--replies", replies, "--log", log]
-            stack.enter_context(_process("benchmarks.upstream", role, "--port", port, "--think", think, *more))
-            _wait(port)
-            flags += [f"--{role}", f"http://127.0.0.1:{port}/v1"]
-        router = stack.enter_context(_process("agents", "serve", *flags))
-        url = _url_of(router)
+        standins = [StandIn(role, getattr(config, role), replies, config.spread) for role in ("small", "large", "prm")]
+        for each in standins:
+            each.start()
+            stack.callback(each.kill)
+        for each in standins:
+            each.wait()
+            flags += [f"--{each.role}", each.url]
+        logs = {each.role: each.log for each in standins}
+        router = stack.enter_context(process("agents", "serve", *flags))
+        url = url_of(router)
         if config.pin and others:
             for thread in Path(f"/proc/{router.pid}/task").iterdir():
                 os.sched_setaffinity(int(thread.name), {own})
@@ -220,7 +213,7 @@ def measure(config: Config) -> dict[str, Any]:
         counted = _overheads(requests, logs)
         if config.pin:
             os.sched_setaffinity(0, {own})
-        bare = asyncio.run(_bare(str(flags[-5]), logs["small"], 64))
+        bare = asyncio.run(_bare(standins[0].url, logs["small"], 64))
     overheads = [overhead for overhead, _ in counted]
     itself = [overhead - count * float(np.median(bare)) for overhead, count in counted]
     steps = len(overheads) * (1 + config.clients / config.requests)

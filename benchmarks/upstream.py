@@ -12,14 +12,23 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 import zlib
+from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.request import Request, urlopen
 
 MODES = (
     "ok",
@@ -43,7 +52,7 @@ class Note(NamedTuple):
     """A line of the log: what became of one request.
 
     Attributes:
-        word: ``delivered``, or ``left`` if the client did not wait.
+        word: ``decoded`` before it was sent, ``delivered`` after; ``left`` if the client did not wait.
         path: What was asked for.
         tokens: Tokens that were decoded or read; 0 for probes.
         arrived: When the request was there, seconds of the machine's monotonic clock.
@@ -64,14 +73,14 @@ class Note(NamedTuple):
         return f"{self.word} {self.path} {self.tokens} {self.arrived:.6f} {self.sent:.6f} {ids}\n"
 
 
-def read_log(path: Path) -> list[Note]:
-    """Return the lines of a log."""
+def read_log(path: Path, word: str | None = None) -> list[Note]:
+    """Return the lines of a log; with a word: those that begin with it."""
     notes = []
     for line in path.read_text().splitlines():
-        word, asked, tokens, arrived, sent, ids = line.split()
+        found, asked, tokens, arrived, sent, ids = line.split()
         prompt = [] if ids == "-" else [int(each) for each in ids.split(",")]
-        notes.append(Note(word, asked, int(tokens), float(arrived), float(sent), prompt))
-    return notes
+        notes.append(Note(found, asked, int(tokens), float(arrived), float(sent), prompt))
+    return [note for note in notes if word in (None, note.word)]
 
 
 def record(path: Path) -> Path:
@@ -82,6 +91,89 @@ def record(path: Path) -> Path:
     rows = table.slice(0, 8_000).to_pylist()
     path.write_text(json.dumps({role: [row for row in rows if row["role"] == role] for role in ("small", "large")}))
     return path
+
+
+class StandIn:
+    """An upstream in a process of its own, always on the same port.
+
+    Attributes:
+        role: small, large or prm.
+        log: File that gets its notes.
+        process: The process; None before it is started.
+    """
+
+    def __init__(self, role: str, think: float, replies: Path, spread: float = 0.0) -> None:
+        """Choose a port; nothing is started. The arguments are those of `Upstream`; replies are in a file."""
+        self.role, self.think, self._spread, self._replies = role, think, spread, replies
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = int(probe.getsockname()[1])
+        self.log = Path(tempfile.mkstemp(prefix=f"upstream-{role}-", suffix=".log")[1])
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Base URL."""
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def start(self) -> None:
+        """Start it; it answers a while later."""
+        flags = {"port": self.port, "think": self.think, "spread": self._spread, "tag": step_tag_id()}
+        flags |= {"log": self.log, "replies": self._replies}
+        arguments = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+        command = [sys.executable, "-m", "benchmarks.upstream", self.role, *arguments]
+        self.process = subprocess.Popen(command, cwd=Path(__file__).parents[1])
+
+    def wait(self) -> None:
+        """Wait until it answers."""
+        assert self.process is not None
+        end = time.monotonic() + 120
+        while time.monotonic() < end and self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                urlopen(f"{self.url}/models", timeout=5).close()
+                return
+            time.sleep(0.1)
+        raise RuntimeError(f"no upstream {self.role}")
+
+    def control(self, **values: Any) -> None:
+        """Set attributes of the `Upstream`."""
+        urlopen(Request(f"http://127.0.0.1:{self.port}/control", json.dumps(values).encode()), timeout=10).close()
+
+    def signal(self, number: int) -> None:
+        """Send a signal; does nothing to the dead."""
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """Kill it at once."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+            self.process.wait()
+
+    def notes(self, word: str) -> list[Note]:
+        """Return what was noted of answers, probes left out."""
+        return [note for note in read_log(self.log, word) if note.tokens]
+
+    def asked(self, *words: str) -> dict[int, list[int]]:
+        """Return the tokens of the answers to each question ``Let a=NUMBER+33, ...``, by its number."""
+        from rollouts.text.prompts import load_tokenizer
+        from rollouts.tinymath import model_dir
+
+        tokenizer = load_tokenizer(str(model_dir(self.role)))
+        found: dict[int, list[int]] = defaultdict(list)
+        for note in (note for word in words for note in self.notes(word)):
+            number = re.search(r"a\s*=\s*(\d+)\s*\+\s*33", tokenizer.decode(note.prompt))
+            if number:
+                found[int(number[1])].append(note.tokens)
+        return found
+
+
+def step_tag_id() -> int:
+    """Return the token that the embedded reward model is read at."""
+    from rollouts.tinymath import STEP_TAG, model_dir
+
+    added = json.loads((model_dir("prm") / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    return int(next(token["id"] for token in added if token["content"] == STEP_TAG))
 
 
 class Upstream:
@@ -155,6 +247,7 @@ class Upstream:
         elif self.mode == "wrong":
             await _reply(send, 200, b'{"choices": [], "data": [{"data": [[0.2, 3.0]]}]}')
         else:
+            self._log(note._replace(word="decoded"))
             await _reply(send, 200, raw)
             self._log(note._replace(sent=time.monotonic()))
 
@@ -179,7 +272,7 @@ class Upstream:
             "stop_reason": "\n\n" if delimiter else None,
             "token_ids": [5] * tokens,
         }
-        probe = body["max_tokens"] == 1
+        probe = body["prompt"] == [1, 2, 3]
         if tokens > body["max_tokens"]:
             tokens = body["max_tokens"]
             cut = {"text": "1" * tokens, "finish_reason": "length", "stop_reason": None, "token_ids": [5] * tokens}

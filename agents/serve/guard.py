@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import secrets
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -17,6 +18,7 @@ from agents.serve.api import ApiError
 _OPEN = ("/health", "/live", "/ready", "/metrics")  # for machines that watch the service; the rest asks for the key
 _BODY_S = 10.0  # a body that takes longer is not coming
 _DRAINED_S, _DRAINED_BYTES = 2.0, 1 << 24  # of a body that is too big, before it is refused
+LARGE, _LARGE_AT_ONCE = 1 << 15, 32  # bytes; larger bodies are read a few at a time, so that many take no more memory
 _RETRY, _CLOSE = {"Retry-After": "1"}, {"Connection": "close"}  # the rest of the body is not worth reading
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: _CLOSE, 413: _CLOSE, 429: _RETRY, 503: _RETRY}
 
@@ -38,6 +40,7 @@ class Guard:
         self.app, self._count = app, count
         self._key = None if api_key is None else _hash(api_key)
         self._most = max_body_bytes
+        self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse, or pass on with the whole body in hand."""
@@ -48,7 +51,8 @@ class Guard:
         try:
             headers = Headers(scope=scope)
             self._check_key(scope["path"], headers)
-            body = await self._body(headers, receive)
+            async with self._turn(headers):
+                body = await self._body(headers, receive)
         except ApiError as error:
             self._count(scope["path"], error.status)
             await refusal(error)(scope, receive, send)
@@ -62,6 +66,10 @@ class Guard:
         scheme, _, offered = headers.get("Authorization", "").partition(" ")
         if not secrets.compare_digest(_hash(offered), self._key) or scheme.lower() != "bearer":
             raise ApiError(401, "Unauthorized: the API key is missing or wrong.", "Unauthorized")
+
+    def _turn(self, headers: Headers) -> AbstractAsyncContextManager[None]:
+        told = headers.get("Content-Length", "" if "Transfer-Encoding" in headers else "0")
+        return nullcontext() if told.isdecimal() and int(told[:20]) <= LARGE else self._large
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
         """Return the body; None if the client left before it was complete."""

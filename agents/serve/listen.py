@@ -13,6 +13,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from agents.serve.guard import LARGE
 from agents.serve.service import Service
 from rollouts.errors import ConfigError
 
@@ -97,11 +98,18 @@ class Listener(uvicorn.Server):
         """Let what is under way end, and cut what takes too long."""
         self._service.draining = True
         left = min(self._told_at, time.monotonic()) + self._drain_s - time.monotonic()
-        cutting = asyncio.get_running_loop().call_later(max(left, 0.0), self._service.cut_off)
+        cutting = asyncio.get_running_loop().call_later(max(left, 0.0), self._cut_off)
         try:
             await super().shutdown(sockets)
         finally:
             cutting.cancel()
+
+    def _cut_off(self) -> None:
+        """End what is under way; requests that are not there yet will not be answered."""
+        self._service.cut_off()
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, _Impatient) and connection.cycle is not None and connection.cycle.more_body:
+                connection.transport.close()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -111,13 +119,14 @@ def listen(host: str, port: int) -> socket.socket:
         ConfigError: The address is none of this machine's, or the port is taken.
     """
     try:
-        if ":" not in host:
-            return socket.create_server((host, port), backlog=1024)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         both = host == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=both, backlog=1024)
+        listening = socket.create_server((host, port), family=family, dualstack_ipv6=both, backlog=1024)
     except (OSError, OverflowError) as error:
         flag = "--host" if isinstance(error, socket.gaierror) else "--port"
         raise ConfigError(f"Cannot listen on {address(host, port)} ({error}). Choose another {flag}.") from error
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, LARGE)  # what is not read yet waits where it comes from
+    return listening
 
 
 def address(host: str, port: int) -> str:

@@ -231,7 +231,10 @@ class Models:
 
         with ledger.waiting():
             completion = await self.upstreams[role].post(
-                "completions", lambda model: completion_payload(model, window, request), _completion, lost
+                "completions",
+                lambda model: completion_payload(model, window, request),
+                lambda body: _completion(body, request.max_tokens),
+                lost,
             )
         spent.add(len(request.prompt_ids), completion.tokens)
         return completion
@@ -258,10 +261,10 @@ class Models:
         return scores + unread
 
 
-def _completion(body: Any) -> Completion:
+def _completion(body: Any, most: int) -> Completion:
     completion = read_completion(body)
-    if completion.tokens < 0:
-        raise ValueError(f"{completion.tokens} tokens")
+    if not 1 <= completion.tokens <= most:
+        raise ValueError(f"{completion.tokens} tokens, expected 1 to {most}")
     text = completion.text.encode("utf-16", "surrogatepass").decode(
         "utf-16", "replace"
     )  # JSON may hold halves of pairs

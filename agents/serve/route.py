@@ -19,6 +19,7 @@ from rollouts.text.steps import LARGE, SMALL, Step, StopReason, solution_text
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
 from rollouts.trees.columns import facts_of
 
+ENDING = "The service is shutting down."
 _UNSCORED = 1.0  # leaves the least score of a path and the product of its scores as they are
 
 
@@ -152,7 +153,7 @@ class Route:
                     step, note = await self._next(models)
             except TimeoutError:
                 if self._cut:
-                    raise RouteFailed("The service is shutting down.") from None
+                    raise RouteFailed(ENDING) from None
                 self.ended = "time"
                 if not self.written:
                     raise RouteFailed("Time was up before the first step.", 504) from None

@@ -15,7 +15,7 @@ from agents.serve.api import ApiError, ChatRequest, bad_request
 from agents.serve.config import ServeConfig
 from agents.serve.metrics import Metrics
 from agents.serve.models import Models, Task
-from agents.serve.route import Route, RouteFailed, Written
+from agents.serve.route import ENDING, Route, RouteFailed, Written
 from rollouts.errors import ConfigError
 from rollouts.text.prompts import PromptFormat
 from rollouts.text.steps import ROLES, SMALL
@@ -30,6 +30,7 @@ class Service:
 
     Attributes:
         draining: Whether it is about to end, and load balancers should send nothing more.
+        over: Whether time is up: nothing is begun any more.
         cut: Requests that were ended before they were answered.
     """
 
@@ -42,7 +43,7 @@ class Service:
         self.policy, self.models, self.metrics, self.config = policy, models, metrics, config
         self.name = config.name or policy.name
         self.since = int(time.time())
-        self.draining, self.cut = False, 0
+        self.draining, self.over, self.cut = False, False, 0
         self._routes: set[Route] = set()
         try:
             policy.session(config.lam, config.budget)
@@ -68,7 +69,7 @@ class Service:
             session = self.policy.session(lam, budget, ask.seed)
         except ConfigError as error:
             raise bad_request(str(error), "budget" if budget is not None else "lam") from None
-        self._check_crowd()
+        self._check_open()
         length = len(question) + len(system_prompt or "")
         formats, prompt_tokens = None, 0
         if length <= self.models.most_characters:
@@ -104,7 +105,9 @@ class Service:
         except ConfigError as error:
             raise bad_request(str(error), "messages") from None
 
-    def _check_crowd(self) -> None:
+    def _check_open(self) -> None:
+        if self.over:
+            raise ApiError(503, ENDING, "ServiceUnavailableError")
         if self.metrics.under_way >= self.config.max_concurrent:
             raise ApiError(429, "Too many requests are under way; try again.", "RateLimitError")
 
@@ -117,7 +120,7 @@ class Service:
         """
         metrics, ledger = self.metrics, route.ledger
         try:
-            self._check_crowd()
+            self._check_open()
         except ApiError as error:
             metrics.requests.labels(str(error.status)).inc()
             raise
@@ -163,6 +166,7 @@ class Service:
 
     def cut_off(self) -> None:
         """End what is under way, each with an error that says so."""
+        self.over = True
         self.cut += len(self._routes)
         for route in self._routes:
             route.cut()

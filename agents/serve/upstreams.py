@@ -297,7 +297,7 @@ class Upstream:
                 "Start it with --served-model-name, or name its model as the server does in the models file."
             )
         size = cards[known].get("max_model_len")
-        self.window = size if isinstance(size, int) else None
+        self.window = size if isinstance(size, int) and size > 1 else None
         self.model = known
 
     def _set(self, trouble: str | None) -> None:

@@ -22,7 +22,7 @@ from rollouts.models.base import CompletionRequest
 KEY = "sk-very-secret"
 HANG, DROP = object(), object()
 TAG = 9
-Reply = tuple[int, dict[str, str], Any]  # status, headers, body (bytes, or something for JSON)
+Reply = tuple[int, dict[str, str], Any]  # status, headers, body (bytes, or something for JSON); or all of it as bytes
 
 
 class FakeServer(ThreadingHTTPServer):
@@ -106,6 +106,10 @@ class _Handler(BaseHTTPRequestHandler):
                 server.released.wait(30)
             if reply is HANG or reply is DROP:
                 self.close_connection = True
+                return
+            if isinstance(reply, bytes):
+                self.close_connection = True
+                self.wfile.write(reply)
                 return
             status, headers, content = reply
             raw = content if isinstance(content, bytes) else json.dumps(content).encode()

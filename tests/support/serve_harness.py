@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -23,8 +22,7 @@ import httpx
 from agents.routers import artefact
 from agents.routers.base import Threshold
 from agents.serve.command import ServeConfig, Server
-from benchmarks.upstream import record
-from rollouts.tinymath import STEP_TAG, model_dir
+from benchmarks.upstream import StandIn, record
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "Let a=70+33, b=a+49, c=b*12. Find c."
@@ -44,60 +42,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def tag() -> int:
-    added = json.loads((model_dir("prm") / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
-    return next(token["id"] for token in added if token["content"] == STEP_TAG)
-
-
 @cache
 def replies() -> Path:
     """Recorded steps, in a file."""
     return record(Path(tempfile.mkdtemp(prefix="upstreams-")) / "replies.json")
 
 
-class UpstreamProcess:
-    """`benchmarks.upstream` in a process of its own, always on the same port."""
+class UpstreamProcess(StandIn):
+    """With shorter words for tests."""
 
     def __init__(self, role: str, think: float = 0.03) -> None:
-        self.role, self.think, self.port = role, think, free_port()
-        self.log = Path(tempfile.mkstemp(prefix=f"upstream-{role}-", suffix=".log")[1])
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
-
-    def start(self) -> None:
-        arguments = [self.role, "--port", self.port, "--think", self.think, "--tag", tag(), "--log", self.log]
-        arguments += ["--replies", replies()]
-        command = [sys.executable, "-m", "benchmarks.upstream", *map(str, arguments)]
-        self.process = subprocess.Popen(command, cwd=ROOT)
-
-    def wait(self) -> None:
-        assert self.process is not None
-        end = time.monotonic() + 120
-        while time.monotonic() < end and self.process.poll() is None:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{self.url}/models", timeout=5).status_code == 200:
-                    return
-            time.sleep(0.1)
-        raise RuntimeError(f"no upstream {self.role}")
+        super().__init__(role, think, replies())
 
     def mode(self, mode: str) -> None:
         self.control(mode=mode)
-
-    def control(self, **values: Any) -> None:
-        httpx.post(f"http://127.0.0.1:{self.port}/control", json=values, timeout=10).raise_for_status()
-
-    def signal(self, number: int) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)  # does nothing to the dead
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.kill()
-            self.process.wait()
 
     def lines(self, word: str, path: str = "") -> list[list[str]]:
         """What was noted: [delivered or left, path, tokens]."""
@@ -177,10 +135,10 @@ class Router:
         body = {"messages": [{"role": "user", "content": question}], **more}
         return self.client.post("/v1/chat/completions", json=body)
 
-    def chats(self, count: int, clients: int = 8, **more: Any) -> list[httpx.Response]:
-        """Many problems at once."""
+    def chats(self, count: int, clients: int = 8, first: int = 0, **more: Any) -> list[httpx.Response]:
+        """Many problems at once, those with the numbers from `first` on."""
         with ThreadPoolExecutor(clients) as pool:
-            questions = [f"Let a={number}+33, b=a+49. Find b." for number in range(count)]
+            questions = [f"Let a={number}+33, b=a+49. Find b." for number in range(first, first + count)]
             return list(pool.map(lambda question: self.chat(question, **more), questions))
 
     def metric(self, name: str, **labels: str) -> float:

@@ -73,7 +73,7 @@ class Answer:
                 said = said.get("error") or said.get("message") or said.get("detail") or said
             if isinstance(said, dict):
                 said = said.get("message") or said
-        except ValueError:
+        except (ValueError, RecursionError):
             said = self.text
         return " ".join(str(said).split())
 
@@ -157,10 +157,10 @@ class Connection:
             raise Broken(self.clean(f"{type(error).__name__}: {error}"), refused=refused) from None
 
     def clean(self, words: str) -> str:
-        """Return words without passwords and keys."""
+        """Return words without passwords and keys, on one line, and without what terminals would act on."""
         for secret in self._secrets:
             words = words.replace(secret, "***")
-        return words
+        return "".join(each if each.isprintable() else " " for each in words)
 
     async def close(self) -> None:
         """Disconnect."""

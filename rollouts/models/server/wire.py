@@ -90,7 +90,7 @@ def read_scores(body: Any, ids: Sequence[int], step_tag_id: int) -> list[float]:
     for row in rows:
         if not isinstance(row, list) or len(row) != 2 or min(row) < 0 or not abs(sum(row) - 1) <= 0.02:
             raise BackendError(f"{row}, not two probabilities per step tag. {serve_prm(step_tag_id)}")
-    return [float(row[1]) for row in rows]
+    return [min(float(row[1]), 1.0) for row in rows]  # half precision rounds
 
 
 def serve_prm(step_tag_id: int) -> str:

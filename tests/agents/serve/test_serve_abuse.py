@@ -104,6 +104,31 @@ def test_nothing_malformed_gets_further_than_a_refusal(served: tuple[Process, st
     assert "Traceback" not in process.log.read_text()
 
 
+def test_large_requests_take_no_more_memory_for_being_many(served: tuple[Process, str]) -> None:
+    """They are read a few at a time; a small one is not held up by those that do not go on."""
+    process, url = served
+    padding = "Be brief. " * (LIMIT // 11)
+    huge = {"messages": [{"role": "system", "content": padding}, {"role": "user", "content": QUESTION}]}
+    raw = json.dumps(huge).encode()
+    good = {"messages": [{"role": "user", "content": QUESTION}]}
+    where = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}"
+    )
+    before = process.megabytes()
+    stuck = [socket.create_connection(where) for _ in range(200)]
+    try:
+        for connection in stuck:
+            connection.setblocking(False)
+            connection.send(f"{head}\r\n\r\n".encode() + raw[:-1])
+        assert httpx.post(f"{url}/v1/chat/completions", json=good, timeout=60).status_code == 200
+        assert process.megabytes() - before < 40.0  # 50 if all of them were kept, and as much while they are parsed
+    finally:
+        for connection in stuck:
+            connection.close()
+    assert httpx.post(f"{url}/v1/chat/completions", json=huge, timeout=60).status_code == 400
+
+
 @pytest.mark.parametrize(
     "raw",
     [

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import random
 import signal
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +225,43 @@ def test_generation_ends_when_the_client_leaves(router: Router, upstreams: Upstr
     time.sleep(0.5)
     assert len(upstreams.small.lines("delivered")) - seen <= 1 and seen > delivered  # at most a probe
     assert router.metric("trim_requests_total", status="499") > 0
+
+
+def test_clients_that_leave_at_any_moment(
+    router: Router, upstreams: Upstreams, caplog: pytest.LogCaptureFixture
+) -> None:
+    where = ("127.0.0.1", int(router.url.removesuffix("/v1").rsplit(":", 1)[1]))
+
+    def spent() -> list[int]:
+        kinds = ("completion", "aborted")
+        return [int(router.metric("trim_tokens_total", model=r, kind=k)) for r in ("small", "large") for k in kinds]
+
+    def noted() -> list[int]:
+        every = (upstreams.small, upstreams.large)
+        return [sum(note.tokens for word in ("decoded", "left") for note in each.notes(word)) for each in every]
+
+    def leave(seed: int) -> None:
+        draw = random.Random(seed)
+        body = {"messages": [{"role": "user", "content": f"Let a={seed}+33. Find a."}], "stream": draw.random() < 0.5}
+        raw = json.dumps(body).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        whole = f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw
+        with socket.create_connection(where) as connection:
+            connection.sendall(whole[: draw.randrange(len(whole))] if draw.random() < 0.2 else whole)
+            time.sleep(draw.uniform(0.0, 0.3))
+            if draw.random() < 0.5:  # a reset instead of an end
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    router.idle()
+    before, decoded = spent(), noted()
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(leave, range(100)))
+    router.idle()
+    time.sleep(0.2)
+    small, small_aborted, large, large_aborted = (now - then for now, then in zip(spent(), before, strict=True))
+    small_noted, large_noted = (now - then for now, then in zip(noted(), decoded, strict=True))
+    assert 0 < small <= small_noted <= small + small_aborted and large <= large_noted <= large + large_aborted
+    assert small_aborted and not [record for record in caplog.records if record.exc_info]
 
 
 def test_a_stream_that_breaks_says_why(router: Router, upstreams: Upstreams, folder: Path) -> None:

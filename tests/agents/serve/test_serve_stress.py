@@ -64,10 +64,13 @@ def test_no_request_exceeds_its_cap_whoever_is_killed(made: Any, upstreams: Upst
 
     disturbing = threading.Thread(target=disturb)
     disturbing.start()
+    first = count = 1000  # other numbers than those of other tests
     answers, end = [], time.monotonic() + 6
     try:
         while time.monotonic() < end:
-            answers += router.chats(24, clients=12, trace=True)
+            answers += router.chats(24, clients=12, first=count, trace=True)
+            router.chats(12, clients=12, first=count + 24, stream=True)
+            count += 36
     finally:
         ended.set()
         disturbing.join()
@@ -79,6 +82,14 @@ def test_no_request_exceeds_its_cap_whoever_is_killed(made: Any, upstreams: Upst
         assert body["trim"]["large_steps"] <= 3
         if answer.status_code == 503:
             assert "cap" in body["error"]["message"]
+    noted = {role: getattr(upstreams, role).asked("decoded", "left") for role in ("small", "large")}
+    asked = [noted["large"].get(number, []) for number in range(first, count)]
+    assert any(asked) and all(sum(tokens) <= most and len(tokens) <= 3 for tokens in asked)
+    for number, answer in zip((n for n in range(first, count) if (n - first) % 36 < 24), answers, strict=True):
+        for role in ("small", "large"):
+            told = answer.json()["usage"]["models"][role]
+            decoded = sum(noted[role].get(number, ()))
+            assert told["completion_tokens"] <= decoded <= told["completion_tokens"] + told["aborted_tokens"]
     notes = " ".join(note for answer in answers for note in answer.json()["trim"]["fallbacks"])
     assert "small" in notes and "scorer" in notes and "cap" in notes
 
@@ -128,6 +139,19 @@ def test_who_answers_some_requests_is_not_down(made: Any, upstreams: Upstreams) 
     kinds = {note.split("(")[1].split(")")[0] for answer in answers for note in answer.json()["trim"]["fallbacks"]}
     assert kinds == {"timeout"}  # and never "down"
     assert router.client.get("/health").json()["status"] == "ok"
+
+
+def test_too_much_to_do_changes_no_answer(made: Any) -> None:
+    router = made(max_concurrent=4)
+    alone = [answer.json() for answer in router.chats(24, clients=2)]
+    answers = router.chats(24, clients=24)
+    assert {answer.status_code for answer in answers} == {200, 429}
+    for answer, quiet in zip(answers, alone, strict=True):
+        if answer.status_code == 200:
+            assert answer.json()["choices"] == quiet["choices"] and answer.json()["trim"] == quiet["trim"]
+        else:
+            assert answer.headers["Retry-After"] == "1"
+    assert router.client.get("/health").json()["status"] == "ok" and router.metric("trim_fallbacks_total") == 0
 
 
 # ---------------------------------------------------------------- refusals
@@ -203,16 +227,47 @@ def test_sigterm_drains_and_cut_streams_say_so(process: tuple[Process, str], ups
 
 def test_sigterm_lets_requests_end(process: tuple[Process, str]) -> None:
     running, url = process
-    body = {"messages": [{"role": "user", "content": QUESTION}]}
     found: list[httpx.Response] = []
-    asking = threading.Thread(
-        target=lambda: found.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30))
-    )
-    asking.start()
-    time.sleep(0.1)
+
+    def ask(stream: bool) -> None:
+        body = {"messages": [{"role": "user", "content": QUESTION}], "stream": stream}
+        found.append(httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30))
+
+    asking = [threading.Thread(target=ask, args=(number > 3,)) for number in range(12)]
+    for each in asking:
+        each.start()
+    time.sleep(0.2)
     running.process.send_signal(signal.SIGTERM)
-    asking.join()
-    assert found[0].status_code == 200 and running.process.wait(5) == 0
+    for each in asking:
+        each.join()
+    assert {answer.status_code for answer in found} == {200} and running.process.wait(5) == 0
+    assert sum(answer.text.endswith("data: [DONE]\n\n") and '"error"' not in answer.text for answer in found) == 8
+
+
+def test_nothing_is_begun_when_time_is_up(made: Any) -> None:
+    router = made()
+    router.server.service.cut_off()
+    answer = router.chat()
+    assert answer.status_code == 503 and "shutting down" in answer.json()["error"]["message"]
+
+
+def test_requests_that_are_not_there_in_time_are_dropped(process: tuple[Process, str], upstreams: Upstreams) -> None:
+    running, url = process
+    upstreams.small.mode("stall")
+    body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "stream": True}).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+    where = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+    late, never = (socket.create_connection(where, timeout=10) for _ in range(2))
+    for connection in (late, never):
+        connection.sendall(f"{head}{len(body)}\r\n\r\n".encode() + body[:-1])
+    time.sleep(0.3)
+    began = time.monotonic()
+    running.process.send_signal(signal.SIGTERM)
+    time.sleep(1.7)
+    late.sendall(body[-1:])
+    assert b"503" in late.recv(4096) and never.recv(4096) == b""
+    assert running.process.wait(5) == 143 and time.monotonic() - began < 4
+    assert "Traceback" not in running.log.read_text()
 
 
 def test_headers_that_do_not_come_are_given_up(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
