@@ -75,7 +75,7 @@ class Config:
     large_tokens: int = 30
     escalations: int = 3
     streams: int = 50
-    drain: float = 4.0
+    drain: float = 8.0
     seed: int = 0
 
 
@@ -431,7 +431,7 @@ async def _drain(config: Config, stage: Stage, stuck: bool, url: str, running: s
     async with _client() as client:
         asking = [asyncio.create_task(_ask(client, url, index, stream=True)) for index in range(config.streams)]
         watching = asyncio.create_task(watch(client))
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(0.5)
         if stuck:
             stage.standins["prm"].control(mode="stall")
         under_way = sum(not task.done() for task in asking)
