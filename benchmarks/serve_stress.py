@@ -75,7 +75,7 @@ class Config:
     large_tokens: int = 30
     escalations: int = 3
     streams: int = 50
-    drain: float = 4.0
+    drain: float = 8.0
     seed: int = 0
 
 
@@ -431,7 +431,7 @@ async def _drain(config: Config, stage: Stage, stuck: bool, url: str, running: s
     async with _client() as client:
         asking = [asyncio.create_task(_ask(client, url, index, stream=True)) for index in range(config.streams)]
         watching = asyncio.create_task(watch(client))
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(0.3)
         if stuck:
             stage.standins["prm"].control(mode="stall")
         under_way = sum(not task.done() for task in asking)
@@ -446,7 +446,7 @@ async def _drain(config: Config, stage: Stage, stuck: bool, url: str, running: s
         "unready_after_s": round(next(at for at, status in ready if status == 503) - told, 3),
         "ready_again": any(status == 200 for at, status in ready if at > told + 0.1),
         "streams_took_s": round(seconds, 2),
-        "streams_ended": dict(Counter(each.ending for each in seen)),
+        "streams_ended": dict(Counter(each.ending if each.status == 200 else f"{each.status}" for each in seen)),
         "process_took_s": round(time.monotonic() - told, 2),
         "exit_code": code,
     }
@@ -474,7 +474,7 @@ def measure(part: Part, config: Config) -> dict[str, Any]:
             found = asyncio.run(_cap(config, stage, [url for url, _, _ in running]))
             found["tracebacks"] = sum(_tracebacks(log) for _, _, log in running)
     else:
-        with _stage(small=0.4, large=0.8, prm=0.1) as stage:
+        with _stage(small=0.15, large=0.4, prm=0.05) as stage:
             for stuck in (False, True):
                 with stage.service("--drain-seconds", config.drain) as (url, running, log):
                     result = asyncio.run(_drain(config, stage, stuck, url, running))

@@ -18,7 +18,7 @@ from agents.serve.api import ApiError
 _OPEN = ("/health", "/live", "/ready", "/metrics")  # for machines that watch the service; the rest asks for the key
 _BODY_S = 10.0  # a body that takes longer is not coming
 _DRAINED_S, _DRAINED_BYTES = 2.0, 1 << 24  # of a body that is too big, before it is refused
-LARGE, _LARGE_AT_ONCE = 1 << 15, 32  # bytes; larger bodies are read a few at a time, so that many take no more memory
+LARGE, _LARGE_AT_ONCE = 1 << 14, 16  # bytes; larger bodies are read a few at a time, so that many take no more memory
 _RETRY, _CLOSE = {"Retry-After": "1"}, {"Connection": "close"}  # the rest of the body is not worth reading
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: _CLOSE, 413: _CLOSE, 429: _RETRY, 503: _RETRY}
 
