@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tomllib
+from datetime import date as Date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
@@ -191,12 +192,22 @@ class ScorerConfig(_Section):
 
 
 class FamilyConfig(_Section):
-    """Everything that decides what is generated: two models, a scorer, limits."""
+    """Everything that decides what is generated: two models, a scorer, limits.
+
+    Attributes:
+        small: The small model.
+        large: The large model.
+        scorer: How steps are scored.
+        limits: Token and step limits.
+        date: What chat templates that print today's date take for today; default: the day on which a store was made,
+            or a service started.
+    """
 
     small: GeneratorConfig
     large: GeneratorConfig
     scorer: ScorerConfig | None = None
     limits: Limits = Limits()
+    date: Date | None = None
 
     def generator(self, role: str) -> GeneratorConfig:
         """Return the configuration of ``small`` or ``large``."""

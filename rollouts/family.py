@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
+from datetime import date as Date
+from datetime import timedelta
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 from rollouts.config import FamilyConfig, GeneratorConfig, ModelConfig
 from rollouts.errors import ConfigError
 from rollouts.models.base import Backend
+from rollouts.models.hf.load import native_window
 from rollouts.models.identity import identity, served
 from rollouts.models.open import open_backend
 from rollouts.models.stepwise import StepModel, StepRules
@@ -22,41 +25,74 @@ from rollouts.scoring.likelihood import LikelihoodScorer
 from rollouts.scoring.prm import RewardScorer
 from rollouts.scoring.self_evaluation import SelfEvaluationScorer
 from rollouts.store.store import Store
+from rollouts.tasks.problems import Problem
 from rollouts.text.prompts import PromptFormat, RewardFormat, has_room, load_tokenizer
 from rollouts.text.steps import DELIMITER, ROLES
 
 _ROOM_BEYOND_SOLUTION = 2048
+_OLDEST = 3000  # days: no store that does not tell its date is older
+_NAMED = 5  # problems whose questions hold special tokens
 
 
 class Family:
-    """A small model, a large model and a scorer, as configured; models are loaded only while they are used."""
+    """A small model, a large model and a scorer, as configured; models are loaded only while they are used.
 
-    def __init__(self, config: FamilyConfig, *, seed: int = 0, examples: Sequence[Example] = EXAMPLES) -> None:
+    Attributes:
+        date: What chat templates take for today, in every prompt of this family.
+    """
+
+    def __init__(
+        self,
+        config: FamilyConfig,
+        *,
+        seed: int = 0,
+        examples: Sequence[Example] = EXAMPLES,
+        store: Store | None = None,
+    ) -> None:
         """Check what can be checked without loading a model.
 
         Args:
             config: The roles.
             seed: Run seed.
             examples: Known paths for the scorer's self-test.
+            store: The store that is continued or scored, whose date prompts keep.
 
         Raises:
-            ConfigError: No tokenizer, a chat template that cannot be used, or an unknown window.
+            ConfigError: No tokenizer, a chat template that cannot be used, an unknown window, or another date than the
+                store's.
         """
         self.config = config
         self.seed = seed
         self.examples = examples
         self.limits = config.limits
+        made = None if store is None else store.date
+        if store is not None and made and config.date not in (None, made):
+            raise ConfigError(
+                f"date is {config.date} in the models file, but the prompts of {store.path} have {made}. Leave it out."
+            )
+        self.date = config.date or made or Date.today()
         self.prompts = cache(self._prompts)
         self.identity = cache(identity)
         self._continuing = [role for role in ROLES if not config.generator(role).chat_only]
         for role in self._continuing:
             self.prompts(role)
+        if store is not None and not made and not config.date:
+            self._find_date(store.manifest["process"])
+
+    def _find_date(self, process: Mapping[str, Any]) -> None:
+        """Find out which date the prompts of a store have that does not tell, by their hashes."""
+        for role in self._continuing:
+            prompts, wanted = self.prompts(role), process.get(role, {}).get("template_hash")
+            if prompts.dated and prompts.template_hash != wanted:
+                days = (self.date - timedelta(days) for days in range(_OLDEST))
+                self.date = next((day for day in days if prompts.hash_on(day) == wanted), self.date)
+                self.prompts = cache(self._prompts)
 
     def _prompts(self, role: str) -> PromptFormat:
         """Return the prompt format of a generating role."""
         model = self.config.generator(role)
         tokenizer = load_tokenizer(model.tokenizer or model.model, model.revision)
-        return PromptFormat(tokenizer, model.system_prompt, name=role)
+        return PromptFormat(tokenizer, model.system_prompt, name=role, date=self.date)
 
     @cached_property
     def reward_prompts(self) -> RewardFormat | None:
@@ -65,17 +101,14 @@ class Family:
         if scorer is None or scorer.model is None:
             return None
         tokenizer = load_tokenizer(scorer.model.tokenizer or scorer.model.model, scorer.model.revision)
-        return RewardFormat(tokenizer, scorer.system_prompt, scorer.step_tag)
+        return RewardFormat(tokenizer, scorer.system_prompt, scorer.step_tag, date=self.date)
 
     def _window(self, role: str, model: ModelConfig) -> int:
         if model.max_length is not None:
             return model.max_length
-        from transformers import AutoConfig
-
-        try:
-            native = int(AutoConfig.from_pretrained(model.tokenizer or model.model).max_position_embeddings)
-        except (OSError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{role}: its window is unknown; set max_length in its section.") from error
+        native = native_window(model.tokenizer or model.model, model.revision)
+        if native is None:
+            raise ConfigError(f"{role}: its window is unknown; set max_length in its section.")
         return min(native, self.limits.solution_tokens + _ROOM_BEYOND_SOLUTION)
 
     @cached_property
@@ -92,10 +125,28 @@ class Family:
 
     def fits(self, question: str, steps: Sequence[str]) -> bool:
         """Whether a prefix leaves room for one more token in every role's window (docs/design.md, section 1)."""
-        formats: dict[str, PromptFormat | RewardFormat] = {role: self.prompts(role) for role in self._continuing}
-        if "scorer" in self.windows and self.reward_prompts is not None:
-            formats["scorer"] = self.reward_prompts
+        formats = self.formats
         return all(has_room(prompts, self.windows[role], question, steps) for role, prompts in formats.items())
+
+    @property
+    def formats(self) -> dict[str, PromptFormat | RewardFormat]:
+        """What renders prompts, by role: of models that are asked by chat there is none."""
+        formats: dict[str, PromptFormat | RewardFormat] = {role: self.prompts(role) for role in self._continuing}
+        return formats if self.reward_prompts is None else {**formats, "scorer": self.reward_prompts}
+
+    def neutralised(self, problems: Sequence[Problem]) -> dict[str, dict[str, Any]]:
+        """Return, by role, the special tokens of questions, which are read as text.
+
+        Returns:
+            ``tokens`` and ``questions`` are counts, ``first`` names some problems; without a role that finds none.
+        """
+        found = {}
+        for role, prompts in self.formats.items():
+            counts = {item.id: tokens for item in problems if (tokens := prompts.special.count(item.question))}
+            if counts:
+                first = list(counts)[:_NAMED]
+                found[role] = {"tokens": sum(counts.values()), "questions": len(counts), "first": first}
+        return found
 
     def process(self, max_escalations: int | None, *, labels: bool = False) -> dict[str, Any]:
         """Return what decides the distribution of generated steps: the manifest's ``process``."""
@@ -130,7 +181,7 @@ class Family:
 
             with closing(ChatWriter(role, model, self.limits, self.fits)) as chat:
                 store.identify(role, served(chat.describe()))
-                store.record_engine({"role": role, **chat.describe()})
+                self._record(store, {"role": role, **chat.describe()})
                 yield chat
             return
         store.identify(role, self.identity(model))  # before it is loaded
@@ -154,8 +205,12 @@ class Family:
             backend.identity = {**self.identity(model), **served(backend.describe())}
             if writes:
                 store.identify(role, backend.identity)
-            store.record_engine({"role": role, "seed": seed, **backend.describe()})
+            self._record(store, {"role": role, "seed": seed, **backend.describe()})
             yield backend
+
+    def _record(self, store: Store, start: Mapping[str, Any]) -> None:
+        store.manifest.setdefault("date", str(self.date))  # a store of an earlier version did not tell
+        store.record_engine(start)
 
     @property
     def scorer_name(self) -> str:
@@ -208,7 +263,7 @@ class Family:
                 if scorer.kind == "likelihood":
                     built = LikelihoodScorer(name, backend, under, model.display_name)
                 else:
-                    built = SelfEvaluationScorer(name, backend, under.tokenizer, model.display_name)
+                    built = SelfEvaluationScorer(name, backend, under.tokenizer, model.display_name, self.date)
             if scorer.kind == "prm" or is_plugin(scorer.kind):
                 self_test(built, self.examples, informed=scorer.kind == "prm")
             yield built

@@ -249,7 +249,7 @@ def open_live(store: str | Path, models: str = "tinymath", **options: Any) -> It
     opened = Store(store)
     process = opened.manifest["process"]
     examples = self_test_examples(opened.problems())
-    family = Family(load_family(models), seed=process["seed"], examples=examples)
+    family = Family(load_family(models), seed=process["seed"], examples=examples, store=opened)
     Store.create(opened.path, family.process(process["max_escalations"], labels=process["labels"]))
     with opened.writing(), ExitStack() as stack:
         writers = {role: stack.enter_context(family.open(role, opened)) for role in ROLES}

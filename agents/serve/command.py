@@ -141,6 +141,8 @@ class Server:
             await self.models.start()
             up = ", ".join(f"{role} {'up' if each.up else 'DOWN'}" for role, each in self.models.upstreams.items())
             print(f"Serving {self.service.name!r} at {self.url} ({up}).", flush=True)
+            if any(prompts.dated for prompts in self.models.family.formats.values()):
+                print(f"Chat templates print the date {self.models.family.date}, until it ends.", flush=True)
             await self._listener.serve(sockets=[self._listening])
         finally:
             await self.models.close()

@@ -118,7 +118,13 @@ class Models:
         self.limits = self.family.limits
         scorer, prompts = config.scorer, self.family.reward_prompts
         assert scorer is not None and scorer.model is not None and prompts is not None
-        self._reward = RewardFormat(prompts.tokenizer, scorer.system_prompt, scorer.step_tag, remembered=_QUESTIONS)
+        self._reward = RewardFormat(
+            prompts.tokenizer,
+            scorer.system_prompt,
+            scorer.step_tag,
+            date=self.family.date,
+            remembered=_QUESTIONS,
+        )
         roles: dict[str, tuple[ModelConfig, Probe]] = {
             SMALL: (config.small, _GENERATES),
             LARGE: (config.large, _GENERATES),
@@ -134,7 +140,7 @@ class Models:
 
     def _with_system_prompt(self, role: str, system_prompt: str | None, remembered: int) -> PromptFormat:
         tokenizer = self.family.prompts(role).tokenizer
-        return PromptFormat(tokenizer, system_prompt, name=role, remembered=remembered)
+        return PromptFormat(tokenizer, system_prompt, name=role, date=self.family.date, remembered=remembered)
 
     async def start(self) -> None:
         """Ask every upstream once; those without an answer are asked again in the background.
@@ -172,7 +178,7 @@ class Models:
         """
         if system_prompt is None:
             return self._own
-        return {role: self._brought(role, system_prompt) for role in ROLES}
+        return {role: self._brought(role, self._own[role].special.plain(system_prompt)) for role in ROLES}
 
     def fits(self, formats: Mapping[str, PromptFormat], question: str, steps: Sequence[str]) -> bool:
         """Whether a prefix leaves room for one more token in every role's window (docs/design.md, section 1)."""

@@ -50,9 +50,11 @@ def estimate(
             seconds = time.monotonic() - start
         counters = store.steps.counters()
         prompts: Counter[str] = Counter()
-        for table in store.steps.read(columns=["role", "prompt_tokens"]):
+        endings: Counter[str] = Counter()
+        for table in store.steps.read(columns=["role", "prompt_tokens", "stop_reason"]):
             for row in table.to_pylist():
                 prompts[row["role"]] += row["prompt_tokens"]
+                endings[row["stop_reason"]] += 1
     factor = total / len(sample)
     table = RichTable(title=f"Estimate for {total:,} trees, from {len(sample)} problems", title_justify="left")
     for column in ("role", "tokens decoded", "prompt tokens (without caching)", "price"):
@@ -65,4 +67,9 @@ def estimate(
         money += price
         table.add_row(role, f"{decoded:,.0f}", f"{prompt:,.0f}", f"{price:,.2f}")
     screen.print(table)
+    shares = ", ".join(f"{100 * number / endings.total():.0f} % {reason}" for reason, number in endings.most_common())
+    screen.print(
+        "A step ends at a blank line (one of spaces or tabs, or with carriage returns, is one too), with a closed "
+        f"\\boxed{{...}}, or where the model or a limit ends it; in the sample: {shares}."
+    )
     screen.print(f"At most about {seconds * factor / 60:,.0f} minutes on this machine; price {money:,.2f} in all.")

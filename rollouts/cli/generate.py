@@ -14,6 +14,7 @@ from rich.console import Console
 
 from rollouts.cli.inspect import Repair, Show, Stats, StorePath, Verify
 from rollouts.cli.progress import console, progress_bar
+from rollouts.cli.view import special_token_lines
 from rollouts.config import Count, NotNegative, load_family, settings
 from rollouts.errors import ConfigError, DataError, did_you_mean
 from rollouts.family import Family
@@ -29,6 +30,8 @@ from rollouts.trees.grow import Progress as Counts
 
 FREE_TEXT_ESCALATIONS = 2  # K by default where models write free text
 _MOST_WORKERS = 16
+SCORER = "scorer"
+ANY_ROLE = (*ROLES, SCORER)
 
 
 def parse_replicas(text: str) -> int | dict[str, int]:
@@ -96,7 +99,9 @@ class Generate:
         screen = console()
         problems = self._load_problems(screen)
         grader = make_grader(self.grader)
-        family = Family(load_family(self.models), seed=self.seed, examples=self_test_examples(problems))
+        there = Store(self.out) if (Path(self.out) / "manifest.json").is_file() else None
+        examples = self_test_examples(problems)
+        family = Family(load_family(self.models), seed=self.seed, examples=examples, store=there)
         replicas = parse_replicas(self.replicas)
         if isinstance(replicas, dict):
             splits = [*SPLITS, *(problem.split for problem in problems)]
@@ -110,17 +115,20 @@ class Generate:
         problems = self._that_fit(screen, family, problems)
         self._warn_of_unreadable_answers(screen, grader, problems)
         labelled = all(problem.source == EMBEDDED for problem in problems)
-        most_escalations = self._most_escalations(screen, complete=labelled)
+        most_escalations = self._most_escalations(screen, there, complete=labelled)
+        if dated := [role for role, prompts in family.formats.items() if prompts.dated]:
+            screen.print(f"The chat templates of {', '.join(dated)} print a date; in every prompt it is {family.date}.")
         if self.dry_run:
             from rollouts.cli.estimate import estimate
 
             estimate(screen, family, problems, replicas, most_escalations, self.in_flight)
             return
-        store = Store.create(self.out, family.process(most_escalations, labels=labelled))
+        store = Store.create(self.out, family.process(most_escalations, labels=labelled), family.date)
         tell_notes(store)
         family.refuse_other_scores(store)
         with store.writing():
             store.add_problems(problems)
+            note_special_tokens(screen, store, family)
             closed = self._grow(screen, store, family, problems, replicas)
             if self.score and family.config.scorer is not None:
                 run_scoring(store, family, problems)
@@ -131,10 +139,10 @@ class Generate:
         elif self.score and self.grade and family.config.scorer is not None:
             Stats(self.out).run()
 
-    def _most_escalations(self, screen: Console, complete: bool) -> int | None:
+    def _most_escalations(self, screen: Console, there: Store | None, complete: bool) -> int | None:
         if isinstance(self.max_escalations, str) and self.max_escalations == "auto":
-            if (Path(self.out) / "manifest.json").is_file():
-                found: int | None = Store(self.out).manifest["process"]["max_escalations"]
+            if there is not None:
+                found: int | None = there.manifest["process"]["max_escalations"]
                 return found
             if complete:
                 return None
@@ -210,6 +218,16 @@ class Generate:
                 return grower(writers).run(load()) == 0
 
 
+def note_special_tokens(screen: Console, store: Store, family: Family, roles: Sequence[str] = ANY_ROLE) -> None:
+    """Say which questions of a store hold special tokens, which are read as text, and keep it in its manifest."""
+    found = {role: marks for role, marks in family.neutralised(store.problems()).items() if role in roles}
+    for line in special_token_lines(found):
+        screen.print(line, markup=False)
+    noted = store.manifest.get("neutralised", {})
+    if noted | found != noted:
+        store.note(neutralised=noted | found)
+
+
 def run_scoring(store: Store, family: Family, problems: Sequence[Problem] | None) -> None:
     """Score what is unscored, with a bar; the scorer is only loaded if there is anything."""
     total = sum(1 for _ in left(store, Rows(store.scores(family.scorer_name)), problems))
@@ -275,7 +293,8 @@ class Expand:
         problems = store.problems(self.split)
         router = load_router(self.router, self.seed)
         process = store.manifest["process"]
-        family = Family(load_family(self.models), seed=process["seed"], examples=self_test_examples(problems))
+        examples = self_test_examples(problems)
+        family = Family(load_family(self.models), seed=process["seed"], examples=examples, store=store)
         tell_notes(Store.create(self.store, family.process(process["max_escalations"], labels=process["labels"])))
         with store.writing(), ExitStack() as stack:
             writers = {role: stack.enter_context(family.open(role, store)) for role in ROLES}
@@ -305,9 +324,10 @@ class Score:
         """Run the command."""
         store = Store(self.store)
         problems = store.problems()
-        family = Family(load_family(self.models), examples=self_test_examples(problems))
+        family = Family(load_family(self.models), examples=self_test_examples(problems), store=store)
         family.refuse_other_scores(store)
         with store.writing():
+            note_special_tokens(console(), store, family, roles=[SCORER])
             run_scoring(store, family, None)
 
 

@@ -38,7 +38,7 @@ class Stats:
 
     def run(self) -> None:
         """Run the command."""
-        from rollouts.cli.view import counts_table, failure_lines, statistics_table
+        from rollouts.cli.view import counts_table, failure_lines, special_token_lines, statistics_table
         from rollouts.trees.compile import compile_store
         from rollouts.trees.stats import split_statistics, store_statistics
 
@@ -46,7 +46,7 @@ class Stats:
         out = Console(highlight=False)
         counts = store_statistics(store)
         out.print(counts_table(counts))
-        for line in failure_lines(counts["failures"]):
+        for line in (*failure_lines(counts["failures"]), *special_token_lines(counts["neutralised"])):
             out.print(line, markup=False)
         with progress_bar("Compiling", None, "trees") as advance:
             trees = compile_store(store, self.scorer, self.grader, on_progress=advance)

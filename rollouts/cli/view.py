@@ -61,6 +61,17 @@ def counts_table(counts: Mapping[str, Any]) -> RichTable:
     return table
 
 
+def special_token_lines(neutralised: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what special tokens of questions are read as text (`Family.neutralised`), roles that agree in one line."""
+    roles_of: dict[str, list[str]] = {}
+    for role, marks in neutralised.items():
+        more = " ..." if marks["questions"] > len(marks["first"]) else ""
+        found = f"{marks['tokens']:,} special tokens in {marks['questions']:,} questions"
+        roles_of.setdefault(f"{found} are read as text ({', '.join(marks['first'])}{more})", []).append(role)
+    for line, roles in roles_of.items():
+        yield f"{', '.join(roles)}: {line}."
+
+
 def failure_lines(failures: Sequence[Mapping[str, Any]], most: int = 5) -> Iterator[str]:
     """Yield why steps failed, most frequent reasons first (``failures`` of `store_statistics`)."""
     for each in failures[:most]:

@@ -13,7 +13,7 @@ from rollouts.models.base import Backend, Completion, CompletionRequest
 from rollouts.models.futures import forward
 from rollouts.text.prompts import PromptFormat
 from rollouts.text.steps import (
-    DELIMITER,
+    STOPS,
     Prefix,
     Segment,
     Step,
@@ -164,7 +164,7 @@ class Draft:
             prompt_ids=self.prompt + self.ids,
             max_tokens=self.budget - self.tokens,
             sampling=self.rules.sampling,
-            stop=() if self.whole else (DELIMITER,),
+            stop=() if self.whole else STOPS,
             seed=draw_seed(self.rules.seed, self.prefix, self.rules.role, self.attempt),
         )
 
@@ -186,19 +186,23 @@ class Draft:
             self._take_step(completion)
 
     def _take_step(self, completion: Completion) -> None:
+        rules = self.rules
         self.text += completion.text
         self.tokens += completion.tokens
+        self.ids += completion.token_ids or rules.prompts.encode(completion.text)
         text, complete = normalise(self.text)
         if completion.finish == "stop" and not complete and self.tokens < self.budget:
-            self.ids += completion.token_ids or self.rules.prompts.encode(completion.text)
             self.attempt += 1
             return
-        segment = Segment(text, 0, self.tokens, complete)
-        rules = self.rules
+        kept = self.tokens
+        if complete and (completion.finish != "stop" or normalise(self.text[:-1])[1]):
+            # It ended at a blank line that is no stop string, and what follows is decoded in vain.
+            kept = min(kept, cut_segments(rules.prompts.pieces(self.prompt, self.ids))[0].end)
+        segment = Segment(text, 0, kept, complete)
         step = close_step(
             self.prefix, (), segment, self._ending(completion), rules.limits, rules.fits, len(self.prompt)
         )
-        self.generation = Generation((step,), self.tokens)
+        self.generation = Generation((step,), self.tokens, cut_tokens=self.tokens - kept)
 
     def _ending(self, completion: Completion) -> StopReason:
         """Return why an incomplete segment at the end of the generation ended."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from datetime import date as Date
 from functools import partial
 from typing import Any
 
 from rollouts.config import Sampling
+from rollouts.errors import ConfigError
 from rollouts.models.base import Backend, Completion, CompletionRequest
 from rollouts.models.futures import forward, settled
 from rollouts.scoring.base import Scores
@@ -31,11 +33,18 @@ class SelfEvaluationScorer:
 
     tolerance = 0.12  # one digit
 
-    def __init__(self, name: str, backend: Backend, tokenizer: Any, model: str) -> None:
-        """Name the model that is asked."""
+    def __init__(self, name: str, backend: Backend, tokenizer: Any, model: str, date: Date | None = None) -> None:
+        """Name the model that is asked; `date` as of `PromptFormat`."""
         self.name = name
         self.backend = backend
-        self.prompts = PromptFormat(tokenizer, _INSTRUCTION, name=backend.role)
+        self._told = ""
+        try:
+            self.prompts = PromptFormat(tokenizer, _INSTRUCTION, name=backend.role, date=date)
+        except ConfigError:  # a template that knows no system message, or one that says here what else is wrong
+            self.prompts, self._told = (
+                PromptFormat(tokenizer, None, name=backend.role, date=date),
+                _INSTRUCTION + "\n\n",
+            )
         self.model = model
 
     def process(self) -> Mapping[str, Any]:
@@ -49,7 +58,9 @@ class SelfEvaluationScorer:
 
     def _question(self, question: str, steps: Sequence[str]) -> str:
         listed = "\n\n".join(f"Step {number}: {step.strip()}" for number, step in enumerate(steps, 1))
-        return f"Problem: {question}\n\n{listed}\n\nHow certain is it that step {len(steps)} is right (0-9)?"
+        return (
+            f"{self._told}Problem: {question}\n\n{listed}\n\nHow certain is it that step {len(steps)} is right (0-9)?"
+        )
 
     def submit(self, question: str, steps: Sequence[str]) -> Future[Scores]:
         """Ask about every step of one path."""

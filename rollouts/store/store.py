@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class Store:
         self._tables: dict[Path, Table] = {}  # kept, as each knows where its rows are
 
     @classmethod
-    def create(cls, path: str | Path, process: Mapping[str, Any]) -> Store:
+    def create(cls, path: str | Path, process: Mapping[str, Any], date: Date | None = None) -> Store:
         """Make a store, or open the one that is there if it was made by the same process.
 
         Args:
@@ -77,6 +78,7 @@ class Store:
             process: What decides the distribution of the rows: models, sampling, prompts, limits, K. What tells the
                 models from others of their names (`rollouts.models.identity`) comes by role under ``identities``; it is
                 kept beside the process, and compared where both sides know it.
+            date: Date of a new store, which its prompts keep; default: today.
 
         Raises:
             StoreError: A store made by another process is there; the message names the fields that differ.
@@ -89,7 +91,7 @@ class Store:
             path.mkdir(parents=True, exist_ok=True)
             with _locked(path, fcntl.LOCK_EX):
                 if not file.exists():  # else another process was first
-                    _write_json(file, {**_manifest(process), "engines": []})
+                    _write_json(file, {**_manifest(process), "date": str(date or Date.today()), "engines": []})
         store = cls(path)
         if differing := list(_differing(store.manifest, _manifest(process))):
             raise StoreError(
@@ -98,6 +100,19 @@ class Store:
             )
         store.notes += _unknown(path, store.manifest, _manifest(process))
         return store
+
+    @property
+    def date(self) -> Date | None:
+        """The date that its prompts have, where templates print one; None in stores that do not say yet."""
+        try:
+            return Date.fromisoformat(self.manifest["date"]) if "date" in self.manifest else None
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"{self.path / 'manifest.json'}: `date` is no date ({error}).") from error
+
+    def note(self, **facts: Any) -> None:
+        """Write facts into the manifest, beside the process; its write lock must be held."""
+        self.manifest.update(facts)
+        _write_json(self.path / "manifest.json", self.manifest)
 
     def identify(self, role: str, model: Mapping[str, Any]) -> None:
         """Note what tells a role's model from others, as far as the store does not know it.

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import date as Date
+from datetime import datetime, time, timedelta
 from itertools import accumulate
 from typing import Any
 
 from rollouts.errors import ConfigError
-from rollouts.text.steps import DELIMITER
-from rollouts.text.tokens import Remembered, encoder_of
+from rollouts.text.steps import DELIMITER, cut_segments
+from rollouts.text.tokens import Remembered, SpecialTokens, encoder_of
 
-_PROBE = "What is 6 times 7?"
+_PROBE = "What is 6 times 7?"  # in the hashes of manifests
+_CHECKED = "Is 6 < 7 & \"x\" = \\frac{1}{2}?\n  Say 'yes' or 'no'."  # what a template could change
+_STEPS = ("One.\n  So 1 = 1." + DELIMITER, "Two.")
+_ANOTHER_DAY = timedelta(397)  # another weekday, day of the month, month and year
+_ANOTHER = "Name a `tokenizer` with another template."
+_FLAG = re.compile(r"(?<!\S)/\w+(?!\S)")  # such as /no_think
+_THINKING = re.compile(r"[<\[\u25c1](?P<closes>/?)[\w:|]*(?:think|thought|reason)[\w:|]*[>\]\u25b7]", re.IGNORECASE)
 _REMEMBERED = 16 << 20  # bytes of rendered questions
 
 
@@ -41,29 +51,60 @@ def chat_messages(question: str, system_prompt: str | None) -> list[dict[str, st
     return [*system, {"role": "user", "content": question}]
 
 
-def special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Return the texts that a tokenizer reads as special tokens, longest first."""
-    found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return tuple(sorted(found, key=lambda text: (-len(text), text)))
+class _Chat:
+    """A tokenizer's chat template with a system message, on a date that does not change.
 
+    Templates that ask for today (``strftime_now``) get that date; one that expects it from its caller gets none.
+    """
 
-def plain(text: str, special: Sequence[str]) -> str:
-    """Return a text in which no special token is left: a blank after its first character makes it text."""
-    for token in special:
-        text = text.replace(token, f"{token[0]} {token[1:]}" if len(token) > 1 else " ")
-    return text
+    def __init__(self, tokenizer: Any, system_prompt: str | None, name: str, date: Date | None) -> None:
+        self.tokenizer = tokenizer
+        self.system_prompt = system_prompt
+        self.name = name
+        self.date = date or Date.today()
 
+    def refusal(self, why: str) -> ConfigError:
+        return ConfigError(f"{self.name}: the chat template of {self.tokenizer.name_or_path} {why}")
 
-def _applied(tokenizer: Any, name: str, messages: list[dict[str, str]], **options: bool) -> str:
-    """Return messages as a tokenizer's chat template renders them; raise `ConfigError` where it cannot."""
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except ValueError as error:
-        raise ConfigError(f"{name}: the tokenizer has no chat template ({error}).") from error
-    except Exception as error:  # templates are programs of their own and raise what they like
-        raise ConfigError(
-            f'{name}: the chat template failed ({error}). If it knows no system message, set system_prompt = "".'
-        ) from error
+    def render(self, question: str, answer: str | None = None, date: Date | None = None, **options: bool) -> str:
+        messages = chat_messages(question, self.system_prompt)
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+        try:
+            return self._applied(messages, date or self.date, options)
+        except Exception as error:  # templates are programs of their own and raise what they like
+            if not self.tokenizer.chat_template:
+                raise ConfigError(
+                    f"{self.name}: the tokenizer of {self.tokenizer.name_or_path} has no chat template. Use a model "
+                    "that was tuned for instructions, or name a `tokenizer` that has one."
+                ) from error
+            remedy = "Name a `tokenizer` whose template can be used."
+            if self.system_prompt is not None:
+                with suppress(Exception):
+                    self._applied(messages[1:], self.date, options)
+                    remedy = 'It knows no system message: set system_prompt = "".'
+            raise self.refusal(f"failed ({' '.join(str(error).split())}). {remedy}") from error
+
+    def _applied(self, messages: list[dict[str, str]], date: Date, options: Mapping[str, bool]) -> str:
+        strftime_now = datetime.combine(date, time()).strftime
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=strftime_now, **options))
+
+    def check(self, render: Callable[[str], str]) -> None:
+        """Refuse a template that does not render what it is given, all of it and always alike."""
+        before = render(_CHECKED)
+        if _CHECKED not in before:
+            raise self.refusal(f"does not contain the question it was given, unchanged. {_ANOTHER}")
+        told = _FLAG.sub("", self.system_prompt or "").split()  # many templates trim it, and some obey flags
+        if " ".join(told) not in " ".join(before.split()):
+            raise self.refusal('drops the system prompt. Set system_prompt = "".')
+        if render(_CHECKED) != before:
+            raise self.refusal(f"renders the same messages in two ways. {_ANOTHER}")
+        tags = list(_THINKING.finditer(before, before.rindex(_CHECKED)))
+        if tags and not tags[-1]["closes"]:
+            raise self.refusal(
+                f"opens a thinking block ({tags[-1][0]}) that enable_thinking=False does not close; steps of a "
+                "thinking model cannot be routed. Use a model that can switch it off."
+            )
 
 
 class PromptFormat:
@@ -75,12 +116,19 @@ class PromptFormat:
 
     Attributes:
         encode: From text to token ids.
-        special: Texts that the tokenizer reads as special tokens; in questions they are made plain text.
+        special: The tokenizer's special tokens and those of its template; in questions they are made plain text.
         template_hash: Hash of how two known prompts are rendered; part of the manifest.
+        dated: Whether the template prints the date.
     """
 
     def __init__(
-        self, tokenizer: Any, system_prompt: str | None = None, name: str = "model", *, remembered: int = _REMEMBERED
+        self,
+        tokenizer: Any,
+        system_prompt: str | None = None,
+        name: str = "model",
+        *,
+        date: Date | None = None,
+        remembered: int = _REMEMBERED,
     ) -> None:
         """Render a few prompts at once, so that a template that cannot be used is found before a run.
 
@@ -88,42 +136,41 @@ class PromptFormat:
             tokenizer: The model's tokenizer.
             system_prompt: System message; None sends none.
             name: Named in errors.
+            date: What templates take for today; default: the day on which this is called.
             remembered: Most bytes of rendered questions that are kept.
 
         Raises:
-            ConfigError: No chat template, a thinking block that stays open, or a question that the template loses.
+            ConfigError: No chat template, a thinking block that stays open, a question that the template loses or
+                changes, or a tokenizer that does not give blank lines back.
         """
         self.tokenizer = tokenizer
         self.encode = encoder_of(tokenizer)
-        self.special = special_tokens(tokenizer)
-        self.system_prompt = system_prompt
-        self.name = name
+        self.special = SpecialTokens(tokenizer, markers=True)
+        in_steps = SpecialTokens(tokenizer)  # what else there is in a step, the model has written as a token
+        self._step = Remembered(in_steps.plain, remembered)
+        self._chat = _Chat(tokenizer, system_prompt, name, date)
         self._head = Remembered(self._render, remembered)
-        self._self_test()
-        probe = self.text(_PROBE, ["One." + DELIMITER])
-        self.template_hash = hashlib.blake2b(probe.encode(), digest_size=8).hexdigest()
+        self._chat.check(self._render)
+        given = [segment.text for segment in cut_segments(self.pieces((), self.encode("".join(_STEPS))))]
+        if [text.strip() for text in given] != [text.strip() for text in _STEPS]:
+            raise ConfigError(
+                f"{name}: the tokenizer of {tokenizer.name_or_path} does not give blank lines back, at which steps "
+                f"end: {''.join(_STEPS)!r} becomes {given!r}. Name another `tokenizer`."
+            )
+        self.template_hash = self.hash_on(self._chat.date)
+        self.dated = self.template_hash != self.hash_on(self._chat.date + _ANOTHER_DAY)
 
-    def _render(self, question: str) -> str:
-        messages = chat_messages(plain(question, self.special), self.system_prompt)
-        return _applied(self.tokenizer, self.name, messages, add_generation_prompt=True, enable_thinking=False)
+    def hash_on(self, date: Date) -> str:
+        """Return what `template_hash` is on a date."""
+        return _hash(self._render(_PROBE, date) + "One." + DELIMITER)
 
-    def _self_test(self) -> None:
-        head = self._render(_PROBE)
-        if _PROBE not in head:
-            raise ConfigError(f"{self.name}: the chat template does not contain the question it was given.")
-        if self.system_prompt is not None and self.system_prompt.strip() not in head:  # many templates trim it
-            raise ConfigError(f'{self.name}: the chat template drops the system prompt. Set it to "".')
-        answer = head[head.rindex(_PROBE) :]
-        for opening, closing in (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("[THINK]", "[/THINK]")):
-            if answer.rfind(opening) > answer.rfind(closing):
-                raise ConfigError(
-                    f"{self.name}: its chat template opens a thinking block ({opening}) that enable_thinking=False "
-                    "does not close; steps of a thinking model cannot be routed. Use a model that can switch it off."
-                )
+    def _render(self, question: str, date: Date | None = None) -> str:
+        question = self.special.plain(question)
+        return self._chat.render(question, date=date, add_generation_prompt=True, enable_thinking=False)
 
     def text(self, question: str, steps: Sequence[str] = ()) -> str:
         """Return the prompt as text."""
-        return self._head(question) + "".join(steps)
+        return self._head(question) + "".join(map(self._step, steps))
 
     def ids(self, question: str, steps: Sequence[str] = ()) -> tuple[int, ...]:
         """Return the prompt as token ids; the only place where prompts are tokenised."""
@@ -136,6 +183,7 @@ class PromptFormat:
             The ids, and len(steps) + 1 token positions: step i is ``ids[positions[i]:positions[i + 1]]``. A
             token that straddles a boundary belongs to the step in which it starts.
         """
+        steps = [self._step(step) for step in steps]
         text = self.text(question, steps)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         begins = accumulate(map(len, steps), initial=len(self._head(question)))
@@ -157,47 +205,70 @@ class RewardFormat:
     """Renders whole paths for a process reward model in the layout of Qwen2.5-Math-PRM.
 
     The steps, without their delimiters, are each followed by the step tag, within the assistant's message.
+
+    Attributes:
+        encode: From text to token ids.
+        special: The tokenizer's special tokens, those of its template and the step tag; in questions they are made
+            plain text.
+        template_hash: Hash of how a known path is rendered.
+        dated: Whether the template prints the date.
     """
 
     def __init__(
-        self, tokenizer: Any, system_prompt: str | None, step_tag: str, *, remembered: int = _REMEMBERED
+        self,
+        tokenizer: Any,
+        system_prompt: str | None,
+        step_tag: str,
+        *,
+        date: Date | None = None,
+        remembered: int = _REMEMBERED,
     ) -> None:
-        """Check the step tag; arguments as of `PromptFormat`.
+        """Check the step tag and the template; arguments as of `PromptFormat`.
 
         Raises:
             ConfigError: The tag is not one token of the tokenizer, or the chat template cannot be used.
         """
         self.tokenizer = tokenizer
-        self.system_prompt = system_prompt
         self.step_tag = step_tag
         self.encode = encoder_of(tokenizer)
-        self.special = (*special_tokens(tokenizer), step_tag)
+        self.special = SpecialTokens(tokenizer, step_tag, markers=True)
+        self._step = Remembered(SpecialTokens(tokenizer, step_tag).plain, remembered)
         ids = self.encode(step_tag)
         if len(ids) != 1:
             raise ConfigError(f"scorer: step tag {step_tag!r} is {len(ids)} tokens of its tokenizer, expected one.")
         self.step_tag_id: int = ids[0]
+        self._chat = _Chat(tokenizer, system_prompt, "scorer", date)
         self._head = Remembered(self._render, remembered)
-        probe = self.text(_PROBE, ["One." + DELIMITER])
-        self.template_hash = hashlib.blake2b(probe.encode(), digest_size=8).hexdigest()
+        self._chat.check(lambda question: "".join(self._render(question)))
+        self.template_hash = self.hash_on(self._chat.date)
+        self.dated = self.template_hash != self.hash_on(self._chat.date + _ANOTHER_DAY)
 
-    def _render(self, question: str) -> tuple[str, str]:
-        question = plain(question, self.special)
+    def hash_on(self, date: Date) -> str:
+        """Return what `template_hash` is on a date."""
+        head, tail = self._render(_PROBE, date)
+        return _hash(f"{head}One.{self.step_tag}{tail}")
+
+    def _render(self, question: str, date: Date | None = None) -> tuple[str, str]:
+        question = self.special.plain(question)
         marker = "\u241e" * (1 + question.count("\u241e"))  # longer than any run in the question
-        messages = [*chat_messages(question, self.system_prompt), {"role": "assistant", "content": marker}]
-        head, found, tail = _applied(self.tokenizer, "scorer", messages).rpartition(marker)
-        if not found:
-            raise ConfigError("scorer: the chat template drops the assistant's message, where the steps belong.")
+        head, found, tail = self._chat.render(question, answer=marker, date=date).rpartition(marker)
+        if not found or marker in head:
+            what = "repeats" if found else "drops"
+            raise self._chat.refusal(f"{what} the assistant's message, where the steps belong. {_ANOTHER}")
         return head, tail.rstrip("\n")
 
     def text(self, question: str, steps: Sequence[str]) -> str:
-        """Return the input that scores each of `steps`; a tag inside a step's own text is taken out."""
+        """Return the input that scores each of `steps`."""
         head, tail = self._head(question)
-        cleaned = (step.replace(self.step_tag, "").strip() for step in steps)
-        return head + "".join(step + self.step_tag for step in cleaned) + tail
+        return head + "".join(self._step(step.strip()) + self.step_tag for step in steps) + tail
 
     def ids(self, question: str, steps: Sequence[str]) -> tuple[int, ...]:
         """Return the input as token ids; it holds exactly one step tag per step."""
         return self.encode(self.text(question, steps))
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def has_room(prompts: PromptFormat | RewardFormat, window: int, question: str, steps: Sequence[str]) -> bool:

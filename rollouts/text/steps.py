@@ -15,7 +15,9 @@ SMALL, LARGE = "small", "large"  # who writes a step
 ROLES = (SMALL, LARGE)  # position = action
 DELIMITER = "\n\n"
 ROOT_HASH = 0  # the empty prefix
-_BLANK_RUN = re.compile(r"\n{2,}")
+STOPS = (DELIMITER, "\n \n", "\n\t\n", "\n\r\n")  # the usual blank lines; what goes on beyond another one is cut
+_BLANK_RUN = re.compile(r"\r?\n(?:[^\S\n]*\n)+")  # a blank line may hold blanks, tabs, carriage returns
+_LEADING = re.compile(r"(?:\r?\n(?:[^\S\n]*\n)*)?")
 
 
 class StopReason(StrEnum):
@@ -84,11 +86,11 @@ def is_decorative(text: str) -> bool:
 def normalise(raw: str) -> tuple[str, bool]:
     """Return the first step of a decoded text, normalised, and whether a delimiter completed it.
 
-    Runs of blank lines become one delimiter; blank lines before the step belong to the step before it and
-    vanish; decorative blocks are merged into the block that follows.
+    Runs of blank lines, of those too that hold blanks, become one delimiter; blank lines before the step belong to
+    the step before it and vanish; decorative blocks are merged into the block that follows.
     """
     blocks: list[str] = []
-    *closed, tail = _BLANK_RUN.split(raw.lstrip("\n"))
+    *closed, tail = _BLANK_RUN.split(_LEADING.sub("", raw, count=1))
     for block in closed:
         blocks.append(block)
         if not is_decorative(block):
@@ -127,8 +129,9 @@ def cut_segments(pieces: Iterable[str]) -> list[Segment]:
     segments: list[Segment] = []
     text, start, index = "", 0, -1
     for index, piece in enumerate(pieces):
+        line = max(0, text.rfind("\n"))
         text += piece
-        if "\n" in piece and DELIMITER in text[-len(piece) - 1 :]:
+        if "\n" in piece and _BLANK_RUN.search(text, line):
             step, complete = normalise(text)
             if complete:
                 segments.append(Segment(step, start, index + 1, True))

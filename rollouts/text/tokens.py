@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 T = TypeVar("T", bound="str | tuple[Any, ...]")
 _REMEMBERED = 16 << 20  # bytes of pieces between special tokens: messages and, where tags divide them, steps
+_MARKER = re.compile(r"[^\w\s].*[^\w\s]")
 _TRIED = 64  # special tokens that are tried out; there may be a thousand, all alike
 _PROBES = ("{0}a b{0} c\n{0}\nd e\n\n{0}", "f {0}{0}g\n\n {0}\n\nh")
 
@@ -47,6 +48,37 @@ class Remembered(Generic[T]):
                 while self.bytes > self._most:
                     self.bytes -= self._known.popitem(last=False)[1][1]
         return result
+
+
+class SpecialTokens:
+    """The texts that a tokenizer reads as special tokens; in what others wrote they are made plain text."""
+
+    def __init__(self, tokenizer: Any, *others: str, markers: bool = False) -> None:
+        """Take a tokenizer's special tokens.
+
+        Args:
+            tokenizer: A fast tokenizer of transformers.
+            others: Further ones.
+            markers: Also those that it does not call special, but writes in its chat template (``<think>``).
+        """
+        template = str(tokenizer.chat_template or "") if markers else ""
+        found = {
+            token.content
+            for token in tokenizer.added_tokens_decoder.values()
+            if token.special or (_MARKER.fullmatch(token.content) and token.content in template)
+        } | {*others}
+        longest_first = sorted(filter(str.strip, found), key=lambda text: (-len(text), text))
+        self._any = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def count(self, text: str) -> int:
+        """Return how many special tokens a text holds."""
+        return len(self._any.findall(text))
+
+    def plain(self, text: str) -> str:
+        """Return a text in which no special token is left: a blank after its first character makes it text."""
+        while self._any.search(text):  # there may be one within another
+            text = self._any.sub(lambda found: f"{found[0][0]} {found[0][1:]}" if len(found[0]) > 1 else " ", text)
+        return text
 
 
 class Encoder:

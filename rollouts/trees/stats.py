@@ -179,7 +179,10 @@ def failed_steps(store: Store) -> Counter[tuple[str, str]]:
 
 
 def store_statistics(store: Store) -> dict[str, Any]:
-    """Return counts that need no compiling: rows, stop reasons, tokens and requests by role, dropped segments."""
+    """Return counts that need no compiling: rows, stop reasons, tokens and requests by role, dropped segments.
+
+    ``neutralised`` has, by role, the special tokens of questions that are read as text.
+    """
     reasons: Counter[str] = Counter()
     for table in store.steps.read(columns=["role", "stop_reason"]):
         pairs = zip(table["role"].to_pylist(), table["stop_reason"].to_pylist(), strict=True)
@@ -192,4 +195,5 @@ def store_statistics(store: Store) -> dict[str, Any]:
         "stop_reasons": dict(sorted(reasons.items())),
         "requests": store.steps.counters(),
         "failures": failures,
+        "neutralised": store.manifest.get("neutralised", {}),
     }

@@ -168,6 +168,6 @@ def chat_config(server: FakeServer | VllmServer, **settings: Any) -> GeneratorCo
     return GeneratorConfig(**{**config(server).model_dump(), **settings})
 
 
-def chat_reply(content: str | None, reason: str = "stop", tokens: int = 5) -> Reply:
+def chat_reply(content: Any, reason: str = "stop", tokens: int = 5) -> Reply:
     choice = {"message": {"content": content}, "finish_reason": reason}
     return 200, {}, {"choices": [choice], "usage": {"completion_tokens": tokens}}

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError
 
 PADDED_TOKENS = 16384  # most tokens, padding included, of one forward pass over prompts
+_WINDOWS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_length",
+    "seq_len",
+    "model_max_length",
+    "n_ctx",
+    "max_target_positions",
+)
+_TEXTS = re.compile("text|llm|language|decoder|thinker")
+_SENSES = re.compile("vision|visual|image|audio|video|speech|encoder|talker|vocoder|code2wav|projector")
 
 
 def check_prompt(ids: tuple[int, ...], most: int, vocabulary: int) -> None:
@@ -84,13 +100,45 @@ def load(kind: Any, model: ModelConfig) -> tuple[Any, Any]:
     return loaded.eval(), report
 
 
+def native_window(name: str, revision: str | None = None) -> int | None:
+    """Return the window that a model's configuration names, in tokens, or None.
+
+    Args:
+        name: Folder or hub name.
+        revision: Revision on the hub.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    try:
+        return _window_of(AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of a kind that transformers does not know
+        with suppress(OSError, ValueError):
+            return _named_window(PreTrainedConfig.get_config_dict(name, revision=revision)[0])
+    return None
+
+
+def _window_of(config: Any) -> int | None:
+    with suppress(ValueError):  # more than one text model
+        config = config.get_text_config(decoder=True)
+    own = {"max_position_embeddings": getattr(config, "max_position_embeddings", None)}  # perhaps another name's
+    return _named_window(own) or _named_window(config.to_dict())
+
+
+def _named_window(config: Mapping[str, Any]) -> int | None:
+    """Return the window that a configuration names: its own, that of the text model in it, or of another model."""
+    nested = {key: value for key, value in config.items() if isinstance(value, Mapping) and not _SENSES.search(key)}
+    texts_first = sorted(nested, key=lambda key: not _TEXTS.search(key))
+    every = (*(config.get(name) for name in _WINDOWS), *(_named_window(nested[key]) for key in texts_first))
+    return next((size for size in every if isinstance(size, int) and not isinstance(size, bool) and size > 0), None)
+
+
 def window(config: Any, max_length: int | None) -> int:
     """Return the window in tokens.
 
     Raises:
         ConfigError: `max_length` is larger than what the model was made for, or neither is known.
     """
-    native: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    native = _window_of(config)
     if max_length is None:
         if native is None:
             raise ConfigError("the model's configuration names no window; set max_length.")

@@ -90,7 +90,8 @@ class ChatWriter:
     """Asks for one step at a time; the manifest records this as another process than continuing a prefix.
 
     Such an API takes no prompt of token ids. Tokens are those that the server bills, what it wrote beyond the step and
-    any reasoning it hides included.
+    any reasoning it hides included. An answer without a step, such as one whose tokens all went into hidden reasoning,
+    is a failed step.
 
     Attributes:
         role: Named in errors.
@@ -190,7 +191,10 @@ class ChatWriter:
                 break
             text, complete = first_step(answer, len(prefix.steps) + 1)
             cut = reason == "length" and not complete
-            if text or cut:
+            if cut and not text:
+                why = f"no step within {budget} tokens; it thought, or hid what it decoded: raise limits.step_tokens"
+                break
+            if text:
                 goes_on = not cut and not closes_box(text)
                 segment = Segment(text + DELIMITER * goes_on, 0, billed, goes_on)
                 step = close_step(prefix, (), segment, StopReason.LENGTH, self._limits, self._fits, 0)
@@ -225,8 +229,27 @@ class ChatWriter:
 
 
 def _read(body: Any) -> tuple[str, int, str]:
+    """Return text, decoded tokens and finish reason; raises LookupError, TypeError or ValueError for something else."""
     choice = body["choices"][0]
-    text = choice["message"].get("content") or ""
-    if not isinstance(text, str):
-        raise TypeError("message.content is not text")
-    return text, int(body["usage"]["completion_tokens"]), str(choice["finish_reason"])
+    return _text(choice["message"].get("content")), _decoded(body["usage"]), str(choice["finish_reason"])
+
+
+def _text(content: Any) -> str:
+    """Return the text of a message: a string, or a list of parts, of which those that hold thinking are left out."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise TypeError("message.content is neither text nor a list of parts")
+    said = [{"text": part} if isinstance(part, str) else part for part in content]
+    return "".join(part["text"] for part in said if part.get("type", "text") in ("text", "output_text"))
+
+
+def _decoded(usage: Mapping[str, Any]) -> int:
+    """Return the decoded tokens; some APIs leave hidden ones out of `completion_tokens`, and tell them elsewhere."""
+    told = int(usage["completion_tokens"])
+    total, prompt = usage.get("total_tokens"), usage.get("prompt_tokens")
+    if isinstance(total, int) and isinstance(prompt, int):
+        told = max(told, total - prompt)
+    hidden = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
+    # Where they are a part of the others, they cannot be more than these.
+    return told + hidden if isinstance(hidden, int) and hidden > told else told

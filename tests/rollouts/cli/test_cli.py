@@ -102,6 +102,8 @@ def test_dry_run_estimates_and_writes_nothing(tmp_path, capsys):
     assert main(["generate", str(tmp_path / "s"), *PROBLEMS, "--dry-run"]) == 0
     printed = capsys.readouterr().err
     assert "Estimate for 5 trees" in printed and "tokens decoded" in printed
+    said = " ".join(printed.split())
+    assert "A step ends at a blank line" in said and "% delimiter" in said and "% boxed" in said
     assert not (tmp_path / "s").exists()
 
 

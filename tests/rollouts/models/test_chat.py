@@ -26,6 +26,9 @@ from rollouts.text.steps import Prefix, Step, StopReason
 __all__ = ["fake"]
 
 
+DONE = Step("c=7\n\n", 5, StopReason.DELIMITER)
+
+
 def writer(server: FakeServer, **settings: Any) -> closing[ChatWriter]:
     return closing(ChatWriter("large", chat_config(server, **settings), Limits(step_tokens=64), lambda *_: True))
 
@@ -61,7 +64,16 @@ def test_first_step_of_an_answer(answer: str, step: str) -> None:
         ([chat_reply("Step 3: c=7")], Step("c=7\n\n", 5, StopReason.DELIMITER)),
         ([chat_reply("c=7\n\nd=8", "length")], Step("c=7\n\n", 5, StopReason.DELIMITER)),
         ([chat_reply("c=7 and", "length")], Step("c=7 and", 5, StopReason.LENGTH)),
-        ([chat_reply("", "length")], Step("", 5, StopReason.LENGTH)),
+        ([chat_reply("", "length")], Step("", 5, StopReason.FAILED)),  # all of it went into thinking that it hides
+        ([chat_reply(None, "length")], Step("", 5, StopReason.FAILED)),
+        ([chat_reply("<think>Let me see", "length")], Step("", 5, StopReason.FAILED)),
+        ([chat_reply([], "length")], Step("", 5, StopReason.FAILED)),
+        ([chat_reply([{"type": "text", "text": "Step 3: "}, {"type": "text", "text": "c=7"}])], DONE),
+        ([chat_reply(["c=", "7"])], DONE),
+        ([chat_reply([{"type": "thinking", "thinking": [{"text": "hm"}]}, {"type": "text", "text": "c=7"}])], DONE),
+        ([chat_reply([{"type": "reasoning", "text": "hm\n\nwell"}, {"type": "output_text", "text": "c=7"}])], DONE),
+        ([chat_reply("c=7\n \nd=8")], DONE),
+        ([chat_reply("c=7\r\n\r\nd=8", "length")], DONE),
         ([chat_reply("So \\boxed{7}.\n\nDone")], Step("So \\boxed{7}.", 5, StopReason.BOXED)),
         (
             [chat_reply("## Step 3"), chat_reply("## Step 3\n\nc=7\n\nd", "stop", 9)],
@@ -96,6 +108,43 @@ def test_a_vendor_that_answers_without_a_text_is_refused_at_the_start(fake: Fake
         writer(fake)
     fake.fault = lambda path, *_: chat_reply(content, "length") if "chat" in path else None
     writer(fake).thing.close()  # it may have thought
+
+
+@pytest.mark.parametrize("content", [None, "", []])
+def test_a_budget_spent_on_hidden_thinking_is_a_failed_step_with_its_reason(fake: FakeServer, content: Any) -> None:
+    message = {"content": content, "reasoning_content": "Let me see.\n\nFirst"}
+    usage = {"completion_tokens": 64, "completion_tokens_details": {"reasoning_tokens": 64}}
+    with writer(fake) as large:
+        choice = {"message": message, "finish_reason": "length"}
+        fake.fault = lambda *_: (200, {}, {"choices": [choice], "usage": usage})
+        done = large.submit(Prefix("p", "Find c.", 0, (), 0), whole=False).result(10)
+    assert done.steps == (Step("", 64, StopReason.FAILED),) and done.decoded == 64
+    assert "64 tokens" in done.reason and "limits.step_tokens" in done.reason
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        ({"completion_tokens": 9}, 9),
+        ({"completion_tokens": 9, "prompt_tokens": 20, "total_tokens": 29}, 9),
+        ({"completion_tokens": 39, "completion_tokens_details": {"reasoning_tokens": 30}}, 39),
+        ({"completion_tokens": 39, "completion_tokens_details": None, "total_tokens": None}, 39),
+        ({"completion_tokens": 9, "prompt_tokens": 20, "total_tokens": 59}, 39),  # hidden ones are in the sum only
+        ({"completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 30}}, 39),
+    ],
+)
+def test_hidden_tokens_are_decoded_tokens(fake: FakeServer, usage: Any, tokens: int) -> None:
+    with writer(fake) as large:
+        choice = {"message": {"content": "c=7", "reasoning": "hm"}, "finish_reason": "stop"}
+        fake.fault = lambda *_: (200, {}, {"choices": [choice], "usage": usage})
+        done = large.submit(Prefix("p", "Find c.", 0, (), 0), whole=False).result(10)
+    assert done.steps == (Step("c=7\n\n", tokens, StopReason.DELIMITER),) and done.decoded == tokens
+
+
+def test_a_server_whose_messages_cannot_be_read_is_refused_at_once(fake: FakeServer) -> None:
+    fake.fault = lambda path, *_: chat_reply({"text": "OK"}) if "chat" in path else None
+    with pytest.raises(ConfigError, match="neither text nor a list of parts"):
+        writer(fake, retries=0)
 
 
 def test_chat_leaves_out_what_a_vendor_refuses(fake: FakeServer) -> None:

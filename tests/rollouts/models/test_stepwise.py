@@ -1,6 +1,8 @@
 """One generation from requests to steps: thinking that was not asked for, and requests that fail."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rollouts.config import Limits, Sampling
 from rollouts.models.base import Completion
@@ -39,3 +41,72 @@ def test_a_text_about_thinking_is_a_text(rules):
 def test_a_failed_request_keeps_its_reason(rules):
     generation = drawn(rules, "", "failed", "HTTP 400: too long")
     assert generation.steps[0].stop_reason is StopReason.FAILED and generation.reason == "HTTP 400: too long"
+
+
+TEXTS = st.lists(
+    st.sampled_from(["a=1", "so", " ", "  ", "\t", "\n", "\n", "\n\n", "\r\n", "\n \n", "---", "\u00a0", "\\boxed{1}"]),
+    max_size=14,
+).map("".join)
+
+
+class Recited:
+    """A model that goes on with one text whatever it is asked, decoding and stopping as engines do."""
+
+    def __init__(self, rules, prompt, text, *, tells_ids=True):
+        self.rules, self.prompt, self.tells_ids = rules, prompt, tells_ids
+        self.ids = (*rules.prompts.encode(text), rules.prompts.tokenizer.eos_token_id)
+
+    def __call__(self, request):
+        ids = self.ids[len(request.prompt_ids) - len(self.prompt) :][: request.max_tokens]
+        text, finish = "", "length"
+        for count, piece in enumerate(self.rules.prompts.pieces(request.prompt_ids, ids), 1):
+            before, text = len(text), text + piece
+            ends = [
+                text.find(stop, max(0, before - len(stop) + 1)) + len(stop) for stop in request.stop if stop in text
+            ]
+            if ends:
+                return self._told(text[: min(ends)], ids[:count], "stop")
+        if ids and ids[-1] == self.ids[-1]:
+            finish = "eos"
+        return self._told(text, ids, finish)
+
+    def _told(self, text, ids, finish):
+        return Completion(text, len(ids), ids if self.tells_ids else None, finish)
+
+
+def recited(rules, text, *, whole=False, **options):
+    draft = Draft(rules, Prefix("p", "Let a=1+2. Find a.", 0, (), 0), whole=whole)
+    model = Recited(rules, draft.prompt, text, **options)
+    while draft.generation is None:
+        draft.take(model(draft.request()))
+    return draft.generation
+
+
+@given(text=TEXTS)
+def test_a_step_is_the_first_of_the_whole_path(rules, text):
+    alone, path = recited(rules, text), recited(rules, text, whole=True)
+    assert alone.steps[0] == path.steps[0]
+    assert alone.decoded == alone.steps[0].tokens + alone.cut_tokens
+    assert path.decoded == sum(step.tokens for step in path.steps) + path.cut_tokens
+
+
+@pytest.mark.parametrize("blank", ["\n\n", "\n \n", "\n\t\n", "\r\n\r\n"])
+def test_usual_blank_lines_stop_the_request(rules, blank):
+    generation = recited(rules, f"a=1+2=3{blank}So a=3{blank}")
+    assert generation.steps[0].text == "a=1+2=3\n\n" and generation.cut_tokens == 0
+    assert generation.steps[0].stop_reason is StopReason.DELIMITER
+
+
+@pytest.mark.parametrize("blank", ["\n   \n", "\n\u00a0\n", "\n\t \t\n", "\n \r\n"])
+@pytest.mark.parametrize("tells_ids", [True, False])
+def test_what_is_decoded_beyond_an_unusual_one_is_cut_and_counted(rules, blank, tells_ids):
+    text = f"a=1+2=3{blank}So a=3"
+    generation, length = recited(rules, text, tells_ids=tells_ids), len(rules.prompts.encode(text))
+    assert generation.steps[0].text == "a=1+2=3\n\n" and generation.steps[0].stop_reason is StopReason.DELIMITER
+    assert generation.steps[0].tokens == len(rules.prompts.encode(f"a=1+2=3{blank}"))
+    assert generation.decoded == length + 1 and generation.cut_tokens == length + 1 - generation.steps[0].tokens > 0
+
+
+def test_a_path_of_unusual_blank_lines_is_cut_at_each_where_prompts_stay_the_same(rules):
+    generation = recited(rules, "a=1+2=3\n \nSo a=3.\n\n\\boxed{3}", whole=True)
+    assert [step.text for step in generation.steps] == ["a=1+2=3\n\n"] and generation.dropped == 2

@@ -32,6 +32,15 @@ from rollouts.text.steps import (
         ("the end", "the end", False),
         ("", "", False),
         ("line one\nline two\n\n", "line one\nline two\n\n", True),
+        ("a = 1\n \nb", "a = 1\n\n", True),  # a blank line may hold blanks
+        ("a = 1\n\t \u00a0\n \n\n  b", "a = 1\n\n", True),
+        ("a = 1\r\n\r\nb", "a = 1\n\n", True),
+        ("line one\r\nline two\r\n \r\n", "line one\r\nline two\n\n", True),
+        ("a = 1 \n\n", "a = 1 \n\n", True),
+        ("a = 1\n  b = 2\n", "a = 1\n  b = 2\n", False),
+        ("a = 1\n  ", "a = 1\n  ", False),
+        ("\n \n\t\n  a = 1\n \n", "  a = 1\n\n", True),
+        ("---\n \nb = 2\n \n", "---\n\nb = 2\n\n", True),
     ],
 )
 def test_first_step_of_a_text(raw, text, complete):
@@ -52,6 +61,16 @@ def test_segments_follow_tokens_not_characters():
     ]
 
 
+@pytest.mark.parametrize(
+    ("blank", "length"),
+    [("\n\n", 2), ("\n \n", 3), ("\n\t\t\n", 4), ("\r\n\r\n", 4), ("\n\u3000\n\n", 3), ("\n \r\n \n", 4)],
+)
+def test_every_kind_of_blank_line_cuts_at_the_token_that_completes_it(blank, length):
+    first = cut_segments(["a", *blank, "b"])[0]
+    assert (first.text, first.end, first.complete) == ("a\n\n", 1 + length, True)
+    assert cut_segments(["a" + blank + "b"])[0].text == "a\n\n"
+
+
 def test_end_of_sequence_after_a_delimiter_is_a_step_of_its_own():
     segments = cut_segments(["a", "\n\n", ""])
     assert [(s.text, s.end - s.start, s.complete) for s in segments] == [("a\n\n", 2, True), ("", 1, False)]
@@ -62,14 +81,14 @@ def test_text_behind_a_delimiter_in_the_same_token_is_cut():
     assert [(s.text, s.start, s.end) for s in segments] == [("a\n\n", 0, 3), ("c\n\n", 3, 4)]
 
 
-@given(st.lists(st.from_regex(r"[ab1 \-]{0,3}\n{0,3}", fullmatch=True), max_size=30))
+@given(st.lists(st.from_regex(r"[ab1 \-\t\r]{0,3}\n{0,3}", fullmatch=True), max_size=30))
 def test_every_token_belongs_to_one_segment_and_words_are_kept(pieces):
     segments = cut_segments(pieces)
     assert [s.start for s in segments] == [0, *(s.end for s in segments[:-1])][: len(segments)]
     assert (segments[-1].end if segments else 0) == len(pieces)
     assert all(not s.complete or s.text.endswith(DELIMITER) for s in segments)
-    kept = "".join(s.text for s in segments).replace("\n", "")
-    assert kept == "".join(pieces).replace("\n", "")
+    kept = "".join(s.text for s in segments)
+    assert "".join(kept.split()) == "".join("".join(pieces).split())  # the blanks of blank lines go with them
 
 
 @given(st.lists(st.sampled_from(["x", "y=1", "---", "\\["]), min_size=1, max_size=6))
