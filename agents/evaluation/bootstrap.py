@@ -92,10 +92,12 @@ def sign_flips(differences: Floats) -> float:
     value, as one of resamples has, where more do.
 
     Args:
-        differences: (P,) one for each problem.
+        differences: (P,) one for each problem; with an undefined one the p-value is NaN.
     """
     from scipy.special import erfc
 
+    if not np.isfinite(differences).all():
+        return float("nan")
     sizes = np.sort(np.abs(differences[differences != 0]))[::-1]
     total = abs(differences.sum()) - TOLERANCE * sizes.sum()  # less rounding
     sums = np.zeros(1)

@@ -143,6 +143,7 @@ def test_flipped_signs_are_counted():
         0.25
     )  # three problems can show no more, however large the difference
     assert sign_flips(np.array([])) == sign_flips(np.zeros(50)) == 1.0
+    assert np.isnan(sign_flips(np.array([0.5, np.nan, 0.25])))
     assert sign_flips(1e-300 * np.ones(3)) == sign_flips(1e9 * np.ones(3))  # of any scale
 
 
