@@ -52,7 +52,7 @@ def show(evaluation: Evaluation, files: list[Path]) -> None:
 
     console = Console()
     console.width = max(console.width, 110)
-    methods = [*evaluation.methods, evaluation.query_oracle, evaluation.oracle]
+    methods = [*evaluation.methods, *evaluation.oracles]
     console.print(rich_table(headline_rows(methods), caption(methods, limits(evaluation.subject))))
     console.print("\n".join(NOTES), style="dim", highlight=False)
     if evaluation.at_lam:

@@ -13,14 +13,12 @@ from pathlib import Path
 
 import tyro
 
-from agents.evaluation.curves import Points
 from agents.evaluation.plots import cost_accuracy
 from agents.evaluation.splits import Candidates, Validation
 from agents.evaluation.table import MethodSummary, summarise
-from agents.evaluation.walk import references, run
+from agents.evaluation.walk import measured, references, run
 from agents.learners.loop import Training
 from agents.learners.settings import PPOSettings
-from agents.routers.base import Threshold
 from agents.routers.mlp import at
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
@@ -60,13 +58,14 @@ def main() -> None:
         validation = Validation(lambda i, cap=cap: decision_tables(trees, indices=i, max_escalations=cap), trees)
         both = references(test)
         name = "no cap" if cap is None else f"K = {cap}"
-        points: Points = [
-            (lam, run(at(Training(train, validation, lam, PPOSettings(), 0).run().router, lam), test))
-            for lam in settings.lams
-        ]
-        summaries.append(summarise(f"TRIM-Agg, {name}", points, both))
-        chosen = Candidates(whole).spread_over(references(whole).large)
-        thresholds.append(summarise(f"TRIM-Thr, {name}", [(k, run(Threshold(k), test)) for k in chosen], both))
+        routers = {
+            lam: at(Training(train, validation, lam, PPOSettings(), 0).run().router, lam) for lam in settings.lams
+        }
+        choosing = references(whole)
+        own = [(lam, router, run(router, whole)) for lam, router in routers.items()]
+        simple = Candidates(whole).spread_over(choosing.large)
+        summaries.append(summarise(f"TRIM-Agg, {name}", measured(own, choosing, test), both))
+        thresholds.append(summarise(f"TRIM-Thr, {name}", measured(simple, choosing, test), both))
         print(f"{name}: done")
     lines = ["| | " + " | ".join(METRICS) + " |", "|---" + "|---:" * len(METRICS) + "|"]
     for summary in [*summaries, *thresholds]:

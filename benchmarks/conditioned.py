@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
 
-from agents.evaluation.bootstrap import Difference, difference, resample_weights
+from agents.evaluation.bootstrap import Estimate, estimate, paired_means, resample_weights
 from agents.evaluation.budgets import SETTINGS
-from agents.evaluation.curves import Curve, Points, References
+from agents.evaluation.curves import Curve, Method, Points, References
 from agents.evaluation.outcomes import Floats
 from agents.evaluation.splits import spread
 from agents.evaluation.walk import references, run
 from agents.learners.loop import Training
 from agents.learners.settings import PPOSettings
+from agents.routers.base import AnyRouter
 from agents.routers.mlp import ConditionedMLP, at
 from benchmarks.methods import RANGE, Data, heading, write
 from benchmarks.robustness import LAMS, average
@@ -54,13 +56,17 @@ class Settings:
     out: Path | None = None
 
 
+Both = tuple[Points, Points]
+"""Operating points on validation and on test."""
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One seed: test points of the three curves, and processor times of both trainings."""
+    """One seed: points of the three curves, and processor times of both trainings."""
 
-    separate: Points
-    same: Points
-    spread: Points
+    separate: Both
+    same: Both
+    spread: Both
     separate_seconds: float
     one_seconds: float
 
@@ -74,38 +80,47 @@ def measure(task: tuple[int, tuple[float, ...], str]) -> Cell:
     policy = Training(data.tables(), data.validation, RANGE, PPOSettings(), seed).run().router
     one_seconds = time.process_time() - begin
     assert isinstance(policy, ConditionedMLP)
-    begin, separate = time.process_time(), []
-    for lam in lams:
-        router = at(Training(data.tables(), data.validation, lam, PPOSettings(), seed).run().router, lam)
-        separate.append((lam, run(router, test)))
+    begin = time.process_time()
+    separate = [
+        at(Training(data.tables(), data.validation, lam, PPOSettings(), seed).run().router, lam) for lam in lams
+    ]
     separate_seconds = time.process_time() - begin
     candidates = [(lam, run(policy.at(lam), validation)) for lam in np.geomspace(*RANGE, SETTINGS).tolist()]
     chosen = [knob for knob, _ in spread(candidates, references(validation).large)]
-    same = [(lam, run(policy.at(lam), test)) for lam in lams]
-    return Cell(separate, same, [(lam, run(policy.at(lam), test)) for lam in chosen], separate_seconds, one_seconds)
+
+    def both(routers: Sequence[AnyRouter]) -> Both:
+        first, second = ([(each.knob.value, run(each, split)) for each in routers] for split in (validation, test))
+        return first, second
+
+    same, spread_out = ([policy.at(lam) for lam in each] for each in (lams, chosen))
+    return Cell(both(separate), both(same), both(spread_out), separate_seconds, one_seconds)
 
 
-def area(points: Points, both: References, weights: Floats | None = None) -> Floats:
+def area(method: Method, both: References, weights: Floats | None = None) -> Floats:
     """Return the mean accuracy of the curve between c = 0 and 0.6, for each resample."""
-    heights = Curve.of(points, both, weights).accuracy_at(GRID)
+    heights = Curve.of(method, both, weights).accuracy_at(GRID)
     result: Floats = np.trapezoid(heights, GRID, axis=-1) / MOST
     return result
 
 
-def _mean(cells: list[Cell], name: str) -> Points:
+def _mean(cells: list[Cell], name: str, choosing: References) -> Method:
     """Average the outcomes of the seeds at each λ."""
-    first = getattr(cells[0], name)
-    return [(lam, average([getattr(cell, name)[i][1] for cell in cells])) for i, (lam, _) in enumerate(first)]
+    validation, test = (
+        [
+            (lam, average([getattr(cell, name)[split][i][1] for cell in cells]))
+            for i, (lam, _) in enumerate(getattr(cells[0], name)[split])
+        ]
+        for split in (0, 1)
+    )
+    return Method.chosen(test, validation, choosing)
 
 
 def report(settings: Settings, cells: list[Cell]) -> str:
     """Return the tables."""
-    both = references(decision_tables(settings.rollouts, "test"))
+    choosing, both = (references(decision_tables(settings.rollouts, split)) for split in ("validation", "test"))
     weights = resample_weights(len(both.small))
-    separate, same = _mean(cells, "separate"), _mean(cells, "same")
-    gain = difference(
-        area(same, both) - area(separate, both), area(same, both, weights) - area(separate, both, weights)
-    )
+    separate, same = (_mean(cells, name, choosing) for name in ("separate", "same"))
+    gain = estimate(area(same, both) - area(separate, both), area(same, both, weights) - area(separate, both, weights))
     lines = heading("One policy for every λ", "conditioned")
     lines += [
         f"λ = {', '.join(f'{lam:g}' for lam in settings.lams)}; range {RANGE[0]:g} to {RANGE[1]:g}; "
@@ -115,12 +130,13 @@ def report(settings: Settings, cells: list[Cell]) -> str:
         "|---:|---:|---:|---:|---:|---:|",
     ]
     for seed, cell in enumerate(cells):
-        areas = [f"{float(area(points, both)):.4f}" for points in (cell.separate, cell.same, cell.spread)]
+        methods = [_mean([cell], name, choosing) for name in ("separate", "same", "spread")]
+        areas = [f"{float(area(method, both)):.4f}" for method in methods]
         lines.append(f"| {seed} | {' | '.join(areas)} | {cell.separate_seconds:.0f} | {cell.one_seconds:.0f} |")
     share = sum(cell.one_seconds for cell in cells) / sum(cell.separate_seconds for cell in cells)
     per_lam = [
-        f"{lam:g}: {_text(_paired(own.returns(lam), other.returns(lam), weights))}"
-        for (lam, own), (_, other) in zip(same, separate, strict=True)
+        f"{lam:g}: {_text(paired_means(own.returns(lam), other.returns(lam), weights))}"
+        for (lam, own), (_, other) in zip(same.points, separate.points, strict=True)
     ]
     lines += [
         "",
@@ -133,11 +149,7 @@ def report(settings: Settings, cells: list[Cell]) -> str:
     return "\n".join(lines)
 
 
-def _paired(own: Floats, other: Floats, weights: Floats) -> Difference:
-    return difference((own - other).mean(), weights @ (own - other))
-
-
-def _text(each: Difference) -> str:
+def _text(each: Estimate) -> str:
     return f"{each.value:+.4f} [{each.low:+.4f}, {each.high:+.4f}]"
 
 

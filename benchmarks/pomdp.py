@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from agents.evaluation.bootstrap import Difference, holm, paired_means, resample_weights
 from agents.evaluation.compare import compare_curves
-from agents.evaluation.curves import BUDGETS, CPT_TARGETS, Curve, Points, curve_metrics
+from agents.evaluation.curves import BUDGETS, CPT_TARGETS, Curve, curve_metrics
 from agents.evaluation.oracle import tree_oracle
 from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.splits import Candidates, spread
-from agents.evaluation.walk import by_problem, references, run, run_trees
+from agents.evaluation.walk import by_problem, measured, references, run, run_trees
 from agents.learners.pomdp.fit import Estimates, estimate
 from agents.learners.pomdp.latent import labelled
 from agents.learners.pomdp.solver import solve
@@ -186,17 +186,15 @@ def curves(
     weights: NDArray[np.float64],
 ) -> list[str]:  # fmt: skip
     """Return curve metrics of POMDP and thresholds at 16 operating points each, spread on validation."""
-    large, both = references(validation).large, references(test)
-    simple = [(router.knob.value, outcomes) for router, outcomes in candidates.thresholds]
-    levels = {router.knob.value: router for router, _ in candidates.thresholds}
-    points: dict[str, Points] = {"TRIM-Thr": [(k, run(levels[k], test)) for k, _ in spread(simple, large)]}
+    choosing, both = references(validation), references(test)
+    points = {"TRIM-Thr": measured(candidates.spread_over(choosing.large), choosing, test)}
     lams = np.geomspace(1e-5, 0.1, SWEEP)
     for name, (labels, kind) in {
         "measured": ("labels", "measured"), "measured, by EM": ("EM", "measured"), "paper": ("labels", "paper"),
     }.items():  # fmt: skip
-        plans = {router.lam: router for router in fitted[labels].routers(lams, kind)}
-        chosen = spread([(lam, run(router, validation)) for lam, router in plans.items()], large)
-        points[name] = [(lam, run(plans[lam], test)) for lam, _ in chosen]
+        plans = fitted[labels].routers(lams, kind)
+        chosen = spread([(router, run(router, validation)) for router in plans], choosing.large)
+        points[name] = measured([(router.lam, router, outcomes) for router, outcomes in chosen], choosing, test)
     metrics = {name: curve_metrics(Curve.of(each, both)) for name, each in points.items()}
     wanted = [*(f"cpt_{x}" for x in CPT_TARGETS), "delta_ibc", *(f"accuracy_at_{budget}" for budget in BUDGETS)]
     lines = ["| metric | " + " | ".join(points) + " |", "|---|" + "---:|" * len(points)]

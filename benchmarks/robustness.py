@@ -21,16 +21,15 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from agents.evaluation.bootstrap import Difference, difference, holm, resample_weights
+from agents.evaluation.bootstrap import Estimate, holm, paired_means, resample_weights
 from agents.evaluation.compare import compare_curves
-from agents.evaluation.curves import Curve, References
+from agents.evaluation.curves import Curve, Method, References
 from agents.evaluation.oracle import tree_oracle
 from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.splits import Candidates, Validation
-from agents.evaluation.walk import references, run
+from agents.evaluation.walk import measured, references, run
 from agents.learners.loop import Training
 from agents.learners.settings import PPOSettings
-from agents.routers.base import Threshold
 from agents.routers.mlp import at
 from rollouts.trees.arrays import Trees
 from rollouts.trees.compile import compile_store
@@ -65,11 +64,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training: what became of it on test."""
+    """One training: what became of it on test and on validation."""
 
     lam: float
     seed: int
     outcomes: Outcomes
+    chosen_on: Outcomes
     verdict: str
     attempts: int
     seconds: float
@@ -85,21 +85,25 @@ def _tables(trees: Trees, schema: str, split: str) -> DecisionTables:
 def _prepare(settings: Settings) -> None:
     trees = compile_store(settings.rollouts)
     _STATE["settings"] = settings
-    _STATE["train"], _STATE["test"] = (_tables(trees, settings.schema, split) for split in ("train", "test"))
+    for name, split in (("train", "train"), ("test", "test"), ("whole", "validation")):
+        _STATE[name] = _tables(trees, settings.schema, split)
     _STATE["validation"] = Validation(lambda i: decision_tables(trees, schema=settings.schema, indices=i), trees)
 
 
 def train_cell(task: tuple[float, int]) -> Cell:
     """Train one router."""
     lam, seed = task
-    settings, train, test, validation = (_STATE[key] for key in ("settings", "train", "test", "validation"))
+    settings, train, test, whole = (_STATE[key] for key in ("settings", "train", "test", "whole"))
+    validation = _STATE["validation"]
     assert isinstance(settings, Settings) and isinstance(validation, Validation)
-    assert isinstance(train, DecisionTables) and isinstance(test, DecisionTables)
+    assert isinstance(train, DecisionTables) and isinstance(test, DecisionTables) and isinstance(whole, DecisionTables)
     ppo = PPOSettings() if settings.iterations is None else replace(PPOSettings(), iterations=settings.iterations)
     begin = time.perf_counter()
     result = Training(train, validation, lam, ppo, seed).run()
     seconds = time.perf_counter() - begin
-    return Cell(lam, seed, run(at(result.router, lam), test), result.health[lam].verdict, result.attempts, seconds)
+    router = at(result.router, lam)
+    verdict = result.health[lam].verdict
+    return Cell(lam, seed, run(router, test), run(router, whole), verdict, result.attempts, seconds)
 
 
 def average(outcomes: list[Outcomes]) -> Outcomes:
@@ -120,7 +124,7 @@ def report(settings: Settings, cells: list[Cell]) -> str:
         threshold = candidates.best(lam).threshold
         simple, mean = run(threshold, test), average([cell.outcomes for cell in own])
         gains = mean.returns(lam) - simple.returns(lam)
-        each = difference(gains.mean(), weights @ gains)
+        each = paired_means(mean.returns(lam), simple.returns(lam), weights)
         paired.append((gains, each))
         seeds = [float((cell.outcomes.returns(lam) - simple.returns(lam)).mean()) for cell in own]
         verdicts = Counter(cell.verdict for cell in own)
@@ -132,7 +136,7 @@ def report(settings: Settings, cells: list[Cell]) -> str:
     corrected = holm([each.p_value for _, each in paired])
     rows = [row.replace("HOLM", f"{p:.3g}") for row, p in zip(rows, corrected, strict=True)]
     overall = np.mean([gains for gains, _ in paired], axis=0)
-    total = difference(overall.mean(), weights @ overall)
+    total = paired_means(overall, np.zeros(len(overall)), weights)
     seconds = [cell.seconds for cell in cells]
     return "\n".join([
         "# Robustness of TRIM-Agg",
@@ -173,7 +177,7 @@ def _oracle(test: DecisionTables, both: References, lam: float) -> str:
     return _point(tree_oracle(test, lam), both)
 
 
-def _interval(each: Difference) -> str:
+def _interval(each: Estimate) -> str:
     return f"{each.value:+.4f} [{each.low:+.4f}, {each.high:+.4f}]"
 
 
@@ -191,13 +195,19 @@ def _curves(
     weights: np.ndarray,
 ) -> list[str]:
     """Compare the curve of the routers, averaged over seeds, with that of 16 thresholds chosen on validation."""
-    agg = [(lam, average([cell.outcomes for cell in cells if cell.lam == lam])) for lam in settings.lams]
-    chosen = candidates.spread_over(references(validation).large)
-    thr = [(level, run(Threshold(level), test)) for level in chosen]
+    choosing = references(validation)
+    by_lam = {lam: [cell for cell in cells if cell.lam == lam] for lam in settings.lams}
+    points, chosen_on = (
+        [(lam, average([getattr(cell, name) for cell in own])) for lam, own in by_lam.items()]
+        for name in ("outcomes", "chosen_on")
+    )
+    agg = Method.chosen(points, chosen_on, choosing)
+    thr = measured(candidates.spread_over(choosing.large), choosing, test)
     compared = compare_curves(("TRIM-Agg", "TRIM-Thr"), agg, thr, both, weights)
     own, other = Curve.of(agg, both), Curve.of(thr, both)
     lines = [
-        f"Curves: TRIM-Agg with {len(agg)} operating points (outcomes averaged over seeds), TRIM-Thr with {len(thr)}.",
+        f"Curves: TRIM-Agg with {len(agg.points)} operating points (outcomes averaged over seeds), TRIM-Thr with "
+        f"{len(thr.points)}; hulls chosen on validation.",
         "",
         "| | TRIM-Agg | TRIM-Thr | difference, % of TRIM-Thr's [95 %] |",
         "|---|---:|---:|---:|",

@@ -17,16 +17,17 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from agents.evaluation.bootstrap import difference, resample_weights
+from agents.evaluation.bootstrap import estimate as interval
+from agents.evaluation.bootstrap import resample_weights
 from agents.evaluation.budgets import SETTINGS
 from agents.evaluation.compare import compare_curves
-from agents.evaluation.curves import Curve, Points, References
-from agents.evaluation.splits import spread
+from agents.evaluation.curves import Curve, Method, Points, References
+from agents.evaluation.splits import spread, thresholds
 from agents.evaluation.walk import references, run
 from agents.learners.loop import Training
 from agents.learners.pomdp.fit import estimate
 from agents.learners.settings import LearnerSettings, PPOSettings, TreeSettings
-from agents.routers.base import AnyRouter
+from agents.routers.base import AnyRouter, Threshold
 from agents.routers.mlp import ConditionedMLP
 from benchmarks.methods import RANGE, Data, heading, write
 from benchmarks.robustness import average
@@ -69,7 +70,7 @@ class Cell:
 def fit(method: str, data: Data, seed: int) -> dict[float, AnyRouter]:
     """Return all settings of a router, by knob."""
     if method == "threshold":
-        return {router.knob.value: router for router, _ in data.validation.candidates.thresholds}  # type: ignore[misc]
+        return {level: Threshold(level) for level in thresholds(decision_tables(data.trees, "validation"))}
     if method == "pomdp":
         lams = np.geomspace(1e-5, 0.1, SETTINGS).tolist()
         return dict(zip(lams, estimate(data.trees, indices=data.train).routers(lams), strict=True))
@@ -92,20 +93,23 @@ def measure(task: tuple[str, int, str]) -> Cell:
     return Cell(method, chosen, [(knob, run(settings[knob], test)) for knob, _ in chosen], seconds)
 
 
-def combined(cells: list[Cell], which: str) -> Points:
-    """Return the points of several seeds: the i-th of each averaged."""
-    several = [getattr(cell, which) for cell in cells]
-    count = min(map(len, several))
-    return [(several[0][i][0], average([points[i][1] for points in several])) for i in range(count)]
+def combined(cells: list[Cell], choosing: References, which: str = "test") -> Method:
+    """Return the points of several seeds, the i-th of each averaged, on the hull that validation chooses."""
+
+    def mean(several: list[Points]) -> Points:
+        return [(own[0][0], average([outcomes for _, outcomes in own])) for own in zip(*several, strict=False)]
+
+    validation = mean([cell.validation for cell in cells])
+    return Method.chosen(mean([getattr(cell, which) for cell in cells]), validation, choosing)
 
 
 def report(settings: Settings, cells: list[Cell]) -> str:
     """Return the tables."""
     tables: dict[str, DecisionTables] = {s: decision_tables(settings.rollouts, s) for s in ("validation", "test")}
-    both = references(tables["test"])
+    both, choosing = references(tables["test"]), references(tables["validation"])
     weights = resample_weights(len(both.small))
     by_method = {method: [cell for cell in cells if cell.method == method] for method in METHODS}
-    points = {method: combined(own, "test") for method, own in by_method.items()}
+    points = {method: combined(own, choosing) for method, own in by_method.items()}
     lines = heading("All routers side by side", "routers")
     lines += [
         f"Test split of `{settings.rollouts}`; learned routers: {settings.seeds} seeds. Costs in % of always-large's "
@@ -120,7 +124,7 @@ def report(settings: Settings, cells: list[Cell]) -> str:
         row = [f"{100 * float(curve.cpt(x)):.1f}" for x in CPTS]
         row += [f"{float(curve.delta_ibc()):.2f}", *(f"{100 * float(a):.1f}" for a in curve.accuracy_at(LOW))]
         lines.append(f"| `{method}` | {' | '.join(row)} | {np.median([cell.seconds for cell in own]):.1f} |")
-    best = _best_on_validation(by_method, references(tables["validation"]))
+    best = _best_on_validation(by_method, choosing)
     lines += ["", f"Named best on validation, by CPT(80 %): `{best}`. Paired differences of CPT in %, 95 %:", ""]
     for method in METHODS:
         if method != best:
@@ -136,18 +140,18 @@ def report(settings: Settings, cells: list[Cell]) -> str:
 
 
 def _best_on_validation(by_method: dict[str, list[Cell]], both: References) -> str:
-    cost = {m: float(Curve.of(combined(own, "validation"), both).cpt(80)) for m, own in by_method.items()}
+    cost = {m: float(Curve.of(combined(own, both, "validation"), both).cpt(80)) for m, own in by_method.items()}
     return min(cost, key=cost.__getitem__)
 
 
-def _low(own: Points, other: Points, both: References, weights: NDArray[np.float64]) -> str:
+def _low(own: Method, other: Method, both: References, weights: NDArray[np.float64]) -> str:
     def gain(chosen: NDArray[np.float64] | None) -> NDArray[np.float64]:
-        one, two = (Curve.of(points, both, chosen).accuracy_at(LOW) for points in (own, other))
+        one, two = (Curve.of(method, both, chosen).accuracy_at(LOW) for method in (own, other))
         change: NDArray[np.float64] = 100 * (one - two)
         return change
 
     value, samples = gain(None), gain(weights)
-    found = [difference(value[i], samples[:, i]) for i in range(len(LOW))]
+    found = [interval(value[i], samples[:, i]) for i in range(len(LOW))]
     return "; ".join(
         f"at {100 * c:g} %: {d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}]" for c, d in zip(LOW, found, strict=True)
     )

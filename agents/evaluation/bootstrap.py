@@ -1,4 +1,4 @@
-"""Bootstrap over problems: intervals of every metric, paired differences, Holm correction (docs/design.md, section 7).
+"""Intervals of every metric by bootstrap over problems; tests of paired differences (docs/design.md, section 7).
 
 Everything takes the weights that `resample_weights` draws: whoever passes the same weights for two methods compares
 them on the same resamples.
@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from agents.evaluation.curves import CPT_TARGETS, Curve, Points, References, curve_metrics
+from agents.evaluation.curves import CPT_TARGETS, TOLERANCE, Curve, Method, References, curve_metrics
 from agents.evaluation.outcomes import Floats, Outcomes
 from rollouts.errors import DataError
 
 RESAMPLES = 2000
 LEVELS = (0.025, 0.975)
+COUNTED = 12
+"""Problems whose signs `sign_flips` counts out."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +37,21 @@ class Estimate:
     high: float
     undefined: float
 
-
-@dataclass(frozen=True)
-class Difference(Estimate):
-    """A paired difference, first minus second.
-
-    Attributes:
-        p_value: Two-sided bootstrap p-value of no difference: twice the smaller share of resamples with a difference
-            of at most and of at least 0, each counted with one more, and at most 1. NaN if undefined.
-    """
-
-    p_value: float
-
     @property
     def shown(self) -> bool:
         """Return whether the interval excludes 0 and no more resamples than it leaves out are undefined."""
         return (self.low > 0 or self.high < 0) and self.undefined <= LEVELS[0]
+
+
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A paired difference of means, first minus second.
+
+    Attributes:
+        p_value: `sign_flips` of the differences of the problems.
+    """
+
+    p_value: float
 
 
 def resample_weights(problems: int, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
@@ -81,13 +82,31 @@ def estimate(value: Floats | float, samples: Floats) -> Estimate:
     return Estimate(float(value), float(low), float(high), 1 - len(defined) / len(samples))
 
 
-def difference(value: Floats | float, samples: Floats) -> Difference:
-    """Combine a difference and its (R,) resampled values into an estimate with a p-value."""
-    plain = estimate(value, samples)
-    defined = samples[np.isfinite(samples)]
-    tail = min((defined <= 0).sum(), (defined >= 0).sum())
-    p_value = float("nan") if np.isnan(plain.low) else min(1.0, 2 * (tail + 1) / (len(defined) + 1))
-    return Difference(**asdict(plain), p_value=float(p_value))
+def sign_flips(differences: Floats) -> float:
+    """Return the two-sided p-value of no difference, by flipping signs (Fisher's randomisation test).
+
+    Without a difference between two routers, a problem's difference is as likely with the other sign. The p-value is
+    the share of all patterns of signs whose sum is at least as far from 0. The signs of the 12 greatest differences are
+    counted out; the sum of the others is taken to be normal with the variance that flipping gives it, less the least of
+    them as a correction for continuity. So the p-value is exact where at most 12 problems differ, and has no least
+    value, as one of resamples has, where more do.
+
+    Args:
+        differences: (P,) one for each problem; with an undefined one the p-value is NaN.
+    """
+    from scipy.special import erfc
+
+    if not np.isfinite(differences).all():
+        return float("nan")
+    sizes = np.sort(np.abs(differences[differences != 0]))[::-1]
+    total = abs(differences.sum()) - TOLERANCE * sizes.sum()  # less rounding
+    sums = np.zeros(1)
+    for size in sizes[:COUNTED]:
+        sums = np.concatenate([sums + size, sums - size])
+    if len(sizes) <= COUNTED:
+        return float((np.abs(sums) >= total).mean())
+    spread = np.linalg.norm(sizes[COUNTED:]) * 2**0.5
+    return min(1.0, float(erfc((total - sizes[-1] - sums) / spread).mean()))
 
 
 def estimates(metrics: Callable[[Floats | None], Mapping[str, Floats]], weights: Floats) -> dict[str, Estimate]:
@@ -96,39 +115,39 @@ def estimates(metrics: Callable[[Floats | None], Mapping[str, Floats]], weights:
     return {name: estimate(values[name], samples[name]) for name in values}
 
 
-def curve_estimates(points: Points, references: References, weights: Floats) -> dict[str, Estimate]:
+def curve_estimates(method: Method, references: References, weights: Floats) -> dict[str, Estimate]:
     """Return every metric of `curve_metrics` with its interval."""
-    return estimates(lambda chosen: curve_metrics(Curve.of(points, references, chosen)), weights)
+    return estimates(lambda chosen: curve_metrics(Curve.of(method, references, chosen)), weights)
 
 
-def curve_band(points: Points, references: References, weights: Floats, c: Floats) -> list[Estimate]:
+def curve_band(method: Method, references: References, weights: Floats, c: Floats) -> list[Estimate]:
     """Return the curve's accuracy at each of (L,) costs with its pointwise 95 % band."""
-    value, samples = (Curve.of(points, references, chosen).accuracy_at(c) for chosen in (None, weights))
+    value, samples = (Curve.of(method, references, chosen).accuracy_at(c) for chosen in (None, weights))
     return [estimate(value[i], samples[:, i]) for i in range(len(c))]
 
 
-def paired_curves(points: Points, baseline: Points, references: References, weights: Floats) -> dict[str, Difference]:
+def paired_curves(method: Method, baseline: Method, references: References, weights: Floats) -> dict[str, Estimate]:
     """Compare the curves of two methods on the same resamples.
 
     Returns:
-        For each metric of `curve_metrics` the difference `points` minus `baseline`, and for each CPT also
+        For each metric of `curve_metrics` the difference `method` minus `baseline`, and for each CPT also
         ``cpt_80_percent``: that difference in percent of the baseline's CPT (negative: cheaper).
     """
 
     def differences(chosen: Floats | None) -> dict[str, Floats]:
-        own = curve_metrics(Curve.of(points, references, chosen))
+        own = curve_metrics(Curve.of(method, references, chosen))
         other = curve_metrics(Curve.of(baseline, references, chosen))
         percent = {f"cpt_{x}_percent": 100 * (own[f"cpt_{x}"] / other[f"cpt_{x}"] - 1) for x in CPT_TARGETS}
         return {name: own[name] - other[name] for name in own} | percent
 
-    values, samples = differences(None), differences(weights)
-    return {name: difference(values[name], samples[name]) for name in values}
+    return estimates(differences, weights)
 
 
 def paired_means(first: Floats, second: Floats, weights: Floats) -> Difference:
     """Return the difference of the means of two (P,) arrays of per-problem values, paired on problems."""
     differences = first - second
-    return difference(differences.mean(), weights @ differences)
+    interval = estimate(differences.mean(), weights @ differences)
+    return Difference(**asdict(interval), p_value=sign_flips(differences))
 
 
 def paired_returns(first: Outcomes, second: Outcomes, lam: float, weights: Floats) -> Difference:

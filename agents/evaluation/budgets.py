@@ -1,6 +1,8 @@
 """What settings cost and solve on validation, from which `agents.routers.budgets` chooses: on one half of it.
 
-The other half then tells what the choice comes to.
+The other half then tells what the choice comes to. The more settings there are to choose from, the luckier is the best
+of them: so only `OPERATING_POINTS` settings of a router are, and these are spread by what they cost alone. They are
+those of its curve in an evaluation.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.evaluation.bootstrap import Estimate, resample_weights
-from agents.evaluation.curves import References
-from agents.evaluation.outcomes import Outcomes
-from agents.evaluation.splits import Validation
+from agents.evaluation.curves import References, per_cost
+from agents.evaluation.outcomes import Floats, Outcomes
+from agents.evaluation.splits import Validation, spread
 from agents.evaluation.walk import run
 from agents.routers import artefact
 from agents.routers.base import AnyRouter, Constant, Mixture, Threshold
@@ -31,12 +33,28 @@ LEVEL = 0.9
 
 def measure(router: AnyRouter, outcomes: Outcomes, references: References) -> Measured:
     """Return a setting with what its outcomes come to."""
-    share = float(outcomes.cost.sum() / references.large.cost.sum())
-    return Measured(router, share, float(outcomes.correct.mean()))
+    return Measured(router, _share(outcomes, references), float(outcomes.correct.mean()))
 
 
-def settings(stored: Sequence[artefact.Storable], validation: Validation) -> list[AnyRouter]:
-    """Return all settings of some routers, always-small and always-large among them."""
+def _share(outcomes: Outcomes, references: References) -> float:
+    return float(per_cost(outcomes.cost.sum(), references.large.cost.sum()))
+
+
+def operating_points(found: Sequence[tuple[AnyRouter, Outcomes]], references: References) -> list[Measured]:
+    """Return the settings to choose from: spread over the cost by `splits.spread`, and both ends among those given.
+
+    Args:
+        found: Settings with their outcomes on the problems that choose, always-small and always-large among them.
+        references: The outcomes of these two.
+    """
+    constants = [(router, outcomes) for router, outcomes in found if isinstance(router, Constant)]
+    return [
+        measure(router, outcomes, references) for router, outcomes in [*constants, *spread(found, references.large)]
+    ]
+
+
+def settings(stored: Sequence[artefact.Storable], validation: Validation) -> list[tuple[AnyRouter, Outcomes]]:
+    """Return all settings of some routers, always-small and always-large among them, run on the choice half."""
     found: list[AnyRouter] = [Constant(0), Constant(1)]
     for router in stored:
         if isinstance(router, ConditionedMLP):
@@ -45,9 +63,8 @@ def settings(stored: Sequence[artefact.Storable], validation: Validation) -> lis
             raise ConfigError("A mixture is calibrated already.")
         else:
             found.append(router)
-    if any(isinstance(router, Threshold) for router in stored):
-        found += [router for router, _ in validation.candidates.thresholds]
-    return found
+    ran = [(router, run(router, validation.choice)) for router in found]
+    return [*ran, *(validation.candidates.thresholds if any(isinstance(each, Threshold) for each in stored) else ())]
 
 
 def lam_costs(router: ConditionedMLP, validation: Validation) -> list[dict[str, float]]:
@@ -55,31 +72,44 @@ def lam_costs(router: ConditionedMLP, validation: Validation) -> list[dict[str, 
 
     It goes into the artefact, where `agents.routers.budgets.LamCosts` looks up a budget that is named at run time.
     """
-    rows = []
-    for lam in np.geomspace(router.low, router.high, BUDGETS).tolist():
-        setting = router.at(lam)
-        found = measure(setting, run(setting, validation.choice), validation.references[0])
-        rows.append({"lam": lam, "share": found.share, "accuracy": found.accuracy})
-    return rows
+    lams = np.geomspace(router.low, router.high, BUDGETS)
+    return falling_costs(
+        lams, [run(router.at(float(lam)), validation.choice) for lam in lams], validation.references[0]
+    )
+
+
+def falling_costs(lams: Floats, found: Sequence[Outcomes], references: References) -> list[dict[str, float]]:
+    """Return λ, share of always-large's cost and accuracy of some ascending λ.
+
+    Shares fall as λ rises: where the measured ones do not, isotonic regression averages them.
+    """
+    from scipy.optimize import isotonic_regression
+
+    shares = isotonic_regression([_share(each, references) for each in found], increasing=False).x
+    rows = zip(lams.tolist(), shares.tolist(), (float(each.correct.mean()) for each in found), strict=True)
+    return [{"lam": lam, "share": share, "accuracy": accuracy} for lam, share, accuracy in rows]
 
 
 def reached(outcomes: Outcomes, references: References, seed: int = 0) -> tuple[Estimate, Estimate]:
     """Return the share of always-large's cost and the accuracy, with 90 % intervals for new problems.
 
     A new set of as many problems differs from this one as this one does from the truth, so the intervals are those of a
-    difference of two such sets: sqrt(2) times as wide as those of the mean.
+    difference of two such sets: sqrt(2) times as wide as those of the mean, and sqrt(n / (n - 1)) times for n problems,
+    whose resamples spread that much too little.
     """
-    weights = resample_weights(len(outcomes), seed=seed)
+    count = len(outcomes)
+    weights = resample_weights(count, seed=seed)
+    wider = (2 * count / max(count - 1, 1)) ** 0.5
 
     def widened(value: float, samples: NDArray[Any]) -> Estimate:
         defined = samples[np.isfinite(samples)]
         ends = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        low, high = (float(value + 2**0.5 * (end - value)) for end in ends)
+        low, high = (float(value + wider * (end - value)) for end in ends)
         return Estimate(value, low, high, 1 - len(defined) / len(samples))
 
     shares = (weights @ outcomes.cost) / (weights @ references.large.cost)
-    share = float(outcomes.cost.sum() / references.large.cost.sum())
-    return widened(share, shares), widened(float(outcomes.correct.mean()), weights @ outcomes.correct)
+    share, solved = _share(outcomes, references), float(outcomes.correct.mean())
+    return widened(share, shares), widened(solved, weights @ outcomes.correct)
 
 
 def meet_target(
@@ -103,11 +133,8 @@ def meet_target(
     Raises:
         ConfigError: No setting meets the target.
     """
-    measured = [
-        measure(router, run(router, validation.choice), validation.references[0])
-        for router in settings(stored, validation)
-    ]
-    chosen = calibrate(measured, budget=budget, accuracy=accuracy)
+    choices = operating_points(settings(stored, validation), validation.references[0])
+    chosen = calibrate(choices, budget=budget, accuracy=accuracy)
     target, value = ("budget", budget) if budget is not None else ("accuracy", accuracy)
     assert value is not None  # calibrate has checked
     outcomes = run(chosen, validation.verdict)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agents.evaluation.bootstrap import Difference, paired_curves
-from agents.evaluation.curves import Curve, Points, References
+from agents.evaluation.bootstrap import Estimate, paired_curves
+from agents.evaluation.curves import Curve, Method, References
 from agents.evaluation.outcomes import Floats
 
 HEADLINE = 80
@@ -19,19 +19,19 @@ class CurveComparison:
 
     first: str
     second: str
-    metrics: dict[str, Difference]
+    metrics: dict[str, Estimate]
     sentence: str
 
 
 def compare_curves(
-    names: tuple[str, str], first: Points, second: Points, references: References, weights: Floats
+    names: tuple[str, str], first: Method, second: Method, references: References, weights: Floats
 ) -> CurveComparison:
     """Compare the curves of two methods.
 
     Args:
         names: Of the first and the second method.
-        first: Operating points of the first method.
-        second: Operating points of the second.
+        first: The first method.
+        second: The second.
         references: Always-small and always-large.
         weights: (R, P) from `resample_weights`.
 
@@ -39,7 +39,7 @@ def compare_curves(
         DataError: Points and references are not on the same problems.
     """
     metrics = paired_curves(first, second, references, weights)
-    curves = [Curve.of(points, references) for points in (first, second)]
+    curves = [Curve.of(method, references) for method in (first, second)]
     mixing = [name for name, curve in zip(names, curves, strict=True) if curve.by_mixing(HEADLINE)]
     sentence = _cpt_sentence(names, metrics[f"cpt_{HEADLINE}_percent"], mixing)
     return CurveComparison(*names, metrics, sentence)
@@ -50,12 +50,12 @@ def number(x: float) -> str:
     return f"{x:.1f}" if abs(x) >= 0.05 or x == 0 else f"{x:.1g}"
 
 
-def _interval(each: Difference, sign: int = 1) -> str:
+def _interval(each: Estimate, sign: int = 1) -> str:
     low, high = sorted((sign * each.low, sign * each.high))
     return f"95 % interval {number(low)} % to {number(high)} %"
 
 
-def _cpt_sentence(names: tuple[str, str], percent: Difference, mixing: list[str]) -> str:
+def _cpt_sentence(names: tuple[str, str], percent: Estimate, mixing: list[str]) -> str:
     """Say what can be said about the cost of recovering most of the gap."""
     first, second = names
     goal = f"{HEADLINE} % of the gap between always-small and always-large"

@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.evaluation.outcomes import Floats, Outcomes
+from agents.routers.budgets import upper_hull
 from rollouts.errors import DataError
 
 CPT_TARGETS = (50, 80, 95)
 """Shares of the performance gap, in %, for which the cost is reported."""
 BUDGETS = (10, 15, 20, 25, 30)
-"""Costs, in % of always escalating, at which the accuracy is reported."""
+"""Costs, in % of always escalating, at which the accuracy is reported: what such a budget comes to."""
 IBC_LEVELS = 100
 TOLERANCE = 1e-9
 """Differences of accuracies and of normalised costs up to this are rounding."""
@@ -83,26 +84,70 @@ def performance_gap(small_accuracy: Floats, large_accuracy: Floats) -> Floats:
 
 
 @dataclass(frozen=True, eq=False)
+class Method:
+    """A method's operating points on some problems, and those of them that other problems have put on its hull.
+
+    On the hull are the points that no mixture of two others beats, always-small and always-large among them. Between
+    two neighbours on it each problem goes to one of both at random: that is what a budget comes to
+    (`agents.routers.budgets.calibrate`). Which points are on it is chosen on validation; what they reach there is not
+    used, so that measuring them on other problems is free of the luck of the choice.
+
+    Attributes:
+        points: All operating points, on the problems that they are measured on.
+        hull: Positions of those on the hull.
+        large: Whether always-large is on it.
+    """
+
+    points: Points
+    hull: tuple[int, ...]
+    large: bool = True
+
+    @classmethod
+    def chosen(cls, points: Points, validation: Points, references: References) -> Method:
+        """Put points on the hull by what they come to elsewhere.
+
+        Args:
+            points: On the problems that they are measured on.
+            validation: The same, in the same order, on the problems that choose.
+            references: Always-small and always-large on the latter.
+
+        Raises:
+            DataError: `validation` and `references` are on different problems.
+        """
+        references.check(validation)
+        everything = [references.small, references.large, *(outcomes for _, outcomes in validation)]
+        cost = average([each.cost for each in everything])
+        c, accuracy = per_cost(cost, cost[1:2]), average([each.correct for each in everything])
+        usable = np.flatnonzero((cost > 0) & (c < 1 - TOLERANCE) | (np.arange(len(c)) < 2))
+        found = usable[upper_hull(c[usable], accuracy[usable])]
+        return cls(points, tuple(int(i) - 2 for i in found if i > 1), 1 in found)
+
+    @classmethod
+    def whole(cls, points: Points) -> Method:
+        """Take points all of which are on the hull, and always-large is not, as an oracle's are."""
+        return cls(points, tuple(range(len(points))), large=False)
+
+
+@dataclass(frozen=True, eq=False)
 class Curve:
     """A method's cost-accuracy curve, or one curve for each resample (docs/design.md, section 7).
 
     Costs are c = sum C(q) / sum C_s(q). The knots are always-small at (its c, r_w), always-large at (1, r_s) and the
-    operating points, sorted by c; the running maximum of accuracy keeps those that rise above all cheaper ones,
-    so that a dominated point changes nothing; the curve is linear between them, and flat after the last. It is no
-    concave hull: a point that rises above all cheaper ones and yet lies below the line between its neighbours lowers
-    it. Like any maximum of noisy means it is a little too high, the more so the more points there are.
-    Two kinds of operating points are reported but are not on the curve: those with c > 1, and those that cost
-    nothing. The latter never escalated: where their accuracy differs from r_w that is noise of sampling, and a gain
-    at no cost would make the benefit per cost infinite.
+    points of the method's hull, sorted by c; the curve is linear between them. If always-large is not on the hull,
+    because a cheaper point was as good on the problems that chose, a budget is not spent on it: accuracy is flat
+    after the last point, and only what the hull does not reach is reached by mixing with always-large.
+    Two kinds of points are reported but are not on the curve: those as dear as always-large, and those that cost
+    nothing. The latter never escalated: where their accuracy differs from r_w that is noise of sampling, and a gain at
+    no cost would make the benefit per cost infinite.
 
     Attributes:
         cost: (..., K) c of the knots, ascending; a dropped point repeats the knot before it.
-        accuracy: (..., K) accuracy at the knots, ascending.
+        accuracy: (..., K) accuracy at the knots.
         small_accuracy: (...) r_w.
         large_accuracy: (...) r_s.
         large_cost: (...) mean cost per problem of always escalating, in the unit of the cost model.
-        mixing_from: (...) c of the last operating point on the curve with c < 1. Beyond it, the curve rises only by
-            mixing with always-large.
+        mixing_from: (...) c of the last point of the hull with c < 1. Beyond it there is only mixing with always-large.
+        end: (...) c beyond which no budget is spent: 1 with always-large on the hull, else `mixing_from`.
     """
 
     cost: Floats
@@ -111,43 +156,44 @@ class Curve:
     large_accuracy: Floats
     large_cost: Floats
     mixing_from: Floats
+    end: Floats
 
     @classmethod
-    def of(cls, points: Points, references: References, weights: Floats | None = None) -> Curve:
-        """Build the curve of some operating points.
+    def of(cls, method: Method, references: References, weights: Floats | None = None) -> Curve:
+        """Build the curve of a method.
 
         Args:
-            points: (knob, outcomes), in any order, on the problems of `references`.
+            method: Its points, on the problems of `references`.
             references: Always-small and always-large.
             weights: (R, P) weights of the problems, one row for each resample; None for the data as they are.
 
         Raises:
             DataError: The points are on other problems than the references.
         """
-        references.check(points)
-        everything = [references.small, *(outcomes for _, outcomes in points), references.large]
+        references.check(method.points)
+        on_hull = [method.points[i][1] for i in method.hull]
+        everything = [references.small, *on_hull, references.large]
         accuracy = average([each.correct for each in everything], weights)
         cost = average([each.cost for each in everything], weights)
         c = per_cost(cost, cost[..., -1:])
         operating = np.zeros(c.shape, bool)
         operating[..., 1:-1] = True
-        eligible = (c <= 1) & ((c > 0) | ~operating)
-        sort_by, height = np.where(eligible, c, np.inf), np.where(eligible, accuracy, -np.inf)
-        order = np.lexsort((-height, sort_by), axis=-1)
-        c, height, operating = (np.take_along_axis(each, order, axis=-1) for each in (c, height, operating))
-        best = np.maximum.accumulate(height, axis=-1)
-        before = np.concatenate([np.full_like(best[..., :1], -np.inf), best[..., :-1]], axis=-1)
-        rises = height > before + TOLERANCE
-        kept = np.maximum.accumulate(np.where(rises, np.arange(c.shape[-1]), 0), axis=-1)
-        knots = np.take_along_axis(c, kept, axis=-1)
-        inside = rises & operating & (c < 1 - TOLERANCE)
+        kept = (c <= 1) & ((c > 0) | ~operating)
+        order = np.lexsort((operating, np.where(kept, c, np.inf)), axis=-1)  # always-small first, dropped points last
+        columns = (c, accuracy, operating, kept)
+        c, height, operating, kept = (np.take_along_axis(each, order, axis=-1) for each in columns)
+        last = np.maximum.accumulate(np.where(kept, np.arange(c.shape[-1]), 0), axis=-1)
+        knots = np.take_along_axis(c, last, axis=-1)
+        inside = kept & operating & (c < 1 - TOLERANCE)
+        mixing_from = np.maximum(knots[..., 0], np.where(inside, c, -np.inf).max(axis=-1))
         return cls(
             cost=knots,
-            accuracy=np.where(np.isnan(knots), np.nan, np.take_along_axis(height, kept, axis=-1)),
+            accuracy=np.where(np.isnan(knots), np.nan, np.take_along_axis(height, last, axis=-1)),
             small_accuracy=accuracy[..., 0],
             large_accuracy=accuracy[..., -1],
             large_cost=cost[..., -1],
-            mixing_from=np.maximum(knots[..., 0], np.where(inside, c, -np.inf).max(axis=-1)),
+            mixing_from=mixing_from,
+            end=np.ones_like(mixing_from) if method.large else mixing_from,
         )
 
     @property
@@ -162,20 +208,22 @@ class Curve:
 
     def accuracy_at(self, c: Floats) -> Floats:
         """Return (..., L) accuracies at (L,) costs; NaN at costs below the cheapest knot."""
-        place = (self.cost[..., None, :] <= c[:, None]).sum(axis=-1) - 1
+        spent = np.minimum(c, self.end[..., None])
+        place = (self.cost[..., None, :] <= spent[..., :, None]).sum(axis=-1) - 1
         (c0, c1), (a0, a1) = self._segments(place)
         width = np.where(c1 > c0, c1 - c0, 1.0)
-        value = a0 + (a1 - a0) * np.clip((c - c0) / width, 0.0, 1.0)
+        value = a0 + (a1 - a0) * np.clip((spent - c0) / width, 0.0, 1.0)
         return np.where(place >= 0, value, np.nan)
 
     def cost_at(self, pgr: Floats) -> Floats:
         """Return the least c, (..., L), at which the curve recovers (L,) shares of the gap; NaN if it never does."""
         level = self.small_accuracy[..., None] + pgr * self.gap[..., None]
-        place = (self.accuracy[..., None, :] < level[..., :, None]).sum(axis=-1)
+        best = np.maximum.accumulate(self.accuracy, axis=-1)
+        place = (best[..., None, :] < level[..., :, None] - TOLERANCE).sum(axis=-1)
         (c0, c1), (a0, a1) = self._segments(np.minimum(place, self.cost.shape[-1] - 1) - 1)
         height = np.where(a1 > a0, a1 - a0, 1.0)
-        value = np.where(place == 0, self.cost[..., :1], c0 + (c1 - c0) * (level - a0) / height)
-        return np.where(level <= self.accuracy[..., -1:] + TOLERANCE, value, np.nan)
+        value = np.where(place == 0, self.cost[..., :1], c0 + (c1 - c0) * np.minimum((level - a0) / height, 1.0))
+        return np.where(level <= best[..., -1:] + TOLERANCE, value, np.nan)
 
     def _segments(self, left: NDArray[np.intp]) -> list[tuple[Floats, Floats]]:
         """Return costs and accuracies, each at both ends of the segments that begin at some knots."""
@@ -245,18 +293,24 @@ def curve_metrics(curve: Curve) -> dict[str, Floats]:
 
 @dataclass(frozen=True)
 class EscalationGain:
-    """Accuracy gained over always-small on the problems with one number of escalations."""
+    """Accuracy gained over always-small in the solutions with one number of escalations."""
 
     escalations: int
-    problems: int
+    solutions: int
     gain: float
 
 
 def gain_by_escalations(outcomes: Outcomes, small: Outcomes) -> tuple[EscalationGain, ...]:
-    """Group problems by escalations (mean over replicas, rounded) and return each group's gain over always-small."""
+    """Group solutions by escalations and return each group's gain over always-small in the same trees.
+
+    Empty where there are no single solutions to count: of a router that draws, and of a mixture.
+    """
     outcomes.paired_with(small)
-    groups, member = np.unique(np.rint(outcomes.escalations).astype(int), return_inverse=True)
-    gain = outcomes.correct - small.correct
+    own, other = outcomes.solutions, small.solutions
+    if own is None or other is None or (np.abs(own.escalations - np.rint(own.escalations)) > TOLERANCE).any():
+        return ()
+    groups, member = np.unique(np.rint(own.escalations).astype(int), return_inverse=True)
+    gain = own.correct - other.correct
     return tuple(
         EscalationGain(int(number), int((member == i).sum()), float(gain[member == i].mean()))
         for i, number in enumerate(groups)

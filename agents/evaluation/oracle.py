@@ -5,12 +5,20 @@ They also exploit the sampling noise of the frozen draws, so they bound what can
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import pairwise
+
 import numpy as np
 
+from agents.evaluation.curves import Points, References
 from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.walk import always_trees, by_problem, outcomes_of
 from rollouts.errors import StoreError
 from trim_env.tables import DecisionTables
+
+SPREAD = 24
+LOWEST, HIGHEST = 1e-4, 1e4
+"""λ between which an oracle's are looked for, in units of one over what always-large costs more for a problem."""
 
 
 def tree_oracle(tables: DecisionTables, lam: float) -> Outcomes:
@@ -32,8 +40,45 @@ def tree_oracle(tables: DecisionTables, lam: float) -> Outcomes:
     return by_problem(tables, {name: total[tables.indices] for name, total in totals.items()})
 
 
-def query_oracle(tables: DecisionTables, lam: float) -> Outcomes:
-    """Return the outcomes of the better of always-small and always-large for every tree, known beforehand; no caps."""
+def query_oracle(tables: DecisionTables, lam: float, *, per_draw: bool = False) -> Outcomes:
+    """Return the outcomes of the better of always-small and always-large, known beforehand; no caps.
+
+    Args:
+        tables: The tables.
+        lam: λ.
+        per_draw: Choose for each tree, knowing its draws. Otherwise the choice is one for all replicas of a problem, by
+            their mean: no router that sees the question alone does better on these trees.
+    """
     small, large = always_trees(tables)
-    better = (large["correct"] - lam * large["cost"]) > (small["correct"] - lam * small["cost"])
-    return by_problem(tables, {name: np.where(better, large[name], small[name]) for name in small})
+    better = (large["correct"] - lam * large["cost"]) - (small["correct"] - lam * small["cost"])
+    if not per_draw:
+        _, position = np.unique(tables.trees.problem[tables.indices], return_inverse=True)
+        better = np.bincount(position, better).astype(float)[position]
+    return by_problem(tables, {name: np.where(better > 0, large[name], small[name]) for name in small})
+
+
+def spread_oracle(oracle: Callable[[float], Outcomes], references: References, points: int = SPREAD) -> Points:
+    """Return an oracle's points for values of λ that spread over its cost, found by bisection.
+
+    λ is halved, on a logarithmic scale, where neighbouring points are farthest apart in cost, until they are no
+    farther than the range of its costs over `points`, or cannot be told apart.
+
+    Args:
+        oracle: From λ to outcomes.
+        references: Always-small and always-large, which say what a gain may cost.
+        points: Steps that the range of costs is cut into.
+    """
+    price = max(float(references.large.cost.mean() - references.small.cost.mean()), 1e-9)
+    first, last = LOWEST / price, HIGHEST / price
+    found = {lam: oracle(lam) for lam in (first, last)}
+    cost = {lam: float(outcomes.cost.sum()) for lam, outcomes in found.items()}
+    step = (cost[first] - cost[last]) / points
+    while True:
+        gaps = [(cost[low] - cost[high], low, high) for low, high in pairwise(sorted(found)) if high > low * 1.001]
+        widest, low, high = max(gaps, default=(0.0, 0.0, 0.0))
+        if widest <= step:
+            distinct = {cost[lam]: lam for lam in found}
+            return [(lam, found[lam]) for _, lam in sorted(distinct.items())]
+        lam = (low * high) ** 0.5
+        found[lam] = oracle(lam)
+        cost[lam] = float(found[lam].cost.sum())

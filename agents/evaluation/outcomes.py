@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,13 @@ from numpy.typing import NDArray
 from rollouts.errors import DataError
 
 Floats = NDArray[np.float64]
+
+
+class Solutions(NamedTuple):
+    """Single solutions, one for each tree, in the order of the trees; arrays of shape (R,)."""
+
+    correct: Floats
+    escalations: Floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +33,7 @@ class Outcomes:
         discarded_tokens: (P,) those of them that an escalation threw away.
         escalations: (P,) steps that the large model wrote.
         steps: (P,) accepted steps.
+        solutions: What was averaged; None after mixing or taking some of the problems.
     """
 
     problem_ids: tuple[str, ...]
@@ -36,6 +44,7 @@ class Outcomes:
     discarded_tokens: Floats
     escalations: Floats
     steps: Floats
+    solutions: Solutions | None = None
 
     def __post_init__(self) -> None:
         """Check that all arrays have one value for each problem."""
@@ -47,7 +56,7 @@ class Outcomes:
     @classmethod
     def columns(cls) -> tuple[str, ...]:
         """Return the names of the arrays."""
-        return tuple(each.name for each in fields(cls) if each.name != "problem_ids")
+        return tuple(each.name for each in fields(cls) if each.name not in ("problem_ids", "solutions"))
 
     def __len__(self) -> int:
         """Return P."""

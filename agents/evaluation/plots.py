@@ -58,8 +58,8 @@ def cost_accuracy(
         _draw_oracle(axes, oracle)
     _limits(axes, drawn)
     _draw_references(axes, methods[0])
-    if any(point.metrics["c"].value > 1 for method in methods for point in method.points):
-        axes.plot([], [], "o", markerfacecolor="white", color=GREY, markersize=8, label="dearer than\nalways-large")
+    if any(not point.on_curve for method in methods for point in method.points):
+        axes.plot([], [], "o", markerfacecolor="white", color=GREY, markersize=8, label="not on the hull")
     _style(axes)
     axes.set_xlabel("Large-model tokens, % of always-large", fontsize=15, color=INK)
     axes.set_ylabel("Accuracy, %", fontsize=15, color=INK)
@@ -138,7 +138,7 @@ def _draw_method(axes: Axes, method: MethodSummary, colour: str, marker: str) ->
     axes.fill_between(c, low, high, color=colour, alpha=0.14, linewidth=0)
     knots = 100 * np.array([*method.knots, (1.0, method.knots[-1][1])])  # flat after the last
     split = 100 * method.mixing_from
-    mixed = ":" if knots[-1, 1] > knots[knots[:, 0] <= split, 1].max() else "-"
+    mixed = ":" if method.knots[-1][0] > method.mixing_from else "-"
     for part, line in ((knots[knots[:, 0] <= split], "-"), (knots[knots[:, 0] >= split], mixed)):
         axes.plot(part[:, 0], part[:, 1], line, color=colour, linewidth=2.4, zorder=3)
     for on_curve in (True, False):
@@ -152,11 +152,12 @@ def _draw_method(axes: Axes, method: MethodSummary, colour: str, marker: str) ->
 
 
 def _draw_oracle(axes: Axes, oracle: MethodSummary) -> None:
-    """Draw a clairvoyant router: a star for each of its points, joined by a line."""
+    """Draw a clairvoyant router: a line with some stars."""
     x, y = ([100 * point.metrics[name].value for point in oracle.points] for name in ("c", "accuracy"))
     axes.plot(
-        x, y, "--", marker="*", color=GREY, markersize=15, markeredgecolor="white", linewidth=1.6, label=oracle.name
-    )
+        x, y, "--", marker="*", markevery=(len(x) - 1) // 6 + 1, color=GREY, markersize=15, markeredgecolor="white",
+        linewidth=1.6, label=oracle.name,
+    )  # fmt: skip
 
 
 def _draw_references(axes: Axes, method: MethodSummary) -> None:

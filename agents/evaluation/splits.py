@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agents.evaluation.bootstrap import resample_weights
-from agents.evaluation.curves import TOLERANCE, Points, References, per_cost
+from agents.evaluation.curves import TOLERANCE, References, per_cost
 from agents.evaluation.health import Health, assess
 from agents.evaluation.outcomes import Outcomes
-from agents.evaluation.walk import references, run
+from agents.evaluation.walk import Settings, references, run
 from agents.routers.base import Constant, Router, Threshold
 from rollouts.errors import StoreError
 from rollouts.trees.arrays import CONTINUE_SMALL, Trees
@@ -23,6 +23,7 @@ from trim_env.tables import DecisionTables
 CANDIDATES = 200
 OPERATING_POINTS = 16
 Record = dict[str, float]
+Setting = TypeVar("Setting")
 
 
 def halves(trees: Trees, split: str = "validation") -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -53,7 +54,9 @@ def thresholds(tables: DecisionTables, count: int = CANDIDATES) -> list[float]:
     return [*levels.tolist(), float(np.nextafter(np.float32(levels[-1]), np.float32(2)))]
 
 
-def spread(candidates: Points, large: Outcomes, count: int = OPERATING_POINTS) -> list[tuple[float, Outcomes]]:
+def spread(
+    candidates: Sequence[tuple[Setting, Outcomes]], large: Outcomes, count: int = OPERATING_POINTS
+) -> list[tuple[Setting, Outcomes]]:
     """Choose operating points that spread over c in (0, 1).
 
     Targets are `count` equally spaced costs i / (count + 1). Each gets a candidate of its own such that the total
@@ -62,7 +65,7 @@ def spread(candidates: Points, large: Outcomes, count: int = OPERATING_POINTS) -
     never chosen. Knobs chosen here on validation are then evaluated on other problems.
 
     Args:
-        candidates: (knob, outcomes on validation), in any order.
+        candidates: (knob or router, outcomes on validation), in any order.
         large: Always escalating on the same problems.
         count: Points to choose at most.
 
@@ -105,10 +108,9 @@ class Candidates:
         ]
         self._constants = [(router, run(router, tables)) for router in (Constant(0), Constant(1))]
 
-    def spread_over(self, large: Outcomes) -> list[float]:
-        """Return the thresholds of 16 operating points that spread over the cost of always-large on the same trees."""
-        swept = [(router.knob.value, outcomes) for router, outcomes in self.thresholds]
-        return [level for level, _ in spread(swept, large)]
+    def spread_over(self, large: Outcomes) -> Settings:
+        """Return 16 thresholds that spread over the cost of always-large on the same trees."""
+        return [(router.knob.value, router, outcomes) for router, outcomes in spread(self.thresholds, large)]
 
     def best(self, lam: float) -> Baselines:
         """Return those with the greatest mean return."""

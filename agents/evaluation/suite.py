@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +14,15 @@ import tyro
 from pydantic import Field
 
 from agents.evaluation.bootstrap import Difference, holm, paired_returns, resample_weights
+from agents.evaluation.budgets import SETTINGS
 from agents.evaluation.compare import compare_curves
-from agents.evaluation.curves import Points, References
-from agents.evaluation.oracle import query_oracle, tree_oracle
-from agents.evaluation.splits import OPERATING_POINTS, Candidates, spread
+from agents.evaluation.curves import Method, References
+from agents.evaluation.oracle import query_oracle, spread_oracle, tree_oracle
+from agents.evaluation.splits import Candidates, spread
 from agents.evaluation.table import MethodSummary, as_plain, limits, summarise
-from agents.evaluation.walk import references, run
+from agents.evaluation.walk import Settings, measured, references, run
 from agents.routers import artefact
-from agents.routers.base import RandomRate, Threshold, told_cap
+from agents.routers.base import RandomRate, told_cap
 from agents.routers.mlp import ConditionedMLP, at
 from rollouts.config import Imports, settings
 from rollouts.errors import ArtefactError, ConfigError
@@ -30,6 +32,12 @@ from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
 
 TRIM_THR, RANDOM = "trim-thr", "random"
+ORACLES = {
+    "oracle": "oracle",
+    "query_oracle": "query oracle",
+    "query_oracle_per_draw": "query oracle, per draw",
+}
+"""Names of the oracles, by the field of `Evaluation` that has their summary."""
 
 
 @settings
@@ -96,7 +104,8 @@ class Evaluation:
     Attributes:
         methods: Summaries: the trained ones, TRIM-Thr, random.
         oracle: Summary of the tree oracle.
-        query_oracle: Summary of the query-level oracle.
+        query_oracle: Summary of the query-level oracle that chooses once for a problem.
+        query_oracle_per_draw: Of the one that chooses for each draw.
         at_lam: Paired comparisons with the best threshold at each λ.
         sentences: What was gained, in plain words.
         subject: Rollouts, split, caps.
@@ -105,9 +114,15 @@ class Evaluation:
     methods: tuple[MethodSummary, ...]
     oracle: MethodSummary
     query_oracle: MethodSummary
+    query_oracle_per_draw: MethodSummary
     at_lam: tuple[AtLam, ...]
     sentences: tuple[str, ...]
     subject: dict[str, Any]
+
+    @property
+    def oracles(self) -> tuple[MethodSummary, ...]:
+        """The summaries of the oracles."""
+        return self.query_oracle, self.query_oracle_per_draw, self.oracle
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -125,21 +140,26 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     agreed = _agreed(methods, trees, config)
     asked = compile_store(config.rollouts, config.scorer, config.grader, split=config.split)
     split, validation = decision_tables(asked, config.split, **agreed), decision_tables(trees, "validation", **agreed)
-    both = references(split)
-    curves: dict[str, Points] = {
-        name: [point for item in items for point in _points(item, validation, split)] for name, items in methods.items()
-    }
+    both, choosing = references(split), references(validation)
     candidates = Candidates(validation)
-    levels = candidates.spread_over(references(validation).large)
+    curves = {
+        name: measured([each for item in items for each in _settings(item, validation, choosing)], choosing, split)
+        for name, items in methods.items()
+    }
     swept = TRIM_THR if TRIM_THR not in curves else f"{TRIM_THR} (swept)"
-    curves[swept] = [(level, run(Threshold(level), split)) for level in levels]
-    curves[RANDOM] = [(rate, run(RandomRate(float(rate)), split)) for rate in np.linspace(0.05, 0.95, 10)]
-    lams = _lams(both)
-    oracles = [
-        summarise(name, [(lam, function(split, lam)) for lam in lams], both, config.seed)
-        for name, function in (("oracle", tree_oracle), ("query oracle", query_oracle))
-    ]
-    summaries = tuple(summarise(name, points, both, config.seed) for name, points in curves.items())
+    curves[swept] = measured(candidates.spread_over(choosing.large), choosing, split)
+    rates = (RandomRate(float(rate)) for rate in np.linspace(0.05, 0.95, 10))
+    curves[RANDOM] = measured([(each.rate, each, run(each, validation)) for each in rates], choosing, split)
+    oracles = {
+        "oracle": partial(tree_oracle, split),
+        "query_oracle": partial(query_oracle, split),
+        "query_oracle_per_draw": partial(query_oracle, split, per_draw=True),
+    }
+    bounds = {
+        name: summarise(ORACLES[name], Method.whole(spread_oracle(function, both)), both, config.seed)
+        for name, function in oracles.items()
+    }
+    summaries = tuple(summarise(name, method, both, config.seed) for name, method in curves.items())
     weights = resample_weights(len(both.small), seed=config.seed)
     subject = {
         "rollouts": str(config.rollouts),
@@ -153,8 +173,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     }
     return Evaluation(
         methods=summaries,
-        oracle=oracles[0],
-        query_oracle=oracles[1],
+        **bounds,
         at_lam=_at_lam(methods, candidates, split, weights),
         sentences=_sentences(list(methods), swept, curves, both, weights),
         subject=subject,
@@ -226,21 +245,14 @@ def _check_told(methods: dict[str, list[artefact.Artefact]], cap: int | None, tr
                 )
 
 
-def _points(item: artefact.Artefact, validation: DecisionTables, split: DecisionTables) -> Points:
+def _settings(item: artefact.Artefact, validation: DecisionTables, choosing: References) -> Settings:
     """Return the operating points of a router; of one for a range of λ 16, whose λ spread the cost on validation."""
     router = item.router
     if not isinstance(router, ConditionedMLP):
-        return [(router.knob.value, run(router, split))]
-    lams = np.geomspace(router.low, router.high, 4 * OPERATING_POINTS).tolist()
-    swept = [(lam, run(router.at(lam), validation)) for lam in lams]
-    chosen = spread(swept, references(validation).large, OPERATING_POINTS)
-    return [(lam, run(router.at(lam), split)) for lam, _ in chosen]
-
-
-def _lams(both: References) -> list[float]:
-    """Return values of λ that spread an oracle's cost."""
-    price = max(float(both.large.cost.mean() - both.small.cost.mean()), 1e-9)
-    return [float(lam) for lam in np.geomspace(0.01, 20, 12) / price]
+        return [(router.knob.value, router, run(router, validation))]
+    settings = [router.at(lam) for lam in np.geomspace(router.low, router.high, SETTINGS).tolist()]
+    chosen = spread([(each, run(each, validation)) for each in settings], choosing.large)
+    return [(each.knob.value, each, outcomes) for each, outcomes in chosen]
 
 
 def _at_lam(
@@ -263,7 +275,7 @@ def _at_lam(
 
 
 def _sentences(
-    trained: list[str], swept: str, curves: dict[str, Points], both: References, weights: Any
+    trained: list[str], swept: str, curves: dict[str, Method], both: References, weights: Any
 ) -> tuple[str, ...]:
     pairs = [(name, swept) for name in trained] + [(trained[0], name) for name in trained[1:]]
     said = (compare_curves((one, other), curves[one], curves[other], both, weights).sentence for one, other in pairs)
@@ -276,7 +288,7 @@ def save(evaluation: Evaluation, folder: Path) -> list[Path]:
     from agents.evaluation.table import to_csv, to_markdown
 
     folder.mkdir(parents=True, exist_ok=True)
-    everything = [*evaluation.methods, evaluation.oracle, evaluation.query_oracle]
+    everything = [*evaluation.methods, *evaluation.oracles]
     texts = {
         "results.json": json.dumps(as_plain(asdict(evaluation)), indent=1, allow_nan=False) + "\n",
         "results.csv": to_csv(everything),

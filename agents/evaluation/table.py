@@ -25,7 +25,7 @@ from agents.evaluation.curves import (
     CPT_TARGETS,
     Curve,
     EscalationGain,
-    Points,
+    Method,
     References,
     gain_by_escalations,
     point_metrics,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 MIXING_MARK = "†"
 NOTES = (
     "95 % bootstrap intervals over problems in brackets; costs in % of always escalating.",
+    "Between two operating points each problem goes to one of both at random, as for a budget (train.py --budget).",
     f"{MIXING_MARK} reached only by mixing with always-large, beyond the method's last operating point on the curve.",
 )
 
@@ -49,14 +50,15 @@ class PointSummary:
 
     Attributes:
         knob: λ, threshold or budget.
-        on_curve: Whether it may lie on the curve, 0 < c <= 1; others are reported only.
+        on_curve: Whether it is on the hull that validation chose, with 0 < c <= 1; others are reported only.
         metrics: ``accuracy``, ``c``, ``pgr``, ``ibc_gain`` (see `curves.point_metrics`).
         large_tokens: Tokens that the large model decoded.
         total_tokens: Tokens that both models decoded, discarded ones included.
         discarded_tokens: Tokens of the small model that escalations threw away.
         escalations: Steps that the large model wrote.
         steps: Accepted steps.
-        gain_by_escalations: Accuracy gained over always-small, by number of escalations.
+        gain_by_escalations: Accuracy gained over always-small, by a solution's number of escalations; empty where
+            a router draws.
     """
 
     knob: float
@@ -96,7 +98,7 @@ class MethodSummary:
             those of the point.
         by_mixing: The ``cpt_..`` that the method reaches only by mixing with always-large.
         mixing_from: c beyond which the curve is such a mixture.
-        knots: (c, accuracy) of the curve's corners.
+        knots: (c, accuracy) of the curve's corners; always-large is one of them if it is on the hull.
         band: The curve with its 95 % band.
         points: Operating points by ascending cost.
     """
@@ -117,28 +119,33 @@ class MethodSummary:
 
 
 def summarise(
-    name: str, points: Points, references: References, seed: int = 0, resamples: int = RESAMPLES
+    name: str, method: Method, references: References, seed: int = 0, resamples: int = RESAMPLES
 ) -> MethodSummary:
     """Evaluate a method by its operating points; the same seed pairs the resamples of several methods.
 
     Raises:
         DataError: There are no points, or they are on other problems than the references.
     """
+    points = method.points
     if not points:
         raise DataError(f"{name}: no operating points to summarise.")
     weights = resample_weights(len(references.small), resamples, seed)
-    curve = Curve.of(points, references)
-    metrics = curve_estimates(points, references, weights)
+    curve = Curve.of(method, references)
+    metrics = curve_estimates(method, references, weights)
 
     def point_estimates(outcomes: Outcomes) -> dict[str, Estimate]:
         return estimates(lambda chosen: point_metrics(outcomes, references, chosen), weights)
 
-    details = [_point(knob, outcomes, point_estimates(outcomes), references.small) for knob, outcomes in points]
+    details = [
+        _point(knob, outcomes, i in method.hull, point_estimates(outcomes), references.small)
+        for i, (knob, outcomes) in enumerate(points)
+    ]
     if len(points) == 1:
         metrics = details[0].metrics | metrics
     knots = np.unique(np.stack([curve.cost, curve.accuracy], axis=1), axis=0)
+    knots = knots[~(knots[:, 0] > curve.end)]
     c = np.union1d(np.linspace(0, 1, 101), knots[np.isfinite(knots[:, 0]), 0])
-    band = curve_band(points, references, weights, c)
+    band = curve_band(method, references, weights, c)
     return MethodSummary(
         name=name,
         problems=len(references.small),
@@ -156,10 +163,12 @@ def summarise(
     )
 
 
-def _point(knob: float, outcomes: Outcomes, metrics: dict[str, Estimate], small: Outcomes) -> PointSummary:
+def _point(
+    knob: float, outcomes: Outcomes, on_hull: bool, metrics: dict[str, Estimate], small: Outcomes
+) -> PointSummary:
     return PointSummary(
         knob=float(knob),
-        on_curve=0 < metrics["c"].value <= 1,
+        on_curve=on_hull and 0 < metrics["c"].value <= 1,
         metrics=metrics,
         large_tokens=float(outcomes.large_tokens.mean()),
         total_tokens=float((outcomes.large_tokens + outcomes.small_tokens).mean()),
@@ -175,7 +184,7 @@ def _percent(x: float) -> str:
 
 
 def _ratio(x: float) -> str:
-    return f"{x:.2f}"
+    return f"{round(x, 2) + 0.0:.2f}"  # no -0.00
 
 
 def _cost(x: float) -> str:
@@ -243,7 +252,7 @@ def point_rows(summary: MethodSummary) -> list[list[str]]:
     rows = [header]
     for point in summary.points:
         means = (point.large_tokens, point.total_tokens, point.discarded_tokens, point.escalations, point.steps)
-        cost = f"{100 * point.metrics['c'].value:.1f}" + ("" if point.on_curve else " (not on the curve)")
+        cost = f"{100 * point.metrics['c'].value:.1f}" + ("" if point.on_curve else " (not on the hull)")
         accuracy = _cell(point.metrics["accuracy"])
         rows.append([f"{point.knob:.4g}", cost, accuracy, *(f"{mean:,.1f}" for mean in means)])
     return rows

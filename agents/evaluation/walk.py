@@ -6,21 +6,23 @@ probabilities. What remains is the sampling of problems and of the models' texts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.evaluation.curves import References
-from agents.evaluation.outcomes import Outcomes, mix
+from agents.evaluation.curves import Method, References
+from agents.evaluation.outcomes import Outcomes, Solutions, mix
 from agents.routers.base import AnyRouter, Mixture, Router, StatefulRouter, told_cap
 from rollouts.errors import ConfigError
 from trim_env.features import left_feature
 from trim_env.graph import Decide, Decisions, Floats, Ints, Moved, Spent, walk
 from trim_env.tables import DecisionTables
 
+Settings = Sequence[tuple[float, AnyRouter | Mixture, Outcomes]]
+"""Settings of a method: knob, router, and what it comes to on the problems that choose."""
 Seen = Callable[[Ints, Ints], NDArray[np.float32]]  # (rows of nodes, large tokens left), both (n,) -> (n, d) features
 
 
@@ -34,6 +36,12 @@ def run(router: AnyRouter | Mixture, tables: DecisionTables) -> Outcomes:
     if isinstance(router, Mixture):
         return mix(run(router.first, tables), run(router.second, tables), router.share)
     return by_problem(tables, run_trees(tables, router))
+
+
+def measured(settings: Settings, choosing: References, tables: DecisionTables) -> Method:
+    """Return the settings of a method on the split of some tables; `choosing` is where their outcomes are from."""
+    points = [(knob, run(router, tables)) for knob, router, _ in settings]
+    return Method.chosen(points, [(knob, outcomes) for knob, _, outcomes in settings], choosing)
 
 
 def seen_by(router: AnyRouter, tables: DecisionTables) -> Seen:
@@ -117,4 +125,5 @@ def by_problem(tables: DecisionTables, totals: dict[str, Floats]) -> Outcomes:
     problems, position = np.unique(tables.trees.problem[tables.indices], return_inverse=True)
     replicas = np.bincount(position)
     ids = tuple(tables.trees.problem_ids[problem] for problem in problems)
-    return Outcomes(ids, *(np.bincount(position, totals[name]) / replicas for name in Outcomes.columns()))
+    means = {name: np.bincount(position, totals[name]) / replicas for name in Outcomes.columns()}
+    return Outcomes(ids, **means, solutions=Solutions(totals["correct"], totals["escalations"]))

@@ -73,7 +73,7 @@ def gather(config: EvaluateConfig, evaluation: Evaluation, trace_bytes: int = TR
         }
         for each, path, own in zip(shown, paths, marks, strict=True)
     ]
-    everything = [*evaluation.methods, evaluation.query_oracle, evaluation.oracle]
+    everything = [*evaluation.methods, *evaluation.oracles]
     traced = Traced(trees, tables.indices, paths, marks, small, large)
     answers = {each.id: each.answer for each in Store(config.rollouts).problems()}
     problems, sampling = _problems(traced, answers, config, trace_bytes)
@@ -141,7 +141,7 @@ def _subject(evaluation: Evaluation, tables: DecisionTables, seed: int) -> dict[
 
 def _kind(summary: MethodSummary, evaluation: Evaluation) -> str:
     """Return ``oracle``, ``random``, ``threshold`` or ``trained``."""
-    if summary in (evaluation.oracle, evaluation.query_oracle):
+    if summary in evaluation.oracles:
         return "oracle"
     if summary.name == RANDOM:
         return "random"

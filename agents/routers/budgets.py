@@ -48,7 +48,8 @@ def calibrate(
     """
     if (budget is None) == (accuracy is None):
         raise ConfigError("Give either a budget or an accuracy to calibrate for.")
-    hull = _hull(measured)
+    ends = upper_hull([each.share for each in measured], [each.accuracy for each in measured])
+    hull = [measured[i] for i in ends]
     name, value = ("budget", budget) if budget is not None else ("accuracy", accuracy)
     along = [each.share if name == "budget" else each.accuracy for each in hull]
     assert value is not None
@@ -68,18 +69,19 @@ def calibrate(
     return second if share == 1 else Mixture(first, second, share, Knob(name, value))
 
 
-def _hull(measured: Sequence[Measured]) -> list[Measured]:
-    """Return the upper hull of (cost, accuracy), from the cheapest to the most accurate."""
-    hull: list[Measured] = []
-    for each in sorted(measured, key=lambda each: (each.share, -each.accuracy)):
-        if hull and each.accuracy <= hull[-1].accuracy:
+def upper_hull(shares: Sequence[float] | Floats, accuracies: Sequence[float] | Floats) -> list[int]:
+    """Return positions of the points on the upper hull of accuracy over cost, the cheapest first."""
+    hull: list[int] = []
+    for i in np.lexsort((-np.asarray(accuracies), np.asarray(shares))).tolist():
+        if hull and accuracies[i] <= accuracies[hull[-1]]:
             continue
         while len(hull) > 1:
             a, b = hull[-2], hull[-1]
-            if (b.accuracy - a.accuracy) * (each.share - a.share) > (each.accuracy - a.accuracy) * (b.share - a.share):
+            rise, run = accuracies[b] - accuracies[a], shares[b] - shares[a]
+            if rise * (shares[i] - shares[a]) > (accuracies[i] - accuracies[a]) * run:
                 break
             hull.pop()
-        hull.append(each)
+        hull.append(i)
     return hull
 
 

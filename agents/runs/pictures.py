@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from agents.evaluation.splits import Validation
-from agents.evaluation.walk import run
+from agents.evaluation.table import limits, summarise
+from agents.evaluation.walk import Settings, measured, run
 from agents.learners.loop import Result
 from agents.routers.base import AnyRouter, Threshold
 
@@ -30,15 +31,13 @@ def draw_training(result: Result, validation: Validation, title: str, place: Pat
 def draw_curve(routers: Mapping[float, AnyRouter], validation: Validation, rollouts: str, folder: Path) -> None:
     """Draw the routers on the verdict half of validation, beside thresholds that the choice half chose."""
     from agents.evaluation.plots import cost_accuracy
-    from agents.evaluation.table import limits, summarise
 
-    both = validation.references[1]
-    points = [(lam, run(router, validation.verdict)) for lam, router in routers.items()]
-    chosen = validation.candidates.spread_over(validation.references[0].large)
-    simple = [(knob, run(Threshold(knob), validation.verdict)) for knob in chosen]
-    summaries = [summarise(next(iter(routers.values())).name, points, both)]
+    choosing, both = validation.references
+    found = [(lam, router, run(router, validation.choice)) for lam, router in routers.items()]
+    settings: dict[str, Settings] = {found[0][1].name: found}
     if not all(isinstance(router, Threshold) for router in routers.values()):
-        summaries.append(summarise("trim-thr", simple, both))
+        settings["trim-thr"] = validation.candidates.spread_over(choosing.large)
+    summaries = [summarise(name, measured(each, choosing, validation.verdict), both) for name, each in settings.items()]
     caps = limits(vars(validation.verdict))
     name = f"{Path(rollouts).name}, verdict half of validation" + (f", {caps}" if caps else "")
     cost_accuracy(summaries, name, folder / "curve")

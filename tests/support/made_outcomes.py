@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from agents.evaluation.curves import References
+from agents.evaluation.curves import Method, References
 from agents.evaluation.outcomes import Outcomes
 
 
@@ -27,8 +27,11 @@ def references(small=0.4, large=0.8, cost=100.0, small_cost=0.0) -> References:
     return References(level(small, small_cost), level(large, cost))
 
 
-def simulated(problems: int, shares, skill: float, seed: int = 0) -> tuple[list[tuple[float, Outcomes]], References]:
-    """Routers that spend a share of the large tokens and gain about ``share ** (1 / skill)`` of the gap."""
+def simulated(problems: int, shares, skill: float, seed: int = 0) -> tuple[Method, References]:
+    """Routers that spend a share of the large tokens and gain about ``share ** (1 / skill)`` of the gap.
+
+    Those that are cheaper than always-large are on the hull.
+    """
     generator = np.random.default_rng(seed)
     luck = generator.random(problems)
     tokens = generator.gamma(4, 100, problems)
@@ -47,4 +50,6 @@ def simulated(problems: int, shares, skill: float, seed: int = 0) -> tuple[list[
 
     small = outcomes(luck < 0.49, np.zeros(problems), small_tokens=small_tokens, steps=np.full(problems, 9.0))
     large = outcomes(luck < 0.8, tokens, escalations=np.full(problems, 6.0), steps=np.full(problems, 6.0))
-    return [(share, router(share, share ** (1 / skill))) for share in shares], References(small, large)
+    points = [(share, router(share, share ** (1 / skill))) for share in shares]
+    hull = tuple(i for i, share in enumerate(shares) if share < 1)
+    return Method(points, hull), References(small, large)

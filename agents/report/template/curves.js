@@ -34,7 +34,7 @@ function readBand(band, c) {
 function startCurves() {
   const box = byId("curve-chart");
   const legend = byId("curve-legend");
-  const hidden = new Set(["query oracle"]);
+  const hidden = new Set(data.methods.map((method) => method.name).filter((name) => name.startsWith("query oracle")));
   const state = { c: 0.2, point: null };
   let geometry = null;
 
@@ -126,9 +126,9 @@ function startCurves() {
         const end = [1, knots.at(-1)[1]];
         const solid = knots.filter(([c]) => c <= method.mixing_from + 1e-9);
         const rest = [...knots.filter(([c]) => c >= method.mixing_from - 1e-9), end];
-        const rises = rest.at(-1)[1] > rest[0][1] + 1e-9;
+        const mixed = knots.at(-1)[0] > method.mixing_from + 1e-9;
         group.append(draw("path", { class: "stroke", d: path(solid) }),
-          draw("path", { class: rises ? "stroke mixing" : "stroke", d: path(rest) }));
+          draw("path", { class: mixed ? "stroke mixing" : "stroke", d: path(rest) }));
       }
       for (const point of method.points)
         group.append(mark(method, i, point, 4.5, point.on_curve || method.kind === "oracle" ? "mark" : "mark open"));
@@ -192,7 +192,7 @@ function startCurves() {
       `gap recovered ${interval(point.pgr)}`,
       `${decimal(point.escalations, 2)} escalations per problem`,
     ];
-    if (!point.on_curve && method.kind !== "oracle") lines.push("not on the curve");
+    if (!point.on_curve && method.kind !== "oracle") lines.push("not on the hull");
     if (traceOf(where) >= 0) lines.push("click or Enter: its solutions");
     return lines;
   }

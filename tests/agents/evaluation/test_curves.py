@@ -1,4 +1,9 @@
-"""Curves and metrics against hand-worked examples, brute force, and properties that must hold for any points."""
+"""Curves and metrics against hand-worked examples, brute force, and properties that must hold for any points.
+
+Unless said otherwise the problems that choose the hull are those that it is measured on.
+"""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +14,13 @@ from made_outcomes import level, outcomes, references
 from agents.evaluation.curves import (
     Curve,
     EscalationGain,
+    Method,
     References,
     curve_metrics,
     gain_by_escalations,
     point_metrics,
 )
+from agents.evaluation.outcomes import Solutions, mix
 from agents.evaluation.splits import spread
 from rollouts.errors import DataError
 
@@ -28,17 +35,30 @@ def points_of(pairs):
     return [(float(i), level(accuracy, cost)) for i, (accuracy, cost) in enumerate(pairs)]
 
 
+def curve(points, refs, weights=None):
+    return Curve.of(Method.chosen(points, points, refs), refs, weights)
+
+
 def curve_of(pairs, small=0.25, large=0.75, scale=1.0):
     points = [(float(i), level(accuracy, scale * cost)) for i, (accuracy, cost) in enumerate(pairs)]
-    return Curve.of(points, references(small, large, scale))
+    return curve(points, references(small, large, scale))
 
 
 def brute_force(pairs, small, large):
-    """The curve by definition: a point is a knot if no point that costs at most as much is as good or better."""
-    candidates = {(0.0, small), (1.0, large)} | {(c, a) for a, c in pairs if 0 < c <= 1}
-    knots = sorted(
-        (c, a) for c, a in candidates if not any((c2, a2) != (c, a) and c2 <= c and a2 >= a for c2, a2 in candidates)
-    )
+    """The hull by definition: a point is a knot if no other, and no mixture of two others, is as good for its cost."""
+    candidates = {(0.0, small), (1.0, large)} | {(c, a) for a, c in pairs if 0 < c < 1}
+
+    def beaten(c, a):
+        others = candidates - {(c, a)}
+        if any(c2 <= c and a2 >= a for c2, a2 in others):
+            return True
+        return any(
+            c1 < c < c2 and a1 * (c2 - c) + a2 * (c - c1) >= a * (c2 - c1) - 1e-12
+            for c1, a1 in others
+            for c2, a2 in others
+        )
+
+    knots = sorted(each for each in candidates if not beaten(*each))
     return [c for c, _ in knots], [a for _, a in knots]
 
 
@@ -46,17 +66,17 @@ def test_hand_worked_curve():
     # always-small 0.4 at 0, always-large 0.8 at 100 tokens; two points: (0.1, 0.6) and (0.5, 0.76).
     # Segments: 0 -> 0.1 rises 0.2, 0.1 -> 0.5 rises 0.16, 0.5 -> 1 rises 0.04.
     points = [(2.0, level(0.76, 50)), (1.0, level(0.6, 10))]
-    curve = Curve.of(points, references())
+    found = curve(points, references())
     assert np.allclose(
-        curve.accuracy_at(np.array([0, 0.05, 0.1, 0.3, 0.5, 0.75, 1])), [0.4, 0.5, 0.6, 0.68, 0.76, 0.78, 0.8]
+        found.accuracy_at(np.array([0, 0.05, 0.1, 0.3, 0.5, 0.75, 1])), [0.4, 0.5, 0.6, 0.68, 0.76, 0.78, 0.8]
     )
     # PGR 50 % is accuracy 0.6, exactly at the first point; 80 % is 0.72, 0.12/0.16 of the way from 0.1 to 0.5;
     # 95 % is 0.78, half of the way from 0.5 to 1, hence by mixing.
-    assert curve.cpt(50) == pytest.approx(0.1)
-    assert curve.cpt(80) == pytest.approx(0.4)
-    assert curve.cpt(95) == pytest.approx(0.75)
-    assert [bool(curve.by_mixing(x)) for x in (50, 80, 90, 95)] == [False, False, False, True]
-    metrics = curve_metrics(curve)
+    assert found.cpt(50) == pytest.approx(0.1)
+    assert found.cpt(80) == pytest.approx(0.4)
+    assert found.cpt(95) == pytest.approx(0.75)
+    assert [bool(found.by_mixing(x)) for x in (50, 80, 90, 95)] == [False, False, False, True]
+    metrics = curve_metrics(found)
     assert metrics["cpt_80_cost"] == pytest.approx(40)
     # At 20 %: 0.6 + 0.16 / 4 = 0.64, PGR (0.64 - 0.4) / 0.4.
     assert metrics["accuracy_at_20"] == pytest.approx(0.64)
@@ -67,9 +87,9 @@ def test_hand_worked_delta_ibc():
     # One point (c, PGR) = (0.25, 0.5). Levels up to 0.5 lie on the line from the origin: ratio 2 at each of 50 levels.
     # Above: c = 0.25 + (p - 0.5) / 0.5 * 0.75 = 1.5 p - 0.5.
     expected = np.mean([2.0] * 50 + [p / (1.5 * p - 0.5) for p in np.arange(51, 101) / 100]) - 1
-    curve = Curve.of([(0.0, level(0.6, 25))], references())
-    assert curve.delta_ibc() == pytest.approx(expected)
-    assert Curve.of([], references()).delta_ibc() == pytest.approx(0)  # random mixing
+    found = curve([(0.0, level(0.6, 25))], references())
+    assert found.delta_ibc() == pytest.approx(expected)
+    assert curve([], references()).delta_ibc() == pytest.approx(0)  # random mixing
 
 
 def test_hand_worked_operating_point():
@@ -89,62 +109,62 @@ def test_normalised_cost_is_a_ratio_of_sums():
 
 
 def test_accuracy_above_always_large_is_kept():
-    curve = Curve.of([(0.0, level(0.9, 40))], references())
-    assert curve.accuracy_at(np.array([0.4, 0.7, 1.0])).tolist() == pytest.approx([0.9, 0.9, 0.9])
-    assert curve.cpt(95) == pytest.approx(0.4 * 0.38 / 0.5)
-    assert not curve.by_mixing(95)
-    assert curve.cpt(125) == pytest.approx(0.4)
-    assert np.isnan(curve.cpt(126))
+    found = curve([(0.0, level(0.9, 40))], references())
+    assert found.accuracy_at(np.array([0.4, 0.7, 1.0])).tolist() == pytest.approx([0.9, 0.9, 0.9])
+    assert found.cpt(95) == pytest.approx(0.4 * 0.38 / 0.5)
+    assert not found.by_mixing(95)
+    assert found.cpt(125) == pytest.approx(0.4)
+    assert np.isnan(found.cpt(126))
 
 
 def test_points_beyond_always_large_and_free_points_are_not_on_the_curve():
-    bare = Curve.of([], references())
-    curve = Curve.of([(0.0, level(0.95, 101)), (1.0, level(0.7, 0))], references())
-    assert np.array_equal(curve.accuracy_at(GRID), bare.accuracy_at(GRID))
-    assert curve.delta_ibc() == bare.delta_ibc()
-    assert curve.by_mixing(50)
+    bare = curve([], references())
+    found = curve([(0.0, level(0.95, 101)), (1.0, level(0.7, 0))], references())
+    assert np.array_equal(found.accuracy_at(GRID), bare.accuracy_at(GRID))
+    assert found.delta_ibc() == bare.delta_ibc()
+    assert found.by_mixing(50)
 
 
 def test_a_point_equal_to_always_large_does_not_count_as_reaching():
     """The threshold that always escalates is always-large: levels before it are still reached by mixing."""
-    curve = Curve.of([(0.1, level(0.6, 10)), (1.0, level(0.8, 100))], references())
-    assert curve.by_mixing(95) and not curve.by_mixing(50)
+    found = curve([(0.1, level(0.6, 10)), (1.0, level(0.8, 100))], references())
+    assert found.by_mixing(95) and not found.by_mixing(50)
 
 
 def test_dominated_last_point_does_not_hide_mixing():
-    curve = Curve.of([(0.1, level(0.6, 10)), (0.2, level(0.59, 90))], references())
-    assert curve.mixing_from == pytest.approx(0.1)
-    assert curve.by_mixing(80)
+    found = curve([(0.1, level(0.6, 10)), (0.2, level(0.59, 90))], references())
+    assert found.mixing_from == pytest.approx(0.1)
+    assert found.by_mixing(80)
 
 
 def test_cost_of_always_small_starts_the_curve():
     # With small tokens priced, always-small has c 0.2: cheaper budgets buy nothing, random mixing starts there.
-    curve = Curve.of([], references(small_cost=20))
-    assert np.isnan(curve.accuracy_at(np.array([0.1]))[0])
-    assert curve.accuracy_at(np.array([0.2, 0.6])).tolist() == pytest.approx([0.4, 0.6])
-    assert curve.cpt(50) == pytest.approx(0.6)
-    assert np.isnan(curve_metrics(curve)["accuracy_at_15"])
+    found = curve([], references(small_cost=20))
+    assert np.isnan(found.accuracy_at(np.array([0.1]))[0])
+    assert found.accuracy_at(np.array([0.2, 0.6])).tolist() == pytest.approx([0.4, 0.6])
+    assert found.cpt(50) == pytest.approx(0.6)
+    assert np.isnan(curve_metrics(found)["accuracy_at_15"])
 
 
 @pytest.mark.parametrize("large", [0.4, 0.3])
 def test_no_gap_is_undefined_and_never_an_error(large):
-    curve = Curve.of([(0.0, level(0.5, 10))], references(0.4, large))
-    metrics = curve_metrics(curve)
+    found = curve([(0.0, level(0.5, 10))], references(0.4, large))
+    metrics = curve_metrics(found)
     needs_gap = {name for name in metrics if not name.startswith("accuracy")}
     assert {name for name, value in metrics.items() if np.isnan(value)} == needs_gap
-    assert not curve.by_mixing(50)
+    assert not found.by_mixing(50)
     assert np.isnan(point_metrics(level(0.5, 10), references(0.4, large))["pgr"])
 
 
 def test_free_always_large_is_undefined():
-    metrics = curve_metrics(Curve.of([(0.0, level(0.5, 0))], references(cost=0)))
+    metrics = curve_metrics(curve([(0.0, level(0.5, 0))], references(cost=0)))
     assert all(np.isnan(value) for value in metrics.values())
 
 
 def test_other_problems_are_refused():
     other = outcomes([0.5, 0.5], [1, 1])
     with pytest.raises(DataError, match="cannot be paired"):
-        Curve.of([(0.0, other)], references())
+        curve([(0.0, other)], references())
     with pytest.raises(DataError, match="no problems"):
         References(outcomes([], []), outcomes([], []))
 
@@ -153,15 +173,15 @@ def test_other_problems_are_refused():
 def test_curve_agrees_with_brute_force(pairs, small, large):
     assume(small < large)
     knots = brute_force(pairs, small, large)
-    curve = curve_of(pairs, small, large)
-    assert np.allclose(curve.accuracy_at(GRID), np.interp(GRID, *knots))
+    found = curve_of(pairs, small, large)
+    assert np.allclose(found.accuracy_at(GRID), np.interp(GRID, *knots))
     shares = np.array([0.01, 0.5, 0.8, 0.95, 1.0])
     levels = small + shares * (large - small)
     expected = [np.interp(each, knots[1], knots[0]) for each in levels]  # accuracies of knots ascend strictly
-    assert np.allclose(curve.cost_at(shares), expected)
+    assert np.allclose(found.cost_at(shares), expected)
     steps = np.arange(1, 101) / 100
     inverse = np.interp(small + steps * (large - small), knots[1], knots[0])
-    assert curve.delta_ibc() == pytest.approx(np.mean(steps / inverse) - 1)
+    assert found.delta_ibc() == pytest.approx(np.mean(steps / inverse) - 1)
 
 
 @given(point_lists, st.sampled_from([1e-6, 0.37, 3.0, 1e5]))
@@ -174,7 +194,7 @@ def test_scale_of_costs_does_not_matter(pairs, scale):
 
 @given(point_lists, st.tuples(accuracies, costs), accuracies, costs)
 def test_a_dominated_point_changes_nothing(pairs, best, loss, extra):
-    assume(0 < best[1] <= 1)
+    assume(0 < best[1] < 1)
     before = curve_of([*pairs, best])
     after = curve_of([*pairs, best, (max(0.0, best[0] - loss), best[1] + extra)])
     assert np.array_equal(before.accuracy_at(GRID), after.accuracy_at(GRID))
@@ -191,16 +211,18 @@ def test_a_point_on_or_above_the_curve_never_lowers_it(pairs, cost, rise):
 
 @given(point_lists)
 def test_curve_and_cpt_ascend(pairs):
-    curve = curve_of(pairs)
-    assert (np.diff(curve.accuracy_at(GRID)) >= -1e-12).all()
-    cpt = curve.cost_at(np.linspace(0.01, 1, 60))
+    found = curve_of(pairs)
+    assert (np.diff(found.accuracy_at(GRID)) >= -1e-12).all()
+    cpt = found.cost_at(np.linspace(0.01, 1, 60))
     assert (np.diff(cpt) >= -1e-12).all()
     assert (cpt > 0).all() and (cpt <= 1).all()
 
 
 @given(point_lists, st.sampled_from([50, 80, 95]))
-def test_by_mixing_means_that_no_operating_point_reaches_it(pairs, percent):
-    reached = any(accuracy >= 0.25 + percent / 100 * 0.5 for accuracy, cost in pairs if 0 < cost < 1)
+def test_by_mixing_means_that_no_point_of_the_hull_reaches_it(pairs, percent):
+    reached = any(
+        a >= 0.25 + percent / 100 * 0.5 for c, a in zip(*brute_force(pairs, 0.25, 0.75), strict=True) if c < 1
+    )
     assert bool(curve_of(pairs).by_mixing(percent)) == (not reached)
 
 
@@ -215,21 +237,59 @@ def test_weights_equal_repeated_problems(pairs, counts):
     points = [(0.0, on_three(*pair)) for pair in pairs]
     refs = References(on_three(0.3, 0.0), on_three(1.0, 1.0))
     index = np.repeat(np.arange(3), counts)
-    repeated = Curve.of(
-        [(knob, each.take(index)) for knob, each in points], References(refs.small.take(index), refs.large.take(index))
-    )
+    again = References(refs.small.take(index), refs.large.take(index))
+    repeated = Curve.of(Method.whole([(knob, each.take(index)) for knob, each in points]), again)
     weights = np.array([[1 / 3] * 3, np.array(counts) / sum(counts)])
-    weighted = curve_metrics(Curve.of(points, refs, weights))
-    for i, plain in enumerate((Curve.of(points, refs), repeated)):
+    method = Method.whole(points)
+    weighted = curve_metrics(Curve.of(method, refs, weights))
+    for i, plain in enumerate((Curve.of(method, refs), repeated)):
         for name, value in curve_metrics(plain).items():
             assert weighted[name][i] == pytest.approx(float(value), nan_ok=True), name
 
 
-def test_gain_by_number_of_escalations():
-    # Problems with 0, 2 (2.4 rounded), 2 escalations gain 0, 1 and 0.5.
-    small = outcomes([1, 0, 0], 0)
-    routed = outcomes([1, 1, 0.5], 1, escalations=[0, 2.4, 2])
-    assert gain_by_escalations(routed, small) == (EscalationGain(0, 1, 0.0), EscalationGain(2, 2, 0.75))
+def test_the_hull_is_chosen_elsewhere():
+    """A point that was lucky there is paid for here, and one that was unlucky is not used."""
+    there = [(1.0, level(0.7, 20)), (2.0, level(0.5, 40)), (3.0, level(0.72, 60))]
+    here = [(1.0, level(0.5, 20)), (2.0, level(0.78, 40)), (3.0, level(0.7, 60))]
+    method = Method.chosen(here, there, references())
+    assert method.hull == (0,) and method.large  # always-small, 0.7 at 20 %, always-large: 0.72 at 60 % is below that
+    found = Curve.of(method, references())
+    assert found.accuracy_at(np.array([0.2, 0.4, 0.6, 1.0])).tolist() == pytest.approx([0.5, 0.575, 0.65, 0.8])
+    assert found.cpt(50) == pytest.approx(0.2 + 0.8 / 3)
+    assert found.mixing_from == pytest.approx(0.2)
+
+
+def test_nothing_is_spent_on_a_large_model_that_was_no_better_there():
+    there = [(1.0, level(0.85, 20))]
+    method = Method.chosen([(1.0, level(0.7, 25))], there, references())
+    assert not method.large
+    found = Curve.of(method, references())
+    assert found.accuracy_at(np.array([0.25, 0.5, 1.0])).tolist() == pytest.approx([0.7, 0.7, 0.7])
+    # but what the hull does not reach can be reached by mixing: 0.78 is 0.08 of 0.1 of the way
+    assert found.cpt(95) == pytest.approx(0.25 + 0.75 * 0.8) and found.by_mixing(95)
+    assert np.isfinite(found.delta_ibc())
+
+
+def test_a_curve_that_falls_is_read_where_it_first_reaches():
+    method = Method((((1.0, level(0.7, 20))), (2.0, level(0.6, 40))), (0, 1))
+    found = Curve.of(method, references())
+    assert found.accuracy_at(np.array([0.2, 0.3, 0.4])).tolist() == pytest.approx([0.7, 0.65, 0.6])
+    assert found.cpt(75) == pytest.approx(0.2) and found.cpt(90) == pytest.approx(0.4 + 0.6 * 0.8)
+
+
+def with_solutions(problems, correct, counts):
+    whole = outcomes(np.full(problems, 0.5), 1)
+    return replace(whole, solutions=Solutions(np.array(correct, float), np.array(counts, float)))
+
+
+def test_gain_by_number_of_escalations_counts_solutions():
+    # Two problems with two solutions each: 0 and 2 escalations, 2 and 1.
+    small = with_solutions(2, [1, 0, 0, 1], [0, 0, 0, 0])
+    routed = with_solutions(2, [1, 1, 0, 0], [0, 2, 2, 1])
+    wanted = EscalationGain(0, 1, 0.0), EscalationGain(1, 1, -1.0), EscalationGain(2, 2, 0.5)
+    assert gain_by_escalations(routed, small) == wanted
+    assert gain_by_escalations(with_solutions(2, [1, 1, 0, 0], [0, 0.4, 2, 1]), small) == ()  # it draws
+    assert gain_by_escalations(mix(routed, small, 0.5), small) == ()
 
 
 def test_spread_takes_nearest_candidates_to_equally_spaced_targets():

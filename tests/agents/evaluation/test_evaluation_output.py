@@ -15,7 +15,7 @@ from made_outcomes import level, outcomes, references, simulated
 
 from agents.evaluation.bootstrap import resample_weights
 from agents.evaluation.compare import compare_curves, number
-from agents.evaluation.curves import References
+from agents.evaluation.curves import Method, References
 from agents.evaluation.plots import cost_accuracy, training_curve
 from agents.evaluation.table import (
     as_plain,
@@ -42,7 +42,7 @@ def summaries():
 @pytest.fixture(scope="module")
 def without_gap():
     refs = References(outcomes([1, 1, 0], 0), outcomes([1, 0, 0], 10))
-    return summarise("lost", [(0.5, outcomes([1, 1, 0], 3))], refs, resamples=50)
+    return summarise("lost", Method.whole([(0.5, outcomes([1, 1, 0], 3))]), refs, resamples=50)
 
 
 def test_summary_holds_points_by_cost_and_flags(summaries):
@@ -55,7 +55,6 @@ def test_summary_holds_points_by_cost_and_flags(summaries):
     point = good.points[0]
     assert point.discarded_tokens == pytest.approx(0.8 * point.large_tokens)
     assert point.total_tokens > point.large_tokens
-    assert sum(group.problems for group in point.gain_by_escalations) == 200
 
 
 def to_json(summaries):
@@ -75,7 +74,7 @@ def test_table_marks_mixing_and_leaves_gaps(summaries):
     assert rows["Accuracy, %"][0] == "–"
     value = summaries[1].metrics["accuracy"]
     assert rows["Accuracy, %"][1] == f"{100 * value.value:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
-    assert "not on the curve" in point_rows(summaries[0])[-1][1]
+    assert "not on the hull" in point_rows(summaries[0])[-1][1]
 
 
 def test_undefined_is_said(without_gap):
@@ -88,7 +87,7 @@ def test_undefined_is_said(without_gap):
 
 def test_share_of_undefined_resamples_is_shown():
     refs = References(outcomes([1, 0, 0], 0), outcomes([1, 0, 1], 10))
-    summary = summarise("few", [(0.0, outcomes([1, 0, 0.5], 2))], refs, resamples=200)
+    summary = summarise("few", Method.whole([(0.0, outcomes([1, 0, 0.5], 2))]), refs, resamples=200)
     cell = next(row[1] for row in method_rows([summary]) if row[0] == "ΔIBC")
     assert f"undefined in {100 * summary.metrics['delta_ibc'].undefined:.1f} % of resamples" in cell
 
@@ -130,7 +129,7 @@ def test_rich_table_prints_brackets(summaries):
 
 def test_no_points_is_an_error():
     with pytest.raises(DataError, match="no operating points"):
-        summarise("empty", [], references())
+        summarise("empty", Method.whole([]), references())
 
 
 def test_figures_are_written_and_the_same_each_time(summaries, tmp_path):
@@ -148,7 +147,7 @@ def test_figure_without_a_gap(without_gap, tmp_path):
 def test_figure_refuses_methods_on_different_problems(summaries, without_gap, tmp_path):
     with pytest.raises(DataError, match="same problems"):
         cost_accuracy([*summaries, without_gap], "made up", tmp_path / "mixed")
-    free = summarise("free", [(0.0, level(0.5, 0))], references(cost=0), resamples=20)
+    free = summarise("free", Method.whole([(0.0, level(0.5, 0))]), references(cost=0), resamples=20)
     with pytest.raises(DataError, match="above 0"):
         cost_accuracy([free], "made up", tmp_path / "free")
 
@@ -212,14 +211,14 @@ def test_sentences_of_curves():
 
 def test_sentence_of_curves_without_a_gap():
     refs = References(solved(100, 0), solved(90, 100))
-    points = [(0.0, solved(110, 50))]
+    points = Method.whole([(0.0, solved(110, 50))])
     assert compare_curves(NAMES, points, points, refs, WEIGHTS).sentence.startswith("There is no gap to recover")
 
 
 def test_sentence_of_curves_with_an_uncertain_gap_makes_no_claim():
     # always-large solves 3 problems more: 5 % of the resamples have no gap.
     refs = References(solved(100, 0), solved(103, 100))
-    cheap, dear = [(0.0, solved(103, 5))], [(0.0, solved(103, 80))]
+    cheap, dear = (Method.whole([(0.0, solved(103, cost))]) for cost in (5, 80))
     found = compare_curves(NAMES, cheap, dear, refs, WEIGHTS)
     assert found.metrics["cpt_80_percent"].high < 0
     assert found.sentence.startswith("No difference in the cost of recovering")
