@@ -43,6 +43,7 @@ MODES = (
     "separator",
     "negative",
     "lame",
+    "quiet",
 )
 _WRITES = {"surrogate": "a\ud800b\n\n", "separator": "a\u2028b\x85c\n\n"}
 _SLOW_S = 5.0  # how much longer mode slow takes
@@ -281,11 +282,21 @@ class Upstream:
             choice, tokens = {**choice, "token_ids": None}, -5
         if self.mode in _WRITES and not probe:
             choice |= {"text": _WRITES[self.mode]}
+        if body.get("logprobs") and self.mode != "quiet":
+            told = [_logprob(f"{body['prompt']} {place}") for place in range(tokens)]
+            choice["logprobs"] = {"token_logprobs": told, "top_logprobs": [{"token_id:5": each} for each in told]}
+        if body.get("prompt_logprobs") is not None:
+            given = [{str(each): {"logprob": _logprob(f"{place} {each}")}} for place, each in enumerate(body["prompt"])]
+            choice["prompt_logprobs"] = [None, *given[1:]]
         return {"choices": [choice], "usage": {"completion_tokens": tokens}}, 0 if probe else tokens
 
     def _log(self, note: Note) -> None:
         if self._sink is not None:
             os.write(self._sink, note.line().encode())
+
+
+def _logprob(words: str) -> float:
+    return -(zlib.crc32(words.encode()) % 300) / 100
 
 
 def _stamping() -> type[asyncio.Protocol]:

@@ -138,11 +138,13 @@ class GeneratorConfig(ModelConfig):
     Attributes:
         system_prompt: System message of the chat template; an empty one (``system_prompt = ""``) is not sent.
         sampling: Sampling parameters.
+        logprobs: Keep statistics of the log-probabilities of each step's tokens with it, where the backend tells.
         chat_only: The server cannot continue a partial answer: ask for single steps by chat (large model only).
     """
 
     system_prompt: SystemPrompt = "Please reason step by step, and put your final answer within \\boxed{}."
     sampling: Sampling = Sampling()
+    logprobs: bool = True
     chat_only: bool = False
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date as Date
 from datetime import timedelta
 from functools import cache, cached_property
@@ -26,6 +26,7 @@ from rollouts.scoring.prm import RewardScorer
 from rollouts.scoring.self_evaluation import SelfEvaluationScorer
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
+from rollouts.text.likelihood import LOOKED_AT, STATISTICS
 from rollouts.text.prompts import PromptFormat, RewardFormat, has_room, load_tokenizer
 from rollouts.text.steps import DELIMITER, ROLES
 
@@ -188,7 +189,8 @@ class Family:
         with self._backend(role, model, store, writes=True) as backend:
             window, sampling = backend.window, model.sampling
             rules = StepRules(role, self.prompts(role), window, sampling, self.limits, self.fits, self.seed)
-            yield StepModel(backend, rules)
+            told = model.logprobs and backend.capabilities.logprobs
+            yield StepModel(backend, replace(rules, likelihood=told))
 
     @contextmanager
     def _backend(
@@ -235,6 +237,29 @@ class Family:
                 ("scorer", scorer.model) if scorer.model else (scorer.under, self.config.generator(scorer.under))
             )
             store.refuse_others("scores", self.scorer_name, {role: self.identity(model)})
+
+    @contextmanager
+    def open_statistics(self, role: str, store: Store) -> Iterator[LikelihoodScorer]:
+        """Load a generating model to look at steps: its own, of the large model also what the small one wrote.
+
+        Raises:
+            ConfigError: It can only be asked by chat, or its backend gives no log-probabilities of prompts.
+        """
+        if self.config.generator(role).chat_only:
+            self.statistics(role, None)
+        with self._backend(role, self.config.generator(role), store) as backend:
+            yield self.statistics(role, backend)
+
+    def statistics(self, role: str, backend: Backend | None) -> LikelihoodScorer:
+        """Return what looks at steps with a generating model that is loaded.
+
+        Raises:
+            ConfigError: It can only be asked by chat (None), or its backend gives no log-probabilities of prompts.
+        """
+        if backend is None:
+            raise ConfigError(f"{role}: a model that can only be asked by chat gives no log-probabilities of prompts.")
+        name = self.config.generator(role).display_name
+        return LikelihoodScorer(role, backend, self.prompts(role), name, STATISTICS, LOOKED_AT[role])
 
     @contextmanager
     def open_scorer(self, store: Store) -> Iterator[Scorer]:

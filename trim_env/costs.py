@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.plugins import is_plugin, load_plugin, loaded_plugin
+from rollouts.text.steps import LARGE, ROLES, SMALL
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees
+from trim_env.features import Schema
+
+SCORER = "scorer"
 
 
 @runtime_checkable
@@ -56,6 +60,9 @@ class TokenPrices:
         large_prefill: Per token of the prefix that it reads, at every escalation (no cache).
         small_decode: Per token that the small model decodes, accepted or not.
         small_prefill: Per token of the prefix that it reads, at every step (no cache).
+        scorer_prefill: Per token that a scorer reads, where its scores are: prefix and proposal, at every step.
+        large_cached: Per token of the prefix where the large model looks at every proposal, and so has read it before;
+            the proposal's tokens cost `large_prefill`. None: as `large_prefill`.
         unit: What a cost of 1 is.
     """
 
@@ -64,6 +71,8 @@ class TokenPrices:
     large_prefill: float = 0.0
     small_decode: float = 0.0
     small_prefill: float = 0.0
+    scorer_prefill: float = 0.0
+    large_cached: float | None = None
     unit: str = "large-model tokens"
 
     def of(self, tokens: NDArray[Any], prompt_tokens: NDArray[Any]) -> NDArray[np.float64]:
@@ -75,14 +84,60 @@ class TokenPrices:
         cost[:, large] += self.large_decode * tokens[:, large] + self.large_prefill * prompt_tokens[:, large]
         return cost
 
+    def of_signals(
+        self, tokens: NDArray[Any], prompt_tokens: NDArray[Any], sources: frozenset[str]
+    ) -> NDArray[np.float64]:
+        """Return the (n, 2) further cost of what is read of a proposal to decide (`sources_of`)."""
+        small, large = CONTINUE_SMALL, ESCALATE_LARGE
+        prefix, own = np.asarray(prompt_tokens, np.float64), np.asarray(tokens[:, small], np.float64)
+        cost = np.zeros((len(tokens), 2))
+        if SCORER in sources:
+            cost += (self.scorer_prefill * (prefix[:, small] + own))[:, None]
+        if LARGE in sources:
+            cached = self.large_prefill if self.large_cached is None else self.large_cached
+            cost += (cached * prefix[:, small] + self.large_prefill * own)[:, None]
+            cost[:, large] += (cached - self.large_prefill) * prefix[:, large]
+        return cost
 
-def edge_costs(model: CostModel, trees: Trees) -> NDArray[np.float64]:
+
+def sources_of(schema: Schema, scorer: str) -> frozenset[str]:
+    """Return who has to read a proposal for a router with these features: ``scorer``, ``large``, both or none.
+
+    What the small model makes of its own tokens costs nothing: it is known once they are decoded.
+
+    Args:
+        schema: The features.
+        scorer: Score table, or column of one, that the score comes from.
+    """
+    read = {name.rpartition(".")[0] for name in schema.signals}
+    if "score" in schema.facts:
+        read.add(next((role for role in ROLES if scorer in (role, f"{role}.{scorer.rpartition('.')[2]}")), scorer))
+    return frozenset(LARGE if table == LARGE else SCORER for table in read - {SMALL})
+
+
+def cost_of(
+    model: CostModel, tokens: NDArray[Any], prompt_tokens: NDArray[Any], sources: frozenset[str]
+) -> NDArray[np.float64]:
+    """Return what both actions cost at n decisions, an array of shape (n, 2), with what is read to decide."""
+    cost = np.array(model.of(tokens, prompt_tokens), np.float64)
+    if not sources or not charges_signals(model):
+        return cost
+    assert isinstance(model, TokenPrices)
+    return cost + model.of_signals(tokens, prompt_tokens, sources)
+
+
+def charges_signals(model: CostModel) -> bool:
+    """Whether it costs anything to read proposals."""
+    return isinstance(model, TokenPrices) and any((model.scorer_prefill, model.large_prefill, model.large_cached))
+
+
+def edge_costs(model: CostModel, trees: Trees, sources: frozenset[str] = frozenset()) -> NDArray[np.float64]:
     """Return the (N, 2) cost of taking each action at each node; NaN where the proposal was not generated.
 
     Raises:
         ConfigError: The model gives no such array, or costs that are no numbers of at least 0.
     """
-    cost = np.array(model.of(trees.tokens, trees.prompt_tokens), np.float64)
+    cost = cost_of(model, trees.tokens, trees.prompt_tokens, sources)
     if cost.shape != trees.tokens.shape or not (np.isfinite(cost) & (cost >= 0)).all():
         raise ConfigError(
             f"Cost model {model.name!r} gave an array of shape {cost.shape} for {trees.nodes:,} decisions, with values "
@@ -96,7 +151,14 @@ _NAMED = {
     "decode-only": TokenPrices("decode-only"),
     "prefill-20": TokenPrices("prefill-20", large_decode=1.2),
 }
-_PRICES = ("large_in", "large_out", "small_in", "small_out")
+_PRICES = {
+    "large_in": "large_prefill",
+    "large_out": "large_decode",
+    "large_cached": "large_cached",
+    "small_in": "small_prefill",
+    "small_out": "small_decode",
+    "scorer_in": "scorer_prefill",
+}
 
 
 def cost_model(spec: str | CostModel, *, imports: bool = False) -> CostModel:
@@ -106,7 +168,8 @@ def cost_model(spec: str | CostModel, *, imports: bool = False) -> CostModel:
     - ``prefill-20``: 1.2 times that (the paper's conservative variant).
     - ``prefill-full:PRICE``: decoded tokens, and PRICE for each token of the prefix at every escalation.
     - ``prices:large_in=3,large_out=15,small_in=0.1,small_out=0.2``: US dollars per million tokens; what is left
-      out is free. Then `lam` is per dollar.
+      out is free. Then `lam` is per dollar. What routers read is charged to those that read it: ``scorer_in``, and
+      ``large_cached`` and ``large_in`` where the large model looks at proposals (`TokenPrices`).
     - ``module:object``: a `CostModel` of one's own.
 
     Args:
@@ -125,14 +188,13 @@ def cost_model(spec: str | CostModel, *, imports: bool = False) -> CostModel:
     if name == "prefill-full":
         return TokenPrices(spec, large_prefill=_price(spec, argument))
     if name == "prices":
-        prices = dict.fromkeys(_PRICES, 0.0)
+        prices: dict[str, Any] = {"large_decode": 0.0, "unit": "US dollars"}
         for item in argument.split(","):
             key, _, value = item.partition("=")
-            if key not in prices:
+            if key not in _PRICES:
                 raise ConfigError(f"Cost model {spec!r}: unknown price {key!r}.{did_you_mean(key, _PRICES)}")
-            prices[key] = _price(spec, value) / 1e6
-        decode, prefill = prices["large_out"], prices["large_in"]
-        return TokenPrices(spec, decode, prefill, prices["small_out"], prices["small_in"], unit="US dollars")
+            prices[_PRICES[key]] = _price(spec, value) / 1e6
+        return TokenPrices(spec, **prices)
     if is_plugin(spec):
         own = (load_plugin if imports else loaded_plugin)(spec, "Cost model")
         if not isinstance(own, CostModel) or isinstance(own, type):

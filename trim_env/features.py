@@ -8,6 +8,11 @@ its schema; a policy is never fed another one's features. Own features need no c
     doubtful = Feature("score below 0.1", 0, 1, ("score",), lambda score: score < 0.1)
 
     python train.py --schema agg+,my_module:doubtful
+
+Columns of score tables, such as what the models make of a step, are features by name, each with a transform of its
+own (`standard`), and so is the least or greatest value among the accepted steps:
+
+    python train.py --schema "free,least(large.min_logprob)"
 """
 
 from __future__ import annotations
@@ -23,11 +28,12 @@ from numpy.typing import NDArray
 
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.plugins import is_plugin, load_plugin, loaded_plugin
-from rollouts.trees.columns import COLUMNS, FACTS, FOLDS, Columns, Fold
+from rollouts.trees.columns import COLUMNS, FACTS, FOLDS, Columns, Fold, fold_named, is_signal
 
 Floats = NDArray[np.float64]
 _CLIP = 1e-4  # scores are clipped to [1e-4, 1 - 1e-4] before the logit: PRM scores pile up at 0 and 1
 _TYPICAL_TOKENS = 20.0
+_NATS = (1e-4, 1e3)  # log-probabilities and entropies are clipped to this size before their logarithm
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class Schema:
                 if isinstance(column, Fold) and folds.setdefault(column.name, column) != column:
                     raise ConfigError(f"Feature {feature.name!r}: another column is called {column.name!r}.")
                 name, known = (column.fact, FACTS) if isinstance(column, Fold) else (column, folds)
-                if name not in known:
+                if name not in known and not is_signal(name):
                     raise ConfigError(f"Feature {feature.name!r}: no column {name!r}.{did_you_mean(name, known)}")
 
     def __reduce__(self) -> Any:
@@ -122,8 +128,14 @@ class Schema:
 
     @cached_property
     def facts(self) -> frozenset[str]:
-        """Names of the facts of a step that the features or their folds read (`rollouts.trees.columns.FACTS`)."""
-        return frozenset(FACTS) & {*self.reads, *(fold.fact for fold in self.folds)}
+        """Names of the facts of a step that the features or their folds read (`rollouts.trees.columns`)."""
+        read = {*self.reads, *(fold.fact for fold in self.folds)} - {fold.name for fold in self.folds}
+        return frozenset(name for name in read if name in FACTS or is_signal(name))
+
+    @cached_property
+    def signals(self) -> tuple[str, ...]:
+        """Names of the columns of score tables that the features or their folds read."""
+        return tuple(sorted(filter(is_signal, self.facts)))
 
     @cached_property
     def _computed(self) -> list[tuple[Callable[[Any], Any], Callable[[Columns], Any]]]:
@@ -205,6 +217,13 @@ def logit(score: Floats) -> Floats:
     return result
 
 
+def nats(value: Floats) -> Floats:
+    """Return how sure a log-probability or an entropy is: -ln of its size, clipped, divided by 3; about -2.3 to 3."""
+    size = np.minimum(np.maximum(np.abs(np.asarray(value, np.float64)), _NATS[0]), _NATS[1])
+    result: Floats = -np.log(size) / 3
+    return result
+
+
 def _plain(name: str) -> Feature:
     return Feature(name, 0, 1, (name,), lambda column: column)
 
@@ -220,6 +239,42 @@ _LOG_TOKENS = Feature(
 _AGG = (_plain("score"), _plain("min_score"), _TOKENS, _STEP)
 _ENDS = (_plain("terminal"), _plain("has_answer"))
 
+_SURE, _UNSURE = (float(nats(np.array(size))) for size in _NATS)
+
+
+def standard(column: str) -> Feature | None:
+    """Return the feature of a column by its name; None if there is no such column.
+
+    Scores become log-odds, log-probabilities and entropies the logarithm of their size, higher is surer; others'
+    columns are compressed as arcsinh does. A fold is ``least(COLUMN)`` or ``greatest(COLUMN)``.
+    """
+    if column in _STANDARD:
+        return _STANDARD[column]
+    fold = fold_named(column)
+    fact = fold.fact if fold else column
+    if not (is_signal(fact) or (fold and fact in FACTS)):
+        return None
+    read, own = (fold or column,), fact.rpartition(".")[2]
+    if own.endswith(("_logprob", "_entropy")):
+        return Feature(column, _UNSURE, _SURE, read, nats)
+    if own == "score":
+        return Feature(column, -_LOGIT_BOUND, _LOGIT_BOUND, read, logit)
+    return Feature(column, -12, 12, read, np.arcsinh)
+
+
+_STANDARD = {
+    "score": _LOGIT, "min_score": _LOGIT_MIN, "product_score": _plain("product_score"), "tokens": _LOG_TOKENS,
+    "step": _STEP, "terminal": _ENDS[0], "has_answer": _ENDS[1],
+}  # fmt: skip
+
+
+def _of(*columns: str) -> tuple[Feature, ...]:
+    return tuple(feature for feature in map(standard, columns) if feature)
+
+
+_SHAPE = ("tokens", "step", "terminal", "has_answer")
+_FREE = ("small.min_logprob", "small.mean_logprob", "small.max_entropy", "least(small.min_logprob)")
+
 SCHEMAS: dict[str, Schema] = {
     schema.name: schema
     for schema in (
@@ -227,6 +282,9 @@ SCHEMAS: dict[str, Schema] = {
         Schema("agg+prod", 1, (*_AGG, _plain("product_score"))),
         Schema("agg+", 1, (_LOGIT, _LOGIT_MIN, _LOG_TOKENS, _STEP, *_ENDS)),
         Schema("seq", 1, (_LOGIT, _LOG_TOKENS, _STEP, *_ENDS), history=2),
+        Schema("free", 1, _of(*_FREE, *_SHAPE)),
+        Schema("prefill", 1, _of(*_FREE, "large.min_logprob", *_SHAPE)),
+        Schema("all", 1, _of(*_FREE, "large.min_logprob", *_SHAPE, "score", "min_score")),
     )
 }
 DEFAULT_SCHEMA = "agg+"
@@ -250,8 +308,9 @@ def left_feature(left: NDArray[np.int64] | int, cap: int) -> NDArray[np.float32]
 def schema_named(name: str | Schema, *, imports: bool = False) -> Schema:
     """Return a schema by its name, or as it is: ``agg+``, or ``module:object`` of a `Schema` of one's own.
 
-    ``agg+,module:object,...`` adds `Feature` objects to a schema. Every part may name its version, ``agg+/1``: so does
-    the `Schema.id` that artefacts hold.
+    ``agg+,module:object,...`` adds `Feature` objects to a schema, ``agg+,small.min_logprob,...`` columns (`standard`),
+    of which it may also consist altogether. Every part may name its version, ``agg+/1``: so does the `Schema.id` that
+    artefacts hold.
 
     Args:
         name: The name.
@@ -266,6 +325,8 @@ def schema_named(name: str | Schema, *, imports: bool = False) -> Schema:
     first, *added = name.split(",")
     plain, version = _versioned(first)
     schema = SCHEMAS.get(plain)
+    if schema is None and (alone := standard(plain)):
+        schema = Schema(plain, alone.version, (alone,))
     if schema is None:
         if not is_plugin(plain):
             raise ConfigError(f"Unknown feature schema {first!r}.{did_you_mean(plain, SCHEMAS)}")
@@ -274,7 +335,7 @@ def schema_named(name: str | Schema, *, imports: bool = False) -> Schema:
     _check_version("Feature schema", plain, schema.version, version)
     for part in added:
         plain, version = _versioned(part)
-        feature = _own(plain, Feature, imports)
+        feature = standard(plain) or _own(plain, Feature, imports)
         _check_version("Feature", plain, feature.version, version)
         schema = Schema(f"{schema.id},{plain}", feature.version, (*schema.features, feature), schema.history)
     return schema

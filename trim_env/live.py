@@ -21,7 +21,7 @@ from rollouts.trees.columns import Folded
 from rollouts.trees.grow import Labeller
 from rollouts.trees.live import LiveTrees
 from rollouts.trees.on_policy import Episode, act, observe
-from trim_env.costs import CostModel, cost_model
+from trim_env.costs import CostModel, cost_model, cost_of, sources_of
 from trim_env.episodes import Array, EpisodesVectorEnv, Lam, Steps, unknown_problem
 from trim_env.features import DEFAULT_SCHEMA, Schema, schema_named
 from trim_env.tables import checked_cap, checked_token_cap, cut, draw
@@ -61,6 +61,7 @@ class LiveVectorEnv(EpisodesVectorEnv):
         max_large_tokens: int | None = None,
         replicas: int | None = None,
         labeller: Labeller | None = None,
+        others: Sequence[Scorer] = (),
         trees_in_memory: int = 1024,
         autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
     ) -> None:
@@ -81,6 +82,7 @@ class LiveVectorEnv(EpisodesVectorEnv):
                 steps all the same; what an episode pays and accepts is what a request cut off there would give.
             replicas: Replicas of every problem; None: those that the store has, at least one.
             labeller: Exact labels of steps, for stores that have them.
+            others: Further scorers, whose columns the schema reads.
             trees_in_memory: About the most trees kept in memory; those of running episodes always are.
             autoreset_mode: When episodes that end are replaced.
 
@@ -103,7 +105,8 @@ class LiveVectorEnv(EpisodesVectorEnv):
             caps = checked_cap(None, max_escalations), checked_token_cap(max_large_tokens)
             pool = np.arange(len(self._roots))
             super().__init__(num_envs, pool, self.schema, steps, lam, *caps, autoreset_mode=autoreset_mode)
-            self._live = LiveTrees(store, writers, scorer, grader, labeller=labeller)
+            self._live = LiveTrees(store, writers, scorer, grader, labeller=labeller, others=others)
+            self._sources = sources_of(self.schema, scorer.name)
             self._memory = trees_in_memory
             self._episodes: list[Episode] = [None] * num_envs  # type: ignore[list-item]
             self._broken = False
@@ -142,7 +145,7 @@ class LiveVectorEnv(EpisodesVectorEnv):
     def _take(self, which: Any, action: Array) -> Steps:
         episodes = self._at(which)
         tokens, prompts = self._written(episodes, action)
-        cost = self.cost_model.of(tokens, prompts)[np.arange(len(episodes)), action]
+        cost = cost_of(self.cost_model, tokens, prompts, self._sources)[np.arange(len(episodes)), action]
         small, large = tokens[:, ROLES.index(SMALL)], tokens[:, ROLES.index(LARGE)]
         cut_off = np.zeros(len(episodes), bool)
         if self._token_cap is not None:
@@ -196,7 +199,12 @@ class LiveVectorEnv(EpisodesVectorEnv):
         return found
 
     def _features(self, which: Any) -> Array:
-        features = self.schema(observe(self._live, self._at(which)))
+        columns = observe(self._live, self._at(which))
+        for name in self.schema.signals:
+            if name not in columns or np.isnan(columns[name]).any():
+                raise StoreError(f"Schema {self.schema.name} reads {name}, which some proposals lack: its scorer is to "
+                                 "be at hand (`others`), or the model to tell it with its steps.")  # fmt: skip
+        features = self.schema(columns)
         self._live.grade()
         if self.schema.history:
             self._remember()
@@ -253,8 +261,15 @@ def open_live(store: str | Path, models: str = "tinymath", **options: Any) -> It
     Store.create(opened.path, family.process(process["max_escalations"], labels=process["labels"]))
     with opened.writing(), ExitStack() as stack:
         writers = {role: stack.enter_context(family.open(role, opened)) for role in ROLES}
-        scorer = stack.enter_context(family.open_scorer(opened))
-        env = LiveVectorEnv(opened, writers, scorer, labeller=label_of(opened), **options)
+        read = schema_named(options.get("schema", DEFAULT_SCHEMA), imports=True).signals
+        scorers: list[Scorer] = []
+        if family.config.scorer is not None:
+            scorers.append(stack.enter_context(family.open_scorer(opened)))
+        for role in ROLES:  # without a scorer, the small model's statistics are the score
+            if any(name.startswith(f"{role}.") for name in read) or not scorers:
+                scorers.append(family.statistics(role, getattr(writers[role], "backend", None)))
+        scorer, *others = scorers
+        env = LiveVectorEnv(opened, writers, scorer, labeller=label_of(opened), others=others, **options)
         stack.callback(env.close)
         yield env
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rollouts.errors import ConfigError
+from rollouts.errors import ConfigError, StoreError, did_you_mean
+from rollouts.store.store import score_command
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees
 from rollouts.trees.columns import columns_of
 from rollouts.trees.compile import compile_store
-from trim_env.costs import CostModel, cost_model, edge_costs
+from trim_env.costs import CostModel, charges_signals, cost_model, edge_costs, sources_of
 from trim_env.features import DEFAULT_SCHEMA, Schema, schema_named
 
 if TYPE_CHECKING:
@@ -119,6 +121,18 @@ class DecisionTables:
             at = np.where(depth >= back, before[at] // 2, at)
         return self.schema.observed(self.features[rows], past, depth)
 
+    def charged(self, schema: str | None) -> DecisionTables:
+        """Return the tables with what a router with this schema pays for what it reads; None: it reads nothing."""
+        if not charges_signals(self.cost_model):
+            return self
+        wanted, own = (
+            frozenset[str]() if each is None else sources_of(schema_named(each), self.trees.meta["scorer"])
+            for each in (schema, self.schema)
+        )
+        if wanted == own:
+            return self
+        return replace(self, cost=np.nan_to_num(edge_costs(self.cost_model, self.trees, wanted).reshape(-1)))
+
     def in_schema(self, name: str) -> NDArray[np.float32]:
         """Return (N, d) features of the same nodes in another schema, given by its name or ``name/version``."""
         schema = schema_named(name)
@@ -173,7 +187,7 @@ def decision_tables(
         features=_features(trees, schema),
         accepted=_accepted(trees, schema),
         child=np.array(trees.child.reshape(-1), np.int64),
-        cost=np.nan_to_num(edge_costs(model, trees).reshape(-1)),
+        cost=np.nan_to_num(edge_costs(model, trees, sources_of(schema, trees.meta["scorer"])).reshape(-1)),
         solved=np.array(trees.correct.reshape(-1) == 1, np.float64),
         large_tokens=large.reshape(-1),
         small_tokens=small.reshape(-1),
@@ -181,11 +195,39 @@ def decision_tables(
 
 
 def _features(trees: Trees, schema: Schema) -> NDArray[np.float32]:
+    _check_signals(trees, schema)
     features = schema(columns_of(trees, folds=schema.folds))
     odd = np.isnan(features[trees.child[:, CONTINUE_SMALL] != MISSING]).any(axis=0)
     if odd.any():
         raise ConfigError(f"Feature {schema.features[int(odd.argmax())].name!r} is not a number at some decisions.")
     return features
+
+
+def rollouts_hash(trees: Trees, schema: str | Schema) -> str:
+    """Return the hash of what a router with these features is trained on: of columns of score tables only those."""
+    read = schema_named(schema).signals
+    if not set(read) <= trees.signals.keys():
+        return f"{trees.meta['hash']}, without {', '.join(read)}"
+    digest = hashlib.blake2b(digest_size=6)
+    for name in read:
+        digest.update(name.encode() + trees.signals[name].tobytes())
+    return f"{trees.meta['hash']}+{digest.hexdigest()}" if read else str(trees.meta["hash"])
+
+
+def _check_signals(trees: Trees, schema: Schema) -> None:
+    """Raise `StoreError` if a small proposal lacks a column of a score table that a schema reads."""
+    there = trees.child[:, CONTINUE_SMALL] != MISSING
+    for name in schema.signals:
+        remedy = f"Run `{score_command(trees.meta['store'], name.rpartition('.')[0])}`."
+        if name not in trees.signals:
+            known = did_you_mean(name, trees.signals) if trees.signals else ""
+            raise StoreError(f"Schema {schema.name} reads {name}, which these rollouts do not have.{known} {remedy}")
+        lacking = int(np.isnan(trees.signals[name][there, CONTINUE_SMALL]).sum())
+        if lacking:
+            raise StoreError(
+                f"{lacking} of {int(there.sum())} proposals of the small model have no {name}, which schema "
+                f"{schema.name} reads. {remedy}"
+            )
 
 
 def _accepted(trees: Trees, schema: Schema) -> NDArray[np.float32]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import EllipsisType
 from typing import Any, cast
 
 import numpy as np
 
 from agents.routers.base import AnyRouter, Floats, Knob, Router, StatefulRouter, told_cap
 from rollouts.errors import ConfigError, did_you_mean
-from rollouts.text.steps import Step, StopReason, closes_box
+from rollouts.text.steps import SMALL, Step, StopReason, closes_box
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
-from rollouts.trees.columns import FACTS, Folded, checked_score, checked_tokens, facts_of
+from rollouts.trees.columns import FACTS, Folded, checked_signal, facts_of, is_signal
 from trim_env.features import left_feature, schema_named
 
 _ROWS = 16  # computed at once: few enough for NumPy to multiply on one thread; waking others takes longer
-_ALWAYS = frozenset({"score", "tokens"})  # routers with a state are told of them, caps count tokens
+_STATE = frozenset({"score", "tokens"})  # routers with a state are told of them
 _CHECKED = {name: fact.checked for name, fact in FACTS.items()}
 
 
@@ -51,7 +52,9 @@ class Session:
         self.router, self.knob = router, knob
         self.step, self.escalations, self.large_tokens, self.ended = 1, 0, 0, False
         self._schema = schema_named(router.schema)
-        self._needs, self._folded = self._schema.facts | _ALWAYS, Folded(self._schema.folds)
+        self._folded = Folded(self._schema.folds)
+        told = _STATE if isinstance(router, StatefulRouter) else frozenset[str]()
+        self._needs, self._needs_of_large = self._schema.facts | told, self._folded.facts | told | {"tokens"}
         self._max_steps, (self._cap, self._token_cap), self._generator = max_steps, caps, generator
         self._state = router.start(1) if isinstance(router, StatefulRouter) else None
         self._proposal: dict[str, float] | None = None
@@ -67,24 +70,33 @@ class Session:
         """Steps that the large model may still write; None without a cap."""
         return None if self._cap is None else max(self._cap - self.escalations, 0)
 
-    def decide(self, score: float, tokens: int, *, text: str | None = None, ended: bool = False, **facts: Any) -> int:
+    def decide(
+        self,
+        score: float | EllipsisType = ...,
+        tokens: int | EllipsisType = ...,
+        *,
+        text: str | None = None,
+        ended: bool = False,
+        **facts: Any,
+    ) -> int:
         r"""Return who writes the next step: 0 (CONTINUE_SMALL) or 1 (ESCALATE_LARGE), within the caps.
 
         Args:
-            score: PRM score of the small model's proposal.
+            score: Score of the small model's proposal, where the router's features read it (as all that follows).
             tokens: Tokens that were decoded for it.
             text: Its text, from which the facts below are read where they are not given.
             ended: With a text: whether the model stopped by itself after it, or a limit was hit. A step that closes a
                 ``\boxed{...}`` ends the solution anyway.
             facts: What else the router's features read (`rollouts.trees.columns.FACTS`): ``terminal``, whether
                 accepting the proposal ends the solution (at the last step that is allowed it always does);
-                ``has_answer``, whether it states a final answer.
+                ``has_answer``, whether it states a final answer; columns of score tables,
+                ``**{"small.min_logprob": -0.3}`` (`rollouts.text.likelihood.STATISTICS`).
 
         Raises:
             ConfigError: Something lacks that the features read, a value is out of range, the last decision waits for
                 `accept`, or the solution has ended.
         """
-        facts["score"], facts["tokens"] = score, tokens
+        facts |= {name: value for name, value in (("score", score), ("tokens", tokens)) if value is not ...}
         if text is not None:
             facts["text"], facts["ended"] = text, ended
         return self._decided(float(_chances([self], [self._take(facts)])[0]))
@@ -150,12 +162,13 @@ class Session:
         """Say which step was accepted: by default the proposal after action 0, the large model's after action 1.
 
         Args:
-            score: Score of the large model's step; after action 0 the proposal's own is taken.
-            tokens: Its tokens; likewise.
+            score: Score of the large model's step, where the router needs it; after action 0 the proposal's own counts.
+            tokens: Its tokens; likewise, and always needed.
             action: As `override`.
             wasted: Tokens that the large model decoded for a step that was not accepted.
             facts: ``terminal``, whether the large model's step ends the solution (by default not), and what else the
-                router's features read of accepted steps.
+                router's features read of accepted steps. What the small model makes of the large one's, ``small.*``,
+                is not known where rollouts come from and left out; of a text that is the proposal's it is known.
 
         Raises:
             ConfigError: Nothing was decided, something lacks, contradicts the proposal or is out of range.
@@ -166,23 +179,22 @@ class Session:
             raise ConfigError("There is nothing to accept: call decide() first.")
         step = self._proposal
         if self._action == ESCALATE_LARGE:
-            if score is None or tokens is None:
+            step = _checked({**_given(score, tokens), **facts})
+            lacking = {name for name in self._needs_of_large.difference(step) if name.partition(".")[0] != SMALL}
+            if lacking & {"score", "tokens"}:
                 raise ConfigError("accept() needs score and tokens of the step that the large model wrote.")
-            step = _checked({"score": score, "tokens": tokens, **facts})
-            if lacking := self._folded.facts.difference(step):
+            if lacking:
                 raise ConfigError(f"accept() lacks {', '.join(sorted(lacking))} of the large model's step (features "
                                   f"{self._schema.id}).")  # fmt: skip
         elif score is not None or tokens is not None:
-            said = (
-                step["score"] if score is None else checked_score(score),
-                step["tokens"] if tokens is None else checked_tokens(tokens),
-            )
-            if said != (step["score"], step["tokens"]):
+            said = _checked(_given(score, tokens))
+            if said.items() - step.items():
+                proposed = ", ".join(f"{name} {step[name]:g}" for name in ("score", "tokens") if name in step)
                 raise ConfigError(
-                    f"accept() got score {score} and tokens {tokens}, but the proposal (score {step['score']:g}, "
-                    f"tokens {step['tokens']}) is what is accepted. Leave them out, or say action=1."
+                    f"accept() got score {score} and tokens {tokens}, but the proposal ({proposed}) is what is "
+                    "accepted. Leave them out, or say action=1."
                 )
-        spent, left = int(step["tokens"]) * self._action + int(wasted), self.large_tokens_left
+        spent, left = int(step.get("tokens", 0)) * self._action + int(wasted), self.large_tokens_left
         if wasted < 0 or (left is not None and spent > left):
             raise ConfigError(
                 f"The large model decoded {spent} tokens, expected at least 0 and at most the {left} that are left. "
@@ -258,14 +270,22 @@ def _chances(sessions: list[Session], columns: list[dict[str, float]]) -> Floats
     return chances
 
 
+def _given(score: float | None, tokens: int | None) -> dict[str, float]:
+    return {name: value for name, value in (("score", score), ("tokens", tokens)) if value is not None}
+
+
 def _checked(given: Mapping[str, Any]) -> dict[str, float]:
-    """Return facts of a step as features count them.
+    """Return facts of a step as features count them, without columns of score tables that are None.
 
     Raises:
         ConfigError: One is unknown or out of range.
     """
     try:
-        return {name: _CHECKED[name](value) for name, value in given.items()}
+        return {
+            name: checked_signal(name, value) if is_signal(name) else _CHECKED[name](value)
+            for name, value in given.items()
+            if value is not None or not is_signal(name)
+        }
     except KeyError as error:
         raise ConfigError(
             f"Nothing is known of {error.args[0]!r} of a step.{did_you_mean(error.args[0], FACTS)}"
@@ -276,7 +296,7 @@ def _read(text: str, ended: bool = False, **given: Any) -> dict[str, Any]:
     """Return the facts of a proposal with this text; those that are given count."""
     stop = StopReason.BOXED if closes_box(text) else StopReason.EOS if ended else StopReason.DELIMITER
     read = facts_of(Step(text, 0, stop), 0.0)
-    return {name: value for name, value in read.items() if name not in _ALWAYS} | given
+    return {name: value for name, value in read.items() if name not in _STATE} | given
 
 
 __all__ = ["Session", "decide_together"]

@@ -27,6 +27,7 @@ def tree_oracle(tables: DecisionTables, lam: float) -> Outcomes:
     Raises:
         StoreError: A tree holds no whole path within the caps.
     """
+    tables = tables.charged(None)
     graph, own = tables.graph, outcomes_of(tables, tables.graph.moved)
     now = np.where(graph.missing, -np.inf, own["correct"] - lam * own["cost"])
     value = graph.backward(lambda level, later: (now[level] + later).max(axis=1))

@@ -17,7 +17,7 @@ from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.walk import Settings, references, run
 from agents.routers.base import Constant, Router, Threshold
 from rollouts.errors import StoreError
-from rollouts.trees.arrays import CONTINUE_SMALL, Trees
+from rollouts.trees.arrays import Trees
 from trim_env.tables import DecisionTables
 
 CANDIDATES = 200
@@ -46,12 +46,12 @@ def _bit(problem: str) -> bool:
     return bool(hashlib.blake2b(problem.encode("utf-8"), digest_size=1, person=b"trim-halves").digest()[0] & 1)
 
 
-def thresholds(tables: DecisionTables, count: int = CANDIDATES) -> list[float]:
-    """Return candidate thresholds: quantiles of the proposals' scores in the split, and one above all scores."""
+def thresholds(tables: DecisionTables, count: int = CANDIDATES, schema: str = Threshold.schema) -> list[float]:
+    """Return candidate thresholds: quantiles of the first feature, the proposals' score, and one above all."""
     inside = np.isin(tables.trees.tree, tables.indices)
-    scores = tables.trees.score[inside, CONTINUE_SMALL]
+    scores = tables.in_schema(schema)[inside, 0]
     levels = np.unique(np.quantile(scores[~np.isnan(scores)], np.linspace(0, 1, count)).astype(np.float32))
-    return [*levels.tolist(), float(np.nextafter(np.float32(levels[-1]), np.float32(2)))]
+    return [*levels.tolist(), float(np.nextafter(np.float32(levels[-1]), np.float32(np.inf)))]
 
 
 def spread(
@@ -101,10 +101,11 @@ class Baselines:
 class Candidates:
     """Outcomes of all thresholds and both constants on the choice half, run once for all λ."""
 
-    def __init__(self, tables: DecisionTables) -> None:
-        """Run them."""
+    def __init__(self, tables: DecisionTables, schema: str = Threshold.schema) -> None:
+        """Run them; thresholds are those on the first feature of a schema."""
+        levels = thresholds(tables, schema=schema)
         self.thresholds: list[tuple[Router, Outcomes]] = [
-            (router, run(router, tables)) for router in (Threshold(level) for level in thresholds(tables))
+            (router, run(router, tables)) for router in (Threshold(level, schema=schema) for level in levels)
         ]
         self._constants = [(router, run(router, tables)) for router in (Constant(0), Constant(1))]
 

@@ -22,14 +22,14 @@ from agents.evaluation.splits import Candidates, spread
 from agents.evaluation.table import MethodSummary, as_plain, limits, summarise
 from agents.evaluation.walk import Settings, measured, references, run
 from agents.routers import artefact
-from agents.routers.base import RandomRate, told_cap
+from agents.routers.base import RandomRate, schemas_of, told_cap
 from agents.routers.mlp import ConditionedMLP, at
 from rollouts.config import Imports, settings
 from rollouts.errors import ArtefactError, ConfigError
 from rollouts.plugins import import_module
 from rollouts.trees.arrays import Trees
 from rollouts.trees.compile import compile_store
-from trim_env.tables import DecisionTables, decision_tables
+from trim_env.tables import DecisionTables, decision_tables, rollouts_hash
 
 TRIM_THR, RANDOM = "trim-thr", "random"
 ORACLES = {
@@ -215,7 +215,8 @@ def _agreed(methods: dict[str, list[artefact.Artefact]], trees: Trees, config: E
     for name, items in methods.items():
         for item in items:
             trained_on = item.about.get("rollouts", {})
-            if trained_on.get("hash") != trees.meta["hash"] and not config.transfer:
+            fitting = {rollouts_hash(trees, schema) for schema in schemas_of(item.router)}
+            if trained_on.get("hash") not in fitting and not config.transfer:
                 raise ArtefactError(
                     f"{name}: trained on rollouts {trained_on.get('store')!r} with hash {trained_on.get('hash')}, but "
                     f"{config.rollouts} has hash {trees.meta['hash']}. Name those rollouts, or say --transfer if the "

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from agents.evaluation.curves import Method, References
 from agents.evaluation.outcomes import Outcomes, Solutions, mix
-from agents.routers.base import AnyRouter, Mixture, Router, StatefulRouter, told_cap
+from agents.routers.base import AnyRouter, Constant, Mixture, RandomRate, Router, StatefulRouter, told_cap
 from rollouts.errors import ConfigError
 from trim_env.features import left_feature
 from trim_env.graph import Decide, Decisions, Floats, Ints, Moved, Spent, walk
@@ -69,6 +69,7 @@ def references(tables: DecisionTables) -> References:
 
 def always_trees(tables: DecisionTables) -> tuple[dict[str, Floats], dict[str, Floats]]:
     """Return the outcomes of each tree, as `run_trees` does, of always-small and of always-large (uncapped)."""
+    tables = tables.charged(None)
     small = run_trees(tables, lambda rows, _: np.zeros(len(rows)))
     free = replace(tables, max_escalations=None, max_large_tokens=None)
     return small, run_trees(free, lambda rows, _: np.ones(len(rows)))
@@ -76,6 +77,8 @@ def always_trees(tables: DecisionTables) -> tuple[dict[str, Floats], dict[str, F
 
 def run_trees(tables: DecisionTables, policy: AnyRouter | Decide) -> dict[str, Floats]:
     """Return the expected outcome of each tree of the split: the fields of `Outcomes` as (R,) arrays."""
+    if isinstance(policy, Router | StatefulRouter):
+        tables = tables.charged(None if isinstance(policy, Constant | RandomRate) else policy.schema)
     count = len(tables.indices)
     totals = {name: np.zeros(count) for name in Outcomes.columns()}
     for done in decisions(tables, policy):

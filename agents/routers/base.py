@@ -176,6 +176,11 @@ class Mixture:
         return self.second if uniform < self.share else self.first
 
 
+def schemas_of(router: Any) -> set[str]:
+    """Return the schemas of a router, of a mixture those of both parts."""
+    return {router.first.schema, router.second.schema} if isinstance(router, Mixture) else {router.schema}
+
+
 def told_cap(router: Any) -> int | None:
     """Return M if a router takes the share of M large tokens that is left as its last feature, None if it does not."""
     if isinstance(router, Mixture):
@@ -231,7 +236,11 @@ class RandomRate:
 
 @dataclass(frozen=True)
 class Threshold:
-    """TRIM-Thr: escalates if and only if the score of the proposal is below a threshold."""
+    """TRIM-Thr: escalates if and only if the score of the proposal is below a threshold.
+
+    In another schema it is the first feature that is compared, such as ``small.min_logprob`` (all standard features of
+    score tables are higher where a step is surer).
+    """
 
     threshold: float
     name: str = "trim-thr"

@@ -34,7 +34,8 @@ class TrainConfig:
         rollouts: Path of a rollout store, or the name of a bundled one.
         agent: ``ppo-agg`` (TRIM-Agg), ``tree-agg`` (the same policy, by the exact gradient on the trees),
             ``ppo-seq`` (TRIM-Seq: a transformer over all steps so far), ``pomdp`` (TRIM-POMDP), ``threshold``
-            (TRIM-Thr, the best threshold for each λ) or module:Class, a class of your own (`agents.routers.base`).
+            (TRIM-Thr, the best threshold for each λ: on the score, or on the first feature of a --schema that is
+            named) or module:Class, a class of your own (`agents.routers.base`).
         lam: λ, reward lost per unit of cost; several make a sweep. Left out: six values that span the trade-off
             between the two models, computed from the rollouts.
         lam_range: Two values: one policy is trained for every λ between them, which it is told.
@@ -42,14 +43,17 @@ class TrainConfig:
             that meets it is chosen, or two are mixed. Without --lam, ppo-agg and tree-agg then train one policy for a
             range of λ.
         accuracy: Accuracy to be reached in expectation, at the least cost; likewise.
-        schema: Feature schema: agg, agg+prod or agg+; of ppo-seq always seq. Your own: module:MY_SCHEMA, or
-            agg+,module:my_feature (`trim_env.features`).
+        schema: Feature schema: agg, agg+prod or agg+; free (what the small model makes of its own tokens, no reward
+            model), prefill (and what the large model does), all (and the score); columns of score tables, such as
+            agg+,small.min_logprob; of ppo-seq always seq. Your own: module:MY_SCHEMA, or agg+,module:my_feature
+            (`trim_env.features`).
         cost: Cost model: decode-only, prefill-20, prefill-full:PRICE, prices:large_out=15,... or your own,
             module:my_cost (`trim_env.costs.CostModel`).
         max_escalations: Cap K on escalations per solution; default: what the store supports.
         max_large_tokens: Hard cap on the large model's tokens for a problem, in training, validation and, by default,
             evaluation: the policy is told the share left. Default: none.
-        scorer: Score table, if the store has several.
+        scorer: Score table, if the store has several, or column of one that is taken for the score, such as
+            small.min_logprob.
         grader: Grade table, if the store has several.
         seed: Seed of everything that is drawn.
         attempts: Most trainings for one λ: a router that collapsed or is beaten is trained again.

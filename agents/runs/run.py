@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from agents.evaluation.budgets import lam_costs, meet_target
 from agents.evaluation.health import Health
-from agents.evaluation.splits import Record, Validation
+from agents.evaluation.splits import Candidates, Record, Validation
 from agents.evaluation.walk import references, run
 from agents.learners.loop import Training, checked_at
 from agents.learners.pomdp.fit import estimate, price_of
@@ -38,7 +39,8 @@ from rollouts.plugins import import_module, loaded_plugin
 from rollouts.trees.arrays import Trees
 from rollouts.trees.compile import compile_store
 from trim_env.episodes import Lam
-from trim_env.tables import DecisionTables, decision_tables
+from trim_env.features import DEFAULT_SCHEMA
+from trim_env.tables import DecisionTables, decision_tables, rollouts_hash
 
 AUTO_LAMS = 6
 
@@ -162,6 +164,13 @@ class _Run:
         self.config, self.trees, self.folder, self.listener = config, trees, folder, listener
         self.validation = Validation(lambda indices: _tables(config, trees, indices), trees)
 
+    @cached_property
+    def _candidates(self) -> Candidates:
+        """Thresholds of the agent ``threshold``: on the score, or on the first feature of a schema that is named."""
+        schema = self.validation.choice.schema
+        simple = schema.name == DEFAULT_SCHEMA
+        return self.validation.candidates if simple else Candidates(self.validation.choice, schema.id)
+
     def finish(self) -> Trained:
         """Train what is not finished yet, and say what came out of all."""
         config, validation, folder = self.config, self.validation, self.folder
@@ -216,7 +225,7 @@ class _Run:
         assert isinstance(task, float)
         router: Any
         if config.agent == "threshold":
-            router = self.validation.candidates.best(task).threshold
+            router = self._candidates.best(task).threshold
         elif config.agent == "pomdp":
             estimates = estimate(tables.trees, indices=tables.indices)
             router = estimates.routers([task], price=price_of(tables.cost_model))[0]
@@ -250,11 +259,12 @@ class _Run:
 
     def origin(self) -> dict[str, Any]:
         """Return models, scorer, rollouts and the like, as artefacts name them."""
-        meta = self.trees.meta
+        meta, pomdp = self.trees.meta, self.config.agent == "pomdp"  # which reads its own features
+        trained_on = rollouts_hash(self.trees, DEFAULT_SCHEMA if pomdp else self.config.schema)
         return {
             "package": settings.versions()["trim-routing"],
             **{name: meta[name] for name in ("small", "large", "scorer", "grader")},
-            "rollouts": {"store": Path(meta["store"]).name, "hash": meta["hash"]},
+            "rollouts": {"store": Path(meta["store"]).name, "hash": trained_on},
             "max_steps": meta["max_steps"],
             "cost": self.config.cost,
             "max_escalations": self.validation.verdict.max_escalations,

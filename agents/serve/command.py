@@ -18,12 +18,13 @@ _log = logging.getLogger("trim.serve")
 _EMBEDDED = "tinymath"
 
 
-def family_of(config: ServeConfig, about: dict[str, Any]) -> FamilyConfig:
+def family_of(config: ServeConfig, about: dict[str, Any], *, scorer: bool = True) -> FamilyConfig:
     """Return the models with the URLs of their servers.
 
     Args:
         config: The command's settings.
         about: What the policy's artefact says of its origin.
+        scorer: Whether the policy reads scores of a reward model.
 
     Raises:
         ConfigError: No models file, no URL, or other models than the policy's.
@@ -38,13 +39,16 @@ def family_of(config: ServeConfig, about: dict[str, Any]) -> FamilyConfig:
             "taken from it."
         )
     family = load_family(source)
-    scorer = family.scorer.model if family.scorer else None
-    if scorer is None:
-        raise ConfigError(f"{source}: serving needs a process reward model, a section [scorer.model].")
+    prm = family.scorer.model if family.scorer else None
+    if scorer and prm is None:
+        raise ConfigError(f"{source}: this policy needs a process reward model, a section [scorer.model].")
     if family.large.chat_only:
         raise ConfigError("large: chat_only models cannot be served; the large model must continue token ids (vLLM).")
     values = family.model_dump()
-    values["scorer"]["model"] |= _server(scorer, config.prm, "prm", config)
+    if scorer and prm is not None:
+        values["scorer"]["model"] |= _server(prm, config.prm, "prm", config)
+    else:
+        values["scorer"] = None
     values["small"] |= _server(family.small, config.small, "small", config)
     values["large"] |= _server(family.large, config.large, "large", config)
     return parse_family(values)
@@ -71,7 +75,7 @@ def _check_origin(config: ServeConfig, family: Any, policy: Any) -> None:
     found = {
         "small": family.config.small.display_name,
         "large": family.config.large.display_name,
-        "scorer": family.scorer_name,
+        **({} if family.config.scorer is None else {"scorer": family.scorer_name}),
     }
     for role, name in found.items():
         trained = policy.about.get(role)
@@ -108,12 +112,15 @@ class Server:
         from agents.serve.metrics import Metrics
         from agents.serve.models import Models
         from agents.serve.service import Service
+        from agents.serve.sources import sources_of
 
         for module in config.imports:
             import_module(module)
         policy = agents.load(config.policy, allow_old=config.allow_old)
         metrics = Metrics()
-        self.models = Models(family_of(config, policy.about), config.upstream_timeout, metrics)
+        sources = sources_of(policy)
+        family = family_of(config, policy.about, scorer=sources.scorer)
+        self.models = Models(family, config.upstream_timeout, metrics, sources)
         _check_origin(config, self.models.family, policy)
         self.service = Service(policy, self.models, metrics, config)
         key = _key(config.api_key_env)

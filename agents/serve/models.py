@@ -14,20 +14,31 @@ from functools import lru_cache, partial
 from typing import Any
 
 from agents.serve.metrics import SCORER, Metrics
+from agents.serve.sources import Sources
 from agents.serve.upstreams import Probe, Unavailable, Upstream
 from rollouts.config import FamilyConfig, Limits, ModelConfig, Sampling
 from rollouts.errors import BackendError
 from rollouts.family import Family
-from rollouts.models.base import Completion, CompletionRequest
-from rollouts.models.server.wire import completion_payload, pooling_payload, read_choice, read_completion, read_scores
+from rollouts.models.base import Completion, CompletionRequest, LogprobRequest
+from rollouts.models.server.wire import (
+    completion_payload,
+    likelihood_payload,
+    pooling_payload,
+    read_choice,
+    read_completion,
+    read_likelihood,
+    read_scores,
+)
 from rollouts.models.stepwise import Draft, StepRules
 from rollouts.scoring.prm import fitting_input
+from rollouts.text.likelihood import TOP, WORTHLESS
 from rollouts.text.prompts import PromptFormat, RewardFormat, has_room
 from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, Step, StopReason
 
 _SYSTEM_PROMPTS = 32  # formats of system prompts that requests bring, kept at hand
 _QUESTIONS, _BROUGHT = 16 << 20, 1 << 20  # bytes of rendered questions kept at hand for each format, own and brought
 _CHARACTERS = 16  # no text has as many of them per token
+_EVERYTHING = Sources()
 _SMALLEST = CompletionRequest((1, 2, 3), 1, Sampling())
 
 
@@ -103,33 +114,38 @@ class Task:
 class Models:
     """Three upstreams, and what is needed to ask them."""
 
-    def __init__(self, config: FamilyConfig, timeout_s: float, metrics: Metrics) -> None:
+    def __init__(
+        self, config: FamilyConfig, timeout_s: float, metrics: Metrics, sources: Sources = _EVERYTHING
+    ) -> None:
         """Load tokenizers and prepare connections.
 
         Args:
-            config: The family, each role with a server's URL, its scorer a process reward model.
+            config: The family, each role with a server's URL, its scorer, if one is asked, a process reward model.
             timeout_s: Longest time of one upstream request, seconds.
             metrics: What counts answers and failures of upstreams.
+            sources: What they have to tell.
 
         Raises:
             ConfigError: A role cannot be served as it is configured.
         """
         self.family = Family(config)
         self.limits = self.family.limits
-        scorer, prompts = config.scorer, self.family.reward_prompts
-        assert scorer is not None and scorer.model is not None and prompts is not None
-        self._reward = RewardFormat(
-            prompts.tokenizer,
-            scorer.system_prompt,
-            scorer.step_tag,
-            date=self.family.date,
-            remembered=_QUESTIONS,
-        )
+        self.sources = sources
         roles: dict[str, tuple[ModelConfig, Probe]] = {
-            SMALL: (config.small, _GENERATES),
-            LARGE: (config.large, _GENERATES),
-            SCORER: (scorer.model, _scores(self._reward.step_tag_id)),
+            role: (config.generator(role), _generates(sources.told_by(role))) for role in ROLES
         }
+        self._reward: RewardFormat | None = None
+        if sources.scorer:
+            scorer, prompts = config.scorer, self.family.reward_prompts
+            assert scorer is not None and scorer.model is not None and prompts is not None
+            self._reward = RewardFormat(
+                prompts.tokenizer,
+                scorer.system_prompt,
+                scorer.step_tag,
+                date=self.family.date,
+                remembered=_QUESTIONS,
+            )
+            roles[SCORER] = scorer.model, _scores(self._reward.step_tag_id)
         self.upstreams = {
             role: Upstream(role, model, probe, timeout_s, metrics) for role, (model, probe) in roles.items()
         }
@@ -182,7 +198,9 @@ class Models:
 
     def fits(self, formats: Mapping[str, PromptFormat], question: str, steps: Sequence[str]) -> bool:
         """Whether a prefix leaves room for one more token in every role's window (docs/design.md, section 1)."""
-        every: dict[str, PromptFormat | RewardFormat] = {**formats, SCORER: self._reward}
+        every: dict[str, PromptFormat | RewardFormat] = {**formats}
+        if self._reward is not None:
+            every[SCORER] = self._reward
         return all(has_room(prompts, self.window(role), question, steps) for role, prompts in every.items())
 
     def prepare(self, task: Task, steps: Sequence[str]) -> None:
@@ -216,6 +234,7 @@ class Models:
             sampling=task.sampling[role],
             limits=limits,
             fits=lambda question, prefix: self.fits(task.formats, question, prefix),
+            likelihood=self.sources.told_by(role),
         )
         draft = Draft(rules, Prefix("", task.question, 0, steps, used))
         while draft.generation is None:
@@ -224,6 +243,8 @@ class Models:
         step = draft.generation.steps[0]
         if step.stop_reason is StopReason.FAILED:
             raise Unavailable(role, "malformed", draft.generation.reason)
+        if rules.likelihood and step.statistics is None and step.tokens:
+            raise Unavailable(role, "malformed", "no log-probabilities of what it decoded")
         return step
 
     async def _complete(
@@ -245,26 +266,48 @@ class Models:
         spent.add(len(request.prompt_ids), completion.tokens)
         return completion
 
-    async def scores(self, task: Task, steps: Sequence[str], ledger: Ledger) -> list[float]:
-        """Return the scores of some steps; 0 for those beyond the scorer's window.
+    async def looked_at(self, task: Task, steps: Sequence[str], ledger: Ledger) -> tuple[str, tuple[float, ...] | None]:
+        """Return what the large model makes of the last of some steps, as `Sources.signals` takes it.
+
+        Raises:
+            Unavailable: It gave no usable answer.
+        """
+        ids, positions = task.formats[LARGE].step_spans(task.question, steps)
+        if positions[-1] == positions[-2] or len(ids) >= self.window(LARGE):
+            return LARGE, WORTHLESS
+        request = LogprobRequest(ids, positions[-2], entropies=True)
+        with ledger.waiting():
+            found = await self.upstreams[LARGE].post(
+                "completions",
+                lambda model: likelihood_payload(model, self.window(LARGE), request),
+                lambda body: read_likelihood(body, request),
+            )
+        ledger.roles[LARGE].add(len(ids))
+        return LARGE, found.statistics()
+
+    async def scores(self, task: Task, steps: Sequence[str], ledger: Ledger) -> list[float | None]:
+        """Return the scores of some steps; 0 for those beyond the scorer's window, None where no scorer is asked.
 
         Raises:
             Unavailable: The scorer gave no usable answer.
         """
-        ids, kept = fitting_input(self._reward, self.window(SCORER), task.question, steps)
-        unread = [0.0] * (len(steps) - kept)  # as environments have it
+        if self._reward is None:
+            return [None] * len(steps)
+        reward = self._reward
+        ids, kept = fitting_input(reward, self.window(SCORER), task.question, steps)
+        unread: list[float | None] = [0.0] * (len(steps) - kept)  # as environments have it
         if not kept:
             return unread
         with ledger.waiting():
             scores = await self.upstreams[SCORER].post(
                 "/pooling",
                 lambda model: pooling_payload(model, ids),
-                lambda body: read_scores(body, ids, self._reward.step_tag_id),
+                lambda body: read_scores(body, ids, reward.step_tag_id),
             )
         if len(scores) != kept:
             raise Unavailable(SCORER, "malformed", f"{len(scores)} scores for {kept} steps")
         ledger.roles[SCORER].add(len(ids))
-        return scores + unread
+        return [*scores, *unread]
 
 
 def _completion(body: Any, most: int) -> Completion:
@@ -277,15 +320,23 @@ def _completion(body: Any, most: int) -> Completion:
     return replace(completion, text=text)
 
 
-def _generates(body: Any) -> None:
-    choice, _ = read_choice(body)
-    if "stop_reason" not in choice:
-        raise BackendError(
-            "does not tell a stop string from the end of the sequence (no `stop_reason`). Serve the model with vLLM."
-        )
+def _generates(likelihood: bool) -> Probe:
+    """Return what a generating model has to answer; with the log-probabilities of what it decodes, if asked."""
 
+    def check(body: Any) -> None:
+        choice, _ = read_choice(body)
+        if "stop_reason" not in choice:
+            raise BackendError(
+                "does not tell a stop string from the end of the sequence (no `stop_reason`). Serve the model with "
+                "vLLM."
+            )
+        if likelihood and read_completion(body).likelihood is None:
+            raise BackendError(
+                f"tells no log-probabilities, which the policy reads. Serve it with --max-logprobs {TOP}."
+            )
 
-_GENERATES = Probe("completions", lambda model: completion_payload(model, 4, _SMALLEST), _generates)
+    request = replace(_SMALLEST, likelihood=likelihood)
+    return Probe("completions", lambda model: completion_payload(model, 4, request), check)
 
 
 def _scores(tag: int) -> Probe:

@@ -14,13 +14,14 @@ from agents.deploy.policy import Session
 from agents.serve.config import Fallback
 from agents.serve.metrics import SCORER
 from agents.serve.models import Ledger, Models, Task
+from agents.serve.sources import Sources, own
 from agents.serve.upstreams import Unavailable
-from rollouts.text.steps import LARGE, SMALL, Step, StopReason, solution_text
+from rollouts.text.likelihood import STATISTICS, UNSCORED
+from rollouts.text.steps import LARGE, ROLES, SMALL, Step, StopReason, solution_text
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
 from rollouts.trees.columns import facts_of
 
 ENDING = "The service is shutting down."
-_UNSCORED = 1.0  # leaves the least score of a path and the product of its scores as they are
 
 
 class RouteFailed(Exception):
@@ -83,11 +84,19 @@ class Written:
 
 @dataclass(frozen=True)
 class _Owed:
-    """An accepted step that the policy's session has not been told of, as its score is not known yet."""
+    """An accepted step that the policy's session has not been told of, as its score is not known yet.
+
+    Attributes:
+        step: The step.
+        author: Who wrote it.
+        decided: Whether the policy was asked about it.
+        same: The small model's proposal, where it is of the same text.
+    """
 
     step: Step
     author: str
     decided: bool
+    same: Step | None = None
 
 
 @dataclass(eq=False)
@@ -99,6 +108,7 @@ class Route:
         session: The policy's decisions for it.
         when_scorer_fails: Who writes a step whose proposal cannot be scored; ``error`` ends the request.
         when_small_fails: Whether the large model writes steps without a proposal, or the request ends.
+        sources: What the policy reads, and from where.
         ledger: What it has spent.
         written: The accepted steps.
         used: Their tokens.
@@ -110,6 +120,7 @@ class Route:
     session: Session
     when_scorer_fails: Fallback = "small"
     when_small_fails: Literal["large", "error"] = "large"
+    sources: Sources = Sources()
     ledger: Ledger = field(default_factory=Ledger)
     written: list[Written] = field(default_factory=list)
     used: int = 0
@@ -187,17 +198,27 @@ class Route:
             return await self._without_small(models, fault)
         if not proposal.terminal:
             asyncio.get_running_loop().call_soon(models.prepare, self.task, (*earlier, proposal.text))
+        texts = [*earlier, proposal.text]
         try:
-            scores = await models.scores(self.task, [*earlier, proposal.text], self.ledger)
+            asked: list[Any] = [models.scores(self.task, texts, self.ledger)]
+            asked += [models.looked_at(self.task, texts, self.ledger)] if self.sources.large else []
+            scores, *seen = await asyncio.gather(*asked)
         except Unavailable as fault:
             return await self._without_scorer(models, proposal, fault)
         late = self._settle(scores[:-1])
-        action = self.session.decide(**_facts(proposal, scores[-1]))
+        known = self._known(proposal, scores[-1], own(SMALL, proposal), *seen)
+        action = self.session.decide(**known)
         if action == CONTINUE_SMALL:
             self.session.accept()
             note = self._note(proposal, SMALL, action=action, proposal=proposal, score=scores[-1], late_scores=late)
             return proposal, note
         return await self._escalate(models, proposal, scores[-1], late)
+
+    def _known(self, step: Step, score: float | None, *told: tuple[str, tuple[float, ...] | None]) -> dict[str, Any]:
+        """Return what sessions want to know of a step, from its score and what the models have told of it."""
+        signals = self.sources.signals(UNSCORED if score is None else score, *told)
+        score = self.sources.score(signals) if score is None else score
+        return {**facts_of(replace(step, tokens=max(step.tokens, 1)), score), **signals}
 
     def _settle(self, scores: Sequence[float | None]) -> tuple[float, ...]:
         """Tell the session of the steps that had no score; `scores` are those of all accepted steps."""
@@ -212,16 +233,17 @@ class Route:
         return tuple(score for score in scores[first:] if score is not None)
 
     def _tell(self, owed: _Owed, score: float | None) -> None:
-        score = _UNSCORED if score is None else score
-        if not owed.decided:  # as if it had been proposed
-            self.session.decide(**_facts(owed.step, score))
+        if not owed.decided:  # as if it had been proposed; what is not known of it leaves what it may lower as it is
+            unknown = {role: (0.0,) * len(STATISTICS) for role in ROLES}
+            self.session.decide(**self._known(owed.step, score, *unknown.items(), own(owed.author, owed.step)))
             self.session.override(ESCALATE_LARGE if owed.author == LARGE else CONTINUE_SMALL)
         if owed.author == SMALL:
             self.session.accept()
             return
         left, tokens = self.session.large_tokens_left, max(owed.step.tokens, 1)
         tokens = tokens if left is None else min(tokens, left)
-        self.session.accept(**{**_facts(owed.step, score), "tokens": tokens})
+        told = [own(LARGE, owed.step), *([own(SMALL, owed.same)] if owed.same is not None else [])]
+        self.session.accept(**{**self._known(owed.step, score, *told), "tokens": tokens})
 
     async def _large(self, models: Models) -> tuple[Step | None, bool]:
         """Return the large model's next step, and whether it is whole: the policy's caps may end it, or leave none."""
@@ -242,7 +264,7 @@ class Route:
         return None if self._cap is None else max(self._cap - self.ledger.roles[LARGE].most_decoded, 0)
 
     async def _escalate(
-        self, models: Models, proposal: Step, score: float, late: tuple[float, ...]
+        self, models: Models, proposal: Step, score: float | None, late: tuple[float, ...]
     ) -> tuple[Step, Written]:
         """Let the large model write the step; keep the proposal if it does not answer or has too few tokens left."""
         common: dict[str, Any] = {"action": ESCALATE_LARGE, "proposal": proposal, "score": score, "late_scores": late}
@@ -256,7 +278,7 @@ class Route:
             left = self.session.large_tokens_left
             self.session.accept(action=CONTINUE_SMALL, wasted=0 if left is None else min(max(unknown, 0), left))
             return proposal, self._note(proposal, SMALL, large=step, fallback=words, **common)
-        self._owed.append(_Owed(step, LARGE, decided=True))
+        self._owed.append(_Owed(step, LARGE, True, proposal if proposal.text == step.text else None))
         return step, self._note(step, LARGE, large=step, **common)
 
     async def _without_small(self, models: Models, fault: Unavailable) -> tuple[Step, Written]:
@@ -354,11 +376,6 @@ class Route:
         if trace:
             summary["trace"] = [step.plain() for step in self.written]
         return summary
-
-
-def _facts(step: Step, score: float) -> dict[str, Any]:
-    """Return what sessions want to know of a step."""
-    return facts_of(replace(step, tokens=max(step.tokens, 1)), score)
 
 
 def _brief(fault: Unavailable) -> str:

@@ -87,7 +87,8 @@ class Service:
         limits = self.models.limits
         most = [limit for limit in (limits.solution_tokens, self.config.max_tokens, ask.limit()) if limit]
         task = Task(question, formats, sampling, replace(limits, solution_tokens=min(most)))
-        route = Route(task, session, self.config.when_scorer_fails, self.config.when_small_fails)
+        fallbacks = self.config.when_scorer_fails, self.config.when_small_fails
+        route = Route(task, session, *fallbacks, self.models.sources)
         route.ledger.prompt_tokens = prompt_tokens
         return route
 

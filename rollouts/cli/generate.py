@@ -19,7 +19,6 @@ from rollouts.config import Count, NotNegative, load_family, settings
 from rollouts.errors import ConfigError, DataError, did_you_mean
 from rollouts.family import Family
 from rollouts.scoring.base import self_test_examples
-from rollouts.store.rows import Rows
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader, make_grader, unreadable_answers
 from rollouts.tasks.problems import EMBEDDED, SPLITS, Problem, load_problems
@@ -136,7 +135,7 @@ class Generate:
                 run_grading(store, grader, problems)
         if not closed:
             screen.print("The token budget is spent; the same command with a new budget goes on.")
-        elif self.score and self.grade and family.config.scorer is not None:
+        elif self.score and self.grade and store.signals():
             Stats(self.out).run()
 
     def _most_escalations(self, screen: Console, there: Store | None, complete: bool) -> int | None:
@@ -228,12 +227,13 @@ def note_special_tokens(screen: Console, store: Store, family: Family, roles: Se
         store.note(neutralised=noted | found)
 
 
-def run_scoring(store: Store, family: Family, problems: Sequence[Problem] | None) -> None:
-    """Score what is unscored, with a bar; the scorer is only loaded if there is anything."""
-    total = sum(1 for _ in left(store, Rows(store.scores(family.scorer_name)), problems))
+def run_scoring(store: Store, family: Family, problems: Sequence[Problem] | None, role: str | None = None) -> None:
+    """Score what is unscored, with a bar; the scorer, or a generating role's model, is loaded if there is anything."""
+    total = sum(1 for _ in left(store, store.score_rows(role or family.scorer_name), problems))
     if total == 0:
         return
-    with family.open_scorer(store) as scorer, progress_bar("Scoring", total, "steps") as advance:
+    opened: Any = family.open_statistics(role, store) if role else family.open_scorer(store)
+    with opened as scorer, progress_bar("Scoring", total, "steps") as advance:
         report = score_store(store, scorer, problems, on_progress=advance)
     tell_notes(store)
     if report.skipped:
@@ -315,10 +315,13 @@ class Score:
     Attributes:
         store: Directory of the store.
         models: TOML file with the [scorer] section, or ``tinymath``.
+        scorer: ``small`` or ``large``: instead of the [scorer], what this model makes of the tokens of steps, by one
+            prefill pass per path (`rollouts.text.likelihood.STATISTICS`); small of its own steps, large of all.
     """
 
     store: StorePath
     models: str = "tinymath"
+    scorer: Literal["small", "large"] | None = None
 
     def run(self) -> None:
         """Run the command."""
@@ -327,8 +330,8 @@ class Score:
         family = Family(load_family(self.models), examples=self_test_examples(problems), store=store)
         family.refuse_other_scores(store)
         with store.writing():
-            note_special_tokens(console(), store, family, roles=[SCORER])
-            run_scoring(store, family, None)
+            note_special_tokens(console(), store, family, roles=[self.scorer or SCORER])
+            run_scoring(store, family, None, self.scorer)
 
 
 @settings

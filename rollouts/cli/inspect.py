@@ -16,6 +16,7 @@ from rollouts.errors import StoreError, did_you_mean
 from rollouts.store.rows import Rows
 from rollouts.store.store import Store
 from rollouts.trees.grow import load_trees
+from rollouts.trees.signals import Signals
 
 StorePath = Annotated[Path, tyro.conf.Positional]
 
@@ -97,12 +98,13 @@ class Show:
         if self.replica not in found:
             raise StoreError(f"{self.store}: {name!r} has replicas {sorted(found)}, not {self.replica}.")
         tree = found[self.replica]
-        annotations = []
-        for kind, open_table, chosen in (("scores", store.scores, self.scorer), ("grades", store.grades, self.grader)):
-            rows = Rows(open_table(store.choose(kind, chosen) if store.names(kind) else "none"))
+        scores = None
+        if store.signals():
+            chosen = store.scored_by(store.choose("scores", self.scorer))
+            scores = Signals([store.score_rows(each) for each in store.signals()], chosen)
+        grades = Rows(store.grades(store.choose("grades", self.grader) if store.names("grades") else "none"))
+        for rows in (grades, *(scores.tables.values() if scores else ())):
             rows.read([tree.key])
-            annotations.append(rows)
-        scores, grades = annotations
         reasons = Rows(store.steps, "reason")
         reasons.read([tree.key])
         show_tree(Console(highlight=False), tree, scores, grades, reasons, self.most)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.tree import Tree as RichTree
 
 from rollouts.store.rows import Rows
 from rollouts.text.steps import LARGE, ROLES, SMALL, Step
+from rollouts.trees.signals import Signals
 from rollouts.trees.stats import SplitStatistics
 from rollouts.trees.tree import Node, RolloutTree
 
@@ -80,13 +82,15 @@ def failure_lines(failures: Sequence[Mapping[str, Any]], most: int = 5) -> Itera
         yield f"{rest:,} failed steps for {len(failures) - most:,} other reasons"
 
 
-def show_tree(console: Console, tree: RolloutTree, scores: Rows, grades: Rows, reasons: Rows, most: int = 60) -> None:
+def show_tree(
+    console: Console, tree: RolloutTree, scores: Signals | None, grades: Rows, reasons: Rows, most: int = 60
+) -> None:
     """Print one problem's tree: at each node both proposals with score, tokens and, at the end, correctness.
 
     Args:
         console: Where to print.
         tree: The tree.
-        scores: Scores, with the tree at hand.
+        scores: Score tables, if there are any, with the tree at hand.
         grades: Grades, likewise.
         reasons: Why steps failed, likewise.
         most: Decision nodes shown; the rest is counted.
@@ -107,9 +111,9 @@ def show_tree(console: Console, tree: RolloutTree, scores: Rows, grades: Rows, r
         same = len({step.text for step in node.proposals.values()}) == 1 and len(node.proposals) == len(ROLES)
         for role in ROLES[:1] if same else ROLES:
             if role in node.proposals:
-                key = tree.row_key(node, role)
-                step, why = node.proposals[role], reasons.get(key)
-                line = _line("both" if same else role, step, scores.get(key), grades.get(key), why)
+                key, step = tree.row_key(node, role), node.proposals[role]
+                score = scores.known(scores.of((tree, node, role))) if scores else math.nan
+                line = _line("both" if same else role, step, score, grades.get(key), reasons.get(key))
                 twig = branch.add(line)
                 child = tree.child(node, role)
                 if child is not None:
@@ -121,11 +125,11 @@ def show_tree(console: Console, tree: RolloutTree, scores: Rows, grades: Rows, r
         console.print(f"[dim]... {len(tree.nodes) - most} more nodes; --most shows more[/]")
 
 
-def _line(author: str, step: Step, score: float | None, correct: bool | None, why: str | None) -> Text:
+def _line(author: str, step: Step, score: float, correct: bool | None, why: str | None) -> Text:
     text = Text()
     text.append(f"{author:5} ", style=f"bold {_COLOUR.get(author, 'white')}")
     text.append(step.text.strip() or "(nothing)", style="default")
-    if score is not None:
+    if not math.isnan(score):
         colour = "green" if score >= 0.7 else "yellow" if score >= 0.3 else "red"
         text.append(f"  {score:.2f}", style=colour)
     text.append(f"  {step.tokens} tok", style="dim")

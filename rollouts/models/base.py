@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from rollouts.config import Sampling
+from rollouts.text.likelihood import Likelihood
 
 Finish = Literal["stop", "eos", "length", "failed"]
 
@@ -19,13 +20,17 @@ Finish = Literal["stop", "eos", "length", "failed"]
 class Capabilities:
     """What a backend can do; what a mode or scorer lacks is an error before a run.
 
+    Likelihoods are those at temperature 1, whatever is sampled at.
+
     Attributes:
         token_ids: Completions carry the ids that were decoded (needed for whole-path generation).
+        logprobs: Completions carry what the model made of their tokens, where that is asked for.
         prompt_logprobs: Log-probabilities of given tokens can be asked for.
         pooling: Per-tag class probabilities can be asked for, and nothing else (a process reward model).
     """
 
     token_ids: bool = False
+    logprobs: bool = False
     prompt_logprobs: bool = False
     pooling: bool = False
 
@@ -40,6 +45,7 @@ class CompletionRequest:
         sampling: All sampling parameters.
         stop: Strings that end the completion; they are part of its text and tokens.
         seed: 63-bit seed of this draw; only reproducible backends use it.
+        likelihood: Whether it is wanted what the model makes of the tokens that it decodes.
     """
 
     prompt_ids: tuple[int, ...]
@@ -47,6 +53,7 @@ class CompletionRequest:
     sampling: Sampling
     stop: tuple[str, ...] = ()
     seed: int = 0
+    likelihood: bool = False
 
 
 def drawing_fields(request: CompletionRequest) -> dict[str, Any]:
@@ -75,6 +82,7 @@ class Completion:
         token_ids: The same as ids, or None where the backend cannot tell.
         finish: ``stop`` (a stop string), ``eos`` (the model ended by itself), ``length``, or ``failed``.
         detail: What went wrong, for ``failed``.
+        likelihood: What the model made of the tokens, end of sequence included; None if it did not tell.
     """
 
     text: str
@@ -82,14 +90,22 @@ class Completion:
     token_ids: tuple[int, ...] | None
     finish: Finish
     detail: str = ""
+    likelihood: Likelihood | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LogprobRequest:
-    """Log-probabilities, at temperature 1, of ``ids[start:]`` given what precedes each; result: ``list[float]``."""
+    """What the model makes of ``ids[start:]``, each given what precedes it; result: `Likelihood`.
+
+    Attributes:
+        ids: The tokens.
+        start: The first that is asked about, at least 1.
+        entropies: Whether entropies are wanted too.
+    """
 
     ids: tuple[int, ...]
     start: int
+    entropies: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +138,8 @@ class Backend(AbstractContextManager["Backend"]):
         """Start one request.
 
         Returns:
-            A future of `Completion` or ``list[float]``. A request that failed on its own (refused, timed out)
-            is a `Completion` with finish ``failed``; it raises `rollouts.errors.BackendError`, naming role and
+            A future of `Completion`, `Likelihood` or ``list[float]``. A request that failed on its own (refused, timed
+            out) is a `Completion` with finish ``failed``; it raises `rollouts.errors.BackendError`, naming role and
             process or URL, when the backend itself is gone.
         """
 

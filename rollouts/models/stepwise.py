@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from rollouts.config import Limits, Sampling
 from rollouts.models.base import Backend, Completion, CompletionRequest
 from rollouts.models.futures import forward
+from rollouts.text.likelihood import Likelihood
 from rollouts.text.prompts import PromptFormat
 from rollouts.text.steps import (
     STOPS,
@@ -117,6 +118,7 @@ class StepRules:
         limits: Token and step limits.
         fits: Whether a prefix leaves room in every role's window.
         seed: Run seed, for backends whose draws depend on the request only.
+        likelihood: Whether steps get statistics of their tokens.
     """
 
     role: str
@@ -126,6 +128,7 @@ class StepRules:
     limits: Limits
     fits: Fits
     seed: int = 0
+    likelihood: bool = False
 
 
 class Draft:
@@ -154,6 +157,7 @@ class Draft:
         left = rules.limits.solution_tokens - prefix.used_tokens
         self.budget = min(left, self.room) if whole else min(left, self.room, rules.limits.step_tokens)
         self.text, self.tokens, self.attempt = "", 0, 0
+        self.likelihood: Likelihood | None = Likelihood(())
         self.ids: tuple[int, ...] = ()
         if self.budget <= 0:
             self.generation = Generation((Step("", 0, StopReason.CONTEXT, len(self.prompt)),), 0)
@@ -166,6 +170,7 @@ class Draft:
             sampling=self.rules.sampling,
             stop=() if self.whole else STOPS,
             seed=draw_seed(self.rules.seed, self.prefix, self.rules.role, self.attempt),
+            likelihood=self.rules.likelihood,
         )
 
     def take(self, completion: Completion) -> None:
@@ -190,6 +195,7 @@ class Draft:
         self.text += completion.text
         self.tokens += completion.tokens
         self.ids += completion.token_ids or rules.prompts.encode(completion.text)
+        self.likelihood = _joined(self.likelihood, completion)
         text, complete = normalise(self.text)
         if completion.finish == "stop" and not complete and self.tokens < self.budget:
             self.attempt += 1
@@ -202,7 +208,9 @@ class Draft:
         step = close_step(
             self.prefix, (), segment, self._ending(completion), rules.limits, rules.fits, len(self.prompt)
         )
-        self.generation = Generation((step,), self.tokens, cut_tokens=self.tokens - kept)
+        self.generation = Generation(
+            (_told(step, self.likelihood, 0, kept),), self.tokens, cut_tokens=self.tokens - kept
+        )
 
     def _ending(self, completion: Completion) -> StopReason:
         """Return why an incomplete segment at the end of the generation ended."""
@@ -217,6 +225,7 @@ class Draft:
         segments = cut_segments(pieces) or [Segment("", 0, completion.tokens, False)]
         steps: list[Step] = []
         dropped, kept = 0, 0
+        likelihood = _joined(Likelihood(()), completion)
         for index, segment in enumerate(segments):
             if steps:
                 node = rules.prompts.ids(prefix.question, [*prefix.steps, *(step.text for step in steps)])
@@ -231,11 +240,24 @@ class Draft:
             elif segment.end - segment.start == limits.step_tokens and completion.finish == "length":
                 ending = StopReason.LENGTH
             step = close_step(prefix, steps, segment, ending, limits, rules.fits, len(self.prompt))
-            steps.append(step)
+            steps.append(_told(step, likelihood, segment.start, segment.end))
             kept = segment.end
             if step.terminal:
                 break
         return Generation(tuple(steps), completion.tokens, dropped, completion.tokens - kept)
+
+
+def _joined(before: Likelihood | None, completion: Completion) -> Likelihood | None:
+    """Return what is known of the tokens so far, without the end of the sequence, which is none of a step's text."""
+    found = completion.likelihood
+    if before is None or found is None or len(found.logprobs) != completion.tokens:
+        return None
+    kept = len(found.logprobs) - (completion.finish == "eos")
+    return before + Likelihood(found.logprobs[:kept], found.entropies[:kept])
+
+
+def _told(step: Step, likelihood: Likelihood | None, start: int = 0, end: int | None = None) -> Step:
+    return step if likelihood is None else replace(step, statistics=likelihood.statistics(start, end))
 
 
 class StepModel:

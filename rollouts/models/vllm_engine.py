@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from rollouts.models.base import (
     drawing_fields,
 )
 from rollouts.models.hf.load import cpu_threads
+from rollouts.text.likelihood import TOP, Likelihood, top_entropy
 
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core shares our process: one process per model
@@ -72,6 +73,7 @@ def _load(model: ModelConfig, seed: int, **settings: Any) -> Any:
         seed=seed,
         use_tqdm_on_load=False,
         disable_log_stats=True,
+        logprobs_mode="raw_logprobs",  # at temperature 1, whatever is sampled at
         **settings,
     )
 
@@ -106,13 +108,15 @@ class VllmEngine:
         try:
             if isinstance(request, CompletionRequest):
                 ids, read = request.prompt_ids, _completion
-                params = self._sampling(**drawing_fields(request), max_tokens=request.max_tokens, logprobs=None)
+                top = TOP if request.likelihood else None
+                params = self._sampling(**drawing_fields(request), max_tokens=request.max_tokens, logprobs=top)
             elif isinstance(request, LogprobRequest):
-                ids, read = request.ids, partial(_logprobs, start=request.start)
+                ids, read = request.ids, partial(_prompt_likelihood, request=request)
                 if not 0 < request.start <= len(ids):
                     known = f"log-probabilities from position {request.start} of {len(ids)} ids"
                     raise BackendError(f"{known}: nothing precedes them.")
-                params = self._sampling(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+                top = TOP if request.entropies else 0
+                params = self._sampling(temperature=0.0, max_tokens=1, prompt_logprobs=top, detokenize=False)
             else:
                 ids, read, params = request.ids, _scores, self._pooling()
             self._engine.add_request(str(key), {"prompt_token_ids": list(ids)}, params)
@@ -131,14 +135,21 @@ def _completion(output: Any) -> Completion:
     ids, reason = tuple(written.token_ids), written.finish_reason
     if reason not in ("stop", "length"):
         return Completion(written.text, len(ids), ids, "failed", f"vLLM ended the request with {reason!r}")
+    told = None if written.logprobs is None else _likelihood(ids, written.logprobs, entropies=True)
     # It says "stop" for a stop string as well as for the end of the sequence.
     ended: Finish = "eos" if reason == "stop" and not isinstance(written.stop_reason, str) else reason
-    return Completion(written.text, len(ids), ids, ended)
+    return Completion(written.text, len(ids), ids, ended, likelihood=told)
 
 
-def _logprobs(output: Any, start: int) -> list[float]:
-    rows = zip(output.prompt_token_ids[start:], output.prompt_logprobs[start:], strict=True)
-    return [float(row[token].logprob) for token, row in rows]
+def _prompt_likelihood(output: Any, request: LogprobRequest) -> Likelihood:
+    rows = output.prompt_logprobs[request.start :]
+    return _likelihood(request.ids[request.start :], rows, entropies=request.entropies)
+
+
+def _likelihood(ids: Sequence[int], rows: Sequence[Mapping[int, Any]], *, entropies: bool) -> Likelihood:
+    told = tuple(float(row[token].logprob) for token, row in zip(ids, rows, strict=True))
+    found = (top_entropy(each.logprob for each in row.values()) for row in rows) if entropies else ()
+    return Likelihood(told, tuple(found))
 
 
 def _scores(output: Any) -> list[float]:
@@ -172,7 +183,7 @@ def engine(model: ModelConfig, seed: int, step_tag_id: int | None) -> VllmEngine
     """
     seed &= 0xFFFFFFFF
     if step_tag_id is None:
-        can = Capabilities(token_ids=True, prompt_logprobs=True)
+        can = Capabilities(token_ids=True, logprobs=True, prompt_logprobs=True)
         return VllmEngine(_load(model, seed, enable_prefix_caching=True), seed, can)
     from vllm.config import PoolerConfig
 

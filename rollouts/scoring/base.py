@@ -6,12 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
+
+import numpy as np
 
 from rollouts.errors import ConfigError
 from rollouts.tasks.problems import Problem
+from rollouts.text.likelihood import first_of
+from rollouts.text.steps import ROLES
 
-Scores = list[float | None]
+Scores = list[Any]  # for each step a number, of several columns a tuple of them, or None
 
 
 class Scorer(Protocol):
@@ -26,6 +31,11 @@ class Scorer(Protocol):
         name: Name of the score table, as it was given.
         tolerance: Largest difference between two scorings of one path, such as the rounding that batching brings; 0
             where the same path always gets the same scores.
+
+    What a scorer may have besides:
+        columns: Names of the columns of its table, ``("score",)`` if left out. With several, each step gets a tuple of
+            as many numbers; those of ``score`` are in [0, 1], the others need not be.
+        roles: Whose steps are scored, ``("small", "large")`` if left out.
     """
 
     name: str
@@ -52,6 +62,16 @@ class Scorer(Protocol):
         It goes into the table's manifest. A scorer that says something else is refused for that table. Under
         ``identities`` it may say by role what tells the models that it uses from others (`rollouts.models.identity`).
         """
+
+
+def columns_of(scorer: Scorer) -> tuple[str, ...]:
+    """Return the columns of a scorer's table."""
+    return tuple(getattr(scorer, "columns", ("score",)))
+
+
+def roles_of(scorer: Scorer) -> tuple[str, ...]:
+    """Return whose steps a scorer is asked about."""
+    return tuple(getattr(scorer, "roles", ROLES))
 
 
 def score_paths(scorer: Scorer, paths: Sequence[tuple[str, Sequence[str]]]) -> list[Scores]:
@@ -104,6 +124,15 @@ def self_test_examples(problems: Sequence[Problem]) -> Sequence[Example]:
     return EXAMPLES
 
 
+def _fits(columns: tuple[str, ...], score: Any) -> bool:
+    """Whether what a scorer gave for a step are numbers for its columns."""
+    values = score if isinstance(score, tuple) else (score,)
+    return len(values) == len(columns) and all(
+        value is not None and math.isfinite(value) and (name != "score" or 0.0 <= value <= 1.0)
+        for name, value in zip(columns, values, strict=True)
+    )
+
+
 def self_test(scorer: Scorer, examples: Sequence[Example] = EXAMPLES, *, informed: bool = True) -> float:
     """Score known paths before a run.
 
@@ -119,23 +148,26 @@ def self_test(scorer: Scorer, examples: Sequence[Example] = EXAMPLES, *, informe
         ConfigError: Not one score per step, scores outside [0, 1], scores that depend on later steps, or, of an
             informed scorer, wrong steps that score higher than right ones (swapped labels).
     """
-    margins = []
+    columns, margins = columns_of(scorer), []
+    main = columns.index(first_of(columns))
     for example in examples:
         paths = (example.right, example.wrong, example.right[:1])
-        right, wrong, alone = found = score_paths(scorer, [(example.question, steps) for steps in paths])
+        found = score_paths(scorer, [(example.question, steps) for steps in paths])
         for steps, scores in zip(paths, found, strict=True):
             if len(scores) != len(steps):
                 raise ConfigError(
                     f"Scorer {scorer.name!r} gave {len(scores)} scores for {len(steps)} steps: wrong step tag?"
                 )
-            if any(score is None or not math.isfinite(score) or not 0.0 <= score <= 1.0 for score in scores):
-                raise ConfigError(f"Scorer {scorer.name!r} gave {scores}; expected numbers in [0, 1].")
-        if abs((right[0] or 0.0) - (alone[0] or 0.0)) > max(scorer.tolerance, 1e-6):
+            if not all(map(partial(_fits, columns), scores)):
+                expected = "numbers in [0, 1]" if columns == ("score",) else f"numbers for {', '.join(columns)}"
+                raise ConfigError(f"Scorer {scorer.name!r} gave {scores}; expected {expected}.")
+        right, wrong, alone = (np.array(scores, np.float64).reshape(len(scores), -1) for scores in found)
+        if (np.abs(right[0] - alone[0]) > max(scorer.tolerance, 1e-6)).any():
             raise ConfigError(
-                f"Scorer {scorer.name!r}: the first step scores {right[0]} with a second step and {alone[0]} without; "
-                "step scores must not depend on later steps (wrong step tag, or a model that looks ahead)."
+                f"Scorer {scorer.name!r}: the first step scores {found[0][0]} with a second step and {found[2][0]} "
+                "without; step scores must not depend on later steps (wrong step tag, or a model that looks ahead)."
             )
-        margins.append((right[-1] or 0.0) - (wrong[-1] or 0.0))
+        margins.append(float(right[-1, main] - wrong[-1, main]))
     margin = sum(margins) / len(margins)
     if informed and margin <= 0.0:
         raise ConfigError(

@@ -1,8 +1,7 @@
-"""Scores without a reward model: the least token probability of a step under the small or the large model."""
+"""Signals without a reward model: what the small or the large model makes of the tokens of each step."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -12,21 +11,30 @@ from rollouts.errors import ConfigError
 from rollouts.models.base import Backend, LogprobRequest
 from rollouts.models.futures import forward, settled
 from rollouts.scoring.base import Scores
+from rollouts.text.likelihood import STATISTICS, WORTHLESS, Likelihood, as_score
 from rollouts.text.prompts import PromptFormat
+from rollouts.text.steps import ROLES
 
 
 @dataclass(eq=False)
 class LikelihoodScorer:
-    """Least token probability of each step, at temperature 1, in one prefill pass per path; nothing is decoded.
+    """Statistics of each step's tokens, at temperature 1, in one prefill pass per path; nothing is decoded.
 
-    A step is as doubtful as its most surprising token. End-of-sequence tokens are not counted; a step without
-    any text scores 0. A backend that gives no log-probabilities of prompts is a ConfigError.
+    A step is as doubtful as its most surprising token: the column ``score`` is the probability of that. End-of-sequence
+    tokens are not counted; a step without any text is worth nothing (`rollouts.text.likelihood.WORTHLESS`). A backend
+    that gives no log-probabilities of prompts is a ConfigError.
+
+    Attributes:
+        columns: ``("score",)``, or `rollouts.text.likelihood.STATISTICS`.
+        roles: Whose steps are looked at.
     """
 
     name: str
     backend: Backend
     prompts: PromptFormat
     model: str
+    columns: tuple[str, ...] = ("score",)
+    roles: tuple[str, ...] = ROLES
     tolerance: float = field(default=2e-2, init=False)  # probabilities near 1/2 feel the rounding of bfloat16 logits
 
     def __post_init__(self) -> None:
@@ -53,15 +61,17 @@ class LikelihoodScorer:
             kept -= 1
         unread: Scores = [None] * (len(steps) - kept)
         if kept == 0 or positions[kept] == positions[0]:
-            return settled([*[0.0] * kept, *unread])
+            return settled([*[self._told(WORTHLESS)] * kept, *unread])
         result: Future[Scores] = Future()
 
-        def take(logprobs: list[float]) -> None:
-            scores: Scores = []
-            for start, end in zip(positions[:kept], positions[1 : kept + 1], strict=True):
-                span = logprobs[start - positions[0] : end - positions[0]]
-                scores.append(min(1.0, math.exp(min(span))) if span else 0.0)
+        def take(found: Likelihood) -> None:
+            spans = zip(positions[:kept], positions[1 : kept + 1], strict=True)
+            scores = [self._told(found.statistics(start - positions[0], end - positions[0])) for start, end in spans]
             result.set_result(scores + unread)
 
-        forward(self.backend.submit(LogprobRequest(ids[: positions[kept]], positions[0])), take, result)
+        request = LogprobRequest(ids[: positions[kept]], positions[0], self.columns == STATISTICS)
+        forward(self.backend.submit(request), take, result)
         return result
+
+    def _told(self, statistics: tuple[float, ...]) -> Any:
+        return statistics if self.columns == STATISTICS else as_score(STATISTICS[0], statistics[0])

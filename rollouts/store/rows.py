@@ -19,30 +19,40 @@ _FLUSH_SECONDS = 10.0
 
 
 class Rows:
-    """One column of a table for the trees that are at hand (`read`, `forget`), and new rows (`put`, `flush`).
+    """Values of a table for the trees that are at hand (`read`, `forget`), and new rows (`put`, `flush`).
 
-    Of duplicate keys the first wins. Where a table has `CONTENT`, a row is found for a proposal of that text only: one
-    that was made for another text at the same place is none.
+    A value is that of one column, or a tuple of several, None where all are null. Of duplicate keys the first wins.
+    Where a table has `CONTENT`, a row is found for a proposal of that text only: one that was made for another text at
+    the same place is none.
 
     Attributes:
         table: The table.
+        columns: The columns that values are of.
         of_solutions: Whether only terminal proposals have rows.
+        beside: Where the values of the steps of the role that the table is named after are looked up besides.
         added: Rows put so far.
     """
 
     def __init__(
-        self, table: Table, column: str | None = None, *, rows: int = 20_000, seconds: float = _FLUSH_SECONDS
+        self,
+        table: Table,
+        *columns: str,
+        rows: int = 20_000,
+        seconds: float = _FLUSH_SECONDS,
+        beside: Rows | None = None,
     ) -> None:
         """Name the table.
 
         Args:
             table: The table.
-            column: The column that is looked up; default: the first after the key.
+            columns: The columns that values are of; default: those of the table.
             rows: New rows after which a shard is due.
             seconds: Seconds after which a shard is due.
+            beside: See above.
         """
         self.table = table
-        self.column = column or table.schema.names[len(table.key)]
+        self.columns = columns or table.values
+        self.beside = beside
         self.max_rows = rows
         self.max_seconds = seconds
         self.of_solutions = table.schema.equals(GRADES)
@@ -55,30 +65,49 @@ class Rows:
 
     def read(self, trees: Collection[TreeKey]) -> None:
         """Take trees at hand, with the rows that the table has for them."""
+        if self.beside is not None and (new := [tree for tree in trees if tree not in self.beside._values]):
+            self.beside.read(new)
         self._values.update((tree, {}) for tree in trees)
-        for part in self.table.read({problem for problem, _ in trees}, [*self.table.key, self.column]):
-            *columns, values = (part[name].to_pylist() for name in (*self.table.key, self.column))
-            for key, value in zip(zip(*columns, strict=True), values, strict=True):
+        for part in self.table.read({problem for problem, _ in trees}, [*self.table.key, *self.columns]):
+            keys, values = (
+                zip(*(part[name].to_pylist() for name in names), strict=True)
+                for names in (self.table.key, self.columns)
+            )
+            for key, value in zip(keys, map(self._plain, values), strict=True):
                 if (held := self._values.get(key[:2])) is not None:
                     by_place = self.table.by_place and key[-1] is None
                     held.setdefault(key[: len(KEY)] if by_place else key, value)
 
     def forget(self, trees: Iterable[TreeKey]) -> None:
         """Let go of trees; their new rows still go to the disk."""
+        trees = tuple(trees)
+        if self.beside is not None:
+            self.beside.forget(trees)
         for tree in trees:
             self._values.pop(tree, None)
 
     def __contains__(self, key: RowKey) -> bool:
         """Whether a tree at hand has a row for a proposal."""
-        return self._found(key) in self._values[key[:2]]
+        return self._found(key) in self._values[key[:2]] or self._beside(key) is not None
 
     def __getitem__(self, key: RowKey) -> Any:
         """Return the value of a proposal of a tree at hand."""
-        return self._values[key[:2]][self._found(key)]
+        found = self.get(key, ...)
+        if found is ...:
+            raise KeyError(key)
+        return found
 
     def get(self, key: RowKey, default: Any = None) -> Any:
         """Return the value of a proposal of a tree at hand, or a default if there is no row."""
-        return self._values[key[:2]].get(self._found(key), default)
+        found = self._values[key[:2]].get(self._found(key), ...)
+        if found is ...:
+            found = self._beside(key)
+            return default if found is None else found
+        return found
+
+    def _beside(self, key: RowKey) -> Any:
+        own = self.beside is not None and key[3] == self.table.directory.name
+        return self.beside.get(key) if own else None  # type: ignore[union-attr]
 
     def _found(self, key: RowKey) -> RowKey:
         """Return under what the value of a proposal of a tree at hand would be: its content, or its place alone."""
@@ -88,12 +117,21 @@ class Rows:
         """Return how many rows of a tree at hand belong to none of its proposals, whose keys are given."""
         return len(self._values[tree].keys() - {self._found(key) for key in keys})
 
+    @staticmethod
+    def _plain(values: tuple[Any, ...]) -> Any:
+        return values[0] if len(values) == 1 else None if all(value is None for value in values) else values
+
+    def put_value(self, key: RowKey, value: Any) -> None:
+        """Add a row whose columns are those that values are of; where there is one already, that one stays."""
+        values = value if isinstance(value, tuple) else (value,) * len(self.columns)
+        self.put(key, **dict(zip(self.columns, values, strict=True)))
+
     def put(self, key: RowKey, **values: Any) -> None:
         """Add a row, with the values of all columns beside its key; where there is one already, that one stays."""
         held = self._values.get(key[:2])
         if held is None or self._found(key) not in held:
             if held is not None:
-                held[key] = values[self.column]
+                held[key] = self._plain(tuple(values[name] for name in self.columns))
             self._new.append({CONTENT: None, **dict(zip((*KEY, CONTENT), key, strict=False)), **values})
             self.added += 1
 
@@ -133,6 +171,7 @@ class Rows:
         for part in steps.read(problems, [*KEY, "text", "terminal"]):
             part = part.filter(part["terminal"]) if self.of_solutions else part
             contents_of(part, contents)
+        contents = {place: content for place, content in contents.items() if place[-1] in self.table.roles}
         trees = {place[:2] for place in contents}
         self.read(trees)
         found = {place[0] for place, content in contents.items() if (*place, content) not in self}

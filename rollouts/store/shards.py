@@ -7,7 +7,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rollouts.errors import StoreError
+from rollouts.text.likelihood import STATISTICS
+from rollouts.text.steps import ROLES
 
 T = TypeVar("T")
 KEY = ("problem", "replica", "prefix", "role")
@@ -38,12 +40,12 @@ STEPS = pa.schema(
         pa.field("terminal", pa.bool_(), nullable=False),
         pa.field("label", pa.bool_()),
         pa.field("reason", pa.string()),  # why its request failed
+        *(pa.field(name, pa.float32()) for name in STATISTICS),  # under its author; null where that did not tell
     ]
 )
 CONTENT = "content"  # what a row is about: the hash of its prefix and of the proposal's text
 _CONTENT_FIELD = pa.field(CONTENT, pa.uint64())  # null in rows from before there was such a column
-_LATER = {CONTENT, "reason"}  # null in shards from before there were such columns
-SCORES = pa.schema([*_KEY_FIELDS, _CONTENT_FIELD, pa.field("score", pa.float32())])
+_LATER = {CONTENT, "reason", *STATISTICS}  # null in shards from before there were such columns
 GRADES = pa.schema(
     [
         *_KEY_FIELDS,
@@ -53,6 +55,14 @@ GRADES = pa.schema(
         pa.field("error", pa.string()),
     ]
 )
+
+
+def scores_of(columns: Sequence[str]) -> pa.Schema:
+    """Return the schema of a score table with such columns."""
+    return pa.schema([*_KEY_FIELDS, _CONTENT_FIELD, *(pa.field(name, pa.float32()) for name in columns)])
+
+
+SCORES = scores_of(("score",))
 _COUNTER, _COMPACTED = "trim.", "trim-compacted"  # in the metadata of shards
 _SHARD = re.compile(r"part-(\d{6})\.parquet$")
 _SAME_TIME_NS = 2_000_000_000  # two changes so close may leave a directory the same time
@@ -81,14 +91,26 @@ class Table:
         directory: Where its shards are.
         schema: Their columns.
         key: The columns that name a row.
+        values: The columns that rows are looked up for.
+        roles: Whose steps have rows.
         by_place: Whether a row without `CONTENT` belongs to whatever step is at its place.
     """
 
-    def __init__(self, directory: Path, schema: pa.Schema, *, by_place: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        schema: pa.Schema,
+        values: Sequence[str] = (),
+        roles: Sequence[str] = ROLES,
+        *,
+        by_place: bool = True,
+    ) -> None:
         """Name the table; the directory is made at the first `append`."""
         self.directory = directory
         self.schema = schema
         self.key = (*KEY, CONTENT) if CONTENT in schema.names else KEY
+        self.roles = tuple(roles)
+        self.values = tuple(values) or (schema.names[len(self.key)],)
         self.by_place = by_place
         self._listed: tuple[int, dict[Path, tuple[int, int]]] = (-1, {})
         self._indexed: dict[Path, tuple[int, int]] = {}
@@ -159,7 +181,7 @@ class Table:
         """Write one shard.
 
         Args:
-            rows: Columns of the schema, equally long; `CONTENT` and ``reason`` may be left out.
+            rows: Columns of the schema, equally long; those that came later may be left out.
             counters: Whole numbers to be summed over shards (`counters`), such as dropped segments.
             path: Where to; default `next_shard`.
         """
@@ -261,6 +283,19 @@ class Table:
                 return file_digest(handle, "blake2b").digest()
 
         return self._undisturbed(lambda: [of(path) for path in self._current()])
+
+    def has_values(self, column: str) -> bool:
+        """Whether any row has a value in a column; shards that cannot be read count as having none."""
+        for path in self.shards():
+            with suppress(pa.ArrowException, OSError):
+                found = pq.read_metadata(path)
+                place = found.schema.names.index(column) if column in found.schema.names else None
+                groups = (
+                    [] if place is None else [found.row_group(i).column(place) for i in range(found.num_row_groups)]
+                )
+                if any(group.statistics is None or group.statistics.null_count < group.num_values for group in groups):
+                    return True
+        return False
 
     def counters(self) -> dict[str, int]:
         """Return the shards' counters, summed."""

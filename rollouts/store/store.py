@@ -16,12 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rollouts.errors import StoreError, did_you_mean
-from rollouts.store.rows import RowKey, contents_of
-from rollouts.store.shards import GRADES, KEY, SCORES, STEPS, Table, write_atomically
+from rollouts.store.rows import RowKey, Rows, contents_of
+from rollouts.store.shards import GRADES, KEY, STEPS, Table, scores_of, write_atomically
 from rollouts.tasks.problems import Problem
-from rollouts.text.steps import StopReason
+from rollouts.text.likelihood import LOOKED_AT, STATISTICS, as_score, first_of
+from rollouts.text.steps import ROLES, SMALL, StopReason
 
 SCHEMA_VERSION = 1
+_USUAL: dict[str, tuple[str, ...]] = {
+    "columns": ("score",),
+    "roles": ROLES,
+}  # of tables whose manifest says nothing else
 _PROBLEMS = pa.schema([(name, pa.string()) for name in ("id", "split", "question", "answer", "source", "licence")])
 
 
@@ -67,7 +72,7 @@ class Store:
             )
         self.steps = Table(self.path / "steps", STEPS)
         self.notes: list[str] = []
-        self._tables: dict[Path, Table] = {}  # kept, as each knows where its rows are
+        self._tables: dict[tuple[Any, ...], Table] = {}  # kept, as each knows where its rows are
 
     @classmethod
     def create(cls, path: str | Path, process: Mapping[str, Any], date: Date | None = None) -> Store:
@@ -202,14 +207,44 @@ class Store:
 
     def scores(self, name: str) -> Table:
         """Return the score table of a scorer (perhaps still empty)."""
-        return self._table(self.path / "scores" / name, SCORES)
+        columns, roles = self._shape(name)
+        return self._table(self.path / "scores" / name, scores_of(columns), columns, roles)
+
+    def score_rows(self, name: str, steps: Rows | None = None, **limits: Any) -> Rows:
+        """Return the rows of a score table, empty if it is not there yet; with statistics that came with the steps.
+
+        Args:
+            name: Name of the table.
+            steps: Where the latter are looked up; default: in the steps on the disk.
+            limits: As of `Rows`.
+        """
+        table, steps = self.scores(name), steps or self.step_statistics()
+        return Rows(table, beside=steps if name in ROLES and table.values == STATISTICS else None, **limits)
+
+    def step_statistics(self) -> Rows | None:
+        """Return the statistics that came with the steps, under their authors; None if none did."""
+        return Rows(self.steps, *STATISTICS) if self.steps.has_values(STATISTICS[0]) else None
+
+    def _shape(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the columns of a score table, and whose steps have rows."""
+        if not (self.path / "scores" / name / "manifest.json").is_file():
+            return (STATISTICS, LOOKED_AT[name]) if name in ROLES else (_USUAL["columns"], ROLES)
+        told = {**_USUAL, **self.table_manifest("scores", name)}
+        return tuple(told["columns"]), tuple(told["roles"])
+
+    def signals(self) -> list[str]:
+        """Return the names of the score tables, and of the models whose steps came with statistics of their tokens."""
+        return sorted({*self.names("scores"), *(ROLES if self.step_statistics() else ())})
 
     def grades(self, name: str) -> Table:
         """Return the grade table of a grader (perhaps still empty)."""
         return self._table(self.path / "grades" / name, GRADES)
 
-    def _table(self, directory: Path, schema: pa.Schema) -> Table:
-        table = self._tables.setdefault(directory, Table(directory, schema))
+    def _table(
+        self, directory: Path, schema: pa.Schema, columns: Sequence[str] = (), roles: Sequence[str] = ROLES
+    ) -> Table:
+        shape = directory, tuple(columns), tuple(roles)
+        table = self._tables.setdefault(shape, Table(directory, schema, columns, roles))
         table.by_place = self._by_place()
         return table
 
@@ -217,28 +252,40 @@ class Store:
         """Whether every step is still the one that rows without a content were made for."""
         return not any((self.path / _SET_ASIDE / "steps").glob("*"))
 
-    def attach(self, kind: str, name: str, process: Mapping[str, Any]) -> Table:
+    def attach(
+        self,
+        kind: str,
+        name: str,
+        process: Mapping[str, Any],
+        columns: Sequence[str] = ("score",),
+        roles: Sequence[str] = ROLES,
+    ) -> Table:
         """Return a score or grade table to append to, writing its manifest or comparing with it.
 
         Args:
             kind: ``scores`` or ``grades``.
             name: Name of the table.
             process: What decides its values; ``identities`` as in `create`.
+            columns: Those of a score table.
+            roles: Whose steps it is about.
 
         Raises:
             StoreError: The table was made by another process; the fields that differ are named.
         """
+        shape = {
+            name: list(own) for name, own in (("columns", columns), ("roles", roles)) if tuple(own) != _USUAL[name]
+        }
         directory = self.path / kind / name
         file = directory / "manifest.json"
         if file.exists():
-            found, wanted = self.table_manifest(kind, name), _manifest(process)
-            self._refuse(kind, name, _differing(found, wanted))
+            found, wanted = self.table_manifest(kind, name), {**_manifest(process), **shape}
+            self._refuse(kind, name, _differing(_with_shape(found), _with_shape(wanted)))
             self.notes += _unknown(directory, found, wanted)
             if _learn(found, wanted.get("identities", {})):
                 _write_json(file, found)
         else:
             directory.mkdir(parents=True, exist_ok=True)
-            _write_json(file, _manifest(process))
+            _write_json(file, {**_manifest(process), **shape})
         return self.scores(name) if kind == "scores" else self.grades(name)
 
     def refuse_others(self, kind: str, name: str, models: Mapping[str, Any]) -> None:
@@ -265,11 +312,19 @@ class Store:
     def choose(self, kind: str, name: str | None) -> str:
         """Return `name`, or the only table of that kind.
 
+        Of scores the one with a column ``score`` is meant, or where there is none ``small``. A name may also be that of
+        a column, ``TABLE.COLUMN`` (`scored_by`).
+
         Raises:
             StoreError: There is none, there are several and no name was given, or the name is unknown.
         """
         names = self.names(kind)
         command = "score" if kind == "scores" else "grade"
+        if kind == "scores":
+            known = self.signals()
+            if name is not None and (name in known or name.rpartition(".")[0] in known):
+                return name
+            names = [each for each in known if "score" in self._shape(each)[0]] or [n for n in known if n == SMALL]
         if not names:
             raise StoreError(f"{self.path}: no {kind} yet. Add them with `python -m rollouts {command} {self.path}`.")
         if name is None and len(names) == 1:
@@ -279,6 +334,20 @@ class Store:
         if name not in names:
             raise StoreError(f"{self.path}: no {kind} table {name!r}.{did_you_mean(name, names)}")
         return name
+
+    def scored_by(self, name: str) -> tuple[str, str]:
+        """Return table and column of a scorer's name (`choose`): ``small`` stands for ``small.min_logprob``.
+
+        Raises:
+            StoreError: It has no such column, or one that cannot be a score (`rollouts.text.likelihood.as_score`).
+        """
+        table, column = (name, "") if name in self.signals() else name.rpartition(".")[::2]
+        columns = self._shape(table)[0]
+        column = column or first_of(columns)
+        if column not in columns or as_score(column, 0.0) is None:
+            able = [each for each in columns if as_score(each, 0.0) is not None]
+            raise StoreError(f"{self.path}: {name!r} is no column that can be a score.{did_you_mean(column, able)}")
+        return table, column
 
     def tables(self) -> list[Table]:
         """Return all tables of rows: steps, then every score and grade table."""
@@ -340,6 +409,11 @@ class Store:
             table.complete(contents)
 
 
+def score_command(store: str | Path, table: str) -> str:
+    """Return the command that fills a score table."""
+    return f"python -m rollouts score {store}" + (f" --scorer {table}" if table in ROLES else "")
+
+
 @contextmanager
 def _locked(directory: Path, how: int) -> Iterator[None]:
     with (directory / _LOCK).open("w") as handle:
@@ -371,6 +445,12 @@ def _manifest(process: Mapping[str, Any]) -> dict[str, Any]:
     rest = dict(process)
     models = {role: dict(model) for role, model in rest.pop("identities", {}).items() if model}
     return {"schema_version": SCHEMA_VERSION, "process": rest, **({"identities": models} if models else {})}
+
+
+def _with_shape(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest of a table whose process tells columns and roles, too."""
+    shape = {name: list(manifest.get(name, usual)) for name, usual in _USUAL.items()}
+    return {**manifest, "process": {**manifest["process"], **shape}}
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import reduce
 
@@ -41,12 +41,14 @@ class Step:
         tokens: Tokens decoded for it, its delimiter or end-of-sequence token included, as the backend counted.
         stop_reason: Why it ended.
         prompt_tokens: Tokens of the prompt that it was decoded from (its node's prefix with the problem).
+        statistics: Of its tokens under its author (`rollouts.text.likelihood.STATISTICS`); None if that did not tell.
     """
 
     text: str
     tokens: int
     stop_reason: StopReason
     prompt_tokens: int = 0
+    statistics: tuple[float, ...] | None = field(default=None, compare=False)
 
     @property
     def terminal(self) -> bool:

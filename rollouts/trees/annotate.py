@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rollouts.errors import ConfigError
-from rollouts.scoring.base import Scorer, Scores
+from rollouts.scoring.base import Scorer, Scores, columns_of, roles_of
 from rollouts.store.rows import RowKey, Rows
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader
@@ -63,9 +63,12 @@ def left(store: Store, rows: Rows, problems: Sequence[Problem] | None = None, ch
 
 
 def is_left(rows: Rows, place: Place) -> bool:
-    """Whether a proposal of a tree at hand should have a row and has none."""
+    """Whether a proposal of a tree at hand should have a row and has none, nor was told with the same text's step."""
     tree, node, role = place
-    return (node.proposals[role].terminal or not rows.of_solutions) and tree.row_key(node, role) not in rows
+    if role not in rows.table.roles or (rows.of_solutions and not node.proposals[role].terminal):
+        return False
+    same = (role,) if rows.beside is None else node.twins(role)
+    return all(tree.row_key(node, each) not in rows for each in same)
 
 
 def score_store(
@@ -91,7 +94,8 @@ def score_store(
     Raises:
         BackendError: The scorer is gone; what came back before is kept.
     """
-    rows = Rows(store.attach("scores", scorer.name, scorer.process()), rows=_ROWS, seconds=_SECONDS)
+    attach(store, scorer)
+    rows = store.score_rows(scorer.name, rows=_ROWS, seconds=_SECONDS)
     report = Report()
     by_tree = (places for _, places in groupby(left(store, rows, problems), lambda place: place[0]))
 
@@ -110,6 +114,11 @@ def score_store(
     return report
 
 
+def attach(store: Store, scorer: Scorer) -> None:
+    """Make the table of a scorer, if it is not there yet; raise `StoreError` if another one has made it."""
+    store.attach("scores", scorer.name, scorer.process(), columns_of(scorer), roles_of(scorer))
+
+
 def paths(rows: Rows, places: Iterable[Place]) -> Iterator[Path]:
     """Yield paths without a score that together cover some proposals; one forward pass scores all of a path.
 
@@ -122,13 +131,13 @@ def paths(rows: Rows, places: Iterable[Place]) -> Iterator[Path]:
         key = tree.row_key(node, role)
         for same in node.twins(role):
             if (twin := tree.row_key(node, same)) in rows:
-                rows.put(key, score=rows[twin])
+                rows.put_value(key, rows[twin])
         return key in covered or key in rows
 
     for tree, node, role in places:
         edges: list[tuple[Node, str]] = []
         at: Node | None = node
-        while at is not None and role in at.proposals and not scored(tree, at, role):
+        while at is not None and role in at.proposals and role in rows.table.roles and not scored(tree, at, role):
             edges.append((at, role))
             covered.update(tree.row_key(at, same) for same in at.twins(role))
             at = tree.child(at, role)
@@ -165,9 +174,9 @@ def score_paths(
         what = f"the steps of a path of {tree.problem.id!r}"
         new = _one_for_each(f"Scorer {scorer.name!r}", scores, before + len(edges), what)[before:]
         for (node, role), score in zip(edges, new, strict=True):
-            stored = None if score is None else float(np.float32(score))  # what the table will give back
-            for same in node.twins(role):
-                rows.put(tree.row_key(node, same), score=stored)
+            stored = np.asarray(score, np.float32).tolist() if score is not None else None  # as the table gives it back
+            for same in (each for each in node.twins(role) if each in rows.table.roles):
+                rows.put_value(tree.row_key(node, same), tuple(stored) if isinstance(stored, list) else stored)
         if on_scores:
             on_scores(new)
 

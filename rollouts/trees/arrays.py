@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class Trees:
         problem_ids: Ids of the P problems.
         questions: Their P texts.
         splits: (P,) array of split names.
+        signals: (N, 2) float32 for each column of the store's score tables, by ``TABLE.COLUMN``; NaN if not known.
         meta: Store, scorer, grader, K, limits, counts of what was left out, and ``hash``, the content hash.
     """
 
@@ -74,6 +75,7 @@ class Trees:
     questions: tuple[str, ...]
     splits: NDArray[np.str_]
     meta: dict[str, Any]
+    signals: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def nodes(self) -> int:

@@ -1,15 +1,17 @@
 """What a router may see at a proposal: named columns, the same wherever its episodes come from.
 
-A column is a fact of the small model's proposal (`FACTS`), ``step`` (its number, from 1), ``max_steps`` (T, the same at
-all decisions), or a fold (`FOLDS`): what a fact of the accepted steps has come to. Compiled trees (`columns_of`),
-walks that generate (`rollouts.trees.on_policy.observe`), sessions of a router in use and the service make the same
-mapping from these entries, bit for bit; so a new signal is one entry here.
+A column is a fact of the small model's proposal, ``step`` (its number, from 1), ``max_steps`` (T, the same at all
+decisions), or a fold (`FOLDS`): what a fact of the accepted steps has come to. Facts are those that every step has
+(`FACTS`) and signals, columns of the store's score tables, ``TABLE.COLUMN``. Compiled trees (`columns_of`), walks that
+generate (`rollouts.trees.on_policy.observe`), sessions of a router in use and the service make the same mapping from
+these entries, bit for bit.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ from rollouts.errors import ConfigError
 from rollouts.text.steps import Step
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, TERMINAL, Trees, graph_of
 
+_SIGNAL = re.compile(r"[\w.-]+\.\w+")
 Columns = Mapping[str, Any]  # by name: float64 arrays of shape (n,), or numbers where there is one decision
 
 
@@ -81,9 +84,34 @@ FACTS: dict[str, Fact] = {
 }
 
 
+def is_signal(name: str) -> bool:
+    """Whether a fact is a column of a score table; tables' names may hold dots too, columns' do not."""
+    return _SIGNAL.fullmatch(name) is not None
+
+
+def checked_signal(name: str, value: Any) -> float:
+    """Return a signal, rounded as rollouts hold it.
+
+    Raises:
+        ConfigError: It is no number.
+    """
+    try:
+        checked = float(np.float32(value))
+    except (TypeError, ValueError):
+        checked = math.nan
+    if math.isnan(checked):
+        raise ConfigError(f"{name} of a step is {value!r}, expected a number.")
+    return checked
+
+
+def fact_of(trees: Trees, name: str) -> NDArray[Any]:
+    """Return the (N, 2) values of a fact for both models' proposals; a signal is NaN where it is not known."""
+    return trees.signals[name] if is_signal(name) else FACTS[name].of_trees(trees)
+
+
 @dataclass(frozen=True)
 class Fold:
-    """A running value over one fact of the accepted steps, whoever wrote them.
+    """A running value over one fact of the accepted steps, whoever wrote them; steps that lack the fact are skipped.
 
     It is computed in float64 and told as a float32.
 
@@ -115,6 +143,25 @@ FOLDS: dict[str, Fold] = {
 COLUMNS = (*FACTS, "step", "max_steps", *FOLDS)
 
 
+def _greatest(so_far: Any, value: Any) -> Any:
+    return np.maximum(so_far, value) if isinstance(value, np.ndarray) else max(so_far, value)
+
+
+FOLDERS = {"least": _least, "greatest": _greatest}
+
+
+def fold_named(name: str) -> Fold | None:
+    """Return a fold over a fact by its name, ``least(FACT)`` or ``greatest(FACT)``; None if it is no such name.
+
+    Before the first step a log-probability is 0 (certain), an entropy 0, a score 1.
+    """
+    how, _, fact = name.removesuffix(")").partition("(")
+    if how not in FOLDERS or not name.endswith(")"):
+        return None
+    certain = 0.0 if fact.endswith(("_logprob", "_entropy")) else 1.0
+    return Fold(name, fact, certain, FOLDERS[how])
+
+
 class Folded:
     """Folds over the steps that one episode has accepted."""
 
@@ -133,7 +180,9 @@ class Folded:
     def add(self, facts: Mapping[str, float]) -> None:
         """Go on by one accepted step."""
         for place, fold in enumerate(self._folds):
-            self._values[place] = fold.combine(self._values[place], facts[fold.fact])
+            value = facts.get(fold.fact, math.nan) if is_signal(fold.fact) else facts[fold.fact]
+            if value == value:
+                self._values[place] = fold.combine(self._values[place], value)
 
     def tell(self, columns: dict[str, float]) -> None:
         """Add the columns as they stand now."""
@@ -154,16 +203,21 @@ def columns_of(
     def column(values: NDArray[Any]) -> NDArray[np.float64]:
         return np.asarray(values[rows], np.float64)
 
-    columns: dict[str, Any] = {name: column(fact.of_trees(trees)[:, CONTINUE_SMALL]) for name, fact in FACTS.items()}
+    columns: dict[str, Any] = {
+        name: column(fact_of(trees, name)[:, CONTINUE_SMALL]) for name in (*FACTS, *trees.signals)
+    }
     columns |= {"step": column(trees.depth) + 1, "max_steps": trees.meta["max_steps"]}
     return columns | {fold.name: column(_folded(trees, fold)) for fold in folds}
 
 
 def _folded(trees: Trees, fold: Fold) -> NDArray[np.float32]:
     """Return the (N,) values of a fold at all nodes."""
-    facts, graph = np.asarray(FACTS[fold.fact].of_trees(trees), np.float64), graph_of(trees)
+    facts, graph = np.asarray(fact_of(trees, fold.fact), np.float64), graph_of(trees)
+    absent = np.isnan(facts)
     values = np.full(trees.nodes + 1, fold.initial, np.float64)  # the last is written at ends, and not read
     for level in graph.levels:
         for action in (ESCALATE_LARGE, CONTINUE_SMALL):  # where both lead to one node, the small model's step counts
-            values[graph.child[level, action]] = fold.combine(values[level], facts[level, action])
+            so_far = values[level]
+            gone_on = fold.combine(so_far, facts[level, action])
+            values[graph.child[level, action]] = np.where(absent[level, action], so_far, gone_on)
     return values[:-1].astype(np.float32)

@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rollouts.errors import StoreError
 from rollouts.store.rows import Rows
-from rollouts.store.store import Store
+from rollouts.store.store import Store, score_command
 from rollouts.text.steps import ROLES
 from rollouts.trees.arrays import MISSING, STOP_REASONS, TERMINAL, Trees
 from rollouts.trees.grow import load_trees
+from rollouts.trees.signals import Signals
 from rollouts.trees.tree import RolloutTree
 
-_FORMAT = 3  # of the compiled files
+_FORMAT = 4  # of the compiled files
 
 _TYPES = {  # of the arrays
     name: get_args(get_args(hint)[1])[0]
@@ -95,7 +97,9 @@ def _cache_key(store: Store, scorer: str, grader: str) -> str:
     digest.update(json.dumps(store.manifest["process"], sort_keys=True).encode())
     with (store.path / "problems.parquet").open("rb") as handle:
         digest.update(hashlib.file_digest(handle, "blake2b").digest())
-    for table in (store.steps, store.scores(scorer), store.grades(grader)):
+    for name in store.names("scores"):
+        digest.update(f"|{name}|{store.table_manifest('scores', name)}".encode())
+    for table in (store.steps, *map(store.scores, store.names("scores")), store.grades(grader)):
         for shard in table.digests():
             digest.update(shard)
     return digest.hexdigest()
@@ -108,7 +112,10 @@ def _save(trees: Trees, folder: Path) -> None:
         made.mkdir()
         for name in _TYPES:
             np.save(made / f"{name}.npy", getattr(trees, name))
-        text = json.dumps({"problem_ids": trees.problem_ids, "questions": trees.questions, "meta": trees.meta})
+        for number, values in enumerate(trees.signals.values()):
+            np.save(made / f"signal-{number}.npy", values)
+        described = {"problem_ids": trees.problem_ids, "questions": trees.questions, "signals": [*trees.signals]}
+        text = json.dumps({**described, "meta": trees.meta})
         (made / "meta.json").write_text(text, encoding="utf-8")
         try:
             os.replace(made, folder)
@@ -125,7 +132,11 @@ def _load(folder: Path) -> Trees:
     described = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     arrays: dict[str, Any] = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _TYPES}
     ids, questions = tuple(described["problem_ids"]), tuple(described["questions"])
-    return Trees(**arrays, problem_ids=ids, questions=questions, meta=described["meta"])
+    signals = {
+        name: np.load(folder / f"signal-{number}.npy", mmap_mode="r")
+        for number, name in enumerate(described["signals"])
+    }
+    return Trees(**arrays, problem_ids=ids, questions=questions, meta=described["meta"], signals=signals)
 
 
 @dataclass
@@ -142,20 +153,24 @@ class _Counts:
 def _compile(store: Store, scorer: str, grader: str, on_progress: Callable[[int], None] | None) -> Trees:
     problems, process = store.problems(), store.manifest["process"]
     positions = {problem.id: position for position, problem in enumerate(problems)}
-    tables = [Rows(store.scores(scorer)), Rows(store.grades(grader))]
-    if process.get("labels"):
-        tables.append(Rows(store.steps, "label"))
+    steps = store.step_statistics()
+    signals = Signals([store.score_rows(name, steps) for name in store.signals()], store.scored_by(scorer))
+    tables = [Rows(store.grades(grader)), *([Rows(store.steps, "label")] if process.get("labels") else [])]
     counts, text = _Counts(), bytearray()
     actions: list[Any] = []
     nodes: list[Any] = []
+    told: list[NDArray[np.float32]] = []
     roots: list[tuple[int, int, int]] = []
     first = 0
-    for tree in load_trees(store, problems, None, process.get("max_escalations"), chunk=256, along=tables):
-        if rows := _rows_of(tree, len(roots), first, len(text), tables, counts):
+    for tree in load_trees(
+        store, problems, None, process.get("max_escalations"), chunk=256, along=[*signals.tables.values(), *tables]
+    ):
+        if rows := _rows_of(tree, len(roots), first, len(text), signals, tables, counts):
             roots.append((first, positions[tree.problem.id], tree.replica))
             actions.append(np.array(rows[0], _PER_ACTION))
             nodes.append(np.array(rows[1], _PER_NODE))
             text += rows[2]
+            told.append(rows[3])
             first += len(rows[1])
         if on_progress:
             on_progress(1)
@@ -181,6 +196,7 @@ def _compile(store: Store, scorer: str, grader: str, on_progress: Callable[[int]
         "unclaimed_rows": counts.unclaimed,
         "hash": digest.hexdigest(),
     }
+    columns = np.ascontiguousarray(np.moveaxis(np.concatenate(told), -1, 0))
     return Trees(
         **arrays,
         text=np.frombuffer(text, np.uint8),
@@ -188,13 +204,14 @@ def _compile(store: Store, scorer: str, grader: str, on_progress: Callable[[int]
         questions=tuple(item.question for item in problems),
         splits=np.asarray([item.split for item in problems]),
         meta=meta,
+        signals=dict(zip(signals.names, columns, strict=True)),
     )
 
 
 def _refuse(store: Store, counts: _Counts, scorer: str, grader: str, trees: int) -> None:
     if counts.unscored:
-        raise StoreError(f"{store.path}: {counts.unscored} proposals have no score by {scorer!r} yet. "
-                         f"Run `python -m rollouts score {store.path}`.")  # fmt: skip
+        remedy = score_command(store.path, store.scored_by(scorer)[0])
+        raise StoreError(f"{store.path}: {counts.unscored} proposals have no score by {scorer!r} yet. Run `{remedy}`.")
     if counts.not_numbers:
         raise StoreError(f"{store.path}: {counts.not_numbers} scores by {scorer!r} are not in [0, 1] (NaN counts as "
                          "such). Delete that score table and run `python -m rollouts score` again.")  # fmt: skip
@@ -211,8 +228,14 @@ def _refuse(store: Store, counts: _Counts, scorer: str, grader: str, trees: int)
 
 
 def _rows_of(
-    tree: RolloutTree, number: int, first: int, written: int, tables: Sequence[Rows], counts: _Counts
-) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], bytearray] | None:
+    tree: RolloutTree,
+    number: int,
+    first: int,
+    written: int,
+    signals: Signals,
+    tables: Sequence[Rows],
+    counts: _Counts,
+) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], bytearray, NDArray[np.float32]] | None:
     """Return a tree's rows and the text of its proposals, or None if it cannot be used.
 
     Args:
@@ -220,22 +243,24 @@ def _rows_of(
         number: Its position among the trees.
         first: Row of its root.
         written: Bytes of text before it.
-        tables: Scores, grades and perhaps labels.
+        signals: All score tables.
+        tables: Grades and perhaps labels.
         counts: Counts to add to.
 
     Returns:
-        Rows of `_PER_ACTION` (small, large, small, ...), rows of `_PER_NODE`, text.
+        Rows of `_PER_ACTION` (small, large, small, ...), rows of `_PER_NODE`, text, (n, 2, columns) signals.
     """
-    scores, grades, *labels = tables
+    grades, *labels = tables
     counts.orphans += tree.orphans
     counts.incomplete += tree.missing() > 0
     keys = [tree.row_key(*place[1:]) for place in tree.places()]
-    counts.unclaimed += sum(rows.unclaimed(tree.key, keys) for rows in (scores, grades))
+    counts.unclaimed += sum(rows.unclaimed(tree.key, keys) for rows in (*signals.tables.values(), grades))
     row_of = {key: first + offset for offset, key in enumerate(tree.nodes)}
     before = {tree.root.key: (1.0, 1.0)}  # least and product of the scores of the accepted steps
     actions: list[tuple[Any, ...]] = []
     nodes: list[tuple[Any, ...]] = []
     text = bytearray()
+    told: list[list[float]] = []
     for node in tree.nodes.values():
         least, product = before[node.key]
         nodes.append((number, len(node.steps), node.used_tokens, least, product))
@@ -243,14 +268,16 @@ def _rows_of(
             step = node.proposals.get(role)
             if step is None:
                 actions.append((*_ABSENT, written + len(text)))
+                told.append(signals.absent)
                 continue
             key = tree.row_key(node, role)
-            score, grade = scores.get(key, ...), grades.get(key, ...) if step.terminal else -1
-            counts.unscored += score is ...
+            told.append(signals.of((tree, node, role)))
+            score, grade = signals.score((tree, node, role), told[-1]), grades.get(key, ...) if step.terminal else -1
             counts.ungraded += grade is ...
             if score is None:
                 counts.without_score += 1
                 return None
+            counts.unscored += score is ...
             score, grade = (0.0 if score is ... else score), (0 if grade is ... else grade)
             counts.not_numbers += not 0.0 <= score <= 1.0
             label = labels[0].get(key) if labels else None
@@ -274,4 +301,4 @@ def _rows_of(
                     written + len(text),
                 )
             )
-    return actions, nodes, text
+    return actions, nodes, text, np.array(told, np.float32).reshape(-1, len(ROLES), len(signals.names))

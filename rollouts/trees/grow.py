@@ -18,6 +18,7 @@ from rollouts.store.rows import Rows, TreeKey
 from rollouts.store.shards import KEY, Table
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
+from rollouts.text.likelihood import STATISTICS
 from rollouts.text.steps import LARGE, ROLES, Step, StopReason
 from rollouts.trees.tree import Node, RolloutTree, Want
 
@@ -67,7 +68,7 @@ class StepBuffer(Rows):
             labeller: Exact labels of the steps of a path, where the problems have them.
             limits: When a shard is due; see `Rows`.
         """
-        super().__init__(table, **limits)
+        super().__init__(table, *STATISTICS, **limits)
         self.labeller = labeller
 
     def add(self, tree: RolloutTree, role: str, new: Iterable[tuple[Node, Step]], generation: Generation) -> None:
@@ -85,6 +86,7 @@ class StepBuffer(Rows):
                 terminal=step.terminal,
                 label=label,
                 reason=generation.reason[:_REASON] or None if step.stop_reason is StopReason.FAILED else None,
+                **dict(zip(STATISTICS, step.statistics or [None] * len(STATISTICS), strict=True)),
             )
         counts = {
             "requests": 1,

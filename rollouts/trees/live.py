@@ -16,9 +16,10 @@ from rollouts.store.rows import Rows, TreeKey
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader
 from rollouts.tasks.problems import Problem
-from rollouts.text.steps import SMALL
-from rollouts.trees.annotate import ask_all, grade_places, is_left, paths, score_paths
+from rollouts.text.steps import ROLES, SMALL
+from rollouts.trees.annotate import ask_all, attach, grade_places, is_left, paths, score_paths
 from rollouts.trees.grow import Grower, Labeller, StepBuffer, load_trees
+from rollouts.trees.signals import Signals
 from rollouts.trees.tree import Place, RolloutTree
 
 
@@ -40,6 +41,7 @@ class LiveTrees:
         grader: Grader | None = None,
         *,
         labeller: Labeller | None = None,
+        others: Sequence[Scorer] = (),
     ) -> None:
         """Name the store and the models.
 
@@ -49,6 +51,7 @@ class LiveTrees:
             scorer: The scorer; its table gets the new scores.
             grader: The grader; its table gets the new grades. None: new solutions are not graded.
             labeller: Exact labels of steps, where the problems have them.
+            others: Further scorers; each fills its table, too.
 
         Raises:
             StoreError: The score or grade table was made by another process.
@@ -60,12 +63,17 @@ class LiveTrees:
         self.buffer = StepBuffer(store.steps, labeller)
         self.generated = 0
         self._max_escalations: int | None = store.manifest["process"]["max_escalations"]
-        self._scores = Rows(store.attach("scores", scorer.name, scorer.process()))
+        self._scorers = {each.name: each for each in (scorer, *others)}
+        for each in self._scorers.values():
+            attach(store, each)
+        tables = [store.score_rows(name, self.buffer) for name in sorted({*self._scorers, *store.signals(), *ROLES})]
+        self._signals = Signals(tables, store.scored_by(scorer.name))
+        self._scores = [self._signals.tables[name] for name in self._scorers]
         self._grades = Rows(store.attach("grades", grader.name, grader.describe())) if grader else None
-        self._annotations = [self._scores, *([self._grades] if self._grades else [])]
+        self._annotations = [*self._signals.tables.values(), *([self._grades] if self._grades else [])]
         self._trees: OrderedDict[TreeKey, RolloutTree] = OrderedDict()
         self._whole: set[TreeKey] = set()  # trees that `complete` has seen
-        self._unscored: list[Place] = []
+        self._unscored: dict[str, list[Place]] = {name: [] for name in self._scorers}
         self._ungraded: list[Place] = []
 
     def add(self, trees: Sequence[RolloutTree]) -> None:
@@ -128,8 +136,9 @@ class LiveTrees:
     def _note(self, places: Iterable[Place]) -> None:
         """Keep in mind what of some proposals is to be scored and graded."""
         for place in places:
-            if is_left(self._scores, place):
-                self._unscored.append(place)
+            for rows in self._scores:
+                if is_left(rows, place):
+                    self._unscored[rows.table.directory.name].append(place)
             if self._grades is not None and is_left(self._grades, place):
                 self._ungraded.append(place)
 
@@ -160,10 +169,20 @@ class LiveTrees:
         New proposals are scored in the same batch, whether named or not; one forward pass scores a proposal and
         what follows it.
         """
+        return [score for score, _ in self.signals(places)]
+
+    def signals(self, places: Iterable[Place]) -> list[tuple[float | None, dict[str, float]]]:
+        """Do as `score` does; return with the scores the columns of all score tables by name, NaN if not known."""
         wanted = list(places)
-        score_paths(self.scorer, self._scores, paths(self._scores, (*self._unscored, *wanted)))
-        self._unscored = []
-        return [self._scores[tree.row_key(node, role)] for tree, node, role in wanted]
+        for rows, (name, scorer) in zip(self._scores, self._scorers.items(), strict=True):
+            left = [*self._unscored[name], *(place for place in wanted if is_left(rows, place))]
+            score_paths(scorer, rows, paths(rows, left))
+            self._unscored[name] = []
+        found = ((place, self._signals.of(place)) for place in wanted)
+        return [
+            (self._signals.score(place, values), dict(zip(self._signals.names, values, strict=True)))
+            for place, values in found
+        ]
 
     def grade(self) -> None:
         """Grade the new solutions."""

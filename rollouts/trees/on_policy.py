@@ -56,8 +56,8 @@ def observe(live: LiveTrees, episodes: Sequence[Episode]) -> dict[str, Any]:
         episodes: n running episodes, at least one, with the same folds.
 
     Returns:
-        What a router sees: arrays of shape (n,) by name (`rollouts.trees.columns.COLUMNS`), and ``escalations`` and
-        ``large_tokens`` so far.
+        What a router sees: arrays of shape (n,) by name (`rollouts.trees.columns`), of score tables' columns NaN where
+        they are not known, and ``escalations`` and ``large_tokens`` so far.
 
     Raises:
         StoreError: A step has no score; a compiled store leaves such trees out (`leave_out_unscored`).
@@ -67,29 +67,30 @@ def observe(live: LiveTrees, episodes: Sequence[Episode]) -> dict[str, Any]:
     accepted = [(episode.tree, *episode.last) if episode.last else None for episode, _ in running]
     live.propose(proposals)
     places = [*filter(None, accepted), *proposals]
-    scores = iter(_there(live, places))
+    known = iter(_there(live, places))
     for (episode, _), place in zip(running, accepted, strict=True):
         if place is not None:
             _, before, role = place
-            episode.folded.add(facts_of(_as_accepted(before, role), next(scores)))
+            score, signals = next(known)
+            episode.folded.add(facts_of(_as_accepted(before, role), score) | signals)
     rows = []
-    for (episode, node), score in zip(running, scores, strict=True):
-        row = {**facts_of(node.proposals[SMALL], score), "step": len(node.steps) + 1}
+    for (episode, node), (score, signals) in zip(running, known, strict=True):
+        row = {**facts_of(node.proposals[SMALL], score), **signals, "step": len(node.steps) + 1}
         episode.folded.tell(row)
         rows.append(row | {"escalations": episode.escalations, "large_tokens": episode.large_tokens})
     columns: dict[str, Any] = {name: np.array([row[name] for row in rows], np.float64) for name in rows[0]}
     return columns | {"max_steps": int(live.store.manifest["process"]["limits"]["max_steps"])}
 
 
-def _there(live: LiveTrees, places: Sequence[Place]) -> list[float]:
-    scores = []
-    for (tree, node, _), score in zip(places, live.score(places), strict=True):
+def _there(live: LiveTrees, places: Sequence[Place]) -> list[tuple[float, dict[str, float]]]:
+    known = []
+    for (tree, node, _), (score, signals) in zip(places, live.signals(places), strict=True):
         if score is None:
             raise StoreError(f"{live.store.path}: step {len(node.steps) + 1} of problem {tree.problem.id!r}, replica "
                              f"{tree.replica}, has no score by {live.scorer.name!r}: its input exceeds the scorer's "
                              "window. Raise max_length of the scorer, or leave the problem out.")  # fmt: skip
-        scores.append(score)
-    return scores
+        known.append((score, signals))
+    return known
 
 
 def leave_out_unscored(live: LiveTrees, episodes: Sequence[Episode]) -> list[Episode]:

@@ -54,7 +54,7 @@ def verify_store(store: Store) -> Findings:
 
 def _trees(store: Store, findings: Findings) -> None:
     counts: Counter[str] = Counter()
-    tables = {("unscored", name): Rows(store.scores(name)) for name in store.names("scores")}
+    tables = {("unscored", name): store.score_rows(name) for name in store.names("scores")}
     tables |= {("ungraded", name): Rows(store.grades(name)) for name in store.names("grades")}
     trees = load_trees(
         store, store.problems(), None, store.manifest["process"]["max_escalations"], along=list(tables.values())

@@ -5,9 +5,13 @@ from __future__ import annotations
 import random
 import threading
 from concurrent.futures import Future
+from dataclasses import replace
+
+import numpy as np
 
 from rollouts.models.stepwise import Generation
 from rollouts.tasks.problems import Problem
+from rollouts.text.likelihood import LOOKED_AT, STATISTICS, Likelihood
 from rollouts.text.steps import DELIMITER, Prefix, Step, StopReason, prefix_hash
 
 
@@ -102,3 +106,30 @@ class ScriptedScorer:
         future = Future()
         future.set_result([self.of(question, steps[: i + 1]) for i in range(len(steps))])
         return future
+
+
+def known(role: str, question: str, steps) -> tuple[float, ...]:
+    """Return scripted statistics of the last step, as tables hold them."""
+    draw = prefix_hash((role, question, *steps))
+    logprobs = [-((draw >> shift) % 97 + 1) / 50 for shift in (3, 13, 23)]
+    entropies = [((draw >> shift) % 89) / 40 for shift in (5, 15, 25)]
+    return tuple(np.float32(Likelihood(tuple(logprobs), tuple(entropies)).statistics()).tolist())
+
+
+class Statistician(ScriptedScorer):
+    """A scorer with the columns that generating models' statistics have."""
+
+    def __init__(self, role: str, roles=None) -> None:
+        super().__init__()
+        self.name, self.columns, self.roles = role, STATISTICS, LOOKED_AT[role] if roles is None else roles
+
+    def of(self, question, steps):
+        return known(self.name, question, steps)
+
+
+class TellingWriter(ScriptedWriter):
+    """Tells the statistics of its steps, those of a `Statistician`."""
+
+    def step(self, prefix, steps):
+        made = super().step(prefix, steps)
+        return replace(made, statistics=known(self.role, prefix.question, (*steps, made.text)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -17,10 +18,15 @@ from rollouts.trees.grow import load_trees
 from trim_env.features import SCHEMAS, schema_named
 
 NAMES = ("score", "min_score", "product_score", "tokens", "step", "terminal", "has_answer")
+LOGPROBS = ("small.min_logprob", "small.mean_logprob", "least(small.min_logprob)", "large.min_logprob")
 
 
 def columns(*values, max_steps):
-    return {**dict(zip(NAMES, values, strict=True)), "max_steps": max_steps}
+    """Return named columns; those of score tables follow from the score, so that they vary with it."""
+    named = dict(zip(NAMES, values, strict=True))
+    logprob = np.log(np.minimum(np.maximum(named["score"], 1e-60), 1.0))
+    signals = {**dict.fromkeys(LOGPROBS, logprob), "small.max_entropy": -logprob}
+    return {**named, **signals, "max_steps": max_steps}
 
 
 SEEN = columns(
@@ -36,16 +42,22 @@ SEEN = columns(
     max_steps=8,
 )
 LOGIT_BOUND = math.log(0.9999 / 0.0001) / 3  # scores are clipped to 1e-4 from 0 and 1
+# -ln of the size of a log-probability, / 3, clipped to sizes from 1e-4 to 1e3
+NATS = [-math.log(size) / 3 for size in (math.log(2), -math.log(0.9), 60 * math.log(10), 1e-4)]
 AGG = [(0.5, 1, 20 / 300, 1 / 8), (0.9, 0.25, 0.25, 0.5), (0, 0, 0, 1), (1, 1, 10**9 / 300, 1)]
+AGG_PLUS = [
+    (0, LOGIT_BOUND, 0, 1 / 8, 0, 0),
+    (math.log(9) / 3, -math.log(3) / 3, math.log(3.75), 0.5, 1, 1),
+    (-LOGIT_BOUND, -LOGIT_BOUND, math.log(1 / 20), 1, 1, 0),
+    (LOGIT_BOUND, LOGIT_BOUND, 8, 1, 0, 1),  # ln(5e7) is 17.7: clipped
+]
 WANTED = {
     "agg": AGG,
     "agg+prod": [(*row, product) for row, product in zip(AGG, (1, 0.2, 0, 1), strict=True)],
-    "agg+": [
-        (0, LOGIT_BOUND, 0, 1 / 8, 0, 0),
-        (math.log(9) / 3, -math.log(3) / 3, math.log(3.75), 0.5, 1, 1),
-        (-LOGIT_BOUND, -LOGIT_BOUND, math.log(1 / 20), 1, 1, 0),
-        (LOGIT_BOUND, LOGIT_BOUND, 8, 1, 0, 1),  # ln(5e7) is 17.7: clipped
-    ],
+    "agg+": AGG_PLUS,
+    "free": [(*[sure] * 4, *row[2:]) for sure, row in zip(NATS, AGG_PLUS, strict=True)],
+    "prefill": [(*[sure] * 5, *row[2:]) for sure, row in zip(NATS, AGG_PLUS, strict=True)],
+    "all": [(*[sure] * 5, *row[2:], *row[:2]) for sure, row in zip(NATS, AGG_PLUS, strict=True)],
     "seq": [
         (0, 0, 1 / 8, 0, 0),
         (math.log(9) / 3, math.log(3.75), 0.5, 1, 1),
@@ -124,3 +136,27 @@ def test_names_versions_and_mistakes():
         schema_named("agg+prd")
     with pytest.raises(ConfigError, match="version 1 here; version 7"):
         schema_named("agg/7")
+
+
+@pytest.mark.parametrize(
+    "name", ["agg+,small.min_logprob", "tokens,least(score),prm.v2.score", "agg+,greatest(large.max_entropy)"]
+)
+def test_columns_are_features_by_name(name):
+    schema = schema_named(name)
+    assert schema_named(schema.id) == schema and schema.id.count("/1") == name.count(",") + 1
+    assert schema.signals == tuple(part.split("(")[-1].rstrip(")") for part in name.split(",") if "." in part)
+    assert pickle.loads(pickle.dumps(schema)) == schema
+
+
+def test_what_is_no_column_is_no_feature():
+    for name in (
+        "agg+,least(scores)",
+        "agg+,most(score)",
+        "agg+,least(small.min_logprob",
+        "agg+,tokns",
+        "agg+,my.module:own",
+    ):
+        with pytest.raises(ConfigError):
+            schema_named(name)
+    with pytest.raises(ConfigError, match="at version 1 here; version 2"):
+        schema_named("agg+,small.min_logprob/2")

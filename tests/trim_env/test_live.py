@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from handmade import ScriptedScorer, ScriptedWriter, process
+from handmade import ScriptedScorer, ScriptedWriter, Statistician, TellingWriter, process
 from made_stores import PROBLEMS, HorizonWriter, finished, grown, rollout, same, writers
 
 from rollouts.errors import BackendError, ConfigError, StoreError
 from rollouts.store.store import Store, locate
 from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, prefix_hash
+from rollouts.trees.annotate import score_store
 from rollouts.trees.compile import compile_store
 from rollouts.trees.verify import verify_store
 from trim_env.features import Feature, Schema
@@ -33,7 +34,7 @@ class NoScorer:
     tolerance = 0.0
 
     def __init__(self, store: Store) -> None:
-        self.name = store.names("scores")[0]
+        self.name = store.choose("scores", None)
         self._process = store.table_manifest("scores", self.name)["process"]
 
     def process(self):
@@ -360,6 +361,40 @@ def test_the_write_lock_is_held_until_closed(tmp_path):
         env = idle(store)
         env.reset(seed=0)
         env.close()
+
+
+# ---------------------------------------------------------------- what score tables tell
+
+SIGNALS = "all,least(large.min_logprob),greatest(small.first_entropy),scripted.score"
+
+
+@pytest.mark.parametrize("scorer", ["scripted", "small", "large"])
+def test_columns_of_score_tables_are_those_of_compiled_trees(tmp_path, scorer):
+    store = finished(tmp_path / "s")
+    for role in ROLES:
+        score_store(store, Statistician(role))
+    scorers = {"scripted": ScriptedScorer(), **{role: Statistician(role) for role in ROLES}}
+    others = [each for name, each in scorers.items() if name != scorer]
+    plain = TrimVectorEnv(compile_store(store, scorer), None, 24, schema=SIGNALS)
+    env = LiveVectorEnv(store, {}, scorers[scorer], split=None, num_envs=24, schema=SIGNALS, others=others)
+    assert same(rollout(plain, 40, seed=5), rollout(env, 40, seed=5))
+    env.close()
+
+
+def test_what_writers_tell_needs_no_scorer_of_its_own(tmp_path):
+    store = grown(tmp_path / "s", replicas=0)
+    who, large = writers(TellingWriter), Statistician(LARGE)
+    options = {"split": None, "num_envs": 12, "schema": "prefill,least(large.min_logprob)", "replicas": 2}
+    env = LiveVectorEnv(store, who, ScriptedScorer(), others=[large], **options)
+    seen = rollout(env, 40, seed=5)
+    env.close()
+    assert env.generated > 50 and large.paths and "small" not in store.names("scores")
+    again = LiveVectorEnv(store, who, ScriptedScorer(), others=[Statistician(LARGE)], **options)
+    assert same(rollout(again, 40, seed=5), seen) and again.generated == 0
+    again.close()
+    with pytest.raises(StoreError, match="prefill reads large.min_logprob, which some proposals lack"):
+        bare = grown(tmp_path / "bare", replicas=0)
+        LiveVectorEnv(bare, who, ScriptedScorer(), split=None, num_envs=12, schema="prefill").reset(seed=77)
 
 
 # ---------------------------------------------------------------- real models

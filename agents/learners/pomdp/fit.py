@@ -21,7 +21,7 @@ from agents.routers.pomdp.model import Kinds, Model
 from agents.routers.pomdp.router import PomdpRouter
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.trees.arrays import Trees
-from trim_env.costs import CostModel, TokenPrices
+from trim_env.costs import CostModel, TokenPrices, charges_signals
 
 LABELS = ("auto", "exact", "em")
 PRESETS = ("measured", "paper")
@@ -121,7 +121,7 @@ def price_of(cost: CostModel) -> float:
     Raises:
         ConfigError: Other things than large tokens cost something, which the model knows nothing of.
     """
-    if not isinstance(cost, TokenPrices) or cost.large_prefill or cost.small_decode or cost.small_prefill:
+    if not isinstance(cost, TokenPrices) or cost.small_decode or cost.small_prefill or charges_signals(cost):
         raise ConfigError(
             f"The POMDP plans for tokens that the large model decodes; cost model {cost.name!r} prices others as well. "
             "Use --cost decode-only or prefill-20, or another agent."

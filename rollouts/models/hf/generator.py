@@ -13,7 +13,8 @@ from rollouts.config import ModelConfig, Sampling
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Capabilities, Completion, CompletionRequest, Finish, LogprobRequest, Request
 from rollouts.models.hf.load import PADDED_TOKENS, check_prompt, describe, groups, load, pad_right, window
-from rollouts.models.hf.packing import logprobs, pack_first
+from rollouts.models.hf.packing import entropies_of, likelihoods, pack_first
+from rollouts.text.likelihood import Likelihood
 
 PACKED_TOKENS = 2048  # of one pass over sequences that begin alike: its mask has the square of them
 _LOGITS = 2**27  # most logits that are in memory at once
@@ -29,6 +30,7 @@ class _Row:
     uniforms: np.ndarray
     stream: Any
     ids: list[int] = field(default_factory=list)
+    told: list[tuple[float, float]] = field(default_factory=list)  # log-probability and entropy of each token
     text: str = ""
 
     @property
@@ -92,7 +94,7 @@ class TransformersGenerator:
 
     def __init__(self, model: Any, tokenizer: Any, window: int, max_batch: int, description: dict[str, Any]) -> None:
         """Take over a loaded model; use `generator` to load one."""
-        self.capabilities = Capabilities(token_ids=True, prompt_logprobs=True)
+        self.capabilities = Capabilities(token_ids=True, logprobs=True, prompt_logprobs=True)
         self.window = window
         self.description: Mapping[str, Any] = description
         self._model = model
@@ -199,13 +201,16 @@ class TransformersGenerator:
     def _extend(self, batch: _Batch, logits: Any) -> _Batch | None:
         """Draw a token for every row; rows that end leave the batch."""
         kept = []
-        for place, (row, token) in enumerate(zip(batch.rows, _draw(batch.rows, logits), strict=True)):
+        tokens = _draw(batch.rows, logits)
+        _tell(batch.rows, logits, tokens)
+        for place, (row, token) in enumerate(zip(batch.rows, tokens, strict=True)):
             finish = self._append(row, token)
             if finish is None:
                 kept.append(place)
             else:
                 ids = tuple(row.ids)
-                self._finished.append((row.key, Completion(row.text, len(ids), ids, finish)))
+                told = Likelihood(*zip(*row.told, strict=True)) if row.told else None
+                self._finished.append((row.key, Completion(row.text, len(ids), ids, finish, likelihood=told)))
         if len(kept) == len(batch.rows):
             return batch
         return batch.keep(kept) if kept else None
@@ -234,7 +239,8 @@ class TransformersGenerator:
         sequences = [request.ids for _, request in self._scoring]
         pack = pack_first(sequences, self._packed(max(map(len, sequences))))
         taken, self._scoring = self._scoring[: len(pack.paths)], self._scoring[len(pack.paths) :]
-        values = logprobs(self._model, pack, [request.start for _, request in taken])
+        told = any(request.entropies for _, request in taken)
+        values = likelihoods(self._model, pack, [request.start for _, request in taken], entropies=told)
         self._finished += [(key, each) for (key, _), each in zip(taken, values, strict=True)]
 
     def _packed(self, longest: int) -> int:
@@ -273,6 +279,21 @@ def _draw(rows: list[_Row], logits: Any) -> list[int]:
         for place, token in zip(places, drawn.tolist(), strict=True):
             tokens[place] = token
     return tokens
+
+
+def _tell(rows: list[_Row], logits: Any, tokens: list[int]) -> None:
+    """Take down what the model makes of the tokens drawn, for rows that want to know."""
+    import torch
+
+    wanted = [place for place, row in enumerate(rows) if row.request.likelihood]
+    if not wanted:
+        return
+    index = torch.tensor(wanted, device=logits.device)
+    chosen = logits[index] if logits.dtype == torch.float64 else logits[index].float()
+    drawn = torch.tensor([tokens[place] for place in wanted], device=logits.device)
+    logprobs = chosen.gather(1, drawn[:, None])[:, 0] - chosen.logsumexp(1)
+    for place, *told in zip(wanted, logprobs.tolist(), entropies_of(chosen).tolist(), strict=True):
+        rows[place].told.append((told[0], told[1]))
 
 
 def _probabilities(logits: Any, sampling: Sampling) -> Any:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rollouts.text.likelihood import TOP, Likelihood
+
 
 @dataclass(frozen=True, eq=False)
 class Pack:
@@ -63,20 +65,24 @@ def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     return int(different[0]) if len(different) else length
 
 
-def logprobs(model: Any, pack: Pack, starts: Sequence[int]) -> list[list[float]]:
-    """Return, for each sequence of a pack, the log-probabilities of its tokens from a start on.
+_ROWS = 256  # logits of so many tokens are copied at once for their entropies
+
+
+def likelihoods(model: Any, pack: Pack, starts: Sequence[int], *, entropies: bool = False) -> list[Likelihood]:
+    """Return, for each sequence of a pack, what the model makes of its tokens from a start on.
 
     Args:
         model: A causal language model of transformers.
         pack: The sequences.
         starts: For each of them, the first token to be told of, at least 1.
+        entropies: Whether entropies are wanted too.
     """
     import torch
 
     spans = [path[start - 1 :] for path, start in zip(pack.paths, starts, strict=True)]
     before, after = (np.concatenate([span[part] for span in spans]) for part in (slice(-1), slice(1, None)))
     if not len(before):
-        return [[] for _ in spans]
+        return [Likelihood(()) for _ in spans]
     device = model.device
     ids, positions = (torch.as_tensor(each, device=device)[None] for each in (pack.ids, pack.positions))
     mask = None
@@ -89,6 +95,16 @@ def logprobs(model: Any, pack: Pack, starts: Sequence[int]) -> list[list[float]]
         input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False, logits_to_keep=keep
     ).logits[0]
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    values = logits[place, ids[0][torch.as_tensor(after, device=device)]] - logits.logsumexp(1)[place]
+    known = [logits[place, ids[0][torch.as_tensor(after, device=device)]] - logits.logsumexp(1)[place]]
+    if entropies:
+        known.append(torch.cat([entropies_of(rows) for rows in logits.split(_ROWS)])[place])
     ends = np.cumsum([len(span) - 1 for span in spans])
-    return [own.tolist() for own in np.split(values.double().cpu().numpy(), ends[:-1])]
+    columns = [np.split(values.double().cpu().numpy(), ends[:-1]) for values in known]
+    return [Likelihood(*(tuple(each.tolist()) for each in own)) for own in zip(*columns, strict=True)]
+
+
+def entropies_of(logits: Any) -> Any:
+    """Return the (n,) entropies of the distributions of (n, v) logits (`rollouts.text.likelihood.top_entropy`)."""
+    top = logits.log_softmax(1).topk(min(TOP, logits.shape[1])).values
+    rest = (1 - top.exp().sum(1)).clamp(min=1e-12)
+    return (-(top.exp() * top.clamp(min=-1e4)).sum(1) - rest * rest.log()).clamp(min=0)

@@ -21,10 +21,11 @@ from rollouts.models.base import (
 from rollouts.models.server.http import HttpServer, RequestFailed
 from rollouts.models.server.wire import (
     completion_payload,
+    likelihood_payload,
     pooling_payload,
     read_choice,
     read_completion,
-    read_logprobs,
+    read_likelihood,
     read_scores,
     serve_prm,
 )
@@ -103,14 +104,22 @@ class ServerBackend(Backend):
                 "Serve the model with vLLM, or set chat_only = true."
             )
         self._http.heartbeat = ("completions", smallest)
+        asked = completion_payload(
+            self._model, self.window, CompletionRequest((1, 2, 3), 1, Sampling(), likelihood=True)
+        )
         try:
-            self._http.ask(
-                "completions", {**smallest, "prompt_logprobs": 0}, lambda body: read_logprobs(body, (1, 2, 3), 1)
-            )
-            logprobs = True
+            own = self._http.ask("completions", asked, read_completion).likelihood is not None
         except RequestFailed:
-            logprobs = False
-        return Capabilities(token_ids=isinstance(choice.get("token_ids"), list), prompt_logprobs=logprobs)
+            own = False
+        try:
+            known = LogprobRequest((1, 2, 3), 1)
+            payload = likelihood_payload(self._model, self.window, known)
+            self._http.ask("completions", payload, lambda body: read_likelihood(body, known))
+            given = True
+        except RequestFailed:
+            given = False
+        ids = isinstance(choice.get("token_ids"), list)
+        return Capabilities(token_ids=ids, logprobs=own, prompt_logprobs=given)
 
     def _probe_pooling(self) -> Capabilities:
         ids = (1, self._tag, 2, self._tag)
@@ -131,9 +140,8 @@ class ServerBackend(Backend):
             payload = completion_payload(self._model, self.window, request)
             answer = partial(self._http.post, "completions", payload, read_completion, request.max_tokens)
         elif isinstance(request, LogprobRequest) and self.capabilities.prompt_logprobs:
-            smallest = completion_payload(self._model, self.window, CompletionRequest(request.ids, 1, Sampling(1.0)))
-            read = partial(read_logprobs, ids=request.ids, start=request.start)
-            answer = partial(self._http.post, "completions", {**smallest, "prompt_logprobs": 0}, read)
+            payload = likelihood_payload(self._model, self.window, request)
+            answer = partial(self._http.post, "completions", payload, partial(read_likelihood, request=request))
         elif isinstance(request, PoolingRequest) and self.capabilities.pooling:
             payload = pooling_payload(self._model, request.ids)
             answer = partial(self._http.post, "/pooling", payload, partial(self._scores, ids=request.ids))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rollouts.config import Sampling
 from rollouts.errors import BackendError
-from rollouts.models.base import Completion, CompletionRequest, drawing_fields
+from rollouts.models.base import Completion, CompletionRequest, LogprobRequest, drawing_fields
+from rollouts.text.likelihood import TOP, Likelihood, top_entropy
 
 
 def completion_payload(model: str, window: int, request: CompletionRequest) -> dict[str, Any]:
@@ -29,6 +31,7 @@ def completion_payload(model: str, window: int, request: CompletionRequest) -> d
         "stream": False,
         "add_special_tokens": False,
         "return_token_ids": True,
+        **({"logprobs": TOP, "return_tokens_as_token_ids": True} if request.likelihood else {}),
     }
 
 
@@ -64,17 +67,34 @@ def read_completion(body: Any) -> Completion:
     text, ids = choice["text"], choice.get("token_ids")
     ids = None if ids is None else tuple(ids)
     reason, stop = choice["finish_reason"], choice["stop_reason"]
+    told = _read_own(choice.get("logprobs"))
     if reason == "stop" and isinstance(stop, str):  # null or a token's id: the model ended by itself
-        return Completion(text if text.endswith(stop) else text + stop, tokens, ids, "stop")
+        return Completion(text if text.endswith(stop) else text + stop, tokens, ids, "stop", likelihood=told)
     if reason in ("stop", "length"):
-        return Completion(text, tokens, ids, "eos" if reason == "stop" else "length")
+        return Completion(text, tokens, ids, "eos" if reason == "stop" else "length", likelihood=told)
     return Completion(text, tokens, ids, "failed", f"the server ended the request with {reason!r}")
 
 
-def read_logprobs(body: Any, ids: Sequence[int], start: int) -> list[float]:
-    """Return the log-probabilities of ``ids[start:]``."""
-    rows = body["choices"][0]["prompt_logprobs"]
-    return [float(row[str(token)]["logprob"]) for token, row in zip(ids[start:], rows[start:], strict=True)]
+def _read_own(logprobs: Any) -> Likelihood | None:
+    """Return what the model made of what it decoded; None if the server does not tell."""
+    if not logprobs or not logprobs.get("top_logprobs"):
+        return None
+    entropies = tuple(top_entropy(map(float, top.values())) for top in logprobs["top_logprobs"])
+    return Likelihood(tuple(map(float, logprobs["token_logprobs"])), entropies)
+
+
+def likelihood_payload(model: str, window: int, request: LogprobRequest) -> dict[str, Any]:
+    """Return the body of a request for what the model makes of given tokens."""
+    smallest = completion_payload(model, window, CompletionRequest(request.ids, 1, Sampling(1.0)))
+    return {**smallest, "prompt_logprobs": TOP if request.entropies else 0}
+
+
+def read_likelihood(body: Any, request: LogprobRequest) -> Likelihood:
+    """Return what the model makes of ``ids[start:]``."""
+    rows = body["choices"][0]["prompt_logprobs"][request.start :]
+    told = zip(request.ids[request.start :], rows, strict=True)
+    entropies = (top_entropy(each["logprob"] for each in row.values()) for row in rows) if request.entropies else ()
+    return Likelihood(tuple(float(row[str(token)]["logprob"]) for token, row in told), tuple(entropies))
 
 
 def read_scores(body: Any, ids: Sequence[int], step_tag_id: int) -> list[float]:

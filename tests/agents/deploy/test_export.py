@@ -27,7 +27,7 @@ from agents.runs.config import TrainConfig
 from agents.runs.run import train
 from rollouts.errors import ArtefactError
 from rollouts.trees.compile import compile_store
-from trim_env.tables import decision_tables
+from trim_env.tables import decision_tables, rollouts_hash
 
 QUICK = PPOSettings(iterations=2, num_envs=64, n_steps=8, hidden=16)
 SPAN = (3e-4, 1e-2)
@@ -456,3 +456,23 @@ def test_outcomes_of_an_exported_mixture_are_those_of_the_trained_one(runs, expo
     found, wanted = run(agents.load(exported / "mixture").router, tables), run(runs.trained["mixture"], tables)
     assert (found.correct == wanted.correct).all() and (found.cost == wanted.cost).all()
     assert isinstance(runs.trained["threshold"], Threshold)
+
+
+def test_a_router_that_reads_signals_decides_alike_in_every_face(tables, tmp_path):
+    schema = "all,least(large.min_logprob)"
+    trained = train(
+        TrainConfig(tracking="none", attempts=1, out=tmp_path / "run", lam=(3e-3,), ppo=QUICK, schema=schema)
+    ).routers[3e-3]
+    export(ExportConfig(str(tmp_path / "run"), tmp_path / "out", onnx=True))
+    policy = agents.load(tmp_path / "out")
+    assert policy.schema == trained.schema == "all/1,least(large.min_logprob)/1"
+    rows = np.flatnonzero(np.isin(tables.trees.tree, tables.indices))
+    features = tables.in_schema(policy.schema)[rows]
+    action, _ = in_onnxruntime(tmp_path / "out", features)
+    wanted = decisions(trained, tables)
+    assert (decisions(policy.router, tables) == wanted).all() and (action == wanted).all()
+    assert policy.about["rollouts"]["hash"] == rollouts_hash(tables.trees, schema) != tables.trees.meta["hash"]
+    changed = {name: values * (1 + (name == "large.min_logprob")) for name, values in tables.trees.signals.items()}
+    other = replace(tables.trees, signals=changed)
+    assert rollouts_hash(other, schema) != rollouts_hash(tables.trees, schema)
+    assert rollouts_hash(other, "free") == rollouts_hash(tables.trees, "free")

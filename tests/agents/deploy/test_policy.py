@@ -47,7 +47,8 @@ def by_score(low=1e-4, high=1e-1) -> ConditionedMLP:
 
 def balanced(trees, schema, *sizes, seed=0) -> MLP:
     """A network that escalates at half of the nodes."""
-    features = schema_named(schema)(columns_of(trees))
+    known = schema_named(schema)
+    features = known(columns_of(trees, folds=known.folds))
     weights = layers(features.shape[1], *sizes, 2, seed=seed)
     logits = MLP("trim-agg", schema, Knob("lam", 1e-3), weights).logits(features)
     weights[f"{len(sizes)}.bias"][1] -= np.median(logits[:, 1] - logits[:, 0])
@@ -65,6 +66,8 @@ def routers(trees):
     return {
         "mlp": network,
         "mlp on products": balanced(trees, "agg+prod/1", 16, 16),
+        "mlp on signals": balanced(trees, schema_named("all,least(large.min_logprob)").id, 16),
+        "threshold on a signal": Threshold(0.6, schema="small.min_logprob/1"),
         "mlp-lam": by_score(),
         "threshold": Threshold(0.6),
         "constant": Constant(1),
@@ -88,6 +91,12 @@ def proposal(score, tokens, terminal=False, has_answer=False):
     return {"score": score, "tokens": tokens, "terminal": terminal, "has_answer": has_answer}
 
 
+def signals(trees, row, action):
+    """What score tables tell of a proposal; None where they do not."""
+    told = {name: float(values[row, action]) for name, values in trees.signals.items()}
+    return {name: None if np.isnan(value) else value for name, value in told.items()}
+
+
 def replayed(sessions, tables, together=True):
     """Walk the trees as a server would; return large tokens, escalations, steps and correctness of each."""
     trees, count = tables.trees, len(sessions)
@@ -96,6 +105,7 @@ def replayed(sessions, tables, together=True):
     while alive:
         proposals = [
             proposal(trees.score[r, 0], trees.tokens[r, 0], trees.child[r, 0] == -1, trees.has_answer[r, 0])
+            | signals(trees, r, 0)
             for r in row[alive]
         ]
         if together:
@@ -105,7 +115,8 @@ def replayed(sessions, tables, together=True):
         for i, action in zip(list(alive), actions, strict=True):
             at, child = row[i], trees.child[row[i], action]
             if action:
-                sessions[i].accept(trees.score[at, 1], trees.accepted_tokens[at, 1], terminal=child < 0)
+                told = {"terminal": child < 0, **signals(trees, at, 1)}
+                sessions[i].accept(trees.score[at, 1], trees.accepted_tokens[at, 1], **told)
             else:
                 sessions[i].accept()
             found[i] += [trees.tokens[at, 1] * action, action, 1, child < 0 and trees.correct[at, action] == 1]
@@ -126,7 +137,10 @@ def evaluated(router, tables):
 
 
 @pytest.mark.parametrize("cap", [None, 1])
-@pytest.mark.parametrize("kind", ["mlp", "mlp on products", "mlp-lam", "threshold", "constant", "pomdp"])
+@pytest.mark.parametrize(
+    "kind",
+    ["mlp", "mlp on products", "mlp on signals", "mlp-lam", "threshold", "threshold on a signal", "constant", "pomdp"],
+)
 def test_sessions_decide_as_evaluation_does(trees, stored, kind, cap):
     tables, policy = tables_of(trees, cap), agents.load(stored[kind])
     policy = Policy(policy.router, {**policy.about, "max_escalations": cap})
@@ -185,10 +199,12 @@ def test_sessions_see_what_trees_hold(trees, schema):
         while row >= 0:
             terminal = trees.child[row, 0] == -1 and trees.depth[row] < 15  # the last step ends it unasked
             action = session.decide(
-                **proposal(trees.score[row, 0], trees.tokens[row, 0], terminal, trees.has_answer[row, 0])
+                **proposal(trees.score[row, 0], trees.tokens[row, 0], terminal, trees.has_answer[row, 0]),
+                **signals(trees, row, 0),
             )
             assert (router.seen[-1][0] == features[row]).all() and session.step == trees.depth[row] + 1
-            session.accept(*(trees.score[row, 1], trees.tokens[row, 1]) if action else ())
+            large = (trees.score[row, 1], trees.tokens[row, 1]), signals(trees, row, 1)
+            session.accept(*large[0], **large[1]) if action else session.accept()
             row, steps = trees.child[row, action], steps + 1
     assert steps > 250
 
@@ -471,8 +487,9 @@ for folder in sys.argv[1:]:
     policy = agents.load(folder)
     session = policy.session(lam=policy.lam_range and 3e-3, seed=5)
     for score in (0.9, 0.1, 0.6, 0.3):
-        actions.append(session.decide(score, 12, terminal=False, has_answer=False))
-        session.accept(*(0.8, 14) if actions[-1] else ())
+        told = {name: -score for name in session._schema.signals}
+        actions.append(session.decide(score, 12, terminal=False, has_answer=False, **told))
+        session.accept(*(0.8, 14) if actions[-1] else (), **told)
 found = {name.split(".")[0] for name in sys.modules} - set(sys.stdlib_module_names) - ours
 found = sorted(name for name in found if not name.startswith("_"))
 import json
@@ -490,8 +507,9 @@ def test_loading_and_deciding_need_numpy_alone_and_are_quick(stored):
         policy = agents.load(folder)
         session = policy.session(lam=policy.lam_range and 3e-3, seed=5)
         for score in (0.9, 0.1, 0.6, 0.3):
-            wanted.append(session.decide(**proposal(score, 12)))
-            session.accept(*(0.8, 14) if wanted[-1] else ())
+            told = {name: -score for name in session._schema.signals}
+            wanted.append(session.decide(**proposal(score, 12), **told))
+            session.accept(*(0.8, 14) if wanted[-1] else (), **told)
     assert actions == wanted and 0 < sum(actions) < len(actions)
 
 
@@ -499,3 +517,27 @@ def test_the_environment_is_registered_where_gymnasium_is():
     code = "import trim_env, gymnasium; print(gymnasium.make('Trim-v0', split='test').unwrapped.reset(seed=0)[0].shape)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "(6,)"
+
+
+def test_what_no_feature_reads_need_not_be_said():
+    router = Recording(schema_named("free").id)
+    session = Policy(router, ABOUT).session(seed=0)
+    own = {"small.min_logprob": -0.5, "small.mean_logprob": -0.25, "small.max_entropy": 1.5}
+    with pytest.raises(
+        ConfigError, match=r"decide\(\) lacks small.max_entropy, small.mean_logprob, small.min_logprob of"
+    ):
+        session.decide(tokens=7, terminal=False, has_answer=False)
+    with pytest.raises(ConfigError, match="small.min_logprob of a step is nan, expected a number"):
+        session.decide(tokens=7, text="a=1\n\n", **{**own, "small.min_logprob": float("nan")})
+    with pytest.raises(ConfigError, match="lacks small.min_logprob of"):
+        session.decide(tokens=7, text="a=1\n\n", **{**own, "small.min_logprob": None})
+    for step in range(3):
+        session.decide(tokens=7, text="a=1\n\n", **{**own, "small.min_logprob": -0.5 - step})
+        session.accept(tokens=5, action=1) if step else session.accept(action=0)
+    least = [row[0, 3] for row in router.seen]  # of accepted steps: none, the small model's, none of the large one's
+    assert least == pytest.approx([-np.log(1e-4) / 3, -np.log(0.5) / 3, -np.log(0.5) / 3])
+    reads = Policy(Recording("agg+/1,least(large.min_logprob)/1"), ABOUT).session(seed=0)
+    reads.decide(**proposal(0.5, 5), **{"large.min_logprob": -1})
+    with pytest.raises(ConfigError, match=r"accept\(\) lacks large.min_logprob of the large model's step"):
+        reads.accept(0.5, 5, action=1)
+    reads.accept(0.5, 5, action=1, **{"large.min_logprob": -0.1})

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from rollouts.__main__ import main
 from rollouts.config import embedded_family
+from rollouts.errors import StoreError
 from rollouts.store.store import Store
 from rollouts.tinymath import model_dir
 
@@ -114,3 +116,42 @@ def test_a_token_budget_stops_the_run_and_a_new_one_goes_on(tmp_path, capsys, st
     assert 0 < len(rows(out))
     assert main(["generate", out, *PROBLEMS]) == 0
     assert main(["verify", out]) == 0
+
+
+def test_what_generating_tells_is_what_score_adds_and_routers_read_it(store, tmp_path, capsys):
+    from rollouts.trees.arrays import MISSING
+    from rollouts.trees.compile import compile_store
+    from trim_env.tables import decision_tables
+
+    told, silent = compile_store(store), tmp_path / "silent"
+    assert main(["generate", str(silent), *PROBLEMS, "--models", config(tmp_path)]) == 0
+    assert not Store(silent).step_statistics() and Store(store).step_statistics()
+    with pytest.raises(StoreError, match=rf"Run `python -m rollouts score {silent} --scorer small`"):
+        decision_tables(compile_store(silent), "test", schema="free")
+    for role in ("small", "large"):
+        assert main(["score", str(silent), "--models", "tinymath:transformers", "--scorer", role]) == 0
+    added = compile_store(silent)
+    assert added.meta["hash"] == told.meta["hash"] and main(["verify", str(silent)]) == 0
+    for name in ("small.min_logprob", "small.mean_logprob", "small.max_entropy", "small.first_entropy"):
+        np.testing.assert_allclose(added.signals[name][:, 0], told.signals[name][:, 0], atol=1e-4)
+    tables = decision_tables(added, "test", schema="prefill,least(large.min_logprob)")
+    assert np.isfinite(tables.features[added.child[:, 0] != MISSING]).all()
+    capsys.readouterr()
+    assert main(["show", str(silent), "--scorer", "large.mean_logprob"]) == 0 and " tok" in capsys.readouterr().out
+    assert main(["stats", str(silent), "--scorer", "small"]) == 0 and "scorer small" in capsys.readouterr().out
+
+
+def config(folder):
+    """Write the embedded family with models that tell no log-probabilities."""
+    file, family = folder / "silent.toml", embedded_family("transformers").model_dump()
+    lines = []
+    for role in ("small", "large"):
+        own = family[role]
+        lines += [f"[{role}]", 'backend = "transformers"', 'dtype = "float64"', "max_length = 1024", 'licence = "MIT"']
+        lines += [f'model = "{own["model"]}"', f'name = "{own["name"]}"', 'system_prompt = ""', "logprobs = false"]
+    prm = family["scorer"]["model"]
+    lines += ["[scorer]", 'kind = "prm"', 'name = "tinymath-prm"', 'system_prompt = ""', "[scorer.model]"]
+    lines += ['backend = "transformers"', f'model = "{prm["model"]}"', f'name = "{prm["name"]}"', 'dtype = "float64"']
+    lines += ["max_length = 1024", "[limits]", "max_steps = 16"]
+    file.write_text("\n".join(lines))
+    return str(file)

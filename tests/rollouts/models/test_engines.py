@@ -87,21 +87,23 @@ class TestTheSameOnBothEngines:
             # Rounding may swap two tokens that are equally likely, and nothing else.
             common = request.prompt_ids + left.token_ids[: differing[0]]
             likely = [
-                exact.submit(LogprobRequest((*common, token), len(common))).result()[0] for token in pairs[differing[0]]
+                exact.submit(LogprobRequest((*common, token), len(common))).result().logprobs[0]
+                for token in pairs[differing[0]]
             ]
             assert likely[0] == pytest.approx(likely[1], abs=1e-3)
         assert agreed >= len(prompts) // 2
 
     def test_log_probabilities(self, generators, prompts):
-        requests = [LogprobRequest(ids, start) for ids in prompts for start in (1, len(ids) - 3, len(ids))]
+        requests = [LogprobRequest(ids, start, True) for ids in prompts for start in (1, len(ids) - 3, len(ids))]
         for request, left, right in zip(
             requests,
             answers(generators("vllm"), requests),
             answers(generators("transformers"), requests),
             strict=True,
         ):
-            assert len(left) == len(right) == len(request.ids) - request.start
-            assert left == pytest.approx(right, abs=2e-3)
+            assert len(left.logprobs) == len(right.logprobs) == len(request.ids) - request.start
+            assert left.logprobs == pytest.approx(right.logprobs, abs=2e-3)
+            assert left.entropies == pytest.approx(right.entropies, abs=5e-3)
 
     def test_reward_scores(self, rewards, paths):
         requests = [PoolingRequest(ids) for ids in paths[0]]

@@ -57,14 +57,16 @@ def answers(model, requests):
 
 
 def test_packed_log_probabilities_are_those_of_each_sequence_alone(model, branching, monkeypatch):
-    requests = [LogprobRequest(ids, 1 + number % len(ids)) for number, ids in enumerate(branching)]
+    requests = [LogprobRequest(ids, 1 + number % len(ids), entropies=True) for number, ids in enumerate(branching)]
     alone = [answers(model, [request])[0] for request in requests]
-    assert [len(each) for each in alone] == [len(each.ids) - each.start for each in requests]
-    assert any(len(each) == 0 for each in alone) and max(map(len, alone)) > 8
+    counts = [len(each.logprobs) for each in alone]
+    assert counts == [len(each.ids) - each.start for each in requests] == [len(each.entropies) for each in alone]
+    assert 0 in counts and max(counts) > 8
     for tokens in (30, 2048):
         monkeypatch.setattr("rollouts.models.hf.generator.PACKED_TOKENS", tokens)
         for one, other in zip(alone, answers(model, requests), strict=True):
-            assert one == pytest.approx(other, abs=1e-9)
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-9)
+            assert one.entropies == pytest.approx(other.entropies, abs=1e-9)
 
 
 def test_where_attention_has_a_window_that_is_passed_sequences_go_alone(model, branching, monkeypatch):

@@ -26,6 +26,7 @@ from rollouts.config import ModelConfig, Sampling
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Completion, CompletionRequest, LogprobRequest, PoolingRequest
 from rollouts.models.server.completions import ServerBackend
+from rollouts.text.likelihood import Likelihood
 
 __all__ = ["fake"]
 
@@ -38,7 +39,7 @@ def test_every_sampling_field_is_sent_and_no_seed(fake: FakeServer) -> None:
         sampling = Sampling(0.3, 0.9, 20, 0.05)
         done = backend.submit(CompletionRequest((7, 8), 500, sampling, ("\n\n",), seed=3)).result(10)
         assert done == Completion("x\n\n", 2, (5, 6), "stop")
-        assert backend.submit(LogprobRequest((7, 8, 9), 1)).result(10) == [-0.5, -0.5]
+        assert backend.submit(LogprobRequest((7, 8, 9), 1)).result(10) == Likelihood((-0.5, -0.5))
         assert backend.window == 100 and backend.describe()["version"] == "0.fake"
     body = next(body for path, body in fake.seen if real(body))
     wanted = {

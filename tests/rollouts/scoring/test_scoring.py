@@ -13,6 +13,7 @@ from rollouts.scoring.base import EXAMPLES, score_paths, self_test
 from rollouts.scoring.likelihood import LikelihoodScorer
 from rollouts.scoring.prm import RewardScorer
 from rollouts.scoring.self_evaluation import SelfEvaluationScorer, read_digit
+from rollouts.text.likelihood import Likelihood
 from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
 from rollouts.tinymath import model_dir
 
@@ -114,7 +115,7 @@ def test_likelihood_is_the_least_token_probability_of_each_step(tokenizer):
     ids, positions = prompts.step_spans("q", STEPS)
 
     def answer(request: LogprobRequest):
-        return [math.log(0.9) - 0.01 * (i % 7) for i in range(request.start, len(request.ids))]
+        return Likelihood(tuple(math.log(0.9) - 0.01 * (i % 7) for i in range(request.start, len(request.ids))))
 
     backend = Answers(answer, prompt_logprobs=True)
     scorer = LikelihoodScorer("l", backend, prompts, "m")

@@ -20,6 +20,7 @@ from rollouts.errors import BackendError, ConfigError, StoreError
 from rollouts.store.rows import Rows
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
+from rollouts.text.likelihood import STATISTICS
 from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, solution_text
 from rollouts.trees.annotate import grade_store, score_store
 from rollouts.trees.arrays import MISSING
@@ -539,7 +540,8 @@ def test_on_policy_expansion_adds_what_the_router_reaches(tmp_path):
     before = all_steps(store)
 
     def router(columns):
-        assert set(columns) == {*COLUMNS, "escalations", "large_tokens"}
+        signals = {"scripted.score", *(f"{role}.{name}" for role in ROLES for name in STATISTICS)}
+        assert set(columns) == {*COLUMNS, *signals, "escalations", "large_tokens"}
         assert {np.shape(values) for name, values in columns.items() if name != "max_steps"} == {columns["step"].shape}
         return columns["score"] < 0.8
 
