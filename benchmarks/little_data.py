@@ -3,8 +3,9 @@
     python -m benchmarks.little_data --out results/little_data
 
 For each size, some training problems are drawn and a fifth as many validation problems (20 at least), for choosing
-thresholds and restarts; every method is fitted on them as `train.py` would, and evaluated on the test split. The
-figure of merit is the mean return over four λ.
+thresholds and restarts; every method is fitted on them as `train.py` would, and evaluated on the test split, or with
+``--split validation`` on all validation problems on which nothing was chosen. The figure of merit is the mean return
+over four λ; the first method's is compared with the others', paired on problems.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import multiprocessing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
 
+from agents.evaluation.bootstrap import resample_weights
 from benchmarks.methods import LAMS, METHODS, Data, Fitted, best_constant, fit, heading, returns, write
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
@@ -30,6 +33,7 @@ class Settings:
         sizes: Numbers of training problems.
         seeds: Draws of each size.
         methods: Which routers.
+        split: What they are evaluated on.
         rollouts: The store.
         processes: Fits side by side.
         out: Folder for report and picture; default: print only.
@@ -38,6 +42,7 @@ class Settings:
     sizes: tuple[int, ...] = (50, 150, 500, 2000)
     seeds: int = 3
     methods: tuple[str, ...] = tuple(METHODS)
+    split: Literal["test", "validation"] = "test"
     rollouts: str = "quickstart"
     processes: int = 2
     out: Path | None = None
@@ -45,33 +50,54 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One fit: mean test return over the λ, processor time for all of them, or why there is none."""
+    """One fit: mean return over the λ of each problem, processor time for all of them, or why there is none."""
 
     method: str
     size: int
-    value: float
+    returns: dict[str, float]
     seconds: float
     refused: str = ""
 
+    @property
+    def value(self) -> float:
+        """The mean over problems."""
+        return float(np.mean(list(self.returns.values()))) if self.returns else float("nan")
 
-def measure(task: tuple[str, int, int, str]) -> Cell:
+
+def measure(task: tuple[str, int, int, str, str]) -> Cell:
     """Fit one method on one draw."""
-    method, size, seed, rollouts = task
+    method, size, seed, rollouts, split = task
     trees = compile_store(rollouts)
-    found = fit(method, Data.of(trees, size, seed), seed)
+    data = Data.of(trees, size, seed)
+    found = fit(method, data, seed)
     if not isinstance(found, Fitted):
-        return Cell(method, size, float("nan"), 0.0, found)
-    return Cell(method, size, float(returns(found, decision_tables(trees, "test")).mean()), found.seconds)
+        return Cell(method, size, {}, 0.0, found)
+    left = np.setdiff1d(trees.select(split), data.validation.choice.indices)
+    ids = [trees.problem_ids[problem] for problem in np.unique(trees.problem[left])]
+    values = returns(found, decision_tables(trees, indices=left))
+    return Cell(method, size, dict(zip(ids, values.tolist(), strict=True)), found.seconds)
+
+
+def paired(ours: list[Cell], others: list[Cell]) -> str:
+    """Return the difference of mean returns with its interval: problems are resampled, draws are averaged."""
+    differences: dict[str, list[float]] = {}
+    for one, other in zip(ours, others, strict=True):
+        for problem in one.returns.keys() & other.returns.keys():
+            differences.setdefault(problem, []).append(one.returns[problem] - other.returns[problem])
+    each = np.array([np.mean(differences[problem]) for problem in sorted(differences)])
+    low, high = np.quantile(resample_weights(len(each)) @ each, [0.025, 0.975])
+    return f"{each.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def report(settings: Settings, cells: list[Cell]) -> str:
     """Return the tables."""
-    test = decision_tables(settings.rollouts, "test")
+    tables = decision_tables(settings.rollouts, settings.split)
     lines = heading("How many training problems?", "little_data")
     lines += [
-        f"Mean test return over λ = {', '.join(f'{lam:g}' for lam in LAMS)}; mean and range of {settings.seeds} draws "
-        "of problems (with all problems: of seeds). Validation problems: a fifth as many, 20 at least. The better "
-        f"constant for each λ: {best_constant(test):.4f}.",
+        f"Mean return on {settings.split} problems over λ = {', '.join(f'{lam:g}' for lam in LAMS)}; mean and "
+        f"range of {settings.seeds} draws of problems (with all problems: of seeds). Validation problems: a fifth as "
+        "many, 20 at least. The better "
+        f"constant for each λ: {best_constant(tables):.4f}.",
         "",
         "| training problems | " + " | ".join(settings.methods) + " |",
         "|---:|" + "---:|" * len(settings.methods),
@@ -84,6 +110,11 @@ def report(settings: Settings, cells: list[Cell]) -> str:
             text = f"{np.mean(good):.4f} ({min(good):.4f} to {max(good):.4f})" if good else "-"
             row.append(text + (f", {len(own) - len(good)} of {len(own)} refused" if len(good) < len(own) else ""))
         lines.append(f"| {size:,} | " + " | ".join(row) + " |")
+    first, *others = settings.methods
+    lines += ["", f"`{first}` minus another, paired on problems, 95 % (of problems, not of draws):", ""]
+    for size, method in product(settings.sizes, others):
+        both = [[cell for cell in cells if (cell.method, cell.size) == (name, size)] for name in (first, method)]
+        lines.append(f"- {size:,} problems, {method}: {paired(*both)}")
     lines += ["", "Processor time of fitting all four λ, seconds:", ""]
     for method in settings.methods:
         taken = [cell.seconds for cell in cells if cell.method == method and not cell.refused]
@@ -104,8 +135,10 @@ def draw(settings: Settings, cells: list[Cell], path: Path) -> None:
         (line,) = axes.plot(settings.sizes, middle, marker="o", label=method)
         lows, highs = [np.nanmin(group) for group in groups], [np.nanmax(group) for group in groups]
         axes.fill_between(settings.sizes, lows, highs, alpha=0.15, color=line.get_color())
-    axes.axhline(best_constant(decision_tables(settings.rollouts, "test")), color="grey", ls=":", label="best constant")
-    axes.set(xscale="log", xlabel="training problems", ylabel="mean test return over four λ")
+    axes.axhline(
+        best_constant(decision_tables(settings.rollouts, settings.split)), color="grey", ls=":", label="best constant"
+    )
+    axes.set(xscale="log", xlabel="training problems", ylabel=f"mean {settings.split} return over four λ")
     axes.set_xticks(settings.sizes, [f"{size:,}" for size in settings.sizes])
     axes.minorticks_off()
     axes.legend()
@@ -119,11 +152,11 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     compile_store(settings.rollouts)
     tasks = [
-        (method, size, seed, settings.rollouts)
+        (method, size, seed, settings.rollouts, settings.split)
         for size, seed, method in product(settings.sizes, range(settings.seeds), settings.methods)
     ]
     with multiprocessing.get_context("spawn").Pool(settings.processes) as pool:
-        cells = list(track(pool.imap_unordered(measure, tasks), "fitting", total=len(tasks)))
+        cells = list(track(pool.imap(measure, tasks), "fitting", total=len(tasks)))
     write(report(settings, cells), settings.out and settings.out.with_suffix(".md"))
     if settings.out:
         draw(settings, cells, settings.out.with_suffix(".png"))

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from agents.evaluation.outcomes import Floats, Outcomes
 from agents.evaluation.splits import Validation
 from agents.evaluation.walk import run
+from agents.learners.exact import fit as fit_exact
+from agents.learners.exact import neighbours
 from agents.learners.loop import Training
 from agents.learners.pomdp.fit import estimate
-from agents.learners.settings import PPOSettings
+from agents.learners.settings import ExactSettings, PPOSettings
 from agents.routers.base import AnyRouter, Constant
 from agents.routers.mlp import at
 from rollouts.errors import DataError
@@ -57,8 +59,8 @@ class Data:
         train = some("train", problems)
         validation = some("validation", None if problems is None else max(20, problems // 5))
         splits = np.array(trees.splits, copy=True)
-        chosen = np.unique(trees.problem[validation])
-        splits[(splits == "validation") & ~np.isin(np.arange(len(splits)), chosen)] = "unused"
+        chosen = np.unique(trees.problem[np.concatenate([train, validation])])
+        splits[np.isin(splits, ["train", "validation"]) & ~np.isin(np.arange(len(splits)), chosen)] = "unused"
         cut = replace(trees, splits=splits)
         return cls(cut, train, Validation(lambda i: decision_tables(cut, indices=i), cut))
 
@@ -110,7 +112,16 @@ def _conditioned(data: Data, seed: int, lams: Sequence[float]) -> Fitted:
     return Fitted({lam: at(result.router, lam) for lam in lams}, time.process_time() - begin, result.attempts)
 
 
+def _exact(data: Data, seed: int, lams: Sequence[float]) -> Fitted:
+    begin, routers = time.process_time(), dict[float, AnyRouter]()
+    for group in neighbours(lams):
+        frontier = fit_exact(data.tables(), data.validation.choice, group, ExactSettings(), seed)
+        routers |= {lam: at(frontier.router(lam), lam) for lam in group}
+    return Fitted(routers, time.process_time() - begin)
+
+
 METHODS: dict[str, Fit] = {
+    "exact": _exact,
     "TRIM-Thr": _threshold,
     "TRIM-Agg": _agg,
     "TRIM-Agg, λ range": _conditioned,

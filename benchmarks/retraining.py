@@ -1,7 +1,7 @@
 """What another training seed changes, which policy of a training to keep, and what the scorer costs; on validation.
 
     python -m benchmarks.retraining --out results/retraining.md
-    python -m benchmarks.retraining --parts endings --kinds tree-agg --seeds 6    # a piece of it
+    python -m benchmarks.retraining --parts endings --kinds ppo-agg --seeds 6    # a piece of it
     python -m benchmarks.retraining --parts scorer --seeds 1
 
 ``spread``: for every seed routers as `train.py` makes them by default; metrics of their curve on all of validation
@@ -24,7 +24,7 @@ from agents.evaluation.curves import Curve
 from agents.evaluation.splits import Validation
 from agents.evaluation.walk import references, run
 from agents.learners.loop import Trainable, checked_at, learner
-from agents.learners.settings import LearnerSettings, PPOSettings, SeqSettings, TreeSettings
+from agents.learners.settings import PPOSettings, SeqSettings
 from agents.report.walks import follow
 from agents.routers.base import AnyRouter
 from agents.routers.mlp import at
@@ -39,10 +39,9 @@ from trim_env.features import DEFAULT_SCHEMA
 from trim_env.tables import DecisionTables, decision_tables
 
 KEPT = (1, 2, 4, 8, 16)
-KINDS: dict[str, LearnerSettings] = {
+KINDS: dict[str, PPOSettings] = {
     "ppo-agg": PPOSettings(),
     "ppo-agg, λ range": PPOSettings(),
-    "tree-agg": TreeSettings(),
     "ppo-seq": SeqSettings(),
 }
 Part = Literal["spread", "endings", "scorer"]
@@ -150,7 +149,7 @@ def averaged(policies: Sequence[Trainable]) -> Trainable:
     return replace(policies[0], weights=weights)  # type: ignore[arg-type]
 
 
-def ending(schema: str, lam: Lam, own: LearnerSettings, seed: int, store: str) -> tuple[float, list[float]]:
+def ending(schema: str, lam: Lam, own: PPOSettings, seed: int, store: str) -> tuple[float, list[float]]:
     """Return the mean over both halves of the best checkpoint's return on the other one, and of the last k's means."""
     trees = compile_store(store)
     validation = Validation(lambda i: decision_tables(trees, schema=schema, indices=i), trees)

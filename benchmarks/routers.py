@@ -24,9 +24,10 @@ from agents.evaluation.compare import compare_curves
 from agents.evaluation.curves import Curve, Method, Points, References
 from agents.evaluation.splits import spread, thresholds
 from agents.evaluation.walk import references, run
+from agents.learners.exact import fit as fit_exact
 from agents.learners.loop import Training
 from agents.learners.pomdp.fit import estimate
-from agents.learners.settings import LearnerSettings, PPOSettings, TreeSettings
+from agents.learners.settings import ExactSettings, PPOSettings
 from agents.routers.base import AnyRouter, Threshold
 from agents.routers.mlp import ConditionedMLP
 from benchmarks.methods import RANGE, Data, heading, write
@@ -36,7 +37,7 @@ from trim_env.tables import DecisionTables, decision_tables
 
 LOW = np.array([0.025, 0.05, 0.075, 0.1])
 CPTS = (50, 80, 95)
-LEARNED: dict[str, LearnerSettings] = {"ppo-agg": PPOSettings(), "tree-agg": TreeSettings()}
+LEARNED = ("ppo-agg", "exact")
 METHODS = ("threshold", "pomdp", *LEARNED)
 
 
@@ -74,7 +75,11 @@ def fit(method: str, data: Data, seed: int) -> dict[float, AnyRouter]:
     if method == "pomdp":
         lams = np.geomspace(1e-5, 0.1, SETTINGS).tolist()
         return dict(zip(lams, estimate(data.trees, indices=data.train).routers(lams), strict=True))
-    policy = Training(data.tables(), data.validation, RANGE, LEARNED[method], seed).run().router
+    if method == "exact":
+        lams = np.geomspace(*RANGE, 5).tolist()
+        policy = fit_exact(data.tables(), data.validation.choice, lams, ExactSettings(), seed).router(RANGE)
+    else:
+        policy = Training(data.tables(), data.validation, RANGE, PPOSettings(), seed).run().router
     assert isinstance(policy, ConditionedMLP)
     return {lam: policy.at(lam) for lam in np.geomspace(*RANGE, SETTINGS).tolist()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,12 +13,14 @@ from numpy.typing import NDArray
 
 from agents.evaluation.bootstrap import resample_weights
 from agents.evaluation.curves import TOLERANCE, References, per_cost
+from agents.evaluation.forest import Forest, linear_rule
 from agents.evaluation.health import Health, assess
 from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.walk import Settings, references, run
-from agents.routers.base import Constant, Router, Threshold
+from agents.routers.base import Constant, Knob, Router, Threshold
 from rollouts.errors import StoreError
 from rollouts.trees.arrays import Trees
+from trim_env.features import DEFAULT_SCHEMA, schema_named
 from trim_env.tables import DecisionTables
 
 CANDIDATES = 200
@@ -91,23 +94,81 @@ def spread(
 
 
 @dataclass(frozen=True)
+class TwoNumbers:
+    """Escalates if the score of the proposal is below one number and no accepted step's is below another."""
+
+    score: float
+    least: float
+    lam: float
+    name: str = "two numbers"
+    schema: str = "agg/1"
+
+    @property
+    def knob(self) -> Knob:
+        """λ that it was chosen for."""
+        return Knob("lam", self.lam)
+
+    def probability(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return (n,) of 0 and 1."""
+        below = features[:, 0] < np.float32(self.score)
+        return (below & (features[:, 1] >= np.float32(self.least))).astype(np.float64)
+
+
+@dataclass(frozen=True)
 class Baselines:
-    """The best constant and the best threshold for one λ, chosen on some trees."""
+    """Simple rules for one λ.
+
+    Attributes:
+        constant: The better constant.
+        threshold: The best threshold.
+        best: The best of all.
+    """
 
     constant: Constant
     threshold: Threshold
+    best: Router
+
+    @property
+    def named(self) -> dict[str, Router]:
+        """The rules by what they are called in sentences, the best first."""
+        return {words(rule): rule for rule in (self.best, self.threshold, self.constant)}
+
+
+def words(rule: Router) -> str:
+    """Return what a simple rule is called in a sentence."""
+    if isinstance(rule, Threshold):
+        return f"the best threshold ({rule.threshold:.3f})"
+    if isinstance(rule, TwoNumbers):
+        return f"the best two-number rule (score < {rule.score:.3f}, least score so far >= {rule.least:.3f})"
+    return rule.name if isinstance(rule, Constant) else f"a {rule.name} rule"
 
 
 class Candidates:
-    """Outcomes of all thresholds and both constants on the choice half, run once for all λ."""
+    """Simple rules: both constants and all thresholds, run once for all λ, and rules that are fitted for each."""
 
-    def __init__(self, tables: DecisionTables, schema: str = Threshold.schema) -> None:
-        """Run them; thresholds are those on the first feature of a schema."""
+    def __init__(
+        self,
+        tables: DecisionTables,
+        fitted_on: Callable[[], DecisionTables] | None = None,
+        *,
+        schema: str = Threshold.schema,
+    ) -> None:
+        """Run constants and thresholds.
+
+        Args:
+            tables: The choice half.
+            fitted_on: The training split, for a two-number rule and a linear one; default: do without them.
+            schema: Thresholds are those on its first feature.
+        """
+        self._tables, self._fitted_on = tables, fitted_on
         levels = thresholds(tables, schema=schema)
         self.thresholds: list[tuple[Router, Outcomes]] = [
             (router, run(router, tables)) for router in (Threshold(level, schema=schema) for level in levels)
         ]
-        self._constants = [(router, run(router, tables)) for router in (Constant(0), Constant(1))]
+        self._constants: list[tuple[Router, Outcomes]] = [
+            (router, run(router, tables)) for router in (Constant(0), Constant(1))
+        ]
+        self._best: dict[float, Baselines] = {}
 
     def spread_over(self, large: Outcomes) -> Settings:
         """Return 16 thresholds that spread over the cost of always-large on the same trees."""
@@ -115,10 +176,41 @@ class Candidates:
 
     def best(self, lam: float) -> Baselines:
         """Return those with the greatest mean return."""
-        constant = max(self._constants, key=lambda item: float(item[1].returns(lam).mean()))[0]
-        threshold = max(self.thresholds, key=lambda item: float(item[1].returns(lam).mean()))[0]
-        assert isinstance(threshold, Threshold)
-        return Baselines(constant, threshold)
+        if lam not in self._best:
+
+            def greatest(rules: Sequence[tuple[Router, Outcomes]]) -> tuple[Router, Outcomes]:
+                return max(rules, key=lambda item: float(item[1].returns(lam).mean()))
+
+            constant, threshold = greatest(self._constants), greatest(self.thresholds)
+            fitted = [(rule, run(rule, self._tables)) for rule in self._fitted(lam)]
+            assert isinstance(constant[0], Constant) and isinstance(threshold[0], Threshold)
+            best, _ = greatest([constant, threshold, *fitted])
+            self._best[lam] = Baselines(constant[0], threshold[0], best)
+        return self._best[lam]
+
+    @cached_property
+    def _grown(self) -> tuple[DecisionTables, Forest] | None:
+        """The training trees, if rules can be fitted on them: all that the caps allow was generated."""
+        tables = self._fitted_on and self._fitted_on()
+        return None if tables is None or tables.graph.missing.any() else (tables, Forest(tables, DEFAULT_SCHEMA))
+
+    def _fitted(self, lam: float) -> list[Router]:
+        if self._grown is None:
+            return []
+        tables, forest = self._grown
+        schema = schema_named(DEFAULT_SCHEMA).id
+        return [_two_numbers(tables, forest, lam), linear_rule(forest, schema, lam, tables.max_large_tokens)]
+
+
+def _two_numbers(tables: DecisionTables, forest: Forest, lam: float) -> TwoNumbers:
+    """Return the two-number rule with the greatest return on some trees, of a grid of quantiles."""
+    score, least = tables.in_schema("agg")[forest.graph.rows, :2].T
+    uppers = [*np.unique(np.quantile(score, np.linspace(0, 1, 48))), np.nextafter(score.max(), np.float32(2))]
+    lowers = np.unique(np.append(np.quantile(least, np.linspace(0, 1, 16)), 0))
+    enough = least[:, None] >= lowers
+    found = np.array([forest.returns((score < upper)[:, None] & enough, lam) for upper in uppers])
+    upper, lower = np.unravel_index(int(found.argmax()), found.shape)
+    return TwoNumbers(float(uppers[upper]), float(lowers[lower]), lam)
 
 
 class Validation:
@@ -135,21 +227,14 @@ class Validation:
         choice, verdict = halves(trees, split)
         self.choice, self.verdict = tables(choice), tables(verdict)
         self.references: tuple[References, References] = (references(self.choice), references(self.verdict))
-        self.candidates = Candidates(self.choice)
+        self.candidates = Candidates(self.choice, lambda: tables(trees.select("train")))
         self._weights = tuple(resample_weights(len(each.small), 1000) for each in self.references)
 
     def assess(self, router: Any, lam: float, *, final: bool) -> Health:
-        """Assess a router on the choice half or, finally, on the verdict half, against rules chosen on the former."""
+        """Assess a router on the choice half or, finally, on the verdict half, on which no rule was chosen."""
         tables, which = (self.verdict, 1) if final else (self.choice, 0)
-        simple = self.candidates.best(lam)
-        return assess(
-            run(router, tables),
-            (simple.constant.name, run(simple.constant, tables)),
-            (f"the best threshold ({simple.threshold.threshold:.3f})", run(simple.threshold, tables)),
-            self.references[which].large,
-            lam,
-            self._weights[which],
-        )
+        rules = {name: run(rule, tables) for name, rule in self.candidates.best(lam).named.items()}
+        return assess(run(router, tables), rules, self.references[which].large, lam, self._weights[which])
 
     def measure(self, outcomes: Outcomes, lam: float) -> Record:
         """Return mean return, accuracy, large-token share and escalation rate on the choice half."""

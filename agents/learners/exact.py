@@ -1,183 +1,191 @@
-"""TRIM-Agg without sampled actions: the exact gradient of a policy's expected return on rollout trees.
+"""The exact learner: a quadratic rule, a linear one or a small perceptron by the exact gradient of the return.
 
-On a tree the expected return of a stochastic policy is a sum over states: a node and what is spent of the caps. With
-p(s) the probability of escalating in state s, d(s) that of reaching s and Q the expected returns after either action,
-both by one pass over the states, the gradient with respect to the policy's logit z(s) = ln p/(1 - p) is
-d(s) p(s) (1 - p(s)) (Q1(s) - Q0(s)): the policy gradient theorem (Sutton et al. 2000) with nothing left to chance but
-the models' texts. Those are frozen draws, one per node and replica: what is exact on them may be overfitted to them,
-so choose on held-out problems.
+One fit gives a whole frontier: the rule is told λ. Entropy of the decisions regularises; it falls from round to
+round, and the round at which to stop is chosen by what is returned on problems that the fit has not seen: folds of the
+training problems, and the choice half of validation.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from agents.learners.settings import TreeSettings
-from agents.routers.mlp import MLP, ConditionedMLP, for_lam
-from agents.routers.sb3 import perceptron
-from rollouts.errors import StoreError
-from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
+from agents.evaluation.forest import ENTROPIES, Forest, Polynomial, Rule, Scale, ascend, layers
+from agents.learners.settings import ExactSettings
+from agents.routers.base import Floats, Knob
+from agents.routers.mlp import MLP, ConditionedMLP, Weights, at_lam
 from trim_env.episodes import Lam
-from trim_env.features import lam_feature, left_feature
-from trim_env.graph import Floats, Ints
-from trim_env.tables import DecisionTables, missing
+from trim_env.tables import DecisionTables
+
+NAME = "exact"
+_PENALTY = 0.01  # of a perceptron's parameters
+_APART = 20.0  # times the least λ of a group: its greatest
+_LAMS = 5  # of a frontier: a rule that is told λ needs no more
+_FOLDS, _HELD_OUT = 4, 500  # folds of the problems; no more of them than make up so many problems
 
 
-class Forest:
-    """All states of some trees that the caps let a policy reach.
+class Perceptron:
+    """A rule with one hidden layer of tanh units over the features and λ."""
+
+    def __init__(self, scale: Scale, hidden: int, seed: int) -> None:
+        """Draw the first parameters."""
+        self.scale, d = scale, scale.seen.shape[1]
+        self._shapes = ((hidden, d), (hidden,), (hidden,), (hidden,), (1,))  # features, λ, biases, and the last layer
+        self._parts = np.cumsum([np.prod(shape) for shape in self._shapes])[:-1]
+        draw = np.random.default_rng(seed)
+        drawn = [draw.normal(0, size, shape) for size, shape in zip((d**-0.5, 0, 0, 0.1, 0), self._shapes, strict=True)]
+        self.start: Floats = np.concatenate([values.reshape(-1) for values in drawn])
+        self.penalty: Floats = np.full(len(self.start), _PENALTY)
+
+    def _split(self, parameters: Floats) -> list[Floats]:
+        parts = np.split(parameters, self._parts)
+        return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def logits(self, parameters: Floats) -> tuple[Floats, Callable[[Floats], Floats]]:
+        """See `agents.evaluation.forest.Rule`."""
+        weight, column, bias, out, offset = self._split(parameters)
+        before = self.scale.seen @ weight.T + bias
+        units = [np.tanh(before + told * column) for told in self.scale.told]
+
+        def back(slope: Floats) -> Floats:
+            inner = [np.outer(own, out) * (1 - unit**2) for own, unit in zip(slope.T, units, strict=True)]
+            total, each = sum(inner), np.stack([own.sum(axis=0) for own in inner])
+            last = sum(unit.T @ own for own, unit in zip(slope.T, units, strict=True))
+            parts = (total.T @ self.scale.seen, self.scale.told @ each, each.sum(axis=0), last, slope.sum())
+            return np.concatenate([np.reshape(part, -1) for part in parts])
+
+        return np.stack([unit @ out for unit in units], axis=1) + offset, back
+
+    def weights(self, parameters: Floats) -> Weights:
+        """See `agents.evaluation.forest.Rule`."""
+        weight, column, bias, out, offset = self._split(parameters)
+        return layers(self.scale.unscaled(np.concatenate([weight, column[:, None]], axis=1), bias), (out[None], offset))
+
+
+class _Form(NamedTuple):
+    activation: str
+    make: Callable[[Scale, ExactSettings, int], Rule]
+
+
+RULES = {
+    "linear": _Form("tanh", lambda scale, *_: Polynomial(scale, quadratic=False)),
+    "quadratic": _Form("square", lambda scale, *_: Polynomial(scale, quadratic=True)),
+    "mlp": _Form("tanh", lambda scale, settings, seed: Perceptron(scale, settings.hidden, seed)),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Frontier:
+    """A rule for all λ that were asked for, and what it was chosen for.
 
     Attributes:
-        graph: The n states.
-        trees: How many trees there are.
-        missing: (m,) proposals, as tables address them, that the caps allow and that were not generated.
-        seen: (n, d) what the policy is told in them: the features and, under a cap on large tokens, the share left.
+        rule: Its name, of `RULES`.
+        entropy: Weight of the entropy in its last round.
+        held_out: Mean return on problems that fits had not seen, by rule and by round.
+        weights: A perceptron that is told λ as its last feature.
+        least: Least λ that it is told; 0 is as good as that.
+        schema: Feature schema with version.
+        max_large_tokens: Cap M, of which it is told the share left.
     """
 
-    def __init__(self, tables: DecisionTables) -> None:
-        """Gather the states."""
-        self.graph = tables.graph
-        self.missing: Ints = self.graph.moved.taken.place[self.graph.missing]
-        self.trees = len(tables.indices)
-        self.seen = tables.features[self.graph.rows]
-        if tables.max_large_tokens is not None:
-            left = left_feature(self.graph.spent.left, tables.max_large_tokens)
-            self.seen = np.concatenate([self.seen, left[:, None]], axis=1)
-        self._solved, self._cost = tables.solved[self.graph.moved.taken.place], self.graph.moved.taken.cost
+    rule: str
+    entropy: float
+    held_out: dict[str, list[float]]
+    weights: Weights
+    least: float
+    schema: str
+    max_large_tokens: int | None
 
-    def gradient(self, escalate: Floats, lam: float) -> tuple[float, Floats, Floats]:
-        """Return the mean expected return, its derivatives with respect to the logits, and expected visits.
+    def router(self, lam: Lam) -> MLP | ConditionedMLP:
+        """Return the router for one λ, or for a range."""
+        told, activation = (self.schema, self.max_large_tokens), RULES[self.rule].activation
+        if isinstance(lam, tuple):
+            return ConditionedMLP(NAME, told[0], *lam, self.weights, told[1], activation)
+        return MLP(NAME, told[0], Knob("lam", lam), at_lam(self.weights, max(lam, self.least)), told[1], activation)
 
-        Args:
-            escalate: (n,) probabilities of escalating.
-            lam: λ.
-
-        Returns:
-            The mean over trees, (n,) derivatives, and (n,) visits of states where the caps leave a choice, 0 of others.
-        """
-        both = np.stack([1 - escalate, escalate], axis=1)
-        now = self._solved - lam * self._cost
-        own = (both * now).sum(axis=1)
-        value = self.graph.backward(lambda level, later: own[level] + (both[level] * later).sum(axis=1))
-        worth = now + value[self.graph.child]
-        reach = np.where(self.graph.open, self.graph.reach(both)[:-1], 0.0)
-        slope = reach * escalate * (1 - escalate) * (worth[:, ESCALATE_LARGE] - worth[:, CONTINUE_SMALL])
-        return float(value[self.graph.roots].mean()), slope / self.trees, reach / self.trees
+    def report(self) -> dict[str, Any]:
+        """Return what it was chosen for, as JSON holds it."""
+        return {"rule": self.rule, "entropy": self.entropy, "entropies": ENTROPIES, "held_out": self.held_out}
 
 
-class TreeAgg:
-    """One training by the exact tree gradient, for one λ or for a range: `iterate` until `done`, then `router`.
+def neighbours(lams: Sequence[float]) -> list[list[float]]:
+    """Return λ in groups, each for one rule: it learns more from several λ than from one, unless they lie far apart."""
+    groups = [[lam for lam in lams if not lam]]
+    above = sorted(lam for lam in lams if lam)
+    if above:
+        count = max(1, int(np.ceil(np.log(above[-1] / above[0]) / np.log(_APART))))
+        edges = np.geomspace(above[0], above[-1], count + 1)[1:-1]
+        groups += [[lam for lam in above if np.searchsorted(edges, lam) == group] for group in range(count)]
+    return [group for group in groups if group]
 
-    For a range of λ every minibatch has one λ, drawn log-uniformly, which the policy is told as its last feature.
+
+def fit(
+    tables: DecisionTables, choice: DecisionTables, lams: Sequence[float], settings: ExactSettings, seed: int
+) -> Frontier:
+    """Fit a rule.
+
+    Args:
+        tables: Training trees.
+        choice: The choice half of validation.
+        lams: λ that it is for; two or more span a range.
+        settings: Settings.
+        seed: Of folds and first parameters.
+
+    Raises:
+        StoreError: Proposals that the caps allow were not generated.
     """
-
-    def __init__(self, tables: DecisionTables, lam: Lam, settings: TreeSettings, seed: int) -> None:
-        """Build network and optimiser.
-
-        Raises:
-            StoreError: Proposals that the caps allow were not generated.
-        """
-        import torch
-
-        torch.set_num_threads(1)  # these networks are too small for a second thread to help
-        self.tables, self.lam, self.settings, self.seed = tables, lam, settings, seed
-        self.iteration = 0
-        self._random = np.random.default_rng(seed)
-        torch.manual_seed(seed)
-        inputs = tables.features.shape[1] + (tables.max_large_tokens is not None) + isinstance(lam, tuple)
-        self.network = torch.nn.Sequential(
-            torch.nn.Linear(inputs, settings.hidden),
-            torch.nn.Tanh(),
-            torch.nn.Linear(settings.hidden, settings.hidden),
-            torch.nn.Tanh(),
-            torch.nn.Linear(settings.hidden, 2),
-        )
-        torch.nn.init.orthogonal_(self.network[-1].weight, gain=0.01)
-        torch.nn.init.zeros_(self.network[-1].bias)
-        self.optimiser = torch.optim.AdamW(self.network.parameters(), weight_decay=settings.weight_decay)
-        parts = -(-len(tables.indices) // settings.batch)
-        shuffled = self._random.permutation(tables.indices)
-        self._forests = [Forest(replace(tables, indices=np.sort(part))) for part in np.array_split(shuffled, parts)]
-        absent = np.concatenate([forest.missing for forest in self._forests])
-        if len(absent):
-            raise StoreError(missing(tables, absent))
-
-    @property
-    def done(self) -> bool:
-        """Whether all iterations are done."""
-        return self.iteration >= self.settings.iterations
-
-    def iterate(self) -> dict[str, float]:
-        """Make the updates of one round; return what is to be logged."""
-        settings = self.settings
-        progress = self.iteration / settings.iterations
-        for group in self.optimiser.param_groups:
-            group["lr"] = settings.learning_rate * (1 - 0.9 * progress)
-        share = settings.lam_share(self.iteration)
-        found = [
-            self._update(self._forests[self._random.integers(len(self._forests))], share, 1 - progress)
-            for _ in range(settings.updates)
+    least = min([lam for lam in lams if lam], default=1e-6) / 2
+    lams = sorted(max(lam, least) for lam in lams)
+    some = [lams[place] for place in np.linspace(0, len(lams) - 1, min(_LAMS, len(lams))).round().astype(int)]
+    whole, judges = Forest(tables), [Forest(choice)]
+    fitted_on = [whole]
+    for kept, left_out in _folds(tables, seed):
+        fitted_on.append(Forest(kept))
+        judges.append(Forest(left_out))
+    problems = [judge.problems for judge in judges]
+    found, rounds = dict[str, list[float]](), dict[str, list[Weights]]()
+    for name in RULES if settings.rule == "auto" else (settings.rule,):
+        fits = [_rounds(name, forest, some, settings, seed) for forest in fitted_on]
+        each = [
+            [_reached(name, weights, judge, some) for weights in fit] for fit, judge in zip(fits, judges, strict=True)
         ]
-        self.iteration += 1
-        return {"iteration": self.iteration, "lam_share": share, "train/return": float(np.mean(found))}
+        found[name], rounds[name] = np.average(each, axis=0, weights=problems).tolist(), fits[0]
+    rule = max(found, key=lambda name: max(found[name]))
+    last = int(np.argmax(found[rule]))
+    cap = tables.max_large_tokens
+    return Frontier(rule, ENTROPIES[last], found, rounds[rule][last], least, tables.schema.id, cap)
 
-    def _update(self, forest: Forest, share: float, left: float) -> float:
-        import torch
 
-        lam, inputs = self._inputs(forest.seen)
-        logits = self.network(inputs)
-        z = logits[:, ESCALATE_LARGE] - logits[:, CONTINUE_SMALL]
-        escalate = torch.sigmoid(z).detach().numpy().astype(np.float64)
-        value, slope, visits = forest.gradient(escalate, share * lam)
-        log_p = torch.nn.functional.logsigmoid(z)
-        entropy = -(torch.sigmoid(z) * log_p + torch.sigmoid(-z) * (log_p - z))
-        visited = torch.as_tensor(visits, dtype=torch.float32)
-        loss = -(torch.as_tensor(slope, dtype=torch.float32) * z).sum()
-        loss = loss - self.settings.entropy * left * (visited * entropy).sum()
-        self.optimiser.zero_grad()
-        loss.backward()
-        self.optimiser.step()
-        return value
+def _folds(tables: DecisionTables, seed: int) -> Iterator[tuple[DecisionTables, DecisionTables]]:
+    """Yield the trees without a fold of the problems, and those of the fold."""
+    problem = tables.trees.problem[tables.indices]
+    problems = np.random.default_rng(seed).permutation(np.unique(problem))
+    folds = np.array_split(problems, _FOLDS) if len(problems) >= _FOLDS else []
+    for fold in folds[: -(-_HELD_OUT // max(1, len(problems) // _FOLDS))]:
+        out = np.isin(problem, fold)
+        yield replace(tables, indices=tables.indices[~out]), replace(tables, indices=tables.indices[out])
 
-    def _inputs(self, seen: NDArray[np.float32]) -> tuple[float, Any]:
-        """Return λ and the inputs of the network, which is told it, where (n, d) features are seen."""
-        import torch
 
-        if not isinstance(self.lam, tuple):
-            return self.lam, torch.as_tensor(seen)
-        low, high = self.lam
-        lam = float(low * (high / low) ** self._random.random())
-        told = np.broadcast_to(lam_feature(lam), (len(seen), 1))
-        return lam, torch.as_tensor(np.concatenate([seen, told], axis=1))
+def _rounds(name: str, forest: Forest, lams: Sequence[float], settings: ExactSettings, seed: int) -> list[Weights]:
+    rule = RULES[name].make(Scale(forest, lams), settings, seed)
+    parameters, rounds = rule.start, []
+    for entropy in ENTROPIES:
+        parameters = ascend(forest, rule, lams, parameters, entropy)
+        rounds.append(rule.weights(parameters))
+    return rounds
 
-    def imitate(self, actions: NDArray[np.int64], rows: Ints, updates: int = 400) -> None:
-        """Warm start: fit the policy to given actions at some nodes by behaviour cloning.
 
-        Args:
-            actions: (n,) of 0 and 1.
-            rows: (n,) nodes.
-            updates: Minibatches to learn from.
-        """
-        import torch
-
-        wanted, seen = torch.as_tensor(actions, dtype=torch.float32), self.tables.features[rows]
-        if self.tables.max_large_tokens is not None:  # imitate it whatever is left
-            seen = np.concatenate([seen, self._random.random((len(rows), 1)).astype(np.float32)], axis=1)
-        optimiser = torch.optim.Adam(self.network.parameters(), lr=3e-3)
-        for _ in range(updates):
-            part = self._random.integers(len(rows), size=min(1024, len(rows)))
-            _, inputs = self._inputs(seen[part])
-            logits = self.network(inputs)
-            z = logits[:, ESCALATE_LARGE] - logits[:, CONTINUE_SMALL]
-            loss = torch.nn.functional.binary_cross_entropy_with_logits(z, wanted[part])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-
-    def router(self) -> MLP | ConditionedMLP:
-        """Return the policy as it is now."""
-        weights, _ = perceptron(self.network)
-        return for_lam("tree-agg", self.tables.schema.id, self.lam, weights, self.tables.max_large_tokens)
+def _reached(name: str, weights: Weights, forest: Forest, lams: Sequence[float]) -> float:
+    """Return the mean return of the rule's greater actions over trees and λ."""
+    networks = (MLP(NAME, "", Knob("lam", lam), at_lam(weights, lam), None, RULES[name].activation) for lam in lams)
+    return float(
+        np.mean(
+            [
+                forest.returns(network.probability(forest.seen)[:, None] > 0, lam)
+                for lam, network in zip(lams, networks, strict=True)
+            ]
+        )
+    )

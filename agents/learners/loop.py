@@ -10,27 +10,23 @@ import numpy as np
 from agents.evaluation.health import Health
 from agents.evaluation.splits import Baselines, Record, Validation
 from agents.evaluation.walk import run
-from agents.learners.exact import TreeAgg
+from agents.learners.exact import fit
 from agents.learners.ppo import PPOAgg
-from agents.learners.settings import LearnerSettings, PPOSettings, SeqSettings, TreeSettings
+from agents.learners.settings import ExactSettings, PPOSettings, SeqSettings
 from agents.routers.mlp import MLP, ConditionedMLP, at
 from agents.routers.seq import SeqPolicy
-from rollouts.trees.arrays import CONTINUE_SMALL
 from trim_env.episodes import Lam
 from trim_env.tables import DecisionTables
 
 Trainable = MLP | ConditionedMLP | SeqPolicy
 
 
-def learner(tables: DecisionTables, lam: Lam, settings: LearnerSettings, seed: int) -> PPOAgg | TreeAgg:
+def learner(tables: DecisionTables, lam: Lam, settings: PPOSettings, seed: int) -> PPOAgg:
     """Return the learner that the settings belong to."""
-    if isinstance(settings, TreeSettings):
-        return TreeAgg(tables, lam, settings, seed)
     if isinstance(settings, SeqSettings):
         from agents.learners.ppo_seq import PPOSeq
 
         return PPOSeq(tables, lam, settings, seed)
-    assert isinstance(settings, PPOSettings)
     return PPOAgg(tables, lam, settings, seed)
 
 
@@ -43,7 +39,7 @@ class Result:
             is chosen: the best of many on a few hundred problems is the luckiest (results/retraining.md).
         health: Verdict on the other half, by λ.
         records: What was logged, by iteration, of all attempts.
-        baselines: The best constant and the best threshold, by λ.
+        baselines: Simple rules, by λ.
         attempts: How many attempts it took.
     """
 
@@ -59,10 +55,10 @@ class Result:
         return all(health.fine for health in self.health.values())
 
 
-def remedy(settings: LearnerSettings, attempt: int) -> LearnerSettings:
+def remedy(settings: PPOSettings, attempt: int) -> PPOSettings:
     """Return the settings of an attempt, from 0: the first as asked for, then more exploration and a slower λ."""
     if attempt == 0:
-        return settings
+        return replace(settings, lam_start=1.0) if settings.start == "exact" else settings
     return replace(
         settings,
         iterations=int(settings.iterations * 1.5),
@@ -83,7 +79,7 @@ class Training:
     """One training for one λ, or for a range of λ.
 
     If the router is collapsed or beaten on the choice half, it is trained again: another seed, a warm start from the
-    best threshold by behaviour cloning, and the settings of `remedy`; at most `attempts` times in all.
+    best simple rule by behaviour cloning, and the settings of `remedy`; at most `attempts` times in all.
     """
 
     def __init__(
@@ -91,7 +87,7 @@ class Training:
         tables: DecisionTables,
         validation: Validation,
         lam: Lam,
-        settings: LearnerSettings,
+        settings: PPOSettings,
         seed: int,
         *,
         attempts: int = 3,
@@ -109,12 +105,11 @@ class Training:
         seed = int(np.random.SeedSequence(self.seed, spawn_key=(attempt,)).generate_state(1)[0])  # 32 bits, for torch
         self.learner = learner(self.tables, self.lam, remedy(self.settings, attempt), seed)
         if attempt:
-            trees = self.tables.trees
-            decided = ~np.isnan(trees.score[:, CONTINUE_SMALL])  # on always-large's path small steps may be missing
-            rows = np.flatnonzero(np.isin(trees.tree, self.tables.indices) & decided)
-            threshold = self.baselines[self.lams[len(self.lams) // 2]].threshold
-            features = self.tables.in_schema(threshold.schema)[rows]
-            self.learner.imitate(threshold.probability(features).astype(np.int64), rows)
+            self.learner.imitate(self.baselines[self.lams[len(self.lams) // 2]].best)
+        elif self.learner.settings.start == "exact":
+            lams = self.lams if isinstance(self.lam, tuple) else (self.lam,)
+            rule = fit(self.tables, self.validation.choice, lams, ExactSettings(), self.seed).router(self.lam)
+            self.learner.imitate(rule)
 
     @property
     def planned(self) -> int:

@@ -11,13 +11,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from agents.evaluation.walk import seen_by
 from agents.learners.settings import PPOSettings
-from agents.routers.mlp import MLP, ConditionedMLP, for_lam
+from agents.routers.base import Router
+from agents.routers.mlp import MLP, ConditionedMLP, at, for_lam
 from agents.routers.sb3 import perceptron
+from rollouts.trees.arrays import CONTINUE_SMALL
 from trim_env.episodes import Lam
-from trim_env.features import lam_feature
+from trim_env.features import lam_feature, left_feature
 from trim_env.tables import DecisionTables
 
 NAME = "trim-agg"
@@ -112,26 +114,34 @@ class PPOAgg:
         weights, _ = perceptron([*policy.mlp_extractor.policy_net, policy.action_net])
         return for_lam(NAME, self.tables.schema.id, self.lam, weights, self.tables.max_large_tokens)
 
-    def imitate(self, actions: NDArray[np.int64], rows: NDArray[np.int64], updates: int = 400) -> None:
-        """Warm start: fit the policy to given actions at some nodes by behaviour cloning.
+    def imitate(self, rule: Router | ConditionedMLP, updates: int = 400) -> None:
+        """Warm start: fit the policy to a rule by behaviour cloning, whatever is left of a cap and whatever λ is.
 
         Args:
-            actions: (n,) of 0 and 1.
-            rows: (n,) nodes.
+            rule: A rule for one λ, or for a range.
             updates: Minibatches to learn from.
         """
         import torch
 
-        policy = self.learner.policy
-        seen, draw = self.tables.observed(rows), np.random.default_rng(self.seed)
-        if self.tables.max_large_tokens is not None:  # imitate it whatever is left
-            seen = np.concatenate([seen, draw.random((len(rows), 1)).astype(np.float32)], axis=1)
-        if isinstance(self.lam, tuple):  # and whatever λ is
-            low, high = self.lam
-            told = lam_feature(low * (high / low) ** draw.random(len(rows)))
-            seen = np.concatenate([seen, told[:, None]], axis=1)
+        policy, tables, draw = self.learner.policy, self.tables, np.random.default_rng(self.seed)
+        decided = ~np.isnan(tables.trees.score[:, CONTINUE_SMALL])  # on always-large's path small steps may be missing
+        rows = np.flatnonzero(np.isin(tables.trees.tree, tables.indices) & decided)
+        seen, left = tables.observed(rows), np.zeros(len(rows), np.int64)
+        if tables.max_large_tokens is not None:
+            left = draw.integers(tables.max_large_tokens + 1, size=len(rows))
+            seen = np.concatenate([seen, left_feature(left, tables.max_large_tokens)[:, None]], axis=1)
+        low, high = self.lam if isinstance(self.lam, tuple) else (self.lam, self.lam)
+        lams = np.geomspace(low, high, 8) if low < high else np.array([low])
+        drawn = draw.integers(len(lams), size=len(rows))
+        if low < high:
+            seen = np.concatenate([seen, lam_feature(lams[drawn])[:, None]], axis=1)
+        wanted = torch.zeros(len(rows), dtype=torch.int64)
+        for number, lam in enumerate(lams.tolist()):
+            shown, own = at(rule, lam), drawn == number
+            assert isinstance(shown, Router)
+            chosen = shown.probability(seen_by(shown, tables)(rows[own], left[own]))
+            wanted[torch.as_tensor(own)] = torch.as_tensor(chosen > 0.5, dtype=torch.int64)
         features = torch.as_tensor(seen)
-        wanted = torch.as_tensor(actions)
         generator = torch.Generator().manual_seed(self.seed)
         optimiser = torch.optim.Adam(policy.parameters(), lr=3e-3)
         for _ in range(updates):

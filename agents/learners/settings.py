@@ -7,20 +7,31 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from rollouts.config import Count, NotNegative, Positive, settings
-from rollouts.errors import ConfigError
+from rollouts.errors import ConfigError, did_you_mean
+
+STARTS = ("random", "exact")
+EXACT_RULES = ("auto", "linear", "quadratic", "mlp")
 
 
 @settings
-class LearnerSettings:
-    """Settings that all learners share.
+class PPOSettings:
+    """Settings of PPO.
 
     Attributes:
         iterations: Rounds, after each of which the router is measured on validation.
-        hidden: Units of each of the two tanh layers.
+        hidden: Units of each of the two tanh layers, of policy and value function alike.
         learning_rate: At the start; it falls linearly to a tenth.
         entropy: Weight of the entropy bonus at the start; it falls linearly to 0.
         lam_start: Share of λ that the training begins with.
         lam_ramp: Share of the rounds over which it rises to λ.
+        num_envs: Episodes that run side by side.
+        n_steps: Decisions of each of them in an iteration.
+        batch_size: Decisions in a minibatch.
+        n_epochs: Passes over what an iteration collected.
+        clip_range: PPO's clip range.
+        gae_lambda: λ of generalised advantage estimation (not the trade-off λ).
+        start: What the policy begins as: ``random``, or ``exact``, the rule of the exact learner, cloned; λ is then
+            whole from the start.
     """
 
     iterations: Count = 32
@@ -29,8 +40,25 @@ class LearnerSettings:
     entropy: NotNegative = 0.003
     lam_start: Annotated[float, Field(gt=0, le=1)] = 0.2
     lam_ramp: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    num_envs: Count = 1024
+    n_steps: Count = 16
+    batch_size: Count = 2048
+    n_epochs: Count = 4
+    clip_range: Positive = 0.2
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
+    start: str = "random"
 
-    section: ClassVar[str] = ""
+    section: ClassVar[str] = "ppo"
+
+    def __post_init__(self) -> None:
+        """Check what constraints of single values cannot say."""
+        if self.start not in STARTS:
+            raise ConfigError(f"Unknown --{self.section}.start {self.start!r}.{did_you_mean(self.start, STARTS)}")
+        if self.num_envs * self.n_steps < 2:
+            raise ConfigError(
+                f"--{self.section}.num-envs * --{self.section}.n-steps is 1, expected at least 2 decisions in an "
+                "iteration."
+            )
 
     def lam_share(self, iteration: int) -> float:
         """Return the share of λ that applies in a round, from 0.
@@ -40,38 +68,6 @@ class LearnerSettings:
         """
         ramp = self.lam_ramp * self.iterations
         return self.lam_start + (1 - self.lam_start) * min(1.0, iteration / ramp) if ramp else 1.0
-
-
-@settings
-class PPOSettings(LearnerSettings):
-    """Settings of PPO.
-
-    Attributes:
-        hidden: Units of each of the two tanh layers, of policy and value function alike.
-        num_envs: Episodes that run side by side.
-        n_steps: Decisions of each of them in an iteration.
-        batch_size: Decisions in a minibatch.
-        n_epochs: Passes over what an iteration collected.
-        clip_range: PPO's clip range.
-        gae_lambda: λ of generalised advantage estimation (not the trade-off λ).
-    """
-
-    num_envs: Count = 1024
-    n_steps: Count = 16
-    batch_size: Count = 2048
-    n_epochs: Count = 4
-    clip_range: Positive = 0.2
-    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
-
-    section: ClassVar[str] = "ppo"
-
-    def __post_init__(self) -> None:
-        """Check what constraints of single values cannot say."""
-        if self.num_envs * self.n_steps < 2:
-            raise ConfigError(
-                f"--{self.section}.num-envs * --{self.section}.n-steps is 1, expected at least 2 decisions in an "
-                "iteration."
-            )
 
 
 @settings
@@ -102,19 +98,21 @@ class SeqSettings(PPOSettings):
 
 
 @settings
-class TreeSettings(LearnerSettings):
-    """Settings of the exact tree gradient.
+class ExactSettings:
+    """Settings of the exact learner (`agents.learners.exact`).
 
     Attributes:
-        updates: Gradient steps in a round.
-        batch: Trees in a minibatch.
-        entropy: Weight of the entropy bonus at the start; it falls linearly to 0.
-        weight_decay: Of AdamW.
+        rule: ``linear``, ``quadratic``, ``mlp`` (one hidden layer), or ``auto``: the one that returns most on held-out
+            problems.
+        hidden: Units of ``mlp``.
     """
 
-    updates: Count = 16
-    batch: Count = 1000
-    entropy: NotNegative = 0.03
-    weight_decay: NotNegative = 0.0
+    rule: str = "quadratic"
+    hidden: Count = 8
 
-    section: ClassVar[str] = "tree"
+    section: ClassVar[str] = "exact"
+
+    def __post_init__(self) -> None:
+        """Check what constraints of single values cannot say."""
+        if self.rule not in EXACT_RULES:
+            raise ConfigError(f"Unknown --exact.rule {self.rule!r}.{did_you_mean(self.rule, EXACT_RULES)}")

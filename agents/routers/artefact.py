@@ -51,7 +51,7 @@ from rollouts.errors import ArtefactError, ConfigError
 from rollouts.plugins import is_plugin, loaded_plugin
 
 FORMAT = "trim-policy"
-VERSION = 3  # 3 adds activations but tanh, 2 `files` and `digest`; 1 named the weights' SHA-256 alone
+VERSION = 4  # 4 adds the activation square, 3 others but tanh, 2 `files` and `digest`; 1 named the SHA-256 of weights
 Storable = AnyRouter | ConditionedMLP | Mixture
 _PARTS = ("first", "second")
 
@@ -252,7 +252,7 @@ def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx
         }
     described: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION if getattr(router, "activation", "tanh") != "tanh" else 2,
+        "version": {"tanh": 2, "square": 4}.get(getattr(router, "activation", "tanh"), 3),
         "kind": name,
         "name": router.name,
         "schema": router.schema,

@@ -34,8 +34,12 @@ ACTIVATIONS: dict[str, Callable[[Floats], Floats]] = {
     "sigmoid": _sigmoid,
     "silu": lambda x: x * _sigmoid(x),
     "gelu": lambda x: 0.5 * x * (1 + _erf(x / 2**0.5)),
+    "square": np.square,
 }
-"""What the units of hidden layers compute, with torch's default parameters, by the name that artefacts hold."""
+"""What the units of hidden layers compute, with torch's default parameters, by the name that artefacts hold.
+
+With ``square``, a quadratic rule is a perceptron: a quadratic form is a sum of squares of linear ones, with signs.
+"""
 
 
 def _check(weights: Weights, activation: str) -> None:
@@ -155,10 +159,15 @@ class ConditionedMLP:
                 f"lam is {lam:g}; this policy was trained for {self.low:g} to {self.high:g}. "
                 "Choose one in that range, or train over a wider one (--lam-range)."
             )
-        weight = self.weights["0.weight"]
-        bias = self.weights["0.bias"] + weight[:, -1] * lam_feature(lam)
-        own = {**self.weights, "0.weight": np.ascontiguousarray(weight[:, :-1]), "0.bias": bias.astype(np.float32)}
+        own = at_lam(self.weights, lam)
         return MLP(self.name, self.schema, Knob("lam", lam), own, self.max_large_tokens, self.activation)
+
+
+def at_lam(weights: Weights, lam: float) -> Weights:
+    """Return the weights for one λ of a perceptron that is told λ as its last feature."""
+    weight = weights["0.weight"]
+    bias = weights["0.bias"] + weight[:, -1] * lam_feature(lam)
+    return {**weights, "0.weight": np.ascontiguousarray(weight[:, :-1]), "0.bias": bias.astype(np.float32)}
 
 
 def for_lam(

@@ -173,6 +173,8 @@ def _activated(graph: _Graph, values: str, activation: str) -> str:
     """Add what `agents.routers.mlp.ACTIVATIONS` compute."""
     if activation in _SINGLE:
         return graph.add(_SINGLE[activation], values)
+    if activation == "square":
+        return graph.add("Mul", values, values)
     if activation == "silu":
         return graph.add("Mul", values, graph.add("Sigmoid", values))
     if activation == "leaky_relu":  # LeakyRelu's slope is float32

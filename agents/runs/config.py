@@ -12,15 +12,15 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from agents.learners.settings import LearnerSettings, PPOSettings, SeqSettings, TreeSettings
+from agents.learners.settings import ExactSettings, PPOSettings, SeqSettings
 from rollouts.config import Count, Imports, NotNegative, Positive, settings
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.plugins import is_plugin, load_plugin
 from trim_env.costs import cost_model
 from trim_env.features import DEFAULT_SCHEMA, schema_named
 
-AGENTS = ("ppo-agg", "tree-agg", "ppo-seq", "pomdp", "threshold")
-LEARNED = ("ppo-agg", "tree-agg")  # for a range of λ, too
+AGENTS = ("ppo-agg", "exact", "ppo-seq", "pomdp", "threshold")
+LEARNED = ("ppo-agg", "exact")  # for a range of λ, too
 TRACKING = ("wandb", "none")
 _PACKAGES = ("trim-routing", "numpy", "torch", "stable-baselines3", "gymnasium", "wandb")
 _Share = Annotated[float, Field(gt=0, le=1)]
@@ -32,7 +32,7 @@ class TrainConfig:
 
     Attributes:
         rollouts: Path of a rollout store, or the name of a bundled one.
-        agent: ``ppo-agg`` (TRIM-Agg), ``tree-agg`` (the same policy, by the exact gradient on the trees),
+        agent: ``ppo-agg`` (TRIM-Agg), ``exact`` (a rule by the exact gradient on the trees),
             ``ppo-seq`` (TRIM-Seq: a transformer over all steps so far), ``pomdp`` (TRIM-POMDP), ``threshold``
             (TRIM-Thr, the best threshold for each λ: on the score, or on the first feature of a --schema that is
             named) or module:Class, a class of your own (`agents.routers.base`).
@@ -40,7 +40,7 @@ class TrainConfig:
             between the two models, computed from the rollouts.
         lam_range: Two values: one policy is trained for every λ between them, which it is told.
         budget: Share of always-large's cost to be spent in expectation, for example 0.2: after the training the setting
-            that meets it is chosen, or two are mixed. Without --lam, ppo-agg and tree-agg then train one policy for a
+            that meets it is chosen, or two are mixed. Without --lam, ppo-agg and exact then train one policy for a
             range of λ.
         accuracy: Accuracy to be reached in expectation, at the least cost; likewise.
         schema: Feature schema: agg, agg+prod or agg+; free (what the small model makes of its own tokens, no reward
@@ -60,7 +60,7 @@ class TrainConfig:
         out: Folder of the run; it must not exist yet. Default: a new one below runs/.
         tracking: ``wandb`` (offline unless you are logged in) or ``none``.
         ppo: Settings of the learner of ppo-agg.
-        tree: Settings of the learner of tree-agg.
+        exact: Settings of the learner of exact.
         seq: Settings of the learner of ppo-seq.
     """
 
@@ -81,7 +81,7 @@ class TrainConfig:
     out: Path | None = None
     tracking: str = "wandb"
     ppo: PPOSettings = field(default_factory=PPOSettings)
-    tree: TreeSettings = field(default_factory=TreeSettings)
+    exact: ExactSettings = field(default_factory=ExactSettings)
     seq: SeqSettings = field(default_factory=SeqSettings)
 
     def __post_init__(self) -> None:
@@ -97,15 +97,13 @@ class TrainConfig:
                 raise ConfigError(f"--lam-range is {self.lam_range[0]:g} {self.lam_range[1]:g}, expected two numbers "
                                   "above 0, the lower one first.")  # fmt: skip
             if self.lam or self.agent not in LEARNED:
-                raise ConfigError("--lam-range trains one ppo-agg or tree-agg policy for all λ in it; leave out --lam.")
+                raise ConfigError("--lam-range trains one ppo-agg or exact policy for all λ in it; leave out --lam.")
         if len(set(self.lam)) != len(self.lam):
             raise ConfigError(f"--lam names a value twice: {' '.join(f'{lam:g}' for lam in self.lam)}.")
 
     @property
-    def learner(self) -> LearnerSettings:
-        """Settings of the agent's learner."""
-        if self.agent == "tree-agg":
-            return self.tree
+    def learner(self) -> PPOSettings:
+        """Settings of an agent that learns by iterations."""
         return self.seq if self.agent == "ppo-seq" else self.ppo
 
 
@@ -164,7 +162,13 @@ def versions() -> dict[str, str]:
 
 
 def from_plain(plain: Mapping[str, Any], folder: Path) -> TrainConfig:
-    """Return the settings of a run from what its ``config.json`` holds."""
+    """Return the settings of a run from what its ``config.json`` holds.
+
+    Runs of ``tree-agg``, which is no more, go on with a perceptron by ``exact``.
+    """
+    plain = {name: value for name, value in plain.items() if name != "tree"}
+    if plain.get("agent") == "tree-agg":
+        plain |= {"agent": "exact", "exact": {"rule": "mlp"}}
     try:
         return TrainConfig(**{**plain, "out": folder})
     except ConfigError as error:

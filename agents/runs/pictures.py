@@ -19,12 +19,14 @@ def draw_training(result: Result, validation: Validation, title: str, place: Pat
     from agents.evaluation.plots import training_curve
 
     levels = {}
-    for name in ("best constant", "best threshold"):
+    for name in ("constant", "threshold", "best"):
         found = [
-            validation.measure(run(getattr(simple, name.removeprefix("best ")), validation.choice), lam)
+            validation.measure(run(getattr(simple, name), validation.choice), lam)
             for lam, simple in result.baselines.items()
         ]
-        levels[name] = {key: float(np.mean([each[key] for each in found])) for key in found[0]}
+        levels["best simple rule" if name == "best" else f"best {name}"] = {
+            key: float(np.mean([each[key] for each in found])) for key in found[0]
+        }
     return training_curve(result.records, levels, title, place / "training")[0]
 
 

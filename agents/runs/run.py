@@ -4,7 +4,7 @@ RUN/config.json            settings, versions, seed, hash of the rollouts
 RUN/report.txt             health of every router in plain words
 RUN/curve.png, .svg        the routers on the verdict half of validation
 RUN/lam-0.003/policy/      the router (`agents.routers.artefact`), the only thing that evaluation reads
-RUN/lam-0.003/             metrics.jsonl, training.png, report.json; of the POMDP estimates.json
+RUN/lam-0.003/             metrics.jsonl, training.png, report.json; of the POMDP estimates.json, of exact fit.json
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from agents.evaluation.budgets import lam_costs, meet_target
 from agents.evaluation.health import Health
 from agents.evaluation.splits import Candidates, Record, Validation
 from agents.evaluation.walk import references, run
+from agents.learners.exact import Frontier, fit, neighbours
 from agents.learners.loop import Training, checked_at
 from agents.learners.pomdp.fit import estimate, price_of
 from agents.routers import artefact
@@ -169,7 +170,7 @@ class _Run:
         """Thresholds of the agent ``threshold``: on the score, or on the first feature of a schema that is named."""
         schema = self.validation.choice.schema
         simple = schema.name == DEFAULT_SCHEMA
-        return self.validation.candidates if simple else Candidates(self.validation.choice, schema.id)
+        return self.validation.candidates if simple else Candidates(self.validation.choice, schema=schema.id)
 
     def finish(self) -> Trained:
         """Train what is not finished yet, and say what came out of all."""
@@ -184,7 +185,7 @@ class _Run:
             place.mkdir(exist_ok=True)
             if (place / "report.json").is_file():  # finished before the run was stopped
                 router, attempts = artefact.load(place / "policy").router, 0
-                own = {lam: validation.assess(at(router, lam), lam, final=True) for lam in checked_at(task)}
+                own = self._assessed(router, task)
             else:
                 router, own, attempts = self._made(tables, task, place)
             stored.append(router)
@@ -220,10 +221,14 @@ class _Run:
 
     def _fit(self, tables: DecisionTables, task: Lam, place: Path, tracker: NoTracker) -> Fitted:
         config = self.config
-        if config.agent in ("ppo-agg", "tree-agg", "ppo-seq"):
+        if config.agent in ("ppo-agg", "ppo-seq"):
             return self._train(tables, task, place, tracker)
-        assert isinstance(task, float)
         router: Any
+        if config.agent == "exact":
+            router, told = self._frontiers[task].router(task), self._frontiers[task].report()
+            (place / "fit.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+            return router, self._assessed(router, task), 1, None
+        assert isinstance(task, float)
         if config.agent == "threshold":
             router = self._candidates.best(task).threshold
         elif config.agent == "pomdp":
@@ -233,7 +238,23 @@ class _Run:
         else:
             learner = loaded_plugin(config.agent, "--agent")
             router = checked(learner.fit(tables, task, config.seed), config.agent)
-        return router, {task: self.validation.assess(router, task, final=True)}, 1, None
+        return router, self._assessed(router, task), 1, None
+
+    @cached_property
+    def _frontiers(self) -> dict[Lam, Frontier]:
+        """What the exact learner makes for each task."""
+        config, choice = self.config, self.validation.choice
+        train = _tables(config, self.trees, self.trees.select("train"))
+        if config.lam_range:
+            lams = np.geomspace(*config.lam_range, 5).tolist()
+            return {config.lam_range: fit(train, choice, lams, config.exact, config.seed)}
+        found: dict[Lam, Frontier] = {}
+        for group in neighbours(config.lam):
+            found |= dict.fromkeys(group, fit(train, choice, group, config.exact, config.seed))
+        return found
+
+    def _assessed(self, router: artefact.Storable, task: Lam) -> dict[float, Health]:
+        return {lam: self.validation.assess(at(router, lam), lam, final=True) for lam in checked_at(task)}
 
     def _train(self, tables: DecisionTables, lam: Lam, place: Path, tracker: NoTracker) -> Fitted:
         config = self.config

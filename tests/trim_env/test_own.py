@@ -13,7 +13,6 @@ from test_live import idle
 import agents
 from agents.deploy.policy import Policy
 from agents.evaluation.suite import EvaluateConfig, evaluate
-from agents.learners.exact import TreeSettings
 from agents.routers.base import Knob
 from agents.runs.config import TrainConfig
 from agents.runs.run import resume, train
@@ -153,10 +152,8 @@ class Keeping:
 
 
 def test_from_training_to_use(own, tmp_path):
-    settings = TreeSettings(iterations=3, hidden=8)
     config = TrainConfig(
-        agent="tree-agg", lam=(3e-3,), schema=NAME, cost="own_features:dear", out=tmp_path / "run", tracking="none",
-        tree=settings, attempts=1,
+        agent="exact", lam=(3e-3,), schema=NAME, cost="own_features:dear", out=tmp_path / "run", tracking="none",
     )  # fmt: skip
     train(config)
     folder = tmp_path / "run" / "lam-0.003" / "policy"

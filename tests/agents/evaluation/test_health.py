@@ -30,7 +30,7 @@ POOR_THRESHOLD = outcomes(solved(0.3, 3), 0, 0)
 
 
 def verdict(router, threshold=GOOD_THRESHOLD):
-    health = assess(router, ("always-small", SMALL), ("thr", threshold), LARGE, LAM, WEIGHTS)
+    health = assess(router, {"thr": threshold, "always-small": SMALL}, LARGE, LAM, WEIGHTS)
     assert f"{router.returns(LAM).mean():.4f}" in health.sentence
     return health
 
@@ -58,7 +58,7 @@ def test_beaten_by_either_rule():
 def test_better_needs_both():
     good = outcomes(solved(0.88, 6), 15, 0.2)
     health = verdict(good)
-    assert health.verdict == BETTER and health.over_constant.low > 0 and health.over_threshold.low > 0
+    assert health.verdict == BETTER and all(difference.low > 0 for difference in health.over.values())
     assert verdict(GOOD_THRESHOLD).verdict == LEVEL
 
 
@@ -71,8 +71,8 @@ def test_one_action_means_99_percent(rate, same):
 def test_a_handful_of_problems_gets_no_verdict():
     few = np.arange(7)
     small, large = SMALL.take(few), LARGE.take(few)
-    references = ("always-small", small), ("thr", outcomes(np.ones(COUNT, bool), 0, 0).take(few))
-    health = assess(large, *references, large, LAM, resample_weights(7, 500))
-    assert health.over_threshold.high < 0  # beaten, if one believed seven problems
+    rules = {"thr": outcomes(np.ones(COUNT, bool), 0, 0).take(few), "always-small": small}
+    health = assess(large, rules, large, LAM, resample_weights(7, 500))
+    assert health.over["thr"].high < 0  # beaten, if one believed seven problems
     assert health.verdict == LEVEL and health.fine
     assert health.sentence.startswith("No verdict: 7 problems are too few, expected at least 8.")

@@ -236,7 +236,7 @@ def test_a_policy_is_trained_under_the_cap_and_told_of_it(store):
         actions, _ = learner.learner.predict(seen, deterministic=True)
     assert (router.probability(seen) == actions).all()
     before = router.weights["0.weight"][:, 6].copy()
-    learner.imitate((rows % 2).astype(np.int64), rows, updates=5)
+    learner.imitate(Threshold(0.5), updates=5)
     assert (learner.router().weights["0.weight"][:, 6] != before).any()
 
 
@@ -244,7 +244,7 @@ def test_a_policy_for_a_range_of_lam_keeps_both_columns_apart(store):
     tables = decision_tables(compile_store(store), "train", max_large_tokens=9)
     learner = PPOAgg(tables, (0.001, 0.1), SMALL, seed=0)
     learner.iterate()
-    learner.imitate(np.zeros(50, np.int64), np.arange(50), updates=3)
+    learner.imitate(Constant(0), updates=3)
     router = learner.router()
     own = router.at(0.01)
     assert own.max_large_tokens == 9 and own.size == 7 and router.weights["0.weight"].shape[1] == 8

@@ -20,7 +20,7 @@ from agents.evaluation.splits import Validation
 from agents.evaluation.walk import references, run
 from agents.learners.loop import Training, remedy
 from agents.learners.ppo import PPOAgg
-from agents.learners.settings import PPOSettings, SeqSettings, TreeSettings
+from agents.learners.settings import PPOSettings, SeqSettings
 from agents.routers import artefact
 from agents.runs.config import TrainConfig
 from agents.runs.listener import Listener
@@ -74,7 +74,7 @@ def test_lam_rises_to_its_value():
     assert replace(SMALL, lam_ramp=0.0).lam_share(0) == 1
 
 
-@pytest.mark.parametrize("settings", [PPOSettings, TreeSettings, SeqSettings])
+@pytest.mark.parametrize("settings", [PPOSettings, SeqSettings])
 def test_every_learner_checks_its_settings(settings):
     name = settings.section
     for wrong in ({"iterations": 0}, {"hidden": 0}, {"learning_rate": 0.0}, {"learning_rate": math.nan},
@@ -103,10 +103,10 @@ def test_same_seed_same_result_another_seed_another(trees):
     assert results[0].records == results[1].records
 
 
-@pytest.mark.parametrize("kind", ["ppo-agg", "range", "ppo-seq", "tree-agg"])
+@pytest.mark.parametrize("kind", ["ppo-agg", "range", "ppo-seq"])
 def test_the_last_policy_is_returned_whatever_validation_says_of_earlier_ones(trees, kind):
-    settings = {"ppo-seq": SeqSettings(**TINY, width=8, heads=2), "tree-agg": TreeSettings(updates=2)}
-    settings = replace(settings.get(kind, PPOSettings(**TINY)), iterations=6)
+    settings = SeqSettings(**TINY, width=8, heads=2) if kind == "ppo-seq" else PPOSettings(**TINY)
+    settings = replace(settings, iterations=6)
     lam = (0.005, 0.05) if kind == "range" else 0.01
     schema = "seq" if kind == "ppo-seq" else "agg+"
     validation = Validation(lambda indices: decision_tables(trees, schema=schema, indices=indices), trees)
@@ -154,7 +154,7 @@ def test_a_collapsed_router_is_trained_again_and_never_passed_off(trees):
     assert alone.attempts == 1 and not alone.fine
     helped = Training(tables, validation, 0.001, stuck, 1, attempts=2).run()
     assert helped.attempts == 2
-    assert helped.fine  # the warm start alone imitates the best threshold
+    assert helped.fine  # the warm start alone imitates the best simple rule
     assert len(helped.records) == 2 + remedy(stuck, 1).iterations
 
 

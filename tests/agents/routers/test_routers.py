@@ -9,7 +9,7 @@ from scripted_store import scripted_store
 
 from agents.evaluation.oracle import query_oracle, tree_oracle
 from agents.evaluation.outcomes import Outcomes
-from agents.evaluation.splits import Candidates, halves, thresholds
+from agents.evaluation.splits import Candidates, TwoNumbers, halves, thresholds
 from agents.evaluation.walk import by_problem, references, run, run_trees
 from agents.routers.base import Constant, RandomRate, Router, Threshold
 from rollouts.errors import ConfigError, StoreError
@@ -158,6 +158,28 @@ def test_candidates_include_both_ends_and_the_best_is_the_best(tables):
     top = max(run(Threshold(level), tables).returns(0.01).mean() for level in levels)
     assert run(best.threshold, tables).returns(0.01).mean() == top
     assert all(isinstance(router, Router) for router in (best.constant, best.threshold))
+    assert best.best in (best.constant, best.threshold)  # nothing was named to fit others on
+
+
+def test_rules_that_were_fitted_on_training_trees_are_candidates_too(tmp_path):
+    trees = compile_store(scripted_store(tmp_path / "s", 120), cache=False)
+    lam, caps = 0.002, {"max_large_tokens": 30}
+    train, choice = decision_tables(trees, "train", **caps), decision_tables(trees, "validation", **caps)
+    candidates = Candidates(choice, lambda: train)
+    two, linear = candidates._fitted(lam)
+    assert two.name == "two numbers" and linear.schema == "agg+/1" and linear.max_large_tokens == 30
+    top = max(run(Threshold(level), train).returns(lam).mean() for level in thresholds(train, 40))
+    assert run(two, train).returns(lam).mean() > top - 0.01  # a threshold is a two-number rule, of another grid
+    found = candidates.best(lam)
+    reached = {rule: run(rule, choice).returns(lam).mean() for rule in (two, linear, found.constant, found.threshold)}
+    assert run(found.best, choice).returns(lam).mean() == max(reached.values())
+    assert next(iter(found.named.values())) is found.best
+
+
+def test_a_two_number_rule_is_what_it_says():
+    rule = TwoNumbers(0.5, 0.25, lam=0.01)
+    seen = np.array([[0.4, 0.3, 0, 0], [0.5, 0.3, 0, 0], [0.4, 0.25, 0, 0], [0.4, 0.2, 0, 0]], np.float32)
+    assert rule.probability(seen).tolist() == [1, 0, 1, 0]
 
 
 def test_a_rate_is_a_probability():

@@ -20,7 +20,7 @@ from agents.evaluation.walk import run, run_trees
 from agents.learners.ppo_seq import NAME, PPOSeq, SeqExtractor
 from agents.learners.settings import SeqSettings
 from agents.routers import artefact
-from agents.routers.base import Knob, Router, StatefulRouter
+from agents.routers.base import Knob, Router, StatefulRouter, Threshold
 from agents.routers.seq import SCHEMA, SeqPolicy
 from agents.runs.config import TrainConfig
 from agents.runs.run import resume, train
@@ -176,7 +176,7 @@ def test_the_router_is_the_policy_that_was_trained(trees, cap):
     tables = decision_tables(trees, "train", schema="seq", max_large_tokens=cap)
     learner = PPOSeq(tables, 0.01, SMALL, seed=0)
     learner.iterate()
-    learner.imitate(np.arange(200) % 2, np.arange(200), updates=3)
+    learner.imitate(Threshold(0.5), updates=3)
     env, agreed = TrimVectorEnv(tables, num_envs=256), 0
     observations, _ = env.reset(seed=1)
     for _ in range(10):
@@ -274,7 +274,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path):
 
     refused("--schema is agg; ppo-seq is trained on seq", schema="agg")
     refused("--schema is seq, which is that of ppo-seq; ppo-agg sees", agent="ppo-agg", schema="seq")
-    refused("--lam-range trains one ppo-agg or tree-agg", lam_range=(1e-3, 1e-2))
+    refused("--lam-range trains one ppo-agg or exact", lam_range=(1e-3, 1e-2))
     with pytest.raises(ConfigError, match="a width that the heads divide"):
         SeqSettings(width=10, heads=4)
     assert SCHEMAS["seq"].id == SCHEMA

@@ -21,7 +21,7 @@ from agents import tracking
 from agents.evaluation.splits import Validation
 from agents.evaluation.suite import EvaluateConfig, evaluate, save
 from agents.evaluation.walk import run
-from agents.learners.settings import PPOSettings
+from agents.learners.settings import ExactSettings, PPOSettings
 from agents.routers import artefact
 from agents.routers.base import Constant, Threshold
 from agents.runs.config import TrainConfig, from_plain
@@ -224,9 +224,13 @@ def test_settings_of_earlier_runs_are_read(tmp_path):
     """As config.json had them at commit 30945b0; what is unknown or damaged is named."""
     plain = json.loads((ROOT / "tests" / "agents" / "runs" / "config-of-30945b0.json").read_text())
     config = from_plain(plain, tmp_path)
-    assert (config.agent, config.budget, config.out, config.tree.iterations) == ("tree-agg", 0.2, tmp_path, 4)
+    assert (config.agent, config.budget, config.out) == ("exact", 0.2, tmp_path)  # what became of tree-agg
+    assert config.exact == ExactSettings(rule="mlp")
     assert config.lam_range == (3e-4, 1e-2) and config.lam == () and config.ppo == PPOSettings()
-    assert {**as_plain(config), "out": plain["out"]} == plain
+    now = as_plain(config)
+    assert now["ppo"].pop("start") == now["seq"].pop("start") == "random"
+    changed = {"agent": "tree-agg", "out": plain["out"], "tree": plain["tree"]}
+    assert {**{name: value for name, value in now.items() if name != "exact"}, **changed} == plain
     for wrong, message in (
         ({"colour": 1}, "--colour: no such setting"),
         ({"ppo": {"iterations": 0}}, "--ppo.iterations is 0"),

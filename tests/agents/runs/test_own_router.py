@@ -136,5 +136,5 @@ def test_names_in_files_that_are_no_routers_are_refused(tmp_path):
 def test_a_range_of_lam_is_for_ours(store, tmp_path):
     from agents.runs.config import TrainConfig
 
-    with pytest.raises(ConfigError, match="--lam-range trains one ppo-agg or tree-agg policy"):
+    with pytest.raises(ConfigError, match="--lam-range trains one ppo-agg or exact policy"):
         TrainConfig(str(store), agent="own_router:Patient", lam_range=(1e-3, 1e-2))

@@ -1,0 +1,259 @@
+"""The exact return of stochastic policies on rollout trees, its gradient, and rules that are fitted by it.
+
+On a tree the expected return of a policy is a sum over states: a node and what is spent of the caps. With p(s) the
+probability of escalating in state s, d(s) that of reaching s and Q the expected returns after either action, both by
+one pass over the states, the gradient with respect to the policy's logit z(s) = ln p/(1 - p) is
+d(s) p(s) (1 - p(s)) (Q1(s) - Q0(s)): the policy gradient theorem (Sutton et al. 2000) with nothing left to chance but
+the models' texts. Those are frozen draws, one per node and replica: what is exact on them may be overfitted to them,
+so choose on held-out problems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.routers.base import Knob
+from agents.routers.mlp import MLP, Weights, at_lam
+from rollouts.errors import StoreError
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
+from trim_env.features import lam_feature, left_feature
+from trim_env.graph import Floats
+from trim_env.tables import DecisionTables, missing
+
+_STEEP = 30.0  # logits beyond are as good as certain
+_LARGE = 100.0  # returns times that: what BFGS's first step is right for
+_MANY = 400  # parameters
+_LINEAR, _PRODUCTS = 0.001, 0.3  # penalties: the fewer problems, the more a quadratic rule is a linear one
+ENTROPIES = (0.1, 0.03, 0.01)
+"""Weights of the entropy bonus, from one round of a fit to the next; with little data it is better to stop early."""
+
+
+class Forest:
+    """All n states of some trees that the caps let a policy reach.
+
+    Attributes:
+        graph: The states.
+        trees: How many trees there are.
+        problems: How many problems they belong to.
+        seen: (n, d) what the policy is told in them: the features and, under a cap on large tokens, the share left.
+    """
+
+    def __init__(self, tables: DecisionTables, schema: str | None = None) -> None:
+        """Gather the states.
+
+        Args:
+            tables: The trees.
+            schema: Of the features that are seen; default: that of the tables.
+
+        Raises:
+            StoreError: Proposals that the caps allow were not generated.
+        """
+        from scipy.sparse import csr_array
+
+        self.graph = graph = tables.graph
+        taken = graph.moved.taken
+        if graph.missing.any():
+            raise StoreError(missing(tables, taken.place[graph.missing]))
+        self.trees, self.problems = len(tables.indices), len(np.unique(tables.trees.problem[tables.indices]))
+        self.seen = (tables.features if schema is None else tables.in_schema(schema))[graph.rows]
+        if tables.max_large_tokens is not None:
+            left = left_feature(graph.spent.left, tables.max_large_tokens)
+            self.seen = np.concatenate([self.seen, left[:, None]], axis=1)
+        self._solved, self._cost = (np.ascontiguousarray(each.T) for each in (tables.solved[taken.place], taken.cost))
+        self._child = np.ascontiguousarray(graph.child.T)
+        self._before = []  # by level but the first: which actions of the level before lead to each state
+        for earlier, level in zip(graph.levels, graph.levels[1:], strict=False):
+            onto = self._child[:, earlier].reshape(-1) - level.start
+            leads = np.flatnonzero((onto >= 0) & (onto < level.stop - level.start))
+            shape = level.stop - level.start, len(onto)
+            self._before.append(csr_array((np.ones(len(leads)), (onto[leads], leads)), shape))
+
+    def _now(self, lams: Floats) -> Floats:
+        """Return (2, n, k) rewards of both actions."""
+        now: Floats = self._solved[:, :, None] - np.multiply.outer(self._cost, lams)
+        return now
+
+    def gradient(self, escalate: Floats, lams: Floats) -> tuple[Floats, Floats, Floats]:
+        """Return mean expected returns, their derivatives with respect to the logits, and expected visits.
+
+        Args:
+            escalate: (n, k) probabilities of escalating of k policies.
+            lams: (k,) λ of each.
+
+        Returns:
+            (k,) means over trees, (n, k) derivatives, and (n, k) visits of states where the caps leave a choice, 0 of
+            others.
+        """
+        graph, (n, k) = self.graph, escalate.shape
+        worth, value, reach = self._now(lams), np.zeros((n + 1, k)), np.empty((n, k))
+        for level in reversed(graph.levels):
+            both = worth[:, level]
+            both += value.take(self._child[:, level], axis=0)
+            value[level] = both[0] + escalate[level] * (both[1] - both[0])
+        reach[graph.levels[0]] = np.bincount(graph.roots)[:, None]
+        for level, after, before in zip(graph.levels, graph.levels[1:], self._before, strict=False):
+            going = reach[level] * escalate[level]
+            reach[after] = before @ np.concatenate([reach[level] - going, going])
+        visits = reach * (graph.open / self.trees)[:, None]
+        slope = visits * escalate * (1 - escalate) * (worth[ESCALATE_LARGE] - worth[CONTINUE_SMALL])
+        return value[graph.roots].mean(axis=0), slope, visits
+
+    def returns(self, escalate: NDArray[np.bool_], lam: float) -> Floats:
+        """Return the (k,) mean returns of k policies that draw nothing, given (n, k) whether they escalate."""
+        graph, worth = self.graph, self._now(np.array([lam])).astype(np.float32)
+        escalate = escalate & graph.open[:, None]
+        value = np.zeros((len(escalate) + 1, escalate.shape[1]), np.float32)
+        for level in reversed(graph.levels):
+            stay, go = worth[:, level] + value.take(self._child[:, level], axis=0)
+            value[level] = np.where(escalate[level], go, stay)
+        means: Floats = value[graph.roots].mean(axis=0, dtype=np.float64)
+        return means
+
+
+class Rule(Protocol):
+    """A rule with w parameters, for some states and k values of λ.
+
+    Attributes:
+        start: (w,) parameters to begin with.
+        penalty: (w,) weights of their squares; the more training problems, the less they count.
+    """
+
+    start: Floats
+    penalty: Floats
+
+    def logits(self, parameters: Floats) -> tuple[Floats, Callable[[Floats], Floats]]:
+        """Return the (n, k) logits, and what turns derivatives with respect to them into those to the parameters."""
+
+    def weights(self, parameters: Floats) -> Weights:
+        """Return it as a perceptron (`agents.routers.mlp`) that is told λ as its last feature."""
+
+
+class Scale:
+    """Features of a forest and λ as features, to mean 0 and deviation 1.
+
+    Attributes:
+        seen: (n, d) the standardised features.
+        told: (k,) λ, likewise.
+    """
+
+    def __init__(self, forest: Forest, lams: Sequence[float]) -> None:
+        """Measure means and deviations."""
+        told = lam_feature(np.array(lams)).astype(np.float64)
+        values = forest.seen.astype(np.float64)
+        self._mean = np.append(values.mean(axis=0), told.mean())
+        deviation = np.append(values.std(axis=0), told.std())
+        self._deviation = np.where(deviation > 1e-6, deviation, 1.0)
+        self.seen: Floats = (values - self._mean[:-1]) / self._deviation[:-1]
+        self.told: Floats = (told - self._mean[-1]) / self._deviation[-1]
+
+    def unscaled(self, weight: Floats, bias: Floats) -> tuple[Floats, Floats]:
+        """Return (h, d + 1) weights and (h,) biases for plain features, given those for standardised ones."""
+        weight = weight / self._deviation
+        return weight, bias - weight @ self._mean
+
+
+def layers(*parts: tuple[Floats, Floats]) -> Weights:
+    """Return layers as a perceptron holds them; the last, of one output, becomes the logits of both actions."""
+    *hidden, (weight, bias) = parts
+    last = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
+    return {
+        f"{number}.{name}": np.ascontiguousarray(values, np.float32)
+        for number, layer in enumerate([*hidden, last])
+        for name, values in zip(("weight", "bias"), layer, strict=True)
+    }
+
+
+class Polynomial:
+    """A linear rule, or a quadratic one, over the features and λ."""
+
+    def __init__(self, scale: Scale, *, quadratic: bool) -> None:
+        """Compute the terms in which λ does not stand, and those that stand beside it."""
+        self.scale, self._quadratic = scale, quadratic
+        n, d = scale.seen.shape
+        self._pairs = np.triu_indices(d if quadratic else 0)
+        products = scale.seen[:, self._pairs[0]] * scale.seen[:, self._pairs[1]]
+        self._terms = np.asfortranarray(np.concatenate([np.ones((n, 1)), scale.seen, products], axis=1))
+        self._beside = self._terms[:, : d + 1 if quadratic else 1]  # the terms that λ multiplies
+        self._square = scale.told**2 if quadratic else 0 * scale.told
+        self._parts = np.cumsum([self._terms.shape[1], self._beside.shape[1]])
+        self.start: Floats = np.zeros(self._parts[-1] + 1)
+        self.penalty: Floats = np.full(len(self.start), _PRODUCTS)
+        self.penalty[: d + 1] = self.penalty[self._parts[0]] = _LINEAR
+
+    def logits(self, parameters: Floats) -> tuple[Floats, Callable[[Floats], Floats]]:
+        """See `Rule`."""
+        own, beside, square = np.split(parameters, self._parts)
+        told = self.scale.told
+
+        def dot(terms: Floats, values: Floats, sums: str = "nt,t->n") -> Floats:
+            found: Floats = np.einsum(sums, terms, values)  # BLAS would wake all cores for so little
+            return found
+
+        def back(slope: Floats) -> Floats:
+            every, by_lam = slope @ np.ones_like(told), dot(self._beside, slope @ told, "nt,n->t")
+            square = slope.sum(axis=0) @ self._square
+            return np.concatenate([dot(self._terms, every, "nt,n->t"), by_lam, [square]])
+
+        return dot(self._terms, own)[:, None] + np.outer(dot(self._beside, beside), told) + square * self._square, back
+
+    def weights(self, parameters: Floats) -> Weights:
+        """See `Rule`: a quadratic form is a sum of squares of linear ones, with signs."""
+        own, beside, square = np.split(parameters, self._parts)
+        d = self.scale.seen.shape[1]
+        linear = np.append(own[1 : d + 1], beside[0])
+        if not self._quadratic:
+            return layers(self.scale.unscaled(linear[None], own[:1]))
+        form = np.zeros((d + 1, d + 1))
+        form[self._pairs] = own[d + 1 :]
+        form[:d, d], form[d, d] = beside[1:], square[0]
+        signs, directions = np.linalg.eigh((form + form.T) / 2)
+        # The linear part b is ((b + 1)^2 - (b - 1)^2) / 4.
+        hidden = np.concatenate([directions.T, [linear, linear]]), np.append(np.zeros(d + 1), [1.0, -1.0])
+        return layers(self.scale.unscaled(*hidden), (np.append(signs, [0.25, -0.25])[None], own[:1]))
+
+
+def ascend(
+    forest: Forest, rule: Rule, lams: Sequence[float], parameters: Floats, entropy: float, iterations: int = 40
+) -> Floats:
+    """Return parameters with a greater expected return, by quasi-Newton steps on its exact gradient.
+
+    Args:
+        forest: The states that the rule was made for.
+        rule: The rule.
+        lams: Its k values of λ; the mean of the returns under each is what rises.
+        parameters: To begin with.
+        entropy: Weight of the entropy of the decisions.
+        iterations: Most iterations.
+    """
+    from scipy.optimize import minimize
+
+    prices, penalty = np.array(lams), rule.penalty / forest.problems
+
+    def loss(at: Floats) -> tuple[float, Floats]:
+        logits, back = rule.logits(at)
+        z = np.clip(logits, -_STEEP, _STEEP)
+        tail = np.exp(-np.abs(z))
+        p = np.where(z > 0, 1.0, tail) / (1 + tail)
+        value, slope, visits = forest.gradient(p, prices)
+        disorder = (visits * (np.log1p(tail) + np.maximum(z, 0) - p * z)).sum()
+        slope -= entropy * visits * p * (1 - p) * z
+        total = (value.sum() + entropy * disorder) / len(lams) - penalty @ (at * at)
+        return -_LARGE * total, _LARGE * (2 * penalty * at - back(slope) / len(lams))
+
+    # BFGS for few parameters: as good as L-BFGS-B, whose products of a few numbers each keep all cores busy.
+    method, options = "BFGS" if len(parameters) < _MANY else "L-BFGS-B", {"maxiter": iterations, "gtol": 1e-5 * _LARGE}
+    best: Floats = minimize(loss, parameters, jac=True, method=method, options=options).x
+    return best
+
+
+def linear_rule(forest: Forest, schema: str, lam: float, max_large_tokens: int | None) -> MLP:
+    """Return a linear rule for one λ, fitted on the trees of a forest."""
+    rule = Polynomial(Scale(forest, [lam]), quadratic=False)
+    parameters = rule.start
+    for entropy in ENTROPIES:
+        parameters = ascend(forest, rule, [lam], parameters, entropy)
+    return MLP("linear", schema, Knob("lam", lam), at_lam(rule.weights(parameters), lam), max_large_tokens)
