@@ -47,13 +47,14 @@ class Forest:
 
         Args:
             tables: The trees.
-            schema: Of the features that are seen; default: that of the tables.
+            schema: Of the features that are seen, and paid for; default: that of the tables.
 
         Raises:
             StoreError: Proposals that the caps allow were not generated.
         """
         from scipy.sparse import csr_array
 
+        tables = tables if schema is None else tables.charged(schema)
         self.graph = graph = tables.graph
         taken = graph.moved.taken
         if graph.missing.any():

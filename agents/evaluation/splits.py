@@ -205,8 +205,8 @@ class Candidates:
 def _two_numbers(tables: DecisionTables, forest: Forest, lam: float) -> TwoNumbers:
     """Return the two-number rule with the greatest return on some trees, of a grid of quantiles."""
     score, least = tables.in_schema("agg")[forest.graph.rows, :2].T
-    uppers = [*np.unique(np.quantile(score, np.linspace(0, 1, 48))), np.nextafter(score.max(), np.float32(2))]
-    lowers = np.unique(np.append(np.quantile(least, np.linspace(0, 1, 16)), 0))
+    uppers = [*np.unique(np.quantile(score, np.linspace(0, 1, 48))), np.nextafter(score.max(), np.float32(np.inf))]
+    lowers = np.unique(np.quantile(least, np.linspace(0, 1, 16)))
     enough = least[:, None] >= lowers
     found = np.array([forest.returns((score < upper)[:, None] & enough, lam) for upper in uppers])
     upper, lower = np.unravel_index(int(found.argmax()), found.shape)

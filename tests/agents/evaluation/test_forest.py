@@ -14,6 +14,7 @@ from agents.routers.mlp import ConditionedMLP
 from rollouts.errors import StoreError
 from rollouts.trees.arrays import MISSING
 from rollouts.trees.compile import compile_store
+from trim_env.features import Feature, Schema
 from trim_env.tables import decision_tables
 
 LAM = 0.003
@@ -127,6 +128,17 @@ def test_returns_of_policies_that_draw_nothing_are_those_of_the_walker(capped):
     rules = (Constant(0), Constant(1), Threshold(0.5))
     found = forest.returns(np.stack([rule.probability(forest.seen) > 0 for rule in rules], axis=1), LAM)
     assert found == pytest.approx([run(rule, capped).returns(LAM).mean() for rule in rules], abs=1e-5)
+
+
+def test_features_that_are_seen_are_paid_for(trees):
+    blind = Schema("steps", 1, (Feature("step", 0, np.inf, ("step",), lambda step: step),))
+    tables = decision_tables(trees, "train", schema=blind, cost="prices:large_out=15,scorer_in=5")
+    forest, rule = Forest(tables, "agg"), Threshold(0.5)
+    found = forest.returns((rule.probability(forest.seen) > 0)[:, None], 1.0)
+    paid = run(rule, tables)
+    assert found[0] == pytest.approx(paid.returns(1.0).mean(), abs=1e-6)
+    free = decision_tables(trees, "train", cost="prices:large_out=15")
+    assert paid.cost.mean() > run(rule, free).cost.mean()
 
 
 def test_what_was_not_generated_is_counted(tmp_path):
