@@ -118,14 +118,16 @@ def test_a_token_budget_stops_the_run_and_a_new_one_goes_on(tmp_path, capsys, st
     assert main(["verify", out]) == 0
 
 
-def test_what_generating_tells_is_what_score_adds_and_routers_read_it(store, tmp_path, capsys):
+def test_what_generating_tells_is_what_score_adds_and_routers_read_it(tmp_path, capsys):
     from rollouts.trees.arrays import MISSING
     from rollouts.trees.compile import compile_store
     from trim_env.tables import decision_tables
 
-    told, silent = compile_store(store), tmp_path / "silent"
-    assert main(["generate", str(silent), *PROBLEMS, "--models", config(tmp_path)]) == 0
+    store, silent = tmp_path / "told", tmp_path / "silent"
+    assert main(["generate", str(store), *PROBLEMS, "--models", config(tmp_path)]) == 0
+    assert main(["generate", str(silent), *PROBLEMS]) == 0
     assert not Store(silent).step_statistics() and Store(store).step_statistics()
+    told = compile_store(store)
     with pytest.raises(StoreError, match=rf"Run `python -m rollouts score {silent} --scorer small`"):
         decision_tables(compile_store(silent), "test", schema="free")
     for role in ("small", "large"):
@@ -142,13 +144,13 @@ def test_what_generating_tells_is_what_score_adds_and_routers_read_it(store, tmp
 
 
 def config(folder):
-    """Write the embedded family with models that tell no log-probabilities."""
-    file, family = folder / "silent.toml", embedded_family("transformers").model_dump()
+    """Write the embedded family with models that tell the log-probabilities of what they decode."""
+    file, family = folder / "telling.toml", embedded_family("transformers").model_dump()
     lines = []
     for role in ("small", "large"):
         own = family[role]
         lines += [f"[{role}]", 'backend = "transformers"', 'dtype = "float64"', "max_length = 1024", 'licence = "MIT"']
-        lines += [f'model = "{own["model"]}"', f'name = "{own["name"]}"', 'system_prompt = ""', "logprobs = false"]
+        lines += [f'model = "{own["model"]}"', f'name = "{own["name"]}"', 'system_prompt = ""', "logprobs = true"]
     prm = family["scorer"]["model"]
     lines += ["[scorer]", 'kind = "prm"', 'name = "tinymath-prm"', 'system_prompt = ""', "[scorer.model]"]
     lines += ['backend = "transformers"', f'model = "{prm["model"]}"', f'name = "{prm["name"]}"', 'dtype = "float64"']
