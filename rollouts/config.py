@@ -138,8 +138,8 @@ class GeneratorConfig(ModelConfig):
     Attributes:
         system_prompt: System message of the chat template; an empty one (``system_prompt = ""``) is not sent.
         sampling: Sampling parameters.
-        logprobs: Ask for the log-probabilities of what is decoded, and keep their statistics with each step. Tiny models
-            decode noticeably fewer tokens a second then; a prefill can add the same later.
+        logprobs: Ask for the log-probabilities of what is decoded, and keep their statistics with each step. Tiny
+            models decode noticeably fewer tokens a second then; a prefill can add the same later.
         chat_only: The server cannot continue a partial answer: ask for single steps by chat (large model only).
     """
 
