@@ -1,0 +1,62 @@
+"""Routers that read score tables by name: from training to evaluation, on a store of scripted trees."""
+
+from __future__ import annotations
+
+import pytest
+from handmade import Statistician
+from scripted_store import scripted_store
+
+import agents
+from agents.evaluation.suite import EvaluateConfig, evaluate
+from agents.routers.base import Threshold
+from agents.runs.run import TrainConfig, train
+from rollouts.errors import ArtefactError, StoreError
+from rollouts.text.steps import ROLES
+from rollouts.trees.annotate import score_store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    made = scripted_store(tmp_path_factory.mktemp("signals") / "s", 90)
+    for role in ROLES:
+        score_store(made, Statistician(role))
+    return made
+
+
+def trained(store, out, **settings):
+    return train(TrainConfig(rollouts=str(store.path), tracking="none", attempts=1, lam=(0.01,), out=out, **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "schema"),
+    [
+        ({"agent": "threshold", "schema": "small.min_logprob"}, "small.min_logprob/1"),
+        ({"agent": "threshold"}, "agg/1"),
+        ({"agent": "threshold", "scorer": "small"}, "agg/1"),
+        ({"agent": "exact", "schema": "prefill,least(large.min_logprob)"}, "prefill/1,least(large.min_logprob)/1"),
+    ],
+)
+def test_what_is_trained_on_signals_is_evaluated_on_them(store, tmp_path, settings, schema):
+    run = trained(store, tmp_path / "run", **settings)
+    router = run.routers[0.01]
+    assert router.schema == schema and isinstance(router, Threshold) == (settings["agent"] == "threshold")
+    where = {"rollouts": str(store.path), "scorer": settings.get("scorer", "scripted")}
+    found = evaluate(EvaluateConfig((run.folder,), split="test", **where))
+    assert found.methods[0].name.startswith(router.name)
+    policy = agents.load(run.folder / "lam-0.01" / "policy")
+    assert policy.schema == schema and policy.about["scorer"] == where["scorer"]
+    if "small.min_logprob" in schema or "prefill" in schema:
+        other = Statistician("small")
+        other.of = lambda question, steps: tuple(2 * each for each in Statistician("small").of(question, steps))
+        moved = scripted_store(tmp_path / "other", 90)
+        for scorer in (other, Statistician("large")):
+            score_store(moved, scorer)
+        with pytest.raises(ArtefactError, match=r"trained on rollouts .* with hash .*\+"):
+            evaluate(EvaluateConfig((run.folder,), split="test", rollouts=str(moved.path), scorer="scripted"))
+
+
+def test_a_run_on_signals_that_are_not_there_is_refused_before_it_begins(tmp_path):
+    bare = scripted_store(tmp_path / "bare", 90)
+    with pytest.raises(StoreError, match=r"free reads small\..*score .*bare --scorer small"):
+        trained(bare, tmp_path / "run", agent="exact", schema="free")
+    assert not (tmp_path / "run").exists()
