@@ -1,0 +1,121 @@
+"""Training a process reward model on labelled solutions, as `rollouts.cli.prm.TrainPrm` says; loads torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rollouts.cli.generate import run_scoring
+from rollouts.cli.prm import TrainPrm
+from rollouts.cli.progress import console, progress_bar
+from rollouts.config import FamilyConfig, GeneratorConfig, ModelConfig, ScorerConfig
+from rollouts.errors import StoreError
+from rollouts.family import Family
+from rollouts.models.hf.fit import Recipe, ValuedPath, fit, reward_model, save
+from rollouts.scoring.base import self_test_examples
+from rollouts.scoring.prm import fitting_input
+from rollouts.store.store import Store
+from rollouts.tasks.problems import Problem
+from rollouts.text.prompts import RewardFormat, load_tokenizer
+from rollouts.text.steps import DELIMITER
+from rollouts.trees.compile import compile_store
+from rollouts.trees.labels import Solution
+from rollouts.trees.stats import auc, small_outcomes, split_statistics
+
+_JUDGED = "validation"
+_SHARED = ("backend", "licence", "devices", "tensor_parallel", "memory_share", "cpu_cache_gib", "max_length", "threads")
+"""What the scorer's section of a models file takes over from the trunk's."""
+
+
+def train(settings: TrainPrm, config: FamilyConfig, data: Sequence[tuple[Problem, list[Solution]]]) -> FamilyConfig:
+    """Train a model, write its folder, and print what a models file needs.
+
+    Returns:
+        The models, with the new one as the scorer.
+
+    Raises:
+        StoreError: Fewer than two problems with steps that fit into the window.
+    """
+    trunk = config.generator(settings.trunk)
+    made = scorer_of(trunk, settings.out)
+    assert made.model is not None
+    prompts = reward_format(trunk, made.step_tag)
+    window = Family(config).windows[settings.trunk]
+    paths = [[_valued(prompts, window, problem.question, each) for each in solutions] for problem, solutions in data]
+    problems = [found for some in paths if (found := [path for path in some if path.tags])]
+    if len(problems) < 2:
+        raise StoreError(f"{len(problems)} problems have steps to learn from, expected at least two.")
+    names = ("layers", "unfreeze", "epochs", "rate", "trunk_rate", "batch_tokens", "seed")
+    recipe = Recipe(**{name: getattr(settings, name) for name in names})
+    total = sum(map(len, problems)) * (1 + settings.epochs * bool(settings.unfreeze))
+    with progress_bar("Training", total, "paths") as advance:
+        advance(0, f"loading {trunk.display_name}")
+        # Small changes are lost in half precision, and a processor is slow in it.
+        exact = settings.unfreeze or not trunk.devices
+        loaded = trunk.model_copy(update={"dtype": "float32"}) if exact else trunk
+        model = reward_model(loaded, prompts.step_tag_id, prompts.encode(DELIMITER))
+        fitted = fit(model, problems, recipe, advance)
+        save(model, trunk, prompts.tokenizer, settings.out)
+    console().print(
+        f"Cross-entropy on held-out problems: {fitted.loss:.3f} nats a step (the head alone {fitted.frozen:.3f}, a "
+        f"constant {fitted.constant:.3f}); {fitted.layers} blocks.\n"
+        f"{settings.out} is ready. In a models file it is:\n\n" + as_toml(made),
+        markup=False,
+    )
+    return config.model_copy(update={"scorer": made})
+
+
+def evaluate(store: Store, config: FamilyConfig, grader: str | None) -> None:
+    """Score a store with the scorer of a configuration, and print how well it tells right from wrong."""
+    family = Family(config, examples=self_test_examples(store.problems()))
+    with store.writing():
+        run_scoring(store, family, None)
+    with progress_bar("Compiling", None, "trees") as advance:
+        trees = compile_store(store, family.scorer_name, grader, on_progress=advance)
+    if _JUDGED in trees.splits:
+        there = np.isin(trees.tree, trees.select(_JUDGED))[:, None] & ~np.isnan(after := small_outcomes(trees))
+        value = auc(trees.score[there], after[there] == 1)
+        found = split_statistics(trees, _JUDGED)
+        console().print(
+            f"AUC on {_JUDGED}: least score of a solution of the small model, whether it is right: "
+            f"{found.min_score_auc:.3f}; score of a step, whether the small model goes on to be right: {value:.3f}"
+        )
+
+
+def reward_format(trunk: GeneratorConfig, tag: str) -> RewardFormat:
+    """Return how a model reads paths as the trunk of a reward model; its tokenizer learns the step tag."""
+    tokenizer = load_tokenizer(trunk.tokenizer or trunk.model, trunk.revision)
+    tokenizer.add_tokens([tag], special_tokens=True)
+    return RewardFormat(tokenizer, trunk.system_prompt, tag)
+
+
+def scorer_of(trunk: GeneratorConfig, folder: Path) -> ScorerConfig:
+    """Return the section [scorer] for a model in a folder, on the backend and devices of its trunk."""
+    shared = {name: getattr(trunk, name) for name in _SHARED if name in trunk.model_fields_set}
+    dtype = {"dtype": "float32"} if not trunk.devices else {}
+    model = ModelConfig(**shared | dtype, model=str(folder.resolve()))
+    return ScorerConfig(name=folder.name, model=model, system_prompt=trunk.system_prompt)
+
+
+def as_toml(scorer: ScorerConfig) -> str:
+    """Return the section [scorer] as text."""
+    plain: dict[str, Any] = scorer.model_dump(mode="json", exclude={"model"}, exclude_unset=True)
+    plain = {"kind": scorer.kind} | plain | {"system_prompt": scorer.system_prompt or ""}
+    assert scorer.model is not None
+    sections = {"scorer": plain, "scorer.model": scorer.model.model_dump(mode="json", exclude_unset=True)}
+    return "\n".join(
+        f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in fields.items() if value is not None)
+        for name, fields in sections.items()
+    )
+
+
+def _valued(prompts: RewardFormat, window: int, question: str, solution: Solution) -> ValuedPath:
+    """Return as many steps of a solution as fit into a window, as the reward model reads them."""
+    ids, kept = fitting_input(prompts, window, question, [choice.step.text for choice in solution])
+    known = [choice.step.small for choice in solution[:kept]]
+    tags = tuple(place for place, token in enumerate(ids) if token == prompts.step_tag_id)
+    return ValuedPath(ids, tags, tuple(each.value or 0.0 for each in known), tuple(float(each.count) for each in known))

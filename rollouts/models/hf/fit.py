@@ -1,0 +1,358 @@
+"""Fits a process reward model to values of steps: a head on a language model's hidden states, perhaps its last blocks.
+
+Imports torch and transformers: import it only where models run. It knows token ids and values, not where they are from.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import random
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers import AutoConfig
+
+from rollouts.config import ModelConfig
+from rollouts.errors import ConfigError
+from rollouts.models.hf.load import load
+from rollouts.models.hf.packing import pack_first
+from rollouts.models.hf.reward_model import ProcessRewardModel
+
+_PATHS, _HEAD_STEPS = 256, 256  # most of one batch
+_WARM_UP = 0.05  # share of the training
+_DECAY = 0.01  # of weights
+
+Progress = Callable[[int, str], None]
+"""Called with the number of paths read since the last call and a line on how it stands."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ValuedPath:
+    """A path as the reward model reads it, with what is known of its steps.
+
+    Attributes:
+        ids: Token ids.
+        tags: Positions of the step tags.
+        values: Target at each of them, from 0 to 1.
+        weights: Weight of each, such as the rollouts behind it.
+    """
+
+    ids: tuple[int, ...]
+    tags: tuple[int, ...]
+    values: tuple[float, ...]
+    weights: tuple[float, ...]
+
+
+Problems = Sequence[Sequence[ValuedPath]]
+"""The paths of each problem, neighbours alike: what they share is read, and counts, once."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to fit.
+
+    Attributes:
+        layers: Blocks of the trunk that are kept, from the first on; None: of all, three quarters and half of them
+            those that fit held-out problems best, or all where some are to learn.
+        unfreeze: How many of the last of these learn too, and with them the last norm.
+        epochs: Most passes over the problems.
+        patience: Passes without a gain on held-out problems after which it ends.
+        rate: Peak learning rate of the head.
+        trunk_rate: Peak learning rate of the blocks.
+        batch_tokens: Tokens of one batch of paths.
+        held_out: Share of the problems that decide when to stop, and how many blocks to keep.
+        seed: Of the choice of these problems, the head's first weights and the order.
+    """
+
+    layers: int | None = None
+    unfreeze: int = 0
+    epochs: int = 20
+    patience: int = 3
+    rate: float = 1e-3
+    trunk_rate: float = 3e-4
+    batch_tokens: int = 512
+    held_out: float = 0.1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What came out.
+
+    Attributes:
+        layers: Blocks that were kept.
+        frozen: Cross-entropy of the head alone on held-out problems, nats a step.
+        loss: The same at the end.
+        constant: The same of the best constant.
+    """
+
+    layers: int
+    frozen: float
+    loss: float
+    constant: float
+
+
+def reward_model(model: ModelConfig, tag: int, delimiter: Sequence[int]) -> ProcessRewardModel:
+    """Load a language model as the trunk of a reward model with a fresh head.
+
+    Args:
+        model: The language model.
+        tag: Token id of the step tag. It gets the mean embedding of a step's delimiter, as that is what the trunk has
+            always met where a tag will stand.
+        delimiter: Token ids of the delimiter.
+
+    Raises:
+        ConfigError: There is no such model, or it is no Qwen2, the only kind that vLLM serves in this layout.
+    """
+    kind = AutoConfig.from_pretrained(model.model, revision=model.revision).model_type
+    if kind != "qwen2":
+        raise ConfigError(f"{model.model}: a {kind!r} model; the layout of Qwen2ForProcessRewardModel needs a 'qwen2' "
+                          "one (Qwen2, Qwen2.5).")  # fmt: skip
+    made: ProcessRewardModel = load(ProcessRewardModel, model)[0]
+    if tag >= made.config.vocab_size:
+        made.resize_token_embeddings(tag + 1, mean_resizing=False)
+    with torch.no_grad():
+        embedding = made.get_input_embeddings().weight
+        embedding[tag] = embedding[list(delimiter)].mean(0)
+    return made
+
+
+def fit(model: ProcessRewardModel, problems: Problems, recipe: Recipe, on_progress: Progress) -> Fit:
+    """Fit a reward model in place: P(label 1) at a step tag to the value there, by cross-entropy.
+
+    The head is fitted first, to hidden states that are computed once; unfrozen blocks then go on from there (Kumar et
+    al., 2022, https://arxiv.org/abs/2202.10054). What is kept is what was best on held-out problems.
+
+    Args:
+        model: From `reward_model`.
+        problems: What to learn from, at least two of them.
+        recipe: How.
+        on_progress: Told how it stands; every path is read once for the head, and once more in every epoch of blocks.
+
+    Raises:
+        ConfigError: More blocks are asked for than there are.
+    """
+    depth = len(model.model.layers)
+    for name, wanted in (("layers", recipe.layers or 1), ("unfreeze", recipe.unfreeze)):
+        if wanted > depth:
+            raise ConfigError(f"--{name} is {wanted}; {model.name_or_path} has {depth} blocks.")
+    torch.manual_seed(recipe.seed)
+    model.requires_grad_(False)
+    shuffled = random.Random(recipe.seed).sample(problems, len(problems))
+    cut = max(1, round(recipe.held_out * len(problems)))
+    held_out, learned = shuffled[:cut], shuffled[cut:]
+    all_of_them = {depth} if recipe.unfreeze else {depth, -(-3 * depth // 4), -(-depth // 2)}
+    choices = [recipe.layers] if recipe.layers else sorted(all_of_them, reverse=True)
+    theirs, _ = _states(model, held_out, choices, recipe.batch_tokens, on_progress)
+    ours, batches = _states(model, learned, choices, recipe.batch_tokens, on_progress)
+
+    def say(layers: int) -> Callable[[str], None]:
+        return lambda text: on_progress(0, f"head on {layers} blocks, {text}")
+
+    heads = [_fit_head(model, ours[layers], theirs[layers], recipe, say(layers)) for layers in choices]
+    (frozen, head), layers = min(zip(heads, choices, strict=True), key=lambda each: each[0][0])
+    constant = theirs[layers].loss(torch.stack([1 - ours[layers].mean, ours[layers].mean]).log()[None])
+    model.score.load_state_dict(head)
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    model.config.layer_types = model.config.layer_types[:layers]
+    loss = _fit_blocks(model, learned, held_out, batches, recipe, on_progress) if recipe.unfreeze else frozen
+    return Fit(layers, frozen, loss, float(constant))
+
+
+@dataclass(frozen=True, eq=False)
+class _Steps:
+    """n steps: hidden states (n, width), targets (n,), weights (n,)."""
+
+    states: torch.Tensor
+    values: torch.Tensor
+    weights: torch.Tensor
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return (self.values * self.weights).sum() / self.weights.sum()
+
+    def loss(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the weighted mean cross-entropy of (n, 2) logits of labels 0 and 1 (or one pair for all), nats."""
+        margin = (logits[:, 1] - logits[:, 0]).expand_as(self.values)
+        each = binary_cross_entropy_with_logits(margin, self.values, reduction="none")
+        return (each * self.weights).sum() / self.weights.sum()
+
+
+def _read(
+    model: ProcessRewardModel, problems: Problems, layers: Sequence[int], tokens: int
+) -> Iterator[tuple[int, list[_Steps]]]:
+    """Yield, batch by batch, its paths' number and its steps, with the normed hidden states after some blocks each."""
+    trunk, device = model.model, model.device
+    depth = len(trunk.layers)
+    paths = deque(path for problem in problems for path in problem)
+    while paths:
+        pack = pack_first([path.ids for path in islice(paths, _PATHS)], tokens)
+        targets: dict[int, tuple[float, float]] = {}  # by place
+        for own in pack.paths:
+            path = paths.popleft()
+            targets |= zip(own[list(path.tags)].tolist(), zip(path.values, path.weights, strict=True), strict=True)
+        ids, positions = (torch.as_tensor(each, device=device)[None] for each in (pack.ids, pack.positions))
+        sees = torch.as_tensor(pack.sees, device=device)[None, None]
+        hidden = trunk(
+            input_ids=ids, position_ids=positions, attention_mask=sees, use_cache=False, output_hidden_states=True
+        ).hidden_states  # the last ones are normed
+        marked = torch.tensor(list(targets), device=device)
+        values, weights = torch.tensor(list(targets.values()), device=device).T
+        states = (hidden[each][0, marked] for each in layers)
+        normed = (each if at == depth else trunk.norm(each) for each, at in zip(states, layers, strict=True))
+        yield len(pack.paths), [_Steps(each.float(), values, weights) for each in normed]
+
+
+def _states(
+    model: ProcessRewardModel, problems: Problems, layers: Sequence[int], tokens: int, on_progress: Progress
+) -> tuple[dict[int, _Steps], int]:
+    """Return the steps of problems with their hidden states after each of some numbers of blocks; and the batches."""
+    read: list[list[_Steps]] = []
+    with torch.no_grad():
+        for count, steps in _read(model, problems, layers, tokens):
+            read.append(steps)
+            on_progress(count, "reading hidden states")
+    return {
+        each: _Steps(*map(torch.cat, zip(*((part.states, part.values, part.weights) for part in parts), strict=True)))
+        for each, parts in zip(layers, zip(*read, strict=True), strict=True)
+    }, len(read)
+
+
+def _fit_head(
+    model: ProcessRewardModel, ours: _Steps, theirs: _Steps, recipe: Recipe, on_progress: Callable[[str], None]
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return the held-out loss of a head on hidden states, and its weights."""
+    head = copy.deepcopy(model.score).requires_grad_()
+    for layer in head:
+        if isinstance(layer, torch.nn.Linear):
+            layer.reset_parameters()
+    mean, scale = ours.states.mean(0), ours.states.std(0, correction=0) + 1e-6
+    ours, theirs = (replace(each, states=(each.states - mean) / scale) for each in (ours, theirs))
+
+    def losses() -> Iterator[torch.Tensor]:
+        for rows in torch.randperm(len(ours.values)).split(_HEAD_STEPS):
+            part = _Steps(ours.states[rows], ours.values[rows], ours.weights[rows])
+            yield part.loss(head(part.states))
+
+    batches = -(-len(ours.values) // _HEAD_STEPS)
+    groups = [{"params": list(head.parameters()), "lr": recipe.rate}]
+    best = _descend(groups, losses, lambda: float(theirs.loss(head(theirs.states))), batches, recipe, on_progress)
+    with torch.no_grad():  # of states as the trunk has them
+        head[0].weight /= scale
+        head[0].bias -= head[0].weight @ mean
+    return best, head.state_dict()
+
+
+def _fit_blocks(
+    model: ProcessRewardModel,
+    learned: Problems,
+    held_out: Problems,
+    batches: int,
+    recipe: Recipe,
+    on_progress: Progress,
+) -> float:
+    """Fit the last blocks with the head; return the held-out loss."""
+    trunk, depth = model.model, len(model.model.layers)
+    order = random.Random(recipe.seed)
+    note = "blocks"
+
+    def read(problems: Problems) -> Iterator[_Steps]:
+        for count, (steps,) in _read(model, problems, [depth], recipe.batch_tokens):
+            on_progress(count, note)
+            yield steps
+
+    def losses() -> Iterator[torch.Tensor]:
+        return (steps.loss(model.score(steps.states)) for steps in read(order.sample(learned, len(learned))))
+
+    def judge() -> float:
+        parts = [(steps.loss(model.score(steps.states)), steps.weights.sum()) for steps in read(held_out)]
+        return float(sum(loss * weight for loss, weight in parts) / sum(weight for _, weight in parts))
+
+    def say(text: str) -> None:
+        nonlocal note
+        note = f"blocks, {text}"
+
+    blocks = [*trunk.layers[max(0, depth - recipe.unfreeze) :], trunk.norm]
+    groups = [
+        {"params": list(model.score.parameters()), "lr": recipe.rate},
+        {"params": [each for block in blocks for each in block.parameters()], "lr": recipe.trunk_rate},
+    ]
+    return _descend(groups, losses, judge, batches, recipe, say)
+
+
+def _descend(
+    groups: list[dict[str, Any]],
+    losses: Callable[[], Iterable[torch.Tensor]],
+    judge: Callable[[], float],
+    batches: int,
+    recipe: Recipe,
+    say: Callable[[str], None],
+) -> float:
+    """Train parameters, leave them as they were after the best epoch (or before the first), return its loss.
+
+    Args:
+        groups: Parameters and peak rates, as optimisers take them.
+        losses: Gives the losses of one epoch, batch after batch.
+        judge: Gives the loss on held-out problems.
+        batches: About how many batches an epoch has.
+        recipe: Epochs and patience.
+        say: Told of every epoch.
+    """
+    parameters = [each.requires_grad_() for group in groups for each in group["params"]]
+    optimiser = torch.optim.AdamW(groups, weight_decay=_DECAY)
+    total = batches * recipe.epochs
+
+    def share(step: int) -> float:
+        done = step / total
+        return min(1.0, (done + 1 / total) / _WARM_UP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, share)
+    best, since, kept = math.inf, -1, [each.detach().clone() for each in parameters]
+    for epoch in range(recipe.epochs + 1):
+        if epoch:
+            for loss in losses():
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimiser.step()
+                schedule.step()
+        with torch.no_grad():
+            now = judge()
+        since += 1
+        if now < best:
+            best, since, kept = now, 0, [each.detach().clone() for each in parameters]
+        say(f"epoch {epoch}: {now:.4f} nats on held-out problems, best {best:.4f}")
+        if since >= recipe.patience:
+            break
+    with torch.no_grad():
+        for each, value in zip(parameters, kept, strict=True):
+            each.requires_grad_(False).copy_(value)
+    return best
+
+
+def save(model: ProcessRewardModel, trunk: ModelConfig, tokenizer: Any, folder: Path) -> None:
+    """Write a model folder, all of it or nothing: weights in the trunk's format, the head in float32, the tokenizer."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stored = AutoConfig.from_pretrained(trunk.model, revision=trunk.revision).dtype or torch.float32
+    model.model.to(stored)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as scratch:
+        made = Path(scratch) / folder.name
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        config = json.loads((made / "config.json").read_text(encoding="utf-8"))
+        config |= {"architectures": ["Qwen2ForProcessRewardModel"], "dtype": str(stored).removeprefix("torch.")}
+        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for file in made.iterdir():
+            file.chmod(0o644)  # safetensors writes files that only their owner can read
+        os.rename(made, folder)
