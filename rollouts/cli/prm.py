@@ -12,7 +12,7 @@ from pydantic import Field
 
 from rollouts.cli.inspect import StorePath
 from rollouts.cli.progress import console, progress_bar
-from rollouts.config import Count, Positive, load_family, settings
+from rollouts.config import Count, NotNegative, Positive, load_family, settings
 from rollouts.errors import ConfigError, StoreError
 from rollouts.store.shards import write_atomically
 from rollouts.store.store import Store
@@ -92,7 +92,9 @@ class TrainPrm:
         trunk: Whose hidden states are read.
         layers: Blocks of it that are kept; default: of all, three quarters and half of them what fits held-out problems
             best.
-        unfreeze: How many of the last of these blocks are trained too.
+        added: Fresh blocks that are trained after them.
+        unfreeze: How many of the last of the trunk's own blocks are trained too.
+        token_weight: While blocks are trained, weight of each token of a step relative to the step's end.
         epochs: Most passes over the problems; training ends once held-out problems have gained nothing for a while.
         rate: Peak learning rate of the head.
         trunk_rate: Peak learning rate of unfrozen blocks.
@@ -108,7 +110,9 @@ class TrainPrm:
     models: str = "tinymath"
     trunk: Literal["small", "large"] = "small"
     layers: Count | None = None
+    added: Annotated[int, Field(ge=0)] = 0
     unfreeze: Annotated[int, Field(ge=0)] = 0
+    token_weight: NotNegative = 0.3
     epochs: Count = 20
     rate: Positive = 1e-3
     trunk_rate: Positive = 3e-4

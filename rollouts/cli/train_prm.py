@@ -49,13 +49,13 @@ def train(settings: TrainPrm, config: FamilyConfig, data: Sequence[tuple[Problem
     problems = [found for some in paths if (found := [path for path in some if path.tags])]
     if len(problems) < 2:
         raise StoreError(f"{len(problems)} problems have steps to learn from, expected at least two.")
-    names = ("layers", "unfreeze", "epochs", "rate", "trunk_rate", "batch_tokens", "seed")
+    names = ("layers", "added", "unfreeze", "token_weight", "epochs", "rate", "trunk_rate", "batch_tokens", "seed")
     recipe = Recipe(**{name: getattr(settings, name) for name in names})
-    total = sum(map(len, problems)) * (1 + settings.epochs * bool(settings.unfreeze))
+    total = sum(map(len, problems)) * (1 + settings.epochs * bool(settings.added or settings.unfreeze))
     with progress_bar("Training", total, "paths") as advance:
         advance(0, f"loading {trunk.display_name}")
         # Small changes are lost in half precision, and a processor is slow in it.
-        exact = settings.unfreeze or not trunk.devices
+        exact = settings.added or settings.unfreeze or not trunk.devices
         loaded = trunk.model_copy(update={"dtype": "float32"}) if exact else trunk
         model = reward_model(loaded, prompts.step_tag_id, prompts.encode(DELIMITER))
         fitted = fit(model, problems, recipe, advance)
@@ -115,7 +115,10 @@ def as_toml(scorer: ScorerConfig) -> str:
 
 def _valued(prompts: RewardFormat, window: int, question: str, solution: Solution) -> ValuedPath:
     """Return as many steps of a solution as fit into a window, as the reward model reads them."""
-    ids, kept = fitting_input(prompts, window, question, [choice.step.text for choice in solution])
+    texts = [choice.step.text for choice in solution]
+    ids, kept = fitting_input(prompts, window, question, texts)
     known = [choice.step.small for choice in solution[:kept]]
     tags = tuple(place for place, token in enumerate(ids) if token == prompts.step_tag_id)
-    return ValuedPath(ids, tags, tuple(each.value or 0.0 for each in known), tuple(float(each.count) for each in known))
+    start = max(0, tags[0] - len(prompts.encode(texts[0].strip()))) if tags else 0
+    values, counts = tuple(each.value or 0.0 for each in known), tuple(float(each.count) for each in known)
+    return ValuedPath(ids, start, tags, values, counts)

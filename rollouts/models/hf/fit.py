@@ -18,14 +18,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoConfig
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from rollouts.config import ModelConfig
 from rollouts.errors import ConfigError
 from rollouts.models.hf.load import load
-from rollouts.models.hf.packing import pack_first
+from rollouts.models.hf.packing import Pack, pack_first
 from rollouts.models.hf.reward_model import ProcessRewardModel
 
 _PATHS, _HEAD_STEPS = 256, 256  # most of one batch
@@ -42,12 +44,14 @@ class ValuedPath:
 
     Attributes:
         ids: Token ids.
+        start: Position of the first step.
         tags: Positions of the step tags.
         values: Target at each of them, from 0 to 1.
         weights: Weight of each, such as the rollouts behind it.
     """
 
     ids: tuple[int, ...]
+    start: int
     tags: tuple[int, ...]
     values: tuple[float, ...]
     weights: tuple[float, ...]
@@ -64,18 +68,23 @@ class Recipe:
     Attributes:
         layers: Blocks of the trunk that are kept, from the first on; None: of all, three quarters and half of them
             those that fit held-out problems best, or all where some are to learn.
-        unfreeze: How many of the last of these learn too, and with them the last norm.
+        added: Fresh blocks after them, which change nothing at first.
+        unfreeze: How many of the last of the trunk's own blocks learn too, and with them the last norm.
+        token_weight: Weight of every token of a step, relative to that of its tag, while blocks learn: the value after
+            a step is the target at all of its tokens, and the mean of theirs where steps begin alike.
         epochs: Most passes over the problems.
         patience: Passes without a gain on held-out problems after which it ends.
-        rate: Peak learning rate of the head.
-        trunk_rate: Peak learning rate of the blocks.
+        rate: Peak learning rate of the head and of fresh blocks.
+        trunk_rate: Peak learning rate of unfrozen blocks.
         batch_tokens: Tokens of one batch of paths.
         held_out: Share of the problems that decide when to stop, and how many blocks to keep.
         seed: Of the choice of these problems, the head's first weights and the order.
     """
 
     layers: int | None = None
+    added: int = 0
     unfreeze: int = 0
+    token_weight: float = 0.3
     epochs: int = 20
     patience: int = 3
     rate: float = 1e-3
@@ -151,23 +160,33 @@ def fit(model: ProcessRewardModel, problems: Problems, recipe: Recipe, on_progre
     shuffled = random.Random(recipe.seed).sample(problems, len(problems))
     cut = max(1, round(recipe.held_out * len(problems)))
     held_out, learned = shuffled[:cut], shuffled[cut:]
-    all_of_them = {depth} if recipe.unfreeze else {depth, -(-3 * depth // 4), -(-depth // 2)}
+    more = recipe.added or recipe.unfreeze  # than the head learns
+    all_of_them = {depth} if more else {depth, -(-3 * depth // 4), -(-depth // 2)}
     choices = [recipe.layers] if recipe.layers else sorted(all_of_them, reverse=True)
     theirs, _ = _states(model, held_out, choices, recipe.batch_tokens, on_progress)
     ours, batches = _states(model, learned, choices, recipe.batch_tokens, on_progress)
 
     def say(layers: int) -> Callable[[str], None]:
-        return lambda text: on_progress(0, f"head on {layers} blocks, {text}")
+        return lambda text: on_progress(0, f"head on {layers} blocks: {text}")
 
     heads = [_fit_head(model, ours[layers], theirs[layers], recipe, say(layers)) for layers in choices]
     (frozen, head), layers = min(zip(heads, choices, strict=True), key=lambda each: each[0][0])
     constant = theirs[layers].loss(torch.stack([1 - ours[layers].mean, ours[layers].mean]).log()[None])
     model.score.load_state_dict(head)
     model.model.layers = model.model.layers[:layers]
-    model.config.num_hidden_layers = layers
-    model.config.layer_types = model.config.layer_types[:layers]
-    loss = _fit_blocks(model, learned, held_out, batches, recipe, on_progress) if recipe.unfreeze else frozen
+    model.config.num_hidden_layers = layers + recipe.added
+    model.config.layer_types = [*model.config.layer_types[:layers], *["full_attention"] * recipe.added]
+    model.model.layers.extend(_unchanging_block(model, layers + place) for place in range(recipe.added))
+    loss = _fit_blocks(model, learned, held_out, batches, recipe, on_progress) if more else frozen
     return Fit(layers, frozen, loss, float(constant))
+
+
+def _unchanging_block(model: ProcessRewardModel, place: int) -> Qwen2DecoderLayer:
+    """Return a block with fresh weights that adds nothing to what it reads."""
+    block = Qwen2DecoderLayer(model.config, place)
+    torch.nn.init.zeros_(block.self_attn.o_proj.weight)
+    torch.nn.init.zeros_(block.mlp.down_proj.weight)
+    return block.to(model.device, model.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,8 +208,22 @@ class _Steps:
         return (each * self.weights).sum() / self.weights.sum()
 
 
+def _targets(pack: Pack, paths: Iterable[ValuedPath], token_weight: float) -> tuple[Any, Any, Any]:
+    """Return the places of a pack that have targets, their targets and weights; a step of many paths counts once."""
+    weights, sums = np.zeros(len(pack.ids)), np.zeros(len(pack.ids))
+    for own, path in zip(pack.paths, paths, strict=True):
+        begins = (path.start, *(tag + 1 for tag in path.tags))
+        for begin, tag, value, weight in zip(begins, path.tags, path.values, path.weights, strict=False):
+            if not weights[own[tag]]:
+                for places, share in ((own[begin:tag], token_weight * weight), (own[tag], weight)):
+                    weights[places] += share
+                    sums[places] += share * value
+    places = np.flatnonzero(weights)
+    return places, sums[places] / weights[places], weights[places]
+
+
 def _read(
-    model: ProcessRewardModel, problems: Problems, layers: Sequence[int], tokens: int
+    model: ProcessRewardModel, problems: Problems, layers: Sequence[int], tokens: int, token_weight: float = 0.0
 ) -> Iterator[tuple[int, list[_Steps]]]:
     """Yield, batch by batch, its paths' number and its steps, with the normed hidden states after some blocks each."""
     trunk, device = model.model, model.device
@@ -198,20 +231,18 @@ def _read(
     paths = deque(path for problem in problems for path in problem)
     while paths:
         pack = pack_first([path.ids for path in islice(paths, _PATHS)], tokens)
-        targets: dict[int, tuple[float, float]] = {}  # by place
-        for own in pack.paths:
-            path = paths.popleft()
-            targets |= zip(own[list(path.tags)].tolist(), zip(path.values, path.weights, strict=True), strict=True)
+        found = _targets(pack, [paths.popleft() for _ in pack.paths], token_weight)
+        places, values, weights = (torch.as_tensor(each, device=device) for each in found)
         ids, positions = (torch.as_tensor(each, device=device)[None] for each in (pack.ids, pack.positions))
         sees = torch.as_tensor(pack.sees, device=device)[None, None]
-        hidden = trunk(
+        read = trunk(
             input_ids=ids, position_ids=positions, attention_mask=sees, use_cache=False, output_hidden_states=True
-        ).hidden_states  # the last ones are normed
-        marked = torch.tensor(list(targets), device=device)
-        values, weights = torch.tensor(list(targets.values()), device=device).T
-        states = (hidden[each][0, marked] for each in layers)
-        normed = (each if at == depth else trunk.norm(each) for each, at in zip(states, layers, strict=True))
-        yield len(pack.paths), [_Steps(each.float(), values, weights) for each in normed]
+        )
+        normed = (
+            read.last_hidden_state[0, places] if at == depth else trunk.norm(read.hidden_states[at][0, places])
+            for at in layers
+        )
+        yield len(pack.paths), [_Steps(each.float(), values.float(), weights.float()) for each in normed]
 
 
 def _states(
@@ -265,15 +296,16 @@ def _fit_blocks(
     """Fit the last blocks with the head; return the held-out loss."""
     trunk, depth = model.model, len(model.model.layers)
     order = random.Random(recipe.seed)
-    note = "blocks"
+    note = ""
 
-    def read(problems: Problems) -> Iterator[_Steps]:
-        for count, (steps,) in _read(model, problems, [depth], recipe.batch_tokens):
+    def read(problems: Problems, token_weight: float = 0.0) -> Iterator[_Steps]:
+        for count, (steps,) in _read(model, problems, [depth], recipe.batch_tokens, token_weight):
             on_progress(count, note)
             yield steps
 
     def losses() -> Iterator[torch.Tensor]:
-        return (steps.loss(model.score(steps.states)) for steps in read(order.sample(learned, len(learned))))
+        shuffled = order.sample(learned, len(learned))
+        return (steps.loss(model.score(steps.states)) for steps in read(shuffled, recipe.token_weight))
 
     def judge() -> float:
         parts = [(steps.loss(model.score(steps.states)), steps.weights.sum()) for steps in read(held_out)]
@@ -281,12 +313,14 @@ def _fit_blocks(
 
     def say(text: str) -> None:
         nonlocal note
-        note = f"blocks, {text}"
+        note = text
 
-    blocks = [*trunk.layers[max(0, depth - recipe.unfreeze) :], trunk.norm]
+    own = depth - recipe.added
+    fresh = [model.score, *trunk.layers[own:]]
+    unfrozen = [*trunk.layers[max(0, own - recipe.unfreeze) : own], trunk.norm]
     groups = [
-        {"params": list(model.score.parameters()), "lr": recipe.rate},
-        {"params": [each for block in blocks for each in block.parameters()], "lr": recipe.trunk_rate},
+        {"params": [each for block in blocks for each in block.parameters()], "lr": rate}
+        for blocks, rate in ((fresh, recipe.rate), (unfrozen, recipe.trunk_rate))
     ]
     return _descend(groups, losses, judge, batches, recipe, say)
 
@@ -332,7 +366,7 @@ def _descend(
         since += 1
         if now < best:
             best, since, kept = now, 0, [each.detach().clone() for each in parameters]
-        say(f"epoch {epoch}: {now:.4f} nats on held-out problems, best {best:.4f}")
+        say(f"epoch {epoch}: held-out loss {now:.4f}, best {best:.4f}")
         if since >= recipe.patience:
             break
     with torch.no_grad():
