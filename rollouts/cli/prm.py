@@ -12,7 +12,7 @@ from pydantic import Field
 
 from rollouts.cli.inspect import StorePath
 from rollouts.cli.progress import console, progress_bar
-from rollouts.config import Count, NotNegative, Positive, load_family, settings
+from rollouts.config import Count, FamilyConfig, NotNegative, Positive, load_family, settings
 from rollouts.errors import ConfigError, StoreError
 from rollouts.store.shards import write_atomically
 from rollouts.store.store import Store
@@ -124,6 +124,19 @@ class TrainPrm:
 
     def run(self) -> None:
         """Run the command."""
+        scored = self.train()
+        if not self.score:
+            return
+        from rollouts.cli.train_prm import evaluate
+
+        if found := evaluate(Store(self.store), scored, self.grader):
+            console().print(
+                f"AUC on validation: {found['solution']:.3f} for the least score of a solution of the small model, whether it "
+                f"is right; {found['step']:.3f} for the score of a step, whether the small model ends right."
+            )
+
+    def train(self) -> FamilyConfig:
+        """Train the model and write its folder; return the models with it as the scorer."""
         store, config = Store(self.store), load_family(self.models)
         if config.generator(self.trunk).backend == "server":
             raise ConfigError(f"[{self.trunk}] is a server, and training needs weights: name a models file in which it "
@@ -133,8 +146,6 @@ class TrainPrm:
         if self.out.name in store.names("scores"):
             raise StoreError(f"{store.path} has scores of another {self.out.name!r}; choose another name.")
         solutions = list(read_solutions(store, self.grader, (self.split,)))
-        from rollouts.cli.train_prm import evaluate, train
+        from rollouts.cli.train_prm import train
 
-        scored = train(self, config, solutions)
-        if self.score:
-            evaluate(store, scored, self.grader)
+        return train(self, config, solutions)

@@ -26,7 +26,6 @@ from rollouts.trees.compile import compile_store
 from rollouts.trees.labels import Solution
 from rollouts.trees.stats import auc, small_outcomes, split_statistics
 
-_JUDGED = "validation"
 _SHARED = ("backend", "licence", "devices", "tensor_parallel", "memory_share", "cpu_cache_gib", "max_length", "threads")
 """What the scorer's section of a models file takes over from the trunk's."""
 
@@ -62,28 +61,34 @@ def train(settings: TrainPrm, config: FamilyConfig, data: Sequence[tuple[Problem
         save(model, trunk, prompts.tokenizer, settings.out)
     console().print(
         f"Cross-entropy on held-out problems: {fitted.loss:.3f} nats a step (the head alone {fitted.frozen:.3f}, a "
-        f"constant {fitted.constant:.3f}); {fitted.layers} blocks.\n"
-        f"{settings.out} is ready. In a models file it is:\n\n" + as_toml(made),
-        markup=False,
+        f"constant {fitted.constant:.3f}). {settings.out} is ready, with {fitted.layers} of the trunk's blocks; for a "
+        "models file:"
     )
+    print(as_toml(made))
     return config.model_copy(update={"scorer": made})
 
 
-def evaluate(store: Store, config: FamilyConfig, grader: str | None) -> None:
-    """Score a store with the scorer of a configuration, and print how well it tells right from wrong."""
+def evaluate(store: Store, config: FamilyConfig, grader: str | None, split: str = "validation") -> dict[str, float]:
+    """Score a store with the scorer of a configuration; return how well that tells right from wrong on a split.
+
+    Returns:
+        Areas under the ROC curve; none where the store lacks the split. ``solution``: the least score of the small
+        model's solutions, for their being right. ``step``: the score of a step, for the small model's being right in
+        the end if it goes on alone.
+    """
     family = Family(config, examples=self_test_examples(store.problems()))
     with store.writing():
         run_scoring(store, family, None)
     with progress_bar("Compiling", None, "trees") as advance:
         trees = compile_store(store, family.scorer_name, grader, on_progress=advance)
-    if _JUDGED in trees.splits:
-        there = np.isin(trees.tree, trees.select(_JUDGED))[:, None] & ~np.isnan(after := small_outcomes(trees))
-        value = auc(trees.score[there], after[there] == 1)
-        found = split_statistics(trees, _JUDGED)
-        console().print(
-            f"AUC on {_JUDGED}: least score of a solution of the small model, whether it is right: "
-            f"{found.min_score_auc:.3f}; score of a step, whether the small model goes on to be right: {value:.3f}"
-        )
+    if split not in trees.splits[trees.problem]:
+        return {}
+    indices, after = trees.select(split), small_outcomes(trees)
+    known = np.isin(trees.tree, indices)[:, None] & ~np.isnan(after)
+    return {
+        "solution": split_statistics(trees, split).min_score_auc,
+        "step": auc(trees.score[known], after[known] == 1),
+    }
 
 
 def reward_format(trunk: GeneratorConfig, tag: str) -> RewardFormat:
