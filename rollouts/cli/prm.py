@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ from rollouts.cli.inspect import StorePath
 from rollouts.cli.progress import console, progress_bar
 from rollouts.config import Count, FamilyConfig, NotNegative, Positive, load_family, settings
 from rollouts.errors import ConfigError, StoreError
+from rollouts.family import table_name
 from rollouts.store.shards import write_atomically
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
@@ -37,6 +39,15 @@ def read_solutions(store: Store, grader: str | None, splits: Sequence[str]) -> I
             yield each
     if not found:
         raise StoreError(f"{store.path}: no trees in {', '.join(splits)} yet. Run `python -m rollouts generate`.")
+
+
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Say so where an interrupt leaves nothing behind."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt("interrupted; nothing was written") from interrupt
 
 
 @settings
@@ -74,7 +85,8 @@ class Labels:
                         written += 1
 
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.out, write)
+        with nothing_kept():
+            write_atomically(self.out, write)
         console().print(f"{written:,} solutions in {self.out}.")
 
 
@@ -131,8 +143,8 @@ class TrainPrm:
 
         if found := evaluate(Store(self.store), scored, self.grader):
             console().print(
-                f"AUC on validation: {found['solution']:.3f} for the least score of a solution of the small model, whether it "
-                f"is right; {found['step']:.3f} for the score of a step, whether the small model ends right."
+                f"AUC on validation: {found['solution']:.3f} for the least score of a solution of the small model, "
+                f"whether it is right; {found['step']:.3f} for the score of a step, whether the small model ends right."
             )
 
     def train(self) -> FamilyConfig:
@@ -142,10 +154,13 @@ class TrainPrm:
             raise ConfigError(f"[{self.trunk}] is a server, and training needs weights: name a models file in which it "
                               "has backend 'transformers' or 'vllm'.")  # fmt: skip
         if self.out.exists():
-            raise ConfigError(f"{self.out} exists; choose another folder.")
-        if self.out.name in store.names("scores"):
+            raise ConfigError(
+                f"{self.out} exists; choose another folder, or score with it: `python -m rollouts score`."
+            )
+        if table_name(self.out.name) in store.names("scores"):
             raise StoreError(f"{store.path} has scores of another {self.out.name!r}; choose another name.")
         solutions = list(read_solutions(store, self.grader, (self.split,)))
         from rollouts.cli.train_prm import train
 
-        return train(self, config, solutions)
+        with nothing_kept():
+            return train(self, config, solutions)

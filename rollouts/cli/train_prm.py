@@ -15,13 +15,12 @@ from rollouts.cli.progress import console, progress_bar
 from rollouts.config import FamilyConfig, GeneratorConfig, ModelConfig, ScorerConfig
 from rollouts.errors import StoreError
 from rollouts.family import Family
-from rollouts.models.hf.fit import Recipe, ValuedPath, fit, reward_model, save
+from rollouts.models.hf.fit import Recipe, ValuedPath, make
 from rollouts.scoring.base import self_test_examples
 from rollouts.scoring.prm import fitting_input
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
 from rollouts.text.prompts import RewardFormat, load_tokenizer
-from rollouts.text.steps import DELIMITER
 from rollouts.trees.compile import compile_store
 from rollouts.trees.labels import Solution
 from rollouts.trees.stats import auc, small_outcomes, split_statistics
@@ -41,7 +40,6 @@ def train(settings: TrainPrm, config: FamilyConfig, data: Sequence[tuple[Problem
     """
     trunk = config.generator(settings.trunk)
     made = scorer_of(trunk, settings.out)
-    assert made.model is not None
     prompts = reward_format(trunk, made.step_tag)
     window = Family(config).windows[settings.trunk]
     paths = [[_valued(prompts, window, problem.question, each) for each in solutions] for problem, solutions in data]
@@ -50,15 +48,9 @@ def train(settings: TrainPrm, config: FamilyConfig, data: Sequence[tuple[Problem
         raise StoreError(f"{len(problems)} problems have steps to learn from, expected at least two.")
     names = ("layers", "added", "unfreeze", "token_weight", "epochs", "rate", "trunk_rate", "batch_tokens", "seed")
     recipe = Recipe(**{name: getattr(settings, name) for name in names})
-    total = sum(map(len, problems)) * (1 + settings.epochs * bool(settings.added or settings.unfreeze))
+    total = sum(map(len, problems)) * (1 + recipe.epochs * recipe.more)
     with progress_bar("Training", total, "paths") as advance:
-        advance(0, f"loading {trunk.display_name}")
-        # Small changes are lost in half precision, and a processor is slow in it.
-        exact = settings.added or settings.unfreeze or not trunk.devices
-        loaded = trunk.model_copy(update={"dtype": "float32"}) if exact else trunk
-        model = reward_model(loaded, prompts.step_tag_id, prompts.encode(DELIMITER))
-        fitted = fit(model, problems, recipe, advance)
-        save(model, trunk, prompts.tokenizer, settings.out)
+        fitted = make(trunk, prompts, problems, recipe, settings.out, advance)
     console().print(
         f"Cross-entropy on held-out problems: {fitted.loss:.3f} nats a step (the head alone {fitted.frozen:.3f}, a "
         f"constant {fitted.constant:.3f}). {settings.out} is ready, with {fitted.layers} of the trunk's blocks; for a "

@@ -29,6 +29,8 @@ from rollouts.errors import ConfigError
 from rollouts.models.hf.load import load
 from rollouts.models.hf.packing import Pack, pack_first
 from rollouts.models.hf.reward_model import ProcessRewardModel
+from rollouts.text.prompts import RewardFormat
+from rollouts.text.steps import DELIMITER
 
 _PATHS, _HEAD_STEPS = 256, 256  # most of one batch
 _WARM_UP = 0.05  # share of the training
@@ -93,6 +95,11 @@ class Recipe:
     held_out: float = 0.1
     seed: int = 0
 
+    @property
+    def more(self) -> bool:
+        """Whether more than the head learns."""
+        return bool(self.added or self.unfreeze)
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -111,7 +118,37 @@ class Fit:
     constant: float
 
 
-def reward_model(model: ModelConfig, tag: int, delimiter: Sequence[int]) -> ProcessRewardModel:
+def make(
+    trunk: ModelConfig,
+    prompts: RewardFormat,
+    problems: Problems,
+    recipe: Recipe,
+    folder: Path,
+    on_progress: Progress,
+) -> Fit:
+    """Make the folder of a reward model out of a language model.
+
+    Args:
+        trunk: The language model; on GPUs, the first one is used.
+        prompts: How it reads paths.
+        problems: What to learn from, at least two of them.
+        recipe: How.
+        folder: Where it goes, all of it or nothing.
+        on_progress: Told how it stands.
+
+    Raises:
+        ConfigError: No such model, another kind than Qwen2, or fewer blocks than the recipe asks for.
+    """
+    on_progress(0, f"loading {trunk.display_name}")
+    model = reward_model(trunk, prompts.step_tag_id, prompts.encode(DELIMITER), exact=recipe.more or not trunk.devices)
+    found = fit(model, problems, recipe, on_progress)
+    save(model, trunk, prompts.tokenizer, folder)
+    del model
+    torch.cuda.empty_cache()  # what comes next on the GPU is in another process
+    return found
+
+
+def reward_model(model: ModelConfig, tag: int, delimiter: Sequence[int], *, exact: bool) -> ProcessRewardModel:
     """Load a language model as the trunk of a reward model with a fresh head.
 
     Args:
@@ -119,6 +156,7 @@ def reward_model(model: ModelConfig, tag: int, delimiter: Sequence[int]) -> Proc
         tag: Token id of the step tag. It gets the mean embedding of a step's delimiter, as that is what the trunk has
             always met where a tag will stand.
         delimiter: Token ids of the delimiter.
+        exact: In single precision: small changes are lost in half precision, and a processor is slow in it.
 
     Raises:
         ConfigError: There is no such model, or it is no Qwen2, the only kind that vLLM serves in this layout.
@@ -127,7 +165,10 @@ def reward_model(model: ModelConfig, tag: int, delimiter: Sequence[int]) -> Proc
     if kind != "qwen2":
         raise ConfigError(f"{model.model}: a {kind!r} model; the layout of Qwen2ForProcessRewardModel needs a 'qwen2' "
                           "one (Qwen2, Qwen2.5).")  # fmt: skip
-    made: ProcessRewardModel = load(ProcessRewardModel, model)[0]
+    where = {"devices": ()} | ({"dtype": "float32"} if exact else {})  # this process sees GPUs under their own numbers
+    made: ProcessRewardModel = load(ProcessRewardModel, model.model_copy(update=where))[0]
+    if model.devices:
+        made.to(torch.device("cuda", model.devices[0]))
     if tag >= made.config.vocab_size:
         made.resize_token_embeddings(tag + 1, mean_resizing=False)
     with torch.no_grad():
@@ -160,8 +201,7 @@ def fit(model: ProcessRewardModel, problems: Problems, recipe: Recipe, on_progre
     shuffled = random.Random(recipe.seed).sample(problems, len(problems))
     cut = max(1, round(recipe.held_out * len(problems)))
     held_out, learned = shuffled[:cut], shuffled[cut:]
-    more = recipe.added or recipe.unfreeze  # than the head learns
-    all_of_them = {depth} if more else {depth, -(-3 * depth // 4), -(-depth // 2)}
+    all_of_them = {depth} if recipe.more else {depth, -(-3 * depth // 4), -(-depth // 2)}
     choices = [recipe.layers] if recipe.layers else sorted(all_of_them, reverse=True)
     theirs, _ = _states(model, held_out, choices, recipe.batch_tokens, on_progress)
     ours, batches = _states(model, learned, choices, recipe.batch_tokens, on_progress)
@@ -177,7 +217,7 @@ def fit(model: ProcessRewardModel, problems: Problems, recipe: Recipe, on_progre
     model.config.num_hidden_layers = layers + recipe.added
     model.config.layer_types = [*model.config.layer_types[:layers], *["full_attention"] * recipe.added]
     model.model.layers.extend(_unchanging_block(model, layers + place) for place in range(recipe.added))
-    loss = _fit_blocks(model, learned, held_out, batches, recipe, on_progress) if more else frozen
+    loss = _fit_blocks(model, learned, held_out, batches, recipe, on_progress) if recipe.more else frozen
     return Fit(layers, frozen, loss, float(constant))
 
 

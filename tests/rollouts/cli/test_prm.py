@@ -151,11 +151,12 @@ def test_a_server_has_no_weights_to_train(trees, tmp_path, capsys):
     assert "[small] is a server, and training needs weights" in capsys.readouterr().err
 
 
-def test_an_interrupt_leaves_nothing(trees, tmp_path, monkeypatch):
+def test_an_interrupt_leaves_nothing(trees, tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     before = set(trees.rglob("*"))
     monkeypatch.setattr(fit, "_descend", interrupted)
     assert main(["train-prm", str(trees), str(tmp_path / "out"), *EMBEDDED]) == 130
+    assert "nothing was written" in capsys.readouterr().err
     assert not list(tmp_path.iterdir()) and set(trees.rglob("*")) == before
