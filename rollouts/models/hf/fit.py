@@ -27,7 +27,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from rollouts.config import ModelConfig
 from rollouts.errors import ConfigError
 from rollouts.models.hf.load import load
-from rollouts.models.hf.packing import Pack, pack_first
+from rollouts.models.hf.packing import Pack, common, pack_first
 from rollouts.models.hf.reward_model import ProcessRewardModel
 from rollouts.text.prompts import RewardFormat
 from rollouts.text.steps import DELIMITER
@@ -248,13 +248,24 @@ class _Steps:
         return (each * self.weights).sum() / self.weights.sum()
 
 
-def _targets(pack: Pack, paths: Iterable[ValuedPath], token_weight: float) -> tuple[Any, Any, Any]:
+def _with_shared(problems: Problems) -> Iterator[tuple[ValuedPath, int]]:
+    """Yield every path, and how many of its first tokens the path before it, of the same problem, has too."""
+    for paths in problems:
+        before: tuple[int, ...] = ()
+        for path in paths:
+            shared = common(before, path.ids)
+            if path.tags[-1] >= shared:  # else cut to a window it is the same as one before
+                yield path, shared
+                before = path.ids
+
+
+def _targets(pack: Pack, paths: Iterable[tuple[ValuedPath, int]], token_weight: float) -> tuple[Any, Any, Any]:
     """Return the places of a pack that have targets, their targets and weights; a step of many paths counts once."""
     weights, sums = np.zeros(len(pack.ids)), np.zeros(len(pack.ids))
-    for own, path in zip(pack.paths, paths, strict=True):
+    for own, (path, shared) in zip(pack.paths, paths, strict=True):
         begins = (path.start, *(tag + 1 for tag in path.tags))
         for begin, tag, value, weight in zip(begins, path.tags, path.values, path.weights, strict=False):
-            if not weights[own[tag]]:
+            if tag >= shared:
                 for places, share in ((own[begin:tag], token_weight * weight), (own[tag], weight)):
                     weights[places] += share
                     sums[places] += share * value
@@ -268,9 +279,9 @@ def _read(
     """Yield, batch by batch, its paths' number and its steps, with the normed hidden states after some blocks each."""
     trunk, device = model.model, model.device
     depth = len(trunk.layers)
-    paths = deque(path for problem in problems for path in problem)
+    paths = deque(_with_shared(problems))
     while paths:
-        pack = pack_first([path.ids for path in islice(paths, _PATHS)], tokens)
+        pack = pack_first([path.ids for path, _ in islice(paths, _PATHS)], tokens)
         found = _targets(pack, [paths.popleft() for _ in pack.paths], token_weight)
         places, values, weights = (torch.as_tensor(each, device=device) for each in found)
         ids, positions = (torch.as_tensor(each, device=device)[None] for each in (pack.ids, pack.positions))
