@@ -81,7 +81,7 @@ def test_the_loss_is_that_of_the_model_in_use(style, problems, tmp_path, recipe)
 def test_another_kind_of_model_is_refused(style, problems, tmp_path):
     from transformers import LlamaConfig
 
-    LlamaConfig(vocab_size=300, hidden_size=16).save_pretrained(tmp_path / "llama")
+    LlamaConfig(vocab_size=300, hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path / "llama")
     other = SMALL.model_copy(update={"model": str(tmp_path / "llama")})
     with pytest.raises(ConfigError, match=r"a 'llama' model.*needs a 'qwen2' one"):
         make(other, style, problems, Recipe(), tmp_path / "made", lambda *_: None)
