@@ -127,7 +127,7 @@ class TrainPrm:
     token_weight: NotNegative = 0.3
     epochs: Count = 20
     rate: Positive = 1e-3
-    trunk_rate: Positive = 3e-4
+    trunk_rate: Positive = 2e-5
     batch_tokens: Count = 512
     split: str = "train"
     seed: int = 0

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.optim import AdamW, Muon
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
@@ -90,7 +92,7 @@ class Recipe:
     epochs: int = 20
     patience: int = 3
     rate: float = 1e-3
-    trunk_rate: float = 3e-4
+    trunk_rate: float = 2e-5
     batch_tokens: int = 512
     held_out: float = 0.1
     seed: int = 0
@@ -180,8 +182,9 @@ def reward_model(model: ModelConfig, tag: int, delimiter: Sequence[int], *, exac
 def fit(model: ProcessRewardModel, problems: Problems, recipe: Recipe, on_progress: Progress) -> Fit:
     """Fit a reward model in place: P(label 1) at a step tag to the value there, by cross-entropy.
 
-    The head is fitted first, to hidden states that are computed once; unfrozen blocks then go on from there (Kumar et
-    al., 2022, https://arxiv.org/abs/2202.10054). What is kept is what was best on held-out problems.
+    The head is fitted first, to hidden states that are computed once; blocks then go on from there (Kumar et al., 2022,
+    https://arxiv.org/abs/2202.10054), their matrices by Muon at AdamW's rates. What is kept is what was best on held-out
+    problems.
 
     Args:
         model: From `reward_model`.
@@ -328,8 +331,8 @@ def _fit_head(
             yield part.loss(head(part.states))
 
     batches = -(-len(ours.values) // _HEAD_STEPS)
-    groups = [{"params": list(head.parameters()), "lr": recipe.rate}]
-    best = _descend(groups, losses, lambda: float(theirs.loss(head(theirs.states))), batches, recipe, on_progress)
+    optimiser = AdamW(head.parameters(), recipe.rate, weight_decay=_DECAY)
+    best = _descend([optimiser], losses, lambda: float(theirs.loss(head(theirs.states))), batches, recipe, on_progress)
     with torch.no_grad():  # of states as the trunk has them
         head[0].weight /= scale
         head[0].bias -= head[0].weight @ mean
@@ -367,17 +370,22 @@ def _fit_blocks(
         note = text
 
     own = depth - recipe.added
-    fresh = [model.score, *trunk.layers[own:]]
-    unfrozen = [*trunk.layers[max(0, own - recipe.unfreeze) : own], trunk.norm]
-    groups = [
-        {"params": [each for block in blocks for each in block.parameters()], "lr": rate}
-        for blocks, rate in ((fresh, recipe.rate), (unfrozen, recipe.trunk_rate))
+    fresh, unfrozen = trunk.layers[own:], [*trunk.layers[max(0, own - recipe.unfreeze) : own], trunk.norm]
+    others: list[dict[str, Any]] = [{"params": list(model.score.parameters()), "lr": recipe.rate}]
+    matrices: list[dict[str, Any]] = []
+    for blocks, rate in ((fresh, recipe.rate), (unfrozen, recipe.trunk_rate)):
+        parameters = [each for block in blocks for each in block.parameters()]
+        others.append({"params": [each for each in parameters if each.dim() != 2], "lr": rate})
+        matrices.append({"params": [each for each in parameters if each.dim() == 2], "lr": rate})
+    optimisers = [
+        AdamW(others, weight_decay=_DECAY),
+        Muon([each for each in matrices if each["params"]], weight_decay=_DECAY, adjust_lr_fn="match_rms_adamw"),
     ]
-    return _descend(groups, losses, judge, batches, recipe, say)
+    return _descend(optimisers, losses, judge, batches, recipe, say)
 
 
 def _descend(
-    groups: list[dict[str, Any]],
+    optimisers: list[torch.optim.Optimizer],
     losses: Callable[[], Iterable[torch.Tensor]],
     judge: Callable[[], float],
     batches: int,
@@ -387,31 +395,32 @@ def _descend(
     """Train parameters, leave them as they were after the best epoch (or before the first), return its loss.
 
     Args:
-        groups: Parameters and peak rates, as optimisers take them.
+        optimisers: Of all the parameters, with their peak rates.
         losses: Gives the losses of one epoch, batch after batch.
         judge: Gives the loss on held-out problems.
         batches: About how many batches an epoch has.
         recipe: Epochs and patience.
         say: Told of every epoch.
     """
+    groups = [group for optimiser in optimisers for group in optimiser.param_groups]
     parameters = [each.requires_grad_() for group in groups for each in group["params"]]
-    optimiser = torch.optim.AdamW(groups, weight_decay=_DECAY)
     total = batches * recipe.epochs
 
     def share(step: int) -> float:
         done = step / total
         return min(1.0, (done + 1 / total) / _WARM_UP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, share)
+    schedules = [LambdaLR(optimiser, share) for optimiser in optimisers]
     best, since, kept = math.inf, -1, [each.detach().clone() for each in parameters]
     for epoch in range(recipe.epochs + 1):
         if epoch:
             for loss in losses():
-                optimiser.zero_grad(set_to_none=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimiser.step()
-                schedule.step()
+                for optimiser, schedule in zip(optimisers, schedules, strict=True):
+                    optimiser.step()
+                    optimiser.zero_grad()
+                    schedule.step()
         with torch.no_grad():
             now = judge()
         since += 1
