@@ -73,7 +73,7 @@ class Recipe:
         layers: Blocks of the trunk that are kept, from the first on; None: of all, three quarters and half of them
             those that fit held-out problems best, or all where some are to learn.
         added: Fresh blocks after them, which change nothing at first.
-        unfreeze: How many of the last of the trunk's own blocks learn too, and with them the last norm.
+        unfreeze: How many of the last of the trunk's own blocks learn too.
         token_weight: Weight of every token of a step, relative to that of its tag, while blocks learn: the value after
             a step is the target at all of its tokens, and the mean of theirs where steps begin alike.
         epochs: Most passes over the problems.
@@ -182,9 +182,9 @@ def reward_model(model: ModelConfig, tag: int, delimiter: Sequence[int], *, exac
 def fit(model: ProcessRewardModel, problems: Problems, recipe: Recipe, on_progress: Progress) -> Fit:
     """Fit a reward model in place: P(label 1) at a step tag to the value there, by cross-entropy.
 
-    The head is fitted first, to hidden states that are computed once; blocks then go on from there (Kumar et al., 2022,
-    https://arxiv.org/abs/2202.10054), their matrices by Muon at AdamW's rates. What is kept is what was best on held-out
-    problems.
+    The head is fitted first, to hidden states that are computed once. Blocks then go on from there (Kumar et al., 2022,
+    https://arxiv.org/abs/2202.10054), and with them the last norm; their matrices learn by Muon, at the rates of AdamW.
+    What is kept is what was best on held-out problems.
 
     Args:
         model: From `reward_model`.
