@@ -1,6 +1,6 @@
 """Reward models from trees alone: what `python -m rollouts train-prm` reaches on the bundled rollouts.
 
-    python -m benchmarks.train_prm --variants head all-large --out results/train_prm.md
+    python -m benchmarks.train_prm --variants head fresh-large --out results/train_prm.md
 
 Models learn from the training problems and are judged on validation; nothing else of the store is looked at.
 """
@@ -11,22 +11,24 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
-from benchmarks.methods import write
+from benchmarks.methods import heading, write
 from rollouts.cli.prm import TrainPrm
 from rollouts.cli.train_prm import evaluate
 from rollouts.config import load_family
+from rollouts.models.hf.recipe import Recipe
 from rollouts.store.store import Store
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "head": {},
-    "head-large": {"trunk": "large"},
-    "all": {"unfreeze": 2},
-    "all-large": {"trunk": "large", "unfreeze": 4},
-    "added-large": {"trunk": "large", "added": 2, "unfreeze": 4},
+FRESH = {"added": 2, "rate": 3e-3, "trunk_rate": 3e-4}  # rates for models as narrow as these
+VARIANTS: dict[str, tuple[Literal["small", "large"], dict[str, Any]]] = {
+    "head": ("small", {}),
+    "head-large": ("large", {}),
+    "all": ("small", {**FRESH, "unfreeze": 2}),
+    "fresh-large": ("large", FRESH),
+    "all-large": ("large", {**FRESH, "unfreeze": 4}),
 }
 SPLIT = "validation"
 
@@ -80,20 +82,21 @@ def main(settings: Settings) -> None:
         )
         rows.append(("bundled", "exact labels of steps", found, ""))
         for name in settings.variants:
+            trunk, changes = VARIANTS[name]
             started = time.monotonic()
             command = TrainPrm(
                 store=Path(settings.rollouts),
                 out=Path(scratch) / name,
                 models="tinymath:transformers",
-                epochs=settings.epochs,
-                seed=settings.seed,
-                **VARIANTS[name],
+                trunk=trunk,
+                recipe=Recipe(epochs=settings.epochs, seed=settings.seed, **changes),
             )
             trained = command.train()
-            seconds = time.monotonic() - started
-            options = " ".join(f"--{key} {value}" for key, value in VARIANTS[name].items())
-            rows.append((name, options or "(defaults)", evaluate(judged, trained, None), f"{seconds:.0f}"))
-    lines = ["| model | options | AUC, solutions | AUC, steps | seconds |", "|---|---|---|---|---|"]
+            seconds = f"{time.monotonic() - started:.0f}"
+            options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in changes.items())
+            rows.append((name, f"--trunk {trunk} {options}", evaluate(judged, trained, None), seconds))
+    lines = heading("Reward models from trees alone", "train_prm")
+    lines += ["| model | options | AUC, solutions | AUC, steps | seconds |", "|---|---|---|---|---|"]
     lines += [f"| {name} | {how} | {f['solution']:.3f} | {f['step']:.3f} | {took} |" for name, how, f, took in rows]
     write("\n".join(lines) + "\n", settings.out)
 

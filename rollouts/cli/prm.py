@@ -13,9 +13,10 @@ from pydantic import Field
 
 from rollouts.cli.inspect import StorePath
 from rollouts.cli.progress import console, progress_bar
-from rollouts.config import Count, FamilyConfig, NotNegative, Positive, load_family, settings
+from rollouts.config import FamilyConfig, load_family, settings
 from rollouts.errors import ConfigError, StoreError
 from rollouts.family import table_name
+from rollouts.models.hf.recipe import Recipe
 from rollouts.store.shards import write_atomically
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
@@ -102,17 +103,8 @@ class TrainPrm:
         out: Folder of the new model; its name becomes that of the score table.
         models: TOML file of the roles, or ``tinymath`` / ``tinymath:transformers`` for the embedded family.
         trunk: Whose hidden states are read.
-        layers: Blocks of it that are kept; default: of all, three quarters and half of them what fits held-out problems
-            best.
-        added: Fresh blocks that are trained after them.
-        unfreeze: How many of the last of the trunk's own blocks are trained too.
-        token_weight: While blocks are trained, weight of each token of a step relative to the step's end.
-        epochs: Most passes over the problems; training ends once held-out problems have gained nothing for a while.
-        rate: Peak learning rate of the head.
-        trunk_rate: Peak learning rate of unfrozen blocks.
-        batch_tokens: Tokens of one batch.
         split: Split to learn from; a tenth of its problems are held out to decide when to stop.
-        seed: Seed of the training: the same on the same machine gives the same model.
+        recipe: How it is trained.
         grader: Grade table, if there are several.
         score: Score the store at the end.
     """
@@ -121,16 +113,8 @@ class TrainPrm:
     out: TargetPath
     models: str = "tinymath"
     trunk: Literal["small", "large"] = "small"
-    layers: Count | None = None
-    added: Annotated[int, Field(ge=0)] = 0
-    unfreeze: Annotated[int, Field(ge=0)] = 0
-    token_weight: NotNegative = 0.3
-    epochs: Count = 20
-    rate: Positive = 1e-3
-    trunk_rate: Positive = 2e-5
-    batch_tokens: Count = 512
     split: str = "train"
-    seed: int = 0
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = Recipe()
     grader: str | None = None
     score: bool = True
 

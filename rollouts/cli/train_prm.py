@@ -15,7 +15,7 @@ from rollouts.cli.progress import console, progress_bar
 from rollouts.config import FamilyConfig, GeneratorConfig, ModelConfig, ScorerConfig
 from rollouts.errors import StoreError
 from rollouts.family import Family
-from rollouts.models.hf.fit import Recipe, ValuedPath, make
+from rollouts.models.hf.fit import ValuedPath, make
 from rollouts.scoring.base import self_test_examples
 from rollouts.scoring.prm import fitting_input
 from rollouts.store.store import Store
@@ -46,8 +46,7 @@ def train(settings: TrainPrm, config: FamilyConfig, data: Sequence[tuple[Problem
     problems = [found for some in paths if (found := [path for path in some if path.tags])]
     if len(problems) < 2:
         raise StoreError(f"{len(problems)} problems have steps to learn from, expected at least two.")
-    names = ("layers", "added", "unfreeze", "token_weight", "epochs", "rate", "trunk_rate", "batch_tokens", "seed")
-    recipe = Recipe(**{name: getattr(settings, name) for name in names})
+    recipe = settings.recipe
     total = sum(map(len, problems)) * (1 + recipe.epochs * recipe.more)
     with progress_bar("Training", total, "paths") as advance:
         fitted = make(trunk, prompts, problems, recipe, settings.out, advance)

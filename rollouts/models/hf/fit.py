@@ -30,6 +30,7 @@ from rollouts.config import ModelConfig
 from rollouts.errors import ConfigError
 from rollouts.models.hf.load import load
 from rollouts.models.hf.packing import Pack, common, pack_first
+from rollouts.models.hf.recipe import Recipe
 from rollouts.models.hf.reward_model import ProcessRewardModel
 from rollouts.text.prompts import RewardFormat
 from rollouts.text.steps import DELIMITER
@@ -37,6 +38,8 @@ from rollouts.text.steps import DELIMITER
 _PATHS, _HEAD_STEPS = 256, 256  # most of one batch
 _WARM_UP = 0.05  # share of the training
 _DECAY = 0.01  # of weights
+_PATIENCE = 3  # epochs without a gain on held-out problems after which it ends
+_HELD_OUT = 0.1  # of the problems
 
 Progress = Callable[[int, str], None]
 """Called with the number of paths read since the last call and a line on how it stands."""
@@ -63,44 +66,6 @@ class ValuedPath:
 
 Problems = Sequence[Sequence[ValuedPath]]
 """The paths of each problem, neighbours alike: what they share is read, and counts, once."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to fit.
-
-    Attributes:
-        layers: Blocks of the trunk that are kept, from the first on; None: of all, three quarters and half of them
-            those that fit held-out problems best, or all where some are to learn.
-        added: Fresh blocks after them, which change nothing at first.
-        unfreeze: How many of the last of the trunk's own blocks learn too.
-        token_weight: Weight of every token of a step, relative to that of its tag, while blocks learn: the value after
-            a step is the target at all of its tokens, and the mean of theirs where steps begin alike.
-        epochs: Most passes over the problems.
-        patience: Passes without a gain on held-out problems after which it ends.
-        rate: Peak learning rate of the head and of fresh blocks.
-        trunk_rate: Peak learning rate of unfrozen blocks.
-        batch_tokens: Tokens of one batch of paths.
-        held_out: Share of the problems that decide when to stop, and how many blocks to keep.
-        seed: Of the choice of these problems, the head's first weights and the order.
-    """
-
-    layers: int | None = None
-    added: int = 0
-    unfreeze: int = 0
-    token_weight: float = 0.3
-    epochs: int = 20
-    patience: int = 3
-    rate: float = 1e-3
-    trunk_rate: float = 2e-5
-    batch_tokens: int = 512
-    held_out: float = 0.1
-    seed: int = 0
-
-    @property
-    def more(self) -> bool:
-        """Whether more than the head learns."""
-        return bool(self.added or self.unfreeze)
 
 
 @dataclass(frozen=True)
@@ -202,7 +167,7 @@ def fit(model: ProcessRewardModel, problems: Problems, recipe: Recipe, on_progre
     torch.manual_seed(recipe.seed)
     model.requires_grad_(False)
     shuffled = random.Random(recipe.seed).sample(problems, len(problems))
-    cut = max(1, round(recipe.held_out * len(problems)))
+    cut = max(1, round(_HELD_OUT * len(problems)))
     held_out, learned = shuffled[:cut], shuffled[cut:]
     all_of_them = {depth} if recipe.more else {depth, -(-3 * depth // 4), -(-depth // 2)}
     choices = [recipe.layers] if recipe.layers else sorted(all_of_them, reverse=True)
@@ -399,7 +364,7 @@ def _descend(
         losses: Gives the losses of one epoch, batch after batch.
         judge: Gives the loss on held-out problems.
         batches: About how many batches an epoch has.
-        recipe: Epochs and patience.
+        recipe: Epochs.
         say: Told of every epoch.
     """
     groups = [group for optimiser in optimisers for group in optimiser.param_groups]
@@ -427,7 +392,7 @@ def _descend(
         if now < best:
             best, since, kept = now, 0, [each.detach().clone() for each in parameters]
         say(f"epoch {epoch}: held-out loss {now:.4f}, best {best:.4f}")
-        if since >= recipe.patience:
+        if since >= _PATIENCE:
             break
     with torch.no_grad():
         for each, value in zip(parameters, kept, strict=True):

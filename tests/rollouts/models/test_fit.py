@@ -10,9 +10,10 @@ import pytest
 from rollouts.config import ModelConfig
 from rollouts.errors import ConfigError
 from rollouts.models.base import PoolingRequest
-from rollouts.models.hf.fit import Recipe, ValuedPath, _targets, make
+from rollouts.models.hf.fit import _HELD_OUT, ValuedPath, _targets, make
 from rollouts.models.hf.packing import pack_first
 from rollouts.models.hf.pooling import pooling
+from rollouts.models.hf.recipe import Recipe
 from rollouts.text.prompts import RewardFormat, load_tokenizer
 from rollouts.tinymath import STEP_TAG, generate_problems, model_dir, solution_steps
 
@@ -63,7 +64,7 @@ def problems(style):
 def test_the_loss_is_that_of_the_model_in_use(style, problems, tmp_path, recipe):
     fitted = make(SMALL, style, problems, recipe, tmp_path / "made", lambda *_: None)
     shuffled = random.Random(recipe.seed).sample(problems, len(problems))
-    held_out = shuffled[: round(recipe.held_out * len(problems))]
+    held_out = shuffled[: round(_HELD_OUT * len(problems))]
     engine = pooling(SMALL.model_copy(update={"model": str(tmp_path / "made")}), 0, style.step_tag_id)
     known = {}
     for path in (path for paths in held_out for path in paths):

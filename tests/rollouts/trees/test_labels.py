@@ -8,9 +8,10 @@ from handmade import problem, process
 from scripted_store import scripted_store
 
 from rollouts.errors import StoreError
+from rollouts.models.stepwise import Generation
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
-from rollouts.text.steps import LARGE, ROLES, ROOT_HASH, SMALL, Step, StopReason
+from rollouts.text.steps import LARGE, ROLES, SMALL, Step, StopReason
 from rollouts.trees.annotate import grade_store
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import StepBuffer, load_trees
@@ -51,8 +52,7 @@ def by_hand(tmp_path):
             for role, text in zip(ROLES, texts, strict=True):
                 step = as_step(text)
                 tree.insert(node, role, step)
-                buffer.put(tree.row_key(node, role), text=step.text, tokens=step.tokens, prompt_tokens=9, label=None,
-                           stop_reason=str(step.stop_reason), terminal=step.terminal)  # fmt: skip
+                buffer.add(tree, role, [(node, step)], Generation((step,), step.tokens))
     buffer.flush()
     return store
 
@@ -208,8 +208,9 @@ def test_what_cannot_be_labelled_is_refused(by_hand):
         list(labelled_solutions(by_hand, "exact", by_hand.problems()))
     by_hand.add_problems([problem("p1")])
     buffer = StepBuffer(by_hand.steps)
-    only = {"text": RIGHT, "tokens": 3, "prompt_tokens": 9, "label": None, "stop_reason": "boxed", "terminal": True}
-    buffer.put(("p1", 0, ROOT_HASH, SMALL, None), **only)
+    tree = RolloutTree(problem("p1"), 0, None)
+    tree.insert(tree.root, SMALL, as_step(RIGHT))
+    buffer.add(tree, SMALL, [(tree.root, as_step(RIGHT))], Generation((as_step(RIGHT),), 3))
     buffer.flush()
     grade_store(by_hand, make_grader("exact"))
     with pytest.raises(StoreError, match=r"'p1', replica 0 is not complete"):
