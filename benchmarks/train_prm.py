@@ -22,7 +22,7 @@ from rollouts.config import load_family
 from rollouts.models.hf.recipe import Recipe
 from rollouts.store.store import Store
 
-FRESH = {"added": 2, "rate": 3e-3, "trunk_rate": 3e-4}  # rates for models as narrow as these
+FRESH = {"added": 2, "epochs": 6, "rate": 3e-3, "trunk_rate": 3e-4}  # rates for models as narrow as these
 VARIANTS: dict[str, tuple[Literal["small", "large"], dict[str, Any]]] = {
     "head": ("small", {}),
     "head-large": ("large", {}),
@@ -40,14 +40,12 @@ class Settings:
     Attributes:
         variants: Which to train, of `VARIANTS`.
         seed: Of training.
-        epochs: Most passes over the problems.
         rollouts: The store.
         out: Report; default: print only.
     """
 
     variants: tuple[str, ...] = tuple(VARIANTS)
     seed: int = 0
-    epochs: int = 20
     rollouts: str = "quickstart"
     out: Path | None = None
 
@@ -89,7 +87,7 @@ def main(settings: Settings) -> None:
                 out=Path(scratch) / name,
                 models="tinymath:transformers",
                 trunk=trunk,
-                recipe=Recipe(epochs=settings.epochs, seed=settings.seed, **changes),
+                recipe=Recipe(seed=settings.seed, **changes),
             )
             trained = command.train()
             seconds = f"{time.monotonic() - started:.0f}"
