@@ -22,8 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     except TrimError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; everything so far is kept, the same command goes on from here", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        said = str(interrupt) or "interrupted; everything so far is kept, the same command goes on from here"
+        print(said, file=sys.stderr)
         return 130
     return 0
 

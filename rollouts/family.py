@@ -225,9 +225,9 @@ class Family:
         if scorer is None:
             raise ConfigError("No [scorer] section in the models file.")
         if is_plugin(scorer.kind):
-            return _file_name(scorer.name or scorer.kind)
+            return table_name(scorer.name or scorer.kind)
         model = scorer.model if scorer.model is not None else self.config.generator(scorer.under)
-        return _file_name(scorer.name or f"{scorer.kind}-{model.display_name}")
+        return table_name(scorer.name or f"{scorer.kind}-{model.display_name}")
 
     def refuse_other_scores(self, store: Store) -> None:
         """Raise a StoreError if a store has scores by another model of the scorer's name; nothing is loaded."""
@@ -302,5 +302,6 @@ def chat_template_hash() -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _file_name(name: str) -> str:
+def table_name(name: str) -> str:
+    """Return the name of a scorer's table."""
     return "".join(character if character.isalnum() or character in "-._" else "-" for character in Path(name).name)

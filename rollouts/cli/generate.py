@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from rollouts.cli.inspect import Repair, Show, Stats, StorePath, Verify
+from rollouts.cli.prm import Labels, TrainPrm
 from rollouts.cli.progress import console, progress_bar
 from rollouts.cli.view import special_token_lines
 from rollouts.config import Count, NotNegative, load_family, settings
@@ -359,6 +360,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "expand": Expand,
     "score": Score,
     "grade": Grade,
+    "labels": Labels,
+    "train-prm": TrainPrm,
     "stats": Stats,
     "show": Show,
     "verify": Verify,

@@ -178,6 +178,18 @@ def failed_steps(store: Store) -> Counter[tuple[str, str]]:
     return counts
 
 
+def small_outcomes(trees: Trees) -> NDArray[np.float64]:
+    """Return, (N, 2), whether the small model alone goes on from a proposal to a right solution; NaN if unknown."""
+    graph = graph_of(trees)
+
+    def ended(own: NDArray[Any], later: NDArray[Any]) -> NDArray[Any]:
+        return np.where(own >= 0, own, later)
+
+    small = trees.correct[:, CONTINUE_SMALL]
+    alone = graph.backward(lambda rows, later: ended(small[rows], later[:, CONTINUE_SMALL]), np.nan)
+    return ended(trees.correct, alone[graph.child])
+
+
 def store_statistics(store: Store) -> dict[str, Any]:
     """Return counts that need no compiling: rows, stop reasons, tokens and requests by role, dropped segments.
 

@@ -44,7 +44,7 @@ def pack_first(sequences: Sequence[tuple[int, ...]], most: int) -> Pack:
     paths: list[NDArray[np.int64]] = []
     known: list[int] = []
     for own in sequences:
-        shared = _common(sequences[len(paths) - 1], own) if paths else 0
+        shared = common(sequences[len(paths) - 1], own) if paths else 0
         if paths and len(ids) + len(own) - shared > most:
             break
         fresh = np.arange(len(ids), len(ids) + len(own) - shared)
@@ -58,7 +58,7 @@ def pack_first(sequences: Sequence[tuple[int, ...]], most: int) -> Pack:
     return Pack(np.array(ids, np.int64), positions, sees, paths)
 
 
-def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+def common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     """Return how many tokens two sequences begin with alike."""
     length = min(len(one), len(other))
     different = np.flatnonzero(np.array(one[:length]) != np.array(other[:length]))
