@@ -7,6 +7,7 @@
     python train.py --lam 3e-3 --max-large-tokens 60           # never more than 60 large-model tokens for a problem
     python train.py --agent ppo-seq --lam 3e-3                 # a transformer over all steps so far
     python train.py --lam 3e-3 --ppo.iterations 3 --out runs/try  # a few seconds
+    python train.py --live --rollouts my-trees --models models.toml --lam 3e-3  # the models write what episodes reach
     python train.py --agent my_module:MyRouter --lam 3e-3      # a router of your own: `agents.routers.base`
     python train.py --resume runs/try                          # go on where a stopped run was
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from agents.evaluation.splits import Record
     from agents.learners.loop import Training
     from agents.runs.run import Trained
+    from rollouts.trees.live import Generated
     from trim_env.episodes import Lam
 
 
@@ -45,6 +47,7 @@ class ProgressBar(Listener):
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         self._progress = Progress(*columns, TextColumn("{task.fields[figures]}"), console=self.console)
         self._task: Any = None
+        self._models: Any = None
 
     def compiling(self, trees: int) -> None:
         """Count compiled trees."""
@@ -60,6 +63,23 @@ class ProgressBar(Listener):
         if self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
+
+    def opening(self, role: str) -> None:
+        """Say what is waited for."""
+        self._finish_task()
+        self._add(f"loading the {role} model" if role != "scorer" else "loading the scorer", total=None)
+
+    def generating(self, generated: Generated) -> None:
+        """Count what the models of a live training write."""
+        if self._models is None:
+            self._models = self._progress.add_task("tokens generated", figures="", total=None)
+        self._progress.update(self._models, completed=generated.tokens.total())
+        speed = next(task.speed for task in self._progress.tasks if task.id == self._models)
+        figures = (
+            f"{speed or 0:,.0f} tokens/s  {generated.tokens['large']:,} by the large model  {generated.steps:,} steps  "
+            f"{100 * generated.found:.1f} % found in the store"
+        )
+        self._progress.update(self._models, figures=figures)
 
     def begin(self, lam: Lam, training: Training) -> None:
         """Add a bar."""
@@ -131,6 +151,9 @@ def report(trained: Trained) -> None:
     if trained.sentence:
         print(terminal(trained.sentence))
     flagged = [lam for lam, health in trained.health.items() if not health.fine]
+    if trained.generated is not None:
+        steps, tokens = trained.generated.steps, trained.generated.tokens
+        print(f"added to the store: {steps:,} steps ({tokens['small']:,} small and {tokens['large']:,} large tokens)")
     print(f"routers:  {trained.folder}/lam-*/policy")
     print(f"picture:  {trained.folder}/curve.png")
     print(f"evaluate: python evaluate.py {trained.folder}")

@@ -22,6 +22,10 @@ class BackendError(TrimError):
     """Raised when a model or scorer cannot be started or stopped answering."""
 
 
+class BudgetSpent(TrimError):
+    """Raised when the large model has decoded as many tokens as may be generated."""
+
+
 class StoreError(TrimError):
     """Raised when a rollout store is damaged, incomplete or belongs to another process of generation."""
 

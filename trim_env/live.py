@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gymnasium.vector import AutoresetMode
@@ -19,12 +19,15 @@ from rollouts.tasks.problems import Problem
 from rollouts.text.steps import LARGE, ROLES, SMALL
 from rollouts.trees.columns import Folded
 from rollouts.trees.grow import Labeller
-from rollouts.trees.live import LiveTrees
+from rollouts.trees.live import Generated, LiveTrees
 from rollouts.trees.on_policy import Episode, act, observe
 from trim_env.costs import CostModel, cost_model, cost_of, sources_of
 from trim_env.episodes import Array, EpisodesVectorEnv, Lam, Steps, unknown_problem
 from trim_env.features import DEFAULT_SCHEMA, Schema, schema_named
 from trim_env.tables import checked_cap, checked_token_cap, cut, draw
+
+if TYPE_CHECKING:
+    from rollouts.family import Family
 
 _READ_AHEAD = 16  # episodes of each environment whose trees are read from the store together
 
@@ -37,9 +40,9 @@ class LiveVectorEnv(EpisodesVectorEnv):
     solutions, and never generated again. On a complete store nothing is generated, and trajectories are those of
     `trim_env.vector.TrimVectorEnv` with the same seeds and actions.
 
-    A tree of a store that is bounded by K is closed under K the first time that it is used, so that the store stays
-    sound; of an unbounded store only what episodes reach is generated. Paths that exceed the scorer's window have
-    score 0 here, whereas compiled trees leave out the whole tree.
+    Only what episodes reach is generated. Trees that are not closed are noted in the store as such
+    (`rollouts.trees.live.keep_open`) and not compiled before `generate` has closed them. A path that exceeds the
+    scorer's window is an error here, whereas compiled trees leave out the whole tree.
 
     If a model fails, its error comes through with all that was made before in the store, and `reset` is needed.
     Seeds, and what is told of episodes that end: `trim_env.episodes.EpisodesVectorEnv`.
@@ -62,7 +65,10 @@ class LiveVectorEnv(EpisodesVectorEnv):
         replicas: int | None = None,
         labeller: Labeller | None = None,
         others: Sequence[Scorer] = (),
-        trees_in_memory: int = 1024,
+        max_generated_large_tokens: int | None = None,
+        generated: Generated | None = None,
+        on_progress: Callable[[Generated], None] | None = None,
+        trees_in_memory: int | None = None,
         autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
     ) -> None:
         """Open the store.
@@ -83,7 +89,11 @@ class LiveVectorEnv(EpisodesVectorEnv):
             replicas: Replicas of every problem; None: those that the store has, at least one.
             labeller: Exact labels of steps, for stores that have them.
             others: Further scorers, whose columns the schema reads.
-            trees_in_memory: About the most trees kept in memory; those of running episodes always are.
+            max_generated_large_tokens: Tokens that the large model may decode for the store, in `generated`.
+            generated: This and what follows, as of `rollouts.trees.live.LiveTrees`.
+            on_progress: Called about once a second.
+            trees_in_memory: About the most trees kept in memory; those of running episodes always are. None: 4 for each
+                episode, and at least 1024.
             autoreset_mode: When episodes that end are replaced.
 
         Raises:
@@ -105,9 +115,12 @@ class LiveVectorEnv(EpisodesVectorEnv):
             caps = checked_cap(None, max_escalations), checked_token_cap(max_large_tokens)
             pool = np.arange(len(self._roots))
             super().__init__(num_envs, pool, self.schema, steps, lam, *caps, autoreset_mode=autoreset_mode)
-            self._live = LiveTrees(store, writers, scorer, grader, labeller=labeller, others=others)
+            self._live = LiveTrees(
+                store, writers, scorer, grader, labeller=labeller, others=others,
+                max_large_tokens=max_generated_large_tokens, generated=generated, on_progress=on_progress,
+            )  # fmt: skip
             self._sources = sources_of(self.schema, scorer.name)
-            self._memory = trees_in_memory
+            self._memory = max(1024, 4 * num_envs) if trees_in_memory is None else trees_in_memory
             self._episodes: list[Episode] = [None] * num_envs  # type: ignore[list-item]
             self._broken = False
             opened.callback(self._live.flush)
@@ -116,7 +129,7 @@ class LiveVectorEnv(EpisodesVectorEnv):
     @property
     def generated(self) -> int:
         """Steps generated so far."""
-        return self._live.generated
+        return self._live.generated.steps
 
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
@@ -125,6 +138,7 @@ class LiveVectorEnv(EpisodesVectorEnv):
 
         Raises:
             BackendError: A model is gone; what was made before is in the store.
+            BudgetSpent: The large model has decoded its tokens; likewise.
         """
         with self._keeping():
             return super().reset(seed=seed, options=options)
@@ -135,6 +149,7 @@ class LiveVectorEnv(EpisodesVectorEnv):
         Raises:
             ConfigError: They are not (E,) of 0 and 1, or `reset` is needed.
             BackendError: A model is gone; what was made before is in the store.
+            BudgetSpent: The large model has decoded its tokens; likewise.
         """
         if self._broken:
             raise ConfigError("The last call failed half-way: call reset() before step().")
@@ -161,6 +176,7 @@ class LiveVectorEnv(EpisodesVectorEnv):
     def _written(self, episodes: Sequence[Episode], action: Array) -> tuple[Array, Array]:
         """Return (n, 2) decoded and prompt tokens of the proposals that actions ask for; the small one always is."""
         standing = [(each.tree, each.node) for each in episodes if each.node is not None]
+        self._live.generated.needed += int(action.sum())
         self._live.propose((tree, node, LARGE) for (tree, node), asked in zip(standing, action, strict=True) if asked)
         tokens, prompts = np.zeros((2, len(standing), 2), np.int64)
         for index, ((_, node), asked) in enumerate(zip(standing, action.tolist(), strict=True)):
@@ -199,7 +215,9 @@ class LiveVectorEnv(EpisodesVectorEnv):
         return found
 
     def _features(self, which: Any) -> Array:
-        columns = observe(self._live, self._at(which))
+        episodes = self._at(which)
+        self._live.generated.needed += len(episodes)
+        columns = observe(self._live, episodes)
         for name in self.schema.signals:
             if name not in columns or np.isnan(columns[name]).any():
                 raise StoreError(f"Schema {self.schema.name} reads {name}, which some proposals lack: its scorer is to "
@@ -235,13 +253,81 @@ class LiveVectorEnv(EpisodesVectorEnv):
         self._held.close()
 
 
+def family_of(store: Store, models: str = "tinymath") -> Family:
+    """Return the models that made a store; none is loaded yet.
+
+    Args:
+        store: The store.
+        models: TOML file of the roles, or ``tinymath`` / ``tinymath:transformers`` for the embedded family.
+
+    Raises:
+        StoreError: The store was made by other models; the fields that differ are named.
+        ConfigError: The models file is wrong.
+    """
+    from rollouts.config import load_family
+    from rollouts.family import Family
+    from rollouts.scoring.base import self_test_examples
+
+    process = store.manifest["process"]
+    examples = self_test_examples(store.problems())
+    family = Family(load_family(models), seed=process["seed"], examples=examples, store=store)
+    Store.create(store.path, family.process(process["max_escalations"], labels=process["labels"]))
+    family.refuse_other_scores(store)
+    return family
+
+
+@contextmanager
+def open_models(
+    store: Store, family: Family, on_opening: Callable[[str], None] = lambda role: None, **options: Any
+) -> Iterator[Callable[..., LiveVectorEnv]]:
+    """Load the models of a store and hold its write lock; yields what makes environments, of which one is open at once.
+
+    Args:
+        store: The store.
+        family: Its models (`family_of`).
+        on_opening: Called with ``small``, ``large`` or ``scorer`` before it is loaded.
+        options: Arguments of `LiveVectorEnv` from `grader` on; what is called with further ones goes before.
+
+    Raises:
+        StoreError: The store is being written to.
+        BackendError: A model cannot be started.
+    """
+    from rollouts.trees.grow import label_of
+
+    with store.writing(), ExitStack() as stack:
+        writers: dict[str, Any] = {}
+        for role in ROLES:
+            on_opening(role)
+            writers[role] = stack.enter_context(family.open(role, store))
+        read = schema_named(options.get("schema", DEFAULT_SCHEMA), imports=True).signals
+        scorers: list[Scorer] = []
+        if family.config.scorer is not None:
+            on_opening("scorer")
+            scorers.append(stack.enter_context(family.open_scorer(store)))
+        for role in ROLES:  # without a scorer, the small model's statistics are the score
+            if any(name.startswith(f"{role}.") for name in read) or not scorers:
+                scorers.append(family.statistics(role, getattr(writers[role], "backend", None)))
+        scorer, *others = scorers
+        running = stack.enter_context(ExitStack())
+        labeller = label_of(store)
+
+        def begin(**more: Any) -> LiveVectorEnv:
+            running.close()
+            settings = {**options, **more}
+            env = LiveVectorEnv(store, writers, scorer, labeller=labeller, others=others, **settings)
+            running.callback(env.close)
+            return env
+
+        yield begin
+
+
 @contextmanager
 def open_live(store: str | Path, models: str = "tinymath", **options: Any) -> Iterator[LiveVectorEnv]:
     """Open a store with the models that made it, and an environment over both; closes all at the end.
 
     Args:
         store: Path of the store.
-        models: TOML file of the roles, or ``tinymath`` / ``tinymath:transformers`` for the embedded family.
+        models: As of `family_of`.
         options: Arguments of `LiveVectorEnv` from `grader` on.
 
     Raises:
@@ -249,29 +335,9 @@ def open_live(store: str | Path, models: str = "tinymath", **options: Any) -> It
         ConfigError: The models file is wrong, or an option is.
         BackendError: A model cannot be started.
     """
-    from rollouts.config import load_family
-    from rollouts.family import Family
-    from rollouts.scoring.base import self_test_examples
-    from rollouts.trees.grow import label_of
-
     opened = Store(store)
-    process = opened.manifest["process"]
-    examples = self_test_examples(opened.problems())
-    family = Family(load_family(models), seed=process["seed"], examples=examples, store=opened)
-    Store.create(opened.path, family.process(process["max_escalations"], labels=process["labels"]))
-    with opened.writing(), ExitStack() as stack:
-        writers = {role: stack.enter_context(family.open(role, opened)) for role in ROLES}
-        read = schema_named(options.get("schema", DEFAULT_SCHEMA), imports=True).signals
-        scorers: list[Scorer] = []
-        if family.config.scorer is not None:
-            scorers.append(stack.enter_context(family.open_scorer(opened)))
-        for role in ROLES:  # without a scorer, the small model's statistics are the score
-            if any(name.startswith(f"{role}.") for name in read) or not scorers:
-                scorers.append(family.statistics(role, getattr(writers[role], "backend", None)))
-        scorer, *others = scorers
-        env = LiveVectorEnv(opened, writers, scorer, labeller=label_of(opened), others=others, **options)
-        stack.callback(env.close)
-        yield env
+    with open_models(opened, family_of(opened, models), **options) as begin:
+        yield begin()
 
 
 def _roots(store: Store, split: str | None, replicas: int | None) -> list[tuple[Problem, int]]:

@@ -227,7 +227,8 @@ class Validation:
         choice, verdict = halves(trees, split)
         self.choice, self.verdict = tables(choice), tables(verdict)
         self.references: tuple[References, References] = (references(self.choice), references(self.verdict))
-        self.candidates = Candidates(self.choice, lambda: tables(trees.select("train")))
+        fitting = "train" in trees.splits[trees.problem]  # else it is generated while a router is trained
+        self.candidates = Candidates(self.choice, (lambda: tables(trees.select("train"))) if fitting else None)
         self._weights = tuple(resample_weights(len(each.small), 1000) for each in self.references)
 
     def assess(self, router: Any, lam: float, *, final: bool) -> Health:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -15,19 +16,20 @@ from agents.learners.ppo import PPOAgg
 from agents.learners.settings import ExactSettings, PPOSettings, SeqSettings
 from agents.routers.mlp import MLP, ConditionedMLP, at
 from agents.routers.seq import SeqPolicy
-from trim_env.episodes import Lam
+from rollouts.errors import BudgetSpent
+from trim_env.episodes import EpisodesVectorEnv, Lam
 from trim_env.tables import DecisionTables
 
 Trainable = MLP | ConditionedMLP | SeqPolicy
 
 
-def learner(tables: DecisionTables, lam: Lam, settings: PPOSettings, seed: int) -> PPOAgg:
-    """Return the learner that the settings belong to."""
+def learner(tables: DecisionTables, lam: Lam, settings: PPOSettings, seed: int, episodes: Any = None) -> PPOAgg:
+    """Return the learner that the settings belong to; `episodes` as of `agents.learners.ppo.PPOAgg`."""
     if isinstance(settings, SeqSettings):
         from agents.learners.ppo_seq import PPOSeq
 
-        return PPOSeq(tables, lam, settings, seed)
-    return PPOAgg(tables, lam, settings, seed)
+        return PPOSeq(tables, lam, settings, seed, episodes)
+    return PPOAgg(tables, lam, settings, seed, episodes)
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,11 @@ class Training:
         seed: int,
         *,
         attempts: int = 3,
+        episodes: Callable[..., EpisodesVectorEnv] | None = None,
     ) -> None:
-        """Begin the first attempt."""
+        """Begin the first attempt; `episodes` as of `agents.learners.ppo.PPOAgg`."""
         self.tables, self.validation, self.lam, self.seed = tables, validation, lam, seed
-        self.settings, self.attempts = settings, attempts
+        self.settings, self.attempts, self.episodes = settings, attempts, episodes
         self.lams = checked_at(lam)
         self.baselines = {each: validation.candidates.best(each) for each in self.lams}
         self.records: list[Record] = []
@@ -103,7 +106,7 @@ class Training:
     def _begin(self, attempt: int) -> None:
         self.attempt = attempt
         seed = int(np.random.SeedSequence(self.seed, spawn_key=(attempt,)).generate_state(1)[0])  # 32 bits, for torch
-        self.learner = learner(self.tables, self.lam, remedy(self.settings, attempt), seed)
+        self.learner = learner(self.tables, self.lam, remedy(self.settings, attempt), seed, self.episodes)
         if attempt:
             self.learner.imitate(self.baselines[self.lams[len(self.lams) // 2]].best)
         elif self.learner.settings.start == "exact":
@@ -121,14 +124,23 @@ class Training:
 
         Args:
             on_iteration: Called with the record of each iteration.
+
+        Raises:
+            BudgetSpent: No more may be generated, and not one iteration is done; later than that, it ends the training.
         """
         found: list[tuple[float, Trainable]] = []
         while True:
-            while not self.learner.done:
-                record = self._iterate()
-                if on_iteration:
-                    on_iteration(record)
-            found.append((record["validation/return"], self.learner.router()))
+            try:
+                while not self.learner.done:
+                    record = self._iterate()
+                    if on_iteration:
+                        on_iteration(record)
+            except BudgetSpent:
+                if not self.records:
+                    raise
+                self.attempts = self.attempt + 1
+            if self.learner.iteration:
+                found.append((self.records[-1]["validation/return"], self.learner.router()))
             _, router = max(found, key=lambda each: each[0])
             if self.attempt + 1 >= self.attempts or all(
                 each.fine for each in self._assess(router, final=False).values()

@@ -8,6 +8,8 @@ the policy learns where escalating helps before it learns to save.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from agents.routers.base import Router
 from agents.routers.mlp import MLP, ConditionedMLP, at, for_lam
 from agents.routers.sb3 import perceptron
 from rollouts.trees.arrays import CONTINUE_SMALL
-from trim_env.episodes import Lam
+from trim_env.episodes import EpisodesVectorEnv, Lam
 from trim_env.features import lam_feature, left_feature
 from trim_env.tables import DecisionTables
 
@@ -32,8 +34,23 @@ class PPOAgg:
     generators of NumPy and torch, which are set here.
     """
 
-    def __init__(self, tables: DecisionTables, lam: Lam, settings: PPOSettings, seed: int) -> None:
-        """Build environment and learner; a pair (low, high) of λ trains one policy for all values between."""
+    def __init__(
+        self,
+        tables: DecisionTables,
+        lam: Lam,
+        settings: PPOSettings,
+        seed: int,
+        episodes: Callable[..., EpisodesVectorEnv] | None = None,
+    ) -> None:
+        """Build environment and learner; a pair (low, high) of λ trains one policy for all values between.
+
+        Args:
+            tables: Tables to train on, or those whose schema and caps `episodes` have.
+            lam: λ, or its range.
+            settings: Settings.
+            seed: Seed.
+            episodes: From ``num_envs`` and ``lam`` to the environment; default: that of the tables.
+        """
         import torch
         from stable_baselines3 import PPO
         from stable_baselines3.common.logger import Logger
@@ -45,7 +62,7 @@ class PPOAgg:
         self.settings, self.lam, self.seed = settings, lam, seed
         self.iteration = 0
         self.tables = tables
-        self.env = TrimVectorEnv(tables, num_envs=settings.num_envs, lam=lam)
+        self.env = (episodes or partial(TrimVectorEnv, tables))(num_envs=settings.num_envs, lam=lam)
         self.learner = PPO(
             "MlpPolicy",
             SB3VecEnv(self.env, seed),

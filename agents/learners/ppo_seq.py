@@ -101,7 +101,9 @@ class SeqExtractor(BaseFeaturesExtractor):
 class PPOSeq(PPOAgg):
     """One training of TRIM-Seq for one λ; see `agents.learners.ppo.PPOAgg`."""
 
-    def __init__(self, tables: DecisionTables, lam: Lam, settings: SeqSettings, seed: int) -> None:
+    def __init__(
+        self, tables: DecisionTables, lam: Lam, settings: SeqSettings, seed: int, episodes: Any = None
+    ) -> None:
         """Build environment and learner.
 
         Raises:
@@ -110,7 +112,7 @@ class PPOSeq(PPOAgg):
         if isinstance(lam, tuple) or not tables.schema.history:
             raise ConfigError("ppo-seq trains on a schema with a history (seq), for one λ at a time.")
         self.shape = settings
-        super().__init__(tables, lam, settings, seed)
+        super().__init__(tables, lam, settings, seed, episodes)
 
     def _network(self) -> dict[str, Any]:
         shape = {"width": self.shape.width, "layers": self.shape.layers, "heads": self.shape.heads}

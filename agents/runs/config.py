@@ -21,6 +21,7 @@ from trim_env.features import DEFAULT_SCHEMA, schema_named
 
 AGENTS = ("ppo-agg", "exact", "ppo-seq", "pomdp", "threshold")
 LEARNED = ("ppo-agg", "exact")  # for a range of λ, too
+LIVE = ("ppo-agg", "ppo-seq")  # learn from episodes
 TRACKING = ("wandb", "none")
 _PACKAGES = ("trim-routing", "numpy", "torch", "stable-baselines3", "gymnasium", "wandb")
 _Share = Annotated[float, Field(gt=0, le=1)]
@@ -32,6 +33,11 @@ class TrainConfig:
 
     Attributes:
         rollouts: Path of a rollout store, or the name of a bundled one.
+        live: Train with the models in the loop: episodes have them write what they reach and the store lacks, and it is
+            added to the store. The validation split must be complete. For ppo-agg and ppo-seq.
+        models: With --live, the models that made the store: a TOML file, or ``tinymath`` (the default) or
+            ``tinymath:transformers``.
+        max_generated_large_tokens: With --live, end the training when the large model has decoded so many tokens.
         agent: ``ppo-agg`` (TRIM-Agg), ``exact`` (a rule by the exact gradient on the trees),
             ``ppo-seq`` (TRIM-Seq: a transformer over all steps so far), ``pomdp`` (TRIM-POMDP), ``threshold``
             (TRIM-Thr, the best threshold for each λ: on the score, or on the first feature of a --schema that is
@@ -65,6 +71,9 @@ class TrainConfig:
     """
 
     rollouts: str = "quickstart"
+    live: bool = False
+    models: str | None = None
+    max_generated_large_tokens: Count | None = None
     agent: str = "ppo-agg"
     lam: tuple[NotNegative, ...] = ()
     lam_range: tuple[Positive, Positive] | None = None
@@ -90,6 +99,14 @@ class TrainConfig:
             raise ConfigError(f"Unknown agent {self.agent!r}.{did_you_mean(self.agent, [*AGENTS, 'module:Class'])}")
         if self.tracking not in TRACKING:
             raise ConfigError(f"Unknown tracking {self.tracking!r}.{did_you_mean(self.tracking, TRACKING)}")
+        if self.live and self.agent not in LIVE:
+            raise ConfigError(f"--live trains {' or '.join(LIVE)}; {self.agent} learns from complete trees.")
+        if self.live and self.learner.start != "random":
+            raise ConfigError(
+                f"--{self.learner.section}.start exact learns from complete trees; leave it out with --live."
+            )
+        if not self.live and not (self.models is None and self.max_generated_large_tokens is None):
+            raise ConfigError("--models and --max-generated-large-tokens are for --live; without it no model is asked.")
         if self.budget is not None and self.accuracy is not None:
             raise ConfigError("Give either --budget or --accuracy, not both.")
         if self.lam_range is not None:

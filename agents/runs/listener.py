@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from agents.evaluation.health import Health
     from agents.evaluation.splits import Record
     from agents.learners.loop import Training
+    from rollouts.trees.live import Generated
     from trim_env.episodes import Lam
 
 
@@ -16,6 +17,12 @@ class Listener:
 
     def compiling(self, trees: int) -> None:
         """Some more trees were compiled."""
+
+    def opening(self, role: str) -> None:
+        """A model of a live training is being loaded: ``small``, ``large`` or ``scorer``."""
+
+    def generating(self, generated: Generated) -> None:
+        """A live training is under way, about once a second."""
 
     def begin(self, lam: Lam, training: Training) -> None:
         """A training begins."""

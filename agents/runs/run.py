@@ -10,7 +10,8 @@ RUN/lam-0.003/             metrics.jsonl, training.png, report.json; of the POMD
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from agents.evaluation.budgets import lam_costs, meet_target
 from agents.evaluation.health import Health
-from agents.evaluation.splits import Candidates, Record, Validation
+from agents.evaluation.splits import Candidates, Record, Validation, halves
 from agents.evaluation.walk import references, run
 from agents.learners.exact import Frontier, fit, neighbours
 from agents.learners.loop import Training, checked_at
@@ -32,14 +33,16 @@ from agents.routers.mlp import ConditionedMLP, at
 from agents.runs import config as settings
 from agents.runs.config import TrainConfig
 from agents.runs.listener import Listener
+from agents.runs.live import Models
 from agents.runs.pictures import draw_curve, draw_training
 from agents.tracking import NoTracker, WandbTracker, wandb_mode
 from rollouts.config import as_plain
-from rollouts.errors import ConfigError, StoreError
+from rollouts.errors import BudgetSpent, ConfigError, StoreError
 from rollouts.plugins import import_module, loaded_plugin
 from rollouts.trees.arrays import Trees
 from rollouts.trees.compile import compile_store
-from trim_env.episodes import Lam
+from rollouts.trees.live import Generated
+from trim_env.episodes import EpisodesVectorEnv, Lam
 from trim_env.features import DEFAULT_SCHEMA
 from trim_env.tables import DecisionTables, decision_tables, rollouts_hash
 
@@ -54,13 +57,16 @@ class Trained:
         folder: Its folder.
         routers: The router for each λ; of a range, for some that span it.
         health: Their verdicts.
-        sentence: What a budget or an accuracy that was asked for comes to; empty if none was.
+        sentence: What a budget or an accuracy that was asked for comes to, and what a budget of tokens ended; else
+            empty.
+        generated: What the models of a live training have written; None without them.
     """
 
     folder: Path
     routers: dict[float, AnyRouter]
     health: dict[float, Health]
     sentence: str = ""
+    generated: Generated | None = None
 
 
 def train(config: TrainConfig, listener: Listener | None = None) -> Trained:
@@ -69,13 +75,15 @@ def train(config: TrainConfig, listener: Listener | None = None) -> Trained:
     Raises:
         ConfigError: A setting is wrong, or the folder exists.
         StoreError: The rollouts cannot be used.
+        BackendError: A model of a live training is gone; what it wrote is in the store, and `resume` goes on.
+        BudgetSpent: A live training was to generate no more before one iteration was done; likewise.
     """
     config, listener = settings.resolved(config), listener or Listener()
     if config.tracking != "none":
         wandb_mode()  # fails now, if it must
-    trees = compile_store(config.rollouts, config.scorer, config.grader, on_progress=listener.compiling)
+    models, trees = _opened(config, listener)
     folder = config.out or settings.new_folder(config)
-    new = _Run(replace(_with_lams(config, trees), out=folder), trees, folder, listener)  # fails now, if it must
+    new = _Run(replace(_with_lams(config, trees), out=folder), trees, folder, listener, models)  # fails now, if it must
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: exists already; nothing was overwritten. Choose another --out, or --resume it.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,13 +116,21 @@ def resume(folder: Path, listener: Listener | None = None, imports: Sequence[str
         raise ConfigError(f"{folder}: no run to resume here (no config.json).") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file}: damaged settings ({type(error).__name__}: {error}).") from error
-    trees = compile_store(config.rollouts, config.scorer, config.grader, on_progress=listener.compiling)
+    models, trees = _opened(config, listener)
     if trees.meta["hash"] != recorded:
         raise StoreError(
             f"{config.rollouts}: these rollouts have hash {trees.meta['hash']}, the run was begun on {recorded}. "
             "They have grown or changed since; start a new run."
         )
-    return _Run(config, trees, folder, listener).finish()
+    return _Run(config, trees, folder, listener, models).finish()
+
+
+def _opened(config: TrainConfig, listener: Listener) -> tuple[Models | None, Trees]:
+    """Return the models of a live training, and the trees that are complete."""
+    if config.live:
+        models = Models(config, listener)
+        return models, models.compiled()
+    return None, compile_store(config.rollouts, config.scorer, config.grader, on_progress=listener.compiling)
 
 
 def _with_lams(config: TrainConfig, trees: Trees) -> TrainConfig:
@@ -131,14 +147,16 @@ def automatic_lams(trees: Trees, config: TrainConfig) -> tuple[float, ...]:
     """Return values of λ that span the trade-off: from 1/8 to 4 times that at which both models' returns are equal.
 
     Raises:
-        ConfigError: Always-large is no better than always-small on the training split.
+        ConfigError: Always-large is no better than always-small on the training split, or, where that is generated
+            live, on the choice half of validation.
     """
-    both = references(_tables(config, trees, trees.select("train")))
+    split = "validation" if config.live else "train"
+    both = references(_tables(config, trees, halves(trees)[0] if config.live else trees.select(split)))
     gap = both.large.correct.mean() - both.small.correct.mean()
     price = both.large.cost.mean() - both.small.cost.mean()
     if gap <= 0 or price <= 0:
         raise ConfigError(
-            f"On the training split always-large solves {100 * gap:+.1f} points more than always-small: there is "
+            f"On the {split} split always-large solves {100 * gap:+.1f} points more than always-small: there is "
             "nothing to route for. Use another pair of models, or name --lam."
         )
     even = gap / price
@@ -161,7 +179,11 @@ Fitted = tuple[artefact.Storable, dict[float, Health], int, Path | None]
 class _Run:
     """A run under way."""
 
-    def __init__(self, config: TrainConfig, trees: Trees, folder: Path, listener: Listener) -> None:
+    def __init__(
+        self, config: TrainConfig, trees: Trees, folder: Path, listener: Listener, models: Models | None
+    ) -> None:
+        self.models, self.ended = models, ""
+        self.episodes: Callable[..., EpisodesVectorEnv] | None = None
         self.config, self.trees, self.folder, self.listener = config, trees, folder, listener
         self.validation = Validation(lambda indices: _tables(config, trees, indices), trees)
 
@@ -174,8 +196,13 @@ class _Run:
 
     def finish(self) -> Trained:
         """Train what is not finished yet, and say what came out of all."""
+        with ExitStack() as self._held:
+            return self._finish()
+
+    def _finish(self) -> Trained:
         config, validation, folder = self.config, self.validation, self.folder
-        tables = _tables(config, self.trees, self.trees.select("train"))
+        # those of a live training say no more than schema and caps
+        tables = validation.choice if self.models else _tables(config, self.trees, self.trees.select("train"))
         routers: dict[float, AnyRouter] = {}
         health: dict[float, Health] = {}
         stored: list[artefact.Storable] = []
@@ -187,20 +214,27 @@ class _Run:
                 router, attempts = artefact.load(place / "policy").router, 0
                 own = self._assessed(router, task)
             else:
-                router, own, attempts = self._made(tables, task, place)
+                try:
+                    router, own, attempts = self._made(tables, task, place)
+                except BudgetSpent as error:
+                    if not stored:
+                        raise
+                    self.ended = str(error)
+                    break
             stored.append(router)
             for lam, each in own.items():
                 routers[lam], health[lam] = at(router, lam), each
                 if attempts:
                     self.listener.end(lam, each, attempts)
         lines = [f"lam {lam:g}: {each.sentence}" for lam, each in health.items()]
-        sentence = ""
+        sentence = self.ended
         if config.budget is not None or config.accuracy is not None:
-            sentence = meet_target(stored, validation, folder, self.origin(), config.budget, config.accuracy)
-            lines.append(sentence)
+            target = meet_target(stored, validation, folder, self.origin(), config.budget, config.accuracy)
+            sentence = f"{sentence} {target}".lstrip()
+        lines += [sentence] * bool(sentence)
         (folder / "report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         draw_curve(routers, validation, config.rollouts, folder)
-        return Trained(folder, routers, health, sentence)
+        return Trained(folder, routers, health, sentence, self.models.generated if self.models else None)
 
     def _made(
         self, tables: DecisionTables, task: Lam, place: Path
@@ -258,7 +292,11 @@ class _Run:
 
     def _train(self, tables: DecisionTables, lam: Lam, place: Path, tracker: NoTracker) -> Fitted:
         config = self.config
-        training = Training(tables, self.validation, lam, config.learner, config.seed, attempts=config.attempts)
+        if self.models and self.episodes is None:
+            self.episodes = self._held.enter_context(self.models.opened(tables))
+        training = Training(
+            tables, self.validation, lam, config.learner, config.seed, attempts=config.attempts, episodes=self.episodes
+        )
         self.listener.begin(lam, training)
         with (place / "metrics.jsonl").open("w", encoding="utf-8") as lines:
 
@@ -268,7 +306,16 @@ class _Run:
                 tracker.log(record)
                 self.listener.iteration(lam, training, record)
 
-            result = training.run(keep)
+            try:
+                result = training.run(keep)
+            except BudgetSpent as error:
+                raise BudgetSpent(
+                    f"{error} Not one iteration of {_label(lam)} was done by then; what was generated is in the store. "
+                    "Raise --max-generated-large-tokens, or collect less at a time (--ppo.num-envs, --ppo.n-steps)."
+                ) from error
+        if not training.learner.done:
+            done, planned = len(training.records), training.planned
+            self.ended = f"The budget of large tokens ended {_label(lam)} after {done} of {planned} iterations."
         title = f"{result.router.name}, {_label(lam).replace('lam-', 'λ = ').replace('-to-', ' to ')}"
         return result.router, result.health, result.attempts, draw_training(result, self.validation, title, place)
 
@@ -285,7 +332,11 @@ class _Run:
         return {
             "package": settings.versions()["trim-routing"],
             **{name: meta[name] for name in ("small", "large", "scorer", "grader")},
-            "rollouts": {"store": Path(meta["store"]).name, "hash": trained_on},
+            "rollouts": {
+                "store": Path(meta["store"]).name,
+                "hash": trained_on,
+                **({"live": True} if self.models else {}),
+            },
             "max_steps": meta["max_steps"],
             "cost": self.config.cost,
             "max_escalations": self.validation.verdict.max_escalations,

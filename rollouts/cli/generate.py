@@ -47,8 +47,8 @@ def parse_replicas(text: str) -> int | dict[str, int]:
             value = {name.strip(): int(count) for name, count in (part.split("=") for part in text.split(","))}
     except ValueError as error:
         raise ConfigError(f"--replicas {text!r}: expected a number, or split=number pairs.") from error
-    if min(value.values() if isinstance(value, dict) else [value]) < 1:
-        raise ConfigError(f"--replicas {text!r}: at least 1.")
+    if min(value.values()) < 0 if isinstance(value, dict) else value < 1:
+        raise ConfigError(f"--replicas {text!r}: at least 1, or of a split 0.")
     return value
 
 
@@ -65,7 +65,8 @@ class Generate:
         max_escalations: K: every path with at most K escalations; ``none``: complete trees. ``auto``: the K of the
             store where there is one, else complete trees for tinymath and 2 for other problems, as free text
             hardly ever merges.
-        replicas: Independent samples of every tree: a number, or by split, such as ``train=1,test=2``.
+        replicas: Independent samples of every tree: a number, or by split, such as ``train=1,test=2``; with 0 a split's
+            problems are added, and no trees (for `train.py --live`).
         seed: Run seed.
         grader: ``exact``, ``numeric`` or ``module:object`` (`rollouts.tasks.grading.Grader`).
         sequential: One model in memory at a time, alternating over the whole frontier.
@@ -130,6 +131,9 @@ class Generate:
             store.add_problems(problems)
             note_special_tokens(screen, store, family)
             closed = self._grow(screen, store, family, problems, replicas)
+            if closed:
+                grown = {(each.id, number) for each in problems for number in range(replicas_of(each, replicas))}
+                store.note_live((), closed=grown)
             if self.score and family.config.scorer is not None:
                 run_scoring(store, family, problems)
             if self.grade:

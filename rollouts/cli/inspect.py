@@ -58,6 +58,8 @@ class Stats:
             f"K = {trees.meta['max_escalations']}, scorer {trees.meta['scorer']}, grader {trees.meta['grader']}; "
             f"left out {trees.meta['left_out_trees']} trees, {trees.meta['orphans']} orphaned steps"
         )
+        if live := store.live:
+            out.print(f"Left out {len(live):,} trees of live episodes; `generate` closes them.")
         if self.json_out:
             values = {"generated": counts, "splits": {split: asdict(row) for split, row in rows.items()}}
             self.json_out.write_text(json.dumps({**values, "meta": trees.meta}, indent=1), encoding="utf-8")

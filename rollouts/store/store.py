@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import date as Date
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rollouts.errors import StoreError, did_you_mean
-from rollouts.store.rows import RowKey, Rows, contents_of
+from rollouts.store.rows import RowKey, Rows, TreeKey, contents_of
 from rollouts.store.shards import GRADES, KEY, STEPS, Table, scores_of, write_atomically
 from rollouts.tasks.problems import Problem
 from rollouts.text.likelihood import LOOKED_AT, STATISTICS, as_score, first_of
@@ -30,7 +30,7 @@ _USUAL: dict[str, tuple[str, ...]] = {
 _PROBLEMS = pa.schema([(name, pa.string()) for name in ("id", "split", "question", "answer", "source", "licence")])
 
 
-_LOCK, _SET_ASIDE = ".lock", "set-aside"
+_LOCK, _LIVE, _SET_ASIDE = ".lock", "live.json", "set-aside"
 BUNDLED = Path(__file__).parents[1] / "datasets"
 
 
@@ -118,6 +118,25 @@ class Store:
         """Write facts into the manifest, beside the process; its write lock must be held."""
         self.manifest.update(facts)
         _write_json(self.path / "manifest.json", self.manifest)
+
+    @property
+    def live(self) -> set[TreeKey]:
+        """Trees that live episodes grow, as far as they go, and `generate` has not closed; as it is on disk now."""
+        file = self.path / _LIVE
+        try:
+            listed = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{file}: unreadable ({error}).") from error
+        return {(problem, int(replica)) for replica, problems in listed.items() for problem in problems}
+
+    def note_live(self, trees: Collection[TreeKey], closed: Collection[TreeKey] = ()) -> None:
+        """Note trees that live episodes grow, and those that are closed by now; its write lock must be held."""
+        before = self.live
+        if (now := before.union(trees).difference(closed)) != before:
+            listed: dict[str, list[str]] = {}
+            for problem, replica in sorted(now):
+                listed.setdefault(str(replica), []).append(problem)
+            _write_json(self.path / _LIVE, listed)
 
     def identify(self, role: str, model: Mapping[str, Any]) -> None:
         """Note what tells a role's model from others, as far as the store does not know it.

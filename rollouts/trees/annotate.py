@@ -245,27 +245,37 @@ def ask_all(
     take: Callable[[_What, _Answer], None],
     in_flight: int | None = None,
 ) -> None:
-    """Send requests, at most so many under way; take every answer that comes, then raise the first error."""
+    """Send requests, at most so many under way; take every answer that comes, then raise the first error.
+
+    An interrupt does not wait for answers; those that are there are taken.
+    """
     error: Exception | None = None
     under_way: deque[tuple[_What, Future[_Answer]]] = deque()
 
     def settle(most: float) -> None:
         nonlocal error
         while len(under_way) > most:
-            item, future = under_way.popleft()
+            item, future = under_way[0]
             try:
                 take(item, future.result())
             except Exception as caught:
                 error = error or caught
+            under_way.popleft()
 
     try:
-        for item in items:
-            under_way.append((item, ask(item)))
-            settle(math.inf if in_flight is None else in_flight)
-            if error:
-                break
-    except Exception as caught:
-        error = error or caught
-    settle(0)
+        try:
+            for item in items:
+                under_way.append((item, ask(item)))
+                settle(math.inf if in_flight is None else in_flight)
+                if error:
+                    break
+        except Exception as caught:
+            error = error or caught
+        settle(0)
+    except BaseException:
+        for item, future in under_way:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                take(item, future.result())
+        raise
     if error is not None:
         raise error

@@ -95,6 +95,7 @@ def _cache_folders(store: Store, scorer: str, grader: str) -> list[Path]:
 def _cache_key(store: Store, scorer: str, grader: str) -> str:
     digest = hashlib.blake2b(f"{_FORMAT}|{scorer}|{grader}".encode(), digest_size=12)
     digest.update(json.dumps(store.manifest["process"], sort_keys=True).encode())
+    digest.update("".join(f"{problem}|{replica}\n" for problem, replica in sorted(store.live)).encode())
     with (store.path / "problems.parquet").open("rb") as handle:
         digest.update(hashlib.file_digest(handle, "blake2b").digest())
     for name in store.names("scores"):
@@ -161,11 +162,13 @@ def _compile(store: Store, scorer: str, grader: str, on_progress: Callable[[int]
     nodes: list[Any] = []
     told: list[NDArray[np.float32]] = []
     roots: list[tuple[int, int, int]] = []
-    first = 0
+    first, live = 0, store.live
     for tree in load_trees(
         store, problems, None, process.get("max_escalations"), chunk=256, along=[*signals.tables.values(), *tables]
     ):
-        if rows := _rows_of(tree, len(roots), first, len(text), signals, tables, counts):
+        if tree.missing() and tree.key not in live:
+            live = store.live  # live episodes may have begun it just now
+        if tree.key not in live and (rows := _rows_of(tree, len(roots), first, len(text), signals, tables, counts)):
             roots.append((first, positions[tree.problem.id], tree.replica))
             actions.append(np.array(rows[0], _PER_ACTION))
             nodes.append(np.array(rows[1], _PER_NODE))

@@ -5,22 +5,53 @@ Nothing is known here of who decides: see `rollouts.trees.on_policy` for episode
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 
-from rollouts.errors import StoreError
+from rollouts.errors import BudgetSpent, StoreError
 from rollouts.models.stepwise import Generation, StepWriter
 from rollouts.scoring.base import Scorer
 from rollouts.store.rows import Rows, TreeKey
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader
 from rollouts.tasks.problems import Problem
-from rollouts.text.steps import ROLES, SMALL
+from rollouts.text.steps import LARGE, ROLES, SMALL
 from rollouts.trees.annotate import ask_all, attach, grade_places, is_left, paths, score_paths
-from rollouts.trees.grow import Grower, Labeller, StepBuffer, load_trees
+from rollouts.trees.grow import Labeller, StepBuffer, load_trees
 from rollouts.trees.signals import Signals
 from rollouts.trees.tree import Place, RolloutTree
+
+
+@dataclass
+class Generated:
+    """What live episodes have had generated so far.
+
+    Attributes:
+        steps: Steps.
+        requests: Requests that they took.
+        tokens: Tokens decoded, by role.
+        needed: Proposals that episodes needed, whether they were there or not.
+    """
+
+    steps: int = 0
+    requests: int = 0
+    tokens: Counter[str] = field(default_factory=Counter)
+    needed: int = 0
+
+    @property
+    def found(self) -> float:
+        """Share of the proposals needed for which nothing was asked."""
+        return 1 - self.requests / max(1, self.needed, self.requests)
+
+
+def keep_open(store: Store, trees: Iterable[RolloutTree]) -> None:
+    """Note trees that are not closed as such that live episodes grow: they stay as they are, and none is compiled."""
+    if lacking := [tree.key for tree in trees if tree.missing()]:
+        store.note_live(lacking)
 
 
 class LiveTrees:
@@ -30,7 +61,7 @@ class LiveTrees:
     earlier requests) gave is taken before its error is raised.
 
     Attributes:
-        generated: Steps generated so far.
+        generated: What was generated so far.
     """
 
     def __init__(
@@ -42,6 +73,9 @@ class LiveTrees:
         *,
         labeller: Labeller | None = None,
         others: Sequence[Scorer] = (),
+        max_large_tokens: int | None = None,
+        generated: Generated | None = None,
+        on_progress: Callable[[Generated], None] | None = None,
     ) -> None:
         """Name the store and the models.
 
@@ -52,6 +86,10 @@ class LiveTrees:
             grader: The grader; its table gets the new grades. None: new solutions are not graded.
             labeller: Exact labels of steps, where the problems have them.
             others: Further scorers; each fills its table, too.
+            max_large_tokens: Ask the large model no more after so many of its tokens in `generated`, as
+                `rollouts.trees.grow.Grower` does.
+            generated: Counts to go on from; default: fresh ones.
+            on_progress: Called about once a second while episodes run.
 
         Raises:
             StoreError: The score or grade table was made by another process.
@@ -61,7 +99,11 @@ class LiveTrees:
         self.scorer = scorer
         self.grader = grader
         self.buffer = StepBuffer(store.steps, labeller)
-        self.generated = 0
+        self.generated = generated if generated is not None else Generated()
+        self.max_large_tokens = max_large_tokens
+        self.on_progress = on_progress
+        self._told = -math.inf
+        self._longest = math.inf  # large step so far
         self._max_escalations: int | None = store.manifest["process"]["max_escalations"]
         self._scorers = {each.name: each for each in (scorer, *others)}
         for each in self._scorers.values():
@@ -109,7 +151,7 @@ class LiveTrees:
             return
         self.flush()
         keep = set(keep)
-        oldest = [key for key in self._trees if key not in keep][: len(self._trees) - limit]
+        oldest = [key for key in self._trees if key not in keep][: len(self._trees) - limit + limit // 8]
         for key in oldest:
             del self._trees[key]
         self._whole.difference_update(oldest)
@@ -117,18 +159,12 @@ class LiveTrees:
             rows.forget(oldest)
 
     def complete(self, trees: Iterable[RolloutTree]) -> None:
-        """Make sure that trees are closed under the store's K, where it has one, and owe no scores and no grades.
+        """Make sure that trees owe no scores and no grades; note those that are not closed in the store (`keep_open`).
 
-        So a store that was sound stays sound, whatever is added to these trees. Scores and grades that are missing
-        are noted here and come with the next `score` and `grade`.
+        Scores and grades that are missing are noted here and come with the next `score` and `grade`.
         """
         new = {tree.key: tree for tree in trees if tree.key not in self._whole}
-        if self._max_escalations is not None and (open_trees := [tree for tree in new.values() if tree.missing()]):
-            grower = Grower(self.writers, self.buffer)
-            try:
-                grower.run(open_trees)
-            finally:
-                self.generated += grower.progress.steps
+        keep_open(self.store, new.values())
         for tree in new.values():
             self._note(tree.places())
         self._whole.update(new)
@@ -143,7 +179,11 @@ class LiveTrees:
                 self._ungraded.append(place)
 
     def propose(self, places: Iterable[Place]) -> None:
-        """Make sure that the proposals at some places exist."""
+        """Make sure that the proposals at some places exist.
+
+        Raises:
+            BudgetSpent: The large model would have to be asked, and has decoded its tokens.
+        """
         asked = {
             (tree.key, node.key, role): (tree, node, role) for tree, node, role in places if role not in node.proposals
         }
@@ -156,12 +196,36 @@ class LiveTrees:
             tree, node, role = place
             new = tree.insert_path(node, role, generation.steps)
             self.buffer.add(tree, role, new, generation)
-            self.generated += len(new)
+            self.generated.steps += len(new)
+            self.generated.requests += 1
+            self.generated.tokens[role] += generation.decoded
+            if role == LARGE:
+                self._longest = max(generation.decoded, 1 if self._longest == math.inf else self._longest)
+            self._tell()
             self._note(tree.places() if tree.relaxed else ((tree, found, role) for found, _ in new))
             tree.relaxed = False
 
-        ask_all(asked.values(), ask, take)
+        for portion in self._portions(list(asked.values())):
+            ask_all(portion, ask, take)
+        self._tell()
         self.flush_if_due()
+
+    def _portions(self, places: list[Place]) -> Iterator[list[Place]]:
+        """Yield what may be asked at once: of the large model what the rest of the budget holds, or one step."""
+        large = [] if self.max_large_tokens is None else [place for place in places if place[2] == LARGE]
+        yield [place for place in places if not large or place[2] != LARGE]
+        while large and self.max_large_tokens is not None:
+            left = self.max_large_tokens - self.generated.tokens[LARGE]
+            if left <= 0:
+                raise BudgetSpent(f"The large model has decoded {self.generated.tokens[LARGE]:,} tokens, its budget.")
+            most = max(1, int(left // self._longest))
+            yield large[:most]
+            large = large[most:]
+
+    def _tell(self) -> None:
+        if self.on_progress and time.monotonic() - self._told > 1.0:
+            self._told = time.monotonic()
+            self.on_progress(self.generated)
 
     def score(self, places: Iterable[Place]) -> list[float | None]:
         """Return the scores of existing proposals; None where the scorer has none (its window is exceeded).

@@ -172,7 +172,7 @@ def expand_on_policy(
                 on_progress(len(trees))
     finally:
         live.flush()
-    return live.generated
+    return live.generated.steps
 
 
 def load_router(spec: str, seed: int = 0) -> Router:

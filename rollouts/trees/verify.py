@@ -54,6 +54,7 @@ def verify_store(store: Store) -> Findings:
 
 def _trees(store: Store, findings: Findings) -> None:
     counts: Counter[str] = Counter()
+    live = store.live
     tables = {("unscored", name): store.score_rows(name) for name in store.names("scores")}
     tables |= {("ungraded", name): Rows(store.grades(name)) for name in store.names("grades")}
     trees = load_trees(
@@ -61,7 +62,8 @@ def _trees(store: Store, findings: Findings) -> None:
     )
     missing: Counter[tuple[str, str]] = Counter()
     for tree in trees:
-        counts.update(trees=1, nodes=len(tree.nodes), open=tree.missing() > 0, orphans=tree.orphans)
+        lacking = "live" if tree.key in live else "open"
+        counts.update({"trees": 1, "nodes": len(tree.nodes), "orphans": tree.orphans, lacking: tree.missing() > 0})
         keys = [tree.row_key(node, role) for _, node, role in tree.places()]
         for which, rows in tables.items():
             missing[which] += sum(is_left(rows, place) for place in tree.places())
@@ -73,6 +75,8 @@ def _trees(store: Store, findings: Findings) -> None:
         findings.facts.append(f"{count:,} failed steps of {role}: {reason}")
     if counts["unclaimed"]:
         findings.facts.append(f"{counts['unclaimed']:,} scores and grades belong to no step that is there; not used")
+    if counts["live"]:
+        findings.facts.append(f"{counts['live']:,} trees of live episodes are not closed; `generate` closes them")
     if counts["open"]:
         findings.problems.append(f"{counts['open']} trees are not closed; the same `generate` closes them.")
     for (kind, name), count in (+missing).items():

@@ -1,0 +1,87 @@
+"""The models of a live training (`train.py --live`): what it asks them for is added to the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from agents.runs.config import TrainConfig
+from agents.runs.listener import Listener
+from rollouts.errors import ConfigError, StoreError
+from rollouts.store.store import Store
+from rollouts.tasks.grading import make_grader
+from rollouts.text.steps import SMALL
+from rollouts.trees.arrays import Trees
+from rollouts.trees.compile import compile_store
+from rollouts.trees.grow import load_trees
+from rollouts.trees.live import Generated, keep_open
+from trim_env import live
+from trim_env.tables import DecisionTables
+
+
+class Models:
+    """The models that made a store, loaded only while they are used.
+
+    Attributes:
+        generated: What they have written so far.
+    """
+
+    def __init__(self, config: TrainConfig, listener: Listener) -> None:
+        """Check what can be checked without loading a model.
+
+        Raises:
+            StoreError: The store was made by other models, or has no problems to train on.
+            ConfigError: The models file is wrong, or the store is to be read with another scorer than theirs.
+        """
+        self.config, self.listener = config, listener
+        self.generated = Generated()
+        self.store = Store(config.rollouts)
+        self.store.problems("train")
+        self.family = live.family_of(self.store, config.models or "tinymath")
+        self.scorer = self.family.scorer_name if self.family.config.scorer else SMALL
+        if config.scorer not in (None, self.scorer):
+            raise ConfigError(f"--scorer is {config.scorer}, but the scorer of the models file is {self.scorer}.")
+        self.grader = make_grader(config.grader or self.store.choose("grades", None))
+
+    def compiled(self) -> Trees:
+        """Return the store's trees but those that are open for training; a validation split must be there.
+
+        Raises:
+            StoreError: There is none, or it is not complete.
+        """
+        store, most = self.store, self.store.manifest["process"]["max_escalations"]
+        with store.writing():
+            keep_open(store, load_trees(store, store.problems("train"), None, most))
+        try:
+            trees = compile_store(store, self.scorer, self.grader.name, on_progress=self.listener.compiling)
+            trees.select("validation")
+        except StoreError as error:
+            raise StoreError(
+                f"{error} A live training is measured on the complete trees of `validation`: `python -m rollouts "
+                f"generate {store.path} --problems ... --models {self.config.models or 'tinymath'} --replicas train=0` "
+                "makes all trees but those of training."
+            ) from error
+        return trees
+
+    @contextmanager
+    def opened(self, tables: DecisionTables) -> Iterator[Callable[..., live.LiveVectorEnv]]:
+        """Load the models; yields what makes an environment over the training split from a number of episodes and λ.
+
+        Args:
+            tables: Whose schema, cost model and caps it has.
+        """
+        with live.open_models(
+            self.store,
+            self.family,
+            self.listener.opening,
+            grader=self.grader,
+            split="train",
+            schema=tables.schema,
+            cost=tables.cost_model,
+            max_escalations=tables.max_escalations,
+            max_large_tokens=tables.max_large_tokens,
+            max_generated_large_tokens=self.config.max_generated_large_tokens,
+            generated=self.generated,
+            on_progress=self.listener.generating,
+        ) as begin:
+            yield begin
