@@ -1,0 +1,369 @@
+"""Live training: what episodes reach is generated once and kept, and the run is otherwise like any other."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from handmade import ScriptedScorer, problem, process
+from made_routers import QUICK
+from scripted_store import SPLITS, AbleLarge, scripted_store
+
+import evaluate as evaluate_command
+import train as train_command
+from agents.evaluation.suite import EvaluateConfig, evaluate
+from agents.routers import artefact
+from agents.runs.config import TrainConfig
+from agents.runs.run import train
+from rollouts.cli.inspect import Stats
+from rollouts.errors import BackendError, ConfigError, StoreError
+from rollouts.store.store import Store
+from rollouts.tasks.grading import make_grader
+from rollouts.text.steps import LARGE, ROLES, SMALL
+from rollouts.trees.annotate import grade_store, score_store
+from rollouts.trees.compile import compile_store
+from rollouts.trees.grow import Grower, StepBuffer, load_trees
+from rollouts.trees.verify import verify_store
+from trim_env import live
+
+LAM = ["--lam", "0.02"]
+
+
+class Scripted:
+    """Stands for `rollouts.family.Family`: scripted models, which note what they were asked."""
+
+    def __init__(self, interrupt=None) -> None:
+        self.asked: list = []
+        self.opened: list = []
+        self.scorer = ScriptedScorer()
+        self.scorer_name = self.scorer.name
+        self.config = type("Config", (), {"scorer": self.scorer})
+        self.interrupt = interrupt
+
+    @contextmanager
+    def open(self, role, store):
+        self.opened.append(role)
+        store.record_engine({"role": role})
+        writer = AbleLarge(role, asked=self.asked)
+        yield Interrupted(writer, self.interrupt) if self.interrupt else writer
+
+    @contextmanager
+    def open_scorer(self, store):
+        self.opened.append("scorer")
+        yield self.scorer
+
+
+class Interrupted:
+    """A writer that calls a function after every answer."""
+
+    def __init__(self, inner, then) -> None:
+        self.inner, self.then = inner, then
+
+    def submit(self, *arguments, **options):
+        future = self.inner.submit(*arguments, **options)
+        self.then(self.inner)
+        return future
+
+
+@pytest.fixture
+def models(monkeypatch):
+    """Put scripted models in the place of those that a models file names."""
+
+    def use(**options):
+        family = Scripted(**options)
+        monkeypatch.setattr(live, "family_of", lambda store, models: family)
+        return family
+
+    return use
+
+
+def half_made(path, max_escalations=None, problems=60, begun=0) -> Store:
+    """Return a store whose training problems have no trees, or but a few that are not closed."""
+    items = [problem(f"p{i}", SPLITS[i % 3]) for i in range(problems)]
+    store = Store.create(path, process(max_escalations))
+    store.add_problems(items)
+    grown = [each for each in items if each.split != "train"]
+    Grower(writers := {role: AbleLarge(role) for role in ROLES}, StepBuffer(store.steps)).run(
+        load_trees(store, grown, 2, max_escalations)
+    )
+    first = [each for each in items if each.split == "train"][:begun]
+    Grower({SMALL: writers[SMALL]}, StepBuffer(store.steps)).run(load_trees(store, first, 1, max_escalations))
+    score_store(store, ScriptedScorer())
+    grade_store(store, make_grader("exact"))
+    return store
+
+
+def arguments(store, out, *more):
+    return ["--live", "--rollouts", str(store.path), *LAM, "--out", str(out), "--tracking", "none", *QUICK, *more]
+
+
+def steps(store):
+    return sorted(map(str, (row for part in Store(store.path).steps.read() for row in part.to_pylist())))
+
+
+def keys(asked):
+    return [(name, replica, texts, role) for name, replica, texts, role, _ in asked]
+
+
+@pytest.mark.parametrize(("closed", "begun"), [(None, 0), (1, 0), (2, 3)])
+def test_what_episodes_reach_is_generated_once_and_kept(tmp_path, models, capsys, closed, begun):
+    store, first = half_made(tmp_path / "s", closed, begun=begun), models()
+    assert train_command.main(arguments(store, tmp_path / "one")) == 0
+    assert first.opened == [*ROLES, "scorer"] and "added to the store: " in capsys.readouterr().out
+    assert len(set(keys(first.asked))) == len(first.asked) > 100
+    assert {name for name, *_ in keys(first.asked)} <= {each.id for each in store.problems("train")}
+    kept = steps(store)
+    assert len(kept) > len(first.asked)
+    second = models()
+    assert train_command.main(arguments(store, tmp_path / "two")) == 0
+    assert not second.asked and not second.scorer.paths and steps(store) == kept
+    one, two = (artefact.load(tmp_path / name / "lam-0.02" / "policy") for name in ("one", "two"))
+    assert all((one.router.weights[name] == two.router.weights[name]).all() for name in one.router.weights)
+    assert one.about["rollouts"] == two.about["rollouts"] and one.about["rollouts"]["live"] is True
+    written = {place.name for place in (tmp_path / "one").rglob("*")}
+    assert {"config.json", "report.txt", "report.json", "metrics.jsonl", "curve.png", "policy.json"} <= written
+    lines = [json.loads(line) for line in (tmp_path / "one" / "lam-0.02" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and lines[-1]["train/return"] > 0
+
+
+@pytest.mark.parametrize("more", [[], ["--agent", "ppo-seq"], ["--lam-range", "0.005", "0.05"],
+                                  ["--max-large-tokens", "9", "--cost", "prefill-20"],
+                                  ["--max-escalations", "1", "--schema", "agg"]])  # fmt: skip
+@pytest.mark.parametrize("closed", [None, 2])
+def test_on_a_complete_store_it_is_the_training_of_always(tmp_path, models, more, closed):
+    store, family = scripted_store(tmp_path / "s", 60, closed), models()
+    given = arguments(store, tmp_path / "live", *more)
+    if "--lam-range" in more:
+        given = [each for each in given if each not in LAM]
+    if "ppo-seq" in more:
+        given = [each.replace("--ppo", "--seq") for each in given] + ["--seq.width", "8", "--seq.heads", "2"]
+    assert train_command.main(given) == 0
+    given[given.index(str(tmp_path / "live"))] = str(tmp_path / "plain")
+    assert train_command.main(given[1:]) == 0
+    assert not family.asked and not family.scorer.paths and not store.live
+    (one,), (two,) = (sorted((tmp_path / name).glob("lam-*/policy")) for name in ("live", "plain"))
+    one, two = artefact.load(one), artefact.load(two)
+    assert all((one.router.weights[name] == two.router.weights[name]).all() for name in one.router.weights)
+    assert two.about == {**one.about, "rollouts": {**one.about["rollouts"], "live": None}} | {
+        "rollouts": {name: value for name, value in one.about["rollouts"].items() if name != "live"}
+    }
+    same = [(tmp_path / name / one_of / "metrics.jsonl").read_text() for name in ("live", "plain")
+            for one_of in [next((tmp_path / name).glob("lam-*")).name]]  # fmt: skip
+    assert same[0] == same[1]
+
+
+def test_every_command_works_on_a_store_of_live_trees(tmp_path, models, capsys):
+    store = half_made(tmp_path / "s", 1)
+    before = compile_store(store)
+    models()
+    assert train_command.main(arguments(store, tmp_path / "run")) == 0
+    trees = compile_store(store)
+    assert trees.meta["hash"] == before.meta["hash"]
+    assert store.live == {(each.id, 0) for each in store.problems("train")}
+    findings = verify_store(store)
+    assert not findings.problems and any("trees of live episodes are not closed" in line for line in findings.facts)
+    Stats(store.path).run()
+    assert f"Left out {len(store.live)} trees of live episodes" in " ".join(capsys.readouterr().out.split())
+    assert evaluate_command.main([str(tmp_path / "run"), "--rollouts", str(store.path)]) == 0
+    with pytest.raises(StoreError, match="No trees in split 'train'"):
+        train(TrainConfig(rollouts=str(store.path), lam=(0.02,), tracking="none", out=tmp_path / "plain"))
+    generate(store)
+    assert not store.live and not verify_store(store).problems
+    closed = compile_store(store)
+    assert (closed.splits[closed.problem] == "train").sum() == 20
+    whole = scripted_store(tmp_path / "whole", 60, 1, replicas=2)
+    of = {each.problem_ids[each.problem[tree]]: each.nodes for each in (closed,) for tree in range(len(each.root))}
+    assert of and whole  # the trees are those that `generate` alone would have made
+    alone = compile_store(whole)
+    for name in ("p0", "p3"):
+        assert texts(closed, name) == texts(alone, name)
+
+
+def texts(trees, name):
+    """Return the texts of the proposals of a problem's first tree."""
+    tree = next(i for i in range(len(trees.root)) if trees.problem_ids[trees.problem[i]] == name)
+    rows = np.flatnonzero(trees.tree == tree)
+    return {(trees.depth[row], action, trees.proposal(row, action)) for row in rows for action in (0, 1)}
+
+
+def generate(store):
+    """Do what `generate` does."""
+    with store.writing():
+        problems = store.problems("train")
+        trees = list(load_trees(store, problems, 1, store.manifest["process"]["max_escalations"]))
+        assert Grower({role: AbleLarge(role) for role in ROLES}, StepBuffer(store.steps)).run(trees) == 0
+        score_store(store, ScriptedScorer())
+        grade_store(store, make_grader("exact"))
+        store.note_live((), closed={tree.key for tree in trees})
+
+
+def test_trees_that_are_complete_stay_in_use(tmp_path, models):
+    store = scripted_store(tmp_path / "s", 60, 1)
+    known = compile_store(store)
+    new = [problem(f"new{i}", "train") for i in range(20)]
+    store.add_problems(new)
+    before = compile_store(store)  # has the new problems, and no trees of them
+    models()
+    assert train_command.main(arguments(store, tmp_path / "run")) == 0
+    assert store.live == {(each.id, 0) for each in new}
+    trees = compile_store(store)
+    assert trees.meta["hash"] == before.meta["hash"] and len(trees.root) == len(known.root)
+    assert evaluate(EvaluateConfig((tmp_path / "run",), str(store.path))).subject["hash"] == before.meta["hash"]
+
+
+def test_an_interrupt_loses_nothing_that_was_generated(tmp_path, models, capsys):
+    store, answers = half_made(tmp_path / "s"), []
+    had = len(steps(store))
+
+    def interrupt(writer):
+        answers.append(writer.asked[-1])
+        if len(answers) == 150:
+            threading.Timer(0.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+            signal.sigtimedwait([], 0.2) if hasattr(signal, "sigtimedwait") else None
+
+    models(interrupt=interrupt)
+    assert train_command.main(arguments(store, tmp_path / "run")) == 130
+    assert "Go on with --resume" in capsys.readouterr().err
+    kept = steps(store)
+    assert len(kept) - had >= len(answers) - 1  # the request at which it came has no answer yet
+    assert not verify_duplicates(store)
+    family = models()
+    assert train_command.main(["--resume", str(tmp_path / "run")]) == 0
+    assert len(set(keys(family.asked)) & set(keys(answers))) <= 1
+    assert set(kept) <= set(steps(store)) and (tmp_path / "run" / "report.txt").is_file()
+    assert not verify_store(Store(store.path)).problems
+
+
+def verify_duplicates(store):
+    return [line for line in verify_store(Store(store.path)).problems if "duplicate" in line]
+
+
+def test_a_budget_of_large_tokens_ends_it_with_the_router_so_far(tmp_path, models, capsys):
+    store, family = half_made(tmp_path / "s"), models()
+    given = ["--max-generated-large-tokens", "900", "--ppo.n-steps", "1", "--ppo.iterations", "40"]
+    assert train_command.main(arguments(store, tmp_path / "run", *given)) == 0
+    printed = capsys.readouterr().out
+    assert "The budget of large tokens ended lam-0.02 after " in printed
+    assert printed.split("\n")[0] in (tmp_path / "run" / "report.txt").read_text()
+    large = [texts for *_, texts, role, _ in family.asked if role == LARGE]
+    done = len((tmp_path / "run" / "lam-0.02" / "metrics.jsonl").read_text().splitlines())
+    assert 0 < done < 40 and large
+    spent = Store(store.path).steps.counters()["decoded_large"] - store_tokens(tmp_path)
+    assert 900 <= spent <= 910  # no more than one step beyond
+    assert artefact.load(tmp_path / "run" / "lam-0.02" / "policy").about["held_out"]
+    assert evaluate_command.main([str(tmp_path / "run"), "--rollouts", str(store.path)]) == 0
+    kept = steps(store)
+    few = ["--max-generated-large-tokens", "1", "--ppo.n-steps", "64"]  # what is there is read, then one step asked for
+    assert train_command.main(arguments(store, tmp_path / "few", *few)) == 2
+    assert "Not one iteration of lam-0.02 was done" in capsys.readouterr().err
+    assert set(kept) <= set(steps(store))
+
+
+def store_tokens(tmp_path):
+    return half_made(tmp_path / "other").steps.counters()["decoded_large"]
+
+
+def test_a_budget_that_ends_the_second_lam_keeps_the_first(tmp_path, models, capsys):
+    store, _ = half_made(tmp_path / "s", problems=120), models()
+    given = arguments(store, tmp_path / "run", "--max-generated-large-tokens", "600", "--ppo.n-steps", "1")
+    given.insert(given.index("0.02") + 1, "0.05")
+    given[given.index("--ppo.iterations") + 1] = "30"
+    assert train_command.main(given) == 0
+    assert "Not one iteration of lam-0.05" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "run" / "curve.png").is_file() and not (tmp_path / "run" / "lam-0.05" / "policy").exists()
+    models()
+    assert train_command.main(["--resume", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "lam-0.05" / "policy").exists()
+
+
+def test_a_scorer_that_is_gone_is_named_and_what_was_written_is_kept(tmp_path, models, capsys):
+    store, family = half_made(tmp_path / "s"), models()
+    had, submit = len(steps(store)), family.scorer.submit
+
+    def gone(question, texts):
+        if family.scorer.paths > 40:
+            raise BackendError("scorer: it does not answer at http://localhost:1.")
+        return submit(question, texts)
+
+    family.scorer.submit = gone
+    assert train_command.main(arguments(store, tmp_path / "run")) == 2
+    assert "error: scorer: it does not answer" in capsys.readouterr().err
+    assert len(steps(store)) > had
+    family = models()
+    assert train_command.main(["--resume", str(tmp_path / "run")]) == 0
+
+
+def test_what_it_cannot_do_is_refused_in_one_line(tmp_path, models, capsys):
+    store, family = half_made(tmp_path / "s"), models()
+    bare = Store.create(tmp_path / "bare", process())
+    bare.add_problems([problem(f"p{i}", SPLITS[i % 2]) for i in range(8)])
+    tests = Store.create(tmp_path / "tests", process())
+    tests.add_problems([problem(f"p{i}", "test") for i in range(8)])
+    half = half_made(tmp_path / "half")
+    Grower({SMALL: AbleLarge(SMALL)}, StepBuffer(half.steps)).run(load_trees(half, half.problems("validation"), 3, None))
+    for place, more, message in [
+        (store, ["--agent", "exact"], "--live trains ppo-agg or ppo-seq; exact learns from complete trees."),
+        (store, ["--agent", "pomdp"], "--live trains ppo-agg or ppo-seq; pomdp learns from complete trees."),
+        (store, ["--ppo.start", "exact"], "--ppo.start exact learns from complete trees"),
+        (store, ["--scorer", "other"], "--scorer is other, but the scorer of the models file is scripted."),
+        (store, ["--max-generated-large-tokens", "0"], "--max-generated-large-tokens is 0, expected at least 1"),
+        (store, ["--max-escalations", "-1"], "--max-escalations is -1"),
+        (bare, [], "--replicas train=0"),
+        (half, [], "--replicas train=0"),
+        (tests, [], "no problem in split 'train'"),
+    ]:
+        assert train_command.main(arguments(place, tmp_path / "x", *more)) == 2
+        printed = capsys.readouterr().err.strip().splitlines()[-1]
+        assert printed.startswith("error: ") and message in printed
+    for more in (["--models", "m.toml"], ["--max-generated-large-tokens", "5"]):
+        assert train_command.main([*arguments(store, tmp_path / "x", *more)[1:]]) == 2
+        assert "are for --live" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists() and not family.opened and not family.asked
+    with pytest.raises(ConfigError, match="--live trains"):
+        TrainConfig(live=True, agent="threshold")
+
+
+def test_lams_are_chosen_on_validation_where_there_are_no_training_trees(tmp_path, models):
+    store = half_made(tmp_path / "s")
+    models()
+    given = [each for each in arguments(store, tmp_path / "run", "--budget", "0.5") if each not in LAM]
+    assert train_command.main(given) == 0
+    low, high = json.loads((tmp_path / "run" / "config.json").read_text())["config"]["lam_range"]
+    assert 0 < low < high and (tmp_path / "run" / "budget").is_dir()
+
+
+def test_it_tells_from_the_first_second_how_much_is_generated(tmp_path, models):
+    from agents.runs.listener import Listener
+
+    class Watching(Listener):
+        def __init__(self):
+            self.seen = []
+
+        def opening(self, role):
+            self.seen.append(role)
+
+        def generating(self, generated):
+            self.seen.append((generated.steps, generated.found))
+
+        def iteration(self, lam, training, record):
+            self.seen.append("iteration")
+
+    store, watching = half_made(tmp_path / "s"), Watching()
+    models()
+    config = TrainConfig(rollouts=str(store.path), live=True, lam=(0.02,), tracking="none", out=tmp_path / "run")
+    trained = train(config, watching)
+    assert watching.seen[:3] == [*ROLES, "scorer"] and watching.seen.index("iteration") > 3
+    assert trained.generated.steps > 100 and 0.5 < trained.generated.found < 1
+
+
+def test_a_store_beside_the_one_that_is_trained_on_is_not_touched(tmp_path, models):
+    store = half_made(tmp_path / "s")
+    shutil.copytree(store.path, tmp_path / "copy")
+    models()
+    assert train_command.main(arguments(store, tmp_path / "run")) == 0
+    other = Store(tmp_path / "copy")
+    assert not other.live and compile_store(other).meta["hash"] == compile_store(store).meta["hash"]
