@@ -72,12 +72,12 @@ class ProgressBar(Listener):
     def generating(self, generated: Generated) -> None:
         """Count what the models of a live training write."""
         if self._models is None:
-            self._models = self._progress.add_task("tokens generated", figures="", total=None)
+            self._models = self._progress.add_task("generated", figures="", total=None)
         self._progress.update(self._models, completed=generated.tokens.total())
         speed = next(task.speed for task in self._progress.tasks if task.id == self._models)
         figures = (
-            f"{speed or 0:,.0f} tokens/s  {generated.tokens['large']:,} by the large model  {generated.steps:,} steps  "
-            f"{100 * generated.found:.1f} % found in the store"
+            f"{generated.steps:,} steps, {generated.tokens['large']:,} large tokens; {speed or 0:,.0f} tokens/s; "
+            f"{100 * generated.found:.1f} % found"
         )
         self._progress.update(self._models, figures=figures)
 

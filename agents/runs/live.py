@@ -41,7 +41,6 @@ class Models:
         self.scorer = self.family.scorer_name if self.family.config.scorer else SMALL
         if config.scorer not in (None, self.scorer):
             raise ConfigError(f"--scorer is {config.scorer}, but the scorer of the models file is {self.scorer}.")
-        self.grader = make_grader(config.grader or self.store.choose("grades", None))
 
     def compiled(self) -> Trees:
         """Return the store's trees but those that are open for training; a validation split must be there.
@@ -50,18 +49,16 @@ class Models:
             StoreError: There is none, or it is not complete.
         """
         store, most = self.store, self.store.manifest["process"]["max_escalations"]
-        with store.writing():
-            keep_open(store, load_trees(store, store.problems("train"), None, most))
-        try:
-            trees = compile_store(store, self.scorer, self.grader.name, on_progress=self.listener.compiling)
-            trees.select("validation")
-        except StoreError as error:
+        if next(load_trees(store, store.problems("validation"), None, most), None) is None:
             raise StoreError(
-                f"{error} A live training is measured on the complete trees of `validation`: `python -m rollouts "
+                f"{store.path}: no trees of `validation`, on which a live training is measured. `python -m rollouts "
                 f"generate {store.path} --problems ... --models {self.config.models or 'tinymath'} --replicas train=0` "
                 "makes all trees but those of training."
-            ) from error
-        return trees
+            )
+        with store.writing():
+            keep_open(store, load_trees(store, store.problems("train"), None, most))
+        self.grader = make_grader(self.config.grader or store.choose("grades", None))
+        return compile_store(store, self.scorer, self.grader.name, on_progress=self.listener.compiling)
 
     @contextmanager
     def opened(self, tables: DecisionTables) -> Iterator[Callable[..., live.LiveVectorEnv]]:
@@ -84,4 +81,7 @@ class Models:
             generated=self.generated,
             on_progress=self.listener.generating,
         ) as begin:
-            yield begin
+            try:
+                yield begin
+            finally:
+                self.listener.generating(self.generated)

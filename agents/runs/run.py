@@ -147,11 +147,11 @@ def automatic_lams(trees: Trees, config: TrainConfig) -> tuple[float, ...]:
     """Return values of λ that span the trade-off: from 1/8 to 4 times that at which both models' returns are equal.
 
     Raises:
-        ConfigError: Always-large is no better than always-small on the training split, or, where that is generated
-            live, on the choice half of validation.
+        ConfigError: Always-large is no better than always-small on the training split.
     """
-    split = "validation" if config.live else "train"
-    both = references(_tables(config, trees, halves(trees)[0] if config.live else trees.select(split)))
+    indices = _fitted_on(config, trees)
+    split = trees.splits[trees.problem[indices[0]]]
+    both = references(_tables(config, trees, indices))
     gap = both.large.correct.mean() - both.small.correct.mean()
     price = both.large.cost.mean() - both.small.cost.mean()
     if gap <= 0 or price <= 0:
@@ -161,6 +161,13 @@ def automatic_lams(trees: Trees, config: TrainConfig) -> tuple[float, ...]:
         )
     even = gap / price
     return tuple(float(f"{lam:.2g}") for lam in even * np.geomspace(1 / 8, 4, AUTO_LAMS))
+
+
+def _fitted_on(config: TrainConfig, trees: Trees) -> NDArray[np.int64]:
+    """Return the training trees, or where a live training has none that are complete, the choice half of validation."""
+    if config.live and "train" not in trees.splits[trees.problem]:
+        return halves(trees)[0]
+    return trees.select("train")
 
 
 def _tables(config: TrainConfig, trees: Trees, indices: NDArray[Any]) -> DecisionTables:
@@ -182,7 +189,8 @@ class _Run:
     def __init__(
         self, config: TrainConfig, trees: Trees, folder: Path, listener: Listener, models: Models | None
     ) -> None:
-        self.models, self.ended = models, ""
+        self.models = models
+        self.ended: list[str] = []
         self.episodes: Callable[..., EpisodesVectorEnv] | None = None
         self.config, self.trees, self.folder, self.listener = config, trees, folder, listener
         self.validation = Validation(lambda indices: _tables(config, trees, indices), trees)
@@ -201,8 +209,7 @@ class _Run:
 
     def _finish(self) -> Trained:
         config, validation, folder = self.config, self.validation, self.folder
-        # those of a live training say no more than schema and caps
-        tables = validation.choice if self.models else _tables(config, self.trees, self.trees.select("train"))
+        tables = _tables(config, self.trees, _fitted_on(config, self.trees))
         routers: dict[float, AnyRouter] = {}
         health: dict[float, Health] = {}
         stored: list[artefact.Storable] = []
@@ -214,20 +221,14 @@ class _Run:
                 router, attempts = artefact.load(place / "policy").router, 0
                 own = self._assessed(router, task)
             else:
-                try:
-                    router, own, attempts = self._made(tables, task, place)
-                except BudgetSpent as error:
-                    if not stored:
-                        raise
-                    self.ended = str(error)
-                    break
+                router, own, attempts = self._made(tables, task, place)
             stored.append(router)
             for lam, each in own.items():
                 routers[lam], health[lam] = at(router, lam), each
                 if attempts:
                     self.listener.end(lam, each, attempts)
         lines = [f"lam {lam:g}: {each.sentence}" for lam, each in health.items()]
-        sentence = self.ended
+        sentence = " ".join(self.ended)
         if config.budget is not None or config.accuracy is not None:
             target = meet_target(stored, validation, folder, self.origin(), config.budget, config.accuracy)
             sentence = f"{sentence} {target}".lstrip()
@@ -315,7 +316,7 @@ class _Run:
                 ) from error
         if not training.learner.done:
             done, planned = len(training.records), training.planned
-            self.ended = f"The budget of large tokens ended {_label(lam)} after {done} of {planned} iterations."
+            self.ended.append(f"The budget of large tokens ended {_label(lam)} after {done} of {planned} iterations.")
         title = f"{result.router.name}, {_label(lam).replace('lam-', 'λ = ').replace('-to-', ' to ')}"
         return result.router, result.health, result.attempts, draw_training(result, self.validation, title, place)
 
