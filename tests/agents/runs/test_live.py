@@ -14,6 +14,7 @@ from made_routers import QUICK
 from scripted_store import SPLITS, AbleLarge, scripted_store
 
 import evaluate as evaluate_command
+import rollouts.__main__ as rollouts_command
 import train as train_command
 from agents.evaluation.suite import EvaluateConfig, evaluate
 from agents.learners.settings import PPOSettings
@@ -317,6 +318,8 @@ def test_what_it_cannot_do_is_refused_in_one_line(tmp_path, models, capsys):
     Grower({SMALL: AbleLarge(SMALL)}, StepBuffer(half.steps)).run(
         load_trees(half, half.problems("validation"), 3, None)
     )
+    score_store(half, ScriptedScorer())
+    grade_store(half, make_grader("exact"))
     for place, more, message in [
         (store, ["--agent", "exact"], "--live trains ppo-agg or ppo-seq; exact learns from complete trees."),
         (store, ["--agent", "pomdp"], "--live trains ppo-agg or ppo-seq; pomdp learns from complete trees."),
@@ -382,3 +385,39 @@ def test_a_store_beside_the_one_that_is_trained_on_is_not_touched(tmp_path, mode
     train(config_of(store.path, tmp_path / "run"))
     other = Store(tmp_path / "copy")
     assert not other.live and compile_store(other).meta["hash"] == compile_store(store).meta["hash"]
+
+
+@pytest.mark.usefixtures("engines_in_threads")
+def test_real_models(tmp_path, capsys):
+    store = str(tmp_path / "s")
+    made = ["generate", store, "--problems", "tinymath:train", "tinymath:validation", "--limit", "8", "--max-escalations", "1"]
+    made += ["--models", "tinymath:transformers"]
+    assert rollouts_command.main([*made, "--replicas", "train=0"]) == 0
+    assert not {each.id for each in Store(store).problems("train")} & set(
+        Store(store).steps.keys()["problem"].to_pylist()
+    )
+    given = ["--live", "--rollouts", store, "--models", "tinymath:transformers", "--lam", "3e-3", "--tracking", "none"]
+    given += [*QUICK, "--ppo.num-envs", "16", "--out"]
+    assert train_command.main([*given, str(tmp_path / "one")]) == 0
+    found = Store(store)
+    assert [each["role"] for each in found.manifest["engines"]][-3:] == [*ROLES, "scorer"]
+    assert len({each["seed"] for each in found.manifest["engines"]}) == len(found.manifest["engines"])
+    assert len(found.live) == 8 and rollouts_command.main(["verify", store]) == 0
+    assert rollouts_command.main(["stats", store]) == 0
+    kept = steps(found)
+    assert train_command.main([*given, str(tmp_path / "two")]) == 0
+    assert steps(found) == kept
+    one, two = (tmp_path / name / "lam-0.003" / "policy" / "policy.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert evaluate_command.main([str(tmp_path / "two"), "--rollouts", store, "--split", "validation"]) == 0
+    assert rollouts_command.main(made) == 0
+    assert not Store(store).live and set(kept) <= set(steps(found)) and rollouts_command.main(["verify", store]) == 0
+    plain = [each for each in given[1:] if each not in ("--models", "tinymath:transformers")]
+    assert train_command.main([*plain, str(tmp_path / "three")]) == 0
+    assert one.read_bytes() == (tmp_path / "three" / "lam-0.003" / "policy" / "policy.safetensors").read_bytes()
+    wrong = given[:4] + [
+        str(tmp_path / "models.toml") if each == "tinymath:transformers" else each for each in given[4:]
+    ]
+    capsys.readouterr()
+    assert train_command.main([*wrong, str(tmp_path / "five")]) == 2
+    assert "models.toml: the models file cannot be read" in capsys.readouterr().err
