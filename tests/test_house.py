@@ -45,7 +45,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "agents.deploy": TREES | {"trim_env", "agents.escape", "agents.routers", "agents.tracking"},
     "agents.serve": TREES | {"rollouts.family", "trim_env", "agents", "agents.routers", "agents.deploy"},
     "agents.__main__": {"rollouts.errors", "agents.escape"},
-    "train": {"rollouts.errors", "trim_env", "agents.escape", "agents.evaluation", "agents.learners", "agents.runs"},
+    "train": {
+        "rollouts.errors",
+        "rollouts.trees",
+        "trim_env",
+        "agents.escape",
+        "agents.evaluation",
+        "agents.learners",
+        "agents.runs",
+    },
     "evaluate": {"rollouts.errors", "agents.escape", "agents.evaluation", "agents.report"},
 }
 ROOMS_IN_ROOMS = ("rollouts.tinymath.training",)

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from typing import Any, TypeVar
@@ -255,12 +256,13 @@ def ask_all(
     def settle(most: float) -> None:
         nonlocal error
         while len(under_way) > most:
-            item, future = under_way[0]
+            with suppress(Exception):
+                under_way[0][1].result()  # an interrupt finds it still among those that are under way
+            item, future = under_way.popleft()
             try:
                 take(item, future.result())
             except Exception as caught:
                 error = error or caught
-            under_way.popleft()
 
     try:
         try:
