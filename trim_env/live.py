@@ -197,7 +197,7 @@ class LiveVectorEnv(EpisodesVectorEnv):
         if not all(self._live.has((problem.id, replica)) for problem, replica in wanted):
             self._live.load([*wanted, *self._coming()])
         found = [self._live.tree((problem.id, replica)) for problem, replica in wanted]
-        self._live.complete(found)
+        self._live.begin(found)
         for index, tree in zip(which.tolist(), found, strict=True):
             self._episodes[index] = Episode(tree, tree.root, folded=Folded(self.schema.folds))
 

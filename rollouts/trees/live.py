@@ -114,7 +114,7 @@ class LiveTrees:
         self._grades = Rows(store.attach("grades", grader.name, grader.describe())) if grader else None
         self._annotations = [*self._signals.tables.values(), *([self._grades] if self._grades else [])]
         self._trees: OrderedDict[TreeKey, RolloutTree] = OrderedDict()
-        self._whole: set[TreeKey] = set()  # trees that `complete` has seen
+        self._whole: set[TreeKey] = set()  # trees that `begin` has seen
         self._unscored: dict[str, list[Place]] = {name: [] for name in self._scorers}
         self._ungraded: list[Place] = []
 
@@ -158,8 +158,8 @@ class LiveTrees:
         for rows in self._annotations:
             rows.forget(oldest)
 
-    def complete(self, trees: Iterable[RolloutTree]) -> None:
-        """Make sure that trees owe no scores and no grades; note those that are not closed in the store (`keep_open`).
+    def begin(self, trees: Iterable[RolloutTree]) -> None:
+        """Take trees that episodes begin in; those that are not closed are noted in the store (`keep_open`).
 
         Scores and grades that are missing are noted here and come with the next `score` and `grade`.
         """
