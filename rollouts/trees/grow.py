@@ -147,6 +147,34 @@ def load_trees(
             rows.forget(keys)
 
 
+class Failures:
+    """Counts the first requests of each role, to refuse a run in which a large share of them fails."""
+
+    def __init__(self, table: Table) -> None:
+        """Name the step table."""
+        self._store = table.directory.parent
+        self._answered: Counter[str] = Counter()
+        self._failed: Counter[str] = Counter()
+        self._reason: dict[str, str] = {}  # of the last failure by role
+
+    def count(self, role: str, generation: Generation) -> None:
+        """Count an answer."""
+        self._answered[role] += 1
+        if generation.steps[-1].stop_reason is StopReason.FAILED:
+            self._failed[role] += 1
+            self._reason[role] = generation.reason[:_REASON] or "no reason given"
+
+    def refuse(self, role: str, least: int = _JUDGED, share: float = _MOST_FAILED) -> None:
+        """Raise BackendError if this share of a role's first requests has failed: a setting must be wrong."""
+        answered, failed = self._answered[role], self._failed[role]
+        if least <= answered <= _FIRST and failed >= share * answered:
+            raise BackendError(
+                f"{role}: {failed} of its first {answered} requests failed and are stored as failed steps (the last: "
+                f"{self._reason[role]}). Mend the cause; after `python -m rollouts repair {self._store} --drop-failed` "
+                "the same command asks again."
+            )
+
+
 class Grower:
     """Grows many trees at once: as soon as an answer makes a proposal askable, it is asked for.
 
@@ -186,9 +214,7 @@ class Grower:
         self._answers: queue.SimpleQueue[tuple[RolloutTree, Want, Future[Generation]]] = queue.SimpleQueue()
         self._pending: Counter[int] = Counter()
         self._waiting: deque[tuple[RolloutTree, Want]] = deque()  # for what the budget has left
-        self._answered: Counter[str] = Counter()  # by role
-        self._failed: Counter[str] = Counter()
-        self._reason: dict[str, str] = {}  # of the last failure by role
+        self._failures = Failures(buffer.table)
         self._large_under_way = 0
         self._longest: float = math.inf  # large step so far; before the first one there is one request at a time
 
@@ -222,7 +248,7 @@ class Grower:
                     if taken:
                         continue  # all of these were closed already; there may be more
                     for role in self.writers:
-                        self._refuse_failures(role, least=_FEWEST_FAILURES, share=1.0)
+                        self._failures.refuse(role, least=_FEWEST_FAILURES, share=1.0)
                     return open_trees
                 if self.on_progress and time.monotonic() - told > 1.0:
                     told = time.monotonic()
@@ -232,7 +258,7 @@ class Grower:
                 except queue.Empty:
                     continue
                 self._take(tree, want, future.result())
-                self._refuse_failures(want.role, least=_JUDGED, share=_MOST_FAILED)
+                self._failures.refuse(want.role)
                 for touched in dict.fromkeys((tree, *self._give_up())):
                     if not self._pending[id(touched)]:
                         open_trees += self._finish(active, touched)
@@ -243,17 +269,6 @@ class Grower:
             self.buffer.flush()
             if self.on_progress:
                 self.on_progress(self.progress)
-
-    def _refuse_failures(self, role: str, least: int, share: float) -> None:
-        """Raise if this share of a role's first requests has failed: that is no accident but a wrong setting."""
-        answered, failed = self._answered[role], self._failed[role]
-        if least <= answered <= _FIRST and failed >= share * answered:
-            store = self.buffer.table.directory.parent
-            raise BackendError(
-                f"{role}: {failed} of its first {answered} requests failed and are stored as failed steps (the last: "
-                f"{self._reason[role]}). Mend the cause; after `python -m rollouts repair {store} --drop-failed` "
-                "the same `generate` asks again."
-            )
 
     def _salvage(self) -> None:
         """Record the answers that are there already when the run breaks off."""
@@ -321,10 +336,7 @@ class Grower:
         """Insert an answer; return the nodes at which something may have become askable."""
         self._pending[id(tree)] -= 1
         self.progress.under_way -= 1
-        self._answered[want.role] += 1
-        if generation.steps[-1].stop_reason is StopReason.FAILED:
-            self._failed[want.role] += 1
-            self._reason[want.role] = generation.reason[:_REASON] or "no reason given"
+        self._failures.count(want.role, generation)
         if want.role == LARGE:
             self._large_under_way -= 1
             self._longest = max(generation.decoded, 0 if self._longest == math.inf else self._longest)

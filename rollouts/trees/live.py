@@ -21,7 +21,7 @@ from rollouts.tasks.grading import Grader
 from rollouts.tasks.problems import Problem
 from rollouts.text.steps import LARGE, ROLES, SMALL
 from rollouts.trees.annotate import ask_all, attach, grade_places, is_left, paths, score_paths
-from rollouts.trees.grow import Labeller, StepBuffer, load_trees
+from rollouts.trees.grow import Failures, Labeller, StepBuffer, load_trees
 from rollouts.trees.signals import Signals
 from rollouts.trees.tree import Place, RolloutTree
 
@@ -102,6 +102,7 @@ class LiveTrees:
         self.generated = generated if generated is not None else Generated()
         self.max_large_tokens = max_large_tokens
         self.on_progress = on_progress
+        self._failures = Failures(store.steps)
         self._told = -math.inf
         self._longest = math.inf  # large step so far
         self._max_escalations: int | None = store.manifest["process"]["max_escalations"]
@@ -183,6 +184,7 @@ class LiveTrees:
 
         Raises:
             BudgetSpent: The large model would have to be asked, and has decoded its tokens.
+            BackendError: A model is gone, or half of a role's first requests fail.
         """
         asked = {
             (tree.key, node.key, role): (tree, node, role) for tree, node, role in places if role not in node.proposals
@@ -204,6 +206,8 @@ class LiveTrees:
             self._tell()
             self._note(tree.places() if tree.relaxed else ((tree, found, role) for found, _ in new))
             tree.relaxed = False
+            self._failures.count(role, generation)
+            self._failures.refuse(role)
 
         for portion in self._portions(list(asked.values())):
             ask_all(portion, ask, take)

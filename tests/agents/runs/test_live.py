@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from rollouts.cli.inspect import Stats
 from rollouts.errors import BackendError, ConfigError, StoreError
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
-from rollouts.text.steps import LARGE, ROLES, SMALL
+from rollouts.text.steps import LARGE, ROLES, SMALL, StopReason
 from rollouts.trees.annotate import grade_store, score_store
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import Grower, StepBuffer, load_trees
@@ -304,6 +305,22 @@ def test_a_scorer_that_is_gone_is_named_and_what_was_written_is_kept(tmp_path, m
     assert len(steps(store)) > had
     family = models()
     assert train_command.main(["--resume", str(tmp_path / "run")]) == 0
+
+
+class Failing(AbleLarge):
+    def step(self, prefix, steps):
+        return replace(super().step(prefix, steps), text="", stop_reason=StopReason.FAILED)
+
+
+def test_requests_that_always_fail_end_it(tmp_path, models, capsys, monkeypatch):
+    store, family = half_made(tmp_path / "s"), models()
+    monkeypatch.setattr(
+        family, "open", lambda role, store: nullcontext((Failing if role == LARGE else AbleLarge)(role))
+    )
+    assert train_command.main(arguments(store, tmp_path / "run")) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "large: 20 of its first 20 requests failed" in said and "--drop-failed` the same command asks again." in said
+    assert sum("failed" in each for each in steps(store)) >= 20
 
 
 def test_what_it_cannot_do_is_refused_in_one_line(tmp_path, models, capsys):
