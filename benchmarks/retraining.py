@@ -12,7 +12,7 @@ What another training seed changes: `benchmarks.routers`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,13 +20,11 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from agents.evaluation.curves import Curve
 from agents.evaluation.splits import Validation
 from agents.evaluation.walk import references, run
 from agents.learners.loop import Trainable, checked_at, learner
 from agents.learners.settings import PPOSettings, SeqSettings
 from agents.report.walks import follow
-from agents.routers.base import AnyRouter
 from agents.routers.mlp import at
 from agents.runs.config import TrainConfig
 from agents.runs.run import automatic_lams
@@ -36,7 +34,7 @@ from rollouts.family import Family
 from rollouts.trees.compile import compile_store
 from trim_env.episodes import Lam
 from trim_env.features import DEFAULT_SCHEMA
-from trim_env.tables import DecisionTables, decision_tables
+from trim_env.tables import decision_tables
 
 KEPT = (1, 2, 4, 8, 16)
 KINDS: dict[str, PPOSettings] = {
