@@ -26,8 +26,6 @@ from agents.learners.loop import Trainable, checked_at, learner
 from agents.learners.settings import PPOSettings, SeqSettings
 from agents.report.walks import follow
 from agents.routers.mlp import at
-from agents.runs.config import TrainConfig
-from agents.runs.run import automatic_lams
 from benchmarks.methods import RANGE, Data, fit, heading, write
 from rollouts.config import load_family
 from rollouts.family import Family
@@ -70,7 +68,7 @@ def scorer(settings: Settings) -> list[str]:
     """Say how many tokens the reward model reads for a solution of the default agent, one request for each decision."""
     trees, prompts = compile_store(settings.rollouts), Family(load_family("tinymath")).reward_prompts
     tables = decision_tables(trees, "validation")
-    fitted = fit("TRIM-Agg, λ range", Data.of(trees), 0, automatic_lams(trees, TrainConfig(rollouts=settings.rollouts)))
+    fitted = fit("TRIM-Agg, λ range", Data.of(trees), 0)
     assert prompts is not None and not isinstance(fitted, str)
     spared = float(references(tables).large.large_tokens.mean())
     lines = [
@@ -156,7 +154,7 @@ def endings(settings: Settings) -> list[str]:
 def main() -> None:
     """Run the study."""
     settings = tyro.cli(Settings, description=__doc__)
-    lines = heading("Training again, and the scorer", "retraining")
+    lines = heading("Which policy of a training, and what the scorer costs", "retraining")
     for part in settings.parts:
         lines += [*(endings(settings) if part == "endings" else scorer(settings)), ""]
     write("\n".join(lines), settings.out)
