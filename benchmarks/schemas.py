@@ -72,7 +72,7 @@ def main() -> None:
     lines += [
         f"`exact` for λ from {RANGE[0]:g} to {RANGE[1]:g}, one training; test split of `{settings.rollouts}`, costs in "
         f"% of always-large's tokens; CPT(80 %) against `{AGAINST}` in %, 95 %, paired; seconds of processor time.",
-        "`free` reads no reward model, `prefill` and `all` have the large model read every proposal, which is not counted.",
+        "`free` reads no reward model; `prefill` and `all` have the large model read every proposal: not counted.",
         "",
         "| schema | " + " | ".join(f"CPT({x} %)" for x in CPTS) + " | accuracy at 10 % | against `agg+` | seconds |",
         "|---|" + "---:|" * 6,
