@@ -48,15 +48,17 @@ class ProgressBar(Listener):
         self._progress = Progress(*columns, TextColumn("{task.fields[figures]}"), console=self.console)
         self._task: Any = None
         self._models: Any = None
+        if self.console.is_terminal:
+            self._add("getting ready", total=None)
 
     def compiling(self, trees: int) -> None:
         """Count compiled trees."""
         if self._task is None:
-            self._add("compiling trees", total=None)
-        self._progress.advance(self._task, trees)
+            self._add("getting ready", total=None)
+        self._progress.update(self._task, description="compiling trees", advance=trees)
 
     def _add(self, name: str, **size: Any) -> None:
-        self._progress.start()  # not before there is something to show
+        self._progress.start()
         self._task = self._progress.add_task(name, figures="", **size)
 
     def _finish_task(self) -> None:
@@ -109,6 +111,7 @@ class ProgressBar(Listener):
 
     def close(self) -> None:
         """End the display."""
+        self._finish_task()
         if self._progress.live.is_started:
             self._progress.stop()
 
@@ -124,9 +127,9 @@ def main(arguments: list[str] | None = None) -> int:
     listener: ProgressBar | None = None
     try:
         given = tyro.cli(Resume if resuming else TrainConfig, args=arguments, description=__doc__)
+        listener = ProgressBar()
         from agents.runs.run import resume, train  # not for --help: it takes seconds
 
-        listener = ProgressBar()
         if isinstance(given, Resume):
             trained = resume(given.resume, listener, given.imports)
         else:

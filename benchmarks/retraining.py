@@ -1,18 +1,18 @@
-"""What another training seed changes, which policy of a training to keep, and what the scorer costs; on validation.
+"""Which policy of a training to keep, and what the scorer costs; on validation.
 
     python -m benchmarks.retraining --out results/retraining.md
     python -m benchmarks.retraining --parts endings --kinds ppo-agg --seeds 6    # a piece of it
-    python -m benchmarks.retraining --parts scorer --seeds 1
+    python -m benchmarks.retraining --parts scorer
 
-``spread``: for every seed routers as `train.py` makes them by default; metrics of their curve on all of validation
-(restarts of a training are decided on half of it). ``endings``: trainings of one attempt; the return of the checkpoint
+``endings``: trainings of one attempt; the return of the checkpoint
 that is best on one half of validation, on the other half, mean over both ways round, beside that of the mean of the
 last k policies on both halves, which chooses nothing. ``scorer``: tokens that the reward model reads for a solution.
+What another training seed changes: `benchmarks.routers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,23 +20,19 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from agents.evaluation.curves import Curve
 from agents.evaluation.splits import Validation
 from agents.evaluation.walk import references, run
 from agents.learners.loop import Trainable, checked_at, learner
 from agents.learners.settings import PPOSettings, SeqSettings
 from agents.report.walks import follow
-from agents.routers.base import AnyRouter
 from agents.routers.mlp import at
-from agents.runs.config import TrainConfig
-from agents.runs.run import automatic_lams
 from benchmarks.methods import RANGE, Data, fit, heading, write
 from rollouts.config import load_family
 from rollouts.family import Family
 from rollouts.trees.compile import compile_store
 from trim_env.episodes import Lam
 from trim_env.features import DEFAULT_SCHEMA
-from trim_env.tables import DecisionTables, decision_tables
+from trim_env.tables import decision_tables
 
 KEPT = (1, 2, 4, 8, 16)
 KINDS: dict[str, PPOSettings] = {
@@ -44,7 +40,7 @@ KINDS: dict[str, PPOSettings] = {
     "ppo-agg, λ range": PPOSettings(),
     "ppo-seq": SeqSettings(),
 }
-Part = Literal["spread", "endings", "scorer"]
+Part = Literal["endings", "scorer"]
 
 
 @dataclass(frozen=True)
@@ -53,14 +49,14 @@ class Settings:
 
     Attributes:
         parts: What to measure.
-        seeds: Number of training seeds.
+        seeds: Number of training seeds of the endings.
         kinds: Learners whose endings are compared.
         lams: λ of those.
         rollouts: The store.
         out: Where to write the report; default: print only.
     """
 
-    parts: tuple[Part, ...] = ("spread", "scorer", "endings")
+    parts: tuple[Part, ...] = ("scorer", "endings")
     seeds: int = 6
     kinds: tuple[str, ...] = tuple(KINDS)
     lams: tuple[float, ...] = (1.1e-3, 3e-3, 8.5e-3)
@@ -68,49 +64,18 @@ class Settings:
     out: Path | None = None
 
 
-def trained(settings: Settings) -> list[dict[float, AnyRouter]]:
-    """Return the routers of every seed by λ, as `train.py` makes them by default."""
-    data = Data.of(compile_store(settings.rollouts))
-    lams = automatic_lams(data.trees, TrainConfig(rollouts=settings.rollouts))
-    found = [fit("TRIM-Agg", data, seed, lams) for seed in range(settings.seeds)]
-    return [each.routers for each in found if not isinstance(each, str)]
-
-
-def spread(tables: DecisionTables, seeds: Sequence[dict[float, AnyRouter]]) -> list[str]:
-    """Say how the default agent's curve differs from seed to seed."""
-    both = references(tables)
-    curves = [Curve.of([(lam, run(each, tables)) for lam, each in routers.items()], both) for routers in seeds]
-    lines = [
-        "| metric | " + " | ".join(f"seed {seed}" for seed in range(len(seeds))) + " | mean | standard deviation |"
-    ]
-    lines.append("|---|" + "---:|" * (len(seeds) + 2))
-    metrics: dict[str, Callable[[Curve], float]] = {
-        "CPT(80 %), % of always-large's cost": lambda curve: 100 * float(curve.cpt(80)),
-        "accuracy at 10 % of always-large's cost, %": lambda curve: 100 * float(curve.accuracy_at(np.array([0.1]))[0]),
-    }
-    for name, metric in metrics.items():
-        values = [metric(curve) for curve in curves]
-        cells = [f"{value:.1f}" for value in (*values, np.mean(values))]
-        lines.append(f"| {name} | {' | '.join(cells)} | {np.std(values, ddof=1):.2f} |")
-    return [
-        "## Another seed",
-        "",
-        f"`ppo-agg` by default, λ = {', '.join(f'{lam:g}' for lam in seeds[0])}.",
-        "",
-        *lines,
-    ]
-
-
-def scorer(tables: DecisionTables, routers: dict[float, AnyRouter]) -> list[str]:
+def scorer(settings: Settings) -> list[str]:
     """Say how many tokens the reward model reads for a solution of the default agent, one request for each decision."""
-    trees, prompts = tables.trees, Family(load_family("tinymath")).reward_prompts
-    assert prompts is not None
+    trees, prompts = compile_store(settings.rollouts), Family(load_family("tinymath")).reward_prompts
+    tables = decision_tables(trees, "validation")
+    fitted = fit("TRIM-Agg, λ range", Data.of(trees), 0)
+    assert prompts is not None and not isinstance(fitted, str)
     spared = float(references(tables).large.large_tokens.mean())
     lines = [
         "| λ | decisions | large tokens | saved | read, whole path each time | read, prefixes cached | read / saved |"
     ]
     lines.append("|---:|" + "---:|" * 6)
-    for lam, router in routers.items():
+    for lam, router in fitted.routers.items():
         paths = follow(router, tables)
         whole = new = 0
         for tree, rows, actions in zip(tables.indices, paths.rows.tolist(), paths.actions.tolist(), strict=True):
@@ -189,14 +154,9 @@ def endings(settings: Settings) -> list[str]:
 def main() -> None:
     """Run the study."""
     settings = tyro.cli(Settings, description=__doc__)
-    lines = heading("Training again, and the scorer", "retraining")
-    tables = decision_tables(settings.rollouts, "validation")
-    seeds = trained(settings) if {"spread", "scorer"} & {*settings.parts} else []
+    lines = heading("Which policy of a training, and what the scorer costs", "retraining")
     for part in settings.parts:
-        if part == "endings":
-            lines += [*endings(settings), ""]
-        else:
-            lines += [*(spread(tables, seeds) if part == "spread" else scorer(tables, seeds[0])), ""]
+        lines += [*(endings(settings) if part == "endings" else scorer(settings)), ""]
     write("\n".join(lines), settings.out)
 
 

@@ -3,12 +3,14 @@
     python -m benchmarks.routers --out results/routers
 
 Learned routers are one policy for a range of λ; outcomes are averaged over the seeds, problem by problem. Differences
-are paired on the test problems. The best router is named by validation, not by the test.
+are paired on the test problems. The best router is named by validation, not by the test. How much another training
+seed changes is said as well.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +54,7 @@ class Settings:
         out: Report, without suffix; default: print only.
     """
 
-    seeds: int = 3
+    seeds: int = 5
     rollouts: str = "quickstart"
     processes: int = 2
     out: Path | None = None
@@ -118,7 +120,7 @@ def report(settings: Settings, cells: list[Cell]) -> str:
     lines = heading("All routers side by side", "routers")
     lines += [
         f"Test split of `{settings.rollouts}`; learned routers: {settings.seeds} seeds. Costs in % of always-large's "
-        "tokens; seconds of processor time for all operating points together.",
+        "tokens; seconds of processor time (one thread) for all operating points together.",
         "",
         "| router | " + " | ".join(f"CPT({x} %)" for x in CPTS) + " | ΔIBC | "
         + " | ".join(f"accuracy at {100 * c:g} %" for c in LOW) + " | seconds |",
@@ -129,6 +131,7 @@ def report(settings: Settings, cells: list[Cell]) -> str:
         row = [f"{100 * float(curve.cpt(x)):.1f}" for x in CPTS]
         row += [f"{float(curve.delta_ibc()):.2f}", *(f"{100 * float(a):.1f}" for a in curve.accuracy_at(LOW))]
         lines.append(f"| `{method}` | {' | '.join(row)} | {np.median([cell.seconds for cell in own]):.1f} |")
+    lines += ["", *_over_seeds(by_method, both, choosing)]
     best = _best_on_validation(by_method, choosing)
     lines += ["", f"Named best on validation, by CPT(80 %): `{best}`. Paired differences of CPT in %, 95 %:", ""]
     for method in METHODS:
@@ -142,6 +145,20 @@ def report(settings: Settings, cells: list[Cell]) -> str:
         if method != "pomdp":
             lines.append(f"- `{method}`: {_low(points['pomdp'], points[method], both, weights)}")
     return "\n".join([*lines, ""])
+
+
+def _over_seeds(by_method: dict[str, list[Cell]], both: References, choosing: References) -> list[str]:
+    """Return a table of what single trainings come to."""
+    lines = ["One training each: mean and standard deviation over the seeds, least to greatest.", ""]
+    lines += ["| router | CPT(80 %), one training | accuracy at 10 %, one training |", "|---|---:|---:|"]
+    for method in LEARNED:
+        curves = [Curve.of(combined([cell], choosing), both) for cell in by_method[method]]
+        values = 100 * np.array([[float(curve.cpt(80)), float(curve.accuracy_at(LOW)[-1])] for curve in curves]).T
+        cells = [
+            f"{each.mean():.1f} ± {each.std(ddof=1):.1f} ({each.min():.1f} to {each.max():.1f})" for each in values
+        ]
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    return lines
 
 
 def _best_on_validation(by_method: dict[str, list[Cell]], both: References) -> str:
@@ -167,6 +184,7 @@ def main() -> None:
     from rich.progress import track
 
     settings = tyro.cli(Settings, description=__doc__)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what is spawned: more threads only wait for each other
     compile_store(settings.rollouts)
     tasks = [(m, seed, settings.rollouts) for m in METHODS for seed in range(settings.seeds if m in LEARNED else 1)]
     with multiprocessing.get_context("spawn").Pool(settings.processes) as pool:

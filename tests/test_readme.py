@@ -10,6 +10,7 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
@@ -127,6 +128,21 @@ def test_every_command_is_understood(line, monkeypatch):
         assert (ROOT / words[1]).is_file(), line
     else:
         assert words[0] in OTHERS, line
+
+
+def test_the_quickstart_trains_both_routers_and_evaluates_them(monkeypatch):
+    make = ["make", "--dry-run", "--directory", str(ROOT), "--old-file", "install", "quickstart", "OUT=runs/it"]
+    lines = subprocess.run(make, capture_output=True, text=True, check=True).stdout.splitlines()
+    commands = [line.replace(".venv/bin/", "") for line in lines if line.startswith(".venv/bin/python ")]
+    parsed_only(monkeypatch)
+    found = []
+    for main, arguments in map(our_command, commands):
+        with pytest.raises(Parsed) as caught:
+            main(arguments)
+        found.append(caught.value.args[0])
+    *trained, evaluated = found
+    assert [each.agent for each in trained] == ["exact", "ppo-agg"]
+    assert [each.out for each in trained] == list(evaluated.runs) and evaluated.split == "test"
 
 
 def test_an_unknown_flag_is_not_understood(monkeypatch, capsys):

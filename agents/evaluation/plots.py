@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, GREY, GRID = "#222222", "#767676", "#E3E3E3"
+LABELS = {
+    "trim-agg": "PPO (trim-agg)",
+    "trim-seq": "PPO (trim-seq)",
+    "trim-thr": "threshold (trim-thr)",
+    "oracle": "oracle, by hindsight",
+}
+"""What legends call routers whose names tell little."""
 SIZE = (12.0, 6.75)  # 16:9 in inches
 DPI = 200
 
@@ -59,7 +66,7 @@ def cost_accuracy(
     _limits(axes, drawn)
     _draw_references(axes, methods[0])
     if any(not point.on_curve for method in methods for point in method.points):
-        axes.plot([], [], "o", markerfacecolor="white", color=GREY, markersize=8, label="not on the hull")
+        axes.plot([], [], "o", markerfacecolor="white", color=GREY, markersize=5, alpha=0.5, label="not on the hull")
     _style(axes)
     axes.set_xlabel("Large-model tokens, % of always-large", fontsize=15, color=INK)
     axes.set_ylabel("Accuracy, %", fontsize=15, color=INK)
@@ -145,10 +152,11 @@ def _draw_method(axes: Axes, method: MethodSummary, colour: str, marker: str) ->
         chosen = [point.metrics for point in method.points if point.on_curve == on_curve]
         x, y = ([100 * metrics[name].value for metrics in chosen] for name in ("c", "accuracy"))
         axes.plot(
-            x, y, marker, color=colour, markersize=8, zorder=4, markeredgewidth=1.2,
+            x, y, marker, color=colour, markersize=8 if on_curve else 5, zorder=4, markeredgewidth=1.2,
             markerfacecolor=colour if on_curve else "white", markeredgecolor="white" if on_curve else colour,
+            alpha=1 if on_curve else 0.5,
         )  # fmt: skip
-    axes.plot([], [], "-", marker=marker, color=colour, linewidth=2.4, markersize=8, label=plot(method.name))
+    axes.plot([], [], "-", marker=marker, color=colour, linewidth=2.4, markersize=8, label=_label(method))
 
 
 def _draw_oracle(axes: Axes, oracle: MethodSummary) -> None:
@@ -156,8 +164,12 @@ def _draw_oracle(axes: Axes, oracle: MethodSummary) -> None:
     x, y = ([100 * point.metrics[name].value for point in oracle.points] for name in ("c", "accuracy"))
     axes.plot(
         x, y, "--", marker="*", markevery=(len(x) - 1) // 6 + 1, color=GREY, markersize=15, markeredgecolor="white",
-        linewidth=1.6, label=oracle.name,
+        linewidth=1.6, label=_label(oracle),
     )  # fmt: skip
+
+
+def _label(method: MethodSummary) -> str:
+    return LABELS.get(method.name) or plot(method.name)
 
 
 def _draw_references(axes: Axes, method: MethodSummary) -> None:

@@ -175,7 +175,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         methods=summaries,
         **bounds,
         at_lam=_at_lam(methods, candidates, split, weights),
-        sentences=_sentences(list(methods), swept, curves, both, weights),
+        sentences=(_at_budget(summaries), *_sentences(list(methods), swept, curves, both, weights)),
         subject=subject,
     )
 
@@ -275,6 +275,16 @@ def _at_lam(
     return tuple(AtLam(*row, float(p)) for row, p in zip(rows, corrected, strict=True))
 
 
+def _at_budget(summaries: Sequence[MethodSummary]) -> str:
+    """Say what a budget of 20 % buys."""
+    first, *others = (f"{100 * each.metrics['accuracy_at_20'].value:.1f} % by {each.name}" for each in summaries)
+    small, large = (100 * each["accuracy"].value for each in (summaries[0].small, summaries[0].large))
+    return (
+        f"Problems solved at 20 % of always-large's cost: {first}, {', '.join(others)}; always-small solves "
+        f"{small:.1f} %, always-large {large:.1f} %."
+    )
+
+
 def _sentences(
     trained: list[str], swept: str, curves: dict[str, Method], both: References, weights: Any
 ) -> tuple[str, ...]:
@@ -301,5 +311,6 @@ def save(evaluation: Evaluation, folder: Path) -> list[Path]:
     dataset = f"{Path(subject['rollouts']).name}, {subject['split']}"
     if caps := limits(subject):
         dataset += f", {caps}"
-    pictures = cost_accuracy(evaluation.methods, dataset, folder / "curve", evaluation.oracle)
+    drawn = [method for method in evaluation.methods if method.name != RANDOM]  # it is the line of random mixing
+    pictures = cost_accuracy(drawn, dataset, folder / "curve", evaluation.oracle)
     return [*(folder / name for name in texts), *pictures]

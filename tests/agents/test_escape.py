@@ -13,7 +13,7 @@ import evaluate as evaluate_command
 import train as train_command
 from agents import __main__ as command
 from agents import escape
-from agents.evaluation.curves import References
+from agents.evaluation.curves import Method, References
 from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.plots import cost_accuracy
 from agents.evaluation.table import headline_rows, rich_table, summarise, to_csv, to_markdown
@@ -52,7 +52,7 @@ def outcomes(seed):
 @pytest.fixture(scope="module")
 def summary():
     both = References(outcomes(0), outcomes(3))
-    return summarise(EVIL, [(0.5, outcomes(1)), (0.6, outcomes(2))], both, resamples=50)
+    return summarise(EVIL, Method.whole([(0.5, outcomes(1)), (0.6, outcomes(2))]), both, resamples=50)
 
 
 def test_tables_of_every_kind(summary):
@@ -110,6 +110,15 @@ def test_verdicts_of_a_training(capsys):
     printed = capsys.readouterr().err
     assert printed.startswith("λ = 0.003 (2 attempts): [+0.1, -0.2] =HYPERLINK") and "[red]" in printed
     assert "\x1b" not in printed
+
+
+def test_a_training_tells_at_once_that_it_is_under_way(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    bar = train_command.ProgressBar()
+    assert "getting ready" in capsys.readouterr().err
+    bar.compiling(7)
+    bar.close()
+    assert "compiling trees" in capsys.readouterr().err
 
 
 def test_errors(tmp_path, capsys):

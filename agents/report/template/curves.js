@@ -71,6 +71,7 @@ function startCurves() {
     ...rows.map((row) => row.button),
     el("p", { class: "key" }, el("span", { class: "dash mixing" }), "by mixing with always-large"),
     el("p", { class: "key" }, el("span", { class: "dash random" }), "random mixing of the two models"),
+    el("p", { class: "key" }, "Open marks are not on the hull: no budget uses them."),
   );
 
   const visible = () => data.methods.map((method, i) => ({ method, i })).filter(({ method }) => !hidden.has(method.name));

@@ -111,7 +111,9 @@ def test_two_runs_are_compared_on_paired_problems(finished, store, tmp_path):
     found = evaluate(EvaluateConfig((tmp_path / "large", finished), str(store)))
     names = [method.name for method in found.methods]
     assert names[:2] == ["always-large", "trim-agg"] and trees.meta["hash"] == found.subject["hash"]
-    assert len(found.sentences) == 3
+    assert len(found.sentences) == 4
+    bought = [f"{100 * method.metrics['accuracy_at_20'].value:.1f} % by {method.name}" for method in found.methods]
+    assert found.sentences[0].startswith(f"Problems solved at 20 % of always-large's cost: {', '.join(bought)};")
     assert all(sentence.endswith(".") for sentence in found.sentences)
     save(found, tmp_path / "out")
 
