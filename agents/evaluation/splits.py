@@ -199,10 +199,10 @@ class Candidates:
             return []
         tables, forest = self._grown
         schema = schema_named(DEFAULT_SCHEMA).id
-        return [_two_numbers(tables, forest, lam), linear_rule(forest, schema, lam, tables.max_large_tokens)]
+        return [two_numbers(tables, forest, lam), linear_rule(forest, schema, lam, tables.max_large_tokens)]
 
 
-def _two_numbers(tables: DecisionTables, forest: Forest, lam: float) -> TwoNumbers:
+def two_numbers(tables: DecisionTables, forest: Forest, lam: float) -> TwoNumbers:
     """Return the two-number rule with the greatest return on some trees, of a grid of quantiles."""
     score, least = tables.in_schema("agg")[forest.graph.rows, :2].T
     uppers = [*np.unique(np.quantile(score, np.linspace(0, 1, 48))), np.nextafter(score.max(), np.float32(np.inf))]

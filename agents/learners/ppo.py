@@ -69,7 +69,8 @@ class PPOAgg:
             n_steps=settings.n_steps,
             batch_size=min(settings.batch_size, settings.num_envs * settings.n_steps),
             n_epochs=settings.n_epochs,
-            learning_rate=lambda _: settings.learning_rate * (1 - 0.9 * self.progress),
+            learning_rate=lambda _: settings.learning_rate * (1 - 0.9 * self._annealed),
+            normalize_advantage=settings.normalize,
             clip_range=settings.clip_range,
             gamma=1.0,
             gae_lambda=settings.gae_lambda,
@@ -94,6 +95,10 @@ class PPOAgg:
         return self.iteration / self.settings.iterations
 
     @property
+    def _annealed(self) -> float:
+        return self.progress if self.settings.anneal else 0.0
+
+    @property
     def done(self) -> bool:
         """Whether all iterations are done."""
         return self.iteration >= self.settings.iterations
@@ -101,7 +106,7 @@ class PPOAgg:
     def iterate(self) -> dict[str, float]:
         """Collect and learn once; return what is to be logged."""
         self.env.lam_share = self.settings.lam_share(self.iteration)
-        self.learner.ent_coef = self.settings.entropy * (1 - self.progress)
+        self.learner.ent_coef = self.settings.entropy * (1 - self._annealed)
         self.learner.ep_info_buffer = None  # a fresh one: figures are those of this iteration
         self.learner.learn(self._steps, log_interval=None, reset_num_timesteps=self.iteration == 0)
         self.iteration += 1

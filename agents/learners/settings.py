@@ -22,6 +22,8 @@ class PPOSettings:
         hidden: Units of each of the two tanh layers, of policy and value function alike.
         learning_rate: At the start; it falls linearly to a tenth.
         entropy: Weight of the entropy bonus at the start; it falls linearly to 0.
+        anneal: Whether these two fall.
+        normalize: Whether advantages are brought to mean 0 and deviation 1 in every minibatch.
         lam_start: Share of λ that the training begins with.
         lam_ramp: Share of the rounds over which it rises to λ.
         num_envs: Episodes that run side by side.
@@ -38,6 +40,8 @@ class PPOSettings:
     hidden: Count = 32
     learning_rate: Positive = 5e-3
     entropy: NotNegative = 0.003
+    anneal: bool = True
+    normalize: bool = True
     lam_start: Annotated[float, Field(gt=0, le=1)] = 0.2
     lam_ramp: Annotated[float, Field(ge=0, lt=1)] = 0.2
     num_envs: Count = 1024

@@ -57,6 +57,19 @@ def test_ppo_solves_a_problem_whose_answer_is_known(trees):
     assert record["train/return"] > best - 0.1  # sampled, so a little below
 
 
+@pytest.mark.parametrize("anneal", [True, False])
+def test_learning_rate_entropy_and_advantages_are_as_asked_for(trees, anneal):
+    settings = replace(SMALL, iterations=2, learning_rate=0.01, entropy=0.02, anneal=anneal, normalize=anneal)
+    learner = PPOAgg(decision_tables(trees, "train"), 0.001, settings, seed=0)
+    rates, entropies = [], []
+    while not learner.done:
+        rates.append(learner.iterate()["train/learning_rate"])
+        entropies.append(learner.learner.ent_coef)
+    assert rates == pytest.approx([0.01, 0.0055 if anneal else 0.01])
+    assert entropies == pytest.approx([0.02, 0.01 if anneal else 0.02])
+    assert learner.learner.normalize_advantage is anneal
+
+
 def test_the_router_is_the_policy_that_was_trained(trees):
     import torch
 

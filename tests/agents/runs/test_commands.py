@@ -25,6 +25,7 @@ from agents.learners.settings import ExactSettings, PPOSettings
 from agents.routers import artefact
 from agents.routers.base import Constant, Threshold
 from agents.runs.config import TrainConfig, from_plain
+from benchmarks.rungs import PAPER, PAPER_RUNG
 from rollouts.config import as_plain
 from rollouts.errors import ConfigError
 from rollouts.trees.compile import compile_store
@@ -222,6 +223,17 @@ def test_the_sweep_file_names_settings_that_exist():
     tyro.cli(TrainConfig, args=arguments)
 
 
+def test_the_papers_settings_are_those_of_the_ladder():
+    """The flags that docs/routers.md names."""
+    text = (ROOT / "docs" / "routers.md").read_text("utf-8").replace("\\\n", " ")
+    (flags,) = re.findall(r"^python train.py (.*--ppo.no-anneal.*?)(?: #.*)?$", text, re.MULTILINE)
+    config = tyro.cli(TrainConfig, args=flags.split())
+    assert (config.ppo, config.schema, config.attempts) == (PAPER, PAPER_RUNG.schema, 1)
+    told = {"hidden": 128, "learning_rate": 1e-4, "entropy": 0.01, "clip_range": 0.2, "gae_lambda": 0.95}
+    assert told.items() <= vars(PAPER).items()  # arXiv 2601.10245
+    assert not (PAPER.anneal or PAPER.normalize) and PAPER.lam_share(0) == 1
+
+
 def test_settings_of_earlier_runs_are_read(tmp_path):
     """As config.json had them at commit 30945b0; what is unknown or damaged is named."""
     plain = json.loads((ROOT / "tests" / "agents" / "runs" / "config-of-30945b0.json").read_text())
@@ -230,7 +242,8 @@ def test_settings_of_earlier_runs_are_read(tmp_path):
     assert config.exact == ExactSettings(rule="mlp")
     assert config.lam_range == (3e-4, 1e-2) and config.lam == () and config.ppo == PPOSettings()
     now = as_plain(config)
-    assert now["ppo"].pop("start") == now["seq"].pop("start") == "random"
+    for name, default in (("start", "random"), ("anneal", True), ("normalize", True)):  # later ones
+        assert now["ppo"].pop(name) == now["seq"].pop(name) == default
     changed = {"agent": "tree-agg", "out": plain["out"], "tree": plain["tree"]}
     assert {**{name: value for name, value in now.items() if name != "exact"}, **changed} == plain
     for wrong, message in (

@@ -1,0 +1,277 @@
+"""The rungs of the ladder (`benchmarks.ladder`): what they see, how they are fitted and kept, and what they come to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from agents.evaluation.curves import Method, Points
+from agents.evaluation.forest import Forest
+from agents.evaluation.oracle import tree_oracle
+from agents.evaluation.outcomes import Floats, Outcomes
+from agents.evaluation.splits import Candidates, Validation, halves, two_numbers
+from agents.evaluation.walk import measured, references, run
+from agents.learners.exact import fit as fit_exact
+from agents.learners.exact import neighbours
+from agents.learners.loop import Training
+from agents.learners.pomdp.fit import estimate
+from agents.learners.ppo import PPOAgg
+from agents.learners.settings import ExactSettings, PPOSettings
+from agents.routers.artefact import load, save
+from agents.routers.base import AnyRouter
+from agents.routers.mlp import at
+from benchmarks.robustness import LAMS, average
+from rollouts.trees.arrays import Trees
+from rollouts.trees.compile import compile_store
+from trim_env.costs import CostModel, TokenPrices, cost_model
+from trim_env.tables import DecisionTables, decision_tables
+
+PAPER = PPOSettings(
+    hidden=128, learning_rate=1e-4, entropy=0.01, anneal=False, normalize=False, lam_start=1.0, lam_ramp=0.0
+)
+"""The paper's settings of TRIM-Agg; what it does not tell (batches, epochs, number of decisions) is ours."""
+PRICED = TokenPrices("signals charged", large_prefill=0.2, large_cached=0.02, scorer_prefill=0.02)
+"""In tokens that the large model decodes."""
+CLASS = "label.score,least(label.score),tokens,step,terminal,has_answer"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to route.
+
+    Attributes:
+        kind: ``threshold``, ``two numbers``, ``exact``, ``ppo``, ``paper``, ``pomdp`` or ``oracle``.
+        schema: What it sees.
+        rule: Of the exact learner.
+    """
+
+    kind: str
+    schema: str
+    rule: str = ""
+
+    @property
+    def name(self) -> str:
+        """As in tables."""
+        names = {"threshold": "TRIM-Thr", "ppo": "TRIM-Agg", "paper": "TRIM-Agg, the paper's settings"}
+        names |= {"pomdp": "TRIM-POMDP", "oracle": "tree oracle", "exact": self.rule}
+        return names.get(self.kind, self.kind)
+
+    @property
+    def reads(self) -> str:
+        """What it sees, in a word."""
+        return {CLASS: "exact class", "agg/1": "score"}.get(self.schema, self.schema)
+
+    @property
+    def told(self) -> str:
+        """Name and what it sees."""
+        return f"{self.name} on {self.reads}" if self.schema else self.name
+
+    @property
+    def group(self) -> str:
+        """Whose numbers it sees: ``score``, ``free``, ``prefill``, ``all``, ``exact class``, or none."""
+        table = self.reads.split(".")[0]
+        return {"agg": "score", "agg+": "score", "small": "free", "large": "prefill"}.get(table, table)
+
+
+SIGNALS = ("small.min_logprob", "small.mean_logprob", "small.max_entropy", "large.min_logprob", "large.mean_logprob")
+DEFAULT, POMDP, PAPER_RUNG = Rung("ppo", "agg+"), Rung("pomdp", "score"), Rung("paper", "agg")
+PRM, KNOWING = Rung("exact", "agg+", "quadratic"), Rung("exact", CLASS, "quadratic")
+RUNGS = (
+    *(Rung("threshold", schema) for schema in ("agg/1", *SIGNALS)),
+    Rung("two numbers", "agg/1"),
+    PAPER_RUNG,
+    POMDP,
+    DEFAULT,
+    *(Rung("exact", s, rule) for s in ("agg+", "free", "prefill", "all") for rule in ("linear", "quadratic", "mlp")),
+    KNOWING,
+    Rung("oracle", ""),
+)
+COSTS: dict[str, CostModel] = {"decode-only": cost_model("decode-only"), "priced": PRICED}
+UNPRICED = ("ppo", "paper", "pomdp")  # the POMDP knows large tokens alone; PPO would have to be trained again
+
+
+def rungs(cost: str) -> list[Rung]:
+    """Return those that are measured under a cost model."""
+    return [rung for rung in RUNGS if cost == "decode-only" or rung.kind not in UNPRICED]
+
+
+def labelled(trees: Trees) -> Trees:
+    """Return trees with whether steps are right as one more signal."""
+    right = np.where(trees.label < 0, np.float32("nan"), trees.label).astype(np.float32)
+    return replace(trees, signals={**trees.signals, "label.score": right})
+
+
+@cache
+def _trees(rollouts: str, split: str | None = None) -> Trees:
+    return labelled(compile_store(rollouts, split=split))
+
+
+@cache
+def _train(rollouts: str, schema: str, cost: str) -> DecisionTables:
+    return decision_tables(_trees(rollouts), "train", schema=schema or "agg+", cost=COSTS[cost])
+
+
+@cache
+def _validation(rollouts: str, schema: str, cost: str) -> Validation:
+    trees, kind = _trees(rollouts), {"schema": schema, "cost": COSTS[cost]}
+    return Validation(lambda indices: decision_tables(trees, indices=indices, **kind), trees)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A fit that is kept: of one rung, seed and λ; of the exact learner for all λ together."""
+
+    rung: Rung
+    cost: str
+    seed: int
+    lams: tuple[float, ...]
+
+    def place(self, fits: Path, lam: float) -> Path:
+        """Return where the router for a λ is kept."""
+        rung = self.rung
+        kind = "-".join(filter(None, [rung.kind, rung.rule, rung.reads.replace(" ", "-")]))
+        return fits / self.cost / kind / f"seed-{self.seed}" / f"lam-{lam:g}"
+
+    def done(self, fits: Path) -> bool:
+        """Return whether all its routers are there."""
+        return all((self.place(fits, lam) / "policy.json").exists() for lam in self.lams)
+
+    def fit(self, rollouts: str) -> dict[float, AnyRouter]:
+        """Return its routers by λ."""
+        rung, own = self.rung, (rollouts, self.rung.schema, self.cost)
+        key = (self.seed, *(LAMS.index(lam) for lam in self.lams))
+        seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        if rung.kind == "exact":
+            choice, found = _validation(*own).choice, dict[float, AnyRouter]()
+            for group in neighbours(self.lams):
+                frontier = fit_exact(_train(*own), choice, group, ExactSettings(rung.rule), seed)
+                found |= {lam: at(frontier.router(lam), lam) for lam in group}
+            return found
+        (lam,) = self.lams
+        if rung.kind == "ppo":
+            return {lam: at(Training(_train(*own), _validation(*own), lam, PPOSettings(), seed).run().router, lam)}
+        learner = PPOAgg(_train(*own), lam, PAPER, seed)
+        while not learner.done:
+            learner.iterate()
+        return {lam: at(learner.router(), lam)}
+
+
+def tasks(seeds: int) -> Iterator[Task]:
+    """Yield all fits that are kept, a seed after the other, the quick ones first."""
+    for seed in range(seeds):
+        for cost in COSTS:
+            yield from (Task(rung, cost, seed, LAMS) for rung in rungs(cost) if rung.kind == "exact")
+        for lam in LAMS:
+            yield from (Task(rung, "decode-only", seed, (lam,)) for rung in (DEFAULT, PAPER_RUNG))
+
+
+def keep(task: Task, rollouts: str, fits: Path, end: float) -> bool:
+    """Fit, unless time is up; return whether it was done."""
+    if time.time() > end:
+        return False
+    begin = time.process_time()
+    found = task.fit(rollouts)
+    seconds = (time.process_time() - begin) / len(found)
+    for lam, router in found.items():
+        if not (task.place(fits, lam) / "policy.json").exists():
+            save(router, task.place(fits, lam), {"seconds": seconds})
+    return True
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A rung on the split.
+
+    Attributes:
+        rung: The rung.
+        by_lam: Outcomes for each λ, averaged over seeds.
+        method: Its curve.
+        seeds: Mean returns of the single seeds.
+        chosen_by: Mean return where choices are made.
+    """
+
+    rung: Rung
+    by_lam: list[Outcomes]
+    method: Method
+    seeds: list[float]
+    chosen_by: float
+
+    @property
+    def returns(self) -> Floats:
+        """(P,) returns, averaged over the λ."""
+        return mean_return(self.by_lam)
+
+
+def mean_return(by_lam: Sequence[Outcomes]) -> Floats:
+    """Return (P,) returns, averaged over the λ."""
+    values: Floats = np.mean([one.returns(lam) for one, lam in zip(by_lam, LAMS, strict=True)], axis=0)
+    return values
+
+
+class Ground:
+    """Where choices are made and where figures come from, under one cost model."""
+
+    def __init__(self, rollouts: str, split: str, fits: Path, seeds: int, cost: str) -> None:
+        """Build the tables."""
+        self.rollouts, self.fits, self.seeds, self.cost = rollouts, fits, seeds, cost
+        trees, model = _trees(rollouts), COSTS[cost]
+        choice, verdict = halves(trees)
+        if split == "validation":
+            self.choosing = decision_tables(trees, indices=choice, cost=model)
+            self.measured = decision_tables(trees, indices=verdict, cost=model)
+        else:
+            self.choosing = decision_tables(trees, "validation", cost=model)
+            self.measured = decision_tables(_trees(rollouts, split), split, cost=model)
+        self.both, self.chosen_by = references(self.measured), references(self.choosing)
+
+    def settings_of(self, rung: Rung) -> Iterator[list[AnyRouter]]:
+        """Yield for each seed the routers of all λ."""
+        if rung.kind == "threshold":
+            candidates = Candidates(self.choosing, schema=rung.schema)
+            yield [candidates.best(lam).threshold for lam in LAMS]
+        elif rung.kind == "two numbers":
+            train = _train(self.rollouts, rung.schema, self.cost)
+            forest = Forest(train)
+            yield [two_numbers(train, forest, lam) for lam in LAMS]
+        elif rung.kind == "pomdp":
+            yield list(estimate(_trees(self.rollouts)).routers(LAMS))
+        else:
+            for seed in range(self.seeds):
+                task = Task(rung, self.cost, seed, LAMS)
+                if task.done(self.fits):
+                    routers = [load(task.place(self.fits, lam)).router for lam in LAMS]
+                    yield [at(router, lam) for router, lam in zip(routers, LAMS, strict=True)]
+
+    def outcomes(self, rung: Rung, tables: DecisionTables) -> list[list[Outcomes]]:
+        """Return, for each seed, the outcomes for all λ."""
+        if rung.kind == "oracle":
+            return [[tree_oracle(tables, lam) for lam in LAMS]]
+        return [[run(router, tables) for router in routers] for routers in self.settings_of(rung)]
+
+    def measure(self, rung: Rung) -> Measured | None:
+        """Return a rung on the split; None if nothing of it is fitted."""
+        each = self.outcomes(rung, self.measured)
+        if not each:
+            return None
+
+        def points(seeds: list[list[Outcomes]]) -> Points:
+            return [(lam, average(list(own))) for lam, own in zip(LAMS, zip(*seeds, strict=True), strict=True)]
+
+        own, elsewhere = points(each), points(self.outcomes(rung, self.choosing))
+        method = Method.chosen(own, elsewhere, self.chosen_by)
+        if rung.kind == "threshold":
+            sweep = Candidates(self.choosing, schema=rung.schema).spread_over(self.chosen_by.large)
+            method = measured(sweep, self.chosen_by, self.measured)
+        by_lam, chosen_by = [outcomes for _, outcomes in own], [outcomes for _, outcomes in elsewhere]
+        seeds = [float(mean_return(outcomes).mean()) for outcomes in each]
+        return Measured(rung, by_lam, method, seeds, float(mean_return(chosen_by).mean()))
+
+    def all(self) -> dict[Rung, Measured]:
+        """Return all rungs of which something is fitted."""
+        found = {rung: self.measure(rung) for rung in rungs(self.cost)}
+        return {rung: measured for rung, measured in found.items() if measured}
