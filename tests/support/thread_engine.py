@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -22,6 +23,12 @@ from rollouts.models.process import Engine
 _AT_WORK = threading.Lock()
 
 
+def _keep_what_engines_share() -> None:
+    """Let vLLM's engines end without taking down the groups of processes, which those that go on use too."""
+    if core := sys.modules.get("vllm.v1.engine.core"):
+        core.cleanup_dist_env_and_memory = lambda: None  # type: ignore[attr-defined]
+
+
 class EngineThread(Backend):
     """Stands for `rollouts.models.process.EngineProcess`: the same engine, without importing everything each time."""
 
@@ -32,6 +39,7 @@ class EngineThread(Backend):
         try:
             with _AT_WORK:
                 self._engine = factory(**settings)
+                _keep_what_engines_share()
         except Exception as error:
             message = f"{role}: the model could not be loaded. {type(error).__name__}: {error}"
             raise BackendError(message) from error

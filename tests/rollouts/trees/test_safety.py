@@ -432,7 +432,8 @@ def test_a_problem_longer_than_the_window_is_left_out_and_counted(tmp_path, caps
 
 def test_how_many_escalations_trees_hold_by_default(tmp_path):
     def most(complete, **options):
-        return Generate(tmp_path / "s", **options)._most_escalations(Console(quiet=True), complete)
+        there = Store(tmp_path / "s") if (tmp_path / "s").exists() else None
+        return Generate(tmp_path / "s", **options)._most_escalations(Console(quiet=True), there, complete)
 
     assert (most(True), most(False)) == (None, 2)
     assert (most(False, max_escalations="none"), most(False, max_escalations=None)) == (None, None)
