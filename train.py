@@ -58,8 +58,8 @@ class ProgressBar(Listener):
         self._progress.update(self._task, description="compiling trees", advance=trees)
 
     def _add(self, name: str, **size: Any) -> None:
-        self._progress.start()
         self._task = self._progress.add_task(name, figures="", **size)
+        self._progress.start()
 
     def _finish_task(self) -> None:
         if self._task is not None:
