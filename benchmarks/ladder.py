@@ -161,8 +161,8 @@ def conclusions(found: dict[Rung, Measured], priced: dict[Rung, Measured], weigh
     return [
         "1. What is read matters most: all that reads the reward model's score alone returns "
         f"{span('score')}, all that reads what the small model makes of its own tokens, which costs nothing, "
-        f"{span('free')}, with the large model's look at each proposal {span('prefill')}; the exact class "
-        f"of each step gives {span('exact class')}.",
+        f"{span('free')}, with the large model's look at each proposal, which is not charged for here, "
+        f"{span('prefill')}; the exact class of each step gives {span('exact class')}.",
         f"2. How the rule is found matters where what is read is poor: a learned rule gains {gain('score')} over a "
         f"threshold on the score, {gain('free')} over one on the small model's numbers and {gain('prefill')} over "
         "one on the large model's.",
