@@ -207,7 +207,7 @@ def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measu
         "nearly all, and the reward model is tiny; nothing here says that it is so with other models. AUC of whether a "
         f"proposal is right, by exact labels: {tells(ground.measured)}. (The score is of the whole path and stays low "
         "after a mistake.)",
-        *(["", f"Fits still to be made: {left}."] if left else []),
+        *(["", f"Of the fits {left} were not made; a seed counts where all its λ are there."] if left else []),
         "",
         "## Tokens that the large model decodes",
         "",
