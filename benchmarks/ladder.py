@@ -186,7 +186,7 @@ def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measu
     ground, priced = Ground(*told, "decode-only"), Ground(*told, "priced")
     found, charged = ground.all(), priced.all()
     weights = resample_weights(len(ground.both.small))
-    split = f"Split `{settings.split}`"
+    split = f"Run when everything was settled on validation. Split `{settings.split}`"
     if settings.split == "validation":
         split = "The half of `validation` on which nothing was chosen"
     baseline = DEFAULT if DEFAULT in found else PRM
