@@ -186,7 +186,7 @@ def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measu
     ground, priced = Ground(*told, "decode-only"), Ground(*told, "priced")
     found, charged = ground.all(), priced.all()
     weights = resample_weights(len(ground.both.small))
-    split = f"Split `{settings.split}`"
+    split = f"Run when everything was settled on validation. Split `{settings.split}`"
     if settings.split == "validation":
         split = "The half of `validation` on which nothing was chosen"
     baseline = DEFAULT if DEFAULT in found else PRM
@@ -207,7 +207,11 @@ def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measu
         "nearly all, and the reward model is tiny; nothing here says that it is so with other models. AUC of whether a "
         f"proposal is right, by exact labels: {tells(ground.measured)}. (The score is of the whole path and stays low "
         "after a mistake.)",
-        *(["", f"Fits still to be made: {left}."] if left else []),
+        *(
+            ["", f"{left} fits were not made: whose seeds are fewer, the last column of returns by λ says."]
+            if left
+            else []
+        ),
         "",
         "## Tokens that the large model decodes",
         "",
@@ -300,8 +304,7 @@ def _draw_curves(axes: Axes, ground: Ground, found: dict[Rung, Measured]) -> Non
                     100 * each.cost.sum() / price, 100 * each.correct.mean(), "o", color=COLOURS[rung.group], ms=4
                 )
     height = 100 * ground.both.large.correct.mean()
-    axes.axhline(height, color="#767676", lw=1, zorder=0)
-    axes.annotate("always-large", (50, height), (0, -12), textcoords="offset points", ha="right", color="#767676")
+    axes.axhline(height, color="#767676", lw=1, zorder=0, label="always-large")
     axes.set(xlabel="large-model tokens, % of always-large's", ylabel="problems solved, %", xlim=(0, 50))
     axes.legend(frameon=False, fontsize=9.5, loc="lower right")
 

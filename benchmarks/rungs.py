@@ -228,12 +228,12 @@ class Ground:
             self.choosing = decision_tables(trees, "validation", cost=model)
             self.measured = decision_tables(_trees(rollouts, split), split, cost=model)
         self.both, self.chosen_by = references(self.measured), references(self.choosing)
+        self._thresholds: dict[Rung, Candidates] = {}
 
     def settings_of(self, rung: Rung) -> Iterator[list[AnyRouter]]:
         """Yield for each seed the routers of all λ."""
         if rung.kind == "threshold":
-            candidates = Candidates(self.choosing, schema=rung.schema)
-            yield [candidates.best(lam).threshold for lam in LAMS]
+            yield [self.thresholds(rung).best(lam).threshold for lam in LAMS]
         elif rung.kind == "two numbers":
             train = _train(self.rollouts, rung.schema, self.cost)
             forest = Forest(train)
@@ -247,26 +247,30 @@ class Ground:
                     routers = [load(task.place(self.fits, lam)).router for lam in LAMS]
                     yield [at(router, lam) for router, lam in zip(routers, LAMS, strict=True)]
 
-    def outcomes(self, rung: Rung, tables: DecisionTables) -> list[list[Outcomes]]:
-        """Return, for each seed, the outcomes for all λ."""
-        if rung.kind == "oracle":
-            return [[tree_oracle(tables, lam) for lam in LAMS]]
-        return [[run(router, tables) for router in routers] for routers in self.settings_of(rung)]
+    def thresholds(self, rung: Rung) -> Candidates:
+        """Return the thresholds on what a rung reads."""
+        if rung not in self._thresholds:
+            self._thresholds[rung] = Candidates(self.choosing, schema=rung.schema)
+        return self._thresholds[rung]
 
     def measure(self, rung: Rung) -> Measured | None:
         """Return a rung on the split; None if nothing of it is fitted."""
-        each = self.outcomes(rung, self.measured)
-        if not each:
-            return None
+        routers = list(self.settings_of(rung)) if rung.kind != "oracle" else []
+
+        def outcomes(tables: DecisionTables) -> list[list[Outcomes]]:
+            if rung.kind == "oracle":
+                return [[tree_oracle(tables, lam) for lam in LAMS]]
+            return [[run(router, tables) for router in own] for own in routers]
 
         def points(seeds: list[list[Outcomes]]) -> Points:
             return [(lam, average(list(own))) for lam, own in zip(LAMS, zip(*seeds, strict=True), strict=True)]
 
-        own, elsewhere = points(each), points(self.outcomes(rung, self.choosing))
+        if not (each := outcomes(self.measured)):
+            return None
+        own, elsewhere = points(each), points(outcomes(self.choosing))
         method = Method.chosen(own, elsewhere, self.chosen_by)
         if rung.kind == "threshold":
-            sweep = Candidates(self.choosing, schema=rung.schema).spread_over(self.chosen_by.large)
-            method = measured(sweep, self.chosen_by, self.measured)
+            method = measured(self.thresholds(rung).spread_over(self.chosen_by.large), self.chosen_by, self.measured)
         by_lam, chosen_by = [outcomes for _, outcomes in own], [outcomes for _, outcomes in elsewhere]
         seeds = [float(mean_return(outcomes).mean()) for outcomes in each]
         return Measured(rung, by_lam, method, seeds, float(mean_return(chosen_by).mean()))
