@@ -63,6 +63,7 @@ class TokenPrices:
         scorer_prefill: Per token that a scorer reads, where its scores are: prefix and proposal, at every step.
         large_cached: Per token of the prefix where the large model looks at every proposal, and so has read it before;
             the proposal's tokens cost `large_prefill`. None: as `large_prefill`.
+        call: Per proposal that a scorer or the large model reads so that a router may decide.
         unit: What a cost of 1 is.
     """
 
@@ -73,6 +74,7 @@ class TokenPrices:
     small_prefill: float = 0.0
     scorer_prefill: float = 0.0
     large_cached: float | None = None
+    call: float = 0.0
     unit: str = "large-model tokens"
 
     def of(self, tokens: NDArray[Any], prompt_tokens: NDArray[Any]) -> NDArray[np.float64]:
@@ -90,7 +92,7 @@ class TokenPrices:
         """Return the (n, 2) further cost of what is read of a proposal to decide (`sources_of`)."""
         small, large = CONTINUE_SMALL, ESCALATE_LARGE
         prefix, own = np.asarray(prompt_tokens, np.float64), np.asarray(tokens[:, small], np.float64)
-        cost = np.zeros((len(tokens), 2))
+        cost = np.full((len(tokens), 2), self.call * len(sources))
         if SCORER in sources:
             cost += (self.scorer_prefill * (prefix[:, small] + own))[:, None]
         if LARGE in sources:
@@ -109,10 +111,15 @@ def sources_of(schema: Schema, scorer: str) -> frozenset[str]:
         schema: The features.
         scorer: Score table, or column of one, that the score comes from.
     """
-    read = {name.rpartition(".")[0] for name in schema.signals}
-    if "score" in schema.facts:
-        read.add(next((role for role in ROLES if scorer in (role, f"{role}.{scorer.rpartition('.')[2]}")), scorer))
-    return frozenset(LARGE if table == LARGE else SCORER for table in read - {SMALL})
+    return frozenset(filter(None, (source_of(name, scorer) for name in schema.facts)))
+
+
+def source_of(fact: str, scorer: str) -> str | None:
+    """Return who has to read a proposal to tell a fact of it: ``scorer``, ``large``, or None, as of `sources_of`."""
+    table = fact.rpartition(".")[0]
+    if fact == "score":
+        table = next((role for role in ROLES if scorer in (role, f"{role}.{scorer.rpartition('.')[2]}")), scorer)
+    return (LARGE if table == LARGE else SCORER) if table not in ("", SMALL) else None
 
 
 def cost_of(
@@ -128,7 +135,9 @@ def cost_of(
 
 def charges_signals(model: CostModel) -> bool:
     """Whether it costs anything to read proposals."""
-    return isinstance(model, TokenPrices) and any((model.scorer_prefill, model.large_prefill, model.large_cached))
+    return isinstance(model, TokenPrices) and any(
+        (model.scorer_prefill, model.large_prefill, model.large_cached, model.call)
+    )
 
 
 def edge_costs(model: CostModel, trees: Trees, sources: frozenset[str] = frozenset()) -> NDArray[np.float64]:
@@ -158,7 +167,9 @@ _PRICES = {
     "small_in": "small_prefill",
     "small_out": "small_decode",
     "scorer_in": "scorer_prefill",
+    "call": "call",
 }
+
 
 
 def cost_model(spec: str | CostModel, *, imports: bool = False) -> CostModel:
@@ -167,9 +178,11 @@ def cost_model(spec: str | CostModel, *, imports: bool = False) -> CostModel:
     - ``decode-only``: tokens that the large model decodes (the paper's, and the default).
     - ``prefill-20``: 1.2 times that (the paper's conservative variant).
     - ``prefill-full:PRICE``: decoded tokens, and PRICE for each token of the prefix at every escalation.
+    - ``calls:PRICE``: decoded tokens, and PRICE for each proposal that a scorer, or the large model, reads for a router.
     - ``prices:large_in=3,large_out=15,small_in=0.1,small_out=0.2``: US dollars per million tokens; what is left
       out is free. Then `lam` is per dollar. What routers read is charged to those that read it: ``scorer_in``, and
-      ``large_cached`` and ``large_in`` where the large model looks at proposals (`TokenPrices`).
+      ``large_cached`` and ``large_in`` where the large model looks at proposals, ``call`` for each million proposals that
+      either looks at (`TokenPrices`).
     - ``module:object``: a `CostModel` of one's own.
 
     Args:
@@ -187,6 +200,8 @@ def cost_model(spec: str | CostModel, *, imports: bool = False) -> CostModel:
         return _NAMED[spec]
     if name == "prefill-full":
         return TokenPrices(spec, large_prefill=_price(spec, argument))
+    if name == "calls":
+        return TokenPrices(spec, call=_price(spec, argument))
     if name == "prices":
         prices: dict[str, Any] = {"large_decode": 0.0, "unit": "US dollars"}
         for item in argument.split(","):
@@ -200,7 +215,7 @@ def cost_model(spec: str | CostModel, *, imports: bool = False) -> CostModel:
         if not isinstance(own, CostModel) or isinstance(own, type):
             raise ConfigError(f"Cost model {spec!r}: a {type(own).__name__} is no trim_env.costs.CostModel object.")
         return own
-    known = [*_NAMED, "prefill-full", "prices", "module:object"]
+    known = [*_NAMED, "prefill-full", "calls", "prices", "module:object"]
     raise ConfigError(f"Unknown cost model {spec!r}.{did_you_mean(name, known)}")
 
 

@@ -17,7 +17,7 @@ own (`standard`), and so is the least or greatest value among the accepted steps
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import itemgetter
@@ -136,6 +136,11 @@ class Schema:
     def signals(self) -> tuple[str, ...]:
         """Names of the columns of score tables that the features or their folds read."""
         return tuple(sorted(filter(is_signal, self.facts)))
+
+    def reading(self, facts: Collection[str]) -> NDArray[np.bool_]:
+        """Return (d,) whether each feature reads one of some facts, or a fold over one."""
+        of = {fold.name: fold.fact for fold in self.folds}
+        return np.array([any(of.get(name, name) in facts for name in each.names) for each in self.features])
 
     @cached_property
     def _computed(self) -> list[tuple[Callable[[Any], Any], Callable[[Columns], Any]]]:

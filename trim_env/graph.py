@@ -76,12 +76,14 @@ class Decisions(NamedTuple):
     Attributes:
         tree: Position of the tree in the split.
         rows: Node.
+        spent: What was spent before.
         mass: Probability of getting there and acting so.
         moved: What becomes of it.
     """
 
     tree: Ints
     rows: Ints
+    spent: Spent
     mass: Floats
     moved: Moved
 
@@ -112,10 +114,11 @@ def walk(tables: DecisionTables, decide: Decide, accept: Accept | None = None) -
         share = np.concatenate([1 - escalate, escalate])
         likely = np.flatnonzero(share > 0)
         action, at = np.divmod(likely, len(rows))
-        moved = advance(tables, rows[at], Spent(*(each[at] for each in spent)), action)
+        before = Spent(*(each[at] for each in spent))
+        moved = advance(tables, rows[at], before, action)
         if (moved.child == MISSING).any():
             raise StoreError(missing(tables, moved.taken.place))
-        yield Decisions(tree[at], rows[at], mass[at] * share[likely], moved)
+        yield Decisions(tree[at], rows[at], before, mass[at] * share[likely], moved)
         on = np.flatnonzero(moved.child >= 0)
         going = at[on]
         if accept:

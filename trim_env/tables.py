@@ -121,14 +121,20 @@ class DecisionTables:
             at = np.where(depth >= back, before[at] // 2, at)
         return self.schema.observed(self.features[rows], past, depth)
 
-    def charged(self, schema: str | None) -> DecisionTables:
-        """Return the tables with what a router with this schema pays for what it reads; None: it reads nothing."""
+    def charged(self, schema: str | None, but: str = "") -> DecisionTables:
+        """Return the tables with what a router with this schema pays for what it reads.
+
+        Args:
+            schema: The schema; None: it reads nothing.
+            but: ``scorer`` or ``large``, which is not charged: it is paid where it is asked.
+        """
         if not charges_signals(self.cost_model):
             return self
         wanted, own = (
             frozenset[str]() if each is None else sources_of(schema_named(each), self.trees.meta["scorer"])
             for each in (schema, self.schema)
         )
+        wanted -= {but}
         if wanted == own:
             return self
         return replace(self, cost=np.nan_to_num(edge_costs(self.cost_model, self.trees, wanted).reshape(-1)))

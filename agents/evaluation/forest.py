@@ -11,6 +11,7 @@ so choose on held-out problems.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Protocol
 
 import numpy as np
@@ -25,7 +26,7 @@ from trim_env.graph import Floats
 from trim_env.tables import DecisionTables, missing
 
 _STEEP = 30.0  # logits beyond are as good as certain
-_LARGE = 100.0  # returns times that: what BFGS's first step is right for
+LARGE = 100.0  # returns times that: what BFGS's first step is right for
 _MANY = 400  # parameters
 _LINEAR, _PRODUCTS = 0.001, 0.3  # penalties: the fewer problems, the more a quadratic rule is a linear one
 ENTROPIES = (0.1, 0.03, 0.01)
@@ -40,27 +41,31 @@ class Forest:
         trees: How many trees there are.
         problems: How many problems they belong to.
         seen: (n, d) what the policy is told in them: the features and, under a cap on large tokens, the share left.
+        price: (n, 2) what asking costs before either action; 0 where nothing is asked.
     """
 
-    def __init__(self, tables: DecisionTables, schema: str | None = None) -> None:
+    def __init__(self, tables: DecisionTables, schema: str | None = None, ask: str = "") -> None:
         """Gather the states.
 
         Args:
             tables: The trees.
             schema: Of the features that are seen, and paid for; default: that of the tables.
+            ask: ``scorer`` or ``large``, which is paid only where it is asked.
 
         Raises:
             StoreError: Proposals that the caps allow were not generated.
         """
         from scipy.sparse import csr_array
 
-        tables = tables if schema is None else tables.charged(schema)
+        whole = tables if schema is None else tables.charged(schema)
+        tables = tables.charged(schema or tables.schema.id, ask) if ask else whole
         self.graph = graph = tables.graph
         taken = graph.moved.taken
         if graph.missing.any():
             raise StoreError(missing(tables, taken.place[graph.missing]))
         self.trees, self.problems = len(tables.indices), len(np.unique(tables.trees.problem[tables.indices]))
         self.seen = (tables.features if schema is None else tables.in_schema(schema))[graph.rows]
+        self.price = np.reshape(whole.cost - tables.cost, (-1, 2))[graph.rows] * graph.open[:, None]
         if tables.max_large_tokens is not None:
             left = left_feature(graph.spent.left, tables.max_large_tokens)
             self.seen = np.concatenate([self.seen, left[:, None]], axis=1)
@@ -72,6 +77,18 @@ class Forest:
             leads = np.flatnonzero((onto >= 0) & (onto < level.stop - level.start))
             shape = level.stop - level.start, len(onto)
             self._before.append(csr_array((np.ones(len(leads)), (onto[leads], leads)), shape))
+
+    def seeing(self, hidden: NDArray[np.bool_]) -> Forest:
+        """Return the same states, where some of what is seen, (d,), is 0."""
+        other = copy(self)
+        other.seen = np.where(hidden, np.float32(0), self.seen)
+        return other
+
+    def asking(self) -> Forest:
+        """Return the same states, where asking is paid always."""
+        other = copy(self)
+        other._cost = self._cost + self.price.T
+        return other
 
     def _now(self, lams: Floats) -> Floats:
         """Return (2, n, k) rewards of both actions."""
@@ -89,28 +106,45 @@ class Forest:
             (k,) means over trees, (n, k) derivatives, and (n, k) visits of states where the caps leave a choice, 0 of
             others.
         """
+        values, visits, gain = self.passes(escalate, lams)
+        return values, visits * escalate * (1 - escalate) * gain, visits
+
+    def passes(self, escalate: Floats, lams: Floats, now: Floats | float = 0.0) -> tuple[Floats, Floats, Floats]:
+        """Return means as of `gradient`, visits, and (n, k) what escalating returns more than continuing.
+
+        Args:
+            escalate: As of `gradient`.
+            lams: As of `gradient`.
+            now: (n, k) further rewards of states where the caps leave a choice.
+        """
         graph, (n, k) = self.graph, escalate.shape
+        further = np.broadcast_to(now, (n, k)) * graph.open[:, None]
         worth, value, reach = self._now(lams), np.zeros((n + 1, k)), np.empty((n, k))
         for level in reversed(graph.levels):
             both = worth[:, level]
             both += value.take(self._child[:, level], axis=0)
-            value[level] = both[0] + escalate[level] * (both[1] - both[0])
+            value[level] = both[0] + escalate[level] * (both[1] - both[0]) + further[level]
         reach[graph.levels[0]] = np.bincount(graph.roots)[:, None]
         for level, after, before in zip(graph.levels, graph.levels[1:], self._before, strict=False):
             going = reach[level] * escalate[level]
             reach[after] = before @ np.concatenate([reach[level] - going, going])
         visits = reach * (graph.open / self.trees)[:, None]
-        slope = visits * escalate * (1 - escalate) * (worth[ESCALATE_LARGE] - worth[CONTINUE_SMALL])
-        return value[graph.roots].mean(axis=0), slope, visits
+        gain = worth[ESCALATE_LARGE] - worth[CONTINUE_SMALL]
+        return value[graph.roots].mean(axis=0), visits, gain
 
-    def returns(self, escalate: NDArray[np.bool_], lam: float) -> Floats:
-        """Return the (k,) mean returns of k policies that draw nothing, given (n, k) whether they escalate."""
+    def returns(
+        self, escalate: NDArray[np.bool_], lam: float, asked: NDArray[np.bool_] | None = None
+    ) -> Floats:
+        """Return the (k,) mean returns of k policies that draw nothing, given (n, k) whether they escalate, and ask."""
         graph, worth = self.graph, self._now(np.array([lam])).astype(np.float32)
         escalate = escalate & graph.open[:, None]
         value = np.zeros((len(escalate) + 1, escalate.shape[1]), np.float32)
         for level in reversed(graph.levels):
             stay, go = worth[:, level] + value.take(self._child[:, level], axis=0)
             value[level] = np.where(escalate[level], go, stay)
+            if asked is not None:
+                price = np.where(escalate[level], self.price[level, 1:], self.price[level, :1])
+                value[level] -= lam * price * asked[level]
         means: Floats = value[graph.roots].mean(axis=0, dtype=np.float64)
         return means
 
@@ -230,23 +264,34 @@ def ascend(
         entropy: Weight of the entropy of the decisions.
         iterations: Most iterations.
     """
-    from scipy.optimize import minimize
-
     prices, penalty = np.array(lams), rule.penalty / forest.problems
 
     def loss(at: Floats) -> tuple[float, Floats]:
         logits, back = rule.logits(at)
-        z = np.clip(logits, -_STEEP, _STEEP)
-        tail = np.exp(-np.abs(z))
-        p = np.where(z > 0, 1.0, tail) / (1 + tail)
+        z, p, doubt = chances(logits)
         value, slope, visits = forest.gradient(p, prices)
-        disorder = (visits * (np.log1p(tail) + np.maximum(z, 0) - p * z)).sum()
+        disorder = (visits * doubt).sum()
         slope -= entropy * visits * p * (1 - p) * z
         total = (value.sum() + entropy * disorder) / len(lams) - penalty @ (at * at)
-        return -_LARGE * total, _LARGE * (2 * penalty * at - back(slope) / len(lams))
+        return -LARGE * total, LARGE * (2 * penalty * at - back(slope) / len(lams))
+
+    return least(loss, parameters, iterations)
+
+
+def chances(logits: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return logits within what is as good as certain, probabilities, and their entropies."""
+    z = np.clip(logits, -_STEEP, _STEEP)
+    tail = np.exp(-np.abs(z))
+    p = np.where(z > 0, 1.0, tail) / (1 + tail)
+    return z, p, np.log1p(tail) + np.maximum(z, 0) - p * z
+
+
+def least(loss: Callable[[Floats], tuple[float, Floats]], parameters: Floats, iterations: int) -> Floats:
+    """Return what makes a loss, which tells its gradient, less; it is of the size of `LARGE` times a return."""
+    from scipy.optimize import minimize
 
     # BFGS for few parameters: as good as L-BFGS-B, whose products of a few numbers each keep all cores busy.
-    method, options = "BFGS" if len(parameters) < _MANY else "L-BFGS-B", {"maxiter": iterations, "gtol": 1e-5 * _LARGE}
+    method, options = "BFGS" if len(parameters) < _MANY else "L-BFGS-B", {"maxiter": iterations, "gtol": 1e-5 * LARGE}
     best: Floats = minimize(loss, parameters, jac=True, method=method, options=options).x
     return best
 

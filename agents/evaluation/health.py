@@ -68,12 +68,13 @@ def assess(router: Outcomes, rules: Mapping[str, Outcomes], large: Outcomes, lam
         told += f"; {ahead[0]} has a return of {rules[ahead[0]].returns(lam).mean():.4f}. Do not use it."
     if len(router) < FEWEST:
         told = f"No verdict: {len(router)} problems are too few, expected at least {FEWEST}."
+    asks = "" if router.asked is None else f" and asks at {100 * router.asked.sum() / router.steps.sum():.1f} % of the steps"
     against = ", ".join(
         f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}] against {name}"
         for name, difference in over.items()
     )
     sentence = (
         f"{told} It solves {100 * router.correct.mean():.1f} % of the problems at {100 * share:.1f} % of "
-        f"always-large's cost; return {router.returns(lam).mean():.4f}: {against}."
+        f"always-large's cost{asks}; return {router.returns(lam).mean():.4f}: {against}."
     )
     return Health(verdict, sentence, over, rate)

@@ -34,6 +34,7 @@ class Outcomes:
         escalations: (P,) steps that the large model wrote.
         steps: (P,) accepted steps.
         solutions: What was averaged; None after mixing or taking some of the problems.
+        asked: (P,) steps at which it asked, of a router that does (`agents.routers.asking`); None likewise.
     """
 
     problem_ids: tuple[str, ...]
@@ -45,6 +46,7 @@ class Outcomes:
     escalations: Floats
     steps: Floats
     solutions: Solutions | None = None
+    asked: Floats | None = None
 
     def __post_init__(self) -> None:
         """Check that all arrays have one value for each problem."""
@@ -56,7 +58,7 @@ class Outcomes:
     @classmethod
     def columns(cls) -> tuple[str, ...]:
         """Return the names of the arrays."""
-        return tuple(each.name for each in fields(cls) if each.name not in ("problem_ids", "solutions"))
+        return tuple(each.name for each in fields(cls) if each.name not in ("problem_ids", "solutions", "asked"))
 
     def __len__(self) -> int:
         """Return P."""

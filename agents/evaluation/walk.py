@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from agents.evaluation.curves import Method, References
 from agents.evaluation.outcomes import Outcomes, Solutions, mix
+from agents.routers.asking import Asking
 from agents.routers.base import AnyRouter, Constant, Mixture, RandomRate, Router, StatefulRouter, told_cap
 from rollouts.errors import ConfigError
 from trim_env.features import left_feature
@@ -77,6 +78,8 @@ def always_trees(tables: DecisionTables) -> tuple[dict[str, Floats], dict[str, F
 
 def run_trees(tables: DecisionTables, policy: AnyRouter | Decide) -> dict[str, Floats]:
     """Return the expected outcome of each tree of the split: the fields of `Outcomes` as (R,) arrays."""
+    if isinstance(policy, Asking):
+        return _run_asking(tables, policy)
     if isinstance(policy, Router | StatefulRouter):
         tables = tables.charged(None if isinstance(policy, Constant | RandomRate) else policy.schema)
     count = len(tables.indices)
@@ -84,6 +87,20 @@ def run_trees(tables: DecisionTables, policy: AnyRouter | Decide) -> dict[str, F
     for done in decisions(tables, policy):
         for name, values in outcomes_of(tables, done.moved).items():
             totals[name] += np.bincount(done.tree, done.mass * values, minlength=count)
+    return totals
+
+
+def _run_asking(tables: DecisionTables, router: Asking) -> dict[str, Floats]:
+    """As `run_trees`, of a router that pays where it asks, and how often it does; where caps leave no choice, it does not."""
+    whole, tables = tables.charged(router.schema), tables.charged(router.schema, router.source)
+    price, seen = whole.cost - tables.cost, seen_by(router, tables)
+    totals = {name: np.zeros(len(tables.indices)) for name in (*Outcomes.columns(), "asked")}
+    for done in decisions(tables, router):
+        asked = router.asks(seen(done.rows, done.spent.left)) & done.spent.open(tables)
+        values = outcomes_of(tables, done.moved) | {"asked": asked}
+        values["cost"] = values["cost"] + asked * price[2 * done.rows + (done.moved.accepted | done.moved.taken.cut_off)]
+        for name, each in values.items():
+            totals[name] += np.bincount(done.tree, done.mass * each, minlength=len(tables.indices))
     return totals
 
 
@@ -129,4 +146,5 @@ def by_problem(tables: DecisionTables, totals: dict[str, Floats]) -> Outcomes:
     replicas = np.bincount(position)
     ids = tuple(tables.trees.problem_ids[problem] for problem in problems)
     means = {name: np.bincount(position, totals[name]) / replicas for name in Outcomes.columns()}
-    return Outcomes(ids, **means, solutions=Solutions(totals["correct"], totals["escalations"]))
+    asked = np.bincount(position, totals["asked"]) / replicas if "asked" in totals else None
+    return Outcomes(ids, **means, solutions=Solutions(totals["correct"], totals["escalations"]), asked=asked)

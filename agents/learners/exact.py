@@ -142,13 +142,16 @@ def fit(
     some = [lams[place] for place in np.linspace(0, len(lams) - 1, min(_LAMS, len(lams))).round().astype(int)]
     whole, judges = Forest(tables), [Forest(choice)]
     fitted_on = [whole]
-    for kept, left_out in _folds(tables, seed):
+    for kept, left_out in folds(tables, seed):
         fitted_on.append(Forest(kept))
         judges.append(Forest(left_out))
     problems = [judge.problems for judge in judges]
     found, rounds = dict[str, list[float]](), dict[str, list[Weights]]()
     for name in RULES if settings.rule == "auto" else (settings.rule,):
-        fits = [_rounds(name, forest, some, settings, seed) for forest in fitted_on]
+        fits = list[list[Weights]]()
+        for forest in fitted_on:
+            form = RULES[name].make(Scale(forest, some), settings, seed)
+            fits.append([form.weights(parameters) for parameters in rounds_of(forest, form, some)])
         each = [
             [_reached(name, weights, judge, some) for weights in fit] for fit, judge in zip(fits, judges, strict=True)
         ]
@@ -159,22 +162,22 @@ def fit(
     return Frontier(rule, ENTROPIES[last], found, rounds[rule][last], least, tables.schema.id, cap)
 
 
-def _folds(tables: DecisionTables, seed: int) -> Iterator[tuple[DecisionTables, DecisionTables]]:
+def folds(tables: DecisionTables, seed: int) -> Iterator[tuple[DecisionTables, DecisionTables]]:
     """Yield the trees without a fold of the problems, and those of the fold."""
     problem = tables.trees.problem[tables.indices]
     problems = np.random.default_rng(seed).permutation(np.unique(problem))
-    folds = np.array_split(problems, _FOLDS) if len(problems) >= _FOLDS else []
-    for fold in folds[: -(-_HELD_OUT // max(1, len(problems) // _FOLDS))]:
+    parts = np.array_split(problems, _FOLDS) if len(problems) >= _FOLDS else []
+    for fold in parts[: -(-_HELD_OUT // max(1, len(problems) // _FOLDS))]:
         out = np.isin(problem, fold)
         yield replace(tables, indices=tables.indices[~out]), replace(tables, indices=tables.indices[out])
 
 
-def _rounds(name: str, forest: Forest, lams: Sequence[float], settings: ExactSettings, seed: int) -> list[Weights]:
-    rule = RULES[name].make(Scale(forest, lams), settings, seed)
+def rounds_of(forest: Forest, rule: Rule, lams: Sequence[float]) -> list[Floats]:
+    """Return the parameters of a rule after each round, of less entropy than the one before."""
     parameters, rounds = rule.start, []
     for entropy in ENTROPIES:
         parameters = ascend(forest, rule, lams, parameters, entropy)
-        rounds.append(rule.weights(parameters))
+        rounds.append(parameters)
     return rounds
 
 

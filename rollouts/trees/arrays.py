@@ -13,6 +13,7 @@ from rollouts.errors import StoreError
 from rollouts.text.steps import StopReason
 
 CONTINUE_SMALL, ESCALATE_LARGE = 0, 1
+ASK = 2  # what it takes to choose between them; trees know it not
 TERMINAL, MISSING = -1, -2
 STOP_REASONS = tuple(StopReason)
 

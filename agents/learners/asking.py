@@ -1,0 +1,197 @@
+"""The exact learner of a rule that asks: whether to, who writes if not and who writes if so, by one exact gradient.
+
+With a the probability of asking in a state, p0 and p1 those of escalating without and with what is told, the state is
+worth (1 - a) [(1 - p0) Q0 + p0 Q1] + a [(1 - p1) (Q0 - λ c0) + p1 (Q1 - λ c1)], where c are the prices of asking before
+either action. That is one policy with p = p0 + a (p1 - p0) and a price for each visit, so that the passes of
+`agents.evaluation.forest` give its return; the derivative with respect to a is
+d [(p1 - p0) (Q1 - Q0) - λ ((1 - p1) c0 + p1 c1)]: what knowing is worth, less its price. The entropy of asking and
+deciding is part of the return while it is fitted.
+
+The fit begins where rules that never ask and that always ask end, which are candidates, too: held-out problems choose
+among the three for each λ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.evaluation.forest import ENTROPIES, LARGE, Forest, Rule, Scale, chances, least
+from agents.learners.exact import NAME, RULES, folds, rounds_of
+from agents.learners.settings import ExactSettings
+from agents.routers.asking import HEADS, Asking
+from agents.routers.base import Floats, Knob
+from agents.routers.mlp import Weights, at_lam
+from rollouts.errors import ConfigError
+from trim_env.costs import source_of
+from trim_env.tables import DecisionTables
+
+KINDS = ("never", "always", "ask")
+Heads = dict[str, Weights]
+"""Perceptrons that are told λ as their last feature, by `agents.routers.asking.HEADS`."""
+
+
+@dataclass(frozen=True, eq=False)
+class AskingFrontier:
+    """Rules for all λ that were asked for, and what they were chosen for.
+
+    Attributes:
+        router: The router for each λ.
+        rule: Form of the rules, of `RULES`.
+        kind: Which of `KINDS` was chosen for each λ.
+        held_out: Mean return on problems that fits had not seen, by kind and λ.
+    """
+
+    routers: dict[float, Asking]
+    rule: str
+    kind: dict[float, str]
+    held_out: dict[str, dict[float, float]]
+
+    def router(self, lam: float) -> Asking:
+        """Return the router for one λ."""
+        return self.routers[lam]
+
+    def report(self) -> dict[str, Any]:
+        """Return what they were chosen for, as JSON holds it."""
+        return {"rule": self.rule, "kind": self.kind, "held_out": self.held_out}
+
+
+def fit(
+    tables: DecisionTables, choice: DecisionTables, lams: Sequence[float], ask: str, settings: ExactSettings, seed: int
+) -> AskingFrontier:
+    """Fit rules that ask.
+
+    Args:
+        tables: Training trees, in a schema that reads what is asked for.
+        choice: The choice half of validation.
+        lams: λ that they are for.
+        ask: Who is asked: ``scorer`` or ``large``.
+        settings: Settings.
+        seed: Of folds and first parameters.
+
+    Raises:
+        ConfigError: The schema reads nothing that is asked for.
+        StoreError: Proposals that the caps allow were not generated.
+    """
+    schema = tables.schema
+    facts = tuple(sorted(fact for fact in schema.facts if source_of(fact, tables.trees.meta["scorer"]) == ask))
+    if not facts:
+        raise ConfigError(f"--ask {ask}: schema {schema.name} reads nothing that the {ask} tells.")
+    floor = min([lam for lam in lams if lam], default=1e-6) / 2
+    told = [max(lam, floor) for lam in lams]
+    fitted_on, judges = [Forest(tables, ask=ask)], [Forest(choice, ask=ask)]
+    for kept, left_out in folds(tables, seed):
+        fitted_on.append(Forest(kept, ask=ask))
+        judges.append(Forest(left_out, ask=ask))
+    hidden = np.append(schema.reading(facts), [False] * (tables.max_large_tokens is not None))
+    problems = [judge.problems for judge in judges]
+
+    def router(name: str, weights: Heads, lam: float) -> Asking:
+        own = {f"{head}.{key}": each for head in HEADS for key, each in at_lam(weights[head], lam).items()}
+        cap, activation = tables.max_large_tokens, RULES[name].activation
+        return Asking(NAME, schema.id, Knob("lam", lam), ask, facts, own, cap, activation)
+
+    best: tuple[float, str, dict[str, Heads], dict[str, Floats]] | None = None
+    for name in RULES if settings.rule == "auto" else (settings.rule,):
+        fits = [_fits(name, forest, hidden, told, settings, seed) for forest in fitted_on]
+        weights, found = dict[str, Heads](), dict[str, Floats]()
+        for kind in KINDS:
+            each = [
+                [[_reached(router(name, of, lam), judge, lam) for lam in told] for of in fit[kind]]
+                for fit, judge in zip(fits, judges, strict=True)
+            ]
+            reached = np.average(each, axis=0, weights=problems)  # (rounds, λ)
+            last = int(reached.mean(axis=1).argmax())
+            weights[kind], found[kind] = fits[0][kind][last], reached[last]
+        total = float(np.max([*found.values()], axis=0).mean())
+        if best is None or total > best[0]:
+            best = total, name, weights, found
+    assert best is not None
+    _, name, weights, found = best
+    chosen = {lam: max(KINDS, key=lambda kind: found[kind][place]) for place, lam in enumerate(lams)}
+    routers = {
+        lam: replace(router(name, weights[chosen[lam]], at), knob=Knob("lam", lam))
+        for lam, at in zip(lams, told, strict=True)
+    }
+    held_out = {kind: dict(zip(lams, found[kind].tolist(), strict=True)) for kind in KINDS}
+    return AskingFrontier(routers, name, chosen, held_out)
+
+
+def _reached(router: Asking, forest: Forest, lam: float) -> float:
+    """Return the mean return over trees."""
+    escalate, asked = router.probability(forest.seen) > 0, router.asks(forest.seen)
+    return float(forest.returns(escalate[:, None], lam, asked[:, None])[0])
+
+
+def _fits(
+    name: str, forest: Forest, hidden: NDArray[np.bool_], lams: Sequence[float], settings: ExactSettings, seed: int
+) -> dict[str, list[Heads]]:
+    """Return the rules of all kinds after each round."""
+    free = forest.seeing(hidden)
+    form = {
+        head: RULES[name].make(Scale(seen, lams), settings, seed)
+        for head, seen in zip(HEADS, (free, free, forest), strict=True)
+    }
+    never, always = rounds_of(free, form["free"], lams), rounds_of(forest.asking(), form["told"], lams)
+    parts = np.cumsum([len(rule.start) for rule in form.values()])[:-1]
+    at, asking = np.concatenate([form["ask"].start, never[0], always[0]]), list[Heads]()
+    for entropy in ENTROPIES:
+        at = ascend(forest, [*form.values()], lams, at, entropy)
+        own = zip(form.items(), np.split(at, parts), strict=True)
+        asking.append({head: rule.weights(part) for (head, rule), part in own})
+    no, yes = (_constant(size, forest.seen.shape[1]) for size in (-1.0, 1.0))
+    return {
+        "never": [{"ask": no, "free": form["free"].weights(one), "told": no} for one in never],
+        "always": [{"ask": yes, "free": no, "told": form["told"].weights(one)} for one in always],
+        "ask": asking,
+    }
+
+
+def _constant(logit: float, size: int) -> Weights:
+    """Return a perceptron without hidden layers that always says the same."""
+    return {"0.weight": np.zeros((2, size + 1), np.float32), "0.bias": np.array([0, logit], np.float32)}
+
+
+def ascend(
+    forest: Forest,
+    rules: Sequence[Rule],
+    lams: Sequence[float],
+    parameters: Floats,
+    entropy: float,
+    iterations: int = 40,
+) -> Floats:
+    """Return parameters with a greater expected return; see `agents.evaluation.forest.ascend`.
+
+    Args:
+        forest: The states, with the prices of asking.
+        rules: Those of `HEADS`.
+        lams: k values of λ.
+        parameters: Those of the rules, one after the other, to begin with.
+        entropy: Weight of the entropy of asking and deciding.
+        iterations: Most iterations.
+    """
+    prices, penalty = np.array(lams), np.concatenate([rule.penalty for rule in rules]) / forest.problems
+    parts = np.cumsum([len(rule.start) for rule in rules])[:-1]
+    paid_small, paid_large = (np.multiply.outer(price, prices) for price in forest.price.T)
+
+    def loss(at: Floats) -> tuple[float, Floats]:
+        told = [rule.logits(own) for rule, own in zip(rules, np.split(at, parts), strict=True)]
+        (z, ask, doubt), (z_free, free, doubt_free), (z_told, knowing, doubt_told) = (chances(each) for each, _ in told)
+        paid = paid_small + knowing * (paid_large - paid_small)
+        now = entropy * (doubt + doubt_free + ask * (doubt_told - doubt_free)) - ask * paid
+        value, visits, gain = forest.passes(free + ask * (knowing - free), prices, now)
+        worth = (knowing - free) * gain - paid + entropy * (doubt_told - doubt_free - z)
+        slopes = (
+            visits * ask * (1 - ask) * worth,
+            visits * (1 - ask) * free * (1 - free) * (gain - entropy * z_free),
+            visits * ask * knowing * (1 - knowing) * (gain - paid_large + paid_small - entropy * z_told),
+        )
+        slope = np.concatenate([back(each) for (_, back), each in zip(told, slopes, strict=True)])
+        total = value.sum() / len(lams) - penalty @ (at * at)
+        return -LARGE * total, LARGE * (2 * penalty * at - slope / len(lams))
+
+    return least(loss, parameters, iterations)
