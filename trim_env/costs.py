@@ -19,6 +19,7 @@ from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees
 from trim_env.features import Schema
 
 SCORER = "scorer"
+SOURCES = (SCORER, LARGE)  # who reads proposals so that a router may decide
 
 
 @runtime_checkable
@@ -171,18 +172,17 @@ _PRICES = {
 }
 
 
-
 def cost_model(spec: str | CostModel, *, imports: bool = False) -> CostModel:
     """Return a cost model from its name, or as it is.
 
     - ``decode-only``: tokens that the large model decodes (the paper's, and the default).
     - ``prefill-20``: 1.2 times that (the paper's conservative variant).
     - ``prefill-full:PRICE``: decoded tokens, and PRICE for each token of the prefix at every escalation.
-    - ``calls:PRICE``: decoded tokens, and PRICE for each proposal that a scorer, or the large model, reads for a router.
+    - ``calls:PRICE``: decoded tokens, and PRICE for each proposal that a scorer or the large model reads for a router.
     - ``prices:large_in=3,large_out=15,small_in=0.1,small_out=0.2``: US dollars per million tokens; what is left
       out is free. Then `lam` is per dollar. What routers read is charged to those that read it: ``scorer_in``, and
-      ``large_cached`` and ``large_in`` where the large model looks at proposals, ``call`` for each million proposals that
-      either looks at (`TokenPrices`).
+      ``large_cached`` and ``large_in`` where the large model looks at proposals; ``call`` for a million proposals
+      that either looks at (`TokenPrices`).
     - ``module:object``: a `CostModel` of one's own.
 
     Args:

@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from rollouts.errors import ConfigError, did_you_mean
-from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, Trees, graph_of
+from rollouts.trees.arrays import ASK, CONTINUE_SMALL, Trees, graph_of
 from trim_env.costs import CostModel
 from trim_env.episodes import EPISODE_INFO, Lam, UnknownRenderMode
 from trim_env.features import DEFAULT_SCHEMA, Schema
@@ -41,6 +41,9 @@ class TrimEnv(gymnasium.Env[Any, Any]):
     With ``max_large_tokens`` M, a large step that needs more tokens than are left is cut off: what is left is paid,
     the truncated step is thrown away and the proposal is accepted. Once nothing is left, escalating acts as continuing.
 
+    With ``ask`` it is ``Discrete(3)``: 2, `ASK`, shows the features that ``scorer`` or ``large`` tells of the proposal,
+    which are 0 before, and charges what they cost; the episode stays where it is. Asking again acts as continuing.
+
     ## Observation Space
     A ``Box`` of float32 features, one schema of `trim_env.features.SCHEMAS` (r_t: PRM score of the proposal at step
     t; c_t: its tokens):
@@ -65,7 +68,8 @@ class TrimEnv(gymnasium.Env[Any, Any]):
     ln(c_i / 20) for every step i <= t (at index 2i - 2 and 2i - 1: the accepted ones, then the proposal), zeros up to
     max_steps T, and at 2T, 2T + 1, 2T + 2: step / max_steps, terminal, has_answer. ``text:SCHEMA`` is a ``Dict`` of
     ``features`` (those of SCHEMA) and two ``Text`` entries, ``partial_solution`` and ``proposal``. With
-    ``max_large_tokens`` M one more feature follows: the share of M that is left, in [0, 1].
+    ``ask`` one more feature follows, whether it was asked, and with ``max_large_tokens`` M the share of M that is left,
+    in [0, 1].
 
     Own features and schemas are named ``module:object``: ``agg+,my_module:my_feature`` (`trim_env.features.Feature`).
 
@@ -88,12 +92,13 @@ class TrimEnv(gymnasium.Env[Any, Any]):
     at the end), ``escalations``, ``action_mask`` (whether each action is possible). At the end also ``correct``,
     ``return``, ``cost``, ``large_tokens``, ``small_tokens`` (accepted or not), ``masked`` (escalations asked for
     beyond a cap), ``cut_off`` (large steps cut off by M, 0 or 1) and ``steps``. ``escalations`` counts the steps that
-    the large model wrote; with M, ``large_tokens_left`` is always there as well.
+    the large model wrote; with M, ``large_tokens_left`` is always there, with ``ask`` ``asked``: how often it was.
 
     ## Arguments
     ``rollouts``: compiled trees, the path of a rollout store, or a bundled one's name (``"quickstart"``); ``split``;
     ``lam``: λ, reward per unit of cost; ``schema``; ``cost``: cost model; ``max_escalations``: cap K, after which
-    escalating acts as continuing; ``max_large_tokens``: cap M on the large model's tokens; ``render_mode``: ``"ansi"``
+    escalating acts as continuing; ``max_large_tokens``: cap M on the large model's tokens;
+    ``ask``: who tells only what is asked, ``"scorer"`` or ``"large"``; ``render_mode``: ``"ansi"``
     makes `render` return the partial solution with scores and authors.
 
     ```python
@@ -123,6 +128,7 @@ class TrimEnv(gymnasium.Env[Any, Any]):
         cost: str | CostModel = "decode-only",
         max_escalations: int | None = None,
         max_large_tokens: int | None = None,
+        ask: str | None = None,
         render_mode: str | None = None,
     ) -> None:
         """Load the trees; arguments and errors are those of `trim_env.vector.TrimVectorEnv`."""
@@ -140,6 +146,7 @@ class TrimEnv(gymnasium.Env[Any, Any]):
             cost=cost,
             max_escalations=max_escalations,
             max_large_tokens=max_large_tokens,
+            ask=ask,
             autoreset_mode=AutoresetMode.NEXT_STEP,
         )
         self.tables = self._vector.tables
@@ -191,24 +198,26 @@ class TrimEnv(gymnasium.Env[Any, Any]):
         """Take an action.
 
         Raises:
-            ConfigError: The action is neither 0 nor 1, or the episode has ended.
+            ConfigError: The action is none of those that there are, or the episode has ended.
             StoreError: The proposal that is needed was not generated.
         """
         if self._row < 0:
             raise ConfigError("No episode is running: call reset() before the next step().")
-        if int(action) not in (CONTINUE_SMALL, ESCALATE_LARGE):
-            raise ConfigError(f"The action is {action!r}, expected 0 (CONTINUE_SMALL) or 1 (ESCALATE_LARGE).")
+        if not 0 <= int(action) < self._vector.single_action_space.n:
+            asking = ", 2 (ASK)" if self._vector.single_action_space.n > ASK else ""
+            raise ConfigError(f"The action is {action!r}, expected 0 (CONTINUE_SMALL) or 1 (ESCALATE_LARGE){asking}.")
         # not `step`, which would check again
         observations, rewards, _, _, ended = self._vector._step(np.array([int(action)]))
-        accepted = self._row, int(self._vector.taken[0])
-        self._accepted.append(accepted)
-        self._text += self.tables.trees.proposal(*accepted) if accepted[1] else self._proposal
-        self._arrive()
+        if not self._vector.asked[0]:
+            accepted = self._row, int(self._vector.taken[0])
+            self._accepted.append(accepted)
+            self._text += self.tables.trees.proposal(*accepted) if accepted[1] else self._proposal
+            self._arrive()
         info = self._info() | {name: ended[name][0].item() for name in EPISODE_INFO if ended}
         return self._observation(observations), float(rewards[0]), self._row < 0, False, info
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """Return (2,) whether each action is possible, as ``action_mask`` of `info` does."""
+        """Return (2,) or (3,) whether each action is possible, as ``action_mask`` of `info` does."""
         masks: NDArray[np.bool_] = self._vector.action_masks()[0]
         return masks
 
@@ -219,7 +228,9 @@ class TrimEnv(gymnasium.Env[Any, Any]):
 
     def _info(self) -> dict[str, Any]:
         totals, cap = self._vector.totals, self.tables.max_large_tokens
-        told = {} if cap is None else {"large_tokens_left": cap - int(totals["large_tokens"][0])}
+        told: dict[str, Any] = {} if cap is None else {"large_tokens_left": cap - int(totals["large_tokens"][0])}
+        if "asked" in totals:
+            told["asked"] = int(totals["asked"][0])
         return {
             **self._origin,
             "node": max(self._row, -1),

@@ -16,7 +16,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from rollouts.errors import ConfigError, did_you_mean
-from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
+from rollouts.trees.arrays import ASK, CONTINUE_SMALL, ESCALATE_LARGE
 from trim_env.features import LAM_BOUND, Schema, lam_feature, left_feature
 from trim_env.tables import draw
 
@@ -92,6 +92,7 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         lam_share: Share of λ that rewards charge, in (0, 1]: less than 1 only while a training warms up.
         totals: What the running episodes have come to: ``cost``, ``large_tokens`` and so on, arrays of shape (E,).
         taken: (E,) who wrote the steps that were accepted last, 0 or 1.
+        asked: (E,) whether what is bought has been asked for at the decisions where episodes stand.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         max_escalations: int | None,
         max_large_tokens: int | None = None,
         *,
+        bought: NDArray[np.bool_] | None = None,
         autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
         render_mode: str | None = None,
     ) -> None:
@@ -117,6 +119,7 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
             lam: λ, or its range.
             max_escalations: K; None for no cap.
             max_large_tokens: M; None for no cap.
+            bought: (d,) which features are seen only where they are asked for; None: there is no asking.
             autoreset_mode: SAME_STEP or NEXT_STEP, which some of Gymnasium's wrappers ask for.
             render_mode: None.
 
@@ -135,15 +138,19 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         self._lam = np.full(num_envs, lam[0]) if isinstance(lam, tuple) else checked_lam(lam)
         self.lam_share = 1.0
         low, high = schema.bounds(max_steps)
+        if bought is not None:
+            if schema.history:
+                raise ConfigError(f"Schema {schema.name} tells of earlier steps; with ask, choose another.")
+            low, high = np.append(np.minimum(low, 0 * low), np.float32(0)), np.append(high, np.float32(1))
         if max_large_tokens is not None:
             low, high = np.append(low, np.float32(0)), np.append(high, np.float32(1))
         if self.lam_range:
             low, high = np.append(low, np.float32(-LAM_BOUND)), np.append(high, np.float32(LAM_BOUND))
         self.single_observation_space = spaces.Box(low, high, dtype=np.float32)
-        self.single_action_space = spaces.Discrete(2)
+        self.single_action_space = spaces.Discrete(2 if bought is None else 3)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._pool, self._schema = pool, schema
+        self._pool, self._schema, self._bought = pool, schema, bought
         self._past = np.zeros((num_envs, max_steps, schema.history), np.float32)
         self._token_cap = max_large_tokens
         self._caps = [
@@ -153,6 +160,7 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         ]
         self.totals: dict[str, Array] = {}
         self.taken: Array = np.zeros(num_envs, np.int64)
+        self.asked: NDArray[np.bool_] = np.zeros(num_envs, bool)
         self._episode = self._seeds = np.zeros(num_envs, np.uint64)
         self._started = False
         self._next_step = mode is AutoresetMode.NEXT_STEP
@@ -175,18 +183,25 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         self._lam = checked_lam(value)
 
     def action_masks(self) -> NDArray[np.bool_]:
-        """Return (E, 2) whether each action is possible: escalating is not, once a cap is reached."""
-        masks = np.ones((self.num_envs, 2), bool)
+        """Return (E, 2), or (E, 3), whether each action is possible.
+
+        Escalating and asking are not, once a cap is reached, nor is asking twice.
+        """
+        masks = np.ones((self.num_envs, 2 if self._bought is None else 3), bool)
         for cap, used in self._caps:
-            masks[:, ESCALATE_LARGE] &= self.totals[used] < cap
+            masks[:, ESCALATE_LARGE:] &= (self.totals[used] < cap)[:, None]
+        masks[:, ASK:] &= ~self.asked[:, None]
         return masks
 
     def _observe(self, which: Any) -> Array:
-        """Return the (n, d) observations of running episodes: features, history, share of large tokens left, λ."""
+        """Return the (n, d) observations of running episodes: features, history, asked, large tokens left, λ."""
         features = self._features(which)
         if self._schema.history:
             features = self._schema.observed(features, self._past[which], self.totals["steps"][which])
         columns: list[Array] = [features]
+        if self._bought is not None:
+            asked = self.asked[which][:, None]
+            columns = [np.where(self._bought & ~asked, np.float32(0), features), asked.astype(np.float32)]
         if self._token_cap is not None:
             columns.append(left_feature(self._left(which), self._token_cap)[:, None])
         if self.lam_range:
@@ -238,6 +253,9 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
             self._episode = np.zeros(self.num_envs, np.uint64)
         self.totals = {"cost": np.zeros(self.num_envs)}
         self.totals |= {name: np.zeros(self.num_envs, np.int64) for name in EPISODE_INFO[3:]}
+        if self._bought is not None:
+            self.totals["asked"] = np.zeros(self.num_envs, np.int64)
+        self.asked = np.zeros(self.num_envs, bool)
         self._over = None
         self._begin_episodes(self._index, chosen)
         self._started = True
@@ -288,11 +306,15 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         """Take (n,) actions, escalations only where they are allowed, in running episodes."""
         raise NotImplementedError
 
+    def _price(self, which: Array) -> Array:
+        """Return the (n,) cost of asking in running episodes, (n,) of 0..E-1."""
+        raise NotImplementedError
+
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
         """Take (E,) actions.
 
         Raises:
-            ConfigError: They are not (E,) of 0 and 1, or there was no reset.
+            ConfigError: They are not (E,) of 0 and 1, and 2 (ASK) where there is asking, or there was no reset.
             StoreError: A proposal that is needed was not generated.
         """
         return self._step(self._checked(actions))
@@ -301,11 +323,11 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         action = np.array(actions, np.int64)
         if not self._started:
             raise ConfigError("No episodes yet: call reset() before the first step().")
-        if action.shape != (self.num_envs,) or (action >> 1).any():
+        if action.shape != (self.num_envs,) or ((action < 0) | (action >= self.single_action_space.n)).any():
             found = f"values in {action.min()}..{action.max()}" if action.size else "none"
             raise ConfigError(
                 f"step got actions of shape {action.shape}, {found}; expected ({self.num_envs},) of 0 "
-                "(CONTINUE_SMALL) and 1 (ESCALATE_LARGE)."
+                "(CONTINUE_SMALL) and 1 (ESCALATE_LARGE)" + (" and 2 (ASK)." if self._bought is not None else ".")
             )
         return action
 
@@ -313,15 +335,18 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         which: Any = _ALL
         acted: Any = 1
         if self._over is not None:  # these begin anew instead
-            which, acted = np.flatnonzero(~self._over), ~self._over
             action[self._over] = CONTINUE_SMALL
             for values in self.totals.values():
                 values[self._over] = 0
             self._renew(np.flatnonzero(self._over))
-        if self._caps:
-            masked = (action == ESCALATE_LARGE) & ~self.action_masks()[:, ESCALATE_LARGE]
+        if self._caps or self._bought is not None:
+            masked = ~self.action_masks()[self._index, action]
+            self.totals["masked"] += masked & (action == ESCALATE_LARGE)
             action[masked] = CONTINUE_SMALL
-            self.totals["masked"] += masked
+        asks = action == ASK
+        if self._over is not None or asks.any():
+            acted = ~asks if self._over is None else ~(asks | self._over)
+            which = np.flatnonzero(acted)
         taken = self._take(which, action[which])
         if which is not _ALL:
             everywhere = Steps(*(np.zeros(self.num_envs, values.dtype) for values in taken))  # 0 where none was taken
@@ -329,6 +354,11 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
                 whole[which] = values
             taken = everywhere
         totals = self.totals
+        if self._bought is not None:
+            if asks.any():
+                taken.cost[asks] = self._price(np.flatnonzero(asks))
+            totals["asked"] += asks
+            self.asked = asks
         totals["cost"] += taken.cost
         totals["large_tokens"] += taken.large_tokens
         totals["small_tokens"] += taken.small_tokens
@@ -362,7 +392,7 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         self._finished["episodes"] += len(ended)
         for name in FINISHED[1:]:
             self._finished[name] += float(final[name][ended].sum())
-        final |= {f"_{name}": done for name in EPISODE_INFO}
+        final |= {f"_{name}": done for name in ("correct", "return", *self.totals)}
         running = ~done
         for name, values in self.totals.items():
             self.totals[name] = values.copy() if self._next_step else values * running

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from rollouts.errors import StoreError
+from rollouts.errors import ConfigError, StoreError, did_you_mean
 from rollouts.trees.arrays import MISSING
-from trim_env.costs import CostModel
+from trim_env.costs import SOURCES, CostModel, source_of
 from trim_env.episodes import EPISODE_INFO, FINISHED, Array, EpisodesVectorEnv, Lam, Steps, unknown_problem
 from trim_env.features import DEFAULT_SCHEMA, Schema
 from trim_env.tables import DecisionTables, Rollouts, decision_tables, missing
@@ -36,6 +36,7 @@ class TrimVectorEnv(EpisodesVectorEnv):
         cost: str | CostModel = "decode-only",
         max_escalations: int | None = None,
         max_large_tokens: int | None = None,
+        ask: str | None = None,
         autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
         render_mode: str | None = None,
     ) -> None:
@@ -53,6 +54,8 @@ class TrimVectorEnv(EpisodesVectorEnv):
             max_escalations: Cap K on escalations per episode.
             max_large_tokens: Cap M on the tokens that the large model decodes in an episode; with one, the share left
                 is one more feature, after those of the schema and before λ.
+            ask: ``scorer`` or ``large``, whose features are 0 and cost nothing until action 2 (ASK) asks for them; one
+                more feature, after those of the schema, says whether it has. None: no such action.
             autoreset_mode: When episodes that end are replaced; see `trim_env.episodes.EpisodesVectorEnv`.
             render_mode: None; single environments render.
 
@@ -63,7 +66,15 @@ class TrimVectorEnv(EpisodesVectorEnv):
         if not isinstance(rollouts, DecisionTables):
             caps: dict[str, Any] = {"max_escalations": max_escalations, "max_large_tokens": max_large_tokens}
             rollouts = decision_tables(rollouts, split, schema=schema, cost=cost, imports=True, **caps)
-        self.tables = tables = rollouts
+        whole = tables = rollouts
+        bought = None
+        if ask is not None:
+            if ask not in SOURCES:
+                raise ConfigError(f"ask is {ask!r}.{did_you_mean(ask, SOURCES)}")
+            scorer = tables.trees.meta["scorer"]
+            bought = tables.schema.reading([each for each in tables.schema.facts if source_of(each, scorer) == ask])
+            tables = tables.charged(tables.schema.id, ask)
+        self.tables, self._prices = tables, whole.cost - tables.cost
         self._roots = np.array(tables.trees.root, np.int64)
         self.node = np.zeros(num_envs, np.int64)
         super().__init__(
@@ -74,6 +85,7 @@ class TrimVectorEnv(EpisodesVectorEnv):
             lam,
             tables.max_escalations,
             tables.max_large_tokens,
+            bought=bought,
             autoreset_mode=autoreset_mode,
             render_mode=render_mode,
         )
@@ -87,9 +99,14 @@ class TrimVectorEnv(EpisodesVectorEnv):
         if tables.schema.history:
             position = self.totals["steps"][which]
             self._past[self._index[which], position] = tables.accepted.take(place, axis=0)
+        if self._bought is not None:  # before an escalation it may cost something else
+            cost = cost + action * self.asked[which] * (self._prices[2 * rows + 1] - self._prices[2 * rows])
         accepted, solved = place - 2 * rows, tables.solved.take(place)
         self.node[which] = child
         return Steps(accepted, cost, large_tokens, tables.small_tokens.take(place), cut_off, solved, child < 0)
+
+    def _price(self, which: Array) -> Array:
+        return self._prices[2 * self.node[which]]
 
     def _begin(self, which: Array, trees: Array) -> None:
         self.node[which] = self._roots[trees]

@@ -23,6 +23,7 @@ import numpy as np
 
 from agents.deploy.session import Session, decide_together
 from agents.routers import artefact
+from agents.routers.asking import Asking
 from agents.routers.base import AnyRouter, Mixture, told_cap
 from agents.routers.budgets import LamCosts
 from agents.routers.mlp import MLP, ConditionedMLP
@@ -229,6 +230,7 @@ class Policy:
             "schema": self.schema,
             "features": [feature.name for feature in schema_named(self.schema).features],
             "knob": knob,
+            **({"asks": list(router.facts)} if isinstance(router, Asking) else {}),
             "budget_range": list(self.budget_range) if self.budget_range else None,
             "max_steps": self.max_steps,
             "max_escalations": self.max_escalations,

@@ -8,10 +8,11 @@ from typing import Any, cast
 
 import numpy as np
 
+from agents.routers.asking import Asking
 from agents.routers.base import AnyRouter, Floats, Knob, Router, StatefulRouter, told_cap
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.text.steps import SMALL, Step, StopReason, closes_box
-from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
+from rollouts.trees.arrays import ASK, CONTINUE_SMALL, ESCALATE_LARGE
 from rollouts.trees.columns import FACTS, Folded, checked_signal, facts_of, is_signal
 from trim_env.features import left_feature, schema_named
 
@@ -52,13 +53,18 @@ class Session:
         self.router, self.knob = router, knob
         self.step, self.escalations, self.large_tokens, self.ended = 1, 0, 0, False
         self._schema = schema_named(router.schema)
-        self._folded = Folded(self._schema.folds)
+        self._bought = frozenset(router.facts if isinstance(router, Asking) else ())
+        self._folded = Folded(fold for fold in self._schema.folds if fold.fact not in self._bought)
+        self._asked_of = tuple(fold for fold in self._schema.folds if fold.fact in self._bought)
         told = _STATE if isinstance(router, StatefulRouter) else frozenset[str]()
-        self._needs, self._needs_of_large = self._schema.facts | told, self._folded.facts | told | {"tokens"}
+        self._needs, self._needs_of_large = (
+            (self._schema.facts - self._bought) | told,
+            self._folded.facts | told | {"tokens"},
+        )
         self._max_steps, (self._cap, self._token_cap), self._generator = max_steps, caps, generator
         self._state = router.start(1) if isinstance(router, StatefulRouter) else None
         self._proposal: dict[str, float] | None = None
-        self._action = CONTINUE_SMALL
+        self._action, self._told = CONTINUE_SMALL, False
 
     @property
     def large_tokens_left(self) -> int | None:
@@ -81,6 +87,9 @@ class Session:
     ) -> int:
         r"""Return who writes the next step: 0 (CONTINUE_SMALL) or 1 (ESCALATE_LARGE), within the caps.
 
+        A router that asks (`agents.routers.asking.Asking`) may return 2 (ASK) instead: call again, with what it asks
+        for, for 0 or 1; if nobody can tell, `override`. What is given at once is read only where it would ask.
+
         Args:
             score: Score of the small model's proposal, where the router's features read it (as all that follows).
             tokens: Tokens that were decoded for it.
@@ -90,7 +99,9 @@ class Session:
             facts: What else the router's features read (`rollouts.trees.columns.FACTS`): ``terminal``, whether
                 accepting the proposal ends the solution (at the last step that is allowed it always does);
                 ``has_answer``, whether it states a final answer; columns of score tables,
-                ``**{"small.min_logprob": -0.3}`` (`rollouts.text.likelihood.STATISTICS`).
+                ``**{"small.min_logprob": -0.3}`` (`rollouts.text.likelihood.STATISTICS`). With what a router asks
+                for, if features fold that over the accepted steps, ``accepted``: a list of the same of each of them,
+                ``[{"score": 0.9}, ...]``; who is asked has read them all.
 
         Raises:
             ConfigError: Something lacks that the features read, a value is out of range, the last decision waits for
@@ -105,13 +116,17 @@ class Session:
         """Return the columns for a proposal, given as the arguments of `decide`."""
         if self.ended:
             raise ConfigError(f"The solution has ended after {self.step - 1} steps; begin a new session.")
-        if self._proposal is not None:
+        asked = self._proposal is not None and self._action == ASK
+        if self._proposal is not None and not asked:
             raise ConfigError("The last proposal is still open: call accept() before the next decide().")
+        accepted = proposal.get("accepted", ())
+        proposal = {name: value for name, value in proposal.items() if name != "accepted"}
         if "text" in proposal:
             proposal = _read(**proposal)
-        columns = _checked(proposal)
-        if not self._needs.issubset(columns):
-            lacking, read = (", ".join(sorted(names)) for names in (self._needs.difference(columns), self._needs))
+        columns = {**(self._proposal or {}), **_checked(proposal)}
+        needs = self._needs | self._bought if asked else self._needs
+        if not needs.issubset(columns):
+            lacking, read = (", ".join(sorted(names)) for names in (needs.difference(columns), needs))
             raise ConfigError(
                 f"decide() lacks {lacking} of the proposal: {self.router.name} reads {read} (features "
                 f"{self._schema.id}). Name what lacks, or give the proposal's text."
@@ -119,11 +134,33 @@ class Session:
         columns["terminal"] = columns.get("terminal", False) or self.step == self._max_steps
         columns["step"], columns["max_steps"] = self.step, self._max_steps
         self._folded.tell(columns)
-        self._proposal = columns
-        return columns
+        told = self._bought.issubset(columns)
+        if told and self._asked_of:
+            self._folds_of(accepted).tell(columns)
+        self._proposal, self._told, self._action = columns, told, CONTINUE_SMALL
+        if told:
+            return columns
+        return dict.fromkeys((*self._bought, *(fold.name for fold in self._asked_of)), 0.0) | columns
+
+    def _folds_of(self, accepted: Sequence[Mapping[str, Any]]) -> Folded:
+        """Return folds over what is asked for of the accepted steps."""
+        folded = Folded(self._asked_of)
+        steps = [_checked(each) for each in accepted]
+        lacking = [fact for fact in folded.facts if not all(fact in each or is_signal(fact) for each in steps)]
+        if len(steps) != self.step - 1 or lacking:
+            raise ConfigError(
+                f"decide() got accepted={list(accepted)!r}, expected {', '.join(sorted(folded.facts))} of each of the "
+                f"{self.step - 1} accepted steps."
+            )
+        for each in steps:
+            folded.add(each)
+        return folded
 
     def _decided(self, chance: float) -> int:
-        """Turn the probability of escalating into an action."""
+        """Turn the probability of escalating, or `ASK`, into an action."""
+        if chance == ASK:
+            self._action = ASK
+            return ASK
         escalate = chance > 0 and (chance >= 1 or self._draw() < chance)
         self._action = ESCALATE_LARGE if escalate and self._may_escalate() else CONTINUE_SMALL
         return self._action
@@ -177,6 +214,10 @@ class Session:
             self.override(action)
         if self._proposal is None:
             raise ConfigError("There is nothing to accept: call decide() first.")
+        if self._action == ASK:
+            raise ConfigError(
+                f"{self.router.name} asks for {', '.join(sorted(self._bought))}: call decide() with it, or say action."
+            )
         step = self._proposal
         if self._action == ESCALATE_LARGE:
             step = _checked({**_given(score, tokens), **facts})
@@ -240,18 +281,19 @@ def decide_together(sessions: Sequence[Session], proposals: Sequence[Mapping[str
 def _take_all(sessions: Sequence[Session], proposals: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """Let every session take its proposal, or none of them."""
     columns: list[dict[str, float]] = []
+    before = [(session._proposal, session._action) for session in sessions]
     try:
         for session, proposal in zip(sessions, proposals, strict=True):
             columns.append(session._take(proposal))
     except ConfigError:
-        for session in sessions[: len(columns)]:
-            session._proposal = None
+        for session, was in list(zip(sessions, before, strict=True))[: len(columns)]:
+            session._proposal, session._action = was
         raise
     return columns
 
 
 def _chances(sessions: list[Session], columns: list[dict[str, float]]) -> Floats:
-    """Return the (n,) probabilities of escalating in sessions of one router, and let those with a state go on."""
+    """Return the (n,) probabilities of escalating, or `ASK`, in sessions of one router; those with a state go on."""
     first = sessions[0]
     if len(columns) == 1:
         features = first._schema.single(columns[0])
@@ -262,6 +304,9 @@ def _chances(sessions: list[Session], columns: list[dict[str, float]]) -> Floats
         left = np.array([cap - session.large_tokens for session in sessions])
         features = np.concatenate([features, left_feature(np.maximum(left, 0), cap)[:, None]], axis=1)
     states = [session._state for session in sessions if session._state is not None]
+    if isinstance(first.router, Asking):
+        asks = [not session._told and session._may_escalate() for session in sessions]
+        return np.where(first.router.asks(features) & asks, ASK, first.router.probability(features))
     if not states:
         return cast(Router, first.router).probability(features)
     chances, after = cast(StatefulRouter, first.router).decide(features, np.concatenate(states))

@@ -132,9 +132,7 @@ class Forest:
         gain = worth[ESCALATE_LARGE] - worth[CONTINUE_SMALL]
         return value[graph.roots].mean(axis=0), visits, gain
 
-    def returns(
-        self, escalate: NDArray[np.bool_], lam: float, asked: NDArray[np.bool_] | None = None
-    ) -> Floats:
+    def returns(self, escalate: NDArray[np.bool_], lam: float, asked: NDArray[np.bool_] | None = None) -> Floats:
         """Return the (k,) mean returns of k policies that draw nothing, given (n, k) whether they escalate, and ask."""
         graph, worth = self.graph, self._now(np.array([lam])).astype(np.float32)
         escalate = escalate & graph.open[:, None]

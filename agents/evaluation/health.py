@@ -68,7 +68,11 @@ def assess(router: Outcomes, rules: Mapping[str, Outcomes], large: Outcomes, lam
         told += f"; {ahead[0]} has a return of {rules[ahead[0]].returns(lam).mean():.4f}. Do not use it."
     if len(router) < FEWEST:
         told = f"No verdict: {len(router)} problems are too few, expected at least {FEWEST}."
-    asks = "" if router.asked is None else f" and asks at {100 * router.asked.sum() / router.steps.sum():.1f} % of the steps"
+    asks = (
+        ""
+        if router.asked is None
+        else f" and asks at {100 * router.asked.sum() / router.steps.sum():.1f} % of the steps"
+    )
     against = ", ".join(
         f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}] against {name}"
         for name, difference in over.items()

@@ -91,14 +91,16 @@ def run_trees(tables: DecisionTables, policy: AnyRouter | Decide) -> dict[str, F
 
 
 def _run_asking(tables: DecisionTables, router: Asking) -> dict[str, Floats]:
-    """As `run_trees`, of a router that pays where it asks, and how often it does; where caps leave no choice, it does not."""
+    """As `run_trees`, of a router that pays where it asks, and how often it does: not where caps leave no choice."""
     whole, tables = tables.charged(router.schema), tables.charged(router.schema, router.source)
     price, seen = whole.cost - tables.cost, seen_by(router, tables)
     totals = {name: np.zeros(len(tables.indices)) for name in (*Outcomes.columns(), "asked")}
     for done in decisions(tables, router):
         asked = router.asks(seen(done.rows, done.spent.left)) & done.spent.open(tables)
         values = outcomes_of(tables, done.moved) | {"asked": asked}
-        values["cost"] = values["cost"] + asked * price[2 * done.rows + (done.moved.accepted | done.moved.taken.cut_off)]
+        values["cost"] = (
+            values["cost"] + asked * price[2 * done.rows + (done.moved.accepted | done.moved.taken.cut_off)]
+        )
         for name, each in values.items():
             totals[name] += np.bincount(done.tree, done.mass * each, minlength=len(tables.indices))
     return totals

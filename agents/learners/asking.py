@@ -60,7 +60,7 @@ class AskingFrontier:
         return {"rule": self.rule, "kind": self.kind, "held_out": self.held_out}
 
 
-def fit(
+def fit_asking(
     tables: DecisionTables, choice: DecisionTables, lams: Sequence[float], ask: str, settings: ExactSettings, seed: int
 ) -> AskingFrontier:
     """Fit rules that ask.

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.routers.asking import Asking
 from agents.routers.base import (
     AnyRouter,
     Constant,
@@ -51,7 +52,9 @@ from rollouts.errors import ArtefactError, ConfigError
 from rollouts.plugins import is_plugin, loaded_plugin
 
 FORMAT = "trim-policy"
-VERSION = 4  # 4 adds the activation square, 3 others but tanh, 2 `files` and `digest`; 1 named the SHA-256 of weights
+# 5 adds the kind ask, 4 the activation square, 3 others but tanh, 2 `files` and `digest`; 1 named that of weights
+VERSION = 5
+_VERSIONS = {"tanh": 2, "square": 4}  # by activation: the least that tells it
 Storable = AnyRouter | ConditionedMLP | Mixture
 _PARTS = ("first", "second")
 
@@ -64,7 +67,7 @@ class Artefact:
         router: The router, or one for a whole range of λ.
         about: Where it comes from: models, scorer, rollouts hash, cost model, cap, metrics, package version.
         kind: How it is stored: ``mlp``, ``mlp-lam``, ``seq``, ``threshold``, ``constant``, ``random``, ``pomdp``,
-            ``mixture``, or others' ``module:Class``.
+            ``ask``, ``mixture``, or others' ``module:Class``.
     """
 
     router: Storable
@@ -138,6 +141,15 @@ def _describe_network(router: Any) -> dict[str, Any]:
     return {"activation": router.activation, "max_large_tokens": told_cap(router)}
 
 
+def _describe_asking(router: Any) -> dict[str, Any]:
+    return _describe_network(router) | {"asks": {"source": router.source, "facts": list(router.facts)}}
+
+
+def _build_asking(stored: _Stored) -> Storable:
+    asks = stored.described["asks"]
+    return Asking(stored.name, stored.schema, stored.knob, asks["source"], tuple(asks["facts"]), *stored.network)
+
+
 def _build_range(stored: _Stored) -> Storable:
     knob = stored.described["knob"]
     return ConditionedMLP(stored.name, stored.schema, float(knob["low"]), float(knob["high"]), *stored.network)
@@ -173,6 +185,7 @@ _KINDS: dict[str, _Kind] = {
     "pomdp": _Kind(
         PomdpRouter, lambda r: {"pomdp": r.to_plain()}, lambda s: PomdpRouter.from_plain(s.described["pomdp"])
     ),
+    "ask": _Kind(Asking, _describe_asking, _build_asking, network=True),
     "mixture": _Kind(Mixture, lambda r: {"share": r.share}, _build_mixture),
 }
 
@@ -252,7 +265,7 @@ def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx
         }
     described: dict[str, Any] = {
         "format": FORMAT,
-        "version": {"tanh": 2, "square": 4}.get(getattr(router, "activation", "tanh"), 3),
+        "version": VERSION if name == "ask" else _VERSIONS.get(getattr(router, "activation", "tanh"), 3),
         "kind": name,
         "name": router.name,
         "schema": router.schema,

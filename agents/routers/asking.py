@@ -28,7 +28,7 @@ class Asking:
         knob: λ that it was trained for.
         source: Who is asked: ``scorer`` or ``large`` (`trim_env.costs`).
         facts: What is told then (`rollouts.trees.columns`): ``score``, columns of score tables.
-        weights: As of `MLP`, of each perceptron, after its name: ``ask.0.weight``, ``free.0.weight``, ``told.0.weight``.
+        weights: As of `MLP`, of each perceptron (`HEADS`), after its name: ``ask.0.weight``.
         max_large_tokens: As of `MLP`.
         activation: As of `MLP`.
     """
@@ -48,12 +48,16 @@ class Asking:
         """Check that there is something to ask for, and that the layers fit together."""
         bought = schema_named(self.schema).reading(self.facts)
         if not bought.any():
-            raise ArtefactError(f"No feature of {self.schema} reads {', '.join(self.facts)}, which the policy asks for.")
+            raise ArtefactError(
+                f"No feature of {self.schema} reads {', '.join(self.facts)}, which the policy asks for."
+            )
         object.__setattr__(self, "bought", np.append(bought, [False] * (self.max_large_tokens is not None)))
         object.__setattr__(self, "_heads", {head: self._head(head) for head in HEADS})
 
     def _head(self, head: str) -> MLP:
-        own = {name.removeprefix(f"{head}."): each for name, each in self.weights.items() if name.startswith(f"{head}.")}
+        own = {
+            name.removeprefix(f"{head}."): each for name, each in self.weights.items() if name.startswith(f"{head}.")
+        }
         if "0.weight" not in own or own["0.weight"].shape[-1] != len(self.bought):
             raise ArtefactError(f"The policy's perceptron {head!r} does not take the features of {self.schema}.")
         return MLP(self.name, self.schema, self.knob, own, self.max_large_tokens, self.activation)

@@ -16,7 +16,7 @@ from agents.learners.settings import ExactSettings, PPOSettings, SeqSettings
 from rollouts.config import Count, Imports, NotNegative, Positive, settings
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.plugins import is_plugin, load_plugin
-from trim_env.costs import cost_model
+from trim_env.costs import SOURCES, cost_model
 from trim_env.features import DEFAULT_SCHEMA, schema_named
 
 AGENTS = ("ppo-agg", "exact", "ppo-seq", "pomdp", "threshold")
@@ -58,6 +58,9 @@ class TrainConfig:
         max_escalations: Cap K on escalations per solution; default: what the store supports.
         max_large_tokens: Hard cap on the large model's tokens for a problem, in training, validation and, by default,
             evaluation: the policy is told the share left. Default: none.
+        ask: Of exact: ``scorer`` or ``large``: what it tells (the score; large.*) the policy then sees, and pays, where
+            it asks alone, having seen the other features; --cost calls:10 makes that 10 large-model tokens. Default: it
+            always sees and pays all that it reads.
         scorer: Score table, if the store has several, or column of one that is taken for the score, such as
             small.min_logprob.
         grader: Grade table, if the store has several.
@@ -83,6 +86,7 @@ class TrainConfig:
     cost: str = "decode-only"
     max_escalations: Annotated[int, Field(ge=0)] | None = None
     max_large_tokens: Count | None = None
+    ask: str | None = None
     scorer: str | None = None
     grader: str | None = None
     seed: Annotated[int, Field(ge=0)] = 0
@@ -115,6 +119,11 @@ class TrainConfig:
                                   "above 0, the lower one first.")  # fmt: skip
             if self.lam or self.agent not in LEARNED:
                 raise ConfigError("--lam-range trains one ppo-agg or exact policy for all λ in it; leave out --lam.")
+        if self.ask is not None:
+            if self.ask not in SOURCES:
+                raise ConfigError(f"--ask is {self.ask!r}.{did_you_mean(self.ask, SOURCES)}")
+            if self.agent != "exact" or self.lam_range or self.budget is not None or self.accuracy is not None:
+                raise ConfigError("--ask trains rules of --agent exact for one λ each (--lam), or for six by default.")
         if len(set(self.lam)) != len(self.lam):
             raise ConfigError(f"--lam names a value twice: {' '.join(f'{lam:g}' for lam in self.lam)}.")
 

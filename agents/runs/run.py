@@ -24,6 +24,7 @@ from agents.evaluation.budgets import lam_costs, meet_target
 from agents.evaluation.health import Health
 from agents.evaluation.splits import Candidates, Record, Validation, halves
 from agents.evaluation.walk import references, run
+from agents.learners.asking import AskingFrontier, fit_asking
 from agents.learners.exact import Frontier, fit, neighbours
 from agents.learners.loop import Training, checked_at
 from agents.learners.pomdp.fit import estimate, price_of
@@ -260,7 +261,8 @@ class _Run:
             return self._train(tables, task, place, tracker)
         router: Any
         if config.agent == "exact":
-            router, told = self._frontiers[task].router(task), self._frontiers[task].report()
+            found: Any = self._frontiers[task]
+            router, told = found.router(task), found.report()
             (place / "fit.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
             return router, self._assessed(router, task), 1, None
         assert isinstance(task, float)
@@ -276,15 +278,18 @@ class _Run:
         return router, self._assessed(router, task), 1, None
 
     @cached_property
-    def _frontiers(self) -> dict[Lam, Frontier]:
+    def _frontiers(self) -> dict[Lam, Frontier | AskingFrontier]:
         """What the exact learner makes for each task."""
         config, choice = self.config, self.validation.choice
         train = _tables(config, self.trees, self.trees.select("train"))
         if config.lam_range:
             lams = np.geomspace(*config.lam_range, 5).tolist()
             return {config.lam_range: fit(train, choice, lams, config.exact, config.seed)}
-        found: dict[Lam, Frontier] = {}
+        found: dict[Lam, Frontier | AskingFrontier] = {}
         for group in neighbours(config.lam):
+            if config.ask:
+                found |= dict.fromkeys(group, fit_asking(train, choice, group, config.ask, config.exact, config.seed))
+                continue
             found |= dict.fromkeys(group, fit(train, choice, group, config.exact, config.seed))
         return found
 
