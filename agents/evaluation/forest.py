@@ -79,9 +79,9 @@ class Forest:
             self._before.append(csr_array((np.ones(len(leads)), (onto[leads], leads)), shape))
 
     def seeing(self, hidden: NDArray[np.bool_]) -> Forest:
-        """Return the same states, where some of what is seen, (d,), is 0."""
+        """Return the same states, where some of what is seen, (d,), is not."""
         other = copy(self)
-        other.seen = np.where(hidden, np.float32(0), self.seen)
+        other.seen = self.seen[:, ~hidden]
         return other
 
     def asking(self) -> Forest:

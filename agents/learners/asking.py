@@ -14,13 +14,13 @@ among the three for each λ.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.evaluation.forest import ENTROPIES, LARGE, Forest, Rule, Scale, chances, least
+from agents.evaluation.forest import LARGE, Forest, Rule, Scale, chances, least
 from agents.learners.exact import NAME, RULES, folds, rounds_of
 from agents.learners.settings import ExactSettings
 from agents.routers.asking import HEADS, Asking
@@ -30,6 +30,9 @@ from rollouts.errors import ConfigError
 from trim_env.costs import source_of
 from trim_env.tables import DecisionTables
 
+ROUNDS = ((0.0, 0.1), (0.5, 0.01), (0.75, 0.003), (1.0, 0.003))
+"""Share of the price and weight of the entropy, from one round of a fit to the next: at the whole price from the start
+it would not ask, and so not learn what to do with an answer."""
 KINDS = ("never", "always", "ask")
 Heads = dict[str, Weights]
 """Perceptrons that are told λ as their last feature, by `agents.routers.asking.HEADS`."""
@@ -40,20 +43,20 @@ class AskingFrontier:
     """Rules for all λ that were asked for, and what they were chosen for.
 
     Attributes:
-        router: The router for each λ.
+        routers: By kind and λ.
         rule: Form of the rules, of `RULES`.
         kind: Which of `KINDS` was chosen for each λ.
         held_out: Mean return on problems that fits had not seen, by kind and λ.
     """
 
-    routers: dict[float, Asking]
+    routers: dict[str, dict[float, Asking]]
     rule: str
     kind: dict[float, str]
     held_out: dict[str, dict[float, float]]
 
     def router(self, lam: float) -> Asking:
         """Return the router for one λ."""
-        return self.routers[lam]
+        return self.routers[self.kind[lam]][lam]
 
     def report(self) -> dict[str, Any]:
         """Return what they were chosen for, as JSON holds it."""
@@ -87,26 +90,26 @@ def fit_asking(
     for kept, left_out in folds(tables, seed):
         fitted_on.append(Forest(kept, ask=ask))
         judges.append(Forest(left_out, ask=ask))
-    hidden = np.append(schema.reading(facts), [False] * (tables.max_large_tokens is not None))
+    hidden = np.append(schema.reading(facts), [False] * (tables.max_large_tokens is not None)).astype(bool)
     problems = [judge.problems for judge in judges]
 
     def router(name: str, weights: Heads, lam: float) -> Asking:
-        own = {f"{head}.{key}": each for head in HEADS for key, each in at_lam(weights[head], lam).items()}
+        at = max(lam, floor)
+        own = {f"{head}.{key}": each for head in HEADS for key, each in at_lam(weights[head], at).items()}
         cap, activation = tables.max_large_tokens, RULES[name].activation
         return Asking(NAME, schema.id, Knob("lam", lam), ask, facts, own, cap, activation)
 
-    best: tuple[float, str, dict[str, Heads], dict[str, Floats]] | None = None
+    best: tuple[float, str, dict[str, list[Heads]], dict[str, Floats]] | None = None
     for name in RULES if settings.rule == "auto" else (settings.rule,):
         fits = [_fits(name, forest, hidden, told, settings, seed) for forest in fitted_on]
-        weights, found = dict[str, Heads](), dict[str, Floats]()
+        weights, found = dict[str, list[Heads]](), dict[str, Floats]()
         for kind in KINDS:
             each = [
                 [[_reached(router(name, of, lam), judge, lam) for lam in told] for of in fit[kind]]
                 for fit, judge in zip(fits, judges, strict=True)
             ]
             reached = np.average(each, axis=0, weights=problems)  # (rounds, λ)
-            last = int(reached.mean(axis=1).argmax())
-            weights[kind], found[kind] = fits[0][kind][last], reached[last]
+            weights[kind], found[kind] = [fits[0][kind][last] for last in reached.argmax(axis=0)], reached.max(axis=0)
         total = float(np.max([*found.values()], axis=0).mean())
         if best is None or total > best[0]:
             best = total, name, weights, found
@@ -114,8 +117,7 @@ def fit_asking(
     _, name, weights, found = best
     chosen = {lam: max(KINDS, key=lambda kind: found[kind][place]) for place, lam in enumerate(lams)}
     routers = {
-        lam: replace(router(name, weights[chosen[lam]], at), knob=Knob("lam", lam))
-        for lam, at in zip(lams, told, strict=True)
+        kind: {lam: router(name, of, lam) for lam, of in zip(lams, weights[kind], strict=True)} for kind in KINDS
     }
     held_out = {kind: dict(zip(lams, found[kind].tolist(), strict=True)) for kind in KINDS}
     return AskingFrontier(routers, name, chosen, held_out)
@@ -139,16 +141,29 @@ def _fits(
     never, always = rounds_of(free, form["free"], lams), rounds_of(forest.asking(), form["told"], lams)
     parts = np.cumsum([len(rule.start) for rule in form.values()])[:-1]
     at, asking = np.concatenate([form["ask"].start, never[0], always[0]]), list[Heads]()
-    for entropy in ENTROPIES:
-        at = ascend(forest, [*form.values()], lams, at, entropy)
+    for share, entropy in ROUNDS:
+        at = ascend(forest, [*form.values()], lams, at, share, entropy)
         own = zip(form.items(), np.split(at, parts), strict=True)
         asking.append({head: rule.weights(part) for (head, rule), part in own})
-    no, yes = (_constant(size, forest.seen.shape[1]) for size in (-1.0, 1.0))
-    return {
-        "never": [{"ask": no, "free": form["free"].weights(one), "told": no} for one in never],
+    no, yes = (_constant(logit, free.seen.shape[1]) for logit in (-1.0, 1.0))
+    found = {
+        "never": [{"ask": no, "free": form["free"].weights(one)} for one in never],
         "always": [{"ask": yes, "free": no, "told": form["told"].weights(one)} for one in always],
         "ask": asking,
     }
+    blind = _constant(-1.0, len(hidden))
+    return {kind: [{"told": blind} | _widened(each, hidden) for each in rounds] for kind, rounds in found.items()}
+
+
+def _widened(heads: Heads, hidden: NDArray[np.bool_]) -> Heads:
+    """Return perceptrons over all features, given ones of which two do not see some."""
+    wide = dict(heads)
+    for head in ("ask", "free"):
+        narrow = heads[head]["0.weight"]
+        weight = np.zeros((len(narrow), len(hidden) + 1), np.float32)
+        weight[:, np.append(~hidden, True)] = narrow
+        wide[head] = {**heads[head], "0.weight": weight}
+    return wide
 
 
 def _constant(logit: float, size: int) -> Weights:
@@ -161,8 +176,9 @@ def ascend(
     rules: Sequence[Rule],
     lams: Sequence[float],
     parameters: Floats,
+    share: float,
     entropy: float,
-    iterations: int = 40,
+    iterations: int = 30,
 ) -> Floats:
     """Return parameters with a greater expected return; see `agents.evaluation.forest.ascend`.
 
@@ -171,12 +187,13 @@ def ascend(
         rules: Those of `HEADS`.
         lams: k values of λ.
         parameters: Those of the rules, one after the other, to begin with.
+        share: Of the price that is paid.
         entropy: Weight of the entropy of asking and deciding.
         iterations: Most iterations.
     """
     prices, penalty = np.array(lams), np.concatenate([rule.penalty for rule in rules]) / forest.problems
     parts = np.cumsum([len(rule.start) for rule in rules])[:-1]
-    paid_small, paid_large = (np.multiply.outer(price, prices) for price in forest.price.T)
+    paid_small, paid_large = (np.multiply.outer(share * price, prices) for price in forest.price.T)
 
     def loss(at: Floats) -> tuple[float, Floats]:
         told = [rule.logits(own) for rule, own in zip(rules, np.split(at, parts), strict=True)]

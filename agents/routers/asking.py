@@ -51,7 +51,9 @@ class Asking:
             raise ArtefactError(
                 f"No feature of {self.schema} reads {', '.join(self.facts)}, which the policy asks for."
             )
-        object.__setattr__(self, "bought", np.append(bought, [False] * (self.max_large_tokens is not None)))
+        object.__setattr__(
+            self, "bought", np.append(bought, [False] * (self.max_large_tokens is not None)).astype(bool)
+        )
         object.__setattr__(self, "_heads", {head: self._head(head) for head in HEADS})
 
     def _head(self, head: str) -> MLP:

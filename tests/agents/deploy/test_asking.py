@@ -40,7 +40,7 @@ def drawn(seed=0, facts=("score",), schema="agg+/1", cap=None) -> Asking:
 def mixed(trees, **caps) -> Asking:
     """A router that asks at some nodes, and escalates at some with and without."""
     tables = decision_tables(trees, None)
-    seen = np.insert(tables.features, tables.features.shape[1], 0.5, axis=1)[:, : 6 + ("max_large_tokens" in caps)]
+    seen = np.insert(tables.features, tables.features.shape[1], 0.9, axis=1)[:, : 6 + ("max_large_tokens" in caps)]
     for seed in range(3000):
         router = drawn(seed, cap=caps.get("max_large_tokens"))
         asks, escalates = router.asks(seen), router.probability(seen) > 0

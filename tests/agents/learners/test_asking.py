@@ -100,14 +100,14 @@ def test_what_it_would_buy_is_not_read(trees):
 def test_the_gradient_is_that_of_finite_differences(trees, caps, rule, monkeypatch):
     tables = decision_tables(trees, "train", cost="calls:7", **caps)
     forest = Forest(replace(tables, indices=tables.indices[:9]), ask="scorer")
-    hidden = np.append(tables.schema.reading(["score"]), [False] * (tables.max_large_tokens is not None))
+    hidden = np.append(tables.schema.reading(["score"]), [False] * (tables.max_large_tokens is not None)).astype(bool)
     lams = (LAM, 0.01)
     free = forest.seeing(hidden)
     rules = [RULES[rule].make(Scale(each, lams), ExactSettings(hidden=3), 0) for each in (free, free, forest)]
     at = np.random.default_rng(0).normal(0, 0.3, sum(len(each.start) for each in rules))
     caught = []
     monkeypatch.setattr("agents.learners.asking.least", lambda loss, start, iterations: caught.append(loss) or start)
-    ascend(forest, rules, lams, at, 0.05)
+    ascend(forest, rules, lams, at, 0.7, 0.05)
     _, gradient = caught[0](at)
     places = np.random.default_rng(1).choice(len(at), 25, replace=False)
     for place in places:
