@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from agents.deploy.policy import Policy
+from agents.routers.asking import Asking
 from agents.routers.base import Mixture, StatefulRouter, schemas_of
 from rollouts.errors import ConfigError
 from rollouts.text.likelihood import STATISTICS, UNSCORED, as_score, first_of
@@ -63,6 +64,11 @@ def sources_of(policy: Policy) -> Sources:
     """
     router = policy.router
     parts = (router.first, router.second) if isinstance(router, Mixture) else (router,)
+    if any(isinstance(part, Asking) for part in parts):
+        raise ConfigError(
+            "The policy asks for what it reads at some steps alone, which this service does not do yet: serve one that "
+            "was trained without --ask, or use sessions (agents.load)."
+        )
     schemas = [schema_named(name) for name in schemas_of(router)]
     scored = any(isinstance(part, StatefulRouter) for part in parts) or any("score" in each.facts for each in schemas)
     table, column = str(policy.about.get("scorer") or "scorer"), None

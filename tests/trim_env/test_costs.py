@@ -51,6 +51,10 @@ READS = [  # of the first decision the path has 110 tokens, of the second 307
     ("prices:large_in=3,large_cached=0.5", {"large"}, [[80e-6, 140e-6], [171e-6, 326e-6]]),
     ("prices:large_in=3,large_cached=0,scorer_in=1", {"large", "scorer"}, [[140e-6, 140e-6], [328e-6, 328e-6]]),
     ("decode-only", {"large", "scorer"}, [[0, 40], [0, 0]]),
+    ("calls:10", set(), [[0, 40], [0, 0]]),
+    ("calls:10", {"scorer"}, [[10, 50], [10, 10]]),
+    ("calls:10", {"scorer", "large"}, [[20, 60], [20, 20]]),
+    ("prices:large_out=1,call=5", {"large"}, [[5e-6, 45e-6], [5e-6, 5e-6]]),
 ]
 
 

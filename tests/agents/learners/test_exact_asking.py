@@ -109,7 +109,7 @@ def test_the_gradient_is_that_of_finite_differences(trees, caps, rule, monkeypat
     monkeypatch.setattr("agents.learners.asking.least", lambda loss, start, iterations: caught.append(loss) or start)
     ascend(forest, rules, lams, at, 0.7, 0.05)
     _, gradient = caught[0](at)
-    places = np.random.default_rng(1).choice(len(at), 25, replace=False)
+    places = np.random.default_rng(1).choice(len(at), min(25, len(at)), replace=False)
     for place in places:
         ends = [caught[0](at + change * np.eye(len(at))[place])[0] for change in (1e-5, -1e-5)]
         assert gradient[place] == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4, abs=1e-4)
@@ -142,12 +142,13 @@ def noted(trees, steps=(1,)):
 def test_it_asks_where_the_answer_can_change_the_decision(trees):
     told = noted(trees)
     lams = (0.001,)
-    tables = decision_tables(told, "train", cost="calls:3")
-    frontier = fitted(told, "calls:3", lams)
+    plain = "score,tokens,step,terminal,has_answer"  # the least score so far would tell later, too
+    tables = decision_tables(told, "train", cost="calls:1", schema=plain)
+    frontier = fitted(told, "calls:1", lams, schema=plain)
     router = frontier.router(0.001)
     asks = router.asks(tables.features)
     first = told.depth == 0
-    assert asks[first].mean() > 0.8 and asks[~first].mean() < 0.2
+    assert asks[first].mean() > 0.5 and asks[~first].mean() < 0.2
     held_out = frontier.held_out
     assert frontier.kind == {0.001: "ask"}
     assert held_out["ask"][0.001] > max(held_out["never"][0.001], held_out["always"][0.001])
