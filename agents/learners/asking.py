@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.evaluation.forest import LARGE, Forest, Rule, Scale, chances, least
+from agents.evaluation.forest import ENTROPIES, LARGE, Forest, Rule, Scale, chances, least
 from agents.learners.exact import NAME, RULES, folds, rounds_of
 from agents.learners.settings import ExactSettings
 from agents.routers.asking import HEADS, Asking
@@ -138,7 +138,10 @@ def _fits(
         head: RULES[name].make(Scale(seen, lams), settings, seed)
         for head, seen in zip(HEADS, (free, free, forest), strict=True)
     }
-    never, always = rounds_of(free, form["free"], lams), rounds_of(forest.asking(), form["told"], lams)
+    entropies = (*ENTROPIES, ROUNDS[-1][1])  # no kind may be less resolute than another
+    never, always = (
+        rounds_of(states, form[head], lams, entropies) for states, head in ((free, "free"), (forest.asking(), "told"))
+    )
     parts = np.cumsum([len(rule.start) for rule in form.values()])[:-1]
     at, asking = np.concatenate([form["ask"].start, never[0], always[0]]), list[Heads]()
     for share, entropy in ROUNDS:
@@ -178,7 +181,7 @@ def ascend(
     parameters: Floats,
     share: float,
     entropy: float,
-    iterations: int = 30,
+    iterations: int = 40,
 ) -> Floats:
     """Return parameters with a greater expected return; see `agents.evaluation.forest.ascend`.
 

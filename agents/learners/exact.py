@@ -172,10 +172,12 @@ def folds(tables: DecisionTables, seed: int) -> Iterator[tuple[DecisionTables, D
         yield replace(tables, indices=tables.indices[~out]), replace(tables, indices=tables.indices[out])
 
 
-def rounds_of(forest: Forest, rule: Rule, lams: Sequence[float]) -> list[Floats]:
+def rounds_of(
+    forest: Forest, rule: Rule, lams: Sequence[float], entropies: Sequence[float] = ENTROPIES
+) -> list[Floats]:
     """Return the parameters of a rule after each round, of less entropy than the one before."""
     parameters, rounds = rule.start, []
-    for entropy in ENTROPIES:
+    for entropy in entropies:
         parameters = ascend(forest, rule, lams, parameters, entropy)
         rounds.append(parameters)
     return rounds
