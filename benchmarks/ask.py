@@ -27,7 +27,11 @@ from trim_env.tables import decision_tables
 
 STUDIES = (
     ("Free: tokens, step, ends, answers. Bought: the reward model's scores", "agg+", "scorer"),
-    ("Free: that and the reward model's scores. Bought: the large model's prefill", "agg+,large.min_logprob", "large"),
+    (
+        "Read always, at the same price: the reward model's scores. Bought: the large model's prefill",
+        "agg+,large.min_logprob",
+        "large",
+    ),
     ("Free: also the small model's own numbers. Bought: the reward model's scores", "free,score,min_score", "scorer"),
 )
 

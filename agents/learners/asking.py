@@ -71,7 +71,7 @@ def fit_asking(
     Args:
         tables: Training trees, in a schema that reads what is asked for.
         choice: The choice half of validation.
-        lams: λ that they are for.
+        lams: λ that they are for; of one, half and twice it are learned from, too.
         ask: Who is asked: ``scorer`` or ``large``.
         settings: Settings.
         seed: Of folds and first parameters.
@@ -80,6 +80,8 @@ def fit_asking(
         ConfigError: The schema reads nothing that is asked for.
         StoreError: Proposals that the caps allow were not generated.
     """
+    if len(lams) == 1 and lams[0] > 0:
+        lams = (lams[0] / 2, lams[0], 2 * lams[0])
     schema = tables.schema
     facts = tuple(sorted(fact for fact in schema.facts if source_of(fact, tables.trees.meta["scorer"]) == ask))
     if not facts:
