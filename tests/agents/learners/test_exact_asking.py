@@ -163,7 +163,7 @@ def test_what_is_not_in_the_schema_cannot_be_asked_for(trees):
 
 def test_train_py_trains_it_and_says_how_often_it_asks(store, tmp_path):
     config = TrainConfig(
-        str(store), "exact", (0.0, LAM), cost="calls:1", ask="scorer", tracking="none", out=tmp_path / "run"
+        str(store), agent="exact", lam=(0.0, LAM), cost="calls:1", ask="scorer", tracking="none", out=tmp_path / "run"
     )
     trained = train(config)
     told = json.loads((config.out / "lam-0.003" / "fit.json").read_text())
