@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_stores import finished, rollout, same, writers
 from test_env import episodes_of_singles
-from test_live import empty, idle
+from test_live import close, empty, idle
 
 from rollouts.errors import ConfigError
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
@@ -216,6 +216,7 @@ def test_live_episodes_leave_whole_steps_in_a_sound_store(tmp_path, closed):
     assert same(rollout(again, 40, seed=0), first) and again.generated == 0
     again.close()
     if closed is not None:
+        close(store, writers(), replicas=2, grader="exact")
         tables = decision_tables(store.path, None, max_large_tokens=4)
         assert same(rollout(TrimVectorEnv(tables, num_envs=9), 40, seed=0), first)
 

@@ -162,13 +162,13 @@ def test_an_almost_empty_store_is_filled_once(tmp_path, closed, memory):
         assert max(extra["final_info"]["escalations"].max() for *_, extra in first[1:] if extra) > closed
 
 
-def close(store, who, replicas):
+def close(store, who, replicas, grader="numeric"):
     """Do what `generate` does on a store that has live trees."""
     with store.writing():
         trees = list(load_trees(store, PROBLEMS, replicas, store.manifest["process"]["max_escalations"]))
         assert Grower(who, StepBuffer(store.steps)).run(trees) == 0
         score_store(store, ScriptedScorer())
-        grade_store(store, make_grader("numeric"))
+        grade_store(store, make_grader(grader))
         store.note_live((), closed={tree.key for tree in trees})
 
 
