@@ -201,7 +201,7 @@ class Schema:
     def together(self, decisions: Sequence[Columns]) -> NDArray[np.float32]:
         """Return the (n, d) features of n decisions from the columns of each, plain numbers."""
         rows = np.array(list(map(itemgetter(*self.reads), decisions)), np.float64)
-        return self(dict(zip(self.reads, rows.T, strict=True)))
+        return self(dict(zip(self.reads, np.atleast_2d(rows.T), strict=True)))
 
 
 def _spread(compute: Callable[..., Any], values: tuple[Any, ...]) -> Any:

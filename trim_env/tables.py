@@ -121,7 +121,7 @@ class DecisionTables:
             at = np.where(depth >= back, before[at] // 2, at)
         return self.schema.observed(self.features[rows], past, depth)
 
-    def charged(self, schema: str | None, but: str = "") -> DecisionTables:
+    def charged(self, schema: str | Schema | None, but: str = "") -> DecisionTables:
         """Return the tables with what a router with this schema pays for what it reads.
 
         Args:

@@ -73,7 +73,9 @@ class TrimVectorEnv(EpisodesVectorEnv):
                 raise ConfigError(f"ask is {ask!r}.{did_you_mean(ask, SOURCES)}")
             scorer = tables.trees.meta["scorer"]
             bought = tables.schema.reading([each for each in tables.schema.facts if source_of(each, scorer) == ask])
-            tables = tables.charged(tables.schema.id, ask)
+            if not any(bought):
+                raise ConfigError(f"ask is {ask!r}: schema {tables.schema.name} reads nothing that the {ask} tells.")
+            tables = tables.charged(tables.schema, ask)
         self.tables, self._prices = tables, whole.cost - tables.cost
         self._roots = np.array(tables.trees.root, np.int64)
         self.node = np.zeros(num_envs, np.int64)

@@ -203,7 +203,7 @@ def run(config: ExportConfig) -> int:
         print(terminal(f"{each.folder}: {each.policy.name}, {each.policy.setting}"))
         for note in each.notes:
             print(f"  note: {terminal(note)}", file=sys.stderr)
-    print("use it: agents.load(DIR).session().decide(score=..., tokens=..., text=...)")
+    print("use it: agents.load(DIR).session().decide(...), see docs/deployment.md for what it is told")
     return 0
 
 

@@ -9,15 +9,16 @@ from typing import Any, cast
 import numpy as np
 
 from agents.routers.asking import Asking
-from agents.routers.base import AnyRouter, Floats, Knob, Router, StatefulRouter, told_cap
+from agents.routers.base import AnyRouter, Floats, Knob, Router, StatefulRouter, is_blind, told_cap
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.text.steps import SMALL, Step, StopReason, closes_box
 from rollouts.trees.arrays import ASK, CONTINUE_SMALL, ESCALATE_LARGE
 from rollouts.trees.columns import FACTS, Folded, checked_signal, facts_of, is_signal
-from trim_env.features import left_feature, schema_named
+from trim_env.features import Schema, left_feature, schema_named
 
 _ROWS = 16  # computed at once: few enough for NumPy to multiply on one thread; waking others takes longer
 _STATE = frozenset({"score", "tokens"})  # routers with a state are told of them
+_NOTHING = Schema("nothing", 1, ())
 _CHECKED = {name: fact.checked for name, fact in FACTS.items()}
 
 
@@ -52,7 +53,7 @@ class Session:
         """
         self.router, self.knob = router, knob
         self.step, self.escalations, self.large_tokens, self.ended = 1, 0, 0, False
-        self._schema = schema_named(router.schema)
+        self._schema = _NOTHING if is_blind(router) else schema_named(router.schema)
         self._bought = frozenset(router.facts if isinstance(router, Asking) else ())
         self._folded = Folded(fold for fold in self._schema.folds if fold.fact not in self._bought)
         self._asked_of = tuple(fold for fold in self._schema.folds if fold.fact in self._bought)
@@ -145,7 +146,7 @@ class Session:
     def _folds_of(self, accepted: Sequence[Mapping[str, Any]]) -> Folded:
         """Return folds over what is asked for of the accepted steps."""
         folded = Folded(self._asked_of)
-        steps = [_checked(each) for each in accepted]
+        steps = [_checked(each) if isinstance(each, Mapping) else {} for each in accepted]
         lacking = [fact for fact in folded.facts if not all(fact in each or is_signal(fact) for each in steps)]
         if len(steps) != self.step - 1 or lacking:
             raise ConfigError(

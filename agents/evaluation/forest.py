@@ -58,7 +58,7 @@ class Forest:
         from scipy.sparse import csr_array
 
         whole = tables if schema is None else tables.charged(schema)
-        tables = tables.charged(schema or tables.schema.id, ask) if ask else whole
+        tables = tables.charged(schema or tables.schema, ask) if ask else whole
         self.graph = graph = tables.graph
         taken = graph.moved.taken
         if graph.missing.any():

@@ -181,6 +181,11 @@ def schemas_of(router: Any) -> set[str]:
     return {router.first.schema, router.second.schema} if isinstance(router, Mixture) else {router.schema}
 
 
+def is_blind(router: Any) -> bool:
+    """Whether a router decides without reading anything, whatever schema it names."""
+    return isinstance(router, Constant | RandomRate)
+
+
 def told_cap(router: Any) -> int | None:
     """Return M if a router takes the share of M large tokens that is left as its last feature, None if it does not."""
     if isinstance(router, Mixture):

@@ -88,7 +88,8 @@ def train(config: TrainConfig, listener: Listener | None = None) -> Trained:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: exists already; nothing was overwritten. Choose another --out, or --resume it.")
     folder.mkdir(parents=True, exist_ok=True)
-    described = {"config": as_plain(new.config), "versions": settings.versions(), "rollouts": trees.meta}
+    rollouts = {**trees.meta, "hash": rollouts_hash(trees, new.config.schema)}
+    described = {"config": as_plain(new.config), "versions": settings.versions(), "rollouts": rollouts}
     (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     return new.finish()
 
@@ -118,9 +119,10 @@ def resume(folder: Path, listener: Listener | None = None, imports: Sequence[str
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{file}: damaged settings ({type(error).__name__}: {error}).") from error
     models, trees = _opened(config, listener)
-    if trees.meta["hash"] != recorded:
+    now = rollouts_hash(trees, config.schema)
+    if recorded not in (now, trees.meta["hash"]):  # earlier versions noted no columns
         raise StoreError(
-            f"{config.rollouts}: these rollouts have hash {trees.meta['hash']}, the run was begun on {recorded}. "
+            f"{config.rollouts}: these rollouts have hash {now}, the run was begun on {recorded}. "
             "They have grown or changed since; start a new run."
         )
     return _Run(config, trees, folder, listener, models).finish()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from agents.deploy.policy import Policy
 from agents.routers.asking import Asking
-from agents.routers.base import Mixture, StatefulRouter, schemas_of
+from agents.routers.base import Mixture, StatefulRouter, is_blind
 from rollouts.errors import ConfigError
 from rollouts.text.likelihood import STATISTICS, UNSCORED, as_score, first_of
 from rollouts.text.steps import LARGE, ROLES, SMALL, Step
@@ -69,7 +69,7 @@ def sources_of(policy: Policy) -> Sources:
             "The policy asks for what it reads at some steps alone, which this service does not do yet: serve one that "
             "was trained without --ask, or use sessions (agents.load)."
         )
-    schemas = [schema_named(name) for name in schemas_of(router)]
+    schemas = [schema_named(part.schema) for part in parts if not is_blind(part)]
     scored = any(isinstance(part, StatefulRouter) for part in parts) or any("score" in each.facts for each in schemas)
     table, column = str(policy.about.get("scorer") or "scorer"), None
     for role in ROLES:

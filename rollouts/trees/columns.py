@@ -148,18 +148,23 @@ def _greatest(so_far: Any, value: Any) -> Any:
 
 
 FOLDERS = {"least": _least, "greatest": _greatest}
+_DOMAINS = {  # of facts, by what their names end with: least and greatest value
+    "_logprob": (-math.inf, 0.0), "_entropy": (0.0, math.inf), "tokens": (0.0, math.inf),
+    "score": (0.0, 1.0), "terminal": (0.0, 1.0), "has_answer": (0.0, 1.0),
+}  # fmt: skip
 
 
 def fold_named(name: str) -> Fold | None:
     """Return a fold over a fact by its name, ``least(FACT)`` or ``greatest(FACT)``; None if it is no such name.
 
-    Before the first step a log-probability is 0 (certain), an entropy 0, a score 1.
+    Before the first step it is the greatest value that there is, or the least: of ``least(small.min_logprob)`` 0.
     """
     how, _, fact = name.removesuffix(")").partition("(")
     if how not in FOLDERS or not name.endswith(")"):
         return None
-    certain = 0.0 if fact.endswith(("_logprob", "_entropy")) else 1.0
-    return Fold(name, fact, certain, FOLDERS[how])
+    own = fact.rpartition(".")[2]
+    domain = next((ends for kind, ends in _DOMAINS.items() if own.endswith(kind)), (-math.inf, math.inf))
+    return Fold(name, fact, domain[how == "least"], FOLDERS[how])
 
 
 class Folded:

@@ -10,13 +10,13 @@ from agents.deploy.session import decide_together
 from agents.evaluation.walk import run_trees
 from agents.routers import artefact
 from agents.routers.asking import HEADS, Asking
-from agents.routers.base import Knob
+from agents.routers.base import Constant, Knob, RandomRate
 from rollouts.errors import ArtefactError, ConfigError
 from rollouts.trees.arrays import ASK
 from rollouts.trees.columns import columns_of
 from rollouts.trees.compile import compile_store
 from trim_env.env import TrimEnv
-from trim_env.features import schema_named
+from trim_env.features import Schema, schema_named, standard
 from trim_env.tables import decision_tables
 from trim_env.vector import TrimVectorEnv
 
@@ -156,7 +156,7 @@ def test_what_is_asked_for_is_needed_after_ask_alone():
         session.decide(score=0.5)
     session.accept(action=0)
     assert session.decide(**given) == ASK
-    for wrong in ((), [{}], [{"score": 1}, {"score": 1}]):
+    for wrong in ((), [{}], [0.9], [{"score": 1}, {"score": 1}]):
         with pytest.raises(ConfigError, match="expected score of each of the 1 accepted steps"):
             session.decide(score=0.5, accepted=wrong)
     first = session.decide(score=0.5, accepted=[{"score": 0.1}])
@@ -221,3 +221,18 @@ def test_it_is_stored_and_damage_is_named(tmp_path, trees):
     lacking = {name: values for name, values in router.weights.items() if not name.startswith("told.0")}
     with pytest.raises(ArtefactError, match="perceptron 'told' does not take the features"):
         Asking("x", "agg+/1", router.knob, "scorer", ("score",), lacking)
+
+
+def test_what_reads_nothing_is_told_nothing():
+    for router in (Constant(1), RandomRate(0.5)):
+        sessions = [Policy(router, {"max_steps": 3}).session(seed=seed) for seed in range(3)]
+        assert sessions[0].decide() in (0, 1)
+        assert set(decide_together(sessions[1:], [{}, {"tokens": 4}])) <= {0, 1}
+
+
+def test_asking_takes_schemas_as_objects_and_needs_something_to_ask_for(trees):
+    mine = Schema("mine", 1, (standard("score"), standard("tokens")))
+    env = TrimVectorEnv(trees, num_envs=2, schema=mine, ask="scorer", cost="calls:10")
+    assert env.single_action_space.n == 3
+    with pytest.raises(ConfigError, match="reads nothing that the scorer tells"):
+        TrimVectorEnv(trees, num_envs=2, schema="tokens", ask="scorer", cost="calls:10")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from handmade import Statistician
 from scripted_store import scripted_store
@@ -9,8 +11,9 @@ from scripted_store import scripted_store
 import agents
 from agents.evaluation.suite import EvaluateConfig, evaluate
 from agents.routers.base import Threshold
-from agents.runs.run import TrainConfig, train
+from agents.runs.run import TrainConfig, resume, train
 from rollouts.errors import ArtefactError, StoreError
+from rollouts.store.store import Store
 from rollouts.text.steps import ROLES
 from rollouts.trees.annotate import score_store
 
@@ -60,3 +63,25 @@ def test_a_run_on_signals_that_are_not_there_is_refused_before_it_begins(tmp_pat
     with pytest.raises(StoreError, match=r"free reads small\..*score .*bare --scorer small"):
         trained(bare, tmp_path / "run", agent="exact", schema="free")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_resumed_on_other_columns(store, tmp_path):
+    own = scripted_store(tmp_path / "own", 90)
+    score_store(own, Statistician("small"))
+    run = trained(own, tmp_path / "run", agent="threshold", schema="small.min_logprob")
+    assert resume(run.folder).routers.keys() == {0.01}
+    shutil.rmtree(own.path / "scores" / "small")
+    other = Statistician("small")
+    other.of = lambda question, steps: tuple(2 * each for each in Statistician("small").of(question, steps))
+    score_store(Store(own.path), other)
+    with pytest.raises(StoreError, match="the run was begun on"):
+        resume(run.folder)
+
+
+def test_a_budget_on_the_small_models_numbers_needs_no_score(store, tmp_path):
+    run = trained(store, tmp_path / "run", agent="exact", schema="free", budget=0.3)
+    policy = agents.load(run.folder / "budget-0.3" / "policy")
+    told = {"small.min_logprob": -0.3, "small.mean_logprob": -0.1, "small.max_entropy": 0.2}
+    for seed in range(12):
+        session = policy.session(seed=seed)
+        assert session.decide(tokens=12, text="x", **told) in (0, 1)

@@ -134,7 +134,7 @@ def test_sources_follow_from_what_is_read() -> None:
         "large.max_entropy", scorer=False, large=True, column="large.max_entropy"
     )
     assert of(Threshold(0.5, schema="prm.score/1")).scorer and not of(Threshold(0.5, schema="tokens/1")).scorer
-    both = Mixture(Constant(0, schema="tokens/1"), Threshold(0.5, schema="prefill/1"), 0.5, Knob("budget", 0.1))
+    both = Mixture(Constant(0), Threshold(0.5, schema="prefill/1"), 0.5, Knob("budget", 0.1))
     assert of(both) == Sources("prm", scorer=False, small=True, large=True)
     for schema in ("own.doubt/1", "agg+/1,prm.doubt/1", "small.score/1"):
         with pytest.raises(

@@ -227,3 +227,13 @@ def test_statistics_and_entropies_are_those_of_the_formulas():
     told = [top_entropy(np.log(np.sort(row)[::-1][:count])) for row, count in zip(p, (20, 21, 40), strict=True)]
     assert told == pytest.approx(entropies_of(torch.tensor(logits)).tolist())  # whoever tells, and how many
     assert (np.array(told) < -(p * np.log(p)).sum(axis=1)).all()
+
+
+def test_folds_begin_beyond_all_values(store):
+    trees = compile_store(store, "scripted")
+    second = trees.depth == 1  # one step is accepted: what it is folded over is its own value
+    for name in ("greatest(small.min_logprob)", "least(small.max_entropy)", "greatest(score)", "least(tokens)"):
+        assert len(np.unique(decision_tables(trees, None, schema=name).features[second])) > 1, name
+    for name, first in (("least(small.min_logprob)", 0.0), ("greatest(small.max_entropy)", 0.0), ("least(score)", 1.0)):
+        assert fold_named(name).initial == first
+    assert (fold_named("greatest(own.x)").initial, fold_named("least(own.x)").initial) == (-math.inf, math.inf)
