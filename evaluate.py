@@ -17,7 +17,7 @@ import tyro
 
 from agents.escape import terminal
 from agents.evaluation.suite import EvaluateConfig, Evaluation, evaluate, save
-from rollouts.errors import TrimError
+from rollouts.errors import ConfigError, TrimError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         config = tyro.cli(EvaluateConfig, args=arguments, description=__doc__)
+        if config.out and config.out.is_file():
+            raise ConfigError(f"--out {config.out} is a file, expected a folder.")
         with Console(stderr=True).status("evaluating"):
             evaluation = evaluate(config)
             folder = config.out or config.runs[0] / f"evaluation-{config.split}"
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
                 from agents.report.render import write
 
                 files.append(write(gather(config, evaluation), config.report))
-    except TrimError as error:
+    except (TrimError, OSError) as error:
         print(f"error: {terminal(error)}", file=sys.stderr)
         return 2
     show(evaluation, files)

@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
             trained = resume(given.resume, listener, given.imports)
         else:
             trained = train(given, listener)
-    except TrimError as error:
+    except (TrimError, OSError) as error:
         if listener:
             listener.close()
         print(f"error: {terminal(error)}", file=sys.stderr)

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         module = importlib.import_module(place)
         config = tyro.cli(getattr(module, settings), prog=f"python -m agents {name}", args=rest)
         return int(module.run(config))
-    except TrimError as error:
+    except (TrimError, OSError) as error:
         print(f"error: {terminal(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

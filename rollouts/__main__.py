@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
             COMMANDS, prog="python -m rollouts", description=__doc__, args=arguments
         )
         command.run()
-    except TrimError as error:
+    except (TrimError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:

@@ -22,7 +22,7 @@ from agents.evaluation.splits import Candidates, spread
 from agents.evaluation.table import MethodSummary, as_plain, limits, summarise
 from agents.evaluation.walk import Settings, measured, references, run
 from agents.routers import artefact
-from agents.routers.base import RandomRate, schemas_of, told_cap
+from agents.routers.base import Mixture, RandomRate, schemas_of, told_cap
 from agents.routers.mlp import ConditionedMLP, at
 from rollouts.config import Imports, settings
 from rollouts.errors import ArtefactError, ConfigError
@@ -197,11 +197,21 @@ def load_methods(folders: Sequence[Path], allow_old: bool = False) -> dict[str, 
         if not places:
             raise ArtefactError(f"{folder}: no trained policy here (expected {folder}/lam-*/policy).")
         loaded.append((folder, [artefact.load(place, allow_old=allow_old) for place in places]))
-    names = [items[0].router.name for _, items in loaded]
-    return {
-        (name if names.count(name) == 1 else f"{name} ({folder.name})"): items
-        for name, (folder, items) in zip(names, loaded, strict=True)
-    }
+    names = _told_apart([(items[0].router.name, folder.resolve()) for folder, items in loaded])
+    return dict(zip(names, (items for _, items in loaded), strict=True))
+
+
+def _told_apart(named: Sequence[tuple[str, Path]]) -> list[str]:
+    """Return names that differ: with as much of the end of their folders as it takes where they do not."""
+    plain = [name for name, _ in named]
+    found, depth = plain, 0
+    while len(set(found)) < len(found) or RANDOM in found:
+        depth += 1
+        found = [
+            name if plain.count(name) == 1 and name != RANDOM else f"{name} ({'/'.join(folder.parts[-depth:])})"
+            for name, folder in named
+        ]
+    return found
 
 
 def _agreed(methods: dict[str, list[artefact.Artefact]], trees: Trees, config: EvaluateConfig) -> dict[str, Any]:
@@ -266,6 +276,8 @@ def _at_lam(
     for name, items in methods.items():
         for item in items:
             for held_out in item.about.get("held_out", ()):
+                if isinstance(item.router, Mixture):  # of a budget, not of a λ
+                    continue
                 lam = float(held_out["lam"])
                 router = at(item.router, lam)
                 threshold = candidates.best(lam).threshold

@@ -124,7 +124,7 @@ class TrainConfig:
                 raise ConfigError(f"--ask is {self.ask!r}.{did_you_mean(self.ask, SOURCES)}")
             if self.agent != "exact" or self.lam_range or self.budget is not None or self.accuracy is not None:
                 raise ConfigError("--ask trains rules of --agent exact for one λ each (--lam), or for six by default.")
-        if len(set(self.lam)) != len(self.lam):
+        if len({f"{lam:g}" for lam in self.lam}) != len(self.lam):  # folders are named so
             raise ConfigError(f"--lam names a value twice: {' '.join(f'{lam:g}' for lam in self.lam)}.")
 
     @property

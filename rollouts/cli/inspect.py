@@ -14,6 +14,7 @@ from rollouts.cli.progress import progress_bar
 from rollouts.config import Count, settings
 from rollouts.errors import StoreError, did_you_mean
 from rollouts.store.rows import Rows
+from rollouts.store.shards import write_atomically
 from rollouts.store.store import Store
 from rollouts.trees.grow import load_trees
 from rollouts.trees.signals import Signals
@@ -62,7 +63,9 @@ class Stats:
             out.print(f"Left out {len(live):,} trees of live episodes; `generate` closes them.")
         if self.json_out:
             values = {"generated": counts, "splits": {split: asdict(row) for split, row in rows.items()}}
-            self.json_out.write_text(json.dumps({**values, "meta": trees.meta}, indent=1), encoding="utf-8")
+            text = json.dumps({**values, "meta": trees.meta}, indent=1)
+            self.json_out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.json_out, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 @settings

@@ -75,6 +75,8 @@ class Labels:
     def run(self) -> None:
         """Run the command."""
         store = Store(self.store)
+        if self.out.is_dir():
+            raise ConfigError(f"{self.out} is a folder; name a file.")
         written = 0
 
         def write(target: Path) -> None:

@@ -73,10 +73,14 @@ _COMPACTED_TOGETHER = 128  # problems
 def write_atomically(path: Path, write: Any) -> None:
     """Call ``write(temporary)``, flush it to the disk and rename it to `path`."""
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with temporary.open("rb+") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

@@ -267,6 +267,7 @@ def test_bad_settings_are_refused_before_anything_is_written(configured, tmp_pat
     refused("Unknown tracking 'wanb'. Did you mean 'wandb'", tracking="wanb")
     refused("lam is -1", lam=(-1.0,))
     refused("names a value twice", lam=(0.1, 0.1))
+    refused("names a value twice", lam=(0.003, 0.0030000001))  # one folder
     refused("no rollout store here", kind=StoreError, rollouts=str(tmp_path / "nowhere"))
     bare = scripted_store(tmp_path / "bare", 30, splits=("train", "test")).path
     refused("No trees in split 'validation'", kind=StoreError, rollouts=str(bare))

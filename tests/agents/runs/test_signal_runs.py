@@ -9,7 +9,8 @@ from handmade import Statistician
 from scripted_store import scripted_store
 
 import agents
-from agents.evaluation.suite import EvaluateConfig, evaluate
+import evaluate as command
+from agents.evaluation.suite import EvaluateConfig, evaluate, load_methods
 from agents.routers.base import Threshold
 from agents.runs.run import TrainConfig, resume, train
 from rollouts.errors import ArtefactError, StoreError
@@ -85,3 +86,15 @@ def test_a_budget_on_the_small_models_numbers_needs_no_score(store, tmp_path):
     for seed in range(12):
         session = policy.session(seed=seed)
         assert session.decide(tokens=12, text="x", **told) in (0, 1)
+
+
+def test_every_folder_that_is_named_is_a_method(store, tmp_path, capsys):
+    runs = [trained(store, tmp_path / name / "run", agent="threshold").folder for name in ("a", "b")]
+    assert list(load_methods(runs)) == ["trim-thr (a/run)", "trim-thr (b/run)"]
+    policies = [run / "lam-0.01" / "policy" for run in runs]
+    assert len(load_methods(policies)) == 2
+    (tmp_path / "file").write_text("mine")
+    said = ["--rollouts", str(store.path), "--scorer", "scripted", "--out"]
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert command.main([str(runs[0]), *said, str(out)]) == 2 and "error: " in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
