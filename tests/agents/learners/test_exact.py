@@ -123,7 +123,7 @@ def test_a_rule_that_there_is_not_is_refused():
 
 
 def test_train_py_trains_it_and_resumes_it(store, tmp_path):
-    config = TrainConfig(str(store), "exact", (0.0, LAM, 0.03), tracking="none", out=tmp_path / "run")
+    config = TrainConfig(str(store), agent="exact", lam=(0.0, LAM, 0.03), tracking="none", out=tmp_path / "run")
     trained = train(config)
     kept = {lam: router.weights for lam, router in trained.routers.items()}
     told = json.loads((config.out / "lam-0.003" / "fit.json").read_text())
@@ -144,7 +144,7 @@ def test_train_py_trains_it_and_resumes_it(store, tmp_path):
 
 
 def test_a_budget_gets_a_policy_for_a_range(store, tmp_path):
-    trained = train(TrainConfig(str(store), "exact", budget=0.3, tracking="none", out=tmp_path / "run"))
+    trained = train(TrainConfig(str(store), agent="exact", budget=0.3, tracking="none", out=tmp_path / "run"))
     (policy,) = (tmp_path / "run").glob("lam-*-to-*/policy")
     stored = artefact.load(policy)
     assert isinstance(stored.router, ConditionedMLP) and len(stored.about["budgets"]) > 5

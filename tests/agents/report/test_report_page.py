@@ -152,8 +152,9 @@ def test_curves_are_read_by_keyboard(page, made):
 
 
 def test_curves_are_read_by_mouse_and_lead_to_traces(page, made):
-    where = page.execute_script(
-        """const mark = document.querySelectorAll('#curve-chart g.series.s0 .mark')[1].getBoundingClientRect();
+    where = page.execute_script(  # from the middle of what is seen of the chart: all of it
+        """document.querySelector('#curve-chart .cursor').scrollIntoView({block: "center"});
+        const mark = document.querySelectorAll('#curve-chart g.series.s0 .mark')[1].getBoundingClientRect();
         const box = document.querySelector('#curve-chart .cursor').getBoundingClientRect();
         return [mark.x + mark.width / 2 - box.x - box.width / 2, mark.y + mark.height / 2 - box.y - box.height / 2]"""
     )

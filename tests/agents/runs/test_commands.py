@@ -244,7 +244,7 @@ def test_settings_of_earlier_runs_are_read(tmp_path):
     now = as_plain(config)
     for name, default in (("start", "random"), ("anneal", True), ("normalize", True)):  # later ones
         assert now["ppo"].pop(name) == now["seq"].pop(name) == default
-    for name, default in (("live", False), ("models", None), ("max_generated_large_tokens", None)):
+    for name, default in (("ask", None), ("live", False), ("models", None), ("max_generated_large_tokens", None)):
         assert now.pop(name) is default
     changed = {"agent": "tree-agg", "out": plain["out"], "tree": plain["tree"]}
     assert {**{name: value for name, value in now.items() if name != "exact"}, **changed} == plain
