@@ -10,7 +10,7 @@ import pytest
 from handmade import ScriptedScorer
 from made_stores import finished, rollout, same, writers
 from test_env import episodes_of_singles
-from test_live import empty, idle
+from test_live import close, empty, idle
 
 from rollouts.trees.compile import compile_store
 from trim_env.env import TrimEnv
@@ -87,6 +87,7 @@ def test_live_generation_tells_what_the_store_will(tmp_path):
     first = rollout(env, 40, seed=0)
     env.close()
     assert env.generated > 20
+    close(store, writers(), replicas=2, grader="exact")
     assert same(rollout(TrimVectorEnv(store.path, None, 9, schema="seq"), 40, seed=0), first)
 
 
