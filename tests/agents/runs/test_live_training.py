@@ -229,7 +229,7 @@ def test_an_interrupt_loses_nothing_that_was_generated(tmp_path, models, capsys)
 
     def interrupt(writer):
         answers.append(writer.asked[-1])
-        if len(answers) == 150:
+        if len(answers) in (150, 300):  # Python drops one that comes while it calls back for a weak reference
             os.kill(os.getpid(), signal.SIGINT)
 
     models(interrupt=interrupt)
