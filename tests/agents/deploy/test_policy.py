@@ -282,7 +282,7 @@ def test_a_cap_on_large_tokens_holds_and_is_told():
     ],
 )
 def test_wrong_values_are_refused_and_change_nothing(values, message):
-    session = Policy(Constant(1), ABOUT).session()
+    session = Policy(Threshold(0.9), ABOUT).session()  # which reads the score, and escalates
     good = {"score": 0.5, "tokens": 10}
     with pytest.raises(ConfigError, match=message):
         session.decide(**{**good, **values})
