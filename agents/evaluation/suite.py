@@ -275,9 +275,9 @@ def _at_lam(
     rows: list[tuple[str, float, float, Difference]] = []
     for name, items in methods.items():
         for item in items:
+            if isinstance(item.router, Mixture):  # of a budget, not of a λ
+                continue
             for held_out in item.about.get("held_out", ()):
-                if isinstance(item.router, Mixture):  # of a budget, not of a λ
-                    continue
                 lam = float(held_out["lam"])
                 router = at(item.router, lam)
                 threshold = candidates.best(lam).threshold

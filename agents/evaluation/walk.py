@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from agents.evaluation.curves import Method, References
 from agents.evaluation.outcomes import Outcomes, Solutions, mix
 from agents.routers.asking import Asking
-from agents.routers.base import AnyRouter, Constant, Mixture, RandomRate, Router, StatefulRouter, told_cap
+from agents.routers.base import AnyRouter, Mixture, Router, StatefulRouter, is_blind, told_cap
 from rollouts.errors import ConfigError
 from trim_env.features import left_feature
 from trim_env.graph import Decide, Decisions, Floats, Ints, Moved, Spent, walk
@@ -81,7 +81,7 @@ def run_trees(tables: DecisionTables, policy: AnyRouter | Decide) -> dict[str, F
     if isinstance(policy, Asking):
         return _run_asking(tables, policy)
     if isinstance(policy, Router | StatefulRouter):
-        tables = tables.charged(None if isinstance(policy, Constant | RandomRate) else policy.schema)
+        tables = tables.charged(None if is_blind(policy) else policy.schema)
     count = len(tables.indices)
     totals = {name: np.zeros(count) for name in Outcomes.columns()}
     for done in decisions(tables, policy):
