@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -167,7 +166,7 @@ class Process:
 
     def __init__(self, *arguments: Any) -> None:
         command = [sys.executable, "-m", "agents", "serve", *map(str, arguments)]
-        self.log = Path(f"/tmp/serve-{os.getpid()}-{free_port()}.log")
+        self.log = Path(tempfile.mkstemp(prefix="serve-", suffix=".log")[1])
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=output, text=True)
 
