@@ -79,7 +79,7 @@ def _check_origin(config: ServeConfig, family: Any, policy: Any) -> None:
     }
     for role, name in found.items():
         trained = policy.about.get(role)
-        if trained not in (None, name) and not config.other_models:
+        if trained not in (None, name, *([f"{name}.score"] if role == "scorer" else [])) and not config.other_models:
             raise ConfigError(
                 f"The policy was trained with {role} {trained!r}; the models file says {name!r}. Its thresholds mean "
                 "nothing for other models: train one for them, or say --other-models if they are the same ones."

@@ -36,6 +36,10 @@ class Metrics:
         )
         more = "and the most that were decoded for requests whose answer was lost or not waited for (aborted)."
         self.tokens = counter("trim_tokens", f"{words}, {more}", ["model", "kind"])
+        words = "Questions of policies that buy what they read (train.py --ask), by who answered."
+        self.questions = counter("trim_questions", words, ["model"])
+        words = "Tokens that were read for these answers; trim_tokens counts them, too."
+        self.question_tokens = counter("trim_question_tokens", words, ["model"])
         words = "Share of an answer's tokens that the large model wrote."
         self.share = histogram("trim_large_token_share", words, buckets=_SHARES)
         words = "Time of a step that was not waiting for upstreams."
@@ -89,6 +93,11 @@ class Metrics:
                 self.tokens.labels(model, kind).inc(spent.get(f"{kind}_tokens", 0))
         if share is not None:
             self.share.observe(share)
+
+    def asked(self, model: str, questions: int, tokens: int) -> None:
+        """Count what a route has asked, and the tokens that were read for its answers."""
+        self.questions.labels(model).inc(questions)
+        self.question_tokens.labels(model).inc(tokens)
 
     def text(self) -> bytes:
         """Return everything in Prometheus' text format."""

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any
 
 from agents.serve.metrics import SCORER, Metrics
-from agents.serve.sources import Sources
+from agents.serve.sources import Sources, Told
 from agents.serve.upstreams import Probe, Unavailable, Upstream
 from rollouts.config import FamilyConfig, Limits, ModelConfig, Sampling
 from rollouts.errors import BackendError
@@ -132,7 +133,8 @@ class Models:
         self.limits = self.family.limits
         self.sources = sources
         roles: dict[str, tuple[ModelConfig, Probe]] = {
-            role: (config.generator(role), _generates(sources.told_by(role))) for role in ROLES
+            role: (config.generator(role), _generates(sources.told_by(role), role == LARGE and sources.large))
+            for role in ROLES
         }
         self._reward: RewardFormat | None = None
         if sources.scorer:
@@ -266,24 +268,37 @@ class Models:
         spent.add(len(request.prompt_ids), completion.tokens)
         return completion
 
-    async def looked_at(self, task: Task, steps: Sequence[str], ledger: Ledger) -> tuple[str, tuple[float, ...] | None]:
+    async def looked_at(self, task: Task, steps: Sequence[str], ledger: Ledger) -> Told:
         """Return what the large model makes of the last of some steps, as `Sources.signals` takes it.
 
         Raises:
             Unavailable: It gave no usable answer.
         """
+        (last,) = await self.looked_at_each(task, steps, ledger, len(steps) - 1)
+        return last
+
+    async def looked_at_each(self, task: Task, steps: Sequence[str], ledger: Ledger, first: int = 0) -> list[Told]:
+        """Return what the large model makes of each of some steps from the place `first` on.
+
+        Raises:
+            Unavailable: It gave no usable answer.
+        """
         ids, positions = task.formats[LARGE].step_spans(task.question, steps)
-        if positions[-1] == positions[-2] or len(ids) >= self.window(LARGE):
-            return LARGE, WORTHLESS
-        request = LogprobRequest(ids, positions[-2], entropies=True)
+        spans = list(pairwise(positions))[first:]
+        read = [end for _, end in spans if end < self.window(LARGE)]
+        begin, end = positions[first], max(read, default=0)
+        if end <= begin:
+            return [(LARGE, WORTHLESS)] * len(spans)
+        request = LogprobRequest(ids[:end], begin, entropies=True)
         with ledger.waiting():
             found = await self.upstreams[LARGE].post(
                 "completions",
                 lambda model: likelihood_payload(model, self.window(LARGE), request),
                 lambda body: read_likelihood(body, request),
             )
-        ledger.roles[LARGE].add(len(ids))
-        return LARGE, found.statistics()
+        ledger.roles[LARGE].add(end)
+        return [(LARGE, found.statistics(start - begin, stop - begin) if stop <= end else WORTHLESS)
+                for start, stop in spans]  # fmt: skip
 
     async def scores(self, task: Task, steps: Sequence[str], ledger: Ledger) -> list[float | None]:
         """Return the scores of some steps; 0 for those beyond the scorer's window, None where no scorer is asked.
@@ -320,8 +335,8 @@ def _completion(body: Any, most: int) -> Completion:
     return replace(completion, text=text)
 
 
-def _generates(likelihood: bool) -> Probe:
-    """Return what a generating model has to answer; with the log-probabilities of what it decodes, if asked."""
+def _generates(likelihood: bool, looks: bool = False) -> Probe:
+    """Return what a generating model has to answer; log-probabilities of what it decodes or is given, if asked."""
 
     def check(body: Any) -> None:
         choice, _ = read_choice(body)
@@ -334,9 +349,11 @@ def _generates(likelihood: bool) -> Probe:
             raise BackendError(
                 f"tells no log-probabilities, which the policy reads. Serve it with --max-logprobs {TOP}."
             )
+        if looks and not isinstance(choice.get("prompt_logprobs"), list):
+            raise BackendError("tells no log-probabilities of prompts, which the policy reads. Serve it with vLLM.")
 
-    request = replace(_SMALLEST, likelihood=likelihood)
-    return Probe("completions", lambda model: completion_payload(model, 4, request), check)
+    request, more = replace(_SMALLEST, likelihood=likelihood), {"prompt_logprobs": TOP} if looks else {}
+    return Probe("completions", lambda model: {**completion_payload(model, 4, request), **more}, check)
 
 
 def _scores(tag: int) -> Probe:

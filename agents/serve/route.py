@@ -6,20 +6,22 @@ The loop is that of docs/design.md, section 1. What a model that does not answer
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from agents.deploy.policy import Session
+from agents.routers.asking import Asking
 from agents.serve.config import Fallback
 from agents.serve.metrics import SCORER
-from agents.serve.models import Ledger, Models, Task
-from agents.serve.sources import Sources, own
+from agents.serve.models import Ledger, Models, Spent, Task
+from agents.serve.sources import Sources, Told, own
 from agents.serve.upstreams import Unavailable
 from rollouts.text.likelihood import STATISTICS, UNSCORED
 from rollouts.text.steps import LARGE, ROLES, SMALL, Step, StopReason, solution_text
-from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
+from rollouts.trees.arrays import ASK, CONTINUE_SMALL, ESCALATE_LARGE
 from rollouts.trees.columns import facts_of
+from trim_env.features import schema_named
 
 ENDING = "The service is shutting down."
 
@@ -48,7 +50,8 @@ class Written:
     Attributes:
         step: Number, from 1.
         author: ``small`` or ``large``.
-        action: What the policy decided: 0 continue, 1 escalate; None if it was not asked.
+        action: What the policy decided: 0 continue, 1 escalate; None if it was not asked, or asked in vain.
+        asked: Whether the policy asked for what it buys (`agents.routers.asking.Asking`); None if it buys nothing.
         score: Score of the small model's proposal; None if there is none, or not yet.
         tokens: Tokens of the proposal; None if there was none.
         large_score: Score of the large model's step; None if there is none, or not yet: one request scores a whole
@@ -63,6 +66,7 @@ class Written:
     step: int
     author: str
     action: int | None = None
+    asked: bool | None = None
     score: float | None = None
     tokens: int | None
     large_score: float | None = None
@@ -89,7 +93,7 @@ class _Owed:
     Attributes:
         step: The step.
         author: Who wrote it.
-        decided: Whether the policy was asked about it.
+        decided: Whether the policy's session knows its proposal.
         same: The small model's proposal, where it is of the same text.
     """
 
@@ -110,6 +114,7 @@ class Route:
         when_small_fails: Whether the large model writes steps without a proposal, or the request ends.
         sources: What the policy reads, and from where.
         ledger: What it has spent.
+        questions: What of it went into questions of the policy that were answered.
         written: The accepted steps.
         used: Their tokens.
         ended: Why it ended: a stop reason of the last step, ``time``, ``cap`` (of the policy, spent while the small
@@ -122,17 +127,24 @@ class Route:
     when_small_fails: Literal["large", "error"] = "large"
     sources: Sources = Sources()
     ledger: Ledger = field(default_factory=Ledger)
+    questions: Spent = field(default_factory=Spent)
     written: list[Written] = field(default_factory=list)
     used: int = 0
     ended: str | None = None
+    _steps: list[Step] = field(default_factory=list)
     _owed: list[_Owed] = field(default_factory=list)
     _stopped: str | None = None
     _limit: asyncio.Timeout | None = None
     _cut: bool = False
 
     def __post_init__(self) -> None:
-        """Take the policy's cap on large tokens while nothing is spent."""
-        self._cap = self.session.large_tokens_left
+        """Take the policy's cap on large tokens while nothing is spent, and what it buys, from whom."""
+        self._cap, router = self.session.large_tokens_left, self.session.router
+        self.source = router.source if isinstance(router, Asking) else None
+        self._bought = router.facts if isinstance(router, Asking) else ()
+        self._whole = bool(self._bought) and any(
+            fold.fact in self._bought for fold in schema_named(router.schema).folds
+        )
 
     @property
     def _texts(self) -> tuple[str, ...]:
@@ -177,6 +189,7 @@ class Route:
             finally:
                 self._limit = None
             self.used += step.tokens
+            self._steps.append(step)
             self.written.append(note)
             if step.terminal:
                 self.ended = step.stop_reason
@@ -200,43 +213,91 @@ class Route:
             asyncio.get_running_loop().call_soon(models.prepare, self.task, (*earlier, proposal.text))
         texts = [*earlier, proposal.text]
         try:
-            asked: list[Any] = [models.scores(self.task, texts, self.ledger)]
-            asked += [models.looked_at(self.task, texts, self.ledger)] if self.sources.large else []
-            scores, *seen = await asyncio.gather(*asked)
+            scores, *seen = await asyncio.gather(*self._readings(models, texts))
         except Unavailable as fault:
             return await self._without_scorer(models, proposal, fault)
         late = self._settle(scores[:-1])
-        known = self._known(proposal, scores[-1], own(SMALL, proposal), *seen)
-        action = self.session.decide(**known)
+        action = self.session.decide(**self._free(self._known(proposal, scores[-1], own(SMALL, proposal), *seen)))
+        if asked := action == ASK:
+            try:
+                scores, answer = await self._answer(models, proposal, texts, scores)
+            except Unavailable as fault:
+                known = {"asked": True, "score": scores[-1], "late_scores": late}
+                return await self._without_scorer(models, proposal, fault, **known)
+            late += self._late(scores[:-1])
+            action = self.session.decide(**answer)
+        common = {"action": action, "asked": asked, "proposal": proposal, "score": scores[-1], "late_scores": late}
         if action == CONTINUE_SMALL:
             self.session.accept()
-            note = self._note(proposal, SMALL, action=action, proposal=proposal, score=scores[-1], late_scores=late)
-            return proposal, note
-        return await self._escalate(models, proposal, scores[-1], late)
+            return proposal, self._note(proposal, SMALL, **common)
+        return await self._escalate(models, proposal, common)
 
-    def _known(self, step: Step, score: float | None, *told: tuple[str, tuple[float, ...] | None]) -> dict[str, Any]:
+    def _readings(self, models: Models, texts: Sequence[str]) -> list[Coroutine[Any, Any, Any]]:
+        """Return what is asked about every proposal: the scores of its path, and what the large model makes of it."""
+        scores = models.scores if self.sources.scorer and self.source != SCORER else _nobody
+        looks = [models.looked_at] if self.sources.large and self.source != LARGE else []
+        return [ask(self.task, texts, self.ledger) for ask in (scores, *looks)]
+
+    async def _answer(
+        self, models: Models, proposal: Step, texts: Sequence[str], scores: list[float | None]
+    ) -> tuple[list[float | None], dict[str, Any]]:
+        """Ask for what the policy buys; return the scores of the path's steps, and what its session is told.
+
+        Raises:
+            Unavailable: There is no usable answer.
+        """
+        spent, asked = self.ledger.roles[str(self.source)], (self.task, texts, self.ledger)
+        before, looks = spent.prompt_tokens, list[Told]([(LARGE, None)] * len(texts))
+        if self.source == SCORER:
+            scores = await models.scores(*asked)
+        elif self._whole:
+            looks = await models.looked_at_each(*asked)
+        else:
+            looks[-1] = await models.looked_at(*asked)
+        self.questions.add(spent.prompt_tokens - before)
+        steps, authors = [*self._steps, proposal], [*(step.author for step in self.written), SMALL]
+        *accepted, last = (
+            {name: value for name, value in self._known(step, score, look, own(author, step)).items()
+             if name in self._bought}
+            for step, author, score, look in zip(steps, authors, scores, looks, strict=True)
+        )  # fmt: skip
+        return scores, {**last, "accepted": accepted}
+
+    def _known(self, step: Step, score: float | None, *told: Told) -> dict[str, Any]:
         """Return what sessions want to know of a step, from its score and what the models have told of it."""
         signals = self.sources.signals(UNSCORED if score is None else score, *told)
         score = self.sources.score(signals) if score is None else score
         return {**facts_of(replace(step, tokens=max(step.tokens, 1)), score), **signals}
+
+    def _free(self, known: dict[str, Any]) -> dict[str, Any]:
+        """Return what is known of a step without what the policy buys."""
+        return {name: value for name, value in known.items() if name not in self._bought}
 
     def _settle(self, scores: Sequence[float | None]) -> tuple[float, ...]:
         """Tell the session of the steps that had no score; `scores` are those of all accepted steps."""
         first = len(self.written) - len(self._owed)
         for place, owed in enumerate(self._owed, first):
             self._tell(owed, scores[place])
-            if scores[place] is not None:
-                name = "large_score" if owed.author == LARGE else "score"
-                known: dict[str, Any] = {name: scores[place]}
-                self.written[place] = replace(self.written[place], **known)
         self._owed = []
-        return tuple(score for score in scores[first:] if score is not None)
+        return self._late(scores)
+
+    def _late(self, scores: Sequence[float | None]) -> tuple[float, ...]:
+        """Note scores of accepted steps that had none; return these."""
+        late = []
+        for place, (step, score) in enumerate(zip(self.written, scores, strict=True)):
+            name = "large_score" if step.author == LARGE else "score"
+            if score is not None and getattr(step, name) is None:
+                late.append(score)
+                known: dict[str, Any] = {name: score}
+                self.written[place] = replace(step, **known)
+        return tuple(late)
 
     def _tell(self, owed: _Owed, score: float | None) -> None:
         if not owed.decided:  # as if it had been proposed; what is not known of it leaves what it may lower as it is
             unknown = {role: (0.0,) * len(STATISTICS) for role in ROLES}
-            self.session.decide(**self._known(owed.step, score, *unknown.items(), own(owed.author, owed.step)))
-            self.session.override(ESCALATE_LARGE if owed.author == LARGE else CONTINUE_SMALL)
+            known = self._known(owed.step, score, *unknown.items(), own(owed.author, owed.step))
+            self.session.decide(**self._free(known))
+        self.session.override(ESCALATE_LARGE if owed.author == LARGE else CONTINUE_SMALL)
         if owed.author == SMALL:
             self.session.accept()
             return
@@ -263,11 +324,8 @@ class Route:
             return 0
         return None if self._cap is None else max(self._cap - self.ledger.roles[LARGE].most_decoded, 0)
 
-    async def _escalate(
-        self, models: Models, proposal: Step, score: float | None, late: tuple[float, ...]
-    ) -> tuple[Step, Written]:
+    async def _escalate(self, models: Models, proposal: Step, common: dict[str, Any]) -> tuple[Step, Written]:
         """Let the large model write the step; keep the proposal if it does not answer or has too few tokens left."""
-        common: dict[str, Any] = {"action": ESCALATE_LARGE, "proposal": proposal, "score": score, "late_scores": late}
         try:
             step, whole = await self._large(models)
             words = "the policy's cap on large tokens was reached, the proposal was kept"
@@ -295,11 +353,14 @@ class Route:
         self._owed.append(_Owed(step, LARGE, decided=False))
         return step, self._note(step, LARGE, large=step, fallback=_words(fault, words))
 
-    async def _without_scorer(self, models: Models, proposal: Step, fault: Unavailable) -> tuple[Step, Written]:
-        """Do what is configured for proposals that cannot be scored."""
+    async def _without_scorer(
+        self, models: Models, proposal: Step, fault: Unavailable, *, asked: bool = False, **known: Any
+    ) -> tuple[Step, Written]:
+        """Do what is configured for proposals that cannot be scored; `asked`: the policy has asked, and waits."""
         if self.when_scorer_fails == "error":
             raise RouteFailed(f"The proposal cannot be scored: {_brief(fault)}.") from fault
         words, large = "the proposal was kept", None
+        common = {"asked": asked, "proposal": proposal, **known}
         if self.when_scorer_fails == "large":
             try:
                 large, whole = await self._large(models)
@@ -307,19 +368,26 @@ class Route:
                 words = _words(second, words)
             else:
                 if large is not None and whole:
-                    self._owed.append(_Owed(large, LARGE, decided=False))
+                    self._owed.append(_Owed(large, LARGE, decided=asked))
                     words = _words(fault, "the large model wrote the step")
-                    return large, self._note(large, LARGE, proposal=proposal, large=large, fallback=words)
+                    return large, self._note(large, LARGE, large=large, fallback=words, **common)
                 words = "the policy's cap was reached, the proposal was kept"
-        self._owed.append(_Owed(proposal, SMALL, decided=False))
-        return proposal, self._note(proposal, SMALL, proposal=proposal, large=large, fallback=_words(fault, words))
+        self._owed.append(_Owed(proposal, SMALL, decided=asked))
+        return proposal, self._note(proposal, SMALL, large=large, fallback=_words(fault, words), **common)
 
     def _note(
-        self, step: Step, author: str, proposal: Step | None = None, large: Step | None = None, **more: Any
+        self,
+        step: Step,
+        author: str,
+        proposal: Step | None = None,
+        large: Step | None = None,
+        asked: bool = False,
+        **more: Any,
     ) -> Written:
         return Written(
             step=len(self.written) + 1,
             author=author,
+            asked=asked if self._bought else None,
             tokens=None if proposal is None else proposal.tokens,
             large_tokens=None if large is None else large.tokens,
             stop_reason=step.stop_reason.value,
@@ -366,6 +434,7 @@ class Route:
         summary: dict[str, Any] = {
             "steps": len(self.written),
             "escalations": sum(step.escalated for step in self.written),
+            **({"asked": self.questions.requests, "asked_tokens": self.questions.prompt_tokens} if self.source else {}),
             "large_steps": sum(step.author == LARGE for step in self.written),
             "large_token_share": self.large_token_share,
             "fallbacks": [f"step {step.step}: {step.fallback}" for step in self.written if step.fallback]
@@ -376,6 +445,11 @@ class Route:
         if trace:
             summary["trace"] = [step.plain() for step in self.written]
         return summary
+
+
+async def _nobody(_: Task, steps: Sequence[str], __: Ledger) -> list[float | None]:
+    """Return what `Models.scores` does where no scorer is asked."""
+    return [None] * len(steps)
 
 
 def _brief(fault: Unavailable) -> str:

@@ -149,6 +149,8 @@ class Service:
             raise
         finally:
             self._routes.discard(route)
+            if route.source is not None:
+                metrics.asked(route.source, route.questions.requests, route.questions.prompt_tokens)
             metrics.ended(str(status), time.monotonic() - began, route.usage(), share)
 
     def card(self) -> dict[str, Any]:

@@ -12,7 +12,11 @@ from rollouts.errors import ConfigError
 from rollouts.text.likelihood import STATISTICS, UNSCORED, as_score, first_of
 from rollouts.text.steps import LARGE, ROLES, SMALL, Step
 from rollouts.trees.columns import checked_signal
+from trim_env.costs import source_of
 from trim_env.features import schema_named
+
+Told = tuple[str, tuple[float, ...] | None]
+"""What a model has told of a step: its role, and `rollouts.text.likelihood.STATISTICS`."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Sources:
         score = None if value is None else as_score(str(self.column).rpartition(".")[2], value)
         return UNSCORED if score is None else score
 
-    def signals(self, score: float, *told: tuple[str, tuple[float, ...] | None]) -> dict[str, float]:
+    def signals(self, score: float, *told: Told) -> dict[str, float]:
         """Return the columns of a step by name, as rollouts hold them: its score, and what models have told of it."""
         known = {f"{self.table}.score": score} if self.scorer else {}
         for role, statistics in told:
@@ -51,7 +55,7 @@ class Sources:
         return {name: checked_signal(name, value) for name, value in known.items()}
 
 
-def own(role: str, step: Step) -> tuple[str, tuple[float, ...] | None]:
+def own(role: str, step: Step) -> Told:
     """Return what a model has told of its own step, as `Sources.signals` takes it."""
     return role, step.statistics
 
@@ -64,24 +68,33 @@ def sources_of(policy: Policy) -> Sources:
     """
     router = policy.router
     parts = (router.first, router.second) if isinstance(router, Mixture) else (router,)
-    if any(isinstance(part, Asking) for part in parts):
-        raise ConfigError(
-            "The policy asks for what it reads at some steps alone, which this service does not do yet: serve one that "
-            "was trained without --ask, or use sessions (agents.load)."
-        )
     schemas = [schema_named(part.schema) for part in parts if not is_blind(part)]
     scored = any(isinstance(part, StatefulRouter) for part in parts) or any("score" in each.facts for each in schemas)
-    table, column = str(policy.about.get("scorer") or "scorer"), None
+    told, column = str(policy.about.get("scorer") or "scorer"), None
     for role in ROLES:
-        if table == role or table.rpartition(".")[0] == role:
-            column = f"{role}.{first_of(STATISTICS)}" if table == role else table
+        if told == role or told.rpartition(".")[0] == role:
+            column = f"{role}.{first_of(STATISTICS)}" if told == role else told
+    for part in parts:
+        if isinstance(part, Asking):
+            _check_asking(part, told)
     read = {name for each in schemas for name in each.signals} | ({column} if scored and column else set())
+    table = told.removesuffix(".score") if told in read else told  # a scorer may be named as TABLE.score
     able = {f"{role}.{name}" for role in ROLES for name in STATISTICS} | ({f"{table}.score"} if not column else set())
     if lacking := sorted(name for name in read if name not in able):
         raise ConfigError(
             f"The policy reads {', '.join(lacking)}, which none of the servers tells: they are a small model, a large "
-            f"model and the scorer {table!r}, one score for each step."
+            f"model and the scorer {told!r}, one score for each step."
         )
     tables = {str(name).rpartition(".")[0] for name in read}
     scorer = column is None and (scored or table in tables)
     return Sources(table, scorer, SMALL in tables, LARGE in tables, column)
+
+
+def _check_asking(router: Asking, scorer: str) -> None:
+    """Raise `ConfigError` unless whom a policy asks tells what it asks for, and all else is told without."""
+    tells = {fact for fact in schema_named(router.schema).facts if source_of(fact, scorer) == router.source}
+    if tells != {*router.facts}:
+        raise ConfigError(
+            f"The policy asks the {router.source} for {', '.join(router.facts)}. Of what it reads, with the score of "
+            f"{scorer!r}, that tells {', '.join(sorted(tells)) or 'nothing'}."
+        )

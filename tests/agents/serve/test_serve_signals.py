@@ -12,7 +12,6 @@ from serve_harness import Router, policy
 from test_serve_route import END, TASK, Scripted
 
 from agents.deploy.policy import Policy
-from agents.routers.asking import HEADS, Asking
 from agents.routers.base import Constant, Knob, Mixture, Threshold
 from agents.serve.command import Server, family_of
 from agents.serve.config import ServeConfig
@@ -159,6 +158,10 @@ def test_servers_that_tell_no_log_probabilities_are_refused_by_the_probe() -> No
     with pytest.raises(BackendError, match="tells no log-probabilities, which the policy reads"):
         _generates(True).check(silent)
     assert _generates(True).payload("m")["logprobs"] == 20 and "logprobs" not in _generates(False).payload("m")
+    _generates(False, True).check({"choices": [{**silent["choices"][0], "prompt_logprobs": [None]}]})
+    with pytest.raises(BackendError, match="tells no log-probabilities of prompts, which the policy reads"):
+        _generates(False, True).check(silent)
+    assert _generates(False, True).payload("m")["prompt_logprobs"] == 20
 
 
 def test_answers_of_servers_are_read() -> None:
@@ -201,11 +204,3 @@ def test_a_server_that_tells_no_log_probabilities_is_refused_at_the_start(upstre
         Router(policy(tmp_path), upstreams.urls()).stop()  # one that reads none is served
     finally:
         upstreams.well()
-
-
-def test_a_policy_that_asks_is_refused():
-    layer = {"weight": np.zeros((2, 6), np.float32), "bias": np.zeros(2, np.float32)}
-    heads = {f"{head}.0.{name}": values for head in HEADS for name, values in layer.items()}
-    router = Asking("exact", "agg+/1", Knob("lam", 0.01), "scorer", ("score",), heads)
-    with pytest.raises(ConfigError, match="asks for what it reads at some steps alone"):
-        sources_of(Policy(router, ABOUT))
