@@ -7,7 +7,7 @@ remembers of the path is kept by whoever runs it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -184,6 +184,44 @@ def reachable(tables: DecisionTables) -> StateGraph:
         open=Spent(*spent_at).open(tables),
         moved=Moved(Taken(*taken), accepted, child, Spent(used, left)),
     )
+
+
+class Alone(NamedTuple):
+    """What either model comes to that writes the whole solution of each of R trees in one request; arrays (R, 2).
+
+    Attributes:
+        correct: Whether it is right.
+        tokens: Tokens decoded.
+        prompt_tokens: Tokens of the question's prompt.
+        steps: Steps.
+        last: Node of the last step.
+    """
+
+    correct: Floats
+    tokens: Floats
+    prompt_tokens: Floats
+    steps: Floats
+    last: Ints
+
+
+def alone(tables: DecisionTables) -> Alone:
+    """Return what either model does alone in the trees of a split; no caps.
+
+    Raises:
+        StoreError: A part of such a solution was not generated.
+    """
+    free = replace(tables, max_escalations=None, max_large_tokens=None)
+    trees, shape = tables.trees, (len(tables.indices), 2)
+    correct, tokens, steps, last = (*(np.zeros(shape) for _ in range(3)), np.zeros(shape, np.int64))
+    constants: tuple[Decide, Decide] = (lambda rows, _: np.zeros(len(rows)), lambda rows, _: np.ones(len(rows)))
+    for action, constant in enumerate(constants):
+        for done in walk(free, constant):
+            own = done.tree, action
+            correct[own] = tables.solved[done.moved.taken.place]
+            tokens[own] += trees.tokens[done.rows, action]
+            steps[own] += 1
+            last[own] = done.rows
+    return Alone(correct, tokens, np.asarray(trees.prompt_tokens[tables.roots], np.float64), steps, last)
 
 
 def starts(tables: DecisionTables) -> tuple[Ints, Spent]:

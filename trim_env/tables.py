@@ -20,7 +20,7 @@ from trim_env.costs import CostModel, charges_signals, cost_model, edge_costs, s
 from trim_env.features import DEFAULT_SCHEMA, Schema, schema_named
 
 if TYPE_CHECKING:
-    from trim_env.graph import StateGraph
+    from trim_env.graph import Alone, StateGraph
 
 Rollouts = Trees | str | Path
 
@@ -87,6 +87,13 @@ class DecisionTables:
         from trim_env.graph import reachable
 
         return reachable(self)
+
+    @cached_property
+    def alone(self) -> Alone:
+        """What either model comes to that writes whole solutions by itself; no caps."""
+        from trim_env.graph import alone
+
+        return alone(self)
 
     def take(self, rows: NDArray[np.int64], actions: NDArray[np.int64], left: NDArray[np.int64]) -> Taken:
         """Return what becomes of (n,) actions at (n,) nodes under the cap on large tokens (docs/design.md, section 5).

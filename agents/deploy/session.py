@@ -10,6 +10,7 @@ import numpy as np
 
 from agents.routers.asking import Asking
 from agents.routers.base import AnyRouter, Floats, Knob, Router, StatefulRouter, is_blind, told_cap
+from agents.routers.whole import Cascade, QueryRouter
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.text.steps import SMALL, Step, StopReason, closes_box
 from rollouts.trees.arrays import ASK, CONTINUE_SMALL, ESCALATE_LARGE
@@ -50,7 +51,19 @@ class Session:
             max_steps: Most steps.
             caps: Most escalations, and most tokens of the large model; None for no cap.
             generator: For routers that draw; None: one from entropy, once it is needed.
+
+        Raises:
+            ConfigError: The router decides once for a whole problem.
         """
+        if isinstance(router, QueryRouter | Cascade):
+            raise ConfigError(
+                f"{router.name} decides once for a whole problem; a session decides step by step. "
+                + (
+                    "Ask it before anything is generated: router.sends([question])."
+                    if isinstance(router, QueryRouter)
+                    else "A cascade starts again when the small model has solved the problem, so it cannot be streamed."
+                )
+            )
         self.router, self.knob = router, knob
         self.step, self.escalations, self.large_tokens, self.ended = 1, 0, 0, False
         self._schema = _NOTHING if is_blind(router) else schema_named(router.schema)

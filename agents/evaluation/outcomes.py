@@ -20,6 +20,18 @@ class Solutions(NamedTuple):
     escalations: Floats
 
 
+class Calls(NamedTuple):
+    """Calls of models for a problem, averaged over its replicas; arrays of shape (P,).
+
+    Attributes:
+        scorer: Of whoever reads what the small model wrote so that the router may decide: a scorer, the large model.
+        serial: Of all that wait for each other: a step or a whole solution of either model, what is read in between.
+    """
+
+    scorer: Floats
+    serial: Floats
+
+
 @dataclass(frozen=True, eq=False)
 class Outcomes:
     """Outcomes of one router on P problems, averaged over the replicas of each problem.
@@ -35,6 +47,7 @@ class Outcomes:
         steps: (P,) accepted steps.
         solutions: What was averaged; None after mixing or taking some of the problems.
         asked: (P,) steps at which it asked, of a router that does (`agents.routers.asking`); None likewise.
+        calls: Calls of models; None of those that stand for no router, such as oracles.
     """
 
     problem_ids: tuple[str, ...]
@@ -47,6 +60,7 @@ class Outcomes:
     steps: Floats
     solutions: Solutions | None = None
     asked: Floats | None = None
+    calls: Calls | None = None
 
     def __post_init__(self) -> None:
         """Check that all arrays have one value for each problem."""
@@ -58,7 +72,8 @@ class Outcomes:
     @classmethod
     def columns(cls) -> tuple[str, ...]:
         """Return the names of the arrays."""
-        return tuple(each.name for each in fields(cls) if each.name not in ("problem_ids", "solutions", "asked"))
+        others = ("problem_ids", "solutions", "asked", "calls")
+        return tuple(each.name for each in fields(cls) if each.name not in others)
 
     def __len__(self) -> int:
         """Return P."""
@@ -71,7 +86,8 @@ class Outcomes:
     def take(self, index: NDArray[Any]) -> Outcomes:
         """Return the outcomes of some problems."""
         ids = tuple(np.asarray(self.problem_ids, object)[index].tolist())
-        return Outcomes(ids, *(getattr(self, name)[index] for name in self.columns()))
+        calls = self.calls and Calls(*(each[index] for each in self.calls))
+        return Outcomes(ids, **{name: getattr(self, name)[index] for name in self.columns()}, calls=calls)
 
     def paired_with(self, other: Outcomes) -> None:
         """Check that another router's outcomes are on the same problems in the same order.
@@ -89,5 +105,10 @@ class Outcomes:
 def mix(first: Outcomes, second: Outcomes, share: float) -> Outcomes:
     """Return expected outcomes when each problem goes to `second` with probability `share`, else to `first`."""
     first.paired_with(second)
-    columns = ((1 - share) * getattr(first, n) + share * getattr(second, n) for n in Outcomes.columns())
-    return Outcomes(first.problem_ids, *columns)
+
+    def mixed(one: Floats, other: Floats) -> Floats:
+        return (1 - share) * one + share * other
+
+    columns: dict[str, Any] = {n: mixed(getattr(first, n), getattr(second, n)) for n in Outcomes.columns()}
+    calls = Calls(*map(mixed, first.calls, second.calls)) if first.calls and second.calls else None
+    return Outcomes(first.problem_ids, **columns, calls=calls)

@@ -1,7 +1,8 @@
 """Runs any router over the trees of a split and returns what became of every problem, exactly.
 
 Expectations are exact in the router's own randomness: where a router draws, both branches are followed with their
-probabilities. What remains is the sampling of problems and of the models' texts.
+probabilities. What remains is the sampling of problems and of the models' texts. Routers of whole problems are run on
+the two solutions of each tree that one model wrote alone.
 """
 
 from __future__ import annotations
@@ -14,28 +15,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.evaluation.curves import Method, References
-from agents.evaluation.outcomes import Outcomes, Solutions, mix
+from agents.evaluation.outcomes import Calls, Outcomes, Solutions, mix
 from agents.routers.asking import Asking
 from agents.routers.base import AnyRouter, Mixture, Router, StatefulRouter, is_blind, told_cap
+from agents.routers.whole import Attempts, Cascade, QueryRouter, VotingCascade, Whole
 from rollouts.errors import ConfigError
-from trim_env.features import left_feature
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
+from trim_env.costs import cost_of, sources_of
+from trim_env.features import left_feature, schema_named
 from trim_env.graph import Decide, Decisions, Floats, Ints, Moved, Spent, walk
 from trim_env.tables import DecisionTables
 
-Settings = Sequence[tuple[float, AnyRouter | Mixture, Outcomes]]
+Settings = Sequence[tuple[float, AnyRouter | Mixture | Whole, Outcomes]]
 """Settings of a method: knob, router, and what it comes to on the problems that choose."""
 Seen = Callable[[Ints, Ints], NDArray[np.float32]]  # (rows of nodes, large tokens left), both (n,) -> (n, d) features
 
 
-def run(router: AnyRouter | Mixture, tables: DecisionTables) -> Outcomes:
+def run(router: AnyRouter | Mixture | Whole, tables: DecisionTables) -> Outcomes:
     """Return the outcomes of a router on the split of some tables.
 
     Raises:
         StoreError: A proposal that the router needs was not generated.
-        ConfigError: It has to be told what is left of a cap on large tokens, and the tables have none.
+        ConfigError: It has to be told what is left of a cap on large tokens, and the tables have none; or it is one of
+            whole problems, which cannot keep such a cap, and they have one.
     """
     if isinstance(router, Mixture):
         return mix(run(router.first, tables), run(router.second, tables), router.share)
+    if isinstance(router, QueryRouter | Cascade):
+        return by_problem(tables, run_whole(tables, router))
     return by_problem(tables, run_trees(tables, router))
 
 
@@ -80,14 +87,104 @@ def run_trees(tables: DecisionTables, policy: AnyRouter | Decide) -> dict[str, F
     """Return the expected outcome of each tree of the split: the fields of `Outcomes` as (R,) arrays."""
     if isinstance(policy, Asking):
         return _run_asking(tables, policy)
+    reading = False
     if isinstance(policy, Router | StatefulRouter):
         tables = tables.charged(None if is_blind(policy) else policy.schema)
+        reading = not is_blind(policy) and bool(_sources(tables, policy.schema))
     count = len(tables.indices)
     totals = {name: np.zeros(count) for name in Outcomes.columns()}
     for done in decisions(tables, policy):
         for name, values in outcomes_of(tables, done.moved).items():
             totals[name] += np.bincount(done.tree, done.mass * values, minlength=count)
-    return totals
+    return totals | called(totals, reading * totals["steps"])
+
+
+def called(totals: dict[str, Floats], read: Floats) -> dict[str, Floats]:
+    """Return the calls of a router of steps that had so many of the small model's proposals read, (R,), by field."""
+    return {"scorer": read, "serial": totals["steps"] + read + totals["escalations"]}
+
+
+def _sources(tables: DecisionTables, schema: str) -> frozenset[str]:
+    return sources_of(schema_named(schema), tables.trees.meta["scorer"])
+
+
+def run_whole(tables: DecisionTables, router: Whole) -> dict[str, Floats]:
+    """Return the expected outcome of each tree, as `run_trees` does, of a router of whole problems.
+
+    What a model writes alone is one long step, and is charged as one: one request, whose prompt is the question. The
+    steps that `Outcomes` counts are still those of the text. No cap on escalations binds such a router.
+
+    Raises:
+        ConfigError: There is a cap on large tokens.
+        StoreError: A part of such a solution was not generated.
+    """
+    if tables.max_large_tokens is not None:
+        raise ConfigError(
+            f"{router.name} sends whole problems to the large model and cannot keep a cap of {tables.max_large_tokens} "
+            "large tokens for a problem (max_large_tokens). Compare it without one."
+        )
+    small, nothing = tables.alone.tokens[:, CONTINUE_SMALL], np.zeros(len(tables.indices))
+    if isinstance(router, QueryRouter):
+        send = np.asarray(router.sends(attempts_of(tables).questions), np.float64)
+        cost = (1 - send) * _charged(tables, (1, 0))[:, CONTINUE_SMALL]
+        cost += send * _charged(tables, (0, 1))[:, ESCALATE_LARGE]
+        paid = {"cost": cost, "small_tokens": (1 - send) * small, "discarded_tokens": nothing}
+        return _sent(tables, send) | paid | {"scorer": nothing, "serial": nothing + 1}
+    attempts, sources = attempts_of(tables, router.schema), _sources(tables, router.schema)
+    send = np.asarray(router.retries(attempts), np.float64)
+    drafted, again = _charged(tables, (1, 1), sources).T
+    read = nothing + bool(sources)
+    totals = _sent(tables, send, router.keeps(attempts) if isinstance(router, VotingCascade) else None)
+    serial = 1 + read + send  # samples of one problem are drawn side by side
+    if isinstance(router, VotingCascade):
+        small, first, read = (_of_problem(attempts, each) for each in (small, drafted, read))
+        drafted, again = first, again + first - drafted
+    totals |= {"cost": (1 - send) * drafted + send * again, "small_tokens": small, "discarded_tokens": send * small}
+    return totals | {"scorer": read, "serial": serial}
+
+
+def attempts_of(tables: DecisionTables, schema: str | None = None) -> Attempts:
+    """Return what the small model wrote alone, with what a schema tells of it."""
+    trees, last = tables.trees, tables.alone.last[:, CONTINUE_SMALL]
+    problem = trees.problem[tables.indices]
+    return Attempts(
+        problems=np.array(trees.problem_ids)[problem],
+        questions=tuple(trees.questions[each] for each in problem),
+        replicas=trees.replica[tables.indices],
+        features=np.zeros((len(last), 0), np.float32) if schema is None else tables.in_schema(schema)[last],
+        last=lambda position: trees.proposal(last[position], CONTINUE_SMALL),
+    )
+
+
+def _sent(tables: DecisionTables, send: Floats, kept: Ints | None = None) -> dict[str, Floats]:
+    """Return what becomes of solutions that the large model writes with some probabilities, but for their drafts."""
+    own = tables.alone
+    drafts = np.arange(len(send)) if kept is None else kept
+
+    def either(values: Floats) -> Floats:
+        mean: Floats = (1 - send) * values[drafts, CONTINUE_SMALL] + send * values[:, ESCALATE_LARGE]
+        return mean
+
+    return {
+        "correct": either(own.correct),
+        "large_tokens": send * own.tokens[:, ESCALATE_LARGE],
+        "escalations": send * own.steps[:, ESCALATE_LARGE],
+        "steps": either(own.steps),
+    }
+
+
+def _charged(
+    tables: DecisionTables, called: tuple[int, int], sources: frozenset[str] = frozenset()
+) -> NDArray[np.float64]:
+    """Return the (R, 2) cost of whole solutions as one step each, of which only some models are called."""
+    own = tables.alone
+    return cost_of(tables.cost_model, own.tokens * called, own.prompt_tokens * called, sources)
+
+
+def _of_problem(attempts: Attempts, values: Floats) -> Floats:
+    """Return for each attempt the sum over all attempts at its problem."""
+    _, problem = np.unique(attempts.problems, return_inverse=True)
+    return np.bincount(problem, values).astype(np.float64)[problem]
 
 
 def _run_asking(tables: DecisionTables, router: Asking) -> dict[str, Floats]:
@@ -103,7 +200,7 @@ def _run_asking(tables: DecisionTables, router: Asking) -> dict[str, Floats]:
         )
         for name, each in values.items():
             totals[name] += np.bincount(done.tree, done.mass * each, minlength=len(tables.indices))
-    return totals
+    return totals | called(totals, totals["asked"])
 
 
 def decisions(tables: DecisionTables, policy: AnyRouter | Decide) -> Iterator[Decisions]:
@@ -149,4 +246,10 @@ def by_problem(tables: DecisionTables, totals: dict[str, Floats]) -> Outcomes:
     ids = tuple(tables.trees.problem_ids[problem] for problem in problems)
     means = {name: np.bincount(position, totals[name]) / replicas for name in Outcomes.columns()}
     asked = np.bincount(position, totals["asked"]) / replicas if "asked" in totals else None
-    return Outcomes(ids, **means, solutions=Solutions(totals["correct"], totals["escalations"]), asked=asked)
+    calls = (
+        Calls(*(np.bincount(position, totals[each]) / replicas for each in Calls._fields))
+        if "serial" in totals
+        else None
+    )
+    single = Solutions(totals["correct"], totals["escalations"])
+    return Outcomes(ids, **means, solutions=single, asked=asked, calls=calls)
