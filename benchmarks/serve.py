@@ -39,7 +39,7 @@ from agents.routers.base import Threshold
 from benchmarks.upstream import StandIn, read_log, record
 from rollouts.config import Sampling
 from rollouts.models.base import CompletionRequest
-from rollouts.models.server.wire import completion_payload, read_completion
+from rollouts.models.server.wire import Wire
 from rollouts.text.prompts import load_tokenizer
 from rollouts.tinymath import model_dir
 
@@ -161,9 +161,10 @@ async def _bare(url: str, log: Path, count: int) -> list[float]:
     async with aiohttp.ClientSession() as client:
         for number in range(count):
             begun = time.monotonic()
-            payload = completion_payload("tinymath-small", 1024, CompletionRequest((number,) * 64, 64, Sampling()))
+            request = CompletionRequest((number,) * 64, 64, Sampling())
+            payload = {"model": "tinymath-small", **Wire().completion(1024, request)}
             async with client.post(f"{url}/completions", json=payload) as answer:
-                read_completion(json.loads(await answer.read()))
+                Wire().read(json.loads(await answer.read()))
             times.append(time.monotonic() - begun)
     return [
         each - (note.sent - note.arrived) for each, note in zip(times, read_log(log, "delivered")[before:], strict=True)

@@ -7,7 +7,7 @@ upstream servers instead of for engines.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -21,18 +21,10 @@ from rollouts.config import FamilyConfig, Limits, ModelConfig, Sampling
 from rollouts.errors import BackendError
 from rollouts.family import Family
 from rollouts.models.base import Completion, CompletionRequest, LogprobRequest
-from rollouts.models.server.wire import (
-    completion_payload,
-    likelihood_payload,
-    pooling_payload,
-    read_choice,
-    read_completion,
-    read_likelihood,
-    read_scores,
-)
+from rollouts.models.server.wire import Wire, pooling_payload, read_scores
 from rollouts.models.stepwise import Draft, StepRules
 from rollouts.scoring.prm import fitting_input
-from rollouts.text.likelihood import TOP, WORTHLESS
+from rollouts.text.likelihood import WORTHLESS
 from rollouts.text.prompts import PromptFormat, RewardFormat, has_room
 from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, Step, StopReason
 
@@ -40,7 +32,6 @@ _SYSTEM_PROMPTS = 32  # formats of system prompts that requests bring, kept at h
 _QUESTIONS, _BROUGHT = 16 << 20, 1 << 20  # bytes of rendered questions kept at hand for each format, own and brought
 _CHARACTERS = 16  # no text has as many of them per token
 _EVERYTHING = Sources()
-_SMALLEST = CompletionRequest((1, 2, 3), 1, Sampling())
 
 
 @dataclass
@@ -252,19 +243,17 @@ class Models:
     async def _complete(
         self, role: str, window: int, request: CompletionRequest, ledger: Ledger, *, capped: bool
     ) -> Completion:
-        spent = ledger.roles[role]
+        spent, upstream = ledger.roles[role], self.upstreams[role]
 
         def lost() -> bool:
             spent.aborted_tokens += request.max_tokens
             return not capped
 
+        def send(path: str, body: Mapping[str, Any], read: Callable[[Any], Any]) -> Awaitable[Any]:
+            return upstream.post(path, body, lambda answer: _checked(read(answer), request.max_tokens), lost)
+
         with ledger.waiting():
-            completion = await self.upstreams[role].post(
-                "completions",
-                lambda model: completion_payload(model, window, request),
-                lambda body: _completion(body, request.max_tokens),
-                lost,
-            )
+            completion = await upstream.wire.complete(send, window, request)
         spent.add(len(request.prompt_ids), completion.tokens)
         return completion
 
@@ -289,13 +278,12 @@ class Models:
         begin, end = positions[first], max(read, default=0)
         if end <= begin:
             return [(LARGE, WORTHLESS)] * len(spans)
-        request = LogprobRequest(ids[:end], begin, entropies=True)
+        request, large = LogprobRequest(ids[:end], begin, entropies=True), self.upstreams[LARGE]
         with ledger.waiting():
-            found = await self.upstreams[LARGE].post(
-                "completions",
-                lambda model: likelihood_payload(model, self.window(LARGE), request),
-                lambda body: read_likelihood(body, request),
-            )
+            try:
+                found = await large.wire.likelihood(large.post, self.window(LARGE), request)
+            except BackendError as error:
+                raise Unavailable(LARGE, "malformed", str(error)) from None
         ledger.roles[LARGE].add(end)
         return [(LARGE, found.statistics(start - begin, stop - begin) if stop <= end else WORTHLESS)
                 for start, stop in spans]  # fmt: skip
@@ -316,7 +304,7 @@ class Models:
         with ledger.waiting():
             scores = await self.upstreams[SCORER].post(
                 "/pooling",
-                lambda model: pooling_payload(model, ids),
+                pooling_payload(ids),
                 lambda body: read_scores(body, ids, reward.step_tag_id),
             )
         if len(scores) != kept:
@@ -325,37 +313,30 @@ class Models:
         return [*scores, *unread]
 
 
-def _completion(body: Any, most: int) -> Completion:
-    completion = read_completion(body)
-    if not 1 <= completion.tokens <= most:
-        raise ValueError(f"{completion.tokens} tokens, expected 1 to {most}")
-    text = completion.text.encode("utf-16", "surrogatepass").decode(
-        "utf-16", "replace"
-    )  # JSON may hold halves of pairs
-    return replace(completion, text=text)
+def _checked(read: Any, most: int) -> Any:
+    """Return what was read of an answer, if it is no completion of another length than can be."""
+    if not isinstance(read, Completion):
+        return read
+    if not 1 <= read.tokens <= most:
+        raise ValueError(f"{read.tokens} tokens, expected 1 to {most}")
+    # JSON may hold halves of pairs
+    return replace(read, text=read.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 def _generates(likelihood: bool, looks: bool = False) -> Probe:
     """Return what a generating model has to answer; log-probabilities of what it decodes or is given, if asked."""
 
-    def check(body: Any) -> None:
-        choice, _ = read_choice(body)
-        if "stop_reason" not in choice:
-            raise BackendError(
-                "does not tell a stop string from the end of the sequence (no `stop_reason`). Serve the model with "
-                "vLLM."
-            )
-        if likelihood and read_completion(body).likelihood is None:
-            raise BackendError(
-                f"tells no log-probabilities, which the policy reads. Serve it with --max-logprobs {TOP}."
-            )
-        if looks and not isinstance(choice.get("prompt_logprobs"), list):
+    def check(wire: Wire, body: Any) -> None:
+        if (lacking := wire.lacks(body)) is not None:
+            raise BackendError(f"{lacking}.")
+        if likelihood and wire.read(body).likelihood is None:
+            raise BackendError(f"tells no log-probabilities, which the policy reads. {wire.more_logprobs}.")
+        if looks and not wire.looked(body):
             raise BackendError("tells no log-probabilities of prompts, which the policy reads. Serve it with vLLM.")
 
-    request, more = replace(_SMALLEST, likelihood=likelihood), {"prompt_logprobs": TOP} if looks else {}
-    return Probe("completions", lambda model: {**completion_payload(model, 4, request), **more}, check)
+    return Probe(lambda wire: (wire.path, wire.probe(likelihood=likelihood, looks=looks)), check)
 
 
 def _scores(tag: int) -> Probe:
     ids = (1, tag, 2, tag)
-    return Probe("/pooling", lambda model: pooling_payload(model, ids), lambda body: read_scores(body, ids, tag))
+    return Probe(lambda _: ("/pooling", pooling_payload(ids)), lambda _, body: read_scores(body, ids, tag))

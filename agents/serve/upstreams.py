@@ -19,6 +19,8 @@ from agents.serve.metrics import Metrics
 from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError, did_you_mean
 from rollouts.models.server.connection import Answer, Broken, Connection
+from rollouts.models.server.dialects import wire_of
+from rollouts.models.server.wire import Wire
 
 T = TypeVar("T")
 _log = logging.getLogger("trim.serve")
@@ -62,15 +64,13 @@ class Probe:
     """The smallest real request: a server that answers it works.
 
     Attributes:
-        path: Below the base URL; below the root if it begins with a slash.
-        payload: From the name that the server gives the model to the body.
-        check: What must be possible with the answer; raises as `Upstream.post` says of `parse`, or `BackendError`
-            where the server does not do what is needed.
+        request: From how the server is asked to the path, as of `Upstream.post`, and the body.
+        check: What must be possible with the answer, by how the server is asked; raises as `Upstream.post` says of
+            `parse`, or `BackendError` where the server does not do what is needed.
     """
 
-    path: str
-    payload: Callable[[str], Mapping[str, Any]]
-    check: Callable[[Any], Any]
+    request: Callable[[Wire], tuple[str, Mapping[str, Any]]]
+    check: Callable[[Wire, Any], Any]
 
 
 class Upstream:
@@ -88,6 +88,7 @@ class Upstream:
         url: Base URL without credentials.
         model: Name that the server gives the model, once it is known.
         window: Its window in tokens, as far as the server has told.
+        wire: How it is asked.
         trouble: Why it counts as down; None while it is up.
     """
 
@@ -111,6 +112,7 @@ class Upstream:
         self._slots = asyncio.Semaphore(model.concurrency)
         self.model: str | None = None
         self.window: int | None = None
+        self.wire = Wire()
         self.trouble: str | None = _UNASKED
         self._watcher: asyncio.Task[None] | None = None
         self._broken, self._broken_at = 0, -math.inf  # connections in a row, and when the last one broke
@@ -142,15 +144,15 @@ class Upstream:
     async def post(
         self,
         path: str,
-        payload: Callable[[str], Mapping[str, Any]],
+        payload: Mapping[str, Any],
         parse: Callable[[Any], T],
         lost: Callable[[], bool] = lambda: True,
     ) -> T:
         """Send a request and return what `parse` makes of the answer; once more if the connection broke or it was busy.
 
         Args:
-            path: As of `Probe`.
-            payload: From the model's name to the body.
+            path: Below the base URL; below the root if it begins with a slash.
+            payload: The body, but for the model's name.
             parse: May raise ValueError, LookupError, TypeError or BackendError for an answer that makes no sense.
             lost: Called when the upstream may have worked on a request in vain, one that is cancelled included; returns
                 whether it may be sent once more.
@@ -172,7 +174,7 @@ class Upstream:
     async def _attempt(
         self,
         path: str,
-        payload: Callable[[str], Mapping[str, Any]],
+        payload: Mapping[str, Any],
         parse: Callable[[Any], T],
         lost: Callable[[], bool],
     ) -> T:
@@ -180,7 +182,7 @@ class Upstream:
             raise Unavailable(self.role, "down", self.trouble or "its model is not known")
         began = time.monotonic()
         try:
-            answer = await self._exchange(path, payload(self.model), parse, self._timeout)
+            answer = await self._exchange(path, {"model": self.model, **payload}, parse, self._timeout)
         except Unavailable as fault:
             self._metrics.upstream_failed(self.role, fault.kind)
             _log.warning("%s", fault)
@@ -252,7 +254,8 @@ class Upstream:
         try:
             await self._identify()
             assert self.model is not None
-            await self._exchange(self._probe.path, self._probe.payload(self.model), self._probed, patience)
+            path, payload = self._probe.request(self.wire)
+            await self._exchange(path, {"model": self.model, **payload}, self._probed, patience)
         except Unavailable as fault:
             if (
                 fault.kind == "refused" and self.model is not None
@@ -283,7 +286,7 @@ class Upstream:
 
     def _probed(self, body: Any) -> None:
         try:
-            self._probe.check(body)
+            self._probe.check(self.wire, body)
         except BackendError as error:
             raise ConfigError(f"{self.role}: {self.url}: {error}") from None
 
@@ -296,8 +299,8 @@ class Upstream:
                 f"{self.role}: {self.url} does not serve {self._names[0]!r}.{did_you_mean(self._names[0], cards)} "
                 "Start it with --served-model-name, or name its model as the server does in the models file."
             )
-        size = cards[known].get("max_model_len")
-        self.window = size if isinstance(size, int) and size > 1 else None
+        self.wire = wire_of(cards[known])
+        self.window = self.wire.window(cards[known])
         self.model = known
 
     def _set(self, trouble: str | None) -> None:

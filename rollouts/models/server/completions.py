@@ -1,13 +1,14 @@
-"""A backend over an OpenAI-compatible HTTP server that continues token prompts, as vLLM serves it."""
+"""A backend over an HTTP server that continues token prompts: vLLM's, SGLang's or llama.cpp's."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from rollouts.config import ModelConfig, Sampling
+from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError, did_you_mean
 from rollouts.models.base import (
     Backend,
@@ -18,17 +19,12 @@ from rollouts.models.base import (
     PoolingRequest,
     Request,
 )
+from rollouts.models.server.dialects import wire_of
 from rollouts.models.server.http import HttpServer, RequestFailed
-from rollouts.models.server.wire import (
-    completion_payload,
-    likelihood_payload,
-    pooling_payload,
-    read_choice,
-    read_completion,
-    read_likelihood,
-    read_scores,
-    serve_prm,
-)
+from rollouts.models.server.wire import SMALLEST, Send, Wire, pooling_payload, read_scores, serve_prm
+
+T = TypeVar("T")
+_KNOWN = LogprobRequest(SMALLEST.prompt_ids, 1)
 
 
 class ServerBackend(Backend):
@@ -54,18 +50,20 @@ class ServerBackend(Backend):
         self._http = HttpServer(role, model)
         try:
             card = self._card()
-            windows = [size for size in (card.get("max_model_len"), model.max_length) if isinstance(size, int)]
+            self._wire = wire_of(card)
+            told = self._wire.window(card)
+            windows = [size for size in (told, model.max_length) if size is not None]
             if not windows:
                 raise ConfigError(f"{role}: {self._http.url} does not tell the model's window; set `max_length`.")
             self.window = min(windows)
             self._description = {
-                "engine": "server",
+                "engine": "server" if type(self._wire) is Wire else self._wire.name,
                 "version": self._http.version(),
                 "url": self._http.url,
                 "model": card["id"],
-                "root": card.get("root"),  # what the server calls `model` may be another name for it
+                "root": self._wire.origin(card),  # what the server calls `model` may be another name for it
                 "owned_by": card.get("owned_by"),
-                "max_model_len": card.get("max_model_len"),
+                "max_model_len": told,
                 "seed": None,  # the server's own
             }
             if step_tag_id is None:
@@ -89,41 +87,42 @@ class ServerBackend(Backend):
         return dict(cards[self._model])
 
     def _probe_generator(self) -> Capabilities:
-        smallest = completion_payload(self._model, self.window, CompletionRequest((1, 2, 3), 1, Sampling()))
-        url = self._http.url
+        wire, url = self._wire, self._http.url
+        smallest = {"model": self._model, **wire.completion(self.window, SMALLEST)}
         try:
-            choice, _ = self._http.ask("completions", smallest, read_choice)
+            lacking, body = self._http.ask(wire.path, smallest, lambda body: (wire.lacks(body), body))
         except RequestFailed as error:
             raise ConfigError(
                 f"{self.role}: {url} does not continue token ids ({error}). "
-                "Serve a generating model with vLLM, or set chat_only = true for a vendor's chat API."
+                "Serve a generating model with vLLM, SGLang or llama.cpp, or set chat_only = true for a vendor's chat "
+                "API."
             ) from None
-        if "stop_reason" not in choice:
-            raise ConfigError(
-                f"{self.role}: {url} does not tell a stop string from the end of the sequence (no `stop_reason`). "
-                "Serve the model with vLLM, or set chat_only = true."
-            )
-        self._http.heartbeat = ("completions", smallest)
-        asked = completion_payload(
-            self._model, self.window, CompletionRequest((1, 2, 3), 1, Sampling(), likelihood=True)
+        if lacking is not None:
+            raise ConfigError(f"{self.role}: {url} {lacking}, or set chat_only = true.")
+        self._http.heartbeat = (wire.path, smallest)
+        asked = replace(SMALLEST, likelihood=True)
+        own = self._tried(lambda: wire.complete(self._send(), self.window, asked))
+        given = self._tried(lambda: wire.likelihood(self._send(), self.window, _KNOWN))
+        return Capabilities(
+            token_ids=wire.read(body).token_ids is not None,
+            logprobs=own is not None and own.likelihood is not None,
+            prompt_logprobs=given is not None,
         )
+
+    def _tried(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
+        """Return what comes of it; None if the server does not do it."""
         try:
-            own = self._http.ask("completions", asked, read_completion).likelihood is not None
+            return self._http.submit(work).result()
         except RequestFailed:
-            own = False
-        try:
-            known = LogprobRequest((1, 2, 3), 1)
-            payload = likelihood_payload(self._model, self.window, known)
-            self._http.ask("completions", payload, lambda body: read_likelihood(body, known))
-            given = True
-        except RequestFailed:
-            given = False
-        ids = isinstance(choice.get("token_ids"), list)
-        return Capabilities(token_ids=ids, logprobs=own, prompt_logprobs=given)
+            return None
+
+    def _send(self, tokens: int = 0) -> Send:
+        """Return what sends bodies, each with as much time as so many tokens take."""
+        return lambda path, body, read: self._http.post(path, {"model": self._model, **body}, read, tokens)
 
     def _probe_pooling(self) -> Capabilities:
         ids = (1, self._tag, 2, self._tag)
-        path, payload = "/pooling", pooling_payload(self._model, ids)
+        path, payload = "/pooling", {"model": self._model, **pooling_payload(ids)}
         try:
             self._http.ask(path, payload, lambda body: self._scores(body, ids))
         except RequestFailed as error:
@@ -137,13 +136,11 @@ class ServerBackend(Backend):
         """Start one request; see `HttpServer` for what is retried and when the server counts as gone."""
         answer: Callable[[], Awaitable[Any]]
         if isinstance(request, CompletionRequest) and not self.capabilities.pooling:
-            payload = completion_payload(self._model, self.window, request)
-            answer = partial(self._http.post, "completions", payload, read_completion, request.max_tokens)
+            answer = partial(self._wire.complete, self._send(request.max_tokens), self.window, request)
         elif isinstance(request, LogprobRequest) and self.capabilities.prompt_logprobs:
-            payload = likelihood_payload(self._model, self.window, request)
-            answer = partial(self._http.post, "completions", payload, partial(read_likelihood, request=request))
+            answer = partial(self._wire.likelihood, self._send(), self.window, request)
         elif isinstance(request, PoolingRequest) and self.capabilities.pooling:
-            payload = pooling_payload(self._model, request.ids)
+            payload = {"model": self._model, **pooling_payload(request.ids)}
             answer = partial(self._http.post, "/pooling", payload, partial(self._scores, ids=request.ids))
         else:
             raise ConfigError(f"{self.role}: {self._http.url} cannot answer a {type(request).__name__}.")

@@ -1,8 +1,10 @@
-"""What OpenAI-compatible servers of vLLM are sent and what they send back; nothing here connects to anything."""
+"""What vLLM's OpenAI-compatible servers are sent and what they send back; nothing here connects to anything."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from rollouts.config import Sampling
@@ -10,69 +12,114 @@ from rollouts.errors import BackendError
 from rollouts.models.base import Completion, CompletionRequest, LogprobRequest, drawing_fields
 from rollouts.text.likelihood import TOP, Likelihood, top_entropy
 
+Send = Callable[[str, Mapping[str, Any], Callable[[Any], Any]], Awaitable[Any]]
+"""Sends a body, to which it adds the model's name, to a path and returns what is made of the answer."""
+SMALLEST = CompletionRequest((1, 2, 3), 1, Sampling())
+"""The smallest real request: a server that answers it works."""
 
-def completion_payload(model: str, window: int, request: CompletionRequest) -> dict[str, Any]:
-    """Return the body of a completion, with every field that changes a draw written out.
 
-    It carries no seed: one per request kills the CPU engine of vLLM 0.32, and no server promises a draw for it.
+class Wire:
+    """How a generating model is asked. This is vLLM's way; others' are in `rollouts.models.server.dialects`.
 
-    Args:
-        model: Name that the server uses.
-        window: Most tokens of prompt and completion together.
-        request: What is asked for.
+    What reads an answer raises ValueError, LookupError or TypeError for one that makes no sense.
+
+    Attributes:
+        name: What the server calls itself.
+        path: Where completions are asked for: below the base URL, below the root if it begins with a slash.
+        more_logprobs: What makes it tell the log-probabilities that are read.
     """
-    room = window - len(request.prompt_ids)  # engines in this process end at the window, servers refuse
-    return {
-        "model": model,
-        "prompt": list(request.prompt_ids),
-        "max_tokens": max(1, min(request.max_tokens, room)),
-        **drawing_fields(request),
-        "echo": False,
-        "stream": False,
-        "add_special_tokens": False,
-        "return_token_ids": True,
-        **({"logprobs": TOP, "return_tokens_as_token_ids": True} if request.likelihood else {}),
-    }
+
+    name = "vLLM"
+    path = "completions"
+    more_logprobs = f"Serve it with --max-logprobs {TOP}"
+
+    def window(self, card: Mapping[str, Any]) -> int | None:
+        """Return the window in tokens that a server's entry of its model tells, if it does."""
+        size = card.get("max_model_len")
+        return size if isinstance(size, int) and size > 1 else None
+
+    def origin(self, card: Mapping[str, Any]) -> str | None:
+        """Return what a server's entry says of where it has the model from, as it may be called anything."""
+        return card.get("root")
+
+    def completion(self, window: int, request: CompletionRequest) -> dict[str, Any]:
+        """Return the body of a completion, with every field that changes a draw written out.
+
+        It carries no seed: one per request kills the CPU engine of vLLM 0.32, and no server promises a draw for it.
+
+        Args:
+            window: Most tokens of prompt and completion together.
+            request: What is asked for.
+        """
+        return {
+            "prompt": list(request.prompt_ids),
+            "max_tokens": room(window, request),
+            **drawing_fields(request),
+            "echo": False,
+            "stream": False,
+            "add_special_tokens": False,
+            "return_token_ids": True,
+            **({"logprobs": TOP, "return_tokens_as_token_ids": True} if request.likelihood else {}),
+        }
+
+    def probe(self, *, likelihood: bool = False, looks: bool = False) -> dict[str, Any]:
+        """Return the body of the smallest completion; with log-probabilities of what is decoded, or given, if asked."""
+        body = self.completion(4, replace(SMALLEST, likelihood=likelihood))
+        return {**body, **({"prompt_logprobs": TOP} if looks else {})}
+
+    def looked(self, body: Any) -> bool:
+        """Whether an answer to a probe tells log-probabilities of what was given."""
+        return isinstance(body["choices"][0].get("prompt_logprobs"), list)
+
+    def lacks(self, body: Any) -> str | None:
+        """Return what an answer to a completion does not tell, and what to do; None if it tells all that is needed."""
+        choice, _ = _read_choice(body)
+        if "stop_reason" in choice:
+            return None
+        return (
+            "does not tell a stop string from the end of the sequence (no `stop_reason`). Serve the model with vLLM, "
+            "SGLang or llama.cpp"
+        )
+
+    def read(self, body: Any) -> Completion:
+        """Return the completion that an answer holds."""
+        choice, tokens = _read_choice(body)
+        text, ids = choice["text"], choice.get("token_ids")
+        ids = None if ids is None else tuple(ids)
+        reason, stop = choice["finish_reason"], choice["stop_reason"]
+        told = _read_own(choice.get("logprobs"))
+        if reason == "stop" and isinstance(stop, str):  # null or a token's id: the model ended by itself
+            return Completion(text if text.endswith(stop) else text + stop, tokens, ids, "stop", likelihood=told)
+        if reason in ("stop", "length"):
+            return Completion(text, tokens, ids, "eos" if reason == "stop" else "length", likelihood=told)
+        return Completion(text, tokens, ids, "failed", f"the server ended the request with {reason!r}")
+
+    async def complete(self, send: Send, window: int, request: CompletionRequest) -> Completion:
+        """Ask for a completion; raises what `send` raises."""
+        done: Completion = await send(self.path, self.completion(window, request), self.read)
+        return done
+
+    async def likelihood(self, send: Send, window: int, request: LogprobRequest) -> Likelihood:
+        """Ask what the model makes of ``ids[start:]``; raises what `send` raises."""
+        smallest = self.completion(window, CompletionRequest(request.ids, 1, Sampling(1.0)))
+        body = {**smallest, "prompt_logprobs": TOP if request.entropies else 0}
+        told: Likelihood = await send(self.path, body, partial(_read_likelihood, request=request))
+        return told
 
 
-def pooling_payload(model: str, ids: Sequence[int]) -> dict[str, Any]:
-    """Return the body of a request for P(label 1) at every step tag of `ids`."""
-    return {
-        "model": model,
-        "input": list(ids),
-        "task": "token_classify",
-        "use_activation": True,
-        "add_special_tokens": False,
-        "encoding_format": "float",
-    }
+def room(window: int, request: CompletionRequest) -> int:
+    """Return the most tokens to ask for: engines in this process end at the window, servers refuse."""
+    return max(1, min(request.max_tokens, window - len(request.prompt_ids)))
 
 
-def read_choice(body: Any) -> tuple[dict[str, Any], int]:
-    """Return the choice and the number of decoded tokens, the end-of-sequence token included.
-
-    Raises:
-        ValueError: Text or token count is missing; so do LookupError and TypeError say.
-    """
+def _read_choice(body: Any) -> tuple[dict[str, Any], int]:
+    """Return the choice and the number of decoded tokens, the end-of-sequence token included."""
     choice = body["choices"][0]
     ids = choice.get("token_ids")
     tokens = len(ids) if ids is not None else body["usage"]["completion_tokens"]
     if not isinstance(choice["text"], str) or not isinstance(tokens, int):
         raise ValueError("text or completion_tokens is missing")
     return choice, tokens
-
-
-def read_completion(body: Any) -> Completion:
-    """Return the completion that a server's answer holds; raises as `read_choice` does."""
-    choice, tokens = read_choice(body)
-    text, ids = choice["text"], choice.get("token_ids")
-    ids = None if ids is None else tuple(ids)
-    reason, stop = choice["finish_reason"], choice["stop_reason"]
-    told = _read_own(choice.get("logprobs"))
-    if reason == "stop" and isinstance(stop, str):  # null or a token's id: the model ended by itself
-        return Completion(text if text.endswith(stop) else text + stop, tokens, ids, "stop", likelihood=told)
-    if reason in ("stop", "length"):
-        return Completion(text, tokens, ids, "eos" if reason == "stop" else "length", likelihood=told)
-    return Completion(text, tokens, ids, "failed", f"the server ended the request with {reason!r}")
 
 
 def _read_own(logprobs: Any) -> Likelihood | None:
@@ -83,18 +130,22 @@ def _read_own(logprobs: Any) -> Likelihood | None:
     return Likelihood(tuple(map(float, logprobs["token_logprobs"])), entropies)
 
 
-def likelihood_payload(model: str, window: int, request: LogprobRequest) -> dict[str, Any]:
-    """Return the body of a request for what the model makes of given tokens."""
-    smallest = completion_payload(model, window, CompletionRequest(request.ids, 1, Sampling(1.0)))
-    return {**smallest, "prompt_logprobs": TOP if request.entropies else 0}
-
-
-def read_likelihood(body: Any, request: LogprobRequest) -> Likelihood:
-    """Return what the model makes of ``ids[start:]``."""
+def _read_likelihood(body: Any, request: LogprobRequest) -> Likelihood:
     rows = body["choices"][0]["prompt_logprobs"][request.start :]
     told = zip(request.ids[request.start :], rows, strict=True)
     entropies = (top_entropy(each["logprob"] for each in row.values()) for row in rows) if request.entropies else ()
     return Likelihood(tuple(float(row[str(token)]["logprob"]) for token, row in told), tuple(entropies))
+
+
+def pooling_payload(ids: Sequence[int]) -> dict[str, Any]:
+    """Return the body of a request for P(label 1) at every step tag of `ids`."""
+    return {
+        "input": list(ids),
+        "task": "token_classify",
+        "use_activation": True,
+        "add_special_tokens": False,
+        "encoding_format": "float",
+    }
 
 
 def read_scores(body: Any, ids: Sequence[int], step_tag_id: int) -> list[float]:

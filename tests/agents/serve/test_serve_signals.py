@@ -19,7 +19,7 @@ from agents.serve.route import Route
 from agents.serve.sources import Sources, sources_of
 from agents.serve.upstreams import Unavailable
 from rollouts.errors import BackendError, ConfigError
-from rollouts.models.server.wire import read_completion
+from rollouts.models.server.wire import Wire
 from rollouts.text.likelihood import STATISTICS
 from rollouts.text.steps import Step
 from trim_env.features import schema_named
@@ -154,22 +154,23 @@ def test_servers_that_tell_no_log_probabilities_are_refused_by_the_probe() -> No
     from agents.serve.models import _generates
 
     silent = {"choices": [{"text": "x", "finish_reason": "length", "stop_reason": None, "token_ids": [5]}]}
-    _generates(False).check(silent)
+    _generates(False).check(Wire(), silent)
     with pytest.raises(BackendError, match="tells no log-probabilities, which the policy reads"):
-        _generates(True).check(silent)
-    assert _generates(True).payload("m")["logprobs"] == 20 and "logprobs" not in _generates(False).payload("m")
-    _generates(False, True).check({"choices": [{**silent["choices"][0], "prompt_logprobs": [None]}]})
+        _generates(True).check(Wire(), silent)
+    told, untold = (_generates(likelihood).request(Wire())[1] for likelihood in (True, False))
+    assert told["logprobs"] == 20 and "logprobs" not in untold
+    _generates(False, True).check(Wire(), {"choices": [{**silent["choices"][0], "prompt_logprobs": [None]}]})
     with pytest.raises(BackendError, match="tells no log-probabilities of prompts, which the policy reads"):
-        _generates(False, True).check(silent)
-    assert _generates(False, True).payload("m")["prompt_logprobs"] == 20
+        _generates(False, True).check(Wire(), silent)
+    assert _generates(False, True).request(Wire())[1]["prompt_logprobs"] == 20
 
 
 def test_answers_of_servers_are_read() -> None:
     logprobs = {"token_logprobs": [-0.5, -0.1], "top_logprobs": [{"token_id:5": -0.5}, {"token_id:6": -0.1}]}
     choice = {"text": "x", "finish_reason": "stop", "stop_reason": None, "token_ids": [5, 6], "logprobs": logprobs}
-    found = read_completion({"choices": [choice]}).likelihood
+    found = Wire().read({"choices": [choice]}).likelihood
     assert found is not None and found.logprobs == (-0.5, -0.1) and len(found.entropies) == 2
-    assert read_completion({"choices": [{**choice, "logprobs": None}]}).likelihood is None
+    assert Wire().read({"choices": [{**choice, "logprobs": None}]}).likelihood is None
 
 
 # ---------------------------------------------------------------- over HTTP
