@@ -42,8 +42,8 @@ def family_of(config: ServeConfig, about: dict[str, Any], *, scorer: bool = True
     prm = family.scorer.model if family.scorer else None
     if scorer and prm is None:
         raise ConfigError(f"{source}: this policy needs a process reward model, a section [scorer.model].")
-    if family.large.chat_only:
-        raise ConfigError("large: chat_only models cannot be served; the large model must continue token ids (vLLM).")
+    if family.small.chat_only:
+        raise ConfigError("small: chat_only is for the large model alone; the small one must continue token ids.")
     values = family.model_dump()
     if scorer and prm is not None:
         values["scorer"]["model"] |= _server(prm, config.prm, "prm", config)

@@ -17,10 +17,11 @@ from typing import Any
 from agents.serve.metrics import SCORER, Metrics
 from agents.serve.sources import Sources, Told
 from agents.serve.upstreams import Probe, Unavailable, Upstream
-from rollouts.config import FamilyConfig, Limits, ModelConfig, Sampling
-from rollouts.errors import BackendError
+from rollouts.config import FamilyConfig, GeneratorConfig, Limits, ModelConfig, Sampling
+from rollouts.errors import BackendError, ConfigError
 from rollouts.family import Family
 from rollouts.models.base import Completion, CompletionRequest, LogprobRequest
+from rollouts.models.server.chat import Said, StepChat, read_said
 from rollouts.models.server.wire import Wire, pooling_payload, read_scores
 from rollouts.models.stepwise import Draft, StepRules
 from rollouts.scoring.prm import fitting_input
@@ -42,12 +43,14 @@ class Spent:
         requests: Requests that were answered.
         prompt_tokens: Tokens of their prompts; a prefix counts each time that it is sent.
         completion_tokens: Tokens that were decoded, kept or not.
+        reasoning_tokens: Those among them that were hidden, as far as they are told.
         aborted_tokens: Most tokens that may have been decoded for requests whose answer was lost or not waited for.
     """
 
     requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
     aborted_tokens: int = 0
 
     @property
@@ -95,12 +98,14 @@ class Task:
         formats: Prompt formats by generating role.
         sampling: Sampling parameters by generating role.
         limits: Token and step limits.
+        chat: The large model's settings for this request, where it is asked by chat.
     """
 
     question: str
     formats: Mapping[str, PromptFormat]
     sampling: Mapping[str, Sampling]
     limits: Limits
+    chat: GeneratorConfig | None = None
 
 
 class Models:
@@ -127,6 +132,16 @@ class Models:
             role: (config.generator(role), _generates(sources.told_by(role), role == LARGE and sources.large))
             for role in ROLES
         }
+        self.chat: StepChat | None = None
+        if config.large.chat_only:
+            if sources.told_by(LARGE):
+                raise ConfigError(
+                    "large: the policy reads what the large model makes of steps; one that can only be asked by chat "
+                    "tells none of it."
+                )
+            self.chat = StepChat(LARGE, config.large)
+            roles[LARGE] = config.large, _chats(self.chat)
+        self.continuing = [role for role in ROLES if not config.generator(role).chat_only]
         self._reward: RewardFormat | None = None
         if sources.scorer:
             scorer, prompts = config.scorer, self.family.reward_prompts
@@ -144,7 +159,8 @@ class Models:
         }
         self._brought = lru_cache(maxsize=_SYSTEM_PROMPTS)(partial(self._with_system_prompt, remembered=_BROUGHT))
         self._own = {
-            role: self._with_system_prompt(role, config.generator(role).system_prompt, _QUESTIONS) for role in ROLES
+            role: self._with_system_prompt(role, config.generator(role).system_prompt, _QUESTIONS)
+            for role in self.continuing
         }
 
     def _with_system_prompt(self, role: str, system_prompt: str | None, remembered: int) -> PromptFormat:
@@ -174,7 +190,7 @@ class Models:
     @property
     def most_characters(self) -> int:
         """Most characters of a request's messages that are worth tokenising."""
-        return _CHARACTERS * min(self.window(role) for role in ROLES)
+        return _CHARACTERS * min(self.window(role) for role in self.continuing)
 
     def formats(self, system_prompt: str | None) -> Mapping[str, PromptFormat]:
         """Return the prompt formats of a request, by role.
@@ -187,7 +203,7 @@ class Models:
         """
         if system_prompt is None:
             return self._own
-        return {role: self._brought(role, self._own[role].special.plain(system_prompt)) for role in ROLES}
+        return {role: self._brought(role, self._own[role].special.plain(system_prompt)) for role in self.continuing}
 
     def fits(self, formats: Mapping[str, PromptFormat], question: str, steps: Sequence[str]) -> bool:
         """Whether a prefix leaves room for one more token in every role's window (docs/design.md, section 1)."""
@@ -220,6 +236,8 @@ class Models:
         limits = task.limits
         if most is not None and most < limits.step_tokens:
             limits = Limits(most, limits.solution_tokens, limits.max_steps)
+        if role == LARGE and self.chat is not None:
+            return await self._by_chat(self.chat, task, Prefix("", task.question, 0, steps, used), limits, ledger, most)
         rules = StepRules(
             role=role,
             prompts=task.formats[role],
@@ -239,6 +257,30 @@ class Models:
         if rules.likelihood and step.statistics is None and step.tokens:
             raise Unavailable(role, "malformed", "no log-probabilities of what it decoded")
         return step
+
+    async def _by_chat(
+        self, chat: StepChat, task: Task, prefix: Prefix, limits: Limits, ledger: Ledger, most: int | None
+    ) -> Step:
+        spent = ledger.roles[LARGE]
+
+        async def send(payload: Mapping[str, Any], budget: int) -> Said:
+            def lost() -> bool:
+                spent.aborted_tokens += budget
+                return most is None
+
+            with ledger.waiting():
+                said = await self.upstreams[LARGE].post(chat.path, payload, read_said, lost, budget)
+            spent.add(said.prompt_tokens, said.tokens)
+            spent.reasoning_tokens += said.hidden
+            return said
+
+        def fits(question: str, steps: Sequence[str]) -> bool:
+            return self.fits(task.formats, question, steps)
+
+        generation = await chat.step(send, prefix, limits, fits, model=task.chat, again=most is None)
+        if generation.steps[0].stop_reason is StopReason.FAILED:
+            raise Unavailable(LARGE, "malformed", generation.reason)
+        return generation.steps[0]
 
     async def _complete(
         self, role: str, window: int, request: CompletionRequest, ledger: Ledger, *, capped: bool
@@ -335,6 +377,10 @@ def _generates(likelihood: bool, looks: bool = False) -> Probe:
             raise BackendError("tells no log-probabilities of prompts, which the policy reads. Serve it with vLLM.")
 
     return Probe(lambda wire: (wire.path, wire.probe(likelihood=likelihood, looks=looks)), check)
+
+
+def _chats(chat: StepChat) -> Probe:
+    return Probe(lambda _: (chat.path, chat.probe()), lambda _, body: chat.check(read_said(body)), chat.leave_out)
 
 
 def _scores(tag: int) -> Probe:

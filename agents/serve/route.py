@@ -410,13 +410,18 @@ class Route:
             models[role] = {**asdict(spent), "discarded_tokens": spent.completion_tokens - accepted}
         decoded = sum(each["completion_tokens"] for each in models.values())
         discarded = sum(each["discarded_tokens"] for each in models.values())
+        hidden = sum(each["reasoning_tokens"] for each in models.values())
         scorer = self.ledger.roles[SCORER]
         models[SCORER] = {"requests": scorer.requests, "prompt_tokens": scorer.prompt_tokens}
         return {
             "prompt_tokens": self.ledger.prompt_tokens,
             "completion_tokens": decoded,
             "total_tokens": self.ledger.prompt_tokens + decoded,
-            "completion_tokens_details": {"accepted_tokens": self.used, "rejected_prediction_tokens": discarded},
+            "completion_tokens_details": {
+                "accepted_tokens": self.used,
+                "rejected_prediction_tokens": discarded,
+                "reasoning_tokens": hidden,
+            },
             "models": models,
         }
 

@@ -16,9 +16,10 @@ from agents.serve.config import ServeConfig
 from agents.serve.metrics import Metrics
 from agents.serve.models import Models, Task
 from agents.serve.route import ENDING, Route, RouteFailed, Written
+from rollouts.config import GeneratorConfig, Sampling
 from rollouts.errors import ConfigError
 from rollouts.text.prompts import PromptFormat
-from rollouts.text.steps import ROLES, SMALL
+from rollouts.text.steps import LARGE, ROLES, SMALL
 
 _SHORT = 2000  # characters that are tokenised in a few milliseconds
 CLIENT_GONE = 499
@@ -77,20 +78,35 @@ class Service:
             # Others would have to wait while a long text is tokenised.
             formats, prompt_tokens = await asyncio.to_thread(render) if length > _SHORT else render()
         if formats is None:
+            windows = ", ".join(str(self.models.window(role)) for role in self.models.continuing)
             raise bad_request(
-                f"The problem is too long ({length} characters): the models' windows of "
-                f"{', '.join(str(self.models.window(role)) for role in ROLES)} tokens leave no room for an answer.",
+                f"The problem is too long ({length} characters): the models' windows of {windows} tokens leave no room "
+                "for an answer.",
                 "messages",
             )
         own = self.models.family.config
         sampling = {role: ask.sampling(own.generator(role).sampling) for role in ROLES}
         limits = self.models.limits
         most = [limit for limit in (limits.solution_tokens, self.config.max_tokens, ask.limit()) if limit]
-        task = Task(question, formats, sampling, replace(limits, solution_tokens=min(most)))
+        chat = self._by_chat(sampling[LARGE], system_prompt)
+        task = Task(question, formats, sampling, replace(limits, solution_tokens=min(most)), chat)
         fallbacks = self.config.when_scorer_fails, self.config.when_small_fails
         route = Route(task, session, *fallbacks, self.models.sources)
         route.ledger.prompt_tokens = prompt_tokens
         return route
+
+    def _by_chat(self, sampling: Sampling, system_prompt: str | None) -> GeneratorConfig | None:
+        """Return the large model's settings for a request, where it is asked by chat.
+
+        Raises:
+            ApiError: Its API takes no such sampling parameters.
+        """
+        if self.models.chat is None:
+            return None
+        if unable := self.models.chat.unable(sampling):
+            raise bad_request(f"The large model's API takes no {' and no '.join(unable)}: leave it out.", unable[0])
+        prompt = {} if system_prompt is None else {"system_prompt": system_prompt}
+        return self.models.chat.model.model_copy(update={"sampling": sampling, **prompt})
 
     def _render(self, question: str, system_prompt: str | None) -> tuple[Mapping[str, PromptFormat] | None, int]:
         """Return the formats of a request and the tokens of its prompt; no formats if it leaves no room.
@@ -162,7 +178,7 @@ class Service:
             "owned_by": "trim-routing",
             "root": self.policy.name,
             "parent": None,
-            "max_model_len": min(self.models.window(role) for role in ROLES),
+            "max_model_len": min(self.models.window(role) for role in self.models.continuing),
             "permission": [],
             "trim": self.policy.describe(),
         }
@@ -178,4 +194,5 @@ class Service:
         """Return which upstreams answer, as far as is known; nobody is asked."""
         up = {role: upstream.up for role, upstream in self.models.upstreams.items()}
         status = "ok" if all(up.values()) else "degraded" if any(up[role] for role in ROLES) else "unavailable"
-        return {"status": status, "upstreams": {role: {"up": answers} for role, answers in up.items()}}
+        why = {role: {} if up[role] else {"why": each.why} for role, each in self.models.upstreams.items()}
+        return {"status": status, "upstreams": {role: {"up": up[role], **why[role]} for role in up}}

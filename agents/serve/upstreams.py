@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from agents.serve.metrics import Metrics
 from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError, did_you_mean
-from rollouts.models.server.connection import Answer, Broken, Connection
+from rollouts.models.server.connection import Answer, Broken, Connection, patience
 from rollouts.models.server.dialects import wire_of
 from rollouts.models.server.wire import Wire
 
@@ -67,10 +67,13 @@ class Probe:
         request: From how the server is asked to the path, as of `Upstream.post`, and the body.
         check: What must be possible with the answer, by how the server is asked; raises as `Upstream.post` says of
             `parse`, or `BackendError` where the server does not do what is needed.
+        adapt: Takes the server's words and the body where it is refused; returns whether to ask again, in another way.
+            None for a server that lists its models and may refuse what is no longer right, as its window.
     """
 
     request: Callable[[Wire], tuple[str, Mapping[str, Any]]]
     check: Callable[[Wire, Any], Any]
+    adapt: Callable[[str, Mapping[str, Any]], bool] | None = None
 
 
 class Upstream:
@@ -90,6 +93,7 @@ class Upstream:
         window: Its window in tokens, as far as the server has told.
         wire: How it is asked.
         trouble: Why it counts as down; None while it is up.
+        why: The same in a word, without the upstream's own ones.
     """
 
     def __init__(self, role: str, model: ModelConfig, probe: Probe, timeout_s: float, metrics: Metrics) -> None:
@@ -114,6 +118,7 @@ class Upstream:
         self.window: int | None = None
         self.wire = Wire()
         self.trouble: str | None = _UNASKED
+        self.why: str | None = "unasked"
         self._watcher: asyncio.Task[None] | None = None
         self._broken, self._broken_at = 0, -math.inf  # connections in a row, and when the last one broke
         self._answered_at = self._timed_out_at = -math.inf
@@ -147,6 +152,7 @@ class Upstream:
         payload: Mapping[str, Any],
         parse: Callable[[Any], T],
         lost: Callable[[], bool] = lambda: True,
+        tokens: int = 0,
     ) -> T:
         """Send a request and return what `parse` makes of the answer; once more if the connection broke or it was busy.
 
@@ -156,20 +162,21 @@ class Upstream:
             parse: May raise ValueError, LookupError, TypeError or BackendError for an answer that makes no sense.
             lost: Called when the upstream may have worked on a request in vain, one that is cancelled included; returns
                 whether it may be sent once more.
+            tokens: Most tokens that it decodes, hidden ones too; it has as much more time as they are more than 512.
 
         Raises:
             Unavailable: There was no usable answer, or the upstream is down.
         """
         async with self._slots:
             try:
-                return await self._attempt(path, payload, parse, lost)
+                return await self._attempt(path, payload, parse, lost, tokens)
             except Unavailable as fault:
                 if fault.pause is None:
                     raise
                 await asyncio.sleep(fault.pause)
                 if not self.up:
                     raise
-            return await self._attempt(path, payload, parse, lost)
+            return await self._attempt(path, payload, parse, lost, tokens)
 
     async def _attempt(
         self,
@@ -177,12 +184,14 @@ class Upstream:
         payload: Mapping[str, Any],
         parse: Callable[[Any], T],
         lost: Callable[[], bool],
+        tokens: int,
     ) -> T:
         if self.trouble is not None or self.model is None:
             raise Unavailable(self.role, "down", self.trouble or "its model is not known")
         began = time.monotonic()
         try:
-            answer = await self._exchange(path, {"model": self.model, **payload}, parse, self._timeout)
+            timeout = patience(self._timeout, tokens)
+            answer = await self._exchange(path, {"model": self.model, **payload}, parse, timeout)
         except Unavailable as fault:
             self._metrics.upstream_failed(self.role, fault.kind)
             _log.warning("%s", fault)
@@ -211,7 +220,7 @@ class Upstream:
             if began >= self._broken_at:  # those that break together count once
                 self._broken, self._broken_at = self._broken + 1, time.monotonic()
             if self._broken >= _IN_A_ROW:
-                self._set(str(error))
+                self._set(str(error), "connection")
                 self._watch()
             pause = None if error.refused else 0.0
             raise Unavailable(self.role, "connection", str(error), pause, lost=not error.refused) from None
@@ -229,11 +238,11 @@ class Upstream:
     def _refusal(self, answer: Answer) -> Unavailable:
         status = answer.status
         words = f"HTTP {status}: {self._connection.clean(answer.words)[:300]}"
-        if status in _BUSY:
+        if status in _BUSY and not answer.unpaid:
             pause = max(answer.retry_after, 0.25)
             patient = pause if pause <= _LONGEST_PATIENCE_S else None
             return Unavailable(self.role, "busy", words, patient, suspect=status == 503)
-        if 400 <= status < 500 and status not in (401, 403, 404):
+        if 400 <= status < 500 and status not in (401, 403, 404) and not answer.unpaid:
             return Unavailable(self.role, "refused", words)  # perhaps its window is another one now
         return Unavailable(self.role, "status", words, lost=status >= 500)
 
@@ -254,8 +263,7 @@ class Upstream:
         try:
             await self._identify()
             assert self.model is not None
-            path, payload = self._probe.request(self.wire)
-            await self._exchange(path, {"model": self.model, **payload}, self._probed, patience)
+            await self._ask(patience)
         except Unavailable as fault:
             if (
                 fault.kind == "refused" and self.model is not None
@@ -269,15 +277,30 @@ class Upstream:
                 self._set(None)
                 return False
             if fault.kind != "connection" or not self.up:
-                self._set(str(fault).removeprefix(f"{self.role}: "))
+                words = str(fault).removeprefix(f"{self.role}: ")
+                self._set(words, words.partition(":")[0] if words.startswith("HTTP ") else fault.kind)
             return False
         except ConfigError as error:
             if self.trouble == _UNASKED:
                 raise
-            self._set(str(error))
+            self._set(str(error), "another server")
             return False
         self._set(None)
         return True
+
+    async def _ask(self, patience: float) -> None:
+        """Send the probe, in other ways where it is refused as far as there are any."""
+        while True:
+            path, payload = self._probe.request(self.wire)
+            try:
+                await self._exchange(path, {"model": self.model, **payload}, self._probed, patience)
+                return
+            except Unavailable as fault:
+                if fault.kind != "refused" or self._probe.adapt is None:
+                    raise
+                words = str(fault).removeprefix(f"{self.role}: ")
+            if not self._probe.adapt(words, payload):
+                raise ConfigError(f"{self.role}: {self.url} refuses a chat with {self.model}: {words}")
 
     @property
     def _silent(self) -> bool:
@@ -292,8 +315,18 @@ class Upstream:
 
     async def _identify(self) -> None:
         """Find out what the server calls the model."""
-        cards = await self._exchange("models", None, lambda body: {card["id"]: card for card in body["data"]}, _PROBE_S)
+        cards: dict[str, Any] = {}
+        try:
+            cards = await self._exchange(
+                "models", None, lambda body: {card["id"]: card for card in body["data"]}, _PROBE_S
+            )
+        except Unavailable:
+            if self._probe.adapt is None:
+                raise  # vendors of chats list nothing, or not everything that they serve
         known = next((name for name in self._names if name in cards), None)
+        if self._probe.adapt is not None:
+            self.model = known or self._names[0]
+            return
         if known is None:
             raise ConfigError(
                 f"{self.role}: {self.url} does not serve {self._names[0]!r}.{did_you_mean(self._names[0], cards)} "
@@ -303,8 +336,8 @@ class Upstream:
         self.window = self.wire.window(cards[known])
         self.model = known
 
-    def _set(self, trouble: str | None) -> None:
-        before, self.trouble = self.trouble, trouble
+    def _set(self, trouble: str | None, why: str | None = None) -> None:
+        before, self.trouble, self.why = self.trouble, trouble, why
         if (trouble is None) == (before is None) and before != _UNASKED:
             return
         self._metrics.upstream_state(self.role, trouble is None)

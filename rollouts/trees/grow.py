@@ -24,6 +24,7 @@ from rollouts.trees.tree import Node, RolloutTree, Want
 
 _FIRST, _JUDGED, _MOST_FAILED = 200, 20, 0.5  # requests of a role that are looked at, from which on, for which share
 _FEWEST_FAILURES = 4  # of a run whose requests all failed
+_IN_A_ROW = 64  # failures of a role without one answer between them, at any time
 _REASON = 300  # characters of the reason of a failure that are kept
 _COLUMNS = (*KEY, "text", "tokens", "stop_reason", "prompt_tokens")
 Labeller = Callable[[str, Sequence[str]], Sequence[bool]]
@@ -148,13 +149,14 @@ def load_trees(
 
 
 class Failures:
-    """Counts the first requests of each role, to refuse a run in which a large share of them fails."""
+    """Counts the requests of each role, to refuse a run in which many of the first, or many in a row, have failed."""
 
     def __init__(self, table: Table) -> None:
         """Name the step table."""
         self._store = table.directory.parent
         self._answered: Counter[str] = Counter()
         self._failed: Counter[str] = Counter()
+        self._in_a_row: Counter[str] = Counter()
         self._reason: dict[str, str] = {}  # of the last failure by role
 
     def count(self, role: str, generation: Generation) -> None:
@@ -162,16 +164,22 @@ class Failures:
         self._answered[role] += 1
         if generation.steps[-1].stop_reason is StopReason.FAILED:
             self._failed[role] += 1
+            self._in_a_row[role] += 1
             self._reason[role] = generation.reason[:_REASON] or "no reason given"
+        else:
+            self._in_a_row[role] = 0
 
     def refuse(self, role: str, least: int = _JUDGED, share: float = _MOST_FAILED) -> None:
-        """Raise BackendError if this share of a role's first requests has failed: a setting must be wrong."""
-        answered, failed = self._answered[role], self._failed[role]
+        """Raise BackendError if this share of a role's first requests has failed, or many in a row have."""
+        answered, failed, words = self._answered[role], self._failed[role], ""
         if least <= answered <= _FIRST and failed >= share * answered:
+            words = f"{failed} of its first {answered} requests"
+        elif self._in_a_row[role] >= _IN_A_ROW:
+            words = f"{self._in_a_row[role]} requests in a row"
+        if words:
             raise BackendError(
-                f"{role}: {failed} of its first {answered} requests failed and are stored as failed steps (the last: "
-                f"{self._reason[role]}). Mend the cause; after `python -m rollouts repair {self._store} --drop-failed` "
-                "the same command asks again."
+                f"{role}: {words} failed and are stored as failed steps (the last: {self._reason[role]}). Mend the "
+                f"cause; after `python -m rollouts repair {self._store} --drop-failed` the same command asks again."
             )
 
 

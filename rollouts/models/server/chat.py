@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from rollouts.config import GeneratorConfig, Limits
+from rollouts.config import GeneratorConfig, Limits, Sampling
 from rollouts.errors import BackendError, ConfigError, did_you_mean
 from rollouts.models.server.http import HttpServer, RequestFailed
 from rollouts.models.stepwise import Fits, Generation, close_step
@@ -86,12 +86,161 @@ def first_step(answer: str, number: int) -> tuple[str, bool]:
     return block.rstrip().rsplit(DELIMITER, 1)[-1], complete
 
 
+@dataclass(frozen=True)
+class Said:
+    """What an answer to a chat holds.
+
+    Attributes:
+        text: The message.
+        tokens: Decoded tokens as billed, hidden ones included.
+        hidden: Those of reasoning that is not shown, as far as they are told.
+        prompt_tokens: Tokens of the prompt; 0 if they are not told.
+        reason: Finish reason.
+    """
+
+    text: str
+    tokens: int
+    hidden: int
+    prompt_tokens: int
+    reason: str
+
+
+def read_said(body: Any) -> Said:
+    """Return what an answer holds; raises LookupError, TypeError or ValueError for something else."""
+    choice, usage = body["choices"][0], body["usage"]
+    hidden = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
+    prompt = usage.get("prompt_tokens")
+    return Said(
+        _text(choice["message"].get("content")),
+        _decoded(usage),
+        hidden if isinstance(hidden, int) else 0,
+        prompt if isinstance(prompt, int) else 0,
+        str(choice["finish_reason"]),
+    )
+
+
+class StepChat:
+    """How one model is asked for a step by chat, whoever sends it: which fields it takes, and what its answers mean.
+
+    Tokens are those that the server bills, what it wrote beyond the step and any reasoning it hides included. An answer
+    without a step, such as one whose tokens all went into hidden reasoning, is a failed step.
+
+    Attributes:
+        model: Its configuration.
+        unsent: Fields that it refuses, and is not sent.
+        path: Where chats are asked for, below the base URL.
+    """
+
+    path = "chat/completions"
+
+    def __init__(self, role: str, model: GeneratorConfig) -> None:
+        """Suppose that it takes every field; errors name `role`."""
+        self.role, self.model = role, model
+        self.unsent: set[str] = set()
+        self._limit = "max_tokens"
+
+    def probe(self) -> dict[str, Any]:
+        """Return the body of something trivial."""
+        return self.payload(_PROBE, _PROBE_TOKENS)
+
+    def check(self, said: Said) -> None:
+        """Raise ConfigError if the answer to a probe has no text; hidden thoughts may take all of so few tokens."""
+        if not said.text.strip() and said.reason != "length":
+            raise ConfigError(
+                f"{self.role}: {self.model.url} answered a chat with {self.model.model} without text (ended by "
+                f"{said.reason!r})."
+            )
+
+    def leave_out(self, refusal: str, payload: Mapping[str, Any]) -> bool:
+        """Adapt to a refusal; return whether there was anything to adapt.
+
+        Raises:
+            ConfigError: It refuses a value that the configuration wants.
+        """
+        if self._limit == "max_tokens" and "max_completion_tokens" in refusal:
+            self._limit = "max_completion_tokens"
+            return True
+        named = [name for name in _NEUTRAL if name in payload and re.search(rf"\b{name}\b", refusal)]
+        if not named and "stop" in payload and re.search(r"\bstop\b", refusal):
+            named = ["stop"]
+        named = named or [name for name in _BEYOND_OPENAI if name in payload]
+        wanted = [f"{name} = {payload[name]}" for name in named if payload[name] != _NEUTRAL.get(name, payload[name])]
+        if wanted:
+            raise ConfigError(f"{self.role}: {self.model.url} refuses {', '.join(wanted)} ({refusal}).")
+        self.unsent.update(named)
+        return bool(named)
+
+    def unable(self, sampling: Sampling) -> list[str]:
+        """Return the sampling parameters that cannot be had, as the server takes none but its own."""
+        return [name for name, value in asdict(sampling).items() if name in self.unsent and value != _NEUTRAL[name]]
+
+    def payload(
+        self, content: str, max_tokens: int, *, stop: bool = True, model: GeneratorConfig | None = None
+    ) -> dict[str, Any]:
+        """Return a body; sampling and system message are those of `model`, by default as configured."""
+        model = model or self.model
+        fields = {**_NEUTRAL, **asdict(model.sampling)}
+        return {
+            "model": model.model,
+            "messages": chat_messages(content, model.system_prompt),
+            self._limit: max_tokens,
+            "stream": False,
+            **({"stop": [DELIMITER]} if stop and "stop" not in self.unsent else {}),
+            **{name: value for name, value in fields.items() if name not in self.unsent},
+        }
+
+    async def step(
+        self,
+        send: Callable[[Mapping[str, Any], int], Awaitable[Said]],
+        prefix: Prefix,
+        limits: Limits,
+        fits: Fits,
+        *,
+        model: GeneratorConfig | None = None,
+        again: bool = True,
+    ) -> Generation:
+        """Ask for the next step.
+
+        Args:
+            send: Sends a body that may take so many tokens; what it raises is raised, but for `RequestFailed`.
+            prefix: Where it goes on.
+            limits: Token and step limits.
+            fits: Whether a prefix leaves room in every role's window.
+            model: As of `payload`.
+            again: Whether an answer without a step is asked for once more.
+        """
+        content = step_request(prefix.question, prefix.steps)
+        budget = min(limits.step_tokens, limits.solution_tokens - prefix.used_tokens)
+        billed, why = 0, "no step in its answer"
+        # An answer that begins with a heading or with thinking ends at the first blank line in it, without a step:
+        # then it is asked for again without the stop string.
+        for stop in (False,) if "stop" in self.unsent else (True, False)[: 1 + again]:
+            try:
+                said = await send(self.payload(content, budget, stop=stop, model=model), budget)
+            except RequestFailed as error:
+                why = str(error)
+                break
+            billed += said.tokens
+            if said.reason not in ("stop", "length"):
+                why = f"ended by {said.reason!r}"  # such as a vendor's filter
+                break
+            text, complete = first_step(said.text, len(prefix.steps) + 1)
+            cut = said.reason == "length" and not complete
+            if cut and not text:
+                why = f"no step within {budget} tokens; it thought, or hid what it decoded: raise limits.step_tokens"
+                break
+            if text:
+                goes_on = not cut and not closes_box(text)
+                segment = Segment(text + DELIMITER * goes_on, 0, billed, goes_on)
+                step = close_step(prefix, (), segment, StopReason.LENGTH, limits, fits, 0)
+                return Generation((step,), billed)
+        return Generation((Step("", billed, StopReason.FAILED),), billed, reason=why)
+
+
 class ChatWriter:
     """Asks for one step at a time; the manifest records this as another process than continuing a prefix.
 
-    Such an API takes no prompt of token ids. Tokens are those that the server bills, what it wrote beyond the step and
-    any reasoning it hides included. An answer without a step, such as one whose tokens all went into hidden reasoning,
-    is a failed step.
+    Such an API takes no prompt of token ids (`StepChat`).
 
     Attributes:
         role: Named in errors.
@@ -113,11 +262,9 @@ class ChatWriter:
             BackendError: The server is not there, refuses the key, or has no such model.
         """
         self.role = role
-        self._model = model
         self._limits = limits
         self._fits = fits
-        self._unsent: set[str] = set()
-        self._limit = "max_tokens"
+        self._chat = StepChat(role, model)
         self._http = HttpServer(role, model)
         try:
             self._negotiate(self._listed())
@@ -135,82 +282,27 @@ class ChatWriter:
 
     def _negotiate(self, listed: Sequence[str]) -> None:
         """Ask something trivial, leaving out one refused field after the other."""
-        name = self._model.model
+        name = self._chat.model.model
         while True:
-            payload = self._payload(_PROBE, _PROBE_TOKENS, stop="stop" not in self._unsent)
-            self._http.heartbeat = ("chat/completions", payload)
+            payload = self._chat.probe()
+            self._http.heartbeat = (self._chat.path, payload)
             try:
-                text, _, reason = self._http.ask("chat/completions", payload, _read)
-                if not text.strip() and reason != "length":  # hidden thoughts may take all of so few tokens
-                    raise ConfigError(
-                        f"{self.role}: {self._http.url} answered a chat with {name} without text (ended by {reason!r})."
-                    )
+                self._chat.check(self._http.ask(self._chat.path, payload, read_said))
                 return
             except RequestFailed as error:
-                if not self._leave_out(str(error), payload):
+                if not self._chat.leave_out(str(error), payload):
                     raise ConfigError(f"{self.role}: {self._http.url} refuses a chat with {name}: {error}") from None
             except BackendError as error:
                 known = did_you_mean(name, listed) if listed and name not in listed else ""
                 raise BackendError(f"{error}{known}") from None
 
-    def _leave_out(self, refusal: str, payload: Mapping[str, Any]) -> bool:
-        """Adapt to a refusal; return whether there was anything to adapt."""
-        if self._limit == "max_tokens" and "max_completion_tokens" in refusal:
-            self._limit = "max_completion_tokens"
-            return True
-        named = [name for name in _NEUTRAL if name in payload and re.search(rf"\b{name}\b", refusal)]
-        if not named and "stop" in payload and re.search(r"\bstop\b", refusal):
-            named = ["stop"]
-        named = named or [name for name in _BEYOND_OPENAI if name in payload]
-        wanted = [f"{name} = {payload[name]}" for name in named if payload[name] != _NEUTRAL.get(name, payload[name])]
-        if wanted:
-            raise ConfigError(f"{self.role}: {self._http.url} refuses {', '.join(wanted)} ({refusal}).")
-        self._unsent.update(named)
-        return bool(named)
-
     def submit(self, prefix: Prefix, *, whole: bool) -> Future[Generation]:
         """Ask for the next step; `whole` makes no difference. Raises BackendError if the server is gone."""
-        return self._http.submit(lambda: self._generate(prefix))
 
-    async def _generate(self, prefix: Prefix) -> Generation:
-        content = step_request(prefix.question, prefix.steps)
-        budget = min(self._limits.step_tokens, self._limits.solution_tokens - prefix.used_tokens)
-        billed, why = 0, "no step in its answer"
-        # An answer that begins with a heading or with thinking ends at the first blank line in it, without a step:
-        # then it is asked for again without the stop string.
-        for stop in (False,) if "stop" in self._unsent else (True, False):
-            try:
-                payload = self._payload(content, budget, stop=stop)
-                answer, tokens, reason = await self._http.post("chat/completions", payload, _read, budget)
-            except RequestFailed as error:
-                why = str(error)
-                break
-            billed += tokens
-            if reason not in ("stop", "length"):
-                why = f"ended by {reason!r}"  # such as a vendor's filter
-                break
-            text, complete = first_step(answer, len(prefix.steps) + 1)
-            cut = reason == "length" and not complete
-            if cut and not text:
-                why = f"no step within {budget} tokens; it thought, or hid what it decoded: raise limits.step_tokens"
-                break
-            if text:
-                goes_on = not cut and not closes_box(text)
-                segment = Segment(text + DELIMITER * goes_on, 0, billed, goes_on)
-                step = close_step(prefix, (), segment, StopReason.LENGTH, self._limits, self._fits, 0)
-                return Generation((step,), billed)
-        return Generation((Step("", billed, StopReason.FAILED),), billed, reason=why)
+        async def send(payload: Mapping[str, Any], budget: int) -> Said:
+            return await self._http.post(self._chat.path, payload, read_said, budget)
 
-    def _payload(self, content: str, max_tokens: int, *, stop: bool) -> dict[str, Any]:
-        fields = {**_NEUTRAL, **asdict(self._model.sampling)}
-        return {
-            "model": self._model.model,
-            "messages": chat_messages(content, self._model.system_prompt),
-            self._limit: max_tokens,
-            "stream": False,
-            **({"stop": [DELIMITER]} if stop else {}),
-            **{name: value for name, value in fields.items() if name not in self._unsent},
-        }
+        return self._http.submit(lambda: self._chat.step(send, prefix, self._limits, self._fits))
 
     def describe(self) -> Mapping[str, Any]:
         """Return the server's URL and version, the model's name, and which fields it is not sent."""
@@ -218,20 +310,14 @@ class ChatWriter:
             "engine": "chat",
             "version": self._version,
             "url": self._http.url,
-            "model": self._model.model,
+            "model": self._chat.model.model,
             "seed": None,
-            "unsent": sorted(self._unsent),
+            "unsent": sorted(self._chat.unsent),
         }
 
     def close(self) -> None:
         """Cancel what is pending and disconnect."""
         self._http.close()
-
-
-def _read(body: Any) -> tuple[str, int, str]:
-    """Return text, decoded tokens and finish reason; raises LookupError, TypeError or ValueError for something else."""
-    choice = body["choices"][0]
-    return _text(choice["message"].get("content")), _decoded(body["usage"]), str(choice["finish_reason"])
 
 
 def _text(content: Any) -> str:

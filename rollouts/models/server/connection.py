@@ -21,6 +21,12 @@ from rollouts.errors import ConfigError
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 # Servers close idle connections after 5 s; one that is used just then would fail its request.
 _KEEPALIVE_S = 2.0
+_TOKENS_IN_TIME = 512  # tokens that a request may decode within `timeout_s`
+
+
+def patience(timeout_s: float, tokens: int) -> float:
+    """Return the seconds that a request may take: as many times `timeout_s` as it may decode 512 tokens, but one."""
+    return timeout_s * max(1.0, tokens / _TOKENS_IN_TIME)
 
 
 class Broken(Exception):
@@ -76,6 +82,11 @@ class Answer:
         except (ValueError, RecursionError):
             said = self.text
         return " ".join(str(said).split())
+
+    @property
+    def unpaid(self) -> bool:
+        """Whether it is an account that is empty: OpenAI answers 429 then, as to somebody who is only too fast."""
+        return self.status == 402 or (self.status == 429 and b"insufficient_quota" in self.body)
 
     @property
     def retry_after(self) -> float:

@@ -14,11 +14,10 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exp
 
 from rollouts.config import ModelConfig
 from rollouts.errors import BackendError
-from rollouts.models.server.connection import Answer, Broken, Connection
+from rollouts.models.server.connection import Answer, Broken, Connection, patience
 
 T = TypeVar("T")
 _HEARTBEAT_S = 15.0  # longest wait for the smallest request there is
-_TOKENS_IN_TIME = 512  # tokens that a request may decode within `timeout_s`
 _LONGEST_PAUSE_S = 120.0  # a server that asks for a longer Retry-After counts as gone
 _HOPELESS = 32  # this many requests in a row without one answer are no accident
 _GAVE_UP_WAITING = (408, 504, 524)  # somebody on the way ran out of patience: the request's own time was exceeded
@@ -148,7 +147,7 @@ class HttpServer:
             RequestFailed: The request failed, on a server that is well.
             BackendError: The server is gone.
         """
-        timeout = self._timeout * max(1.0, tokens / _TOKENS_IN_TIME)
+        timeout = patience(self._timeout, tokens)
         async with self._slots:
             try:
                 result: T = await self._retrying()(self._attempt, path, payload, parse, timeout)
@@ -247,6 +246,8 @@ class HttpServer:
         """Raise what an error status means."""
         status = answer.status
         words = f"HTTP {status}: {self._connection.clean(answer.words)[:300]}"
+        if answer.unpaid:
+            raise _Trouble(words, final=True, remedy=_REMEDY[402])
         if status in _BUSY:
             pause = answer.retry_after
             if pause > _LONGEST_PAUSE_S:
