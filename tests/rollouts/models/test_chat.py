@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -174,3 +175,16 @@ def test_chat_leaves_out_what_a_vendor_refuses(fake: FakeServer) -> None:
     fake.fault = lambda path, *_: error_reply(404, "no such model") if "chat" in path else None
     with pytest.raises(BackendError, match="no such model.*Did you mean 'fake'"):
         writer(fake, model="fak")
+
+
+QUOTA = {"error": {"message": "You exceeded your current quota.", "type": "insufficient_quota", "param": None}}
+
+
+def test_an_empty_account_ends_the_run_at_once_with_the_reason(fake: FakeServer) -> None:
+    with writer(fake, retries=4) as large:
+        submit = partial(large.submit, Prefix("p", "Find a.", 0, (), 0), whole=False)
+        assert submit().result(10).steps[0].stop_reason is StopReason.DELIMITER
+        fake.fault = lambda *_: (429, {}, QUOTA)  # not the 429 of somebody who is only too fast
+        began = time.monotonic()
+        gone(submit, [submit()], "You exceeded your current quota", "wants to be paid first")
+        assert time.monotonic() - began < 5

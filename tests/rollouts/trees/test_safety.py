@@ -255,6 +255,30 @@ def test_requests_that_always_fail_stop_the_run_and_can_be_asked_again(tmp_path,
     assert not verify_store(store).problems
 
 
+class SpentWriter(ScriptedWriter):
+    """Fails on all requests from one on, as where an account is empty."""
+
+    def __init__(self, role: str, good: int) -> None:
+        super().__init__(role)
+        self.good = good
+
+    def submit(self, prefix, *, whole):
+        told = super().submit(prefix, whole=whole)
+        if len(self.asked) <= self.good:
+            return told
+        future = Future()
+        future.set_result(replace(told.result(), steps=(Step("", 0, StopReason.FAILED),), reason=REFUSAL))
+        return future
+
+
+def test_a_role_that_fails_from_some_request_on_stops_the_run_too(tmp_path):
+    who = {SMALL: ScriptedWriter(SMALL), LARGE: SpentWriter(LARGE, 250)}
+    with pytest.raises(BackendError, match=r"large: 64 requests in a row failed .*no such model.* --drop-failed"):
+        grow(tmp_path / "s", 1, 60, who=who)
+    kept = [reason for part in Store(tmp_path / "s").steps.read() for reason in part["stop_reason"].to_pylist()]
+    assert kept.count("failed") >= 64
+
+
 def test_why_steps_failed_is_stored_and_told_with_counts(tmp_path, capsys):
     store = finish(grow(tmp_path / "s", 1, 9, who={role: RefusedWriter(role, 5) for role in ROLES}))
     failed = Counter()
