@@ -212,6 +212,16 @@ class FamilyConfig(_Section):
     limits: Limits = Limits()
     date: Date | None = None
 
+    @model_validator(mode="after")
+    def _scorer_can_look(self) -> FamilyConfig:
+        scorer = self.scorer
+        if scorer and scorer.kind in ("likelihood", "self-evaluation") and self.generator(scorer.under).chat_only:
+            raise ValueError(
+                f"[scorer] kind {scorer.kind!r} under {scorer.under!r}, which is asked by chat alone (chat_only) and "
+                "tells no log-probabilities of prompts; choose the other model (under), a prm, or no [scorer]"
+            )
+        return self
+
     def generator(self, role: str) -> GeneratorConfig:
         """Return the configuration of ``small`` or ``large``."""
         return self.small if role == "small" else self.large

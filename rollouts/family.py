@@ -257,7 +257,10 @@ class Family:
             ConfigError: It can only be asked by chat (None), or its backend gives no log-probabilities of prompts.
         """
         if backend is None:
-            raise ConfigError(f"{role}: a model that can only be asked by chat gives no log-probabilities of prompts.")
+            raise ConfigError(
+                f"{role}: a model that can only be asked by chat gives no log-probabilities of prompts, so that there "
+                f"are no columns {role}.*; those of the other model and a [scorer] do not need it."
+            )
         name = self.config.generator(role).display_name
         return LikelihoodScorer(role, backend, self.prompts(role), name, STATISTICS, LOOKED_AT[role])
 

@@ -33,6 +33,7 @@ from rollouts.trees.columns import COLUMNS, FACTS, FOLDS, Columns, Fold, fold_na
 Floats = NDArray[np.float64]
 _CLIP = 1e-4  # scores are clipped to [1e-4, 1 - 1e-4] before the logit: PRM scores pile up at 0 and 1
 _TYPICAL_TOKENS = 20.0
+_TOLD = ("score", "tokens")  # of accepted steps, in schemas with a history
 _NATS = (1e-4, 1e3)  # log-probabilities and entropies are clipped to this size before their logarithm
 
 
@@ -94,6 +95,12 @@ class Schema:
                 name, known = (column.fact, FACTS) if isinstance(column, Fold) else (column, folds)
                 if name not in known and not is_signal(name):
                     raise ConfigError(f"Feature {feature.name!r}: no column {name!r}.{did_you_mean(name, known)}")
+        for feature in self.features[: self.history]:
+            if beyond := [name for name in feature.names if name not in _TOLD]:
+                raise ConfigError(
+                    f"Feature {feature.name!r} is told of accepted steps (history), of which only "
+                    f"{' and '.join(_TOLD)} are kept; it reads {', '.join(beyond)}."
+                )
 
     def __reduce__(self) -> Any:
         """Pickle by name where that leads back here, so that features may be lambdas."""

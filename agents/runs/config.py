@@ -51,8 +51,8 @@ class TrainConfig:
         accuracy: Accuracy to be reached in expectation, at the least cost; likewise.
         schema: Feature schema: agg, agg+prod or agg+; free (what the small model makes of its own tokens, no reward
             model), prefill (and what the large model does), all (and the score); columns of score tables, such as
-            agg+,small.min_logprob; of ppo-seq always seq. Your own: module:MY_SCHEMA, or agg+,module:my_feature
-            (`trim_env.features`).
+            agg+,small.min_logprob; of ppo-seq seq, perhaps with such columns. Your own: module:MY_SCHEMA, or
+            agg+,module:my_feature (`trim_env.features`).
         cost: Cost model: decode-only, prefill-20, prefill-full:PRICE, prices:large_out=15,... or your own,
             module:my_cost (`trim_env.costs.CostModel`).
         max_escalations: Cap K on escalations per solution; default: what the store supports.
@@ -162,9 +162,14 @@ def resolved(config: TrainConfig) -> TrainConfig:
             f"--agent {config.agent!r}: it has no fit(tables, lam, seed) (`agents.routers.base.Learner`)."
         )
     if config.agent == "ppo-seq":
-        if not told and config.schema != DEFAULT_SCHEMA:
-            raise ConfigError(f"--schema is {config.schema}; ppo-seq is trained on seq. Leave it out.")
-        return replace(config, schema="seq")
+        if config.schema == DEFAULT_SCHEMA:
+            return replace(config, schema="seq")
+        if config.schema.partition(",")[0].partition("/")[0] != "seq":
+            raise ConfigError(
+                f"--schema is {config.schema}; ppo-seq is trained on seq, or on seq,COLUMN,... with more of the "
+                "proposal: of earlier steps it is told score and tokens."
+            )
+        return config
     if config.agent in AGENTS and told:
         raise ConfigError(f"--schema is {config.schema}, which is that of ppo-seq; {config.agent} sees single steps.")
     return config

@@ -19,11 +19,11 @@ from rollouts.cli.view import special_token_lines
 from rollouts.config import Count, NotNegative, load_family, settings
 from rollouts.errors import ConfigError, DataError, did_you_mean
 from rollouts.family import Family
-from rollouts.scoring.base import self_test_examples
+from rollouts.scoring.base import Scorer, self_test_examples
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader, make_grader, unreadable_answers
 from rollouts.tasks.problems import EMBEDDED, SPLITS, Problem, load_problems
-from rollouts.text.steps import ROLES
+from rollouts.text.steps import ROLES, SMALL
 from rollouts.trees.annotate import grade_store, left, score_store
 from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, label_of, load_trees, replicas_of
 from rollouts.trees.grow import Progress as Counts
@@ -303,7 +303,10 @@ class Expand:
         tell_notes(Store.create(self.store, family.process(process["max_escalations"], labels=process["labels"])))
         with store.writing(), ExitStack() as stack:
             writers = {role: stack.enter_context(family.open(role, store)) for role in ROLES}
-            scorer = stack.enter_context(family.open_scorer(store))
+            if family.config.scorer is not None:
+                scorer: Scorer = stack.enter_context(family.open_scorer(store))
+            else:  # the small model's statistics are the score, as of trees
+                scorer = family.statistics(SMALL, getattr(writers[SMALL], "backend", None))
             with progress_bar("Expanding", None, "trees") as advance:
                 added = expand_on_policy(
                     store, writers, scorer, router, problems,

@@ -196,3 +196,20 @@ def test_an_unknown_window_says_what_to_set(tmp_path: Path) -> None:
     (Path(models.large.model) / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     with pytest.raises(ConfigError, match="large: its window is unknown; set max_length"):
         _ = Family(models).windows
+
+
+def test_what_a_model_asked_by_chat_cannot_tell_is_refused_by_name(tmp_path: Path) -> None:
+    roles: dict[str, Any] = {"small": {"backend": "transformers", "model": model(tmp_path, "small")}}
+    roles["large"] = {"backend": "server", "url": "http://127.0.0.1:9/v1", "model": "m", "chat_only": True}
+    for kind in ("likelihood", "self-evaluation"):
+        with pytest.raises(ConfigError, match=rf"kind '{kind}' under 'large', which is asked by chat alone"):
+            parse_family({**roles, "scorer": {"kind": kind}})
+        assert parse_family({**roles, "scorer": {"kind": kind, "under": "small"}}).scorer
+    family = Family(parse_family(roles))
+    with (
+        pytest.raises(
+            ConfigError, match=r"large: .* no log-probabilities of prompts, so that there are no columns large"
+        ),
+        family.open_statistics("large", made(tmp_path / "s", family)),
+    ):
+        pass

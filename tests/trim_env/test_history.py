@@ -12,9 +12,10 @@ from made_stores import finished, rollout, same, writers
 from test_env import episodes_of_singles
 from test_live import close, empty, idle
 
+from rollouts.errors import ConfigError
 from rollouts.trees.compile import compile_store
 from trim_env.env import TrimEnv
-from trim_env.features import SCHEMAS
+from trim_env.features import SCHEMAS, Schema, schema_named, standard
 from trim_env.live import LiveVectorEnv
 from trim_env.sb3 import SB3VecEnv
 from trim_env.tables import decision_tables
@@ -95,3 +96,15 @@ def test_bounds_hold_padding_and_every_step():
     low, high = SCHEMAS["seq"].bounds(4)
     assert low.shape == high.shape == (11,) and (low <= 0).all() and (high >= 1).all()
     assert (low[:8:2] == low[0]).all() and (high[1:8:2] == 8).all()
+
+
+def test_of_accepted_steps_only_what_is_kept_can_be_told():
+    signal, fold = standard("small.min_logprob"), standard("min_score")
+    for odd, name in (
+        (signal, "small.min_logprob"),
+        (fold, "min_score"),
+        (SCHEMAS["seq"].features[2], "step, max_steps"),
+    ):
+        with pytest.raises(ConfigError, match=f"of which only score and tokens are kept; it reads {name}"):
+            Schema("mine", 1, (odd, *SCHEMAS["seq"].features), history=1)
+    assert schema_named("seq,small.min_logprob").history == 2  # what follows is of the proposal alone

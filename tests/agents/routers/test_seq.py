@@ -14,7 +14,7 @@ from scripted_store import scripted_store
 
 import evaluate as evaluate_command
 import train as train_command
-from agents.deploy.policy import load
+from agents.deploy.policy import Policy, load
 from agents.evaluation.oracle import tree_oracle
 from agents.evaluation.walk import run, run_trees
 from agents.learners.ppo_seq import NAME, PPOSeq, SeqExtractor
@@ -22,7 +22,7 @@ from agents.learners.settings import SeqSettings
 from agents.routers import artefact
 from agents.routers.base import Knob, Router, StatefulRouter, Threshold
 from agents.routers.seq import SCHEMA, SeqPolicy
-from agents.runs.config import TrainConfig
+from agents.runs.config import TrainConfig, resolved
 from agents.runs.run import resume, train
 from rollouts.errors import ArtefactError, ConfigError
 from rollouts.trees.compile import compile_store
@@ -220,6 +220,41 @@ def test_an_artefact_and_a_session_decide_alike(trees, tmp_path):
     assert 0 < escalated < wanted["steps"].sum()
 
 
+def test_more_of_the_proposal_may_follow_the_history(trees):
+    """Which columns they are is not lost on the way from the command line to sessions."""
+    look = -np.random.default_rng(0).exponential(size=trees.score.shape).astype(np.float32)
+    told = replace(trees, signals={**trees.signals, "small.min_logprob": look})
+    asked = TrainConfig(agent="ppo-seq", schema="seq,small.min_logprob")
+    assert resolved(asked).schema == asked.schema and resolved(TrainConfig(agent="ppo-seq")).schema == "seq"
+    tables = decision_tables(told, "test", schema=asked.schema)
+    learner = PPOSeq(tables, 0.01, replace(SMALL, iterations=1), seed=0)
+    learner.iterate()
+    router = learner.router()
+    env = TrimVectorEnv(tables, num_envs=64)
+    observations, _ = env.reset(seed=0)
+    logits = learner.learner.policy.get_distribution(torch.from_numpy(observations)).distribution.logits.detach()
+    assert np.diff(router.logits(observations)) == pytest.approx(np.diff(logits.numpy()), abs=1e-5)
+    changed = observations.copy()
+    changed[:, -1] += 1
+    assert (router.logits(changed) != router.logits(observations)).any()
+    leaning = np.median(np.diff(router.logits(tables.observed(np.arange(told.nodes)))))
+    bias = router.weights["head.2.bias"] - np.array([0, leaning], np.float32)
+    router = replace(router, weights={**router.weights, "head.2.bias": bias})
+    wanted, escalated, policy = run_trees(tables, router), 0, Policy(router, {"max_steps": told.meta["max_steps"]})
+    for place, root in enumerate(tables.roots):
+        session, row = policy.session(), int(root)
+        while row >= 0:
+            own = {"terminal": told.child[row, 0] < 0, "has_answer": told.has_answer[row, 0]}
+            own["small.min_logprob"] = look[row, 0]
+            action = session.decide(told.score[row, 0], int(told.tokens[row, 0]), **own)
+            large = told.score[row, 1], int(told.accepted_tokens[row, 1])
+            session.accept(*large, terminal=told.child[row, 1] < 0) if action else session.accept()
+            row = int(told.child[row, action])
+        assert session.escalations == wanted["escalations"][place]
+        escalated += session.escalations
+    assert 0 < escalated < wanted["steps"].sum()
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -272,7 +307,8 @@ def test_settings_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(ConfigError, match=message):
             train(TrainConfig(**{"agent": "ppo-seq", "out": tmp_path / "x", "tracking": "none", **changes}))
 
-    refused("--schema is agg; ppo-seq is trained on seq", schema="agg")
+    for other in ("agg", "free", "agg+,small.min_logprob"):
+        refused("ppo-seq is trained on seq, or on seq,COLUMN,... with more of the proposal", schema=other)
     refused("--schema is seq, which is that of ppo-seq; ppo-agg sees", agent="ppo-agg", schema="seq")
     refused("--lam-range trains one ppo-agg or exact", lam_range=(1e-3, 1e-2))
     with pytest.raises(ConfigError, match="a width that the heads divide"):

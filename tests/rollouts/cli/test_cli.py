@@ -81,17 +81,33 @@ def test_expand_reaches_beyond_the_cap(store, capsys):
     assert "Did you mean 'threshold'" in capsys.readouterr().err
 
 
-def test_likelihood_needs_no_reward_model(store, tmp_path):
-    values = embedded_family("transformers").model_dump()
-    file = tmp_path / "models.toml"
-    sections = ["[scorer]\nkind = 'likelihood'\nunder = 'large'\nname = 'likely'\n"]
+def models_file(folder, *sections):
+    values, found = embedded_family("transformers").model_dump(), [*sections]
     for role in ("small", "large"):
         model = values[role]
-        sections.append(
+        found.append(
             f"[{role}]\nbackend = 'transformers'\nmodel = '{model_dir(role)}'\nname = '{model['name']}'\n"
             f"dtype = 'float32'\nmax_length = 1024\n"
         )
-    file.write_text("\n".join(sections))
+    (folder / "models.toml").write_text("\n".join(found))
+    return folder / "models.toml"
+
+
+def test_a_store_without_a_scorer_is_expanded_by_the_small_models_numbers(engines_in_threads, tmp_path, capsys):
+    out, models = str(tmp_path / "s"), ["--models", str(models_file(tmp_path))]
+    given = ["--problems", "tinymath:test", "--limit", "2", "--max-escalations", "0"]
+    assert main(["generate", out, *given, *models]) == 0
+    before = rows(out)
+    assert main(["expand", out, "--router", "threshold:0.9999", *models]) == 0
+    assert before.items() < rows(out).items() and Store(out).names("scores") == ["small"]
+    assert main(["verify", out]) == 0
+    capsys.readouterr()
+    assert main(["expand", out, "--router", "threshold:0.9999", *models]) == 0
+    assert "0 steps added." in capsys.readouterr().err
+
+
+def test_likelihood_needs_no_reward_model(store, tmp_path):
+    file = models_file(tmp_path, "[scorer]\nkind = 'likelihood'\nunder = 'large'\nname = 'likely'\n")
     assert main(["score", str(store), "--models", str(file)]) == 0
     assert Store(store).names("scores") == ["likely", "tinymath-prm"]
     assert main(["stats", str(store)]) == 2  # which of the two?
