@@ -33,7 +33,7 @@ function stepItem(step, number) {
       facts(accepted)),
     el("div", { class: "text", dir: "auto" }, accepted.text || "(nothing)"),
     rejected && el("details", { class: "rejected", open: true },
-      el("summary", {}, "✗ rejected: the small model's proposal"),
+      el("summary", {}, "✗ rejected: the small model's proposal", rejected.text === accepted.text && " (the same text)"),
       el("div", { class: "head" }, facts(rejected)),
       el("del", { dir: "auto", class: "text" }, rejected.text || "(nothing)")),
     step.cut && el("p", { class: "cut" }, "The large model was called and cut off by the cap on its tokens; this proposal stands."),
@@ -41,11 +41,12 @@ function stepItem(step, number) {
   );
 }
 
-/** A strip with one block for each step: who wrote it and its score. */
+/** A strip with one block for each step: who wrote it and its score; without scores all are as high. */
 function strip(steps) {
+  const scored = steps.some(({ accepted }) => known(accepted.score));
   return el("div", { class: "strip", "aria-hidden": "true" }, steps.map(({ accepted, author }) => {
     const bar = el("i", {});
-    bar.style.height = `${Math.round(100 * clamp(accepted.score ?? 0, 0.04, 1))}%`;
+    bar.style.height = `${Math.round(100 * clamp(accepted.score ?? (scored ? 0 : 0.5), 0.04, 1))}%`;
     return el("span", { class: author.className }, bar, author.letter);
   }));
 }

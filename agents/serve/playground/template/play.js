@@ -35,7 +35,7 @@ async function ask(path, options = {}) {
 async function introduce() {
   card = (await (await ask("/v1/models")).json()).data[0];
   const { trim } = card;
-  const names = [card.id, [trim.small, trim.large].filter(known).join(" and "), known(trim.scorer) && `scores by ${trim.scorer}`];
+  const names = [`router ${card.id}`, [trim.small, trim.large].filter(known).join(" and "), known(trim.scorer) && `scores by ${trim.scorer}`];
   byId("subject").replaceChildren(...names.filter(Boolean).map((text) => el("span", {}, text)));
   byId("budget-box").hidden = !trim.budget_range;
   if (!trim.budget_range) return;
@@ -62,8 +62,8 @@ function showBudget() {
   byId("budget").setAttribute("aria-valuetext", words);
   const accuracy = expected(budget);
   const { always_small_accuracy: small, always_large_accuracy: large } = card.trim.held_out?.[0] ?? {};
-  const others = known(small) && known(large) ? `; the small model alone ${percent(small, 0)}, always-large ${percent(large, 0)}` : "";
-  byId("expected").textContent = known(accuracy) ? tidy(`On held-out problems about ${percent(accuracy, 0)} come out right${others}.`) : "";
+  const others = known(small) && known(large) ? ` (the small model alone ${percent(small, 0)}, the large ${percent(large, 0)})` : "";
+  byId("expected").textContent = known(accuracy) ? tidy(`About ${percent(accuracy, 0)} right on held-out problems${others}`) : "";
 }
 
 function showChecked() {
@@ -100,7 +100,7 @@ class Side {
   constructor(key, title, question) {
     Object.assign(this, { key, steps: [], tokens: 0, all: 0, thrown: 0, answer: null, right: null, done: false });
     this.truth = answers.get(question);
-    this.parts = { tiles: el("dl", { class: "tiles" }), said: el("p", { class: "answer" }), strip: el("div", {}), list: el("ol", { class: "steps" }), end: el("p", { class: "end" }) };
+    this.parts = { tiles: el("dl", { class: "tiles" }), strip: el("div", {}), list: el("ol", { class: "steps" }), end: el("p", { class: "end" }) };
     this.box = el("section", { class: "side", id: `side-${key}`, "aria-label": title }, el("h2", {}, title), Object.values(this.parts));
   }
 
@@ -136,22 +136,14 @@ class Side {
     this.all += step.accepted.tokens;
     this.thrown += step.rejected?.tokens ?? 0;
     this.parts.list.append(stepItem(step, this.steps.length));
-    if (this.key === "router") this.parts.strip.replaceChildren(strip(this.steps));
+    this.parts.strip.replaceChildren(strip(this.steps));
   }
 
   finish(trim) {
     this.done = true;
     this.answer = trim.answer;
     this.parts.end.textContent = `It ends because ${ENDED[trim.ended] ?? "of an unknown reason"}.`;
-    if (!known(this.truth)) {
-      this.parts.said.replaceChildren(known(this.answer) ? "Answer: " : "It gives no answer.", el("b", { dir: "auto" }, this.answer ?? ""));
-      return;
-    }
-    this.right = known(this.answer) && this.answer.trim() === this.truth;
-    this.parts.said.replaceChildren(
-      known(this.answer) ? "Answer: " : "No answer: ", el("b", { dir: "auto" }, this.answer ?? ""), " ", rightOrWrong(this.right),
-      this.right ? "" : ` The answer is ${this.truth}.`,
-    );
+    if (known(this.truth)) this.right = this.answer?.trim() === this.truth;
   }
 
   fail(error) {
@@ -163,21 +155,22 @@ class Side {
 
   show(other) {
     const tile = (label, value, note, kind = "") => el("div", { class: "tile" }, el("dt", {}, label), el("dd", { class: kind }, value, el("small", {}, note)));
-    const large = this.steps.filter((step) => step.author === LARGE).length;
-    const tokens = tile("Large-model tokens", whole(this.tokens), `of ${whole(this.all)} in the answer`);
-    if (this.key === "large") {
-      this.parts.tiles.replaceChildren(tokens, tile("Steps", whole(this.steps.length), "all by the large model"));
-      return;
-    }
+    const checked = this.right === null ? "" : [rightOrWrong(this.right), this.right ? "" : `: it is ${this.truth}`];
+    const answer = !this.done ? "…" : known(this.answer) ? el("bdi", {}, this.answer) : "none";
+    const tiles = [
+      tile("Answer", answer, checked),
+      tile("Large tokens", whole(this.tokens), `of ${whole(this.all)} in all`),
+    ];
     const usual = other ? other.tokens : this.all;
-    const known_ = this.done && (!other || other.done) && usual > 0;
+    const ended = this.done && (!other || other.done) && usual > 0;
     const saved = 1 - this.tokens / usual;
-    const note = other ? `against always-large's ${whole(usual)}` : "if the large model wrote as much";
-    this.parts.tiles.replaceChildren(
-      tokens,
-      tile("Saved", known_ ? percent(saved, 0) : "…", note, known_ ? (saved < 0 ? "dear" : "saved") : ""),
-      tile("Steps by the large model", `${large} of ${this.steps.length}`, `${plural(this.thrown, "small token")} thrown away`),
-    );
+    const against = other ? `against ${whole(usual)}` : "if large wrote as much";
+    const large = this.steps.filter((step) => step.author === LARGE).length;
+    if (this.key === "router") {
+      tiles.push(tile("Saved", ended ? percent(saved, 0) : "…", against, ended ? (saved < 0 ? "dear" : "saved") : ""));
+      tiles.push(tile("Escalated", `${large} of ${this.steps.length}`, `${plural(this.thrown, "small token")} wasted`));
+    } else tiles.push(tile("Steps", whole(this.steps.length), "all by the large model"));
+    this.parts.tiles.replaceChildren(...tiles);
   }
 }
 
@@ -189,9 +182,9 @@ function compare() {
 /** Says in a sentence how it went, and keeps count where both have solved a problem whose answer is known. */
 function conclude() {
   const [router, large] = sides;
-  const verdict = (side) => (side.right === null ? "" : side.right ? ", right" : ", wrong");
-  const told = (side) => `${side.key === "router" ? "the router" : "always-large"}: ${side.answer ?? "no answer"}${verdict(side)}, ${plural(side.tokens, "large-model token")}`;
-  say(`Done. ${sides.map(told).join("; ")}.`.replace("Done. t", "T"));
+  const verdict = (side) => (side.right === null ? "" : side.right ? " (right)" : " (wrong)");
+  const told = (side, title) => `${title}: ${side.answer ?? "no answer"}${verdict(side)} with ${plural(side.tokens, "large-model token")}.`;
+  say(sides.map((side, i) => told(side, HERE[i][1])).join(" "));
   if (!large || router.right === null) return;
   tally.problems += 1;
   for (const side of sides) {
@@ -218,8 +211,9 @@ async function solve() {
     byId("sides").replaceChildren(...sides.map((side) => side.box));
     compare();
     const faults = (await Promise.all(sides.map((side) => side.run(question, stopper.signal).then(() => null, (error) => side.fail(error))))).filter(known);
+    if (sides.every((side) => !side.steps.length)) byId("sides").replaceChildren();
     if (stopper.signal.aborted) say("Stopped.");
-    else if (faults.length) say(faults[0], true);
+    else if (faults.length) say([...new Set(faults)].join(" "), true);
     else conclude();
   } catch (error) {
     say(error.name === "AbortError" ? "Stopped." : error.message, error.name !== "AbortError");
