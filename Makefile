@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+# Three commands do everything on a fresh machine: `make quickstart`, `make demo` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Files stay on one worker, and all that needs vLLM on the same: tests/conftest.py.
 TEST := $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 10
 
-.PHONY: quickstart test test-release lint format install install-dev clean
+.PHONY: quickstart demo test test-release lint format install install-dev clean
 
 # One policy for all trade-offs each; one thread, since matrices are small and threads would only wait for each other.
 quickstart: export OMP_NUM_THREADS = 1
@@ -22,6 +22,9 @@ quickstart: install  ## train two routers for all trade-offs on the bundled roll
 	@echo "3/3  Both on problems that neither was trained on, beside thresholds and oracles (some 10 seconds)"
 	@$(BIN)/python evaluate.py $(OUT)/exact $(OUT)/ppo-agg --out $(OUT)
 	@echo "The picture: $(OUT)/curve.png. What the words mean: docs/evaluation.md. Your own models: README.md."
+
+demo: install  ## a router before embedded models, and a page to ask it
+	@$(BIN)/python -m agents demo
 
 test: install-dev  ## the whole test suite, real vLLM engines and servers included, on two cores
 	$(TEST)

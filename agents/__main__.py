@@ -1,4 +1,4 @@
-"""The command line of routers: ``python -m agents export RUN --out DIR``, ``python -m agents serve --policy DIR``."""
+"""The command line of routers: ``python -m agents export RUN --out DIR``, ``serve --policy DIR``, ``demo``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rollouts.errors import TrimError, did_you_mean
 
 # by name: a module, imported when it is called, with run(config) -> int; its settings' class; what it does
 COMMANDS = {
+    "demo": ("agents.demo.command", "DemoConfig", "try it: a router before embedded models, and a page to ask it"),
     "export": ("agents.deploy.export", "ExportConfig", "write portable artefacts of the routers of a run"),
     "serve": ("agents.serve.command", "ServeConfig", "serve routers over HTTP"),
 }

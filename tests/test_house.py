@@ -43,7 +43,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "agents.runs": TREES | {"trim_env", "agents.routers", "agents.evaluation", "agents.learners", "agents.tracking"},
     "agents.report": TREES | {"trim_env", "agents.routers", "agents.evaluation"},
     "agents.deploy": TREES | {"trim_env", "agents.escape", "agents.routers", "agents.tracking"},
-    "agents.serve": TREES | {"rollouts.family", "trim_env", "agents", "agents.routers", "agents.deploy"},
+    "agents.serve": TREES
+    | {"rollouts.family", "trim_env", "agents", "agents.routers", "agents.deploy", "agents.report"},
+    "agents.demo": TREES | {"rollouts.family", "agents.serve"},
     "agents.__main__": {"rollouts.errors", "agents.escape"},
     "train": {
         "rollouts.errors",

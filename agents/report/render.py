@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -12,7 +13,8 @@ from typing import Any
 
 from rollouts.errors import ConfigError
 
-SCRIPTS = ("tools.js", "pictures.js", "curves.js", "bars.js", "tables.js", "browser.js", "main.js")
+SHARED = ("tools.js", "steps.js")  # with other pages
+SCRIPTS = (*SHARED, "chosen.js", "pictures.js", "curves.js", "bars.js", "tables.js", "browser.js", "main.js")
 FILE = "report.html"
 
 # Inside <script> a browser looks for "</script" and "<!--"; inside JSON all of these may be written as escapes.
@@ -21,13 +23,17 @@ _ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028",
 
 def render(content: dict[str, Any]) -> str:
     """Return the page. Text of models stays data: it is in the JSON block alone, and scripts put it in as text."""
-    styles = _part("page.css")
-    scripts = "(() => {\n'use strict';\n" + "\n".join(_part(name) for name in SCRIPTS) + "\n})();"
-    return Template(_part("page.html")).substitute(
-        style=styles,
-        style_hash=_digest(styles),
-        script=scripts,
-        script_hash=_digest(scripts),
+    return assembled(part("page.html"), part("page.css"), map(part, SCRIPTS), content)
+
+
+def assembled(page: str, style: str, scripts: Iterable[str], content: Any) -> str:
+    """Return a page with everything in it, and hashes of style and script for its content security policy."""
+    script = "(() => {\n'use strict';\n" + "\n".join(scripts) + "\n})();"
+    return Template(page).substitute(
+        style=style,
+        style_hash=_digest(style),
+        script=script,
+        script_hash=_digest(script),
         data=embedded(content),
     )
 
@@ -57,7 +63,8 @@ def write(content: dict[str, Any], folder: Path) -> Path:
     return file
 
 
-def _part(name: str) -> str:
+def part(name: str) -> str:
+    """Return a file of the template."""
     return (files("agents.report") / "template" / name).read_text(encoding="utf-8")
 
 

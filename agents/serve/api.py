@@ -135,7 +135,8 @@ class ChatRequest(BaseModel):
         seed: Of the router's own draws; what models draw cannot be repeated.
         lam: λ for this request, for policies that take one.
         budget: Share of always-large's cost for this request, for policies that take one.
-        trace: Whether the answer tells every step's author, action, scores and tokens.
+        trace: Whether the answer tells every step's author, action, scores and tokens, and proposals thrown away.
+        only: One model that writes all steps, to compare with; for services with a playground.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -154,6 +155,7 @@ class ChatRequest(BaseModel):
     lam: Annotated[_Number, Field(ge=0)] | None = None
     budget: Annotated[_Number, Field(gt=0, le=1)] | None = None
     trace: bool | None = False
+    only: Literal["small", "large"] | None = None
 
     @model_validator(mode="after")
     def _only_what_is_done(self) -> ChatRequest:

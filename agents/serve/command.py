@@ -111,6 +111,7 @@ class Server:
         from agents.serve.listen import Listener, address, listen
         from agents.serve.metrics import Metrics
         from agents.serve.models import Models
+        from agents.serve.playground.page import add_playground
         from agents.serve.service import Service
         from agents.serve.sources import sources_of
 
@@ -125,6 +126,8 @@ class Server:
         self.service = Service(policy, self.models, metrics, config)
         key = _key(config.api_key_env)
         app = build(self.service, key, config.max_body_bytes, config.cors_origins)
+        if config.playground:
+            add_playground(app, tinymath=str(policy.about.get("small", "")).startswith(f"{_EMBEDDED}-"))
         self._listener = Listener(app, self.service)
         self._listening = listen(config.host, config.port)
         self.url = f"http://{address(*self._listening.getsockname()[:2])}/v1"
@@ -148,6 +151,8 @@ class Server:
             await self.models.start()
             up = ", ".join(f"{role} {'up' if each.up else 'DOWN'}" for role, each in self.models.upstreams.items())
             print(f"Serving {self.service.name!r} at {self.url} ({up}).", flush=True)
+            if self.service.config.playground:
+                print(f"Playground: {self.url.removesuffix('v1')}", flush=True)
             if any(prompts.dated for prompts in self.models.family.formats.values()):
                 print(f"Chat templates print the date {self.models.family.date}, until it ends.", flush=True)
             await self._listener.serve(sockets=[self._listening])

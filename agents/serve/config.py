@@ -45,6 +45,7 @@ class ServeConfig:
         imports: A module to import before the policy is read: that of a router of your own; may be repeated.
         other_models: Serve other models than those that the policy was trained for.
         access_log: Log every request.
+        playground: Show a page at / on which problems are solved step by step, and let it ask one model alone.
     """
 
     policy: str
@@ -72,3 +73,4 @@ class ServeConfig:
     imports: Imports = ()
     other_models: bool = False
     access_log: bool = False
+    playground: bool = False

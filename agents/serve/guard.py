@@ -15,7 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agents.serve.api import ApiError
 
-_OPEN = ("/health", "/live", "/ready", "/metrics")  # for machines that watch the service; the rest asks for the key
+# For machines that watch the service, and the playground's page, which asks for the key; so does the rest.
+_OPEN = ("/health", "/live", "/ready", "/metrics", "/")
 _BODY_S = 10.0  # a body that takes longer is not coming
 _DRAINED_S, _DRAINED_BYTES = 2.0, 1 << 24  # of a body that is too big, before it is refused
 LARGE, _LARGE_AT_ONCE = 1 << 14, 16  # bytes; larger bodies are read a few at a time, so that many take no more memory

@@ -17,6 +17,7 @@ from agents.serve.metrics import SCORER
 from agents.serve.models import Ledger, Models, Spent, Task
 from agents.serve.sources import Sources, Told, own
 from agents.serve.upstreams import Unavailable
+from rollouts.tasks.answers import final_answer
 from rollouts.text.likelihood import STATISTICS, UNSCORED
 from rollouts.text.steps import LARGE, ROLES, SMALL, Step, StopReason, solution_text
 from rollouts.trees.arrays import ASK, CONTINUE_SMALL, ESCALATE_LARGE
@@ -61,6 +62,7 @@ class Written:
         fallback: What happened instead of what should have; None normally.
         stop_reason: Why the step ended.
         text: Its text.
+        rejected: Text of the small model's proposal, where the large model's step took its place.
     """
 
     step: int
@@ -75,6 +77,7 @@ class Written:
     fallback: str | None = None
     stop_reason: str
     text: str
+    rejected: str | None = None
 
     @property
     def escalated(self) -> bool:
@@ -113,6 +116,7 @@ class Route:
         when_scorer_fails: Who writes a step whose proposal cannot be scored; ``error`` ends the request.
         when_small_fails: Whether the large model writes steps without a proposal, or the request ends.
         sources: What the policy reads, and from where.
+        only: The model that writes all steps, without proposals, scores and decisions; None: the policy decides.
         ledger: What it has spent.
         questions: What of it went into questions of the policy that were answered.
         written: The accepted steps.
@@ -126,6 +130,7 @@ class Route:
     when_scorer_fails: Fallback = "small"
     when_small_fails: Literal["large", "error"] = "large"
     sources: Sources = Sources()
+    only: Literal["small", "large"] | None = None
     ledger: Ledger = field(default_factory=Ledger)
     questions: Spent = field(default_factory=Spent)
     written: list[Written] = field(default_factory=list)
@@ -205,6 +210,8 @@ class Route:
     async def _next(self, models: Models) -> tuple[Step, Written]:
         """Return the next accepted step, and how it came about."""
         earlier = self._texts
+        if self.only is not None:
+            return await self._alone(models, self.only)
         try:
             proposal = await models.step(SMALL, self.task, earlier, self.used, self.ledger)
         except Unavailable as fault:
@@ -231,6 +238,14 @@ class Route:
             self.session.accept()
             return proposal, self._note(proposal, SMALL, **common)
         return await self._escalate(models, proposal, common)
+
+    async def _alone(self, models: Models, role: str) -> tuple[Step, Written]:
+        """Return the next step of the one model that is asked."""
+        try:
+            step = await models.step(role, self.task, self._texts, self.used, self.ledger)
+        except Unavailable as fault:
+            raise RouteFailed(f"The model does not answer: {_brief(fault)}.") from fault
+        return step, self._note(step, role, **{"proposal" if role == SMALL else LARGE: step})
 
     def _readings(self, models: Models, texts: Sequence[str]) -> list[Coroutine[Any, Any, Any]]:
         """Return what is asked about every proposal: the scores of its path, and what the large model makes of it."""
@@ -392,6 +407,7 @@ class Route:
             large_tokens=None if large is None else large.tokens,
             stop_reason=step.stop_reason.value,
             text=step.text,
+            rejected=proposal.text if proposal is not None and author == LARGE else None,
             **more,
         )
 
@@ -445,6 +461,7 @@ class Route:
             "fallbacks": [f"step {step.step}: {step.fallback}" for step in self.written if step.fallback]
             + ([] if self._stopped is None else [self._stopped]),
             "ended": self.ended,
+            "answer": final_answer(self.text),
             "knob": {"name": self.session.knob.name, "value": self.session.knob.value},
         }
         if trace:

@@ -62,6 +62,8 @@ class Service:
         if ask.model is not None and ask.model != self.name:
             message = f"The model `{ask.model[:200]}` does not exist. Valid: {self.name}."
             raise ApiError(404, message, "NotFoundError", "model")
+        if ask.only is not None and not self.config.playground:
+            raise bad_request("`only` is for services that were started with --playground.", "only")
         question, system_prompt = ask.problem()
         lam, budget = ask.lam, ask.budget
         if lam is None and budget is None:
@@ -91,7 +93,7 @@ class Service:
         chat = self._by_chat(sampling[LARGE], system_prompt)
         task = Task(question, formats, sampling, replace(limits, solution_tokens=min(most)), chat)
         fallbacks = self.config.when_scorer_fails, self.config.when_small_fails
-        route = Route(task, session, *fallbacks, self.models.sources)
+        route = Route(task, session, *fallbacks, self.models.sources, ask.only)
         route.ledger.prompt_tokens = prompt_tokens
         return route
 

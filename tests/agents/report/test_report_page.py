@@ -1,45 +1,22 @@
 """The page in a real browser: by mouse, by keyboard, at the width of a phone, with texts that try to break it."""
 
 import json
-import os
-import shutil
 import time
 
 import pytest
+from browser import driver, focused, one, resize, spaced, texts
 from made_reports import HOSTILE, made_page
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-if not (CHROMIUM and DRIVER) and not os.environ.get("CI"):
-    pytest.skip("no Chromium with chromedriver here (.ci/run installs both)", allow_module_level=True)
-
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-
+__all__ = ["driver"]
 FLAGS = ("wrong", "rescued", "wasted", "spoiled")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return made_page(tmp_path_factory.mktemp("page"))
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    assert CHROMIUM and DRIVER, "CI is set: Chromium and chromedriver have to be there (apt-get: chromium-driver)"
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    profile = tmp_path_factory.mktemp("profile")
-    # Without a sandbox, as CI often runs as root in a container; the page comes from this test.
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(flag)
-    options.add_argument(f"--user-data-dir={profile}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield found
-    found.quit()
 
 
 @pytest.fixture
@@ -61,22 +38,6 @@ def page(driver, made):
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
 
 
-def resize(driver, width, height):
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 700}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-
-
-def one(driver, selector):
-    return driver.find_element(By.CSS_SELECTOR, selector)
-
-
-def texts(driver, selector):
-    """Return texts as they are in the document, shown or not."""
-    return driver.execute_script(
-        "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)", selector
-    )
-
-
 def ids(driver):
     return driver.execute_script("return [...document.querySelectorAll('[role=option]')].map(e => e.dataset.id)")
 
@@ -84,14 +45,6 @@ def ids(driver):
 def selected(driver):
     found = "return document.querySelector('[role=option][aria-selected=true]')?.dataset.id ?? null"
     return driver.execute_script(found)
-
-
-def spaced(text):
-    return text.replace("\u00a0", " ")
-
-
-def focused(driver):
-    return driver.execute_script("return document.activeElement.id || document.activeElement.className")
 
 
 def choose_setting(driver, index):

@@ -1,0 +1,1 @@
+"""The service in front of the embedded models, with its playground: one command, nothing to install or to download."""

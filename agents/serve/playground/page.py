@@ -1,0 +1,47 @@
+"""The playground's page: the report's cards and colours, a form, and the problems that it can draw."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse
+
+from agents.report.render import SHARED, assembled, part
+from rollouts.tinymath import generate_problems
+
+_PROBLEMS = 200  # of the validation split: the models and the shipped router were fitted on others
+
+
+def add_playground(app: FastAPI, *, tinymath: bool) -> None:
+    """Show the page at /.
+
+    Args:
+        app: The service's application.
+        tinymath: Whether the policy is for the embedded family, of which problems with known answers are at hand.
+    """
+    html = render(tinymath=tinymath)
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)
+    assert policy is not None
+    headers = {
+        "Content-Security-Policy": f"{policy[1]}; frame-ancestors 'none'",
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "no-cache",
+    }
+
+    @app.get("/", include_in_schema=False)
+    async def playground() -> HTMLResponse:
+        return HTMLResponse(html, headers=headers)
+
+
+def render(*, tinymath: bool) -> str:
+    """Return the page; it asks nothing of any other server."""
+    known = generate_problems("validation", _PROBLEMS) if tinymath else []
+    scripts = (*map(part, SHARED), _part("play.js"))
+    content = {"problems": [[problem.question, problem.answer] for problem in known]}
+    return assembled(_part("play.html"), part("page.css") + _part("play.css"), scripts, content)
+
+
+def _part(name: str) -> str:
+    return (files("agents.serve.playground") / "template" / name).read_text(encoding="utf-8")
