@@ -328,7 +328,6 @@ def fit_all(ladder: Ladder, minutes: float, processes: int) -> int:
 
 def main() -> None:
     """Run the study."""
-
     settings = tyro.cli(Settings, description=__doc__)
     left = fit_all(Ladder(settings.rollouts, settings.fits, settings.seeds), settings.minutes, settings.processes)
     text, ground, found = report(settings, left)

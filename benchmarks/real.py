@@ -29,7 +29,6 @@ from rollouts.store.store import Store
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, Trees
 from rollouts.trees.compile import compile_store
 from rollouts.trees.stats import (
-    SplitStatistics,
     small_outcomes,
     small_path_min_scores,
     split_statistics,
@@ -279,18 +278,18 @@ def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measu
         "",
         *WHAT,
         "",
-        f"K = {trees.meta['max_escalations']}: routers escalate at most so often in a solution, always-large is exempt. "
-        f"{counts['steps']:,} steps; decoded tokens {decoded['small']:,} small, {decoded['large']:,} large. Intervals "
+        f"K = {trees.meta['max_escalations']}: routers escalate at most so often in a solution, always-large is "
+        f"exempt. {counts['steps']:,} steps; decoded tokens {decoded['small']:,} small, {decoded['large']:,} large. Intervals "
         "here and below: 95 %, bootstrap over problems.",
         "",
         *holdings(trees),
         "",
         "## What the signals tell",
         "",
-        "AUC of signals of the small model's proposals, over problems of all splits, of the learned reward model over those "
-        "that it did not learn from. The value of a step is one Monte Carlo rollout: whether the small model alone ends "
-        "right after it. *Pays*: it does so after the large model's step and not after its own (a low signal is to tell "
-        "it). 0.5 is a coin.",
+        "AUC of signals of the small model's proposals, over problems of all splits, of the learned reward model over "
+        "those that it did not learn from. The value of a step is one Monte Carlo rollout: whether the small model "
+        "alone ends right after it. *Pays*: it does so after the large model's step and not after its own (a low "
+        "signal is to tell it). 0.5 is a coin.",
         "",
         *telling(trees),
         "",
@@ -298,8 +297,8 @@ def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measu
         "",
         f"{measured}, {len(ground.both.small)} problems. Rules and names as in [the ladder](ladder.md): fitted on the "
         "training trees, thresholds, hulls and the rule that is named chosen on validation, λ = "
-        f"{', '.join(f'{lam:g}' for lam in LAMS)}; {settings.seeds} seeds of what is drawn are averaged. p-values: sign flips, "
-        "Holm over the table.",
+        f"{', '.join(f'{lam:g}' for lam in LAMS)}; {settings.seeds} seeds of what is drawn are averaged. p-values: "
+        "sign flips, Holm over the table.",
         *(["", f"{left} fits were not made."] if left else []),
         "",
         *oracles(ground, weights),
@@ -316,9 +315,9 @@ def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measu
         "",
         "## What is saved",
         "",
-        f"{best.told}, which validation names, beside the constants. Points of accuracy are paired differences. Dollars "
-        f"for decoded tokens at {settings.prices[0]:g} and {settings.prices[1]:g} for a million of the small and of the large "
-        f"model; seconds of one core at {settings.milliseconds[0]:g} and {settings.milliseconds[1]:g} ms a token.",
+        f"{best.told}, which validation names, beside the constants. Points of accuracy are paired differences. "
+        f"Dollars for decoded tokens at {settings.prices[0]:g} and {settings.prices[1]:g} for a million of the small "
+        f"and of the large model; seconds of one core at {settings.milliseconds[0]:g} and {settings.milliseconds[1]:g} ms a token.",
         "",
         *saved(settings, ground, found[best], weights),
         "",
