@@ -279,8 +279,8 @@ def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measu
         *WHAT,
         "",
         f"K = {trees.meta['max_escalations']}: routers escalate at most so often in a solution, always-large is "
-        f"exempt. {counts['steps']:,} steps; decoded tokens {decoded['small']:,} small, {decoded['large']:,} large. Intervals "
-        "here and below: 95 %, bootstrap over problems.",
+        f"exempt. {counts['steps']:,} steps; decoded tokens {decoded['small']:,} small, {decoded['large']:,} large. "
+        "Intervals here and below: 95 %, bootstrap over problems.",
         "",
         *holdings(trees),
         "",
@@ -316,8 +316,10 @@ def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measu
         "## What is saved",
         "",
         f"{best.told}, which validation names, beside the constants. Points of accuracy are paired differences. "
-        f"Dollars for decoded tokens at {settings.prices[0]:g} and {settings.prices[1]:g} for a million of the small "
-        f"and of the large model; seconds of one core at {settings.milliseconds[0]:g} and {settings.milliseconds[1]:g} ms a token.",
+        "Dollars for decoded tokens at {:g} and {:g} for a million of the small and of the large model; ".format(
+            *settings.prices
+        )
+        + "seconds of one core at {:g} and {:g} ms a token.".format(*settings.milliseconds),
         "",
         *saved(settings, ground, found[best], weights),
         "",
