@@ -28,7 +28,7 @@ from agents.evaluation.curves import Curve
 from agents.evaluation.outcomes import Floats
 from benchmarks.methods import heading, write
 from benchmarks.robustness import LAMS
-from benchmarks.rungs import CLASS, DEFAULT, KNOWING, PRM, SIGNALS, Ground, Measured, Rung, keep, tasks
+from benchmarks.rungs import CLASS, DEFAULT, KNOWING, PRM, SIGNALS, Ground, Ladder, Measured, Rung, keep
 from rollouts.trees.arrays import CONTINUE_SMALL
 from rollouts.trees.compile import compile_store
 from rollouts.trees.stats import auc
@@ -110,12 +110,13 @@ def _percent(each: Estimate) -> str:
 
 def by_lam(found: dict[Rung, Measured]) -> list[str]:
     """Return a table of returns by λ, and how far seeds differ."""
+    lams = next(iter(found.values())).lams
     lines = [
-        "| rule | reads | " + " | ".join(f"{lam:g}" for lam in LAMS) + " | seeds |",
-        "|---|---|" + "---:|" * (len(LAMS) + 1),
+        "| rule | reads | " + " | ".join(f"{lam:g}" for lam in lams) + " | seeds |",
+        "|---|---|" + "---:|" * (len(lams) + 1),
     ]
     for rung, own in found.items():
-        values = [f"{each.returns(lam).mean():.4f}" for each, lam in zip(own.by_lam, LAMS, strict=True)]
+        values = [f"{each.returns(lam).mean():.4f}" for each, lam in zip(own.by_lam, lams, strict=True)]
         seeds = f"{min(own.seeds):.4f} to {max(own.seeds):.4f} ({len(own.seeds)})" if rung.kind in SEEDED else ""
         lines.append(_row(rung, [*values, seeds]))
     return lines
@@ -182,8 +183,8 @@ def tells(tables: DecisionTables) -> str:
 
 def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measured]]:
     """Return the report, and what the picture shows."""
-    told = settings.rollouts, settings.split, settings.fits, settings.seeds
-    ground, priced = Ground(*told, "decode-only"), Ground(*told, "priced")
+    ladder = Ladder(settings.rollouts, settings.fits, settings.seeds)
+    ground, priced = (Ground(ladder, settings.split, cost) for cost in ("decode-only", "priced"))
     found, charged = ground.all(), priced.all()
     weights = resample_weights(len(ground.both.small))
     split = f"Run when everything was settled on validation. Split `{settings.split}`"
@@ -251,22 +252,24 @@ WHOSE = {
 }  # fmt: skip
 
 
-def draw(ground: Ground, found: dict[Rung, Measured], settings: Settings, path: Path) -> None:
+SHOWN = (Rung("threshold", "agg/1"), DEFAULT, *(Rung("exact", s, "quadratic") for s in ("free", "all", CLASS)))
+"""Whose curves are drawn, beside the oracle's."""
+
+
+def draw(ground: Ground, found: dict[Rung, Measured], split: str, path: Path, shown: Sequence[Rung] = SHOWN) -> None:
     """Draw mean returns as a ladder, and curves of one rule for each thing that can be read."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 7), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
     _draw_ladder(left, found)
-    _draw_curves(right, ground, found)
+    _draw_curves(right, ground, found, shown)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#E3E3E3", axis="x" if axes is left else "both")
         axes.set_axisbelow(True)
-    name = "half of validation" if settings.split == "validation" else settings.split
-    title = (
-        f"What a router reads, and how it decides ({settings.rollouts}, {name}, {len(ground.both.small):,} problems)"
-    )
+    name, rollouts = "half of validation" if split == "validation" else split, ground.ladder.rollouts
+    title = f"What a router reads, and how it decides ({rollouts}, {name}, {len(ground.both.small):,} problems)"
     figure.suptitle(title, fontsize=13)
     figure.savefig(path, dpi=130)
 
@@ -283,12 +286,11 @@ def _draw_ladder(axes: Axes, found: dict[Rung, Measured]) -> None:
     axes.set_yticks(range(len(order)), [rung.told for rung in order], fontsize=9)
     for label, rung in zip(axes.get_yticklabels(), order, strict=True):
         label.set_fontweight("bold" if rung == DEFAULT else "normal")
-    axes.set(xlabel="mean return over eight λ, 95 % interval", ylim=(-0.7, len(order) - 0.3))
+    axes.set(xlabel=f"mean return over {len(found[order[0]].lams)} λ, 95 % interval", ylim=(-0.7, len(order) - 0.3))
     axes.legend(title="reads", frameon=False, fontsize=9, loc="lower right", alignment="left")
 
 
-def _draw_curves(axes: Axes, ground: Ground, found: dict[Rung, Measured]) -> None:
-    shown = [Rung("threshold", "agg/1"), DEFAULT, *(Rung("exact", s, "quadratic") for s in ("free", "all", CLASS))]
+def _draw_curves(axes: Axes, ground: Ground, found: dict[Rung, Measured], shown: Sequence[Rung]) -> None:
     cost, price = np.linspace(0, 0.5, 201), ground.both.large.cost.sum()
     for rung in [*shown, Rung("oracle", "")]:
         if rung in found:
@@ -309,23 +311,29 @@ def _draw_curves(axes: Axes, ground: Ground, found: dict[Rung, Measured]) -> Non
     axes.legend(frameon=False, fontsize=9.5, loc="lower right")
 
 
-def main() -> None:
-    """Run the study."""
+def fit_all(ladder: Ladder, minutes: float, processes: int) -> int:
+    """Fit what is not kept yet, begin nothing after some minutes; return how many fits were not made."""
     from rich.progress import track
 
-    settings = tyro.cli(Settings, description=__doc__)
-    compile_store(settings.rollouts)
-    end = time.time() + 60 * settings.minutes
-    open_ = [task for task in tasks(settings.seeds) if not task.done(settings.fits)]
+    compile_store(ladder.rollouts)
+    end = time.time() + 60 * minutes
+    open_ = [task for task in ladder.tasks() if not task.done]
     left = len(open_)
     if open_:
-        with ProcessPoolExecutor(settings.processes, get_context("spawn")) as pool:
-            fits = [pool.submit(keep, task, settings.rollouts, settings.fits, end) for task in open_]
+        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+            fits = [pool.submit(keep, task, end) for task in open_]
             left -= sum(fit.result() for fit in track(fits, "fitting"))
+    return left
+
+
+def main() -> None:
+    """Run the study."""
+    settings = tyro.cli(Settings, description=__doc__)
+    left = fit_all(Ladder(settings.rollouts, settings.fits, settings.seeds), settings.minutes, settings.processes)
     text, ground, found = report(settings, left)
     write(text, settings.out and settings.out.with_suffix(".md"))
     if settings.out:
-        draw(ground, found, settings, settings.out.with_suffix(".png"))
+        draw(ground, found, settings.split, settings.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

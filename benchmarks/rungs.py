@@ -80,6 +80,7 @@ class Rung:
 
 SIGNALS = ("small.min_logprob", "small.mean_logprob", "small.max_entropy", "large.min_logprob", "large.mean_logprob")
 DEFAULT, POMDP, PAPER_RUNG = Rung("ppo", "agg+"), Rung("pomdp", "score"), Rung("paper", "agg")
+FREE = Rung("ppo", "free")
 PRM, KNOWING = Rung("exact", "agg+", "quadratic"), Rung("exact", CLASS, "quadratic")
 RUNGS = (
     *(Rung("threshold", schema) for schema in ("agg/1", *SIGNALS)),
@@ -95,9 +96,38 @@ COSTS: dict[str, CostModel] = {"decode-only": cost_model("decode-only"), "priced
 UNPRICED = ("ppo", "paper", "pomdp")  # the POMDP knows large tokens alone; PPO would have to be trained again
 
 
-def rungs(cost: str) -> list[Rung]:
-    """Return those that are measured under a cost model."""
-    return [rung for rung in RUNGS if cost == "decode-only" or rung.kind not in UNPRICED]
+@dataclass(frozen=True)
+class Ladder:
+    """What is compared, and where.
+
+    Attributes:
+        rollouts: The store.
+        fits: Folder in which fits are kept, and looked up.
+        seeds: Independent fits of what is drawn.
+        lams: Values of λ that all are fitted for, and measured at.
+        rungs: The rungs.
+    """
+
+    rollouts: str
+    fits: Path
+    seeds: int
+    lams: tuple[float, ...] = LAMS
+    rungs: tuple[Rung, ...] = RUNGS
+
+    def under(self, cost: str) -> list[Rung]:
+        """Return the rungs that are measured under a cost model."""
+        return [rung for rung in self.rungs if cost == "decode-only" or rung.kind not in UNPRICED]
+
+    def tasks(self) -> Iterator[Task]:
+        """Yield all fits that are kept, a seed after the other, the quick ones first."""
+        for seed in range(self.seeds):
+            for cost in COSTS:
+                yield from (
+                    Task(self, rung, cost, seed, self.lams) for rung in self.under(cost) if rung.kind == "exact"
+                )
+            for lam in self.lams:
+                slow = (rung for rung in (DEFAULT, FREE, PAPER_RUNG) if rung in self.rungs)
+                yield from (Task(self, rung, "decode-only", seed, (lam,)) for rung in slow)
 
 
 def labelled(trees: Trees) -> Trees:
@@ -126,25 +156,27 @@ def _validation(rollouts: str, schema: str, cost: str) -> Validation:
 class Task:
     """A fit that is kept: of one rung, seed and λ; of the exact learner for all λ together."""
 
+    ladder: Ladder
     rung: Rung
     cost: str
     seed: int
     lams: tuple[float, ...]
 
-    def place(self, fits: Path, lam: float) -> Path:
+    def place(self, lam: float) -> Path:
         """Return where the router for a λ is kept."""
         rung = self.rung
         kind = "-".join(filter(None, [rung.kind, rung.rule, rung.reads.replace(" ", "-")]))
-        return fits / self.cost / kind / f"seed-{self.seed}" / f"lam-{lam:g}"
+        return self.ladder.fits / self.cost / kind / f"seed-{self.seed}" / f"lam-{lam:g}"
 
-    def done(self, fits: Path) -> bool:
-        """Return whether all its routers are there."""
-        return all((self.place(fits, lam) / "policy.json").exists() for lam in self.lams)
+    @property
+    def done(self) -> bool:
+        """Whether all its routers are there."""
+        return all((self.place(lam) / "policy.json").exists() for lam in self.lams)
 
-    def fit(self, rollouts: str) -> dict[float, AnyRouter]:
+    def fit(self) -> dict[float, AnyRouter]:
         """Return its routers by λ."""
-        rung, own = self.rung, (rollouts, self.rung.schema, self.cost)
-        key = (self.seed, *(LAMS.index(lam) for lam in self.lams))
+        rung, own = self.rung, (self.ladder.rollouts, self.rung.schema, self.cost)
+        key = (self.seed, *(self.ladder.lams.index(lam) for lam in self.lams))
         seed = int(np.random.SeedSequence(key).generate_state(1)[0])
         if rung.kind == "exact":
             choice, found = _validation(*own).choice, dict[float, AnyRouter]()
@@ -161,25 +193,16 @@ class Task:
         return {lam: at(learner.router(), lam)}
 
 
-def tasks(seeds: int) -> Iterator[Task]:
-    """Yield all fits that are kept, a seed after the other, the quick ones first."""
-    for seed in range(seeds):
-        for cost in COSTS:
-            yield from (Task(rung, cost, seed, LAMS) for rung in rungs(cost) if rung.kind == "exact")
-        for lam in LAMS:
-            yield from (Task(rung, "decode-only", seed, (lam,)) for rung in (DEFAULT, PAPER_RUNG))
-
-
-def keep(task: Task, rollouts: str, fits: Path, end: float) -> bool:
+def keep(task: Task, end: float) -> bool:
     """Fit, unless time is up; return whether it was done."""
     if time.time() > end:
         return False
     begin = time.process_time()
-    found = task.fit(rollouts)
+    found = task.fit()
     seconds = (time.process_time() - begin) / len(found)
     for lam, router in found.items():
-        if not (task.place(fits, lam) / "policy.json").exists():
-            save(router, task.place(fits, lam), {"seconds": seconds})
+        if not (task.place(lam) / "policy.json").exists():
+            save(router, task.place(lam), {"seconds": seconds})
     return True
 
 
@@ -189,6 +212,7 @@ class Measured:
 
     Attributes:
         rung: The rung.
+        lams: Values of λ.
         by_lam: Outcomes for each λ, averaged over seeds.
         method: Its curve.
         seeds: Mean returns of the single seeds.
@@ -196,6 +220,7 @@ class Measured:
     """
 
     rung: Rung
+    lams: tuple[float, ...]
     by_lam: list[Outcomes]
     method: Method
     seeds: list[float]
@@ -204,48 +229,49 @@ class Measured:
     @property
     def returns(self) -> Floats:
         """(P,) returns, averaged over the λ."""
-        return mean_return(self.by_lam)
+        return mean_return(self.by_lam, self.lams)
 
 
-def mean_return(by_lam: Sequence[Outcomes]) -> Floats:
+def mean_return(by_lam: Sequence[Outcomes], lams: Sequence[float]) -> Floats:
     """Return (P,) returns, averaged over the λ."""
-    values: Floats = np.mean([one.returns(lam) for one, lam in zip(by_lam, LAMS, strict=True)], axis=0)
+    values: Floats = np.mean([one.returns(lam) for one, lam in zip(by_lam, lams, strict=True)], axis=0)
     return values
 
 
 class Ground:
     """Where choices are made and where figures come from, under one cost model."""
 
-    def __init__(self, rollouts: str, split: str, fits: Path, seeds: int, cost: str) -> None:
+    def __init__(self, ladder: Ladder, split: str, cost: str) -> None:
         """Build the tables."""
-        self.rollouts, self.fits, self.seeds, self.cost = rollouts, fits, seeds, cost
-        trees, model = _trees(rollouts), COSTS[cost]
+        self.ladder, self.cost = ladder, cost
+        trees, model = _trees(ladder.rollouts), COSTS[cost]
         choice, verdict = halves(trees)
         if split == "validation":
             self.choosing = decision_tables(trees, indices=choice, cost=model)
             self.measured = decision_tables(trees, indices=verdict, cost=model)
         else:
             self.choosing = decision_tables(trees, "validation", cost=model)
-            self.measured = decision_tables(_trees(rollouts, split), split, cost=model)
+            self.measured = decision_tables(_trees(ladder.rollouts, split), split, cost=model)
         self.both, self.chosen_by = references(self.measured), references(self.choosing)
         self._thresholds: dict[Rung, Candidates] = {}
 
     def settings_of(self, rung: Rung) -> Iterator[list[AnyRouter]]:
         """Yield for each seed the routers of all λ."""
+        lams, rollouts = self.ladder.lams, self.ladder.rollouts
         if rung.kind == "threshold":
-            yield [self.thresholds(rung).best(lam).threshold for lam in LAMS]
+            yield [self.thresholds(rung).best(lam).threshold for lam in lams]
         elif rung.kind == "two numbers":
-            train = _train(self.rollouts, rung.schema, self.cost)
+            train = _train(rollouts, rung.schema, self.cost)
             forest = Forest(train)
-            yield [two_numbers(train, forest, lam) for lam in LAMS]
+            yield [two_numbers(train, forest, lam) for lam in lams]
         elif rung.kind == "pomdp":
-            yield list(estimate(_trees(self.rollouts)).routers(LAMS))
+            yield list(estimate(_trees(rollouts)).routers(lams))
         else:
-            for seed in range(self.seeds):
-                task = Task(rung, self.cost, seed, LAMS)
-                if task.done(self.fits):
-                    routers = [load(task.place(self.fits, lam)).router for lam in LAMS]
-                    yield [at(router, lam) for router, lam in zip(routers, LAMS, strict=True)]
+            for seed in range(self.ladder.seeds):
+                task = Task(self.ladder, rung, self.cost, seed, lams)
+                if task.done:
+                    routers = [load(task.place(lam)).router for lam in lams]
+                    yield [at(router, lam) for router, lam in zip(routers, lams, strict=True)]
 
     def thresholds(self, rung: Rung) -> Candidates:
         """Return the thresholds on what a rung reads."""
@@ -255,15 +281,16 @@ class Ground:
 
     def measure(self, rung: Rung) -> Measured | None:
         """Return a rung on the split; None if nothing of it is fitted."""
+        lams = self.ladder.lams
         routers = list(self.settings_of(rung)) if rung.kind != "oracle" else []
 
         def outcomes(tables: DecisionTables) -> list[list[Outcomes]]:
             if rung.kind == "oracle":
-                return [[tree_oracle(tables, lam) for lam in LAMS]]
+                return [[tree_oracle(tables, lam) for lam in lams]]
             return [[run(router, tables) for router in own] for own in routers]
 
         def points(seeds: list[list[Outcomes]]) -> Points:
-            return [(lam, average(list(own))) for lam, own in zip(LAMS, zip(*seeds, strict=True), strict=True)]
+            return [(lam, average(list(own))) for lam, own in zip(lams, zip(*seeds, strict=True), strict=True)]
 
         if not (each := outcomes(self.measured)):
             return None
@@ -272,10 +299,10 @@ class Ground:
         if rung.kind == "threshold":
             method = measured(self.thresholds(rung).spread_over(self.chosen_by.large), self.chosen_by, self.measured)
         by_lam, chosen_by = [outcomes for _, outcomes in own], [outcomes for _, outcomes in elsewhere]
-        seeds = [float(mean_return(outcomes).mean()) for outcomes in each]
-        return Measured(rung, by_lam, method, seeds, float(mean_return(chosen_by).mean()))
+        seeds = [float(mean_return(outcomes, lams).mean()) for outcomes in each]
+        return Measured(rung, lams, by_lam, method, seeds, float(mean_return(chosen_by, lams).mean()))
 
     def all(self) -> dict[Rung, Measured]:
         """Return all rungs of which something is fitted."""
-        found = {rung: self.measure(rung) for rung in rungs(self.cost)}
+        found = {rung: self.measure(rung) for rung in self.ladder.under(self.cost)}
         return {rung: measured for rung, measured in found.items() if measured}

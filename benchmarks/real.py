@@ -1,0 +1,353 @@
+"""Routers of real language models: what the bundled GSM8K trees hold, which signals tell anything, what is saved.
+
+    python -m benchmarks.real                                     # on the half of validation that chooses nothing
+    python -m benchmarks.real --split test --out results/real     # real.md and real.png, fits included
+
+Everything is fitted on training trees and chosen on validation, as in `benchmarks.ladder`, whose parts these are. The
+store is small, so intervals are wide, and what they do not tell is said not to be told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+
+from agents.evaluation.bootstrap import Estimate, estimate, paired_means, resample_weights
+from agents.evaluation.curves import References
+from agents.evaluation.oracle import query_oracle, tree_oracle
+from agents.evaluation.outcomes import Floats, Outcomes
+from benchmarks.ladder import by_lam, curves, draw, fit_all, returns
+from benchmarks.methods import heading, write
+from benchmarks.rungs import DEFAULT, FREE, SIGNALS, Ground, Ladder, Measured, Rung
+from rollouts.store.store import Store
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, Trees
+from rollouts.trees.compile import compile_store
+from rollouts.trees.stats import (
+    small_outcomes,
+    small_path_min_scores,
+    split_statistics,
+    store_statistics,
+)
+from trim_env.tables import DecisionTables, decision_tables
+
+LAMS = (1e-4, 2e-4, 4e-4, 6e-4, 9e-4, 1.3e-3, 2e-3, 3e-3)
+PRM_RULE = Rung("threshold", "agg/1")
+RUNGS = (
+    *(Rung("threshold", schema) for schema in ("agg/1", *SIGNALS)),
+    Rung("two numbers", "agg/1"),
+    *(Rung("exact", s, rule) for s in ("agg+", "free", "prefill", "all") for rule in ("linear", "quadratic")),
+    DEFAULT,
+    FREE,
+    Rung("oracle", ""),
+)
+SHOWN = (PRM_RULE, FREE, *(Rung("exact", s, "linear") for s in ("free", "all")))
+READ = {
+    "score": "learned reward model", "small.min_logprob": "small: least log-probability",
+    "small.mean_logprob": "small: mean log-probability", "small.max_entropy": "small: greatest entropy",
+    "large.min_logprob": "large: least log-probability", "large.mean_logprob": "large: mean log-probability",
+    "tokens": "length of the step",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the study.
+
+    Attributes:
+        split: What figures of routers are of.
+        seeds: Independent fits of what is drawn.
+        rollouts: The store.
+        fits: Folder in which fits are kept, and looked up.
+        processes: Fits side by side.
+        prices: US dollars for a million tokens of the small and of the large model, in and out alike.
+        milliseconds: Of one core for a token that the small and the large model decode.
+        out: Report and picture, without suffix; default: print only.
+    """
+
+    split: Literal["validation", "test"] = "validation"
+    seeds: int = 2
+    rollouts: str = "gsm8k"
+    fits: Path = Path("runs/real")
+    processes: int = 1
+    prices: tuple[float, float] = (0.30, 1.20)
+    milliseconds: tuple[float, float] = (1.0, 3.0)
+    out: Path | None = None
+
+
+def _interval(each: Estimate, form: str = "{:.3f}") -> str:
+    return "{} [{}, {}]".format(*(form.format(value) for value in (each.value, each.low, each.high)))
+
+
+def _table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    return [*lines, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def holdings(trees: Trees) -> list[str]:
+    """Return the table of what the store holds, by split."""
+    splits = [split for split in ("train", "validation", "test") if split in trees.splits[trees.problem]]
+    found = [split_statistics(trees, split) for split in (*splits, None)]
+    rows: dict[str, list[str]] = {}
+
+    def row(name: str, of: object) -> None:
+        assert callable(of)
+        rows[name] = [of(each) for each in found]
+
+    row("problems / decision nodes", lambda own: f"{own.problems:,} / {own.nodes:,}")
+    row("always-small right", lambda own: str(own.small_accuracy))
+    row("always-large right", lambda own: str(own.large_accuracy))
+    row("best path within the cap right (hindsight)", lambda own: str(own.oracle_accuracy))
+    row("steps, small / large", lambda own: f"{own.small_steps:.1f} / {own.large_steps:.1f}")
+    row("tokens, small / large", lambda own: f"{own.small_tokens:.0f} / {own.large_tokens:.0f}")
+    return _table(["", *splits, "all"], ([name, *cells] for name, cells in rows.items()))
+
+
+def weighted_auc(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
+    """Return areas under the ROC curve of n items, ties half.
+
+    Args:
+        scores: (n,) scores.
+        positive: (n,) what they should tell.
+        weights: (n,), or (R, n) for R areas.
+    """
+    order = np.argsort(scores, kind="stable")
+    steps = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
+    right, wrong = (
+        np.add.reduceat(weights[..., order] * kind[order], steps, axis=-1) for kind in (positive, ~positive)
+    )
+    below = wrong.cumsum(axis=-1) - wrong / 2
+    total = right.sum(axis=-1) * wrong.sum(axis=-1)
+    area: Floats = (right * below).sum(axis=-1) / np.where(total > 0, total, np.nan)
+    return area
+
+
+def auc_over(trees: Trees, problems: NDArray[np.int64], scores: Floats, positive: NDArray[np.bool_]) -> str:
+    """Return an AUC with its interval, resampled over problems; empty where there is nothing to tell."""
+    known = np.isfinite(scores)
+    own, place = np.unique(problems[known], return_inverse=True)
+    scores, positive = scores[known], positive[known]
+    if positive.all() or not positive.any():
+        return ""
+    weights = resample_weights(len(own))
+    value = weighted_auc(scores, positive, np.ones(len(scores)))
+    samples = np.concatenate([weighted_auc(scores, positive, part[:, place]) for part in np.array_split(weights, 40)])
+    return _interval(estimate(float(value), samples))
+
+
+def telling(trees: Trees) -> list[str]:
+    """Return the table of how well each signal of a small model's proposal tells what becomes of it."""
+    tables = decision_tables(trees)
+    after = small_outcomes(trees)
+    both = ~np.isnan(after).any(axis=1)
+    split = trees.splits[trees.problem]
+
+    def rows() -> Iterator[Sequence[str]]:
+        for name, words in READ.items():
+            trees_of = np.flatnonzero(split != "train") if name == "score" else np.arange(len(trees.root))
+            inside = np.isin(trees.tree, trees_of)
+            values = tables.in_schema(name)[:, 0].astype(float)
+            known = inside & ~np.isnan(after[:, CONTINUE_SMALL])
+            of = trees.problem[trees.tree]
+            least = small_path_min_scores(replace(trees, score=np.stack([values, values], 1)), trees_of)
+            ends = after[trees.root[trees_of], CONTINUE_SMALL] == 1
+            pays = after[:, ESCALATE_LARGE] > after[:, CONTINUE_SMALL]
+            chosen = inside & both
+            yield [
+                words,
+                f"{len(trees_of)}",
+                auc_over(trees, of[known], values[known], after[known, CONTINUE_SMALL] == 1),
+                auc_over(trees, trees.problem[trees_of], least, ends),
+                auc_over(trees, of[chosen], -values[chosen], pays[chosen]),
+            ]
+
+    head = ["signal", "problems", "the small model alone ends right after it", "the least of a solution: it is right"]
+    return _table([*head, "escalating here pays"], rows())
+
+
+def oracles(ground: Ground, weights: Floats) -> list[str]:
+    """Return the table of reference points at the least λ: as good as they get."""
+    lam = ground.ladder.lams[0]
+    named: dict[str, Outcomes] = {
+        "always-small": ground.both.small,
+        "always-large": ground.both.large,
+        "query oracle": query_oracle(ground.measured, lam),
+        "best path within the cap": tree_oracle(ground.measured, lam),
+    }
+
+    def rows() -> Iterator[Sequence[str]]:
+        for name, own in named.items():
+            right, cost = (estimate(each.mean(), weights @ each) for each in (100 * own.correct, own.large_tokens))
+            yield [name, _interval(right, "{:.1f}"), _interval(cost, "{:.0f}")]
+
+    return _table(["", "right, %", "large-model tokens for a problem"], rows())
+
+
+def best_of(found: dict[Rung, Measured]) -> Rung:
+    """Return the learned or simple rule that validation names."""
+    return max((rung for rung in found if rung.kind != "oracle"), key=lambda rung: found[rung].chosen_by)
+
+
+def prompts(tables: DecisionTables) -> Floats:
+    """Return the tokens of the large model's prompt of each problem; problems have one tree each."""
+    roots = tables.trees.root[tables.indices]
+    return tables.trees.prompt_tokens[roots, ESCALATE_LARGE].astype(float)
+
+
+def saved(settings: Settings, ground: Ground, own: Measured, weights: Floats) -> list[str]:
+    """Return the table of what a router costs at each λ beside the constants: tokens, money, seconds."""
+    cheap, dear = settings.prices
+    quick, slow = settings.milliseconds
+    small, large = ground.both.small, ground.both.large
+    whole = np.zeros(len(large))
+    named = [("always-small", small, small.small_tokens), ("always-large", large, whole)]
+    named += [(f"λ = {lam:g}", each, each.small_tokens) for lam, each in zip(own.lams, own.by_lam, strict=True)]
+
+    def rows() -> Iterator[Sequence[str]]:
+        for name, each, decoded in named:
+            gain, loss = (paired_means(100 * each.correct, 100 * other.correct, weights) for other in (small, large))
+            money = (cheap * decoded + dear * each.large_tokens) / 1e6
+            seconds = (quick * decoded + slow * each.large_tokens) / 1e3
+            yield [
+                name,
+                f"{100 * each.correct.mean():.1f}",
+                _interval(gain, "{:+.1f}") if each is not small else "",
+                _interval(loss, "{:+.1f}") if each is not large else "",
+                f"{decoded.mean():.0f} / {each.large_tokens.mean():.0f}",
+                f"{100 * each.large_tokens.sum() / large.large_tokens.sum():.0f} %",
+                f"{1000 * money.mean():.3f}",
+                f"{seconds.mean():.2f}",
+            ]
+
+    head = ["", "right, %", "minus always-small", "minus always-large", "tokens, small / large", "large tokens"]
+    return _table([*head, "dollars for 1,000", "core seconds each"], rows())
+
+
+def conclusions(settings: Settings, ground: Ground, found: dict[Rung, Measured], weights: Floats) -> list[str]:
+    """Return what the intervals allow to be said, and what they do not."""
+    both = ground.both
+    gap = paired_means(100 * both.large.correct, 100 * both.small.correct, weights)
+    best = best_of(found)
+    own = found[best]
+
+    def constant(lams: Sequence[float]) -> Floats:
+        values: Floats = np.mean([better(ground.chosen_by, both, lam).returns(lam) for lam in lams], axis=0)
+        return values
+
+    over = paired_means(own.returns, constant(own.lams), weights)
+    simple = paired_means(own.returns, found[PRM_RULE].returns, weights)
+    verdicts = [
+        f"The large model solves {_interval(gap, '{:+.1f}')} points more than the small one."
+        if gap.low > 0 or gap.high < 0
+        else f"Between the two models no gap is shown: {_interval(gap, '{:+.1f}')} points.",
+        f"Validation names {best.told}. Mean return over the λ: {_interval(over, '{:+.4f}')} above the better constant "
+        f"(that validation names for each λ; p = {over.p_value:.2g})"
+        + ("." if over.low > 0 else ": nothing gained is not ruled out."),
+        f"Against thresholds on the learned reward model's score: {_interval(simple, '{:+.4f}')}"
+        + ("." if simple.low > 0 or simple.high < 0 else ": no difference is shown."),
+    ]
+    return [f"{number}. {verdict}" for number, verdict in enumerate(verdicts, 1)]
+
+
+def better(choosing: References, both: References, lam: float) -> Outcomes:
+    """Return the constant that other problems name for a λ."""
+    small, large = (float(each.returns(lam).mean()) for each in (choosing.small, choosing.large))
+    return both.large if large > small else both.small
+
+
+def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measured]]:
+    """Return the report, and what the picture shows."""
+    trees = compile_store(settings.rollouts)
+    ground = Ground(
+        Ladder(settings.rollouts, settings.fits, settings.seeds, LAMS, RUNGS), settings.split, "decode-only"
+    )
+    found = ground.all()
+    weights = resample_weights(len(ground.both.small))
+    counts = store_statistics(Store(settings.rollouts))
+    decoded = {role: counts["requests"].get(f"decoded_{role}", 0) for role in ("small", "large")}
+    best = best_of(found)
+    measured = f"Split `{settings.split}`" if settings.split == "test" else "Half of `validation`"
+    lines = heading("Real language models: GSM8K", f"real --split {settings.split}")
+    lines += [
+        *conclusions(settings, ground, found, weights),
+        "",
+        *WHAT,
+        "",
+        f"K = {trees.meta['max_escalations']}: routers escalate at most so often in a solution, always-large is "
+        f"exempt. {counts['steps']:,} steps; decoded tokens {decoded['small']:,} small, {decoded['large']:,} large. "
+        "Intervals here and below: 95 %, bootstrap over problems.",
+        "",
+        *holdings(trees),
+        "",
+        "## What the signals tell",
+        "",
+        "AUC of signals of the small model's proposals, over problems of all splits, of the learned reward model over "
+        "those that it did not learn from. The value of a step is one Monte Carlo rollout: whether the small model "
+        "alone ends right after it. *Pays*: it does so after the large model's step and not after its own (a low "
+        "signal is to tell it). 0.5 is a coin.",
+        "",
+        *telling(trees),
+        "",
+        "## Routers",
+        "",
+        f"{measured}, {len(ground.both.small)} problems. Rules and names as in [the ladder](ladder.md): fitted on the "
+        "training trees, thresholds, hulls and the rule that is named chosen on validation, λ = "
+        f"{', '.join(f'{lam:g}' for lam in LAMS)}; {settings.seeds} seeds of what is drawn are averaged. p-values: "
+        "sign flips, Holm over the table.",
+        *(["", f"{left} fits were not made."] if left else []),
+        "",
+        *oracles(ground, weights),
+        "",
+        *returns(found, PRM_RULE, weights),
+        "",
+        "Curves, costs in % of always-large's tokens; † only by mixing with always-large:",
+        "",
+        *curves(ground, found, weights),
+        "",
+        "Return by λ:",
+        "",
+        *by_lam(found),
+        "",
+        "## What is saved",
+        "",
+        f"{best.told}, which validation names, beside the constants. Points of accuracy are paired differences. "
+        "Dollars for decoded tokens at {:g} and {:g} for a million of the small and of the large model; ".format(
+            *settings.prices
+        )
+        + "seconds of one core at {:g} and {:g} ms a token.".format(*settings.milliseconds),
+        "",
+        *saved(settings, ground, found[best], weights),
+        "",
+        *MONEY,
+        "",
+        "## Two problems",
+        "",
+        *LOOKED_AT,
+        "",
+    ]
+    return "\n".join(lines), ground, found
+
+
+WHAT = ("",)
+MONEY = ("",)
+LOOKED_AT = ("",)
+
+
+def main() -> None:
+    """Run the study."""
+    settings = tyro.cli(Settings, description=__doc__)
+    ladder = Ladder(settings.rollouts, settings.fits, settings.seeds, LAMS, RUNGS)
+    left = fit_all(ladder, float("inf"), settings.processes)
+    text, ground, found = report(settings, left)
+    write(text, settings.out and settings.out.with_suffix(".md"))
+    if settings.out:
+        draw(ground, found, settings.split, settings.out.with_suffix(".png"), SHOWN)
+
+
+if __name__ == "__main__":
+    main()
