@@ -49,13 +49,16 @@ def run(config: DemoConfig) -> int:
     port = _port(config.port)
     print("Loading a small model, a large model and a reward model: some ten seconds.", flush=True)
     from agents.demo.models import load, served
-    from agents.serve.command import ServeConfig, Server
+    from agents.serve.command import Server
+    from agents.serve.config import ServeConfig
 
     with socket.create_server((_HOST, 0)) as listening:
         url = f"http://{_HOST}:{listening.getsockname()[1]}"
-        upstreams = {role: f"{url}/{role}/v1" for role in ("small", "large", "prm")}
+        small, large, prm = (f"{url}/{role}/v1" for role in ("small", "large", "prm"))
         router = str(files("agents.demo") / "router")
-        asked = ServeConfig(policy=router, **upstreams, port=port, budget=_BUDGET, playground=True)
+        asked = ServeConfig(
+            policy=router, small=small, large=large, prm=prm, port=port, budget=_BUDGET, playground=True
+        )
         made: Future[Server] = Future()
 
         def make() -> None:

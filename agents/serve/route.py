@@ -245,7 +245,8 @@ class Route:
             step = await models.step(role, self.task, self._texts, self.used, self.ledger)
         except Unavailable as fault:
             raise RouteFailed(f"The model does not answer: {_brief(fault)}.") from fault
-        return step, self._note(step, role, **{"proposal" if role == SMALL else LARGE: step})
+        proposal, large = (step, None) if role == SMALL else (None, step)
+        return step, self._note(step, role, proposal, large)
 
     def _readings(self, models: Models, texts: Sequence[str]) -> list[Coroutine[Any, Any, Any]]:
         """Return what is asked about every proposal: the scores of its path, and what the large model makes of it."""

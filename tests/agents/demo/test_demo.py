@@ -37,7 +37,9 @@ def children(pid):
 def test_the_demo_solves_problems_and_ends_without_a_trace(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "DISPLAY": ""}
     line = [sys.executable, "-m", "agents", "demo", "--port", "0"]
-    running = subprocess.Popen(line, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        line, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
+    )
     try:
         said = []
         while not said or not said[-1].startswith("Playground: "):
@@ -55,7 +57,9 @@ def test_the_demo_solves_problems_and_ends_without_a_trace(tmp_path):
                 answer = ask(url, problem.question, **more)
                 right[way] += answer["trim"]["answer"] == problem.answer
                 tokens[way] += answer["usage"]["models"]["large"]["completion_tokens"]
-        assert right["router"] >= 4 and right["large"] >= 4 and tokens["small"] == 0 < tokens["router"] < tokens["large"]
+        assert (
+            right["router"] >= 4 and right["large"] >= 4 and tokens["small"] == 0 < tokens["router"] < tokens["large"]
+        )
         models = children(running.pid)
         running.send_signal(signal.SIGINT)
         assert running.wait(20) == 0

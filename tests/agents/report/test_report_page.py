@@ -7,7 +7,6 @@ import pytest
 from browser import driver, focused, one, resize, spaced, texts
 from made_reports import HOSTILE, made_page
 from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 __all__ = ["driver"]

@@ -199,7 +199,9 @@ def test_hostile_texts_are_only_text_also_on_a_phone(page, before, upstreams):
             solved(page)
             wide = page.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
             assert wide[0] <= wide[1] == 390
-            assert page.execute_script("return document.querySelectorAll('main img, main iframe, main style').length") == 0
+            assert (
+                page.execute_script("return document.querySelectorAll('main img, main iframe, main style').length") == 0
+            )
             shown = set(texts(page, ".step > .text")) | set(texts(page, ".step del"))
             assert shown <= {text.strip() for text in HOSTILE} and len(shown) > 2
     finally:
@@ -227,7 +229,9 @@ def test_the_page_may_load_nothing_and_takes_no_markup(before):
     assert answer.headers["x-content-type-options"] == "nosniff"
     own = (files("agents.serve.playground") / "template" / "play.js").read_text(encoding="utf-8")
     for script in (own, part("tools.js"), part("steps.js")):
-        assert not [word for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(") if word in script]
+        assert not [
+            word for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(") if word in script
+        ]
     assert "http://" not in answer.text.replace("http://www.w3.org/2000/svg", "") and "https://" not in answer.text
 
 
