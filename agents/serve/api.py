@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from rollouts.config import Sampling
 from rollouts.errors import did_you_mean
+from rollouts.text.prompts import Turns
 
 if TYPE_CHECKING:
     from agents.serve.route import Written
@@ -47,7 +48,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "functions": (),
     "function_call": ("none",),
     "response_format": ({"type": "text"},),
-    "stop": ([], ""),
     "stop_token_ids": ([],),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -65,7 +65,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "ignore_eos": (False,),
     "min_tokens": (0,),
     "skip_special_tokens": (True,),
-    "chat_template_kwargs": ({}, {"enable_thinking": False}),
 }
 
 
@@ -115,6 +114,8 @@ class StreamOptions(BaseModel):
 
 _Seed = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
 _Count = Annotated[int, Field(ge=1, le=1 << 31, strict=True)]
+_Stop = Annotated[str, Field(max_length=256)]
+_Option = str | bool | int | float | None
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -122,12 +123,15 @@ class ChatRequest(BaseModel):
     """A chat completion that is asked for.
 
     Attributes:
-        messages: One user message, the problem; perhaps a system message before it, instead of the configured one.
-        model: Name of the policy; None is fine.
+        messages: A chat that ends with a user message, the problem; earlier turns stand before it in the prompts as
+            the models' templates have them. A system message at the beginning is instead of the configured one.
+        model: Name of the policy, perhaps with a setting (``NAME@budget=0.2``); None is fine.
         max_tokens: Most tokens of the answer's text; at most the service's own limit.
         max_completion_tokens: The same, by its newer name.
         stream: Whether steps are sent as they are accepted.
         stream_options: `StreamOptions`.
+        stop: Texts that end the answer, which does not contain them, wherever one begins and whoever wrote it.
+        chat_template_kwargs: What is told to the models' chat templates, as far as they take it.
         temperature: Instead of the temperature that both models had in the rollouts.
         top_p: Likewise.
         top_k: Likewise.
@@ -147,6 +151,8 @@ class ChatRequest(BaseModel):
     max_completion_tokens: _Count | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=16, fail_fast=True)] | None = None
+    chat_template_kwargs: Annotated[dict[str, _Option], Field(max_length=16)] | None = None
     temperature: Annotated[_Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[_Number, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=1 << 31, strict=True)] | None = None
@@ -172,27 +178,35 @@ class ChatRequest(BaseModel):
                 )
         if self.stream_options is not None and not self.stream:
             raise ValueError("Stream options can only be defined when `stream=True`.\x00stream_options")
+        if (self.chat_template_kwargs or {}).get("enable_thinking"):
+            raise ValueError("`enable_thinking` is not supported here.\x00chat_template_kwargs")
         if self.lam is not None and self.budget is not None:
             raise ValueError("Give either `lam` or `budget`, not both.\x00budget")
         return self
 
-    def problem(self) -> tuple[str, str | None]:
-        """Return the problem and the system message, None if there is none.
+    def problem(self) -> tuple[str, str | None, Turns]:
+        """Return the problem, the system message, None if there is none, and earlier turns.
 
         Raises:
-            ApiError: The messages are not one problem.
+            ApiError: The messages are no chat in which a problem comes last.
         """
-        head, last = self.messages[:-1], self.messages[-1]
-        if last.role != "user" or len(head) > 1 or (head and head[0].role not in ("system", "developer")):
+        messages = self.messages
+        system = messages[0].text() if messages[0].role in ("system", "developer") else None
+        *earlier, last = messages if system is None else messages[1:] or messages
+        if last.role != "user" or any(each.role not in ("user", "assistant") for each in earlier):
             raise bad_request(
-                "This service solves one problem at a time: `messages` must be one user message, perhaps with one "
-                f"system message before it; found {', '.join(message.role for message in self.messages)[:_SHOWN]}. "
-                "Earlier turns have no place in the prompts that the router was trained on.",
+                "`messages` must be a chat of user and assistant that ends with a user message, perhaps with a system "
+                f"message before it; found {', '.join(message.role for message in messages)[:_SHOWN]}.",
                 "messages",
             )
         if not last.text().strip():
             raise bad_request("The user message is empty.", "messages")
-        return last.text(), head[0].text() if head else None
+        return last.text(), system, tuple((each.role, each.text()) for each in earlier)
+
+    @property
+    def stops(self) -> list[str]:
+        """The texts that end the answer."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     def limit(self) -> int | None:
         """Return the most tokens of the answer that the request allows."""
@@ -209,8 +223,37 @@ class ChatRequest(BaseModel):
         )
 
 
+OURS = ("lam", "budget", "trace", "only")
+"""What a request says to this service and to nobody else."""
+
+
 def _same(value: Any, only: Any) -> bool:
     return bool(value == only) and isinstance(value, bool) == isinstance(only, bool)
+
+
+def beyond_routing(body: bytes) -> tuple[dict[str, Any], str] | None:
+    """Return a request that cannot be routed, but that one model might answer, and the field that says so; else None.
+
+    These are tools, JSON modes, several answers, log-probabilities, penalties and the like; images and other parts that
+    are no text; messages of tools, or one of the assistant that is to be continued.
+    """
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    messages = asked.get("messages") if isinstance(asked, dict) else None
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+        return None
+    for name, only in _ONLY.items():
+        if asked.get(name) is not None and not any(_same(asked[name], each) for each in only):
+            return asked, name
+    for place, message in enumerate(messages):
+        parts = message["content"] if isinstance(message.get("content"), list) else []
+        strange = any(isinstance(part, dict) and part.get("type") != "text" for part in parts)
+        system = message.get("role") in ("system", "developer")
+        if strange or message.get("role") in ("tool", "function") or message.get("tool_calls") or (system and place):
+            return asked, "messages"
+    return (asked, "messages") if messages[-1].get("role") == "assistant" else None
 
 
 def parse_request(body: bytes) -> ChatRequest:
@@ -246,16 +289,21 @@ def _head(kind: str, model: str) -> dict[str, Any]:
 
 
 def completion(
-    model: str, text: str, finish_reason: str, usage: Mapping[str, Any], trim: Mapping[str, Any]
+    model: str,
+    text: str,
+    finish_reason: str,
+    usage: Mapping[str, Any],
+    trim: Mapping[str, Any],
+    stop_reason: str | None = None,
 ) -> dict[str, Any]:
-    """Return a whole answer."""
+    """Return a whole answer; `stop_reason` is the stop text that ended it."""
     unused = ("refusal", "annotations", "audio", "function_call", "reasoning")
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": text, **dict.fromkeys(unused)},
         "logprobs": None,
         "finish_reason": finish_reason,
-        "stop_reason": None,
+        "stop_reason": stop_reason,
         "token_ids": None,
     }
     return {
@@ -279,21 +327,23 @@ class Chunks:
         """Fix what all chunks of the answer to a request have in common."""
         self.include_usage = bool(ask.stream_options and ask.stream_options.include_usage)
         self._trace = bool(ask.trace)
+        self._stop_reason: str | None = None
         self._common = _head("chat.completion.chunk", model)
 
     def first(self) -> str:
         """Return the chunk that names the role."""
         return self._event({"role": "assistant", "content": ""}, None)
 
-    def step(self, written: Written) -> str:
-        """Return the chunk of one step."""
+    def step(self, written: Written, said: str) -> str:
+        """Return the chunk of one step, of which `said` can be given."""
         more = {"trim": written.plain(text=False)} if self._trace else {}
-        return self._event({"content": written.text}, None, **more)
+        return self._event({"content": said}, None, **more)
 
-    def end(self, finish_reason: str, trim: Mapping[str, Any]) -> str:
-        """Return the chunk after the last step."""
+    def end(self, finish_reason: str, trim: Mapping[str, Any], rest: str = "", stop_reason: str | None = None) -> str:
+        """Return the chunk after the last step, with the rest of the text, if some was held back."""
+        self._stop_reason = stop_reason
         software = {} if self.include_usage else {"system_fingerprint": fingerprint()}
-        return self._event({"content": ""}, finish_reason, trim=trim, **software)
+        return self._event({"content": rest}, finish_reason, trim=trim, **software)
 
     def usage(self, usage: Mapping[str, Any]) -> str:
         """Return the chunk that only tells what was spent."""
@@ -302,7 +352,7 @@ class Chunks:
     def _event(self, delta: Mapping[str, Any], finish_reason: str | None, **more: Any) -> str:
         choice: dict[str, Any] = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         if finish_reason is not None:
-            choice["stop_reason"] = None
+            choice["stop_reason"] = self._stop_reason
         usage = {"usage": None} if self.include_usage else {}
         return event({**self._common, "choices": [choice], **usage, **more})
 

@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from agents.serve import api
 from agents.serve.api import ApiError, ChatRequest, Chunks
 from agents.serve.guard import Guard, refusal
+from agents.serve.passing import Passed
 from agents.serve.route import Route, Written
 from agents.serve.service import CLIENT_GONE, Service
 
@@ -65,8 +66,13 @@ def build(
     @app.post(_CHAT, openapi_extra={"requestBody": body})
     async def chat(raw: Request) -> Response:
         """Solve a problem step by step, each step by the model that the policy chooses."""
+        content = await raw.body()
+        if _is_json(raw) and service.config.otherwise != "error" and (found := api.beyond_routing(content)):
+            service.settings(found[0].get("model"))
+            passed = Passed(service, service.config.otherwise, *found)
+            return await _unless_gone(raw, passed.answer())
         try:
-            ask = _read(raw, await raw.body())
+            ask = _read(raw, content)
             route = await service.begin(ask)
         except ApiError as error:
             count(_CHAT, error.status)
@@ -75,24 +81,24 @@ def build(
         if ask.stream:  # answered once the first step is there: until then an error can still have a status of its own
             first = await _unless_gone(raw, anext(steps))
             return StreamingResponse(
-                _events(Chunks(service.name, ask), route, first, steps),
+                _events(Chunks(ask.model or service.name, ask), route, first, steps),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
                 background=BackgroundTask(steps.aclose),  # if the client left between two of them
             )
         await _unless_gone(raw, _exhaust(steps))
         trim = route.summary(trace=bool(ask.trace))
-        return JSONResponse(api.completion(service.name, route.text, route.finish_reason, route.usage(), trim))
+        told = route.finish_reason, route.usage(), trim, route.stops.matched
+        return JSONResponse(api.completion(ask.model or service.name, route.text, *told))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [service.card()]}
+        return {"object": "list", "data": [service.card(name) for name in service.names()]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        if name != service.name:
-            raise ApiError(404, f"The model `{name[:200]}` does not exist.", "NotFoundError", "model")
-        return service.card()
+        service.settings(name)
+        return service.card(name)
 
     @app.get("/health")
     async def health() -> Response:
@@ -115,8 +121,12 @@ def build(
     return app
 
 
+def _is_json(raw: Request) -> bool:
+    return raw.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json"
+
+
 def _read(raw: Request, body: bytes) -> ChatRequest:
-    if raw.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+    if not _is_json(raw):
         raise ApiError(400, "Unsupported Media Type: Only 'application/json' is allowed.", "Bad Request")
     return api.parse_request(body)
 
@@ -129,10 +139,10 @@ async def _exhaust(steps: AsyncIterator[Written]) -> None:
 async def _events(chunks: Chunks, route: Route, first: Written, steps: AsyncIterator[Written]) -> AsyncIterator[str]:
     try:
         yield chunks.first()
-        yield chunks.step(first)
+        yield chunks.step(first, route.said[0])
         async for written in steps:
-            yield chunks.step(written)
-        yield chunks.end(route.finish_reason, route.summary(trace=False))
+            yield chunks.step(written, route.said[-1])
+        yield chunks.end(route.finish_reason, route.summary(trace=False), route.stops.rest(), route.stops.matched)
         if chunks.include_usage:
             yield chunks.usage(route.usage())
     except ApiError as error:

@@ -31,6 +31,8 @@ class ServeConfig:
         when_scorer_fails: Who writes a step whose proposal cannot be scored: small, large, or error to end the request.
         when_small_fails: Who writes a step without a proposal: large, within what the policy's caps leave, or error to
             end the request.
+        otherwise: Who answers requests that cannot be routed (tools, JSON modes, images, several answers): small or
+            large, to whom they are passed on as they are, or error.
         upstream_timeout: Longest time of one upstream request, seconds.
         request_timeout: Longest time of one request, seconds; what was accepted until then is the answer.
         drain_seconds: Longest time that requests under way have after SIGTERM; what is cut then ends with an error.
@@ -60,6 +62,7 @@ class ServeConfig:
     budget: float | None = None
     when_scorer_fails: Fallback = "small"
     when_small_fails: Literal["large", "error"] = "large"
+    otherwise: Fallback = "error"
     upstream_timeout: Positive = 30.0
     request_timeout: Positive = 300.0
     drain_seconds: NotNegative = 10.0

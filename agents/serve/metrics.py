@@ -28,6 +28,7 @@ class Metrics:
         self.requests = counter("trim_requests", "Requests by HTTP status; 499: the client left.", ["status"])
         self.in_flight = gauge("trim_requests_in_flight", "Requests under way.")
         self.seconds = histogram("trim_request_seconds", "Duration of routed requests.", buckets=_SECONDS)
+        self.passed_on = counter("trim_passed_on", "Requests that were not routed but passed on.", ["model"])
         self.steps = counter("trim_steps", "Accepted steps by author.", ["author"])
         self.escalations = counter("trim_escalations", "Escalations that the policy decided.")
         self.fallbacks = counter("trim_fallbacks", "Steps that went another way because an upstream failed.")
@@ -98,6 +99,14 @@ class Metrics:
         """Count what a route has asked, and the tokens that were read for its answers."""
         self.questions.labels(model).inc(questions)
         self.question_tokens.labels(model).inc(tokens)
+
+    def passed(self, role: str, status: str, seconds: float) -> None:
+        """Count a request out that was passed on to one model."""
+        self.under_way -= 1
+        self.in_flight.set(self.under_way)
+        self.requests.labels(status).inc()
+        self.passed_on.labels(role).inc()
+        self.seconds.observe(seconds)
 
     def text(self) -> bytes:
         """Return everything in Prometheus' text format."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 from agents.serve.metrics import SCORER, Metrics
@@ -26,13 +27,13 @@ from rollouts.models.server.wire import Wire, pooling_payload, read_scores
 from rollouts.models.stepwise import Draft, StepRules
 from rollouts.scoring.prm import fitting_input
 from rollouts.text.likelihood import WORTHLESS
-from rollouts.text.prompts import PromptFormat, RewardFormat, has_room
+from rollouts.text.prompts import PromptFormat, RewardFormat, Turns, has_room
 from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, Step, StopReason
 
 _SYSTEM_PROMPTS = 32  # formats of system prompts that requests bring, kept at hand
 _QUESTIONS, _BROUGHT = 16 << 20, 1 << 20  # bytes of rendered questions kept at hand for each format, own and brought
 _CHARACTERS = 16  # no text has as many of them per token
-_EVERYTHING = Sources()
+_EVERYTHING, _NOTHING = Sources(), MappingProxyType[str, Any]({})
 
 
 @dataclass
@@ -98,14 +99,18 @@ class Task:
         formats: Prompt formats by generating role.
         sampling: Sampling parameters by generating role.
         limits: Token and step limits.
+        reward: Input format of the reward model, if it is asked.
         chat: The large model's settings for this request, where it is asked by chat.
+        turns: Earlier turns of the chat.
     """
 
     question: str
     formats: Mapping[str, PromptFormat]
     sampling: Mapping[str, Sampling]
     limits: Limits
+    reward: RewardFormat | None = None
     chat: GeneratorConfig | None = None
+    turns: Turns = ()
 
 
 class Models:
@@ -192,24 +197,35 @@ class Models:
         """Most characters of a request's messages that are worth tokenising."""
         return _CHARACTERS * min(self.window(role) for role in self.continuing)
 
-    def formats(self, system_prompt: str | None) -> Mapping[str, PromptFormat]:
+    def formats(
+        self, system_prompt: str | None, turns: Turns = (), options: Mapping[str, Any] = _NOTHING
+    ) -> Mapping[str, PromptFormat]:
         """Return the prompt formats of a request, by role.
 
         Args:
             system_prompt: What the request brings; None: as configured.
+            turns: Earlier turns of the chat.
+            options: What else it tells the chat templates.
 
         Raises:
             ConfigError: A chat template has no place for it.
         """
-        if system_prompt is None:
-            return self._own
-        return {role: self._brought(role, self._own[role].special.plain(system_prompt)) for role in self.continuing}
+        formats = self._own
+        if system_prompt is not None:
+            formats = {role: self._brought(role, own.special.plain(system_prompt)) for role, own in formats.items()}
+        if turns or options:
+            formats = {role: prompts.within(turns, options) for role, prompts in formats.items()}
+        return formats
 
-    def fits(self, formats: Mapping[str, PromptFormat], question: str, steps: Sequence[str]) -> bool:
+    def reward(self, turns: Turns = ()) -> RewardFormat | None:
+        """Return the format of the reward model's input for a request, if it is asked."""
+        return self._reward.within(turns) if turns and self._reward is not None else self._reward
+
+    def fits(self, task: Task, question: str, steps: Sequence[str]) -> bool:
         """Whether a prefix leaves room for one more token in every role's window (docs/design.md, section 1)."""
-        every: dict[str, PromptFormat | RewardFormat] = {**formats}
-        if self._reward is not None:
-            every[SCORER] = self._reward
+        every: dict[str, PromptFormat | RewardFormat] = {**task.formats}
+        if task.reward is not None:
+            every[SCORER] = task.reward
         return all(has_room(prompts, self.window(role), question, steps) for role, prompts in every.items())
 
     def prepare(self, task: Task, steps: Sequence[str]) -> None:
@@ -244,7 +260,7 @@ class Models:
             window=self.window(role),
             sampling=task.sampling[role],
             limits=limits,
-            fits=lambda question, prefix: self.fits(task.formats, question, prefix),
+            fits=partial(self.fits, task),
             likelihood=self.sources.told_by(role),
         )
         draft = Draft(rules, Prefix("", task.question, 0, steps, used))
@@ -274,10 +290,9 @@ class Models:
             spent.reasoning_tokens += said.hidden
             return said
 
-        def fits(question: str, steps: Sequence[str]) -> bool:
-            return self.fits(task.formats, question, steps)
-
-        generation = await chat.step(send, prefix, limits, fits, model=task.chat, again=most is None)
+        generation = await chat.step(
+            send, prefix, limits, partial(self.fits, task), model=task.chat, turns=task.turns, again=most is None
+        )
         if generation.steps[0].stop_reason is StopReason.FAILED:
             raise Unavailable(LARGE, "malformed", generation.reason)
         return generation.steps[0]
@@ -336,9 +351,9 @@ class Models:
         Raises:
             Unavailable: The scorer gave no usable answer.
         """
-        if self._reward is None:
+        reward = task.reward
+        if reward is None:
             return [None] * len(steps)
-        reward = self._reward
         ids, kept = fitting_input(reward, self.window(SCORER), task.question, steps)
         unread: list[float | None] = [0.0] * (len(steps) - kept)  # as environments have it
         if not kept:

@@ -16,10 +16,11 @@ from agents.serve.config import Fallback
 from agents.serve.metrics import SCORER
 from agents.serve.models import Ledger, Models, Spent, Task
 from agents.serve.sources import Sources, Told, own
+from agents.serve.stops import StopText
 from agents.serve.upstreams import Unavailable
 from rollouts.tasks.answers import final_answer
 from rollouts.text.likelihood import STATISTICS, UNSCORED
-from rollouts.text.steps import LARGE, ROLES, SMALL, Step, StopReason, solution_text
+from rollouts.text.steps import LARGE, ROLES, SMALL, Step, StopReason
 from rollouts.trees.arrays import ASK, CONTINUE_SMALL, ESCALATE_LARGE
 from rollouts.trees.columns import facts_of
 from trim_env.features import schema_named
@@ -121,8 +122,10 @@ class Route:
         questions: What of it went into questions of the policy that were answered.
         written: The accepted steps.
         used: Their tokens.
-        ended: Why it ended: a stop reason of the last step, ``time``, ``cap`` (of the policy, spent while the small
-            model was away), or None while it is under way.
+        stops: The request's stop texts.
+        said: What of each accepted step is given to the client once the step is there.
+        ended: Why it ended: a stop reason of the last step, ``stop`` (a stop text of the request), ``time``, ``cap``
+            (of the policy, spent while the small model was away), or None while it is under way.
     """
 
     task: Task
@@ -135,6 +138,8 @@ class Route:
     questions: Spent = field(default_factory=Spent)
     written: list[Written] = field(default_factory=list)
     used: int = 0
+    stops: StopText = field(default_factory=StopText)
+    said: list[str] = field(default_factory=list)
     ended: str | None = None
     _steps: list[Step] = field(default_factory=list)
     _owed: list[_Owed] = field(default_factory=list)
@@ -157,13 +162,13 @@ class Route:
 
     @property
     def text(self) -> str:
-        """The solution so far."""
-        return solution_text(self._texts)
+        """The solution so far, up to a stop text of the request."""
+        return "".join(self.said) + self.stops.held
 
     @property
     def finish_reason(self) -> str:
         """How OpenAI's interface calls its end."""
-        return "stop" if self.ended in (StopReason.BOXED, StopReason.EOS) else "length"
+        return "stop" if self.ended in (StopReason.BOXED, StopReason.EOS, "stop") else "length"
 
     async def steps(self, models: Models, deadline: float) -> AsyncGenerator[Written, None]:
         """Yield the steps as they are accepted, until the solution ends or time is up.
@@ -196,8 +201,9 @@ class Route:
             self.used += step.tokens
             self._steps.append(step)
             self.written.append(note)
-            if step.terminal:
-                self.ended = step.stop_reason
+            self.said.append(self.stops.feed(note.text))
+            if self.stops.matched is not None or step.terminal:
+                self.ended = step.stop_reason if self.stops.matched is None else "stop"
                 self._settle([None] * len(self.written))
             yield note
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from agents.deploy.policy import Policy
 from agents.serve.api import ApiError, ChatRequest, bad_request
@@ -16,14 +16,22 @@ from agents.serve.config import ServeConfig
 from agents.serve.metrics import Metrics
 from agents.serve.models import Models, Task
 from agents.serve.route import ENDING, Route, RouteFailed, Written
+from agents.serve.stops import StopText
 from rollouts.config import GeneratorConfig, Sampling
 from rollouts.errors import ConfigError
-from rollouts.text.prompts import PromptFormat
 from rollouts.text.steps import LARGE, ROLES, SMALL
 
+_BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)  # shares of always-large's cost that the model list names
 _SHORT = 2000  # characters that are tokenised in a few milliseconds
 CLIENT_GONE = 499
 """nginx' status for a client that left."""
+
+
+class Cut(Protocol):
+    """What can be ended from outside."""
+
+    def cut(self) -> None:
+        """End with an error."""
 
 
 class Service:
@@ -45,7 +53,7 @@ class Service:
         self.name = config.name or policy.name
         self.since = int(time.time())
         self.draining, self.over, self.cut = False, False, 0
-        self._routes: set[Route] = set()
+        self._routes: set[Route | Cut] = set()
         try:
             policy.session(config.lam, config.budget)
         except ConfigError as error:
@@ -59,13 +67,12 @@ class Service:
         Raises:
             ApiError: It cannot be served as it is.
         """
-        if ask.model is not None and ask.model != self.name:
-            message = f"The model `{ask.model[:200]}` does not exist. Valid: {self.name}."
-            raise ApiError(404, message, "NotFoundError", "model")
-        if ask.only is not None and not self.config.playground:
-            raise bad_request("`only` is for services that were started with --playground.", "only")
-        question, system_prompt = ask.problem()
+        asked = self.settings(ask.model)
+        question, system_prompt, turns = ask.problem()
         lam, budget = ask.lam, ask.budget
+        if asked and (lam, budget) != (None, None):
+            raise bad_request("Give `lam` or `budget` either in the model's name or beside it, not both.", "model")
+        lam, budget = asked.get("lam", lam), asked.get("budget", budget)
         if lam is None and budget is None:
             lam, budget = self.config.lam, self.config.budget
         try:
@@ -73,28 +80,28 @@ class Service:
         except ConfigError as error:
             raise bad_request(str(error), "budget" if budget is not None else "lam") from None
         self._check_open()
-        length = len(question) + len(system_prompt or "")
-        formats, prompt_tokens = None, 0
+        own, limits = self.models.family.config, self.models.limits
+        sampling = {role: ask.sampling(own.generator(role).sampling) for role in ROLES}
+        most = [limit for limit in (limits.solution_tokens, self.config.max_tokens, ask.limit()) if limit]
+        chat = self._by_chat(sampling[LARGE], system_prompt)
+        length = len(question) + len(system_prompt or "") + sum(len(content) for _, content in turns)
+        task = None
         if length <= self.models.most_characters:
-            render = partial(self._render, question, system_prompt)
+            task = Task(question, {}, sampling, replace(limits, solution_tokens=min(most)), None, chat, turns)
+            render = partial(self._render, task, system_prompt, ask.chat_template_kwargs or {})
             # Others would have to wait while a long text is tokenised.
-            formats, prompt_tokens = await asyncio.to_thread(render) if length > _SHORT else render()
-        if formats is None:
+            task = await asyncio.to_thread(render) if length > _SHORT else render()
+        if task is None:
             windows = ", ".join(str(self.models.window(role)) for role in self.models.continuing)
             raise bad_request(
                 f"The problem is too long ({length} characters): the models' windows of {windows} tokens leave no room "
                 "for an answer.",
                 "messages",
             )
-        own = self.models.family.config
-        sampling = {role: ask.sampling(own.generator(role).sampling) for role in ROLES}
-        limits = self.models.limits
-        most = [limit for limit in (limits.solution_tokens, self.config.max_tokens, ask.limit()) if limit]
-        chat = self._by_chat(sampling[LARGE], system_prompt)
-        task = Task(question, formats, sampling, replace(limits, solution_tokens=min(most)), chat)
         fallbacks = self.config.when_scorer_fails, self.config.when_small_fails
         route = Route(task, session, *fallbacks, self.models.sources, ask.only)
-        route.ledger.prompt_tokens = prompt_tokens
+        route.stops = StopText(ask.stops)
+        route.ledger.prompt_tokens = len(task.formats[SMALL].ids(question))
         return route
 
     def _by_chat(self, sampling: Sampling, system_prompt: str | None) -> GeneratorConfig | None:
@@ -110,19 +117,40 @@ class Service:
         prompt = {} if system_prompt is None else {"system_prompt": system_prompt}
         return self.models.chat.model.model_copy(update={"sampling": sampling, **prompt})
 
-    def _render(self, question: str, system_prompt: str | None) -> tuple[Mapping[str, PromptFormat] | None, int]:
-        """Return the formats of a request and the tokens of its prompt; no formats if it leaves no room.
+    def _render(self, task: Task, system_prompt: str | None, options: Mapping[str, Any]) -> Task | None:
+        """Return a task with the formats of its request, and its prompt at hand; None if that leaves no room.
 
         Raises:
             ApiError: A chat template has no place for it.
         """
         try:
-            formats = self.models.formats(system_prompt)
-            if not self.models.fits(formats, question, ()):
-                return None, 0
-            return formats, len(formats[SMALL].ids(question))
+            formats = self.models.formats(system_prompt, task.turns, options)
+            task = replace(task, formats=formats, reward=self.models.reward(task.turns))
+            return task if self.models.fits(task, task.question, ()) else None
         except ConfigError as error:
             raise bad_request(str(error), "messages") from None
+
+    def settings(self, model: str | None) -> dict[str, float]:
+        """Return what a model's name says beside it: ``trim@budget=0.2`` or ``trim@lam=0.003``.
+
+        Raises:
+            ApiError: There is no such model.
+        """
+        if model is None or model == self.name:
+            return {}
+        name, _, setting = model.rpartition("@")
+        knob, _, value = setting.partition("=")
+        if name == self.name and knob in ("lam", "budget"):
+            with suppress(ValueError):
+                return {knob: float(value)}
+        valid = ", ".join(self.names())
+        raise ApiError(404, f"The model `{model[:200]}` does not exist. Valid: {valid}.", "NotFoundError", "model")
+
+    def names(self) -> list[str]:
+        """Return the names that the model list has: with settings, where the policy takes one."""
+        least, most = self.policy.budget_range or (1.0, 0.0)
+        budgets = [budget for budget in _BUDGETS if least <= budget <= most]
+        return [self.name, *(f"{self.name}@budget={budget:g}" for budget in budgets)]
 
     def _check_open(self) -> None:
         if self.over:
@@ -171,10 +199,36 @@ class Service:
                 metrics.asked(route.source, route.questions.requests, route.questions.prompt_tokens)
             metrics.ended(str(status), time.monotonic() - began, route.usage(), share)
 
-    def card(self) -> dict[str, Any]:
-        """Return the entry of the model list."""
+    @contextmanager
+    def passing(self, role: str, cut: Cut) -> Iterator[Callable[[int], None]]:
+        """Count a request that is passed on to one model in and out; gives what notes its HTTP status.
+
+        Raises:
+            ApiError: Too many are under way.
+        """
+        try:
+            self._check_open()
+        except ApiError as error:
+            self.metrics.requests.labels(str(error.status)).inc()
+            raise
+        status, began = CLIENT_GONE, time.monotonic()
+
+        def note(value: int) -> None:
+            nonlocal status
+            status = value
+
+        self.metrics.began()
+        self._routes.add(cut)
+        try:
+            yield note
+        finally:
+            self._routes.discard(cut)
+            self.metrics.passed(role, str(status), time.monotonic() - began)
+
+    def card(self, name: str) -> dict[str, Any]:
+        """Return the entry of a name in the model list."""
         return {
-            "id": self.name,
+            "id": name,
             "object": "model",
             "created": self.since,
             "owned_by": "trim-routing",

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -177,6 +178,16 @@ class Upstream:
                 if not self.up:
                     raise
             return await self._attempt(path, payload, parse, lost, tokens)
+
+    def open(self, path: str, payload: Mapping[str, Any]) -> AbstractAsyncContextManager[Any]:
+        """Send a request once and give the answer whose body is still to come, as `Connection.open` does.
+
+        Raises:
+            Unavailable: The upstream is down.
+        """
+        if self.trouble is not None or self.model is None:
+            raise Unavailable(self.role, "down", self.trouble or "its model is not known")
+        return self._connection.open(path, {**payload, "model": self.model})
 
     async def _attempt(
         self,

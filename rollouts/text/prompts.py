@@ -7,9 +7,12 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from datetime import date as Date
 from datetime import datetime, time, timedelta
+from inspect import signature
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 from rollouts.errors import ConfigError
@@ -24,6 +27,7 @@ _ANOTHER = "Name a `tokenizer` with another template."
 _FLAG = re.compile(r"(?<!\S)/\w+(?!\S)")  # such as /no_think
 _THINKING = re.compile(r"[<\[\u25c1](?P<closes>/?)[\w:|]*(?:think|thought|reason)[\w:|]*[>\]\u25b7]", re.IGNORECASE)
 _REMEMBERED = 16 << 20  # bytes of rendered questions
+_REMEMBERED_ONCE = 1 << 24  # the same of a chat, which asks one
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
@@ -45,10 +49,15 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
-def chat_messages(question: str, system_prompt: str | None) -> list[dict[str, str]]:
-    """Return the messages that ask a question; None sends no system message."""
+Turns = tuple[tuple[str, str], ...]
+"""Earlier turns of a chat: ``user`` or ``assistant``, and what it said."""
+
+
+def chat_messages(question: str, system_prompt: str | None, turns: Turns = ()) -> list[dict[str, str]]:
+    """Return the messages that ask a question, after earlier turns; None sends no system message."""
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [*system, {"role": "user", "content": question}]
+    earlier = [{"role": role, "content": content} for role, content in turns]
+    return [*system, *earlier, {"role": "user", "content": question}]
 
 
 class _Chat:
@@ -62,12 +71,34 @@ class _Chat:
         self.system_prompt = system_prompt
         self.name = name
         self.date = date or Date.today()
+        self.turns: Turns = ()
+        self.options: Mapping[str, Any] = {}
+
+    def within(self, turns: Turns, options: Mapping[str, Any]) -> _Chat:
+        """Return the same after earlier turns, with what else the template takes from its caller."""
+        other = copy(self)
+        other.turns = turns
+        other.options = {name: value for name, value in options.items() if name in self.takes}
+        return other
+
+    @property
+    def takes(self) -> set[str]:
+        """Names that the template takes from its caller, and nobody else does."""
+        from jinja2 import Environment, meta
+        from jinja2.exceptions import TemplateError
+
+        try:
+            read = meta.find_undeclared_variables(Environment().parse(str(self.tokenizer.chat_template)))
+        except TemplateError:  # such as tags of its own
+            return set()
+        ours = {"messages", "enable_thinking", "strftime_now", "raise_exception", *self.tokenizer.special_tokens_map}
+        return read - ours - set(signature(self.tokenizer.apply_chat_template).parameters)
 
     def refusal(self, why: str) -> ConfigError:
         return ConfigError(f"{self.name}: the chat template of {self.tokenizer.name_or_path} {why}")
 
     def render(self, question: str, answer: str | None = None, date: Date | None = None, **options: bool) -> str:
-        messages = chat_messages(question, self.system_prompt)
+        messages = chat_messages(question, self.system_prompt, self.turns)
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
         try:
@@ -87,7 +118,8 @@ class _Chat:
 
     def _applied(self, messages: list[dict[str, str]], date: Date, options: Mapping[str, bool]) -> str:
         strftime_now = datetime.combine(date, time()).strftime
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=strftime_now, **options))
+        told = {**self.options, **options, "tokenize": False, "strftime_now": strftime_now}
+        return str(self.tokenizer.apply_chat_template(messages, **told))
 
     def check(self, render: Callable[[str], str]) -> None:
         """Refuse a template that does not render what it is given, all of it and always alike."""
@@ -159,6 +191,24 @@ class PromptFormat:
             )
         self.template_hash = self.hash_on(self._chat.date)
         self.dated = self.template_hash != self.hash_on(self._chat.date + _ANOTHER_DAY)
+
+    def within(self, turns: Turns, options: Mapping[str, Any] = MappingProxyType({})) -> PromptFormat:
+        """Return the same for a question after earlier turns of a chat.
+
+        Args:
+            turns: As the template has them; special tokens in them are made plain text.
+            options: What the template takes from its caller (``chat_template_kwargs``); what it does not take is left
+                out.
+
+        Raises:
+            ConfigError: The template refuses the turns, or cannot be used with the options.
+        """
+        other = copy(self)
+        other._chat = self._chat.within(_plain(turns, self.special), options)
+        other._head = Remembered(other._render, _REMEMBERED_ONCE)
+        if other._chat.options:
+            other._chat.check(other._render)
+        return other
 
     def hash_on(self, date: Date) -> str:
         """Return what `template_hash` is on a date."""
@@ -243,6 +293,13 @@ class RewardFormat:
         self.template_hash = self.hash_on(self._chat.date)
         self.dated = self.template_hash != self.hash_on(self._chat.date + _ANOTHER_DAY)
 
+    def within(self, turns: Turns) -> RewardFormat:
+        """Return the same for a question after earlier turns, as of `PromptFormat.within`."""
+        other = copy(self)
+        other._chat = self._chat.within(_plain(turns, self.special), {})
+        other._head = Remembered(other._render, _REMEMBERED_ONCE)
+        return other
+
     def hash_on(self, date: Date) -> str:
         """Return what `template_hash` is on a date."""
         head, tail = self._render(_PROBE, date)
@@ -265,6 +322,10 @@ class RewardFormat:
     def ids(self, question: str, steps: Sequence[str]) -> tuple[int, ...]:
         """Return the input as token ids; it holds exactly one step tag per step."""
         return self.encode(self.text(question, steps))
+
+
+def _plain(turns: Turns, special: SpecialTokens) -> Turns:
+    return tuple((role, special.plain(content)) for role, content in turns)
 
 
 def _hash(text: str) -> str:

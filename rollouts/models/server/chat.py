@@ -12,7 +12,7 @@ from rollouts.config import GeneratorConfig, Limits, Sampling
 from rollouts.errors import BackendError, ConfigError, did_you_mean
 from rollouts.models.server.http import HttpServer, RequestFailed
 from rollouts.models.stepwise import Fits, Generation, close_step
-from rollouts.text.prompts import chat_messages
+from rollouts.text.prompts import Turns, chat_messages
 from rollouts.text.steps import DELIMITER, Prefix, Segment, Step, StopReason, closes_box, normalise
 
 _REQUEST = (
@@ -175,14 +175,20 @@ class StepChat:
         return [name for name, value in asdict(sampling).items() if name in self.unsent and value != _NEUTRAL[name]]
 
     def payload(
-        self, content: str, max_tokens: int, *, stop: bool = True, model: GeneratorConfig | None = None
+        self,
+        content: str,
+        max_tokens: int,
+        *,
+        stop: bool = True,
+        model: GeneratorConfig | None = None,
+        turns: Turns = (),
     ) -> dict[str, Any]:
         """Return a body; sampling and system message are those of `model`, by default as configured."""
         model = model or self.model
         fields = {**_NEUTRAL, **asdict(model.sampling)}
         return {
             "model": model.model,
-            "messages": chat_messages(content, model.system_prompt),
+            "messages": chat_messages(content, model.system_prompt, turns),
             self._limit: max_tokens,
             "stream": False,
             **({"stop": [DELIMITER]} if stop and "stop" not in self.unsent else {}),
@@ -197,6 +203,7 @@ class StepChat:
         fits: Fits,
         *,
         model: GeneratorConfig | None = None,
+        turns: Turns = (),
         again: bool = True,
     ) -> Generation:
         """Ask for the next step.
@@ -207,6 +214,7 @@ class StepChat:
             limits: Token and step limits.
             fits: Whether a prefix leaves room in every role's window.
             model: As of `payload`.
+            turns: Earlier turns of the chat.
             again: Whether an answer without a step is asked for once more.
         """
         content = step_request(prefix.question, prefix.steps)
@@ -216,7 +224,7 @@ class StepChat:
         # then it is asked for again without the stop string.
         for stop in (False,) if "stop" in self.unsent else (True, False)[: 1 + again]:
             try:
-                said = await send(self.payload(content, budget, stop=stop, model=model), budget)
+                said = await send(self.payload(content, budget, stop=stop, model=model, turns=turns), budget)
             except RequestFailed as error:
                 why = str(error)
                 break

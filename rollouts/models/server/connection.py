@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -149,6 +149,12 @@ class Connection:
         Raises:
             Broken: There is no complete answer.
         """
+        async with self.open(path, payload) as answer:
+            return Answer(answer.status, answer.headers, await answer.read())
+
+    @asynccontextmanager
+    async def open(self, path: str, payload: Mapping[str, Any] | None) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send one request, as `request` does, and give the answer whose body is still to come."""
         if self._session is None:  # it belongs to the event loop that is running when it is needed first
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=self._limit, keepalive_timeout=_KEEPALIVE_S),
@@ -162,7 +168,7 @@ class Connection:
             async with self._session.request(
                 method, self.address(path), data=body, allow_redirects=False, proxy=self._proxy
             ) as answer:
-                return Answer(answer.status, answer.headers, await answer.read())
+                yield answer
         except (aiohttp.ClientError, OSError) as error:
             refused = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
             raise Broken(self.clean(f"{type(error).__name__}: {error}"), refused=refused) from None

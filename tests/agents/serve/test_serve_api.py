@@ -139,7 +139,7 @@ def test_the_official_client_understands_everything(router: Router) -> None:
     [
         ({"n": 2}, "not supported", "n"),
         ({"logprobs": True}, "not supported", "logprobs"),
-        ({"stop": ["\n"]}, "not supported", "stop"),
+        ({"stop": ["\n"] * 17}, "stop", "stop.list[constrained-str]"),
         ({"presence_penalty": 0.5}, "not supported", "presence_penalty"),
         ({"response_format": {"type": "json_object"}}, "not supported", "response_format"),
         ({"budgt": 0.2}, "Did you mean 'budget'?", "budgt"),
@@ -160,10 +160,10 @@ def test_what_cannot_be_done_is_refused_by_name(router: Router, more: Any, words
     fails(router.chat(**more), 400, words, param)
 
 
-def test_conversations_and_pictures_are_refused(router: Router) -> None:
+def test_messages_without_a_problem_at_the_end_and_pictures_are_refused(router: Router) -> None:
     user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    for messages in ([user, assistant, user], [user, user], [assistant], [user, {"role": "system", "content": "s"}]):
-        fails(router.chat(messages=messages), 400, "one problem at a time", "messages")
+    for messages in ([user, assistant], [assistant], [user, {"role": "system", "content": "s"}, user]):
+        fails(router.chat(messages=messages), 400, "must be a chat of user and assistant that ends", "messages")
     picture = [{"type": "image_url", "image_url": {"url": "http://x"}}]
     assert router.chat(messages=[{"role": "user", "content": picture}]).status_code == 400
     parts = [{"type": "text", "text": QUESTION}]

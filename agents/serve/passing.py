@@ -1,0 +1,155 @@
+"""Requests that cannot be routed: they go to one upstream as they are, and its answer comes back, marked."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+from typing import Any
+
+from fastapi import Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.background import BackgroundTask
+
+from agents.serve import api
+from agents.serve.api import OURS, ApiError
+from agents.serve.route import ENDING
+from agents.serve.service import Service
+from agents.serve.upstreams import Unavailable
+from rollouts.models.server.connection import Broken
+
+MARK = "X-Trim-Passed-To"
+"""Header of answers that one model gave alone."""
+_log = logging.getLogger("trim.serve")
+_OWN = range(400, 500)  # statuses that are about the request, but for these:
+_ABOUT_US = (401, 402, 403, 404, 408, 429)
+
+
+class Passed:
+    """One request on its way through.
+
+    Attributes:
+        mark: What its answer tells beside that of the model, as ``trim``.
+    """
+
+    def __init__(self, service: Service, role: str, asked: Mapping[str, Any], because: str) -> None:
+        """Prepare; nothing is sent.
+
+        Args:
+            service: Where it came in.
+            role: Whom it is passed on to.
+            asked: The request.
+            because: The field for which it cannot be routed.
+        """
+        self.service, self.role = service, role
+        self.mark = {"routed": False, "passed_to": role, "because": because}
+        self._body = {name: value for name, value in asked.items() if name not in OURS}
+        self._stack = AsyncExitStack()
+        self._limit: asyncio.Timeout | None = None
+        self._cut = False
+
+    def cut(self) -> None:
+        """End with an error, whatever is being waited for."""
+        self._cut = True
+        if self._limit is not None and not self._limit.expired():
+            self._limit.reschedule(-1)
+
+    async def answer(self) -> Response:
+        """Send it, and return the model's answer.
+
+        Raises:
+            ApiError: There is none, or it is an error that is not about the request.
+        """
+        self._note = self._stack.enter_context(self.service.passing(self.role, self))
+        self._deadline = asyncio.get_running_loop().time() + self.service.config.request_timeout
+        try:
+            return await self._answered()
+        except ApiError as error:
+            self._note(error.status)
+            await self._stack.aclose()
+            raise
+        except BaseException:
+            await self._stack.aclose()
+            raise
+
+    async def _answered(self) -> Response:
+        upstream, headers = self.service.models.upstreams[self.role], {MARK: self.role}
+        try:
+            async with self._in_time():
+                answer = await self._stack.enter_async_context(upstream.open("chat/completions", self._body))
+                streams = answer.status == 200 and answer.headers.get("Content-Type", "").startswith(
+                    "text/event-stream"
+                )
+                content = b"" if streams else await answer.read()
+        except (Broken, Unavailable) as error:
+            raise self._failed(str(error)) from None
+        except TimeoutError:
+            raise self._late() from None
+        if streams:
+            return StreamingResponse(
+                self._events(answer.content.iter_any()),
+                media_type="text/event-stream",
+                headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+                background=BackgroundTask(self._stack.aclose),  # if the client left between two chunks
+            )
+        if answer.status != 200 and (answer.status not in _OWN or answer.status in _ABOUT_US):
+            raise self._failed(f"HTTP {answer.status}: {content[:300]!r}")
+        try:
+            told = json.loads(content)
+        except ValueError:
+            raise self._failed(f"an answer that cannot be read: {content[:80]!r}") from None
+        self._note(answer.status)
+        await self._stack.aclose()
+        return JSONResponse({**told, "trim": self.mark}, answer.status, headers)
+
+    async def _events(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Give the events as they come, with the mark in the first."""
+        begun, marked = b"", False
+        try:
+            async with self._in_time():
+                async for chunk in chunks:
+                    begun += chunk
+                    if not marked and b"\n\n" not in begun:
+                        continue
+                    yield begun if marked else self._marked(begun)
+                    begun, marked = b"", True
+            yield begun
+            self._note(200)
+        except TimeoutError:
+            yield _error(self._late())
+        except Exception as error:  # the connection broke
+            yield _error(self._failed(f"{type(error).__name__}: {error}"))
+        finally:
+            await self._stack.aclose()
+
+    def _marked(self, events: bytes) -> bytes:
+        first, end, others = events.partition(b"\n\n")
+        try:
+            told = json.loads(first.removeprefix(b"data:"))
+            return api.event({**told, "trim": self.mark}).encode() + others
+        except (ValueError, TypeError):
+            return first + end + others  # none of OpenAI's
+
+    def _in_time(self) -> asyncio.Timeout:
+        self._limit = asyncio.timeout_at(-1 if self._cut else self._deadline)
+        return self._limit
+
+    def _late(self) -> ApiError:
+        if self._cut:
+            return self._error(503, ENDING, "ServiceUnavailableError")
+        return self._error(504, "Time was up before the answer was complete.", "GatewayTimeoutError")
+
+    def _failed(self, words: str) -> ApiError:
+        _log.warning("%s: %s", self.role, words)
+        self.service.metrics.upstream_failed(self.role, "passed")
+        return self._error(503, f"The {self.role} model does not answer.", "ServiceUnavailableError")
+
+    def _error(self, status: int, words: str, kind: str) -> ApiError:
+        self._note(status)
+        return ApiError(status, words, kind, trim=self.mark)
+
+
+def _error(error: ApiError) -> bytes:
+    return (api.event(error.body()) + api.DONE).encode()
