@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rollouts.config import Sampling
 from rollouts.errors import did_you_mean
@@ -114,7 +114,11 @@ class StreamOptions(BaseModel):
 
 _Seed = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
 _Count = Annotated[int, Field(ge=1, le=1 << 31, strict=True)]
-_Stop = Annotated[str, Field(max_length=256)]
+_Stops = Annotated[
+    list[Annotated[str, Field(max_length=256)]],
+    Field(max_length=16, fail_fast=True),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+]
 _Option = str | bool | int | float | None
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -151,7 +155,7 @@ class ChatRequest(BaseModel):
     max_completion_tokens: _Count | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=16, fail_fast=True)] | None = None
+    stop: _Stops | None = None
     chat_template_kwargs: Annotated[dict[str, _Option], Field(max_length=16)] | None = None
     temperature: Annotated[_Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[_Number, Field(gt=0, le=1)] | None = None
@@ -202,11 +206,6 @@ class ChatRequest(BaseModel):
         if not last.text().strip():
             raise bad_request("The user message is empty.", "messages")
         return last.text(), system, tuple((each.role, each.text()) for each in earlier)
-
-    @property
-    def stops(self) -> list[str]:
-        """The texts that end the answer."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     def limit(self) -> int | None:
         """Return the most tokens of the answer that the request allows."""

@@ -100,7 +100,7 @@ class Service:
             )
         fallbacks = self.config.when_scorer_fails, self.config.when_small_fails
         route = Route(task, session, *fallbacks, self.models.sources, ask.only)
-        route.stops = StopText(ask.stops)
+        route.stops = StopText(ask.stop or ())
         route.ledger.prompt_tokens = len(task.formats[SMALL].ids(question))
         return route
 

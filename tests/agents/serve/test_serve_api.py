@@ -139,7 +139,7 @@ def test_the_official_client_understands_everything(router: Router) -> None:
     [
         ({"n": 2}, "not supported", "n"),
         ({"logprobs": True}, "not supported", "logprobs"),
-        ({"stop": ["\n"] * 17}, "stop", "stop.list[constrained-str]"),
+        ({"stop": ["\n"] * 17}, "at most 16", "stop"),
         ({"presence_penalty": 0.5}, "not supported", "presence_penalty"),
         ({"response_format": {"type": "json_object"}}, "not supported", "response_format"),
         ({"budgt": 0.2}, "Did you mean 'budget'?", "budgt"),
