@@ -74,6 +74,13 @@ class PPOSettings:
         return self.lam_start + (1 - self.lam_start) * min(1.0, iteration / ramp) if ramp else 1.0
 
 
+PAPER = {
+    "hidden": 128, "learning_rate": 1e-4, "entropy": 0.01, "anneal": False, "normalize": False, "lam_start": 1.0,
+    "lam_ramp": 0.0, "clip_range": 0.2, "gae_lambda": 0.95,
+}  # fmt: skip
+"""What the paper tells of its PPO (arXiv 2601.10245); batches, passes and the number of decisions it does not tell."""
+
+
 @settings
 class SeqSettings(PPOSettings):
     """Settings of the learner of TRIM-Seq (`agents.learners.ppo_seq`): those of PPO, and the shape of its transformer.

@@ -12,14 +12,14 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from agents.learners.settings import ExactSettings, PPOSettings, SeqSettings
+from agents.learners.settings import PAPER, ExactSettings, PPOSettings, SeqSettings
 from rollouts.config import Count, Imports, NotNegative, Positive, settings
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.plugins import is_plugin, load_plugin
 from trim_env.costs import SOURCES, cost_model
 from trim_env.features import DEFAULT_SCHEMA, schema_named
 
-AGENTS = ("ppo-agg", "exact", "ppo-seq", "pomdp", "threshold")
+AGENTS = ("ppo-agg", "exact", "ppo-seq", "ppo-paper", "pomdp", "threshold")
 LEARNED = ("ppo-agg", "exact")  # for a range of λ, too
 LIVE = ("ppo-agg", "ppo-seq")  # learn from episodes
 TRACKING = ("wandb", "none")
@@ -39,7 +39,8 @@ class TrainConfig:
             ``tinymath:transformers``.
         max_generated_large_tokens: With --live, end the training when the large model has decoded so many tokens.
         agent: ``ppo-agg`` (TRIM-Agg), ``exact`` (a rule by the exact gradient on the trees),
-            ``ppo-seq`` (TRIM-Seq: a transformer over all steps so far), ``pomdp`` (TRIM-POMDP), ``threshold``
+            ``ppo-seq`` (TRIM-Seq: a transformer over all steps so far), ``ppo-paper`` (ppo-agg as the paper has it, once:
+            its settings, features and unnormalised advantages), ``pomdp`` (TRIM-POMDP), ``threshold``
             (TRIM-Thr, the best threshold for each λ: on the score, or on the first feature of a --schema that is
             named) or module:Class, a class of your own (`agents.routers.base`).
         lam: λ, reward lost per unit of cost; several make a sweep. Left out: six values that span the trade-off
@@ -161,6 +162,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
         raise ConfigError(
             f"--agent {config.agent!r}: it has no fit(tables, lam, seed) (`agents.routers.base.Learner`)."
         )
+    if config.agent == "ppo-paper":
+        return _as_the_paper(config)
     if config.agent == "ppo-seq":
         if config.schema == DEFAULT_SCHEMA:
             return replace(config, schema="seq")
@@ -173,6 +176,20 @@ def resolved(config: TrainConfig) -> TrainConfig:
     if config.agent in AGENTS and told:
         raise ConfigError(f"--schema is {config.schema}, which is that of ppo-seq; {config.agent} sees single steps.")
     return config
+
+
+def _as_the_paper(config: TrainConfig) -> TrainConfig:
+    """Return the settings of ppo-agg that the paper has, besides what it does not tell."""
+    usual = TrainConfig()
+    wanted = {"schema": "agg", "attempts": 1, **{f"ppo.{name}": value for name, value in PAPER.items()}}
+    for flag, value in wanted.items():
+        name = flag.removeprefix("ppo.")
+        found, default = (getattr(each.ppo if name != flag else each, name) for each in (config, usual))
+        if found not in (default, value):
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} is {found}; with --agent ppo-paper it is {value}. Leave it out."
+            )
+    return replace(config, agent="ppo-agg", schema="agg", attempts=1, ppo=replace(config.ppo, **PAPER))
 
 
 def new_folder(config: TrainConfig) -> Path:
