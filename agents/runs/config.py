@@ -39,8 +39,8 @@ class TrainConfig:
             ``tinymath:transformers``.
         max_generated_large_tokens: With --live, end the training when the large model has decoded so many tokens.
         agent: ``ppo-agg`` (TRIM-Agg), ``exact`` (a rule by the exact gradient on the trees),
-            ``ppo-seq`` (TRIM-Seq: a transformer over all steps so far), ``ppo-paper`` (ppo-agg as the paper has it, once:
-            its settings, features and unnormalised advantages), ``pomdp`` (TRIM-POMDP), ``threshold``
+            ``ppo-seq`` (TRIM-Seq: a transformer over all steps so far), ``ppo-paper`` (ppo-agg as the paper has it,
+            once: its settings, features and unnormalised advantages), ``pomdp`` (TRIM-POMDP), ``threshold``
             (TRIM-Thr, the best threshold for each λ: on the score, or on the first feature of a --schema that is
             named) or module:Class, a class of your own (`agents.routers.base`).
         lam: λ, reward lost per unit of cost; several make a sweep. Left out: six values that span the trade-off
@@ -186,9 +186,8 @@ def _as_the_paper(config: TrainConfig) -> TrainConfig:
         name = flag.removeprefix("ppo.")
         found, default = (getattr(each.ppo if name != flag else each, name) for each in (config, usual))
         if found not in (default, value):
-            raise ConfigError(
-                f"--{flag.replace('_', '-')} is {found}; with --agent ppo-paper it is {value}. Leave it out."
-            )
+            flag = flag.replace("_", "-")
+            raise ConfigError(f"--{flag} is {found}; with --agent ppo-paper it is {value}. Leave it out.")
     return replace(config, agent="ppo-agg", schema="agg", attempts=1, ppo=replace(config.ppo, **PAPER))
 
 

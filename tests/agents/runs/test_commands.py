@@ -60,6 +60,20 @@ def test_training_says_what_to_do_next(store, tmp_path, capsys):
     assert re.fullmatch(r"error: .*nothing was overwritten.*\n", capsys.readouterr().err)
 
 
+def test_a_router_without_a_report_is_replaced_by_that_of_the_report(store, tmp_path):
+    """As an interrupt between the two leaves it: live trainings do not come to the same router again."""
+    out = tmp_path / "run"
+    given = ["--rollouts", str(store), "--agent", "threshold", "--lam", "0.02", "--tracking", "none", "--out", str(out)]
+    assert train_command.main(given) == 0
+    place = out / "lam-0.02"
+    shutil.rmtree(place / "policy")
+    artefact.save(Constant(1), place / "policy", {"max_steps": 30})
+    (place / "report.json").unlink()
+    assert train_command.main(["--resume", str(out)]) == 0
+    assert artefact.load(place / "policy").router == Threshold(artefact.load(place / "policy").router.knob.value)
+    assert (place / "report.json").is_file()
+
+
 def test_mistakes_are_one_line_without_a_traceback(store, tmp_path, capsys):
     for arguments, message in [
         (["--agent", "ppo-ag"], "Did you mean 'ppo-agg'"),
