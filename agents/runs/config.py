@@ -47,8 +47,8 @@ class TrainConfig:
             between the two models, computed from the rollouts.
         lam_range: Two values: one policy is trained for every λ between them, which it is told.
         budget: Share of always-large's cost to be spent in expectation, for example 0.2: after the training the setting
-            that meets it is chosen, or two are mixed. Without --lam, ppo-agg and exact then train one policy for a
-            range of λ.
+            that meets it is chosen, or two are mixed. Without --lam, ppo-agg and exact (without --ask) then train one
+            policy for a range of λ.
         accuracy: Accuracy to be reached in expectation, at the least cost; likewise.
         schema: Feature schema: agg, agg+prod or agg+; free (what the small model makes of its own tokens, no reward
             model), prefill (and what the large model does), all (and the score); columns of score tables, such as
@@ -123,8 +123,11 @@ class TrainConfig:
         if self.ask is not None:
             if self.ask not in SOURCES:
                 raise ConfigError(f"--ask is {self.ask!r}.{did_you_mean(self.ask, SOURCES)}")
-            if self.agent != "exact" or self.lam_range or self.budget is not None or self.accuracy is not None:
-                raise ConfigError("--ask trains rules of --agent exact for one λ each (--lam), or for six by default.")
+            if self.agent != "exact" or self.lam_range:
+                raise ConfigError(
+                    "--ask trains rules of --agent exact for one λ each: name several (--lam 1e-3 3e-3 1e-2), or none "
+                    "for six; for a --budget or an --accuracy two of them are mixed."
+                )
         if len({f"{lam:g}" for lam in self.lam}) != len(self.lam):  # folders are named so
             raise ConfigError(f"--lam names a value twice: {' '.join(f'{lam:g}' for lam in self.lam)}.")
 

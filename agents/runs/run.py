@@ -143,8 +143,8 @@ def _with_lams(config: TrainConfig, trees: Trees) -> TrainConfig:
     """Fill in λ where none is named: six values, or for a budget the range that they span."""
     if config.lam or config.lam_range:
         return config
-    lams = automatic_lams(trees, config)
-    if config.agent in settings.LEARNED and (config.budget is not None or config.accuracy is not None):
+    lams, target = automatic_lams(trees, config), config.budget is not None or config.accuracy is not None
+    if target and config.agent in settings.LEARNED and not config.ask:
         return replace(config, lam_range=(lams[0], lams[-1]))
     return replace(config, lam=lams)
 
