@@ -10,8 +10,11 @@ Reads nothing of a run but its ``policy`` folders. Every setting is a field of
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # more only wait for each other
 
 import tyro
 

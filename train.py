@@ -16,8 +16,12 @@ Every setting is a field of `agents.runs.config.TrainConfig`.
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # more only wait for each other
 
 import tyro
 
@@ -159,7 +163,7 @@ def report(trained: Trained) -> None:
         print(f"added to the store: {steps:,} steps ({tokens['small']:,} small and {tokens['large']:,} large tokens)")
     print(f"routers:  {trained.folder}/lam-*/policy")
     print(f"picture:  {trained.folder}/curve.png")
-    print(f"evaluate: python evaluate.py {trained.folder}")
+    print(f"evaluate: python evaluate.py {shlex.quote(str(trained.folder))}")
     if flagged:
         print(f"Not to be used: λ = {', '.join(f'{lam:g}' for lam in flagged)}; see {trained.folder}/report.txt.")
 

@@ -39,6 +39,9 @@ class NoTracker:
     def finish(self, summary: Mapping[str, Any], picture: Path | None, policy: Path) -> None:
         """Do nothing."""
 
+    def stop(self) -> None:
+        """Do nothing."""
+
 
 class WandbTracker(NoTracker):
     """One run of Weights & Biases for one training; online if a logged-in user's server answers, else offline."""
@@ -67,6 +70,10 @@ class WandbTracker(NoTracker):
         self._run.log(logged)
         self._run.log_artifact(artifact_of(policy, f"policy-{self._run.id}", flat))
         self._run.finish()
+
+    def stop(self) -> None:
+        """End the run of a training that came to nothing."""
+        self._run.finish(exit_code=1)
 
 
 def push(folder: Path, name: str, described: Mapping[str, Any], where: Path) -> None:

@@ -16,6 +16,7 @@ from agents.evaluation.oracle import tree_oracle
 from agents.evaluation.outcomes import Floats, Outcomes
 from agents.evaluation.splits import Candidates, Validation, halves, two_numbers
 from agents.evaluation.walk import measured, references, run
+from agents.learners import settings
 from agents.learners.exact import fit as fit_exact
 from agents.learners.exact import neighbours
 from agents.learners.loop import Training
@@ -31,9 +32,7 @@ from rollouts.trees.compile import compile_store
 from trim_env.costs import CostModel, TokenPrices, cost_model
 from trim_env.tables import DecisionTables, decision_tables
 
-PAPER = PPOSettings(
-    hidden=128, learning_rate=1e-4, entropy=0.01, anneal=False, normalize=False, lam_start=1.0, lam_ramp=0.0
-)
+PAPER = PPOSettings(**settings.PAPER)
 """The paper's settings of TRIM-Agg; what it does not tell (batches, epochs, number of decisions) is ours."""
 PRICED = TokenPrices("signals charged", large_prefill=0.2, large_cached=0.02, scorer_prefill=0.02)
 """In tokens that the large model decodes."""

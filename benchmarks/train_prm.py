@@ -28,6 +28,7 @@ VARIANTS: dict[str, tuple[Literal["small", "large"], dict[str, Any]]] = {
     "head-large": ("large", {}),
     "all": ("small", {**FRESH, "unfreeze": 2}),
     "fresh-large": ("large", FRESH),
+    "fresh-large-after": ("large", {**FRESH, "after": "large"}),
     "all-large": ("large", {**FRESH, "unfreeze": 4}),
 }
 SPLIT = "validation"
@@ -82,12 +83,14 @@ def main(settings: Settings) -> None:
         for name in settings.variants:
             trunk, changes = VARIANTS[name]
             started = time.monotonic()
+            recipe = {key: value for key, value in changes.items() if key != "after"}
             command = TrainPrm(
                 store=Path(settings.rollouts),
                 out=Path(scratch) / name,
                 models="tinymath:transformers",
                 trunk=trunk,
-                recipe=Recipe(seed=settings.seed, **changes),
+                after=changes.get("after", "small"),
+                recipe=Recipe(seed=settings.seed, **recipe),
             )
             trained = command.train()
             seconds = f"{time.monotonic() - started:.0f}"

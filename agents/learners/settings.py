@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -72,6 +72,13 @@ class PPOSettings:
         """
         ramp = self.lam_ramp * self.iterations
         return self.lam_start + (1 - self.lam_start) * min(1.0, iteration / ramp) if ramp else 1.0
+
+
+PAPER: dict[str, Any] = {
+    "hidden": 128, "learning_rate": 1e-4, "entropy": 0.01, "anneal": False, "normalize": False, "lam_start": 1.0,
+    "lam_ramp": 0.0, "clip_range": 0.2, "gae_lambda": 0.95,
+}  # fmt: skip
+"""What the paper tells of its PPO (arXiv 2601.10245); batches, passes and the number of decisions it does not tell."""
 
 
 @settings

@@ -12,14 +12,14 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from agents.learners.settings import ExactSettings, PPOSettings, SeqSettings
+from agents.learners.settings import PAPER, ExactSettings, PPOSettings, SeqSettings
 from rollouts.config import Count, Imports, NotNegative, Positive, settings
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.plugins import is_plugin, load_plugin
 from trim_env.costs import SOURCES, cost_model
 from trim_env.features import DEFAULT_SCHEMA, schema_named
 
-AGENTS = ("ppo-agg", "exact", "ppo-seq", "pomdp", "threshold")
+AGENTS = ("ppo-agg", "exact", "ppo-seq", "ppo-paper", "pomdp", "threshold")
 LEARNED = ("ppo-agg", "exact")  # for a range of λ, too
 LIVE = ("ppo-agg", "ppo-seq")  # learn from episodes
 TRACKING = ("wandb", "none")
@@ -39,15 +39,16 @@ class TrainConfig:
             ``tinymath:transformers``.
         max_generated_large_tokens: With --live, end the training when the large model has decoded so many tokens.
         agent: ``ppo-agg`` (TRIM-Agg), ``exact`` (a rule by the exact gradient on the trees),
-            ``ppo-seq`` (TRIM-Seq: a transformer over all steps so far), ``pomdp`` (TRIM-POMDP), ``threshold``
+            ``ppo-seq`` (TRIM-Seq: a transformer over all steps so far), ``ppo-paper`` (ppo-agg as the paper has it,
+            once: its settings, features and unnormalised advantages), ``pomdp`` (TRIM-POMDP), ``threshold``
             (TRIM-Thr, the best threshold for each λ: on the score, or on the first feature of a --schema that is
             named) or module:Class, a class of your own (`agents.routers.base`).
         lam: λ, reward lost per unit of cost; several make a sweep. Left out: six values that span the trade-off
             between the two models, computed from the rollouts.
         lam_range: Two values: one policy is trained for every λ between them, which it is told.
         budget: Share of always-large's cost to be spent in expectation, for example 0.2: after the training the setting
-            that meets it is chosen, or two are mixed. Without --lam, ppo-agg and exact then train one policy for a
-            range of λ.
+            that meets it is chosen, or two are mixed. Without --lam, ppo-agg and exact (without --ask) then train one
+            policy for a range of λ.
         accuracy: Accuracy to be reached in expectation, at the least cost; likewise.
         schema: Feature schema: agg, agg+prod or agg+; free (what the small model makes of its own tokens, no reward
             model), prefill (and what the large model does), all (and the score); columns of score tables, such as
@@ -122,8 +123,11 @@ class TrainConfig:
         if self.ask is not None:
             if self.ask not in SOURCES:
                 raise ConfigError(f"--ask is {self.ask!r}.{did_you_mean(self.ask, SOURCES)}")
-            if self.agent != "exact" or self.lam_range or self.budget is not None or self.accuracy is not None:
-                raise ConfigError("--ask trains rules of --agent exact for one λ each (--lam), or for six by default.")
+            if self.agent != "exact" or self.lam_range:
+                raise ConfigError(
+                    "--ask trains rules of --agent exact for one λ each: name several (--lam 1e-3 3e-3 1e-2), or none "
+                    "for six; for a --budget or an --accuracy two of them are mixed."
+                )
         if len({f"{lam:g}" for lam in self.lam}) != len(self.lam):  # folders are named so
             raise ConfigError(f"--lam names a value twice: {' '.join(f'{lam:g}' for lam in self.lam)}.")
 
@@ -161,6 +165,8 @@ def resolved(config: TrainConfig) -> TrainConfig:
         raise ConfigError(
             f"--agent {config.agent!r}: it has no fit(tables, lam, seed) (`agents.routers.base.Learner`)."
         )
+    if config.agent == "ppo-paper":
+        return _as_the_paper(config)
     if config.agent == "ppo-seq":
         if config.schema == DEFAULT_SCHEMA:
             return replace(config, schema="seq")
@@ -173,6 +179,19 @@ def resolved(config: TrainConfig) -> TrainConfig:
     if config.agent in AGENTS and told:
         raise ConfigError(f"--schema is {config.schema}, which is that of ppo-seq; {config.agent} sees single steps.")
     return config
+
+
+def _as_the_paper(config: TrainConfig) -> TrainConfig:
+    """Return the settings of ppo-agg that the paper has, besides what it does not tell."""
+    usual = TrainConfig()
+    wanted = {"schema": "agg", "attempts": 1, **{f"ppo.{name}": value for name, value in PAPER.items()}}
+    for flag, value in wanted.items():
+        name = flag.removeprefix("ppo.")
+        found, default = (getattr(each.ppo if name != flag else each, name) for each in (config, usual))
+        if found not in (default, value):
+            flag = flag.replace("_", "-")
+            raise ConfigError(f"--{flag} is {found}; with --agent ppo-paper it is {value}. Leave it out.")
+    return replace(config, agent="ppo-agg", schema="agg", attempts=1, ppo=replace(config.ppo, **PAPER))
 
 
 def new_folder(config: TrainConfig) -> Path:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from agents.runs.config import TrainConfig
 from agents.runs.listener import Listener
 from rollouts.errors import ConfigError, StoreError
+from rollouts.store.shards import write_atomically
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
 from rollouts.text.steps import SMALL
@@ -35,6 +40,7 @@ class Models:
         """
         self.config, self.listener = config, listener
         self.generated = Generated()
+        self._file: Path | None = None
         self.store = Store(config.rollouts)
         self.store.problems("train")
         self.family = live.family_of(self.store, config.models or "tinymath")
@@ -52,13 +58,35 @@ class Models:
         if next(load_trees(store, store.problems("validation"), None, most), None) is None:
             raise StoreError(
                 f"{store.path}: no trees of `validation`, on which a live training is measured. `python -m rollouts "
-                f"generate {store.path} --problems ... --models {self.config.models or 'tinymath'} --replicas train=0` "
+                f"generate {shlex.quote(str(store.path))} --problems ... --models "
+                f"{shlex.quote(self.config.models or 'tinymath')} --replicas train=0` "
                 "makes all trees but those of training."
             )
         with store.writing():
             keep_open(store, load_trees(store, store.problems("train"), None, most))
         self.grader = make_grader(self.config.grader or store.choose("grades", None))
         return compile_store(store, self.scorer, self.grader.name, on_progress=self.listener.compiling)
+
+    def count_in(self, file: Path) -> None:
+        """Keep the counts of a run in a file, too, and go on from what it says.
+
+        Raises:
+            ConfigError: It is damaged.
+        """
+        self._file = file
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+            self.generated = Generated(**{**told, "tokens": Counter(told["tokens"])})
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file}: damaged counts ({type(error).__name__}: {error}).") from error
+
+    def _tell(self, generated: Generated) -> None:
+        self.listener.generating(generated)
+        if self._file is not None:
+            told = json.dumps({**vars(generated), "tokens": dict(generated.tokens)}) + "\n"
+            write_atomically(self._file, lambda file: file.write_text(told, encoding="utf-8"))
 
     @contextmanager
     def opened(self, tables: DecisionTables) -> Iterator[Callable[..., live.LiveVectorEnv]]:
@@ -79,9 +107,9 @@ class Models:
             max_large_tokens=tables.max_large_tokens,
             max_generated_large_tokens=self.config.max_generated_large_tokens,
             generated=self.generated,
-            on_progress=self.listener.generating,
+            on_progress=self._tell,
         ) as begin:
             try:
                 yield begin
             finally:
-                self.listener.generating(self.generated)
+                self._tell(self.generated)

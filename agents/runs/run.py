@@ -2,6 +2,7 @@
 
 RUN/config.json            settings, versions, seed, hash of the rollouts
 RUN/report.txt             health of every router in plain words
+RUN/generated.json         of a live training: what its models have written so far
 RUN/curve.png, .svg        the routers on the verdict half of validation
 RUN/lam-0.003/policy/      the router (`agents.routers.artefact`), the only thing that evaluation reads
 RUN/lam-0.003/             metrics.jsonl, training.png, report.json; of the POMDP estimates.json, of exact fit.json
@@ -10,6 +11,7 @@ RUN/lam-0.003/             metrics.jsonl, training.png, report.json; of the POMD
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -40,6 +42,7 @@ from agents.tracking import NoTracker, WandbTracker, wandb_mode
 from rollouts.config import as_plain
 from rollouts.errors import BudgetSpent, ConfigError, StoreError
 from rollouts.plugins import import_module, loaded_plugin
+from rollouts.store.shards import write_atomically
 from rollouts.trees.arrays import Trees
 from rollouts.trees.compile import compile_store
 from rollouts.trees.live import Generated
@@ -140,8 +143,8 @@ def _with_lams(config: TrainConfig, trees: Trees) -> TrainConfig:
     """Fill in λ where none is named: six values, or for a budget the range that they span."""
     if config.lam or config.lam_range:
         return config
-    lams = automatic_lams(trees, config)
-    if config.agent in settings.LEARNED and (config.budget is not None or config.accuracy is not None):
+    lams, target = automatic_lams(trees, config), config.budget is not None or config.accuracy is not None
+    if target and config.agent in settings.LEARNED and not config.ask:
         return replace(config, lam_range=(lams[0], lams[-1]))
     return replace(config, lam=lams)
 
@@ -193,6 +196,8 @@ class _Run:
         self, config: TrainConfig, trees: Trees, folder: Path, listener: Listener, models: Models | None
     ) -> None:
         self.models = models
+        if models:
+            models.count_in(folder / "generated.json")
         self.ended: list[str] = []
         self.episodes: Callable[..., EpisodesVectorEnv] | None = None
         self.config, self.trees, self.folder, self.listener = config, trees, folder, listener
@@ -220,11 +225,13 @@ class _Run:
         for task in tasks:
             place = folder / _label(task)
             place.mkdir(exist_ok=True)
-            if (place / "report.json").is_file():  # finished before the run was stopped
-                router, attempts = artefact.load(place / "policy").router, 0
-                own = self._assessed(router, task)
-            else:
-                router, own, attempts = self._made(tables, task, place)
+            try:
+                router, own, attempts = self._finished(task, place) or self._made(tables, task, place)
+            except BudgetSpent as error:
+                if not stored:
+                    raise
+                self.ended.append(str(error))  # the others are reported all the same
+                continue
             stored.append(router)
             for lam, each in own.items():
                 routers[lam], health[lam] = at(router, lam), each
@@ -240,6 +247,13 @@ class _Run:
         draw_curve(routers, validation, config.rollouts, folder)
         return Trained(folder, routers, health, sentence, self.models.generated if self.models else None)
 
+    def _finished(self, task: Lam, place: Path) -> tuple[artefact.Storable, dict[float, Health], int] | None:
+        """Return what `_made` did, without attempts, if that was finished before the run was stopped."""
+        if not (place / "report.json").is_file():
+            return None
+        router = artefact.load(place / "policy").router
+        return router, self._assessed(router, task), 0
+
     def _made(
         self, tables: DecisionTables, task: Lam, place: Path
     ) -> tuple[artefact.Storable, dict[float, Health], int]:
@@ -248,13 +262,19 @@ class _Run:
         if config.tracking != "none":
             name = f"{config.agent} {_label(task)}"
             tracker = WandbTracker(place, name, self.folder.name, as_plain(config))
-        router, own, attempts, picture = self._fit(tables, task, place, tracker)
+        try:
+            router, own, attempts, picture = self._fit(tables, task, place, tracker)
+        except BudgetSpent:
+            tracker.stop()
+            raise
         about = self._about(router, own)
-        if not (place / "policy" / "policy.json").exists():
-            artefact.save(router, place / "policy", about)
+        if (place / "policy").exists():  # written when the run was stopped, and not reported
+            shutil.rmtree(place / "policy")
+        artefact.save(router, place / "policy", about)
         found = [{"lam": lam, **asdict(each), "attempts": attempts} for lam, each in own.items()]
+        report = json.dumps(found, indent=1) + "\n"
+        write_atomically(place / "report.json", lambda file: file.write_text(report, encoding="utf-8"))
         tracker.finish({**found[len(found) // 2], **about["held_out"][len(found) // 2]}, picture, place / "policy")
-        (place / "report.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
         return router, own, attempts
 
     def _fit(self, tables: DecisionTables, task: Lam, place: Path, tracker: NoTracker) -> Fitted:
@@ -319,7 +339,8 @@ class _Run:
             except BudgetSpent as error:
                 raise BudgetSpent(
                     f"{error} Not one iteration of {_label(lam)} was done by then; what was generated is in the store. "
-                    "Raise --max-generated-large-tokens, or collect less at a time (--ppo.num-envs, --ppo.n-steps)."
+                    "In a new run, raise --max-generated-large-tokens, or collect less at a time (--ppo.num-envs, "
+                    "--ppo.n-steps)."
                 ) from error
         if not training.learner.done:
             done, planned = len(training.records), training.planned

@@ -105,6 +105,8 @@ class TrainPrm:
         out: Folder of the new model; its name becomes that of the score table.
         models: TOML file of the roles, or ``tinymath`` / ``tinymath:transformers`` for the embedded family.
         trunk: Whose hidden states are read.
+        after: Who goes on alone after a step in the values that are learned: ``small``, or ``large``, which errs less:
+            that tells rather whether the steps so far are right (trees within a K lack most of it).
         split: Split to learn from; a tenth of its problems are held out to decide when to stop.
         recipe: How it is trained.
         grader: Grade table, if there are several.
@@ -115,6 +117,7 @@ class TrainPrm:
     out: TargetPath
     models: str = "tinymath"
     trunk: Literal["small", "large"] = "small"
+    after: Literal["small", "large"] = "small"
     split: str = "train"
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = Recipe()
     grader: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rollouts.scoring.prm import fitting_input
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
 from rollouts.text.prompts import RewardFormat, load_tokenizer
+from rollouts.text.steps import SMALL
 from rollouts.trees.compile import compile_store
 from rollouts.trees.labels import Solution
 from rollouts.trees.stats import auc, small_outcomes, split_statistics
@@ -42,10 +44,14 @@ def train(settings: TrainPrm, config: FamilyConfig, data: Sequence[tuple[Problem
     made = scorer_of(trunk, settings.out)
     prompts = reward_format(trunk, made.step_tag)
     window = Family(config).windows[settings.trunk]
-    paths = [[_valued(prompts, window, problem.question, each) for each in solutions] for problem, solutions in data]
+    told = prompts, window, settings.after
+    paths = [[_valued(*told, problem.question, each) for each in solutions] for problem, solutions in data]
     problems = [found for some in paths if (found := [path for path in some if path.tags])]
     if len(problems) < 2:
-        raise StoreError(f"{len(problems)} problems have steps to learn from, expected at least two.")
+        raise StoreError(
+            f"{len(problems)} problems have steps to learn from after which the {settings.after} model goes on alone "
+            "(--after), expected at least two."
+        )
     recipe = settings.recipe
     total = sum(map(len, problems)) * (1 + recipe.epochs * recipe.more)
     with progress_bar("Training", total, "paths") as advance:
@@ -109,12 +115,13 @@ def as_toml(scorer: ScorerConfig) -> str:
     )
 
 
-def _valued(prompts: RewardFormat, window: int, question: str, solution: Solution) -> ValuedPath:
+def _valued(prompts: RewardFormat, window: int, after: str, question: str, solution: Solution) -> ValuedPath:
     """Return as many steps of a solution as fit into a window, as the reward model reads them."""
     texts = [choice.step.text for choice in solution]
     ids, kept = fitting_input(prompts, window, question, texts)
-    known = [choice.step.small for choice in solution[:kept]]
-    tags = tuple(place for place, token in enumerate(ids) if token == prompts.step_tag_id)
+    told = (choice.step.small if after == SMALL else choice.step.large for choice in solution[:kept])
+    known = list(takewhile(lambda each: each.count, told))
+    tags = tuple(place for place, token in enumerate(ids) if token == prompts.step_tag_id)[: len(known)]
     start = max(0, tags[0] - len(prompts.encode(texts[0].strip()))) if tags else 0
     values, counts = tuple(each.value or 0.0 for each in known), tuple(float(each.count) for each in known)
     return ValuedPath(ids, start, tags, values, counts)

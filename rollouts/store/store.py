@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shlex
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -345,7 +346,8 @@ class Store:
                 return name
             names = [each for each in known if "score" in self._shape(each)[0]] or [n for n in known if n == SMALL]
         if not names:
-            raise StoreError(f"{self.path}: no {kind} yet. Add them with `python -m rollouts {command} {self.path}`.")
+            place = shlex.quote(str(self.path))
+            raise StoreError(f"{self.path}: no {kind} yet. Add them with `python -m rollouts {command} {place}`.")
         if name is None and len(names) == 1:
             return names[0]
         if name is None:
@@ -430,7 +432,7 @@ class Store:
 
 def score_command(store: str | Path, table: str) -> str:
     """Return the command that fills a score table."""
-    return f"python -m rollouts score {store}" + (f" --scorer {table}" if table in ROLES else "")
+    return f"python -m rollouts score {shlex.quote(str(store))}" + (f" --scorer {table}" if table in ROLES else "")
 
 
 @contextmanager

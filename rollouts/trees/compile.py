@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -220,7 +221,7 @@ def _refuse(store: Store, counts: _Counts, scorer: str, grader: str, trees: int)
                          "such). Delete that score table and run `python -m rollouts score` again.")  # fmt: skip
     if counts.ungraded:
         raise StoreError(f"{store.path}: {counts.ungraded} solutions have no grade by {grader!r} yet. "
-                         f"Run `python -m rollouts grade {store.path}`.")  # fmt: skip
+                         f"Run `python -m rollouts grade {shlex.quote(str(store.path))}`.")  # fmt: skip
     if counts.incomplete:
         raise StoreError(
             f"{store.path}: {counts.incomplete} trees are incomplete (not closed under at most "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import queue
+import shlex
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -179,7 +180,8 @@ class Failures:
         if words:
             raise BackendError(
                 f"{role}: {words} failed and are stored as failed steps (the last: {self._reason[role]}). Mend the "
-                f"cause; after `python -m rollouts repair {self._store} --drop-failed` the same command asks again."
+                f"cause; after `python -m rollouts repair {shlex.quote(str(self._store))} --drop-failed` the same "
+                "command asks again."
             )
 
 

@@ -8,6 +8,7 @@ the share that is right (`Estimate.value`), its *hard estimation* whether any is
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, takewhile
@@ -123,7 +124,7 @@ def _refuse(store: Store, tree: RolloutTree, grader: str, grades: Rows) -> None:
         raise StoreError(f"{where} is not complete. Run the same `generate` again.")
     if any(node.proposals[role].terminal and tree.row_key(node, role) not in grades for _, node, role in tree.places()):
         raise StoreError(f"{where} has a solution without a grade by {grader!r}. "
-                         f"Run `python -m rollouts grade {store.path}`.")  # fmt: skip
+                         f"Run `python -m rollouts grade {shlex.quote(str(store.path))}`.")  # fmt: skip
 
 
 def outcomes(tree: RolloutTree, grades: Rows, after: str) -> dict[tuple[int, str], bool | None]:

@@ -9,15 +9,16 @@ import pytest
 from made_trees import telling
 from scripted_store import scripted_store
 
+import agents
 from agents.evaluation.forest import Forest, Scale
 from agents.evaluation.splits import halves
-from agents.evaluation.walk import run, run_trees
+from agents.evaluation.walk import references, run, run_trees
 from agents.learners.asking import ascend, fit_asking
 from agents.learners.exact import RULES
 from agents.learners.settings import ExactSettings
 from agents.routers import artefact
 from agents.routers.asking import HEADS, Asking
-from agents.routers.base import Knob
+from agents.routers.base import Knob, Mixture
 from agents.runs.config import TrainConfig
 from agents.runs.run import train
 from rollouts.errors import ConfigError
@@ -156,7 +157,7 @@ def test_what_is_not_in_the_schema_cannot_be_asked_for(trees):
         fitted(trees, "calls:1", ask="large")
     with pytest.raises(ConfigError, match="--ask is 'scorrer'. Did you mean 'scorer'"):
         TrainConfig(agent="exact", ask="scorrer")
-    for wrong in ({}, {"agent": "exact", "budget": 0.2}, {"agent": "exact", "lam_range": (0.001, 0.01)}):
+    for wrong in ({}, {"agent": "exact", "lam_range": (0.001, 0.01)}):
         with pytest.raises(ConfigError, match="--ask trains rules of --agent exact for one λ each"):
             TrainConfig(ask="scorer", **wrong)
 
@@ -178,3 +179,21 @@ def test_train_py_trains_it_and_says_how_often_it_asks(store, tmp_path):
     assert isinstance(again, Asking) and again.knob.value == LAM
     assert (again.asks(seen) == trained.routers[LAM].asks(seen)).all()
     assert (again.probability(seen) == trained.routers[LAM].probability(seen)).all()
+
+
+def test_a_budget_is_met_by_rules_that_ask(store, tmp_path):
+    """What questions cost is part of it; of two rules that are mixed each asks as it would alone."""
+    given = {"cost": "calls:1", "ask": "scorer", "tracking": "none", "lam": (0.0005, LAM, 0.01)}
+    found = train(TrainConfig(str(store), agent="exact", budget=0.6, out=tmp_path / "run", **given))
+    assert len(found.routers) == 3 and all(isinstance(each, Asking) for each in found.routers.values())
+    (folder,) = tmp_path.glob("run/budget-0.6/policy")
+    policy = agents.load(folder)
+    parts = (policy.router.first, policy.router.second) if isinstance(policy.router, Mixture) else (policy.router,)
+    assert any(isinstance(each, Asking) for each in parts) and found.sentence.startswith("For a budget of 60 %")
+    tables = decision_tables(str(store), "validation", cost="calls:1")
+    choice = replace(tables, indices=halves(tables.trees)[0])
+    share = run(policy.router, choice).cost.sum() / references(choice).large.cost.sum()
+    assert share == pytest.approx(0.6, abs=1e-6) or not isinstance(policy.router, Mixture)
+    assert policy.about["calibration"]["target"] == "budget" and policy.session(seed=0)
+    with pytest.raises(ConfigError, match="name several .*, or none for six; for a --budget or an --accuracy two"):
+        TrainConfig(agent="exact", ask="scorer", lam_range=(0.001, 0.01), budget=0.2)

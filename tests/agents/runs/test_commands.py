@@ -24,7 +24,7 @@ from agents.evaluation.walk import run
 from agents.learners.settings import ExactSettings, PPOSettings
 from agents.routers import artefact
 from agents.routers.base import Constant, Threshold
-from agents.runs.config import TrainConfig, from_plain
+from agents.runs.config import TrainConfig, from_plain, resolved
 from benchmarks.rungs import PAPER, PAPER_RUNG
 from rollouts.config import as_plain
 from rollouts.errors import ConfigError
@@ -49,14 +49,29 @@ def finished(store, tmp_path_factory):
 
 
 def test_training_says_what_to_do_next(store, tmp_path, capsys):
-    out = tmp_path / "run"
+    """In words that a shell takes: folders may have spaces."""
+    out = tmp_path / "my run"
     arguments = ["--rollouts", str(store), "--lam", "0.02", "--out", str(out), "--tracking", "none", *QUICK]
     assert train_command.main(arguments) == 0
     printed = capsys.readouterr()
-    assert f"python evaluate.py {out}" in printed.out
+    assert f"python evaluate.py '{out}'\n" in printed.out
     assert "λ = 0.02" in printed.err and "of always-large's cost" in " ".join(printed.err.split())
     assert train_command.main(arguments) == 2
     assert re.fullmatch(r"error: .*nothing was overwritten.*\n", capsys.readouterr().err)
+
+
+def test_a_router_without_a_report_is_replaced_by_that_of_the_report(store, tmp_path):
+    """As an interrupt between the two leaves it: live trainings do not come to the same router again."""
+    out = tmp_path / "run"
+    given = ["--rollouts", str(store), "--agent", "threshold", "--lam", "0.02", "--tracking", "none", "--out", str(out)]
+    assert train_command.main(given) == 0
+    place = out / "lam-0.02"
+    shutil.rmtree(place / "policy")
+    artefact.save(Constant(1), place / "policy", {"max_steps": 30})
+    (place / "report.json").unlink()
+    assert train_command.main(["--resume", str(out)]) == 0
+    assert artefact.load(place / "policy").router == Threshold(artefact.load(place / "policy").router.knob.value)
+    assert (place / "report.json").is_file()
 
 
 def test_mistakes_are_one_line_without_a_traceback(store, tmp_path, capsys):
@@ -232,6 +247,11 @@ def test_the_papers_settings_are_those_of_the_ladder():
     told = {"hidden": 128, "learning_rate": 1e-4, "entropy": 0.01, "clip_range": 0.2, "gae_lambda": 0.95}
     assert told.items() <= vars(PAPER).items()  # arXiv 2601.10245
     assert not (PAPER.anneal or PAPER.normalize) and PAPER.lam_share(0) == 1
+    preset = resolved(tyro.cli(TrainConfig, args=["--agent", "ppo-paper", "--ppo.iterations", "5"]))
+    assert preset == replace(config, ppo=replace(PAPER, iterations=5)) and preset.agent == "ppo-agg"
+    for wrong in ({"schema": "agg+prod"}, {"attempts": 2}, {"ppo": PPOSettings(hidden=16)}):
+        with pytest.raises(ConfigError, match="with --agent ppo-paper it is (agg|1|128). Leave it out"):
+            resolved(TrainConfig(agent="ppo-paper", **wrong))
 
 
 def test_settings_of_earlier_runs_are_read(tmp_path):

@@ -17,12 +17,13 @@ import evaluate as evaluate_command
 import rollouts.__main__ as rollouts_command
 import train as train_command
 from agents.evaluation.suite import EvaluateConfig, evaluate
+from agents.learners.loop import Training
 from agents.learners.settings import PPOSettings
 from agents.routers import artefact
 from agents.runs.config import TrainConfig
 from agents.runs.run import train
 from rollouts.cli.inspect import Stats
-from rollouts.errors import BackendError, ConfigError, StoreError
+from rollouts.errors import BackendError, BudgetSpent, ConfigError, StoreError
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
 from rollouts.text.steps import LARGE, ROLES, SMALL, StopReason
@@ -283,6 +284,53 @@ def test_a_budget_is_that_of_all_lams_together(tmp_path, models, capsys):
     for printed in (capsys.readouterr().out, (tmp_path / "run" / "report.txt").read_text()):
         assert "ended lam-0.02 after" in printed and "ended lam-0.0001 after" in printed
     assert Store(store.path).steps.counters()["decoded_large"] - store_tokens(tmp_path) <= 310
+
+
+def test_a_budget_is_that_of_the_run_however_often_it_is_resumed(tmp_path, models, capsys):
+    store, answers, more = half_made(tmp_path / "s"), [], {"max_generated_large_tokens": 500}
+
+    def interrupt(writer):
+        answers.append(writer)
+        if len(answers) in (30, 60):  # as above
+            os.kill(os.getpid(), signal.SIGINT)
+
+    models(interrupt=interrupt)
+    given = ["--max-generated-large-tokens", "500", "--ppo.n-steps", "1", "--ppo.iterations", "40"]
+    assert train_command.main(arguments(store, tmp_path / "run", *given)) == 130
+    before = json.loads((tmp_path / "run" / "generated.json").read_text())
+    assert 0 < before["tokens"]["large"] < more["max_generated_large_tokens"]
+    models()
+    assert train_command.main(["--resume", str(tmp_path / "run")]) == 0
+    assert Store(store.path).steps.counters()["decoded_large"] - store_tokens(tmp_path) <= 530
+    assert json.loads((tmp_path / "run" / "generated.json").read_text())["tokens"]["large"] >= 500
+    (tmp_path / "run" / "generated.json").write_text("{")
+    (tmp_path / "run" / "lam-0.02" / "report.json").unlink()
+    capsys.readouterr()
+    assert train_command.main(["--resume", str(tmp_path / "run")]) == 2
+    assert "generated.json: damaged counts" in capsys.readouterr().err
+
+
+def test_a_sweep_whose_budget_is_spent_reports_what_is_done(tmp_path, models, capsys):
+    """The second λ wants more at once than is left, so that it does not come to one iteration."""
+    store, _ = half_made(tmp_path / "s"), models()
+    given = ["--max-generated-large-tokens", "5000", "--ppo.n-steps", "1", "--ppo.iterations", "2"]
+    given = arguments(store, tmp_path / "run", *given)
+    given.insert(given.index("0.02") + 1, "0.0001")
+    train, begun = Training.run, []
+
+    def second_wants_more(training, *rest):
+        begun.append(training.lam)
+        if len(begun) > 1:
+            raise BudgetSpent("The large model has decoded 61 tokens, its budget.")
+        return train(training, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "run", second_wants_more)
+        assert train_command.main(given) == 0
+    printed, report = capsys.readouterr().out, (tmp_path / "run" / "report.txt").read_text()
+    assert "Not one iteration of lam-0.0001 was done" in printed and "Not one iteration of lam-0.0001" in report
+    assert "lam 0.02: " in report and begun == [0.02, 0.0001]
+    assert artefact.load(tmp_path / "run" / "lam-0.02" / "policy").about["held_out"]
 
 
 def config_of(store, out):

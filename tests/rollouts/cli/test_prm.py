@@ -127,6 +127,23 @@ def test_blocks_learn_if_asked(trees, tmp_path):
     assert made["model.layers.2.mlp.down_proj.weight"].any()  # zero before it learned
 
 
+def test_values_may_be_those_of_the_large_model(trees, tmp_path, capsys):
+    """Which tell what is right so far: they are greater, and the model that learns them scores higher."""
+    taught = []
+
+    def learned(*arguments):
+        taught.append([path for problem in arguments[2] for path in problem])
+        raise KeyboardInterrupt
+
+    for after in ("small", "large"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("rollouts.cli.train_prm.make", learned)
+            assert main(["train-prm", str(trees), str(tmp_path / after), *EMBEDDED, "--after", after]) == 130
+    small, large = ([value for path in each for value in path.values] for each in taught)
+    assert sum(large) > 1.2 * sum(small) and {0.0, 1.0} <= {*large}
+    assert all(all(path.weights) and len(path.weights) == len(path.tags) for each in taught for path in each)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
