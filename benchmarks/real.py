@@ -333,8 +333,22 @@ def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measu
     return "\n".join(lines), ground, found
 
 
-WHAT = ("",)
-MONEY = ("",)
+WHAT = (
+    "Qwen2.5-Coder-0.5B-Instruct proposes, Qwen2.5-Coder-1.5B-Instruct is the large model, problems are of GSM8K's "
+    "test set, as one shuffle ordered them; [the card of the data](../rollouts/datasets/README.md#gsm8k) says how they "
+    "were made, by which commands, and whose they are. Both are coding models of one family and of sizes close to each "
+    "other: a pair that fits on a processor, not one that anybody would route between.",
+)
+LIST = "https://www.getmaxim.ai/bifrost/model-library/compare/together_ai/qwen2.5-72b-instruct-turbo"
+MONEY = (
+    f"The prices are an example, those of Qwen2.5-7B- and 72B-Instruct-Turbo at Together AI as [a list]({LIST}) had "
+    "them on 2026-11-26 (`--prices`), one number for input and output alike. Input is not in the table: a router's "
+    "requests read the prefix at every step, so that without a cache of prefixes a step of 45 tokens costs some 300 "
+    "of input, several times what routing saves; with one, or on machines of one's own, each token is read once. "
+    "Seconds are processor time of the engines while the trees were grown, prefill included, divided by the tokens "
+    "decoded (`--milliseconds`); what signals cost that have to be computed (the reward model, the large model's look "
+    "at each proposal) is not counted.",
+)
 LOOKED_AT = ("",)
 
 

@@ -96,9 +96,12 @@ def reward_format(trunk: GeneratorConfig, tag: str) -> RewardFormat:
 
 
 def scorer_of(trunk: GeneratorConfig, folder: Path) -> ScorerConfig:
-    """Return the section [scorer] for a model in a folder, on the backend and devices of its trunk."""
+    """Return the section [scorer] for a model in a folder, on the backend and devices of its trunk.
+
+    A processor reads in single precision unless the trunk is said to be in bfloat16, for which some have instructions.
+    """
     shared = {name: getattr(trunk, name) for name in _SHARED if name in trunk.model_fields_set}
-    dtype = {"dtype": "float32"} if not trunk.devices else {}
+    dtype = {"dtype": "bfloat16" if trunk.dtype == "bfloat16" else "float32"} if not trunk.devices else {}
     model = ModelConfig(**shared | dtype, model=str(folder.resolve()))
     return ScorerConfig(name=folder.name, model=model, system_prompt=trunk.system_prompt)
 

@@ -107,7 +107,8 @@ def make(
         ConfigError: No such model, another kind than Qwen2, or fewer blocks than the recipe asks for.
     """
     on_progress(0, f"loading {trunk.display_name}")
-    model = reward_model(trunk, prompts.step_tag_id, prompts.encode(DELIMITER), exact=recipe.more or not trunk.devices)
+    own = bool(trunk.devices) or trunk.dtype == "bfloat16"
+    model = reward_model(trunk, prompts.step_tag_id, prompts.encode(DELIMITER), exact=recipe.more or not own)
     found = fit(model, problems, recipe, on_progress)
     save(model, trunk, prompts.tokenizer, folder)
     del model
@@ -123,7 +124,7 @@ def reward_model(model: ModelConfig, tag: int, delimiter: Sequence[int], *, exac
         tag: Token id of the step tag. It gets the mean embedding of a step's delimiter, as that is what the trunk has
             always met where a tag will stand.
         delimiter: Token ids of the delimiter.
-        exact: In single precision: small changes are lost in half precision, and a processor is slow in it.
+        exact: In single precision: small changes are lost in half precision, and most processors are slow in it.
 
     Raises:
         ConfigError: There is no such model, or it is no Qwen2, the only kind that vLLM serves in this layout.

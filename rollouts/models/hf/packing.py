@@ -105,6 +105,6 @@ def likelihoods(model: Any, pack: Pack, starts: Sequence[int], *, entropies: boo
 
 def entropies_of(logits: Any) -> Any:
     """Return the (n,) entropies of the distributions of (n, v) logits (`rollouts.text.likelihood.top_entropy`)."""
-    top = logits.log_softmax(1).topk(min(TOP, logits.shape[1])).values
+    top = logits.topk(min(TOP, logits.shape[1])).values - logits.logsumexp(1, keepdim=True)
     rest = (1 - top.exp().sum(1)).clamp(min=1e-12)
     return (-(top.exp() * top.clamp(min=-1e4)).sum(1) - rest * rest.log()).clamp(min=0)

@@ -7,10 +7,12 @@ import random
 import numpy as np
 import pytest
 
-from rollouts.config import ModelConfig
+from rollouts.cli.train_prm import scorer_of
+from rollouts.config import GeneratorConfig, ModelConfig
 from rollouts.errors import ConfigError
 from rollouts.models.base import PoolingRequest
-from rollouts.models.hf.fit import _HELD_OUT, ValuedPath, _targets, make
+from rollouts.models.hf import fit
+from rollouts.models.hf.fit import _HELD_OUT, Fit, ValuedPath, _targets, make
 from rollouts.models.hf.packing import pack_first
 from rollouts.models.hf.pooling import pooling
 from rollouts.models.hf.recipe import Recipe
@@ -86,3 +88,19 @@ def test_another_kind_of_model_is_refused(style, problems, tmp_path):
     other = SMALL.model_copy(update={"model": str(tmp_path / "llama")})
     with pytest.raises(ConfigError, match=r"a 'llama' model.*needs a 'qwen2' one"):
         make(other, style, problems, Recipe(), tmp_path / "made", lambda *_: None)
+
+
+def test_a_processor_reads_in_bfloat16_where_the_trunk_is_said_to_be_in_it(style, problems, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(fit, "fit", lambda model, *_: read.append(str(model.dtype)) or Fit(2, 0.1, 0.1, 0.1))
+    monkeypatch.setattr(fit, "save", lambda *_: None)
+    for dtype, recipe in (("auto", Recipe()), ("bfloat16", Recipe()), ("bfloat16", Recipe(unfreeze=1))):
+        make(SMALL.model_copy(update={"dtype": dtype}), style, problems, recipe, tmp_path / "made", lambda *_: None)
+    assert read == ["torch.float32", "torch.bfloat16", "torch.float32"]  # blocks learn in single precision
+    formats = {dtype: scorer_of(trunk(dtype=dtype), tmp_path).model.dtype for dtype in ("auto", "bfloat16")}
+    assert formats == {"auto": "float32", "bfloat16": "bfloat16"}
+    assert scorer_of(trunk(dtype="bfloat16", devices=(0,)), tmp_path).model.dtype == "auto"  # as its folder says
+
+
+def trunk(**changes):
+    return GeneratorConfig(backend="transformers", model=str(model_dir("small")), **changes)

@@ -1,0 +1,63 @@
+"""The bundled trees of real language models: sound, small, attributed, of problems that were not picked."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+
+from rollouts.__main__ import main
+from rollouts.store.store import BUNDLED, Store
+from rollouts.trees.compile import compile_store
+from rollouts.trees.stats import split_statistics
+from rollouts.trees.verify import verify_store
+
+PATTERN = ["train", "test", "train", "validation", "train", "test", "train", "validation", "train", "test"]
+
+
+@pytest.fixture(scope="module")
+def store():
+    return Store("gsm8k")
+
+
+def test_it_is_sound_closed_and_small(store):
+    assert not verify_store(store).problems
+    files = [path for path in store.path.rglob("*") if path.is_file() and ".compiled" not in path.parts]
+    assert sum(path.stat().st_size for path in files) < 8e6
+
+
+def test_it_names_models_and_no_folders(store):
+    text = "".join(file.read_text("utf-8") for file in store.path.rglob("*.json"))
+    assert not re.search(r"[\"'/](tmp|home|root|work|mnt)/", text)
+    process = store.manifest["process"]
+    assert process["small"]["model"] == "Qwen2.5-Coder-0.5B-Instruct"
+    assert process["large"]["model"] == "Qwen2.5-Coder-1.5B-Instruct"
+    assert {process[role]["licence"] for role in ("small", "large")} == {"Apache-2.0"}
+    about = (BUNDLED / "README.md").read_text("utf-8")
+    assert "MIT licence" in about and "2110.14168" in about and "Apache 2.0" in about
+
+
+def test_its_problems_are_the_first_of_one_shuffle_and_all_of_them(store):
+    order = list(range(1319))
+    random.Random(13).shuffle(order)
+    found = {problem.id: problem.split for problem in store.problems()}
+    wanted = {f"gsm8k/test-{number:04d}": PATTERN[place % 10] for place, number in enumerate(order[: len(found)])}
+    assert found == wanted
+    assert {problem.licence for problem in store.problems()} == {"MIT"}
+
+
+def test_every_split_compiles_with_all_signals():
+    trees = compile_store("gsm8k")
+    for split in ("train", "validation", "test"):
+        assert split_statistics(trees, split).trees > 10
+    assert {"small.min_logprob", "large.min_logprob"} <= set(trees.signals)
+
+
+def test_commands_take_it_by_name(capsys):
+    assert main(["stats", "gsm8k"]) == 0
+    assert "always-large accuracy" in capsys.readouterr().out
+    assert main(["show", "gsm8k", "--most", "5"]) == 0
+    assert "boxed" in capsys.readouterr().out
+    assert main(["verify", "gsm8k"]) == 0
+    assert "sound" in capsys.readouterr().out
