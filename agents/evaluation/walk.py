@@ -156,6 +156,16 @@ def attempts_of(tables: DecisionTables, schema: str | None = None) -> Attempts:
     )
 
 
+def solutions(tables: DecisionTables, action: int) -> list[str]:
+    """Return the R texts of the solutions that one model wrote alone."""
+    free = replace(tables, max_escalations=None, max_large_tokens=None)
+    texts = [""] * len(tables.indices)
+    for done in decisions(free, lambda rows, _: np.full(len(rows), float(action))):
+        for tree, row in zip(done.tree.tolist(), done.rows.tolist(), strict=True):
+            texts[tree] += tables.trees.proposal(row, action)
+    return texts
+
+
 def _sent(tables: DecisionTables, send: Floats, kept: Ints | None = None) -> dict[str, Floats]:
     """Return what becomes of solutions that the large model writes with some probabilities, but for their drafts."""
     own = tables.alone
