@@ -64,7 +64,7 @@ KNOW_TORCH = (
     *("agents/baselines/", "agents/learners/", "rollouts/models/hf/", "rollouts/tinymath/training/"),
     "rollouts/models/vllm_engine.py",
 )
-HEAVY = ("torch", "vllm", "wandb", "transformers", "pyarrow", "scipy", "matplotlib", "stable_baselines3")
+HEAVY = ("torch", "vllm", "wandb", "transformers", "pyarrow", "scipy", "matplotlib", "sklearn", "stable_baselines3")
 MOST_LOOSE_FILES = {"rollouts": 6, "agents": 4, "trim_env": 10}
 
 
