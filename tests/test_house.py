@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "agents.tracking": GROUND | {"agents.escape"},
     "agents.routers": TREES | {"trim_env"},
     "agents.evaluation": TREES | {"trim_env", "agents.escape", "agents.routers"},
+    "agents.baselines": TREES | {"trim_env", "agents.routers", "agents.evaluation"},
     "agents.learners": TREES | {"trim_env", "agents.routers", "agents.evaluation"},
     "agents.runs": TREES | {"trim_env", "agents.routers", "agents.evaluation", "agents.learners", "agents.tracking"},
     "agents.report": TREES | {"trim_env", "agents.routers", "agents.evaluation"},
@@ -56,14 +57,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "agents.learners",
         "agents.runs",
     },
-    "evaluate": {"rollouts.errors", "agents.escape", "agents.evaluation", "agents.report"},
+    "evaluate": {"rollouts.errors", "agents.escape", "agents.baselines", "agents.evaluation", "agents.report"},
 }
 ROOMS_IN_ROOMS = ("rollouts.tinymath.training",)
 KNOW_TORCH = (
-    *("agents/learners/", "rollouts/models/hf/", "rollouts/tinymath/training/"),
+    *("agents/baselines/", "agents/learners/", "rollouts/models/hf/", "rollouts/tinymath/training/"),
     "rollouts/models/vllm_engine.py",
 )
-HEAVY = ("torch", "vllm", "wandb", "transformers", "pyarrow", "scipy", "matplotlib", "stable_baselines3")
+HEAVY = ("torch", "vllm", "wandb", "transformers", "pyarrow", "scipy", "matplotlib", "sklearn", "stable_baselines3")
 MOST_LOOSE_FILES = {"rollouts": 6, "agents": 4, "trim_env": 10}
 
 

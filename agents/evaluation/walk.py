@@ -87,21 +87,22 @@ def run_trees(tables: DecisionTables, policy: AnyRouter | Decide) -> dict[str, F
     """Return the expected outcome of each tree of the split: the fields of `Outcomes` as (R,) arrays."""
     if isinstance(policy, Asking):
         return _run_asking(tables, policy)
-    reading = False
+    read = 0  # calls of whoever reads a proposal
     if isinstance(policy, Router | StatefulRouter):
         tables = tables.charged(None if is_blind(policy) else policy.schema)
-        reading = not is_blind(policy) and bool(_sources(tables, policy.schema))
+        read = int(not is_blind(policy) and bool(_sources(tables, policy.schema)))
     count = len(tables.indices)
-    totals = {name: np.zeros(count) for name in Outcomes.columns()}
+    totals = {name: np.zeros(count) for name in (*Outcomes.columns(), *Calls._fields)}
     for done in decisions(tables, policy):
-        for name, values in outcomes_of(tables, done.moved).items():
-            totals[name] += np.bincount(done.tree, done.mass * values, minlength=count)
-    return totals | called(totals, reading * totals["steps"])
+        values = outcomes_of(tables, done.moved) | _called(done.moved, np.full(len(done.rows), read))
+        for name, each in values.items():
+            totals[name] += np.bincount(done.tree, done.mass * each, minlength=count)
+    return totals
 
 
-def called(totals: dict[str, Floats], read: Floats) -> dict[str, Floats]:
-    """Return the calls of a router of steps that had so many of the small model's proposals read, (R,), by field."""
-    return {"scorer": read, "serial": totals["steps"] + read + totals["escalations"]}
+def _called(moved: Moved, read: Ints) -> dict[str, Ints]:
+    """Return the calls at decisions where the small model proposed and (n,) others read it, by field of `Calls`."""
+    return {"scorer": read, "serial": 1 + read + moved.accepted}
 
 
 def _sources(tables: DecisionTables, schema: str) -> frozenset[str]:
@@ -156,6 +157,16 @@ def attempts_of(tables: DecisionTables, schema: str | None = None) -> Attempts:
     )
 
 
+def solutions(tables: DecisionTables, action: int) -> list[str]:
+    """Return the R texts of the solutions that one model wrote alone."""
+    free = replace(tables, max_escalations=None, max_large_tokens=None)
+    texts = [""] * len(tables.indices)
+    for done in decisions(free, lambda rows, _: np.full(len(rows), float(action))):
+        for tree, row in zip(done.tree.tolist(), done.rows.tolist(), strict=True):
+            texts[tree] += tables.trees.proposal(row, action)
+    return texts
+
+
 def _sent(tables: DecisionTables, send: Floats, kept: Ints | None = None) -> dict[str, Floats]:
     """Return what becomes of solutions that the large model writes with some probabilities, but for their drafts."""
     own = tables.alone
@@ -191,16 +202,16 @@ def _run_asking(tables: DecisionTables, router: Asking) -> dict[str, Floats]:
     """As `run_trees`, of a router that pays where it asks, and how often it does: not where caps leave no choice."""
     whole, tables = tables.charged(router.schema), tables.charged(router.schema, router.source)
     price, seen = whole.cost - tables.cost, seen_by(router, tables)
-    totals = {name: np.zeros(len(tables.indices)) for name in (*Outcomes.columns(), "asked")}
+    totals = {name: np.zeros(len(tables.indices)) for name in (*Outcomes.columns(), *Calls._fields, "asked")}
     for done in decisions(tables, router):
         asked = router.asks(seen(done.rows, done.spent.left)) & done.spent.open(tables)
-        values = outcomes_of(tables, done.moved) | {"asked": asked}
+        values = outcomes_of(tables, done.moved) | {"asked": asked} | _called(done.moved, asked.astype(np.int64))
         values["cost"] = (
             values["cost"] + asked * price[2 * done.rows + (done.moved.accepted | done.moved.taken.cut_off)]
         )
         for name, each in values.items():
             totals[name] += np.bincount(done.tree, done.mass * each, minlength=len(tables.indices))
-    return totals | called(totals, totals["asked"])
+    return totals
 
 
 def decisions(tables: DecisionTables, policy: AnyRouter | Decide) -> Iterator[Decisions]:

@@ -1,0 +1,66 @@
+"""What query-level methods learn from: questions, and what either model came to on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.routers.base import Floats
+from rollouts.errors import ConfigError
+from trim_env.tables import DecisionTables
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """P problems, averaged over replicas; a column for the small and for the large model.
+
+    Attributes:
+        questions: Their texts.
+        correct: (P, 2) share of solutions that are right.
+        tokens: (P, 2) tokens of a whole solution.
+    """
+
+    questions: tuple[str, ...]
+    correct: Floats
+    tokens: Floats
+
+    @classmethod
+    def of(cls, tables: DecisionTables) -> Examples:
+        """Return those of the trees of a split."""
+        trees, alone = tables.trees, tables.alone
+        problems, place = np.unique(trees.problem[tables.indices], return_inverse=True)
+        count = np.bincount(place)
+
+        def mean(values: Floats) -> Floats:
+            return np.stack([np.bincount(place, each) / count for each in values.T], axis=1)
+
+        questions = tuple(trees.questions[problem] for problem in problems)
+        return cls(questions, mean(alone.correct), mean(alone.tokens))
+
+    @property
+    def gain(self) -> Floats:
+        """(P,) accuracy of the large model less that of the small one: above 0 where it wins, 0 at a tie."""
+        return self.correct[:, 1] - self.correct[:, 0]
+
+    @property
+    def outcome(self) -> NDArray[np.int64]:
+        """(P,) 0 where the large model wins, 1 at a tie, 2 where the small one does."""
+        return 1 - np.sign(self.gain).astype(np.int64)
+
+
+def as_float32(**weights: Floats | float | Sequence[float]) -> dict[str, NDArray[np.float32]]:
+    """Return weights as they are stored; names have dots for their double underscores."""
+    return {name.replace("__", "."): np.asarray(each, np.float32) for name, each in weights.items()}
+
+
+def needs_sklearn() -> None:
+    """Raise `ConfigError` where scikit-learn is not installed."""
+    try:
+        import sklearn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "Fitting a classifier needs scikit-learn. Install it: pip install 'trim-routing[baselines]'."
+        ) from error

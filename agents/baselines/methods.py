@@ -1,0 +1,244 @@
+"""All baselines by name: each is fitted by one call, and gives settings to choose from.
+
+A method that is added here is in every table that compares the field (`evaluate.py --baselines`, `benchmarks.field`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import numpy as np
+
+from agents.baselines import automix, predict, routellm, smoothie
+from agents.baselines.examples import Examples
+from agents.baselines.vote import Vote
+from agents.evaluation.curves import Method, References
+from agents.evaluation.outcomes import Outcomes
+from agents.evaluation.splits import OPERATING_POINTS, spread, thresholds
+from agents.evaluation.walk import references, run
+from agents.routers.base import AnyRouter, Floats, Knob, Threshold
+from agents.routers.text import CharTfidf, TextRouter
+from agents.routers.whole import Whole
+from rollouts.errors import ConfigError, DataError
+from trim_env.tables import DecisionTables
+
+STEP, CASCADE, QUERY, REFERENCE = "step-level", "cascade", "query-level", "reference"
+GROUPS = (STEP, CASCADE, QUERY, REFERENCE)
+SETTINGS = 64  # thresholds tried of a query-level router
+STRATEGIES = (0.15, 0.4)  # shares of always-large's cost that thresholds on steps, as arms, come to in training
+
+
+class Setting(NamedTuple):
+    """One setting of a method, as something that runs.
+
+    Attributes:
+        knob: Value of its knob.
+        run: From the tables of a split to what it comes to there.
+    """
+
+    knob: float
+    run: Callable[[DecisionTables], Outcomes]
+
+
+@dataclass(frozen=True, eq=False)
+class Fitting:
+    """What methods are fitted on.
+
+    Attributes:
+        train: Training problems.
+        choosing: Problems on which settings are laid out and chosen; what is fitted reads no outcome of theirs.
+        features: Features of questions, fitted on the training ones; default: `CharTfidf`.
+        seed: Seed of everything that is drawn.
+    """
+
+    train: DecisionTables
+    choosing: DecisionTables
+    features: routellm.Features | None = None
+    seed: int = 0
+
+    @cached_property
+    def examples(self) -> Examples:
+        """The training problems as query-level methods see them."""
+        return Examples.of(self.train)
+
+    @cached_property
+    def embed(self) -> routellm.Features:
+        """Features of questions."""
+        return self.features or CharTfidf.fit(self.examples.questions)
+
+    @cached_property
+    def strategies(self) -> dict[str, AnyRouter]:
+        """Thresholds on steps, as arms beside the two models."""
+        price = references(self.train).large.cost.sum()
+        tried = [(Threshold(level), run(Threshold(level), self.train)) for level in thresholds(self.train, 64)]
+        nearest = [min(tried, key=lambda each, c=c: abs(each[1].cost.sum() / price - c))[0] for c in STRATEGIES]  # type: ignore[misc]
+        return {f"threshold {each.threshold:.3f}": each for each in nearest}
+
+    @cached_property
+    def predictor(self) -> predict.Predictor:
+        """Accuracies and costs of the two models and of the strategies."""
+        arms, price = predict.models(self.examples), references(self.train).large.cost.mean()
+        ran = {name: run(router, self.train) for name, router in self.strategies.items()}
+        arms |= {name: (outcomes.correct, outcomes.cost / price) for name, outcomes in ran.items()}
+        return predict.fit(self.examples.questions, arms, self.embed, self.seed)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A method of the field.
+
+    Attributes:
+        name: As in tables and plots.
+        group: One of `GROUPS`.
+        fit: From what there is to fit on to settings.
+        note: What a reader must know to take its row for what it is.
+    """
+
+    name: str
+    group: str
+    fit: Callable[[Fitting], Iterable[Setting]]
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A method with at most 16 settings that validation spread over the cost, and what they come to there.
+
+    Attributes:
+        baseline: The method.
+        settings: Its settings.
+        choosing: Their outcomes where they were chosen.
+    """
+
+    baseline: Baseline
+    settings: list[Setting]
+    choosing: list[Outcomes] = field(repr=False)
+
+    def measured(self, tables: DecisionTables, choosing: References) -> Method:
+        """Return its operating points on a split; `choosing` are the references where they were chosen."""
+        points = [(setting.knob, setting.run(tables)) for setting in self.settings]
+        elsewhere = [(setting.knob, each) for setting, each in zip(self.settings, self.choosing, strict=True)]
+        return Method.chosen(points, elsewhere, choosing)
+
+
+def fit(baseline: Baseline, fitting: Fitting, count: int = OPERATING_POINTS) -> Fitted:
+    """Fit a method and choose its operating points by what they cost on validation.
+
+    Raises:
+        DataError: Its data do not suffice.
+    """
+    candidates = [(setting, setting.run(fitting.choosing)) for setting in baseline.fit(fitting)]
+    chosen = spread(candidates, references(fitting.choosing).large, count)
+    if not chosen:
+        raise DataError(f"{baseline.name}: no setting costs more than always-small and less than always-large.")
+    return Fitted(baseline, [setting for setting, _ in chosen], [outcomes for _, outcomes in chosen])
+
+
+def of_routers(routers: Iterable[Whole | AnyRouter]) -> list[Setting]:
+    """Return routers as settings."""
+    return [Setting(router.knob.value, partial(run, router)) for router in routers]
+
+
+def at_thresholds(router: TextRouter, fitting: Fitting) -> list[TextRouter]:
+    """Return a router at quantiles of what questions are worth to it."""
+    worth = router.preference([fitting.choosing.trees.questions[each] for each in _problems(fitting.choosing)])
+    levels = np.unique(np.quantile(worth, np.linspace(0, 1, SETTINGS), method="higher"))
+    return [TextRouter(router.name, Knob("threshold", level), router.preference) for level in levels.tolist()]
+
+
+def _problems(tables: DecisionTables) -> Sequence[int]:
+    problems: list[int] = np.unique(tables.trees.problem[tables.indices]).tolist()
+    return problems
+
+
+def _text(make: Callable[[Fitting], TextRouter]) -> Callable[[Fitting], list[Setting]]:
+    return lambda fitting: of_routers(at_thresholds(make(fitting), fitting))
+
+
+def _arms(fitting: Fitting, tables: DecisionTables) -> tuple[list[Outcomes], list[str]]:
+    """Return the outcomes of all arms on a split, and its questions, in the order of the problems."""
+    both = references(tables)
+    own = [run(router, tables) for router in fitting.strategies.values()]
+    alone = [run(_Everything(send), tables) for send in (0.0, 1.0)]
+    assert both.small.problem_ids == alone[0].problem_ids
+    return [*alone, *own], [tables.trees.questions[each] for each in _problems(tables)]
+
+
+@dataclass(frozen=True)
+class _Everything:
+    """Sends all questions to one model."""
+
+    share: float
+    name: str = "everything"
+    knob: Knob = Knob("share", 0.0)
+
+    def sends(self, questions: Sequence[str]) -> Floats:
+        return np.full(len(questions), self.share)
+
+
+def _best_arm(fitting: Fitting) -> Iterable[Setting]:
+    """Yield the best arm for each question under weights of accuracy from 0 to 1."""
+
+    def ran(weight: float, tables: DecisionTables) -> Outcomes:
+        arms, questions = _arms(fitting, tables)
+        return predict.chosen(arms, predict.best_arm(*fitting.predictor(questions), weight))
+
+    return [Setting(weight, partial(ran, weight)) for weight in np.linspace(0.05, 0.98, 32).tolist()]
+
+
+def _allocated(fitting: Fitting) -> Iterable[Setting]:
+    """Yield the best arms of a whole batch, the split, within budgets."""
+
+    def ran(share: float, tables: DecisionTables) -> Outcomes:
+        arms, questions = _arms(fitting, tables)
+        right, cost = fitting.predictor(questions)
+        return predict.chosen(arms, predict.allocate(right, cost, share * len(questions)))
+
+    return [Setting(share, partial(ran, share)) for share in np.linspace(0.06, 0.96, OPERATING_POINTS).tolist()]
+
+
+def _verified(rule: str) -> Callable[[Fitting], list[Setting]]:
+    return lambda fitting: of_routers(automix.thresholds(rule, fitting.choosing))
+
+
+def _votes(fitting: Fitting) -> list[Setting]:
+    replicas = np.bincount(fitting.choosing.trees.problem[fitting.choosing.indices]).max()
+    if replicas < 2:
+        raise DataError("vote: there is one replica for a problem, nothing to vote on. Generate more.")
+    return of_routers(Vote(agreement) for agreement in np.arange(2, replicas + 1) / replicas)
+
+
+ARMS = "chooses for each question among the two models and two settings of TRIM-Thr"
+BASELINES = (
+    Baseline("TRIM-Thr (RSD)", STEP, lambda data: of_routers(map(Threshold, thresholds(data.choosing)))),
+    Baseline("best arm (RTR, CONCUR)", STEP, _best_arm, ARMS),
+    Baseline("best arms in a budget (CONCUR)", STEP, _allocated, f"{ARMS}; sees all questions before the first answer"),
+    *(Baseline(f"AutoMix-PRM ({rule})", CASCADE, _verified(rule)) for rule in automix.RULES),
+    Baseline("AutoMix-PRM (last, POMDP)", CASCADE, lambda data: of_routers(automix.pomdp("last", data.train))),
+    Baseline("vote (SATER)", CASCADE, _votes, "pays all replicas of the small model"),
+    Baseline("classifier (RouteLLM)", QUERY, _text(lambda data: routellm.classifier(data.examples, data.embed))),
+    Baseline(
+        "matrix factorisation (RouteLLM)", QUERY,
+        _text(lambda data: routellm.matrix_factorisation(data.examples, data.embed, data.seed)),
+    ),
+    Baseline("SW-ranking (RouteLLM)", QUERY, _text(lambda data: routellm.ranking(data.examples, data.embed))),
+    Baseline("50 neighbours", QUERY, _text(lambda data: routellm.neighbours(data.examples, data.embed))),
+    Baseline(
+        "Smoothie", QUERY, _text(lambda data: smoothie.fit(data.choosing, data.embed)),
+        "compares the outputs for validation questions, without labels: training problems have one replica",
+    ),
+    Baseline("refusal (SATER)", QUERY, _text(lambda data: predict.doubt(data.predictor))),
+    Baseline("gain over cost (RTR, CONCUR)", QUERY, _text(lambda data: predict.gain_over_cost(data.predictor))),
+)  # fmt: skip
+"""The field; what is fitted by `agents.learners` comes beside it in `benchmarks.field`."""
+
+
+def named(name: str) -> Baseline:
+    """Return a baseline by its name; raises ConfigError if there is none."""
+    found = {baseline.name: baseline for baseline in BASELINES}.get(name)
+    if found is None:
+        raise ConfigError(f"Unknown baseline {name!r}, known: {', '.join(each.name for each in BASELINES)}.")
+    return found
