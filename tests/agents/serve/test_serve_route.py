@@ -98,7 +98,11 @@ def test_proposals_are_scored_and_bad_ones_written_anew() -> None:
     assert models.asked[-1] == (large, tuple(step.text for step in done.written[:3]), 46)  # the end is not scored
     usage = done.usage()
     assert usage["completion_tokens"] == (11 + 12 + 13 + 14) + (22 + 24) == 96
-    assert usage["completion_tokens_details"] == {"accepted_tokens": 70, "rejected_prediction_tokens": 26}
+    assert usage["completion_tokens_details"] == {
+        "accepted_tokens": 70,
+        "rejected_prediction_tokens": 26,
+        "reasoning_tokens": 0,
+    }
     assert usage["models"]["small"]["discarded_tokens"] == 26 and usage["models"]["large"]["discarded_tokens"] == 0
     assert done.large_token_share == 46 / 70
     assert (done.session.escalations, done.session.large_tokens, done.session.ended) == (2, 46, True)
