@@ -147,6 +147,7 @@ def test_caps_of_the_policy_bind() -> None:
         "prompt_tokens": 0,
         "completion_tokens": 30,
         "aborted_tokens": 0,
+        "reasoning_tokens": 0,
         "discarded_tokens": 9,
     }
 
