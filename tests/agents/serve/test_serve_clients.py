@@ -129,13 +129,13 @@ def test_settings_in_the_models_name(upstreams: Upstreams, tmp_path: Path) -> No
     random = np.random.default_rng(0)
     shapes = {"0.weight": (8, 5), "0.bias": (8,), "1.weight": (2, 8), "1.bias": (2,)}
     weights = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    costs = {"costs": {"lam": [1e-4, 1e-3, 1e-2], "share": [0.6, 0.3, 0.08]}}
+    costs = {"budgets": [{"lam": lam, "share": share} for lam, share in ((1e-4, 0.6), (1e-3, 0.3), (1e-2, 0.08))]}
     folder = policy(tmp_path, ConditionedMLP("ranged", "agg/1", 1e-4, 1e-2, weights), default_lam=1e-3, **costs)
     router = Router(folder, upstreams.urls(), name="trim")
     try:
         client = openai.OpenAI(base_url=router.url, api_key="none", max_retries=0)
         listed = [model.id for model in client.models.list()]
-        assert listed[0] == "trim" and all(name.startswith("trim@budget=") for name in listed[1:])
+        assert listed == ["trim", *(f"trim@budget={share}" for share in (0.1, 0.2, 0.3, 0.5))]
         for name in listed:
             assert client.models.retrieve(name).id == name
             assert client.chat.completions.create(model=name, messages=CHAT[2:]).model == name  # type: ignore[arg-type]
