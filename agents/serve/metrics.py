@@ -100,13 +100,12 @@ class Metrics:
         self.questions.labels(model).inc(questions)
         self.question_tokens.labels(model).inc(tokens)
 
-    def passed(self, role: str, status: str, seconds: float) -> None:
+    def passed(self, role: str, status: str) -> None:
         """Count a request out that was passed on to one model."""
         self.under_way -= 1
         self.in_flight.set(self.under_way)
         self.requests.labels(status).inc()
         self.passed_on.labels(role).inc()
-        self.seconds.observe(seconds)
 
     def text(self) -> bytes:
         """Return everything in Prometheus' text format."""

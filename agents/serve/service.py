@@ -85,23 +85,24 @@ class Service:
         most = [limit for limit in (limits.solution_tokens, self.config.max_tokens, ask.limit()) if limit]
         chat = self._by_chat(sampling[LARGE], system_prompt)
         length = len(question) + len(system_prompt or "") + sum(len(content) for _, content in turns)
-        task = None
+        rendered = None
         if length <= self.models.most_characters:
             task = Task(question, {}, sampling, replace(limits, solution_tokens=min(most)), None, chat, turns)
             render = partial(self._render, task, system_prompt, ask.chat_template_kwargs or {})
             # Others would have to wait while a long text is tokenised.
-            task = await asyncio.to_thread(render) if length > _SHORT else render()
-        if task is None:
+            rendered = await asyncio.to_thread(render) if length > _SHORT else render()
+        if rendered is None:
             windows = ", ".join(str(self.models.window(role)) for role in self.models.continuing)
             raise bad_request(
                 f"The problem is too long ({length} characters): the models' windows of {windows} tokens leave no room "
                 "for an answer.",
                 "messages",
             )
+        task, prompt_tokens = rendered
         fallbacks = self.config.when_scorer_fails, self.config.when_small_fails
         route = Route(task, session, *fallbacks, self.models.sources, ask.only)
         route.stops = StopText(ask.stop or ())
-        route.ledger.prompt_tokens = len(task.formats[SMALL].ids(question))
+        route.ledger.prompt_tokens = prompt_tokens
         return route
 
     def _by_chat(self, sampling: Sampling, system_prompt: str | None) -> GeneratorConfig | None:
@@ -117,8 +118,8 @@ class Service:
         prompt = {} if system_prompt is None else {"system_prompt": system_prompt}
         return self.models.chat.model.model_copy(update={"sampling": sampling, **prompt})
 
-    def _render(self, task: Task, system_prompt: str | None, options: Mapping[str, Any]) -> Task | None:
-        """Return a task with the formats of its request, and its prompt at hand; None if that leaves no room.
+    def _render(self, task: Task, system_prompt: str | None, options: Mapping[str, Any]) -> tuple[Task, int] | None:
+        """Return a task with the formats of its request and the tokens of its prompt; None if that leaves no room.
 
         Raises:
             ApiError: A chat template has no place for it.
@@ -126,7 +127,9 @@ class Service:
         try:
             formats = self.models.formats(system_prompt, task.turns, options)
             task = replace(task, formats=formats, reward=self.models.reward(task.turns))
-            return task if self.models.fits(task, task.question, ()) else None
+            if not self.models.fits(task, task.question, ()):
+                return None
+            return task, len(formats[SMALL].ids(task.question))
         except ConfigError as error:
             raise bad_request(str(error), "messages") from None
 
@@ -211,7 +214,7 @@ class Service:
         except ApiError as error:
             self.metrics.requests.labels(str(error.status)).inc()
             raise
-        status, began = CLIENT_GONE, time.monotonic()
+        status = CLIENT_GONE
 
         def note(value: int) -> None:
             nonlocal status
@@ -223,7 +226,7 @@ class Service:
             yield note
         finally:
             self._routes.discard(cut)
-            self.metrics.passed(role, str(status), time.monotonic() - began)
+            self.metrics.passed(role, str(status))
 
     def card(self, name: str) -> dict[str, Any]:
         """Return the entry of a name in the model list."""

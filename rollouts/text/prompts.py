@@ -307,7 +307,8 @@ class RewardFormat:
 
     def _render(self, question: str, date: Date | None = None) -> tuple[str, str]:
         question = self.special.plain(question)
-        marker = "\u241e" * (1 + question.count("\u241e"))  # longer than any run in the question
+        asked = "".join(content for _, content in self._chat.turns) + question
+        marker = "\u241e" * (1 + asked.count("\u241e"))  # longer than any run in the question or before it
         head, found, tail = self._chat.render(question, answer=marker, date=date).rpartition(marker)
         if not found or marker in head:
             what = "repeats" if found else "drops"

@@ -82,6 +82,8 @@ def test_earlier_turns_stand_in_every_prompt_as_the_template_has_them(tmp_path: 
     assert (
         TURNS[0][1] in reward.text(QUESTION, ["b=1"]) and reward.ids(QUESTION, ["b=1"]).count(reward.step_tag_id) == 1
     )
+    marked = service.reward((("user", "\u241e\u241e"),))
+    assert marked is not None and "\u241e\u241e" in marked.text(QUESTION, ["b=1"])
     plain = service.formats(None)["small"]
     assert TURNS[0][1] not in plain.text(QUESTION)
     special = set(service.family.prompts("small").tokenizer.all_special_ids)

@@ -1,28 +1,28 @@
-"""Servers that are asked in another way than vLLM: recorded answers of SGLang and llama.cpp, and a real llama-server."""
+"""Servers that are asked in another way than vLLM: recorded answers of SGLang and llama.cpp, and a real llama.cpp."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fake_server import FakeServer, config, fake
 from llama_server import LlamaServer, llama_server
+from serve_harness import Router, Upstreams, policy
 
-from rollouts.config import ModelConfig, Sampling, parse_family
+from agents.routers.base import Threshold
+from rollouts.__main__ import main
+from rollouts.config import ModelConfig, Sampling
 from rollouts.errors import ConfigError
-from rollouts.family import Family
 from rollouts.models.base import CompletionRequest, LogprobRequest
-from rollouts.models.hf.generator import generator
 from rollouts.models.server.completions import ServerBackend
 from rollouts.models.server.dialects import LlamaCpp, SGLang, wire_of
 from rollouts.models.server.wire import Wire
-from rollouts.scoring.likelihood import LikelihoodScorer
-from rollouts.text.likelihood import Likelihood
-from rollouts.text.prompts import load_tokenizer
+from rollouts.store.store import Store
+from rollouts.text.prompts import PromptFormat, load_tokenizer
 from rollouts.tinymath import model_dir
 
 __all__ = ["fake"]
@@ -142,3 +142,160 @@ def test_an_old_llama_server_is_refused_by_name(fake: FakeServer) -> None:
     fake.card = {"id": "fake", "owned_by": "llamacpp"}
     with pytest.raises(ConfigError, match="max_length"):
         ServerBackend("large", config(fake))
+
+
+def asked() -> dict[str, dict[str, Any]]:
+    """The requests whose answers are recorded: `python tests/rollouts/models/test_dialects.py` records them anew."""
+    prompts = PromptFormat(load_tokenizer(str(model_dir("small"))), None)
+    prompt, wire, greedy = prompts.ids(QUESTION), LlamaCpp(), Sampling(0.0)
+    told = CompletionRequest(prompt, 64, greedy, ("\n\n",), likelihood=True)
+    return {
+        "word": wire.completion(1024, told),
+        "eos": wire.completion(1024, CompletionRequest(prompt, 200, greedy, likelihood=True)),
+        "limit": wire.completion(1024, CompletionRequest(prompt, 3, greedy)),
+        "window": wire.completion(1024, CompletionRequest(prompt, 64, greedy, ("\n\n",))),
+    }
+
+
+@pytest.mark.parametrize(("kind", "finish"), [("word", "stop"), ("eos", "eos"), ("limit", "length")])
+def test_recorded_answers_of_a_llama_server(kind: str, finish: str) -> None:
+    recorded = json.loads(RECORDED.read_text())
+    card, body = recorded["card"], recorded[kind]
+    wire = wire_of(card)
+    assert type(wire) is LlamaCpp and wire.window(card) == 1024 and "n_params" in str(wire.origin(card))
+    assert wire.lacks(body) is None
+    done = wire.read(body)
+    assert done.finish == finish and done.token_ids == tuple(body["tokens"]) and done.tokens == len(body["tokens"])
+    assert done.text.endswith("\n\n") == (kind == "word")
+    if kind == "eos":
+        assert done.likelihood is not None and len(done.likelihood.logprobs) == done.tokens
+        assert "\\boxed" in done.text
+    if kind == "word":  # those of the stop text are left out, and asked for afterwards
+        assert done.likelihood is not None and len(done.likelihood.logprobs) == done.tokens - 1
+    if kind == "limit":
+        assert done.tokens == 3 and done.likelihood is None
+
+
+# ---------------------------------------------------------------- llama.cpp, real
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaServer]:
+    with llama_server("small", tmp_path_factory.mktemp("llama")) as running:
+        yield running
+
+
+@pytest.fixture
+def real(served: LlamaServer) -> Iterator[ServerBackend]:
+    model = ModelConfig(backend="server", model=served.model, url=served.url, tokenizer=str(model_dir("small")))
+    with ServerBackend("small", model) as backend:
+        yield backend
+
+
+def logits(ids: tuple[int, ...]) -> Any:
+    """Log-probabilities of every next token, by transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir("small"), dtype=torch.float32)
+    with torch.no_grad():
+        return torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
+
+
+def test_a_real_one_answers_as_recorded(served: LlamaServer) -> None:
+    recorded = json.loads(RECORDED.read_text())
+    for kind, body in asked().items():
+        answer = httpx.post(f"http://127.0.0.1:{served.port}/completion", json=body, timeout=60).json()
+        for name, value in recorded[kind].items():
+            if name != "completion_probabilities":
+                assert answer[name] == value
+            else:
+                assert [row["id"] for row in answer[name]] == [row["id"] for row in value]
+
+
+def test_a_real_one_tells_how_steps_end_and_what_it_makes_of_them(real: ServerBackend) -> None:
+    assert real.capabilities.token_ids and real.capabilities.logprobs and real.capabilities.prompt_logprobs
+    assert real.window == 1024 and real.describe()["engine"] == "llama.cpp"
+    prompts = PromptFormat(load_tokenizer(str(model_dir("small"))), None)
+    prompt = prompts.ids(QUESTION)
+    step = real.submit(CompletionRequest(prompt, 64, Sampling(0.0), ("\n\n",), likelihood=True)).result(60)
+    assert step.finish == "stop" and step.text == "a=70+33=103\n\n" and step.token_ids is not None
+    assert "".join(prompts.pieces(prompt, step.token_ids)) == step.text
+    assert step.likelihood is not None and len(step.likelihood.logprobs) == step.tokens
+    ids = prompt + step.token_ids
+    known = logits(ids)
+    for place, told in enumerate(step.likelihood.logprobs, len(prompt) - 1):
+        assert told == pytest.approx(float(known[place, ids[place + 1]]), abs=2e-3)
+        assert int(known[place].argmax()) == ids[place + 1]
+    whole = real.submit(CompletionRequest(prompt, 200, Sampling(0.0))).result(60)
+    assert whole.finish == "eos" and whole.text.endswith("\\boxed{152}")
+    assert whole.token_ids is not None and whole.token_ids[-1] == prompts.tokenizer.eos_token_id
+    assert real.submit(CompletionRequest(prompt, 3, Sampling(0.0))).result(60).finish == "length"
+
+
+def test_a_real_one_scores_any_tokens_halves_of_characters_too(real: ServerBackend) -> None:
+    ids = load_tokenizer(str(model_dir("small"))).encode(
+        "Let a=1\u00d72\u20ac. Find \U0001f600.", add_special_tokens=False
+    )
+    found = real.submit(LogprobRequest(tuple(ids), 1, entropies=True)).result(60)
+    known = logits(tuple(ids))
+    expected = [float(known[place, token]) for place, token in enumerate(ids[1:])]
+    assert found.logprobs == pytest.approx(expected, abs=5e-3) and len(found.entropies) == len(ids) - 1
+    assert real.submit(LogprobRequest(tuple(ids), 4)).result(60).logprobs == pytest.approx(expected[3:], abs=5e-3)
+
+
+def test_samplers_and_seed_of_its_command_line_are_overruled(real: ServerBackend) -> None:
+    prompt = PromptFormat(load_tokenizer(str(model_dir("small"))), None).ids(QUESTION)
+    drawn = [real.submit(CompletionRequest(prompt, 60, Sampling(1.5))).result(60).text for _ in range(6)]
+    assert len(set(drawn)) > 1
+
+
+def test_trees_grow_from_real_ones_and_a_likelihood_scores_them(served: LlamaServer, tmp_path: Path) -> None:
+    with llama_server("large", tmp_path) as large:
+        lines = []
+        for role, server in (("small", served), ("large", large)):
+            lines += [f"[{role}]", 'backend = "server"', f'url = "{server.url}"', f'model = "{server.model}"']
+            lines += [f'tokenizer = "{model_dir(role)}"', 'system_prompt = ""', "max_length = 1024", "concurrency = 2"]
+        lines += ["[scorer]", 'kind = "likelihood"', 'under = "large"', "[limits]", "max_steps = 16"]
+        file = tmp_path / "models.toml"
+        file.write_text("\n".join(lines))
+        asked = ["--problems", "tinymath:test", "--limit", "2", "--models", str(file), "--max-escalations", "1"]
+        assert main(["generate", str(tmp_path / "s"), *asked]) == 0
+    store = Store(tmp_path / "s")
+    rows = [row for table in store.steps.read() for row in table.to_pylist()]
+    assert {row["role"] for row in rows} == {"small", "large"} and all(row["stop_reason"] != "failed" for row in rows)
+    assert main(["verify", str(store.path)]) == 0 and main(["stats", str(store.path)]) == 0
+
+
+def test_a_real_one_is_an_upstream(served: LlamaServer, tmp_path: Path) -> None:
+    others = Upstreams()
+    for each in others.every[1:]:
+        each.start()
+    for each in others.every[1:]:
+        each.wait()
+    try:
+        urls = {**others.urls(), "small": served.url}
+        router = Router(policy(tmp_path, Threshold(-1.0)), urls)
+        try:
+            answer = router.chat(QUESTION, temperature=0, trace=True).json()
+        finally:
+            router.stop()
+    finally:
+        others.stop()
+    assert answer["choices"][0]["message"]["content"].endswith("\\boxed{152}")
+    assert {step["author"] for step in answer["trim"]["trace"]} == {"small"} and not answer["trim"]["fallbacks"]
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as made, llama_server("small", Path(made)) as running:
+        base = f"http://127.0.0.1:{running.port}"
+        (card,) = httpx.get(f"{base}/v1/models").json()["data"]
+        answers = {
+            kind: httpx.post(f"{base}/completion", json=body, timeout=60).json() for kind, body in asked().items()
+        }
+    for answer in answers.values():
+        for row in answer.get("completion_probabilities", ()):
+            row["top_logprobs"] = row["top_logprobs"][:3]  # enough to see their shape
+    RECORDED.write_text(json.dumps({"card": {**card, "created": 0}, **answers}, indent=1) + "\n")
