@@ -160,11 +160,8 @@ def _text(make: Callable[[Fitting], TextRouter]) -> Callable[[Fitting], list[Set
 
 def _arms(fitting: Fitting, tables: DecisionTables) -> tuple[list[Outcomes], list[str]]:
     """Return the outcomes of all arms on a split, and its questions, in the order of the problems."""
-    both = references(tables)
     own = [run(router, tables) for router in fitting.strategies.values()]
-    alone = [run(_Everything(send), tables) for send in (0.0, 1.0)]
-    assert both.small.problem_ids == alone[0].problem_ids
-    return [*alone, *own], [tables.trees.questions[each] for each in _problems(tables)]
+    return [*alone(tables), *own], [tables.trees.questions[each] for each in _problems(tables)]
 
 
 @dataclass(frozen=True)
@@ -177,6 +174,11 @@ class _Everything:
 
     def sends(self, questions: Sequence[str]) -> Floats:
         return np.full(len(questions), self.share)
+
+
+def alone(tables: DecisionTables) -> tuple[Outcomes, Outcomes]:
+    """Return the outcomes of sending all questions to the small model, and of sending all to the large one."""
+    return run(_Everything(0.0), tables), run(_Everything(1.0), tables)
 
 
 def _best_arm(fitting: Fitting) -> Iterable[Setting]:

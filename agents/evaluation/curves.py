@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.evaluation.outcomes import Floats, Outcomes
+from agents.evaluation.outcomes import Floats, Outcomes, mix
 from agents.routers.budgets import upper_hull
 from rollouts.errors import DataError
 
@@ -315,3 +315,30 @@ def gain_by_escalations(outcomes: Outcomes, small: Outcomes) -> tuple[Escalation
         EscalationGain(int(number), int((member == i).sum()), float(gain[member == i].mean()))
         for i, number in enumerate(groups)
     )
+
+
+def mixture_at(
+    method: Method, references: References, percent: float, told: Sequence[Outcomes] = ()
+) -> Outcomes | None:
+    """Return what a method comes to where its curve reaches a PGR of x %, if it does: a mixture of two knots.
+
+    Args:
+        method: The method.
+        references: Always-small and always-large.
+        percent: x.
+        told: The same settings under other prices, always-small before and always-large after them: what is mixed in
+            their place.
+    """
+    own = [references.small, *(outcomes for _, outcomes in method.points), references.large]
+    curve = Curve.of(method, references)
+    at = float(curve.cpt(percent))
+    if not np.isfinite(at):
+        return None
+    c = [float(per_cost(each.cost.sum(), references.large.cost.sum())) for each in own]
+    on_curve = [0, *(i + 1 for i in method.hull if 0 < c[i + 1] < 1 + TOLERANCE), len(own) - 1]
+    on_curve.sort(key=lambda i: c[i])
+    after = next(place for place, i in enumerate(on_curve) if c[i] >= at - TOLERANCE)
+    last, first = on_curve[after], on_curve[max(after - 1, 0)]
+    width = c[last] - c[first]
+    told = told or own
+    return mix(told[first], told[last], min(max((at - c[first]) / width, 0.0), 1.0) if width > 0 else 1.0)

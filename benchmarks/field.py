@@ -1,0 +1,357 @@
+"""The field on one table: step-level routers, cascades and query-level routers on the same trees at the same prices.
+
+    python -m benchmarks.field                                       # on the bundled test split and on harder problems
+    python -m benchmarks.field --out results/field                   # field.md and field.png
+    python -m benchmarks.field --methods exact "classifier (RouteLLM)" --splits validation
+
+Every method is fitted on training problems, its at most 16 settings are spread over the cost and its hull is chosen on
+validation; no choice is made on the splits that figures are of. Needs scikit-learn (the extra ``[baselines]``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from agents.baselines.methods import (
+    BASELINES,
+    CASCADE,
+    GROUPS,
+    QUERY,
+    REFERENCE,
+    STEP,
+    Baseline,
+    Fitted,
+    Fitting,
+    Setting,
+    alone,
+    fit,
+    of_routers,
+)
+from agents.evaluation.bootstrap import Estimate, curve_band, curve_estimates, holm, paired_means, resample_weights
+from agents.evaluation.curves import CPT_TARGETS, Curve, Method, References, mixture_at
+from agents.evaluation.oracle import query_oracle, spread_oracle, tree_oracle
+from agents.evaluation.outcomes import Floats, Outcomes
+from benchmarks.methods import Data, heading, write
+from benchmarks.robustness import LAMS
+from benchmarks.routers import fit as fit_learned
+from rollouts.errors import DataError
+from rollouts.trees.compile import compile_store
+from trim_env.tables import DecisionTables, decision_tables
+
+ANEW, CACHED = "prefixes read anew", "prefixes cached"
+PRICES = {
+    ANEW: "prices:large_in=3,large_out=15,small_in=0.1,small_out=0.4,scorer_in=0.3",
+    CACHED: "prices:large_in=0.3,large_out=15,small_in=0.01,small_out=0.4,scorer_in=0.03",
+}
+BASELINE, ENVELOPE = "TRIM-Agg", "best of the query-level routers"
+AT = 80  # share of the gap, in %, for which is said what it takes
+SPENT = np.array([0.2])
+
+
+def learned(agent: str) -> Callable[[Fitting], list[Setting]]:
+    """Return how a router that `train.py` trains is fitted for all λ."""
+    return lambda data: of_routers(fit_learned(agent, Data.of(data.train.trees), data.seed).values())
+
+
+FIELD = (
+    Baseline(BASELINE, STEP, learned("ppo-agg")),
+    Baseline("exact", STEP, learned("exact")),
+    Baseline("TRIM-POMDP", STEP, learned("pomdp")),
+    *BASELINES,
+)
+"""The methods, by group in the order of the tables; another one is one line."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the study.
+
+    Attributes:
+        splits: What figures are of, a table each.
+        methods: Names of methods; default: all.
+        rollouts: The store.
+        seed: Of what is drawn in fitting.
+        out: Report and picture, without suffix; default: print only.
+    """
+
+    splits: tuple[str, ...] = ("test", "ood")
+    methods: tuple[str, ...] = ()
+    rollouts: str = "quickstart"
+    seed: int = 0
+    out: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A method on a split.
+
+    Attributes:
+        name: As in tables.
+        group: One of `GROUPS`.
+        method: Its points and hull.
+        priced: The same points in dollars, by what prefixes cost (`PRICES`); empty for references.
+        returns: (P,) returns, averaged over the λ; None for references.
+    """
+
+    name: str
+    group: str
+    method: Method
+    priced: dict[str, list[Outcomes]]
+    returns: Floats | None
+
+
+class Ground:
+    """A split, and where choices were made."""
+
+    def __init__(self, tables: DecisionTables, priced: dict[str, DecisionTables], choosing: DecisionTables) -> None:
+        """Run the two models alone: what nothing is routed to costs no proposals."""
+        self.tables, self.priced = tables, priced
+        self.both, self.chosen_by = References(*alone(tables)), References(*alone(choosing))
+        self.dollars = {name: References(*alone(each)) for name, each in priced.items()}
+
+    def row(self, fitted: Fitted) -> Row:
+        """Return a method on the split."""
+        method = fitted.measured(self.tables, self.chosen_by)
+        priced = {name: [each.run(tables) for each in fitted.settings] for name, tables in self.priced.items()}
+        return Row(fitted.baseline.name, fitted.baseline.group, method, priced, self._returns(fitted, method))
+
+    def _returns(self, fitted: Fitted, method: Method) -> Floats:
+        """Return (P,) returns over the λ, at each that of the setting which validation names, constants among them."""
+        elsewhere = [self.chosen_by.small, self.chosen_by.large, *fitted.choosing]
+        here = [self.both.small, self.both.large, *(outcomes for _, outcomes in method.points)]
+        best = [int(np.argmax([each.returns(lam).mean() for each in elsewhere])) for lam in LAMS]
+        found: Floats = np.mean([here[i].returns(lam) for i, lam in zip(best, LAMS, strict=True)], axis=0)
+        return found
+
+    def envelope(self, several: Sequence[Fitted], rows: Sequence[Row]) -> Row:
+        """Return one method whose points are those of several: validation says which are on its hull."""
+        points = [point for row in rows for point in row.method.points]
+        chosen = [(s.knob, each) for one in several for s, each in zip(one.settings, one.choosing, strict=True)]
+        together = Fitted(
+            Baseline(ENVELOPE, QUERY, lambda _: []),
+            [setting for one in several for setting in one.settings],
+            [outcomes for one in several for outcomes in one.choosing],
+        )
+        method = Method.chosen(points, chosen, self.chosen_by)
+        priced = {name: [each for row in rows for each in row.priced[name]] for name in self.priced}
+        return Row(ENVELOPE, QUERY, method, priced, self._returns(together, method))
+
+    def references(self) -> list[Row]:
+        """Return the oracles."""
+        oracles = {
+            "query oracle": lambda lam: query_oracle(self.tables, lam),
+            "query oracle, per draw": lambda lam: query_oracle(self.tables, lam, per_draw=True),
+            "tree oracle": lambda lam: tree_oracle(self.tables, lam),
+        }
+        return [
+            Row(name, REFERENCE, Method.whole(spread_oracle(oracle, self.both)), {}, None)
+            for name, oracle in oracles.items()
+        ]
+
+    def takes(self, row: Row, price: str | None = None) -> Outcomes | None:
+        """Return what a method comes to at `AT` % of the gap, at a price or, by default, in large tokens."""
+        if price is None:
+            return mixture_at(row.method, self.both, AT)
+        ends = self.dollars[price]
+        return mixture_at(row.method, self.both, AT, [ends.small, *row.priced[price], ends.large])
+
+
+def fit_all(methods: Iterable[Baseline], fitting: Fitting) -> tuple[list[Fitted], dict[str, float], list[str]]:
+    """Fit; return the methods with their processor seconds, and what those said that could not be fitted."""
+    found, seconds, lacking = list[Fitted](), dict[str, float](), list[str]()
+    for method in methods:
+        begin = time.process_time()
+        try:
+            found.append(fit(method, fitting))
+        except DataError as error:
+            lacking.append(f"{method.name}: {error}")
+        seconds[method.name] = time.process_time() - begin
+    return found, seconds, lacking
+
+
+def _cell(each: Estimate, form: str = "{:.1f}", scale: float = 100) -> str:
+    if not np.isfinite(each.value):
+        return "–"
+    return "{} [{}, {}]".format(*(form.format(scale * value) for value in (each.value, each.low, each.high)))
+
+
+def curves(ground: Ground, rows: Sequence[Row], weights: Floats) -> list[str]:
+    """Return the table of what is read off the curves, and of returns against the baseline's."""
+    own = {row.name: row.returns for row in rows if row.returns is not None}
+    others = [name for name in own if name != BASELINE] if BASELINE in own else []
+    over = {name: paired_means(own[name], own[BASELINE], weights) for name in others}
+    p = dict(zip(others, holm([over[name].p_value for name in others]), strict=True))
+    names = [
+        *(f"CPT({x} %)" for x in CPT_TARGETS),
+        "ΔIBC",
+        "accuracy at 20 %",
+        f"return minus {BASELINE}'s",
+        "p (Holm)",
+    ]
+    lines = [f"| group | method | {' | '.join(names)} |", "|---|---|" + "---:|" * len(names)]
+    for row in rows:
+        metrics, curve = curve_estimates(row.method, ground.both, weights), Curve.of(row.method, ground.both)
+        cells = [_cell(metrics[f"cpt_{x}"]) + (" †" if curve.by_mixing(x) else "") for x in CPT_TARGETS]
+        cells += [_cell(metrics["delta_ibc"], "{:.2f}", 1)]
+        cells += [_cell(each) for each in curve_band(row.method, ground.both, weights, SPENT)]
+        gain = over.get(row.name)
+        cells += [_cell(gain, "{:+.4f}", 1), f"{p[row.name]:.2g}"] if gain else ["", ""]
+        name = f"**{row.name}**" if row.name in (BASELINE, ENVELOPE) else row.name
+        lines.append(f"| {row.group} | {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def taken(ground: Ground, rows: Sequence[Row]) -> list[str]:
+    """Return the table of what recovering `AT` % of the gap takes, per problem."""
+    names = ["large tokens", "small tokens", "discarded", "scorer calls", "serial calls"]
+    names += [f"US$ per 1,000 problems, {name} (% of always-large's)" for name in PRICES]
+    lines = [f"| group | method | {' | '.join(names)} |", "|---|---|" + "---:|" * len(names)]
+    found = [
+        (row.group, row.name, ground.takes(row), [ground.takes(row, price) for price in PRICES])
+        for row in rows
+        if row.group != REFERENCE
+    ]
+    for name in ("small", "large"):
+        dollars = [getattr(ground.dollars[price], name) for price in PRICES]
+        found.append((REFERENCE, f"always-{name}", getattr(ground.both, name), dollars))
+    for group, name, outcomes, dollars in found:
+        cells = ["–"] * len(names)
+        if outcomes and outcomes.calls:
+            means = outcomes.large_tokens, outcomes.small_tokens, outcomes.discarded_tokens, *outcomes.calls
+            cells = [f"{each.mean():.1f}" for each in means]
+            for price, paid in zip(PRICES, dollars, strict=True):
+                share = 100 * paid.cost.mean() / ground.dollars[price].large.cost.mean()
+                cells.append(f"{1000 * paid.cost.mean():.3f} ({share:.0f})")
+        lines.append(f"| {group} | {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def rows_of(ground: Ground, fitted: Sequence[Fitted]) -> list[Row]:
+    """Return all rows, by group."""
+    rows = {each.baseline.name: ground.row(each) for each in fitted}
+    alone_ = [each for each in fitted if each.baseline.group == QUERY]
+    found = list(rows.values())
+    if len(alone_) > 1:
+        found.append(ground.envelope(alone_, [rows[each.baseline.name] for each in alone_]))
+    return sorted([*found, *ground.references()], key=lambda row: GROUPS.index(row.group))
+
+
+def report(settings: Settings) -> tuple[str, dict[str, tuple[Ground, list[Row]]]]:
+    """Return the report, and what the picture shows."""
+    trees = compile_store(settings.rollouts)
+    train, choosing = decision_tables(trees, "train"), decision_tables(trees, "validation")
+    wanted = [method for method in FIELD if not settings.methods or method.name in settings.methods]
+    fitted, seconds, lacking = fit_all(wanted, Fitting(train, choosing, seed=settings.seed))
+    lines = heading("The field", f"field --rollouts {settings.rollouts} --splits {' '.join(settings.splits)}")
+    lines += [
+        f"Fitted on the training split of `{settings.rollouts}`; settings, hulls and the members of the envelope were "
+        f"chosen on validation. Costs in % of always-large's tokens. Intervals: 95 %, over problems. Return: mean over "
+        f"eight λ ({', '.join(f'{lam:g}' for lam in LAMS)}), at each the setting that validation names; p: sign flips "
+        "of paired differences, Holm over the table. † reached only by mixing with always-large.",
+        "",
+        "**What is charged.** A question that is sent to the large model costs its solution and no proposals. A "
+        "cascade pays the small model's solution, whoever reads it, and with a retry the large model's whole solution: "
+        "the large tokens do not show that, the second table of each split does. Serial calls wait for each other: a "
+        "step, or a whole solution, of either model, a scoring; those of query-level routers and cascades are long "
+        f"ones. US$ at assumed prices per million tokens (`{PRICES[ANEW]}`), and with a tenth for what is read, as "
+        "where prefixes are cached: what is written alone reads its prompt once, an escalation reads its whole prefix. "
+        "Query-level routers cannot be capped by escalations or tokens; cascades cannot stream.",
+        "",
+    ]
+    shown = dict[str, tuple[Ground, list[Row]]]()
+    for split in settings.splits:
+        part = trees if split in trees.splits else compile_store(settings.rollouts, split=split)
+        priced = {name: decision_tables(part, split, cost=prices) for name, prices in PRICES.items()}
+        ground = Ground(decision_tables(part, split), priced, choosing)
+        rows = rows_of(ground, fitted)
+        weights = resample_weights(len(ground.both.small))
+        small, large = (100 * each.correct.mean() for each in (ground.both.small, ground.both.large))
+        lines += [
+            f"## `{split}`: {len(weights[0]):,} problems",
+            "",
+            f"Always-small solves {small:.1f} %, always-large {large:.1f} %.",
+            "",
+            *curves(ground, rows, weights),
+            "",
+            f"What {AT} % of the gap takes, per problem:",
+            "",
+            *taken(ground, rows),
+            "",
+        ]
+        shown[split] = ground, rows
+    lines += ["## Notes", "", *(f"- {each.name}: {each.note}." for each in wanted if each.note)]
+    lines += [f"- not fitted: {each}" for each in lacking]
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value >= 0.5)
+    lines += [
+        f"- Fitting and laying out all settings took {sum(seconds.values()):.0f} s of processor time, one thread: "
+        f"{parts}; the others less than half a second each. The networks that predict accuracy and cost are fitted "
+        "once, with the first method that needs them.",
+        "",
+    ]
+    return "\n".join(lines), shown
+
+
+COLOURS = {STEP: "#0072B2", CASCADE: "#E69F00", QUERY: "#D55E00", REFERENCE: "#767676"}
+STYLES = ("-", "--", ":", "-.")
+
+
+def drawn(ground: Ground, rows: Sequence[Row]) -> list[Row]:
+    """Return what the picture shows: of query-level routers the envelope alone."""
+    names = (BASELINE, "exact", "TRIM-Thr (RSD)", "AutoMix-PRM (last)", "vote (SATER)", ENVELOPE)
+    kept = [row for name in names for row in rows if row.name == name]
+    return [*kept, *(row for row in rows if row.name in ("query oracle", "tree oracle"))]
+
+
+def draw(shown: dict[str, tuple[Ground, list[Row]]], path: Path) -> None:
+    """Draw accuracy over large tokens and over dollars, for the first split."""
+    from matplotlib.figure import Figure
+
+    split, (ground, rows) = next(iter(shown.items()))
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    used = dict.fromkeys(GROUPS, 0)
+    cost = np.linspace(0, 1, 201)
+    for row in drawn(ground, rows):
+        style = {"color": COLOURS[row.group], "ls": STYLES[used[row.group] % len(STYLES)], "lw": 2}
+        used[row.group] += 1
+        curve = Curve.of(row.method, ground.both)
+        left.plot(100 * cost, 100 * curve.accuracy_at(cost), label=row.name, **style)
+        if row.priced:
+            ends = ground.dollars[CACHED]
+            paid = [ends.small, *(row.priced[CACHED][i] for i in row.method.hull), ends.large]
+            reached = [ground.both.small, *(row.method.points[i][1] for i in row.method.hull), ground.both.large]
+            order = np.argsort([each.cost.mean() for each in reached], kind="stable")
+            x = [100 * paid[i].cost.mean() / ends.large.cost.mean() for i in order]
+            right.plot(x, [100 * reached[i].correct.mean() for i in order], marker="o", ms=3, **style)
+    for axes, what in (
+        (left, "large-model tokens, % of always-large's"),
+        (right, f"US$ ({CACHED}), % of always-large's"),
+    ):
+        axes.set(xlabel=what)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#E3E3E3")
+        axes.set_axisbelow(True)
+    left.set(ylabel="problems solved, %", xlim=(0, 100))
+    right.set(xlim=(0, 125))
+    left.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.suptitle(f"The field ({split}, {len(ground.both.small):,} problems)")
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Run the study."""
+    settings = tyro.cli(Settings, description=__doc__)
+    text, shown = report(settings)
+    write(text, settings.out and settings.out.with_suffix(".md"))
+    if settings.out:
+        draw(shown, settings.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
