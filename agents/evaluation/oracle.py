@@ -15,7 +15,7 @@ from agents.evaluation.curves import Points, References
 from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.walk import always_trees, by_problem, outcomes_of, run_trees
 from rollouts.errors import StoreError
-from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING
 from trim_env.tables import DecisionTables
 
 SPREAD = 24
@@ -66,8 +66,26 @@ def score_oracle(tables: DecisionTables, tau: float = 0.0) -> Outcomes:
     What Arbitrage calls its oracle (`agents.learners.arbitrage`). It sees one step ahead and trusts the scorer, so that
     it bounds nothing.
     """
-    score = np.nan_to_num(np.asarray(tables.trees.score, np.float64))
+    score = scores_of_both(tables)
     return _knowing(tables, score[:, ESCALATE_LARGE] - score[:, CONTINUE_SMALL] > tau)
+
+
+def scores_of_both(tables: DecisionTables) -> NDArray[np.float64]:
+    """Return the (N, 2) scores of both models' proposals; NaN where one was not generated.
+
+    Raises:
+        StoreError: The scorer does not tell those of both: a stand-in score (`UNSCORED`) is no score to compare with.
+    """
+    trees, scorer = tables.trees, tables.trees.meta["scorer"]
+    score = np.where(trees.child == MISSING, np.nan, trees.score.astype(np.float64))
+    told = [each for name, each in trees.signals.items() if scorer in (name, name.rpartition(".")[0])]
+    unknown = np.isnan([trees.score, *told[:1]]).any(axis=(0, 2)) & (trees.child != MISSING).all(axis=1)
+    if lacking := int((unknown & np.isin(trees.tree, tables.indices)).sum()):
+        raise StoreError(
+            f"{trees.meta['store']}: {lacking} decisions lack the score of a proposal by {scorer}, where those of both "
+            "models are to be compared. Use a scorer that tells both."
+        )
+    return score
 
 
 def step_oracle(tables: DecisionTables) -> Outcomes:

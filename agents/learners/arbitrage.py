@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from agents.evaluation.forest import Forest
+from agents.evaluation.oracle import scores_of_both
 from agents.evaluation.splits import CANDIDATES
 from agents.learners.supervised import Examples, fit_network, logistic, output
 from agents.routers.base import Floats, Knob
@@ -99,11 +100,5 @@ def fit(tables: DecisionTables, choice: DecisionTables, seed: int) -> Arbitrage:
 
 def _examples(tables: DecisionTables) -> Examples:
     forest = Forest(tables)
-    score = np.asarray(tables.trees.score)[forest.graph.rows]
-    lacking = int((np.isnan(score).any(axis=1) & forest.graph.open).sum())
-    if lacking:
-        raise StoreError(
-            f"{tables.trees.meta['store']}: {lacking} decisions lack the score of a proposal by "
-            f"{tables.trees.meta['scorer']}; arbitrage compares those of both models. Use a scorer that tells both."
-        )
+    score = scores_of_both(tables)[forest.graph.rows]
     return Examples.of(forest, score[:, ESCALATE_LARGE] > score[:, CONTINUE_SMALL], balanced=True)

@@ -221,8 +221,12 @@ def test_what_cannot_be_compared_is_refused(trees):
         fitted(arbitrage, never)
     score = trees.score.copy()
     score[trees.root[decision_tables(trees, "train").indices[:3]], 1] = np.nan
-    with pytest.raises(StoreError, match="3 decisions lack the score of a proposal by scripted"):
-        fitted(arbitrage, replace(trees, score=score))
+    signals = {"scripted.score": score}  # what stands in for a score is none
+    for lacking in (replace(trees, score=score), replace(trees, signals=signals)):
+        with pytest.raises(StoreError, match="3 decisions lack the score of a proposal by scripted"):
+            fitted(arbitrage, lacking)
+        with pytest.raises(StoreError, match="3 decisions lack the score of a proposal by scripted"):
+            score_oracle(decision_tables(lacking, "train"))
 
 
 @pytest.mark.parametrize("agent", PREDICTING)
