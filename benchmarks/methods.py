@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from agents.evaluation.outcomes import Floats, Outcomes
 from agents.evaluation.splits import Validation
 from agents.evaluation.walk import run
+from agents.learners import advantage, arbitrage
 from agents.learners.exact import fit as fit_exact
 from agents.learners.exact import neighbours
 from agents.learners.loop import Training
@@ -120,12 +122,23 @@ def _exact(data: Data, seed: int, lams: Sequence[float]) -> Fitted:
     return Fitted(routers, time.process_time() - begin)
 
 
+def _predicting(learner: Any) -> Fit:
+    def made(data: Data, seed: int, lams: Sequence[float]) -> Fitted:
+        begin = time.process_time()
+        found = learner.fit(data.tables(), data.validation.choice, seed)
+        return Fitted({lam: found.router(lam) for lam in lams}, time.process_time() - begin)
+
+    return made
+
+
 METHODS: dict[str, Fit] = {
     "exact": _exact,
     "TRIM-Thr": _threshold,
     "TRIM-Agg": _agg,
     "TRIM-Agg, λ range": _conditioned,
     "TRIM-POMDP": _pomdp,
+    "Arbitrage": _predicting(arbitrage),
+    "one-deviation advantage": _predicting(advantage),
 }
 
 

@@ -2,10 +2,13 @@
 
     python -m benchmarks.noise --out results/noise
 
-Three kinds of damage at three levels. *Flips*: a share of the scores r becomes 1 - r. *Shuffling*: a share of the
+Four kinds of damage at three levels. *Flips*: a share of the scores r becomes 1 - r. *Shuffling*: a share of the
 proposals of a tree exchange their scores among each other. *Miscalibration*: the log-odds are shrunk and shifted, the
-same for all, as when a reward model is exchanged for a more lenient one. Every method is fitted on the damaged scores
-(as one would) and also run on them as fitted on the good ones (a reward model that went bad after training).
+same for all, as when a reward model is exchanged for a more lenient one. *Late*: in a share of the trees every score is
+read one step too early in the path, so that both proposals at a node have the score of the step before them: errors of
+position, as from inputs that were padded wrongly, which hang together along a path. Every method is fitted on the
+damaged scores (as one would) and also run on them as fitted on the good ones (a reward model that went bad after
+training).
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ LEVELS: dict[str, tuple[float, ...]] = {
     "flips": (0.05, 0.15, 0.3),
     "shuffling": (0.1, 0.3, 0.6),
     "miscalibration": (0.3, 0.6, 0.8),
+    "late": (0.15, 0.3, 0.6),
 }
 
 
@@ -60,6 +64,8 @@ def damaged(trees: Trees, kind: str, level: float, seed: int = 0) -> Trees:
     elif kind == "miscalibration":
         odds = np.log(np.clip(score, 1e-4, 1 - 1e-4) / (1 - np.clip(score, 1e-4, 1 - 1e-4)))
         score = (1 / (1 + np.exp(-((1 - level) * odds + 3 * level)))).astype(np.float32)
+    elif kind == "late":
+        score = np.where((rng.random(len(trees.root)) < level)[trees.tree, None], _before(trees, score), score)
     same = (trees.child[:, 0] == trees.child[:, 1]) & (trees.child[:, 0] >= 0)
     score[same, ESCALATE_LARGE] = score[same, CONTINUE_SMALL]  # one text, one score
     return _followed(replace(trees, score=score))
@@ -72,6 +78,15 @@ def _shuffled(trees: Trees, score: NDArray[np.float32], level: float, rng: np.ra
     source = chosen[np.lexsort((rng.random(len(chosen)), tree[chosen]))]
     flat[target] = flat[source]
     return flat.reshape(score.shape)
+
+
+def _before(trees: Trees, score: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return (N, 1) the score of the step before each node; 1 at the first, which has none."""
+    found = np.ones((trees.nodes, 1), np.float32)
+    for action in (ESCALATE_LARGE, CONTINUE_SMALL):
+        going = trees.child[:, action] >= 0
+        found[trees.child[going, action], 0] = score[going, action]
+    return found
 
 
 def _followed(trees: Trees) -> Trees:
@@ -143,7 +158,7 @@ def draw(settings: Settings, cells: list[Cell], path: Path) -> None:
     from matplotlib.figure import Figure
 
     kinds = [kind for kind in LEVELS if kind != "none"]
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True)
     constant = best_constant(decision_tables(settings.rollouts, "test"))
     for axes, kind in zip(panels, kinds, strict=True):

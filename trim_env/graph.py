@@ -79,6 +79,7 @@ class Decisions(NamedTuple):
         spent: What was spent before.
         mass: Probability of getting there and acting so.
         moved: What becomes of it.
+        walk: Position of the walk among those whom `Decide` was asked about.
     """
 
     tree: Ints
@@ -86,6 +87,7 @@ class Decisions(NamedTuple):
     spent: Spent
     mass: Floats
     moved: Moved
+    walk: Ints
 
 
 Decide = Callable[[Ints, Spent], Floats]  # ((n,) rows of nodes, what was spent so far) -> (n,) P(escalate)
@@ -118,7 +120,7 @@ def walk(tables: DecisionTables, decide: Decide, accept: Accept | None = None) -
         moved = advance(tables, rows[at], before, action)
         if (moved.child == MISSING).any():
             raise StoreError(missing(tables, moved.taken.place))
-        yield Decisions(tree[at], rows[at], before, mass[at] * share[likely], moved)
+        yield Decisions(tree[at], rows[at], before, mass[at] * share[likely], moved, at)
         on = np.flatnonzero(moved.child >= 0)
         going = at[on]
         if accept:

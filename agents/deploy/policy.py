@@ -24,7 +24,7 @@ import numpy as np
 from agents.deploy.session import Session, decide_together
 from agents.routers import artefact
 from agents.routers.asking import Asking
-from agents.routers.base import AnyRouter, Mixture, told_cap
+from agents.routers.base import AnyRouter, Mixture, refuse_undrafted, told_cap
 from agents.routers.budgets import LamCosts
 from agents.routers.mlp import MLP, ConditionedMLP
 from rollouts.errors import ArtefactError, ConfigError
@@ -90,6 +90,7 @@ class Policy:
         if isinstance(router, Mixture):
             self._checked(router.second)
             return self._checked(router.first)
+        refuse_undrafted(router)
         try:
             schema = schema_named(router.schema)
         except ConfigError as error:

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agents.evaluation.curves import Points, References
 from agents.evaluation.outcomes import Outcomes
-from agents.evaluation.walk import always_trees, by_problem, outcomes_of
+from agents.evaluation.walk import always_trees, by_problem, outcomes_of, run_trees
 from rollouts.errors import StoreError
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING
 from trim_env.tables import DecisionTables
 
 SPREAD = 24
@@ -56,6 +58,53 @@ def query_oracle(tables: DecisionTables, lam: float, *, per_draw: bool = False) 
         _, position = np.unique(tables.trees.problem[tables.indices], return_inverse=True)
         better = np.bincount(position, better).astype(float)[position]
     return by_problem(tables, {name: np.where(better > 0, large[name], small[name]) for name in small})
+
+
+def score_oracle(tables: DecisionTables, tau: float = 0.0) -> Outcomes:
+    """Return the outcomes of escalating where the large model's step scores more than τ above the small one's.
+
+    What Arbitrage calls its oracle (`agents.learners.arbitrage`). It sees one step ahead and trusts the scorer, so that
+    it bounds nothing.
+    """
+    score = scores_of_both(tables)
+    return _knowing(tables, score[:, ESCALATE_LARGE] - score[:, CONTINUE_SMALL] > tau)
+
+
+def scores_of_both(tables: DecisionTables) -> NDArray[np.float64]:
+    """Return the (N, 2) scores of both models' proposals; NaN where one was not generated.
+
+    Raises:
+        StoreError: The scorer does not tell those of both: a stand-in score (`UNSCORED`) is no score to compare with.
+    """
+    trees, scorer = tables.trees, tables.trees.meta["scorer"]
+    score = np.where(trees.child == MISSING, np.nan, trees.score.astype(np.float64))
+    told = [each for name, each in trees.signals.items() if scorer in (name, name.rpartition(".")[0])]
+    unknown = np.isnan([trees.score, *told[:1]]).any(axis=(0, 2)) & (trees.child != MISSING).all(axis=1)
+    if lacking := int((unknown & np.isin(trees.tree, tables.indices)).sum()):
+        raise StoreError(
+            f"{trees.meta['store']}: {lacking} decisions lack the score of a proposal by {scorer}, where those of both "
+            "models are to be compared. Use a scorer that tells both."
+        )
+    return score
+
+
+def step_oracle(tables: DecisionTables) -> Outcomes:
+    """Return the outcomes of escalating where the small model's step is wrong and the large one's right, by labels.
+
+    Raises:
+        StoreError: The problems have no exact labels of steps.
+    """
+    label = np.asarray(tables.trees.label)
+    if (label[tables.roots] < 0).any():
+        raise StoreError(
+            f"{tables.trees.meta['store']} has no exact labels of steps, which this reference point needs."
+        )
+    return _knowing(tables, (label[:, CONTINUE_SMALL] == 0) & (label[:, ESCALATE_LARGE] == 1))
+
+
+def _knowing(tables: DecisionTables, escalates: NDArray[np.bool_]) -> Outcomes:
+    totals = run_trees(tables.charged(None), lambda rows, _: escalates[rows].astype(np.float64))
+    return by_problem(tables, totals)
 
 
 def spread_oracle(oracle: Callable[[float], Outcomes], references: References, points: int = SPREAD) -> Points:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from agents.evaluation.curves import Method, References
 from agents.evaluation.outcomes import Calls, Outcomes, Solutions, mix
 from agents.routers.asking import Asking
-from agents.routers.base import AnyRouter, Mixture, Router, StatefulRouter, is_blind, told_cap
+from agents.routers.base import AnyRouter, Mixture, Router, StatefulRouter, Undrafted, is_blind, told_cap
+from agents.routers.takeover import Takeover
 from agents.routers.whole import Attempts, Cascade, QueryRouter, VotingCascade, Whole
 from rollouts.errors import ConfigError
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
@@ -87,17 +88,46 @@ def run_trees(tables: DecisionTables, policy: AnyRouter | Decide) -> dict[str, F
     """Return the expected outcome of each tree of the split: the fields of `Outcomes` as (R,) arrays."""
     if isinstance(policy, Asking):
         return _run_asking(tables, policy)
+    if isinstance(policy, Takeover):
+        tables = _uncapped(policy, tables)
     read = 0  # calls of whoever reads a proposal
     if isinstance(policy, Router | StatefulRouter):
-        tables = tables.charged(None if is_blind(policy) else policy.schema)
-        read = int(not is_blind(policy) and bool(_sources(tables, policy.schema)))
+        blind = is_blind(policy.trigger if isinstance(policy, Takeover) else policy)
+        tables = tables.charged(None if blind else policy.schema)
+        read = int(not blind and bool(_sources(tables, policy.schema)))
     count = len(tables.indices)
     totals = {name: np.zeros(count) for name in (*Outcomes.columns(), *Calls._fields)}
-    for done in decisions(tables, policy):
+    for done, undrafted in walked(tables, policy):
         values = outcomes_of(tables, done.moved) | _called(done.moved, np.full(len(done.rows), read))
+        if isinstance(policy, Undrafted):
+            own = _without_draft(tables, done.rows, policy.goes_on)
+            values |= {name: np.where(undrafted, each, values[name]) for name, each in own.items()}
         for name, each in values.items():
             totals[name] += np.bincount(done.tree, done.mass * each, minlength=count)
     return totals
+
+
+def _uncapped(router: Takeover, tables: DecisionTables) -> DecisionTables:
+    """Return tables without a cap on escalations: the large model writes all that follows.
+
+    Raises:
+        ConfigError: There is a cap on large tokens, which such a router cannot keep.
+    """
+    if tables.max_large_tokens is not None:
+        raise ConfigError(
+            f"{router.name}: the large model writes all that follows the first escalation, whatever it takes; the cap "
+            f"of {tables.max_large_tokens} large tokens (max_large_tokens) cannot be kept. Leave it out."
+        )
+    return tables if tables.max_escalations is None else replace(tables, max_escalations=None)
+
+
+def _without_draft(tables: DecisionTables, rows: Ints, goes_on: bool) -> dict[str, Any]:
+    """Return what differs where the large model writes a step for which the small one was not asked (`Undrafted`)."""
+    called = np.array([0, 1])
+    tokens, read = tables.trees.tokens[rows] * called, tables.trees.prompt_tokens[rows] * called * (not goes_on)
+    cost = cost_of(tables.cost_model, tokens, read, frozenset())[:, ESCALATE_LARGE]
+    glimpsed = 0 if goes_on else 2  # a first token of the small model, and the step
+    return {"cost": cost, "small_tokens": 0, "discarded_tokens": 0, "scorer": 0, "serial": glimpsed}
 
 
 def _called(moved: Moved, read: Ints) -> dict[str, Ints]:
@@ -216,24 +246,38 @@ def _run_asking(tables: DecisionTables, router: Asking) -> dict[str, Floats]:
 
 def decisions(tables: DecisionTables, policy: AnyRouter | Decide) -> Iterator[Decisions]:
     """Return all that a router does, by depth (`trim_env.graph.walk`)."""
+    return (done for done, _ in walked(tables, policy))
+
+
+def walked(tables: DecisionTables, policy: AnyRouter | Decide) -> Iterator[tuple[Decisions, NDArray[np.bool_]]]:
+    """Return all that a router does, by depth, and which of it had no proposal before it (`Undrafted`)."""
     if not isinstance(policy, Router | StatefulRouter):
-        return walk(tables, policy)
-    seen = seen_by(policy, tables)
-    if isinstance(policy, Router):
-        return walk(tables, lambda rows, spent: policy.probability(seen(rows, spent.left)))
-    state, trees = policy.start(len(tables.indices)), tables.trees  # a row for each walk under way
+        for done in walk(tables, policy):
+            yield done, np.zeros(len(done.rows), bool)
+        return
+    seen, without = seen_by(policy, tables), np.zeros(0, bool)
+    remembering = policy if isinstance(policy, StatefulRouter) else None
+    trees, state = tables.trees, np.zeros((len(tables.indices), 0))  # a row for each walk under way
+    if remembering:
+        state = remembering.start(len(state))
 
     def decide(rows: Ints, spent: Spent) -> Floats:
-        nonlocal state
-        escalate, state = policy.decide(seen(rows, spent.left), state)
+        nonlocal state, without
+        told = seen(rows, spent.left)
+        without = policy.undrafted(told, state) if isinstance(policy, Undrafted) else np.zeros(len(rows), bool)
+        if isinstance(policy, Router):
+            return policy.probability(told)
+        escalate, state = policy.decide(told, state)
         return escalate
 
     def accept(rows: Ints, going: Ints, actions: Ints) -> None:
         nonlocal state
+        assert remembering is not None
         at = rows, actions
-        state = policy.accept(state[going], actions, trees.score[at], trees.accepted_tokens[at])
+        state = remembering.accept(state[going], actions, trees.score[at], trees.accepted_tokens[at])
 
-    return walk(tables, decide, accept)
+    for done in walk(tables, decide, accept if remembering else None):
+        yield done, without[done.walk] & (done.moved.accepted == ESCALATE_LARGE)
 
 
 def outcomes_of(tables: DecisionTables, moved: Moved) -> dict[str, NDArray[Any]]:

@@ -31,6 +31,7 @@ from agents.routers.base import (
     RandomRate,
     Threshold,
     checked,
+    refuse_undrafted,
     told_cap,
 )
 from agents.routers.mlp import MLP, ConditionedMLP
@@ -199,6 +200,7 @@ def kind_of(router: Storable) -> str:
     for name, kind in _KINDS.items():
         if type(router) is kind.router:
             return name
+    refuse_undrafted(router)
     found = type(router)
     name = f"{found.__module__}:{found.__qualname__}"
     if not isinstance(router, PlainRouter):

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from rollouts.errors import ConfigError
+from rollouts.errors import ArtefactError, ConfigError
 
 Floats = NDArray[np.float64]
 
@@ -95,6 +95,38 @@ class StatefulRouter(Named, Protocol):
 
 
 AnyRouter = Router | StatefulRouter
+
+
+@runtime_checkable
+class Undrafted(Named, Protocol):
+    """A router, of either kind, that lets the large model write some steps before the small one has proposed any.
+
+    Those are evaluated without the small model's tokens and without what reading them costs. It is compared on trees;
+    it is not stored or served, where decisions are on proposals.
+
+    Attributes:
+        goes_on: Whether the large model then goes on in its request of the step before, and reads no prefix anew.
+    """
+
+    @property
+    def goes_on(self) -> bool: ...  # noqa: D102
+
+    def undrafted(self, features: NDArray[np.float32], state: Floats) -> NDArray[np.bool_]:
+        """Return (n,) where a step that the large model writes has no proposal before it.
+
+        Args:
+            features: (n, d) features of the proposals that there would be.
+            state: As `StatefulRouter.decide` is given it; not to be read by a router without one.
+        """
+
+
+def refuse_undrafted(router: Any) -> None:
+    """Raise `ArtefactError` for a router that decides before there is a proposal."""
+    if isinstance(router, Undrafted):
+        raise ArtefactError(
+            f"{router.name} cannot be stored or served: it lets the large model write steps before the small one has "
+            "proposed any, and what is in use decides on proposals. Compare it on rollouts: agents.evaluation.walk.run."
+        )
 
 
 @runtime_checkable

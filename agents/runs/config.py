@@ -19,7 +19,7 @@ from rollouts.plugins import is_plugin, load_plugin
 from trim_env.costs import SOURCES, cost_model
 from trim_env.features import DEFAULT_SCHEMA, schema_named
 
-AGENTS = ("ppo-agg", "exact", "ppo-seq", "ppo-paper", "pomdp", "threshold")
+AGENTS = ("ppo-agg", "exact", "ppo-seq", "ppo-paper", "pomdp", "threshold", "arbitrage", "advantage")
 LEARNED = ("ppo-agg", "exact")  # for a range of λ, too
 LIVE = ("ppo-agg", "ppo-seq")  # learn from episodes
 TRACKING = ("wandb", "none")
@@ -42,7 +42,8 @@ class TrainConfig:
             ``ppo-seq`` (TRIM-Seq: a transformer over all steps so far), ``ppo-paper`` (ppo-agg as the paper has it,
             once: its settings, features and unnormalised advantages), ``pomdp`` (TRIM-POMDP), ``threshold``
             (TRIM-Thr, the best threshold for each λ: on the score, or on the first feature of a --schema that is
-            named) or module:Class, a class of your own (`agents.routers.base`).
+            named), ``arbitrage`` (where the large model's step will score higher), ``advantage`` (where one large step
+            alone is worth its price) or module:Class, a class of your own (`agents.routers.base`).
         lam: λ, reward lost per unit of cost; several make a sweep. Left out: six values that span the trade-off
             between the two models, computed from the rollouts.
         lam_range: Two values: one policy is trained for every λ between them, which it is told.

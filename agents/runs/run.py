@@ -5,7 +5,8 @@ RUN/report.txt             health of every router in plain words
 RUN/generated.json         of a live training: what its models have written so far
 RUN/curve.png, .svg        the routers on the verdict half of validation
 RUN/lam-0.003/policy/      the router (`agents.routers.artefact`), the only thing that evaluation reads
-RUN/lam-0.003/             metrics.jsonl, training.png, report.json; of the POMDP estimates.json, of exact fit.json
+RUN/lam-0.003/             metrics.jsonl, training.png, report.json; of the POMDP estimates.json, of exact,
+                           arbitrage and advantage fit.json
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from agents.evaluation.budgets import lam_costs, meet_target
 from agents.evaluation.health import Health
 from agents.evaluation.splits import Candidates, Record, Validation, halves
 from agents.evaluation.walk import references, run
+from agents.learners import advantage, arbitrage
 from agents.learners.asking import AskingFrontier, fit_asking
 from agents.learners.exact import Frontier, fit, neighbours
 from agents.learners.loop import Training, checked_at
@@ -51,6 +53,7 @@ from trim_env.features import DEFAULT_SCHEMA
 from trim_env.tables import DecisionTables, decision_tables, rollouts_hash
 
 AUTO_LAMS = 6
+_PREDICTING = {"arbitrage": arbitrage, "advantage": advantage}
 
 
 @dataclass(frozen=True)
@@ -282,8 +285,8 @@ class _Run:
         if config.agent in ("ppo-agg", "ppo-seq"):
             return self._train(tables, task, place, tracker)
         router: Any
-        if config.agent == "exact":
-            found: Any = self._frontiers[task]
+        if config.agent in ("exact", *_PREDICTING):
+            found: Any = self._frontiers[task] if config.agent == "exact" else self._predictions
             router, told = found.router(task), found.report()
             (place / "fit.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
             return router, self._assessed(router, task), 1, None
@@ -298,6 +301,14 @@ class _Run:
             learner = loaded_plugin(config.agent, "--agent")
             router = checked(learner.fit(tables, task, config.seed), config.agent)
         return router, self._assessed(router, task), 1, None
+
+    @cached_property
+    def _predictions(self) -> arbitrage.Arbitrage | advantage.Advantage:
+        """What those learners make that predict what escalating does, for all λ."""
+        train = _tables(self.config, self.trees, self.trees.select("train"))
+        learner: Any = _PREDICTING[self.config.agent]
+        found: arbitrage.Arbitrage | advantage.Advantage = learner.fit(train, self.validation.choice, self.config.seed)
+        return found
 
     @cached_property
     def _frontiers(self) -> dict[Lam, Frontier | AskingFrontier]:

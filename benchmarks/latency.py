@@ -1,0 +1,225 @@
+"""How long solutions take: a model of serial calls, fitted to the service, checked against it, and read off trees.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.latency --out results/latency     # a minute
+
+A step costs a call of the small model and one of the scorer, one after the other, and where it is escalated one of the
+large model: nothing of one solution is done side by side. So a solution takes a constant, a time for each step, and one
+for each escalation. The three are fitted by least squares to requests to the service, whose upstreams are stand-ins
+that think a stated time (`benchmarks.upstream`), under one threshold; the mean time of requests under other thresholds
+is then predicted. Routers that cannot be served are read off the trees by the same model, with times by token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+
+from agents.evaluation.outcomes import Outcomes
+from agents.evaluation.walk import references, run, walked
+from agents.routers import artefact
+from agents.routers.base import AnyRouter, Threshold
+from benchmarks.methods import Data, heading, write
+from benchmarks.rivals import fitted
+from benchmarks.serve import _ABOUT, process, url_of
+from benchmarks.upstream import StandIn, record
+from rollouts.trees.compile import compile_store
+from trim_env.tables import DecisionTables, decision_tables
+
+Floats = NDArray[np.float64]
+FITTED, CHECKED = 0.4, (0.1, 0.7)  # thresholds: of the requests that the model is fitted to, and of others
+PAPER = {"always-large": 17.1, 0.1: 6.2, 0.4: 9.0, 0.7: 12.1}
+"""Seconds a problem, Qwen2.5-1.5B / Qwen3-32B on two H100 with vLLM and prefix caching: the paper's TRIM-Thr."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the study.
+
+    Attributes:
+        requests: Requests under each threshold.
+        clients: Of them under way at once.
+        think: Seconds of a call of the small model's, the large model's and the scorer's stand-in.
+        small: Milliseconds of a token of the small model, of trees.
+        large: Of the large one.
+        scorer: Of a score.
+        call: Of each call besides, as the service was found to take.
+        rollouts: The store.
+        out: Report, without suffix; default: print only.
+    """
+
+    requests: int = 40
+    clients: int = 2
+    think: tuple[float, float, float] = (0.05, 0.15, 0.03)
+    small: float = 4.0
+    large: float = 20.0
+    scorer: float = 25.0
+    call: float = 5.0
+    rollouts: str = "quickstart"
+    out: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Requests:
+    """n requests to the service: (n, 3) ones, steps and escalations of each, and the (n,) seconds that they took."""
+
+    calls: Floats
+    seconds: Floats
+
+
+def fit(requests: Requests) -> Floats:
+    """Return the constant, the seconds of a step and those of an escalation."""
+    found: Floats = np.linalg.lstsq(requests.calls, requests.seconds, rcond=None)[0]
+    return found
+
+
+def serve(settings: Settings) -> dict[float, Requests]:
+    """Return what requests took under each threshold."""
+    found = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        replies = record(folder / "replies.json")
+        flags: list[object] = []
+        standins = [
+            StandIn(role, think, replies, 0.5)
+            for role, think in zip(("small", "large", "prm"), settings.think, strict=True)
+        ]
+        for each in standins:
+            each.start()
+            stack.callback(each.kill)
+        for each in standins:
+            each.wait()
+            flags += [f"--{each.role}", each.url]
+        for threshold in (FITTED, *CHECKED):
+            policy = artefact.save(Threshold(threshold), folder / f"{threshold:g}", _ABOUT)
+            with process("agents", "serve", "--policy", policy, "--port", 0, *flags) as router:
+                found[threshold] = asyncio.run(_load(url_of(router), settings))
+    return found
+
+
+async def _load(url: str, settings: Settings) -> Requests:
+    slots = asyncio.Semaphore(settings.clients)
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60)) as client:
+
+        async def ask(number: int) -> tuple[list[int], float]:
+            question = f"Let a={number}+33, b=a+49, c=b*12. Find c."
+            body = {"messages": [{"role": "user", "content": question}], "stream": True, "trace": True}
+            async with slots:
+                begun, authors = time.monotonic(), list[str]()
+                async with client.post(f"{url}/v1/chat/completions", json=body) as answer:
+                    answer.raise_for_status()
+                    async for line in answer.content:
+                        told = json.loads(line[6:]).get("trim", {}) if line.startswith(b"data: {") else {}
+                        authors += [told["author"]] * ("author" in told)
+                return [1, len(authors), authors.count("large")], time.monotonic() - begun
+
+        await asyncio.gather(*(ask(-number) for number in range(1, settings.clients + 1)))  # connections and caches
+        rows = await asyncio.gather(*(ask(number) for number in range(1, settings.requests + 1)))
+    return Requests(np.array([calls for calls, _ in rows], float), np.array([seconds for _, seconds in rows]))
+
+
+def solution_seconds(router: AnyRouter, tables: DecisionTables, settings: Settings, *, reads_scorer: bool) -> float:
+    """Return the mean seconds of a solution on trees: of calls one after the other, by token."""
+    total, trees, goes_on = 0.0, tables.trees, getattr(router, "goes_on", False)
+    for done, undrafted in walked(tables, router):
+        draft = settings.call + settings.small * trees.tokens[done.rows, 0]
+        draft += reads_scorer * (settings.call + settings.scorer)
+        large = settings.call * ~(undrafted & goes_on) + settings.large * trees.tokens[done.rows, 1]
+        total += float(done.mass @ (~undrafted * draft + done.moved.accepted * large))
+    return total / 1000 / len(tables.indices)
+
+
+def alone_seconds(tokens: Floats, token: float, settings: Settings) -> float:
+    """Return the mean seconds of solutions of so many tokens that one model writes in one call."""
+    return float(settings.call + token * tokens.mean()) / 1000
+
+
+def _checks(found: dict[float, Requests], settings: Settings) -> list[str]:
+    times = fit(found[FITTED])
+    small, large, scorer = settings.think
+    lines = [
+        "## The service",
+        "",
+        f"{settings.requests} requests under each threshold, {settings.clients} at once; stand-ins think "
+        f"{1000 * small:g} ms (small), {1000 * large:g} (large) and {1000 * scorer:g} (scorer), each ± 50 %. Fitted "
+        f"to k = {FITTED:g}: {1000 * times[1]:.0f} ms for a step (its calls think {1000 * (small + scorer):.0f}), "
+        f"{1000 * times[2]:.0f} ms for an escalation ({1000 * large:.0f}), {1000 * times[0]:.0f} ms besides.",
+        "",
+        "| threshold | steps | escalations | seconds, measured | predicted | error |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for threshold, own in sorted(found.items()):
+        said, mean = float((own.calls @ times).mean()), float(own.seconds.mean())
+        note = " (fitted)" if threshold == FITTED else ""
+        spread = 1.96 * own.seconds.std(ddof=1) / len(own.seconds) ** 0.5
+        lines.append(
+            f"| {threshold:g}{note} | {own.calls[:, 1].mean():.2f} | {own.calls[:, 2].mean():.2f} | "
+            f"{mean:.3f} ± {spread:.3f} | {said:.3f} | {100 * (said / mean - 1):+.1f} % |"
+        )
+    return [*lines, ""]
+
+
+def _read_off(settings: Settings) -> list[str]:
+    trees = compile_store(settings.rollouts)
+    data, tables = Data.of(trees), decision_tables(trees, "test")
+    both = references(tables)
+    large = alone_seconds(both.large.large_tokens, settings.large, settings)
+    small = alone_seconds(both.small.small_tokens, settings.small, settings)
+    lines = [
+        "## On trees",
+        "",
+        f"Test split of `{settings.rollouts}`, with {settings.small:g} ms a token of the small model, "
+        f"{settings.large:g} of the large one, {settings.scorer:g} for a score and {settings.call:g} for each call: "
+        "assumed, not measured. Routers at the operating point that solves nearest to 80 % of the gap on validation; "
+        "models alone write in one call.",
+        "",
+        "| router | solves | cost | seconds | of always-large |",
+        "|---|---:|---:|---:|---:|",
+    ]
+
+    def row(name: str, outcomes: Outcomes, seconds: float) -> str:
+        share = 100 * outcomes.cost.sum() / both.large.cost.sum()
+        return f"| {name} | {100 * outcomes.correct.mean():.1f} | {share:.1f} | {seconds:.2f} | {seconds / large:.2f} |"
+
+    lines += [row("always-small", both.small, small), row("always-large", both.large, large)]
+    for threshold in (0.1, 0.4, 0.7):
+        router = Threshold(threshold)
+        paper = f" (paper: {PAPER[threshold] / PAPER['always-large']:.2f} of always-large)"
+        seconds = solution_seconds(router, tables, settings, reads_scorer=True)
+        lines.append(row(f"TRIM-Thr, k = {threshold:g}{paper}", run(router, tables), seconds))
+    for name, reads in (("TRIM-Thr (RSD)", True), ("takeover", True), ("GlimpRouter", False), ("exact", True),
+                        ("Arbitrage", True), ("Arbitrage, free", False),
+                        ("one-deviation advantage", True), ("one-deviation advantage, free", False)):  # fmt: skip
+        chosen = fitted(name, data)
+        gap = [chosen.choosing.small.correct.mean(), chosen.choosing.large.correct.mean()]
+        wanted = gap[0] + 0.8 * (gap[1] - gap[0])
+        router, _ = min(chosen.points, key=lambda point: abs(point[1].correct.mean() - wanted))
+        lines.append(row(name, run(router, tables), solution_seconds(router, tables, settings, reads_scorer=reads)))
+    return [*lines, ""]
+
+
+def main() -> None:
+    """Run the study."""
+    settings = tyro.cli(Settings, description=__doc__)
+    lines = [
+        *heading("How long solutions take", "latency"),
+        *_checks(serve(settings), settings),
+        *_read_off(settings),
+        "The paper measures 17.1 s a problem for its 32B model alone and 6.2, 9.0 and 12.1 s for TRIM-Thr at 0.1, 0.4 "
+        "and 0.7 (two H100, vLLM, prefix caching; arXiv 2601.10245).",
+        "",
+    ]
+    write("\n".join(lines), settings.out and settings.out.with_suffix(".md"))
+
+
+if __name__ == "__main__":
+    main()
