@@ -31,6 +31,13 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 SystemPrompt = Annotated[str | None, AfterValidator(lambda text: text or None)]
 """A system message; the empty one, as TOML knows no null, is that none is sent."""
 BackendKind = Literal["vllm", "server", "transformers"]
+_CUTS = ("min_tokens", "cues", "sentences")
+SPLITTINGS: dict[str, tuple[str, ...]] = {
+    "blank-line": (),
+    "thinking": (*_CUTS, "max_thinking_tokens", "answer_by"),
+    "sentence": _CUTS,
+}
+"""What solutions can be cut by, and the settings that each knows."""
 SCORER_KINDS = ("prm", "likelihood", "self-evaluation")
 
 
@@ -65,6 +72,50 @@ class Limits:
     step_tokens: Count = 512
     solution_tokens: Count = 2048
     max_steps: Count = 30
+
+
+class StepsConfig(_Section):
+    """How solutions are cut into steps (`rollouts.text.splitting`); part of every manifest.
+
+    Attributes:
+        split: ``blank-line``; ``thinking``, with which both models think before they answer, in a block that is a
+            sequence of steps of its own; ``sentence``; or ``module:object`` (`rollouts.text.splitting.Splitter`).
+        min_tokens: Fewest tokens of a step of the block, or with ``sentence`` of any: shorter ones go together.
+        cues: Words with which a step of these begins wherever a sentence or line begins with them, such as "Wait".
+        sentences: Sentences of a step of these; a blank line ends one, too. 0: only blank lines do; ``sentence``: 1.
+        max_thinking_tokens: Tokens after which the thinking block is closed by force, within ``solution_tokens``.
+        answer_by: Who writes the answer after the block: ``router`` goes on as within it, step by step; ``small`` and
+            ``large`` leave nothing to decide.
+        options: Table handed to a splitter of one's own.
+    """
+
+    split: str = "blank-line"
+    min_tokens: Count = 1
+    cues: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    sentences: Annotated[int, Field(ge=0)] = 0
+    max_thinking_tokens: Count = 1024
+    answer_by: Literal["small", "large", "router"] = "router"
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_sentence(cls, values: Any) -> Any:
+        one = isinstance(values, dict) and values.get("split") == "sentence"
+        return {"sentences": 1, **values} if one else values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StepsConfig:
+        if self.split not in SPLITTINGS and not is_plugin(self.split):
+            raise ValueError(f"split should be {', '.join(map(repr, SPLITTINGS))} or 'module:object'")
+        known = SPLITTINGS.get(self.split, ("options",))
+        fields = type(self).model_fields
+        if others := [
+            name for name in fields if name not in ("split", *known) and getattr(self, name) != fields[name].default
+        ]:
+            raise ValueError(f"{', '.join(others)}: split {self.split!r} knows {', '.join(known) or 'no settings'}")
+        if self.split == "sentence" and not self.sentences:
+            raise ValueError("split 'sentence' needs at least one of `sentences`")
+        return self
 
 
 class ModelConfig(_Section):
@@ -141,12 +192,15 @@ class GeneratorConfig(ModelConfig):
         logprobs: Ask for the log-probabilities of what is decoded, and keep their statistics with each step. Tiny
             models decode noticeably fewer tokens a second then; a prefill can add the same later.
         chat_only: The server cannot continue a partial answer: ask for single steps by chat (large model only).
+        think: What opens and what closes the thinking block of this model, where models think (`StepsConfig`), with the
+            line ends that belong to them. A template that opens the block itself is taken as it is.
     """
 
     system_prompt: SystemPrompt = "Please reason step by step, and put your final answer within \\boxed{}."
     sampling: Sampling = Sampling()
     logprobs: bool = False
     chat_only: bool = False
+    think: tuple[str, Annotated[str, Field(pattern=r"\S")]] = ("<think>\n", "</think>\n\n")
 
     @model_validator(mode="after")
     def _chat_needs_server(self) -> GeneratorConfig:
@@ -202,6 +256,7 @@ class FamilyConfig(_Section):
         large: The large model.
         scorer: How steps are scored.
         limits: Token and step limits.
+        steps: How solutions are cut into steps.
         date: What chat templates that print today's date take for today; default: the day on which a store was made,
             or a service started.
     """
@@ -210,6 +265,7 @@ class FamilyConfig(_Section):
     large: GeneratorConfig
     scorer: ScorerConfig | None = None
     limits: Limits = Limits()
+    steps: StepsConfig = StepsConfig()
     date: Date | None = None
 
     @model_validator(mode="after")
@@ -219,6 +275,21 @@ class FamilyConfig(_Section):
             raise ValueError(
                 f"[scorer] kind {scorer.kind!r} under {scorer.under!r}, which is asked by chat alone (chat_only) and "
                 "tells no log-probabilities of prompts; choose the other model (under), a prm, or no [scorer]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _thinks(self) -> FamilyConfig:
+        split, budget, most = self.steps.split, self.steps.max_thinking_tokens, self.limits.solution_tokens
+        if split != "blank-line" and self.large.chat_only:
+            raise ValueError(
+                f"[large] `chat_only` writes steps that end at blank lines; [steps] split = {split!r} needs a server "
+                "that continues a partial answer, or partial thinking"
+            )
+        if split == "thinking" and budget >= most:
+            raise ValueError(
+                f"[steps] max_thinking_tokens ({budget}) must be below [limits] solution_tokens ({most}), which the "
+                "answer counts against, too"
             )
         return self
 
@@ -269,7 +340,12 @@ def _explain(item: Any) -> str:
         key = str(item["loc"][-1])
         if key in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
             return f"{place}: penalties are refused, they make stepwise and whole-path generation differ"
-        known = {*GeneratorConfig.model_fields, *ScorerConfig.model_fields, *FamilyConfig.model_fields}
+        known = {
+            *GeneratorConfig.model_fields,
+            *StepsConfig.model_fields,
+            *ScorerConfig.model_fields,
+            *FamilyConfig.model_fields,
+        }
         known |= {field.name for section in (Sampling, Limits) for field in dataclasses.fields(section)}
         return f"{place}: unknown key.{did_you_mean(key, known)}"
     found = "" if item["type"] == "missing" else f" (found {item['input']!r})"

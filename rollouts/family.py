@@ -28,6 +28,7 @@ from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
 from rollouts.text.likelihood import LOOKED_AT, STATISTICS
 from rollouts.text.prompts import PromptFormat, RewardFormat, has_room, load_tokenizer
+from rollouts.text.splitting import Marks, Splitting
 from rollouts.text.steps import DELIMITER, ROLES
 
 _ROOM_BEYOND_SOLUTION = 2048
@@ -66,6 +67,7 @@ class Family:
         self.seed = seed
         self.examples = examples
         self.limits = config.limits
+        self.splitting = Splitting(config.steps)
         made = None if store is None else store.date
         if store is not None and made and config.date not in (None, made):
             raise ConfigError(
@@ -93,7 +95,11 @@ class Family:
         """Return the prompt format of a generating role."""
         model = self.config.generator(role)
         tokenizer = load_tokenizer(model.tokenizer or model.model, model.revision)
-        return PromptFormat(tokenizer, model.system_prompt, name=role, date=self.date)
+        return PromptFormat(tokenizer, model.system_prompt, name=role, date=self.date, marks=self.marks(role))
+
+    def marks(self, role: str) -> Marks | None:
+        """Return what opens and closes the thinking block of a generating role; None where models do not think."""
+        return self.config.generator(role).think if self.splitting.thinks else None
 
     @cached_property
     def reward_prompts(self) -> RewardFormat | None:
@@ -102,7 +108,8 @@ class Family:
         if scorer is None or scorer.model is None:
             return None
         tokenizer = load_tokenizer(scorer.model.tokenizer or scorer.model.model, scorer.model.revision)
-        return RewardFormat(tokenizer, scorer.system_prompt, scorer.step_tag, date=self.date)
+        tag, splitting = scorer.step_tag, self.splitting
+        return RewardFormat(tokenizer, scorer.system_prompt, tag, date=self.date, splitting=splitting)
 
     def _window(self, role: str, model: ModelConfig) -> int:
         if model.max_length is not None:
@@ -154,6 +161,7 @@ class Family:
         described: dict[str, Any] = {
             "mode": "chat" if self.config.large.chat_only else "continue",
             "delimiter": DELIMITER,
+            "splitting": self.splitting.described(),
             "limits": asdict(self.limits),
             "max_escalations": max_escalations,
             "seed": self.seed,
@@ -190,7 +198,12 @@ class Family:
             window, sampling = backend.window, model.sampling
             rules = StepRules(role, self.prompts(role), window, sampling, self.limits, self.fits, self.seed)
             told = model.logprobs and backend.capabilities.logprobs
-            yield StepModel(backend, replace(rules, likelihood=told))
+            if rules.prompts.hidden and not backend.capabilities.token_ids:
+                raise ConfigError(
+                    f"{role}: {model.think[1]!r}, which closes its thinking block, has special tokens, which its "
+                    "server leaves out of texts; it would have to tell token ids, as vLLM's does."
+                )
+            yield StepModel(backend, replace(rules, likelihood=told, splitting=self.splitting))
 
     @contextmanager
     def _backend(

@@ -153,6 +153,8 @@ def edge_costs(model: CostModel, trees: Trees, sources: frozenset[str] = frozens
             f"Cost model {model.name!r} gave an array of shape {cost.shape} for {trees.nodes:,} decisions, with values "
             f"from {cost.min():g} to {cost.max():g}; expected finite numbers of at least 0, two for each decision."
         )
+    alone = trees.large_alone
+    cost[alone, CONTINUE_SMALL] = cost[alone, ESCALATE_LARGE]
     cost[trees.child == MISSING] = np.nan
     return cost
 

@@ -24,7 +24,7 @@ from rollouts.trees.on_policy import Episode, act, observe
 from trim_env.costs import CostModel, cost_model, cost_of, sources_of
 from trim_env.episodes import Array, EpisodesVectorEnv, Lam, Steps, unknown_problem
 from trim_env.features import DEFAULT_SCHEMA, Schema, schema_named
-from trim_env.tables import checked_cap, checked_token_cap, cut, draw
+from trim_env.tables import checked_answers, checked_cap, checked_token_cap, cut, draw
 
 if TYPE_CHECKING:
     from rollouts.family import Family
@@ -113,6 +113,7 @@ class LiveVectorEnv(EpisodesVectorEnv):
             self._roots = _roots(store, split, replicas)
             steps = int(store.manifest["process"]["limits"]["max_steps"])
             caps = checked_cap(None, max_escalations), checked_token_cap(max_large_tokens)
+            checked_answers(store.manifest["process"].get("splitting"), max_large_tokens)
             pool = np.arange(len(self._roots))
             super().__init__(num_envs, pool, self.schema, steps, lam, *caps, autoreset_mode=autoreset_mode)
             self._live = LiveTrees(
@@ -159,8 +160,10 @@ class LiveVectorEnv(EpisodesVectorEnv):
 
     def _take(self, which: Any, action: Array) -> Steps:
         episodes = self._at(which)
-        tokens, prompts = self._written(episodes, action)
-        cost = cost_of(self.cost_model, tokens, prompts, self._sources)[np.arange(len(episodes)), action]
+        alone = [each.node is not None and each.tree.author(each.node) == LARGE for each in episodes]
+        asked = action | np.array(alone, np.int64)
+        tokens, prompts = self._written(episodes, asked)
+        cost = cost_of(self.cost_model, tokens, prompts, self._sources)[np.arange(len(episodes)), asked]
         small, large = tokens[:, ROLES.index(SMALL)], tokens[:, ROLES.index(LARGE)]
         cut_off = np.zeros(len(episodes), bool)
         if self._token_cap is not None:

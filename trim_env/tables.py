@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from rollouts.errors import ConfigError, StoreError, did_you_mean
 from rollouts.store.store import score_command
+from rollouts.text.steps import LARGE
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees
 from rollouts.trees.columns import columns_of
 from rollouts.trees.compile import compile_store
@@ -189,6 +191,8 @@ def decision_tables(
     schema, model = schema_named(schema, imports=imports), cost_model(cost, imports=imports)
     large = np.zeros((trees.nodes, 2), np.int64)
     large[:, ESCALATE_LARGE] = trees.tokens[:, ESCALATE_LARGE]
+    large[:, CONTINUE_SMALL] = trees.tokens[:, ESCALATE_LARGE] * trees.large_alone
+    checked_answers(trees.meta.get("splitting"), max_large_tokens)
     small = np.repeat(np.asarray(trees.tokens[:, :1], np.int64), 2, axis=1)
     return DecisionTables(
         trees=trees,
@@ -282,6 +286,19 @@ def checked_token_cap(wanted: int | None) -> int | None:
             "problem. Leave it out for no cap; always-small needs none."
         )
     return wanted
+
+
+def checked_answers(splitting: Mapping[str, Any] | None, max_large_tokens: int | None) -> None:
+    """Refuse a cap on the large model's tokens where it writes every answer, and so could not be cut off.
+
+    Raises:
+        ConfigError: There are both.
+    """
+    if max_large_tokens is not None and (splitting or {}).get("answer_by") == LARGE:
+        raise ConfigError(
+            "max_large_tokens caps what the large model decodes, but these rollouts have it write every answer "
+            '(answer_by = "large"): cap its escalations instead (max_escalations).'
+        )
 
 
 def cut(decoded: NDArray[np.int64], left: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -32,7 +32,7 @@ from trim_env.features import Schema, schema_named
 
 CARDS = Path(__file__).parents[1] / "cards"
 _KEPT = 256  # λ whose routers are kept at hand
-_TOLD = ("package", "small", "large", "scorer", "grader", "rollouts", "cost", "held_out", "calibration")
+_TOLD = ("package", "small", "large", "scorer", "grader", "rollouts", "cost", "held_out", "calibration", "splitting")
 
 
 def load(folder: str | Path, *, allow_old: bool = False) -> Policy:
@@ -118,6 +118,11 @@ class Policy:
     def max_steps(self) -> int:
         """Most steps of a solution; the step number among the features is a share of it."""
         return int(self.about["max_steps"])
+
+    @property
+    def thinks(self) -> bool:
+        """Whether solutions begin with a thinking block."""
+        return (self.about.get("splitting") or {}).get("name") == "thinking"
 
     @property
     def max_escalations(self) -> int | None:
@@ -220,7 +225,7 @@ class Policy:
             assert generator is not None
             router = router.pick(float(generator.random()))
         caps = self.max_escalations, self.max_large_tokens
-        return Session(router, knob, self.max_steps, caps, generator)
+        return Session(router, knob, self.max_steps, caps, generator, thinks=self.thinks)
 
     def describe(self) -> dict[str, Any]:
         """Return what users may know of it, as JSON holds it."""

@@ -42,6 +42,8 @@ class Session:
         max_steps: int,
         caps: tuple[int | None, int | None],
         generator: np.random.Generator | None,
+        *,
+        thinks: bool = False,
     ) -> None:
         """Begin.
 
@@ -51,6 +53,7 @@ class Session:
             max_steps: Most steps.
             caps: Most escalations, and most tokens of the large model; None for no cap.
             generator: For routers that draw; None: one from entropy, once it is needed.
+            thinks: Whether solutions begin with a thinking block.
 
         Raises:
             ConfigError: The router decides once for a whole problem.
@@ -76,6 +79,7 @@ class Session:
             self._folded.facts | told | {"tokens"},
         )
         self._max_steps, (self._cap, self._token_cap), self._generator = max_steps, caps, generator
+        self._thinks = thinks
         self._state = router.start(1) if isinstance(router, StatefulRouter) else None
         self._proposal: dict[str, float] | None = None
         self._action, self._told = CONTINUE_SMALL, False
@@ -97,6 +101,7 @@ class Session:
         *,
         text: str | None = None,
         ended: bool = False,
+        thinking: bool | None = None,
         **facts: Any,
     ) -> int:
         r"""Return who writes the next step: 0 (CONTINUE_SMALL) or 1 (ESCALATE_LARGE), within the caps.
@@ -110,6 +115,8 @@ class Session:
             text: Its text, from which the facts below are read where they are not given.
             ended: With a text: whether the model stopped by itself after it, or a limit was hit. A step that closes a
                 ``\boxed{...}`` ends the solution anyway.
+            thinking: With a text, of policies whose solutions begin with a thinking block: whether it is part of that,
+                where nothing is an answer.
             facts: What else the router's features read (`rollouts.trees.columns.FACTS`): ``terminal``, whether
                 accepting the proposal ends the solution (at the last step that is allowed it always does);
                 ``has_answer``, whether it states a final answer; columns of score tables,
@@ -124,6 +131,8 @@ class Session:
         facts |= {name: value for name, value in (("score", score), ("tokens", tokens)) if value is not ...}
         if text is not None:
             facts["text"], facts["ended"] = text, ended
+            if thinking is not None:
+                facts["thinking"] = thinking
         return self._decided(float(_chances([self], [self._take(facts)])[0]))
 
     def _take(self, proposal: Mapping[str, Any]) -> dict[str, float]:
@@ -136,6 +145,8 @@ class Session:
         accepted = proposal.get("accepted", ())
         proposal = {name: value for name, value in proposal.items() if name != "accepted"}
         if "text" in proposal:
+            if self._thinks and "thinking" not in proposal:
+                raise ConfigError("decide() got a text: say whether it is part of the thinking block (thinking=True).")
             proposal = _read(**proposal)
         columns = {**(self._proposal or {}), **_checked(proposal)}
         needs = self._needs | self._bought if asked else self._needs
@@ -351,10 +362,11 @@ def _checked(given: Mapping[str, Any]) -> dict[str, float]:
         ) from error
 
 
-def _read(text: str, ended: bool = False, **given: Any) -> dict[str, Any]:
+def _read(text: str, ended: bool = False, thinking: bool = False, **given: Any) -> dict[str, Any]:
     """Return the facts of a proposal with this text; those that are given count."""
-    stop = StopReason.BOXED if closes_box(text) else StopReason.EOS if ended else StopReason.DELIMITER
-    read = facts_of(Step(text, 0, stop), 0.0)
+    boxed = not thinking and closes_box(text)
+    stop = StopReason.BOXED if boxed else StopReason.EOS if ended else StopReason.DELIMITER
+    read = facts_of(Step(text, 0, stop, thinking=thinking), 0.0)
     return {name: value for name, value in read.items() if name not in _STATE} | given
 
 

@@ -51,10 +51,12 @@ from agents.routers.stored import (
 )
 from rollouts.errors import ArtefactError, ConfigError
 from rollouts.plugins import is_plugin, loaded_plugin
+from rollouts.text.splitting import BLANK_LINE
 
 FORMAT = "trim-policy"
-# 5 adds the kind ask, 4 the activation square, 3 others but tanh, 2 `files` and `digest`; 1 named that of weights
-VERSION = 5
+# 6 adds splittings of steps but blank-line, 5 the kind ask, 4 the activation square, 3 others but tanh, 2 `files` and
+# `digest`; 1 named that of weights
+VERSION = 6
 _VERSIONS = {"tanh": 2, "square": 4}  # by activation: the least that tells it
 Storable = AnyRouter | ConditionedMLP | Mixture
 _PARTS = ("first", "second")
@@ -267,7 +269,7 @@ def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx
         }
     described: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION if name == "ask" else _VERSIONS.get(getattr(router, "activation", "tanh"), 3),
+        "version": _least_version(router, name, about),
         "kind": name,
         "name": router.name,
         "schema": router.schema,
@@ -287,6 +289,13 @@ def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx
         (folder / file).write_bytes(data)
     (folder / "policy.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     return folder
+
+
+def _least_version(router: Storable, name: str, about: Mapping[str, Any]) -> int:
+    """Return the least version of the format that can tell what is in a policy."""
+    if (about.get("splitting") or {}).get("name", BLANK_LINE.steps.split) != BLANK_LINE.steps.split:
+        return VERSION
+    return 5 if name == "ask" else _VERSIONS.get(getattr(router, "activation", "tanh"), 3)
 
 
 def _network_files(router: Any, onnx: bool) -> dict[str, bytes]:

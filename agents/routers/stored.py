@@ -201,6 +201,7 @@ _ABOUT = _entries(
         **dict.fromkeys(("package?", "small?", "large?", "scorer?", "grader?", "cost?"), _maybe(NAME)),
         "rollouts?": _entries({"store?": NAME, "hash?": NAME}, _ANY),
         "max_steps?": _whole(1),
+        "splitting?": _entries({"name": NAME, "version": _whole(1)}, _ANY),
         "max_escalations?": _maybe(_whole(0)),
         "max_large_tokens?": _maybe(_whole(0)),
         "features?": _each(_entries({"name": NAME}, _ANY)),

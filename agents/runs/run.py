@@ -45,6 +45,7 @@ from rollouts.config import as_plain
 from rollouts.errors import BudgetSpent, ConfigError, StoreError
 from rollouts.plugins import import_module, loaded_plugin
 from rollouts.store.shards import write_atomically
+from rollouts.text.splitting import BLANK_LINE
 from rollouts.trees.arrays import Trees
 from rollouts.trees.compile import compile_store
 from rollouts.trees.live import Generated
@@ -378,6 +379,7 @@ class _Run:
                 **({"live": True} if self.models else {}),
             },
             "max_steps": meta["max_steps"],
+            "splitting": meta.get("splitting") or BLANK_LINE.described(),
             "cost": self.config.cost,
             "max_escalations": self.validation.verdict.max_escalations,
             "max_large_tokens": self.validation.verdict.max_large_tokens,

@@ -182,8 +182,6 @@ class ChatRequest(BaseModel):
                 )
         if self.stream_options is not None and not self.stream:
             raise ValueError("Stream options can only be defined when `stream=True`.\x00stream_options")
-        if (self.chat_template_kwargs or {}).get("enable_thinking"):
-            raise ValueError("`enable_thinking` is not supported here.\x00chat_template_kwargs")
         if self.lam is not None and self.budget is not None:
             raise ValueError("Give either `lam` or `budget`, not both.\x00budget")
         return self
@@ -206,6 +204,13 @@ class ChatRequest(BaseModel):
         if not last.text().strip():
             raise bad_request("The user message is empty.", "messages")
         return last.text(), system, tuple((each.role, each.text()) for each in earlier)
+
+    @property
+    def thinks(self) -> bool | None:
+        """Whether it asks for thinking; None if it does not say."""
+        asked = (self.chat_template_kwargs or {}).get("enable_thinking")
+        effort = (self.model_extra or {}).get("reasoning_effort")
+        return False if asked is None and effort == "none" else None if asked is None else bool(asked)
 
     def limit(self) -> int | None:
         """Return the most tokens of the answer that the request allows."""
@@ -294,12 +299,14 @@ def completion(
     usage: Mapping[str, Any],
     trim: Mapping[str, Any],
     stop_reason: str | None = None,
+    reasoning: str = "",
 ) -> dict[str, Any]:
     """Return a whole answer; `stop_reason` is the stop text that ended it."""
     unused = ("refusal", "annotations", "audio", "function_call", "reasoning")
+    thought = _reasoning(reasoning) if reasoning else {}
     choice = {
         "index": 0,
-        "message": {"role": "assistant", "content": text, **dict.fromkeys(unused)},
+        "message": {"role": "assistant", "content": text, **dict.fromkeys(unused), **thought},
         "logprobs": None,
         "finish_reason": finish_reason,
         "stop_reason": stop_reason,
@@ -313,6 +320,11 @@ def completion(
         "usage": usage,
         "trim": trim,
     }
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    """Return what was thought, by the name that vLLM's servers had for it and the one that they have."""
+    return {"reasoning_content": text, "reasoning": text}
 
 
 class Chunks:
@@ -336,7 +348,7 @@ class Chunks:
     def step(self, written: Written, said: str) -> str:
         """Return the chunk of one step, of which `said` can be given."""
         more = {"trim": written.plain(text=False)} if self._trace else {}
-        return self._event({"content": said}, None, **more)
+        return self._event(_reasoning(said) if written.thinking else {"content": said}, None, **more)
 
     def end(self, finish_reason: str, trim: Mapping[str, Any], rest: str = "", stop_reason: str | None = None) -> str:
         """Return the chunk after the last step, with the rest of the text, if some was held back."""

@@ -88,7 +88,7 @@ def build(
             )
         await _unless_gone(raw, _exhaust(steps))
         trim = route.summary(trace=bool(ask.trace))
-        told = route.finish_reason, route.usage(), trim, route.stops.matched
+        told = route.finish_reason, route.usage(), trim, route.stops.matched, route.reasoning
         return JSONResponse(api.completion(ask.model or service.name, route.text, *told))
 
     @app.get("/v1/models")

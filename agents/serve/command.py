@@ -7,12 +7,14 @@ import gc
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from agents.serve.config import ServeConfig
 from rollouts.config import FamilyConfig, ModelConfig, load_family, parse_family
 from rollouts.errors import ConfigError
 from rollouts.plugins import import_module
+from rollouts.text.splitting import BLANK_LINE
 
 _log = logging.getLogger("trim.serve")
 _EMBEDDED = "tinymath"
@@ -84,11 +86,21 @@ def _check_origin(config: ServeConfig, family: Any, policy: Any) -> None:
                 f"The policy was trained with {role} {trained!r}; the models file says {name!r}. Its thresholds mean "
                 "nothing for other models: train one for them, or say --other-models if they are the same ones."
             )
+    trained_on = policy.about.get("splitting") or BLANK_LINE.described()
+    if trained_on != family.splitting.described():
+        raise ConfigError(
+            f"The policy was trained on steps that are split by {_settings(trained_on)}; the models file says "
+            f"{_settings(family.splitting.described())}: set its [steps] so."
+        )
     if family.limits.max_steps != policy.max_steps:
         raise ConfigError(
             f"The policy was trained for at most {policy.max_steps} steps, the models file says "
             f"{family.limits.max_steps}: set max_steps in its [limits]."
         )
+
+
+def _settings(splitting: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} = {value!r}" for name, value in splitting.items())
 
 
 class Server:

@@ -28,6 +28,7 @@ from rollouts.models.stepwise import Draft, StepRules
 from rollouts.scoring.prm import fitting_input
 from rollouts.text.likelihood import WORTHLESS
 from rollouts.text.prompts import PromptFormat, RewardFormat, Turns, has_room
+from rollouts.text.splitting import BLANK_LINE, Splitting
 from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, Step, StopReason
 
 _SYSTEM_PROMPTS = 32  # formats of system prompts that requests bring, kept at hand
@@ -102,6 +103,7 @@ class Task:
         reward: Input format of the reward model, if it is asked.
         chat: The large model's settings for this request, where it is asked by chat.
         turns: Earlier turns of the chat.
+        splitting: How solutions are cut into steps.
     """
 
     question: str
@@ -111,6 +113,7 @@ class Task:
     reward: RewardFormat | None = None
     chat: GeneratorConfig | None = None
     turns: Turns = ()
+    splitting: Splitting = BLANK_LINE
 
 
 class Models:
@@ -157,6 +160,7 @@ class Models:
                 scorer.step_tag,
                 date=self.family.date,
                 remembered=_QUESTIONS,
+                splitting=self.family.splitting,
             )
             roles[SCORER] = scorer.model, _scores(self._reward.step_tag_id)
         self.upstreams = {
@@ -170,7 +174,8 @@ class Models:
 
     def _with_system_prompt(self, role: str, system_prompt: str | None, remembered: int) -> PromptFormat:
         tokenizer = self.family.prompts(role).tokenizer
-        return PromptFormat(tokenizer, system_prompt, name=role, date=self.family.date, remembered=remembered)
+        date, marks = self.family.date, self.family.marks(role)
+        return PromptFormat(tokenizer, system_prompt, name=role, date=date, remembered=remembered, marks=marks)
 
     async def start(self) -> None:
         """Ask every upstream once; those without an answer are asked again in the background.
@@ -262,11 +267,14 @@ class Models:
             limits=limits,
             fits=partial(self.fits, task),
             likelihood=self.sources.told_by(role),
+            splitting=task.splitting,
         )
         draft = Draft(rules, Prefix("", task.question, 0, steps, used))
         while draft.generation is None:
             completion = await self._complete(role, rules.window, draft.request(), ledger, capped=most is not None)
             draft.take(completion)
+            if rules.prompts.hidden and completion.token_ids is None and completion.finish != "failed":
+                raise Unavailable(role, "malformed", "no token ids, which tell where its thinking block ends")
         step = draft.generation.steps[0]
         if step.stop_reason is StopReason.FAILED:
             raise Unavailable(role, "malformed", draft.generation.reason)

@@ -20,7 +20,7 @@ from agents.serve.stops import StopText
 from agents.serve.upstreams import Unavailable
 from rollouts.tasks.answers import final_answer
 from rollouts.text.likelihood import STATISTICS, UNSCORED
-from rollouts.text.steps import LARGE, ROLES, SMALL, Step, StopReason
+from rollouts.text.steps import CLOSE, DELIMITER, LARGE, ROLES, SMALL, Step, StopReason
 from rollouts.trees.arrays import ASK, CONTINUE_SMALL, ESCALATE_LARGE
 from rollouts.trees.columns import facts_of
 from trim_env.features import schema_named
@@ -64,6 +64,7 @@ class Written:
         stop_reason: Why the step ended.
         text: Its text.
         rejected: Text of the small model's proposal, where the large model's step took its place.
+        thinking: Whether it is part of the thinking block.
     """
 
     step: int
@@ -79,6 +80,12 @@ class Written:
     stop_reason: str
     text: str
     rejected: str | None = None
+    thinking: bool = False
+
+    @property
+    def said(self) -> str:
+        """Its text as clients are told it."""
+        return self.text.replace(CLOSE + DELIMITER, "", 1) if self.thinking else self.text
 
     @property
     def escalated(self) -> bool:
@@ -162,8 +169,17 @@ class Route:
 
     @property
     def text(self) -> str:
-        """The solution so far, up to a stop text of the request."""
-        return "".join(self.said) + self.stops.held
+        """The solution so far, or the answer where thinking comes before it, up to a stop text of the request."""
+        return self._told(thinking=False) + self.stops.held
+
+    @property
+    def reasoning(self) -> str:
+        """What was thought so far."""
+        return self._told(thinking=True)
+
+    def _told(self, *, thinking: bool) -> str:
+        given = zip(self.written, self.said, strict=True)
+        return "".join(said for step, said in given if step.thinking is thinking)
 
     @property
     def finish_reason(self) -> str:
@@ -201,7 +217,7 @@ class Route:
             self.used += step.tokens
             self._steps.append(step)
             self.written.append(note)
-            self.said.append(self.stops.feed(note.text))
+            self.said.append(note.said if note.thinking else self.stops.feed(note.text))
             if self.stops.matched is not None or step.terminal:
                 self.ended = step.stop_reason if self.stops.matched is None else "stop"
                 self._settle([None] * len(self.written))
@@ -218,6 +234,9 @@ class Route:
         earlier = self._texts
         if self.only is not None:
             return await self._alone(models, self.only)
+        thinking = self.task.splitting.thinking(earlier)
+        if (author := self.task.splitting.author(thinking=thinking)) is not None:
+            return await self._answered(models, author)
         try:
             proposal = await models.step(SMALL, self.task, earlier, self.used, self.ledger)
         except Unavailable as fault:
@@ -253,6 +272,23 @@ class Route:
             raise RouteFailed(f"The model does not answer: {_brief(fault)}.") from fault
         proposal, large = (step, None) if role == SMALL else (None, step)
         return step, self._note(step, role, proposal, large)
+
+    async def _answered(self, models: Models, author: str) -> tuple[Step, Written]:
+        """Let the only model that writes the answer go on: there is nothing to decide, nor will there be."""
+        self._settle([None] * len(self.written))
+        words, earlier = None, self._texts
+        try:
+            step = await models.step(author, self.task, earlier, self.used, self.ledger)
+        except Unavailable as fault:
+            if author == SMALL:
+                return await self._without_small(models, fault)
+            words, author = _words(fault, "the small model wrote the step"), SMALL
+            try:
+                step = await models.step(author, self.task, earlier, self.used, self.ledger)
+            except Unavailable as second:
+                raise RouteFailed(f"Neither model answers: {_brief(fault)}; {_brief(second)}.") from second
+        proposal, large = (step, None) if author == SMALL else (None, step)
+        return step, self._note(step, author, proposal, large, fallback=words)
 
     def _readings(self, models: Models, texts: Sequence[str]) -> list[Coroutine[Any, Any, Any]]:
         """Return what is asked about every proposal: the scores of its path, and what the large model makes of it."""
@@ -334,7 +370,8 @@ class Route:
         if most == 0:
             return None, False
         step = await models.step(LARGE, self.task, self._texts, self.used, self.ledger, most=most)
-        return step, most is None or step.tokens < most or step.stop_reason is not StopReason.LENGTH
+        cut_off = step.stop_reason in (StopReason.LENGTH, StopReason.FORCED)
+        return step, most is None or step.tokens < most or not cut_off
 
     def _most(self) -> int | None:
         """Return the most tokens that the large model may decode now; None without a cap.
@@ -415,6 +452,7 @@ class Route:
             stop_reason=step.stop_reason.value,
             text=step.text,
             rejected=proposal.text if proposal is not None and author == LARGE else None,
+            thinking=step.thinking,
             **more,
         )
 
@@ -433,7 +471,8 @@ class Route:
             models[role] = {**asdict(spent), "discarded_tokens": spent.completion_tokens - accepted}
         decoded = sum(each["completion_tokens"] for each in models.values())
         discarded = sum(each["discarded_tokens"] for each in models.values())
-        hidden = sum(each["reasoning_tokens"] for each in models.values())
+        thought = sum(self._accepted(step) for step in self.written if step.thinking)
+        hidden = thought + sum(each["reasoning_tokens"] for each in models.values())
         scorer = self.ledger.roles[SCORER]
         models[SCORER] = {"requests": scorer.requests, "prompt_tokens": scorer.prompt_tokens}
         return {
@@ -457,6 +496,12 @@ class Route:
     def _accepted(step: Written) -> int:
         return (step.large_tokens if step.author == LARGE else step.tokens) or 0
 
+    @property
+    def _thought(self) -> dict[str, Any]:
+        """How many steps were thinking, and whether a limit closed the block."""
+        steps = [step for step in self.written if step.thinking]
+        return {"steps": len(steps), "forced": any(step.stop_reason == StopReason.FORCED for step in steps)}
+
     def summary(self, *, trace: bool) -> dict[str, Any]:
         """Return what happened, and each step of it if `trace` asks for it."""
         summary: dict[str, Any] = {
@@ -469,6 +514,7 @@ class Route:
             + ([] if self._stopped is None else [self._stopped]),
             "ended": self.ended,
             "answer": final_answer(self.text),
+            **({"thinking": self._thought} if self.task.splitting.thinks else {}),
             "knob": {"name": self.session.knob.name, "value": self.session.knob.value},
         }
         if trace:

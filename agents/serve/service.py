@@ -80,14 +80,21 @@ class Service:
         except ConfigError as error:
             raise bad_request(str(error), "budget" if budget is not None else "lam") from None
         self._check_open()
-        own, limits = self.models.family.config, self.models.limits
+        own, limits, splitting = self.models.family.config, self.models.limits, self.models.family.splitting
+        if ask.thinks not in (None, splitting.thinks):
+            does = "thinks" if splitting.thinks else "does not think"
+            raise bad_request(
+                f"`enable_thinking` is not supported here: this service {does} before it answers, as in the rollouts "
+                "of its policy.",
+                "chat_template_kwargs",
+            )
         sampling = {role: ask.sampling(own.generator(role).sampling) for role in ROLES}
         most = [limit for limit in (limits.solution_tokens, self.config.max_tokens, ask.limit()) if limit]
-        chat = self._by_chat(sampling[LARGE], system_prompt)
+        limits, chat = replace(limits, solution_tokens=min(most)), self._by_chat(sampling[LARGE], system_prompt)
         length = len(question) + len(system_prompt or "") + sum(len(content) for _, content in turns)
         rendered = None
         if length <= self.models.most_characters:
-            task = Task(question, {}, sampling, replace(limits, solution_tokens=min(most)), None, chat, turns)
+            task = Task(question, {}, sampling, limits, None, chat, turns, splitting)
             render = partial(self._render, task, system_prompt, ask.chat_template_kwargs or {})
             # Others would have to wait while a long text is tokenised.
             rendered = await asyncio.to_thread(render) if length > _SHORT else render()

@@ -22,6 +22,7 @@ from rollouts.scoring.prm import fitting_input
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
 from rollouts.text.prompts import RewardFormat, load_tokenizer
+from rollouts.text.splitting import BLANK_LINE, Splitting
 from rollouts.text.steps import SMALL
 from rollouts.trees.compile import compile_store
 from rollouts.trees.labels import Solution
@@ -42,7 +43,7 @@ def train(settings: TrainPrm, config: FamilyConfig, data: Sequence[tuple[Problem
     """
     trunk = config.generator(settings.trunk)
     made = scorer_of(trunk, settings.out)
-    prompts = reward_format(trunk, made.step_tag)
+    prompts = reward_format(trunk, made.step_tag, Splitting(config.steps))
     window = Family(config).windows[settings.trunk]
     told = prompts, window, settings.after
     paths = [[_valued(*told, problem.question, each) for each in solutions] for problem, solutions in data]
@@ -88,11 +89,11 @@ def evaluate(store: Store, config: FamilyConfig, grader: str | None, split: str 
     }
 
 
-def reward_format(trunk: GeneratorConfig, tag: str) -> RewardFormat:
+def reward_format(trunk: GeneratorConfig, tag: str, splitting: Splitting = BLANK_LINE) -> RewardFormat:
     """Return how a model reads paths as the trunk of a reward model; its tokenizer learns the step tag."""
     tokenizer = load_tokenizer(trunk.tokenizer or trunk.model, trunk.revision)
     tokenizer.add_tokens([tag], special_tokens=True)
-    return RewardFormat(tokenizer, trunk.system_prompt, tag)
+    return RewardFormat(tokenizer, trunk.system_prompt, tag, splitting=splitting)
 
 
 def scorer_of(trunk: GeneratorConfig, folder: Path) -> ScorerConfig:

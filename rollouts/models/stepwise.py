@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Protocol
 
 from rollouts.config import Limits, Sampling
@@ -13,8 +16,12 @@ from rollouts.models.base import Backend, Completion, CompletionRequest
 from rollouts.models.futures import forward
 from rollouts.text.likelihood import Likelihood
 from rollouts.text.prompts import PromptFormat
+from rollouts.text.splitting import BLANK_LINE, Splitting
 from rollouts.text.steps import (
-    STOPS,
+    CLOSE,
+    DELIMITER,
+    BlankLines,
+    Cutter,
     Prefix,
     Segment,
     Step,
@@ -76,8 +83,11 @@ def close_step(
     limits: Limits,
     fits: Fits,
     prompt_tokens: int,
+    splitting: Splitting = BLANK_LINE,
 ) -> Step:
     """Turn a segment into a step: decide why it ended (docs/design.md, section 1).
+
+    A thinking block that has reached its budget, or a step of it that has reached its own limit, is closed by force.
 
     Args:
         prefix: Where the generation began.
@@ -87,11 +97,19 @@ def close_step(
         limits: The run's limits.
         fits: Whether a prefix leaves room in every role's window.
         prompt_tokens: Length of the prompt at `prefix`.
+        splitting: How solutions are cut into steps.
     """
     tokens = segment.end - segment.start
     used = prefix.used_tokens + sum(step.tokens for step in earlier) + tokens
-    texts = [*prefix.steps, *(step.text for step in earlier), segment.text]
-    if closes_box(segment.text):
+    before = [*prefix.steps, *(step.text for step in earlier)]
+    thinking, forced = splitting.thinking(before), False
+    spent = used >= splitting.steps.max_thinking_tokens if segment.complete else ending is StopReason.LENGTH
+    if thinking and spent and used < limits.solution_tokens:
+        forced = CLOSE not in segment.text
+        closed = f"{segment.text.rstrip()}\n{CLOSE}{DELIMITER}" if forced else segment.text
+        segment = replace(segment, text=closed, complete=True)
+    texts = [*before, segment.text]
+    if not thinking and closes_box(segment.text):
         reason = StopReason.BOXED
     elif not segment.complete:
         reason = ending
@@ -102,8 +120,8 @@ def close_step(
     elif not fits(prefix.question, texts):
         reason = StopReason.CONTEXT
     else:
-        reason = StopReason.DELIMITER
-    return Step(segment.text, tokens, reason, prompt_tokens + segment.start)
+        reason = StopReason.FORCED if forced else StopReason.DELIMITER
+    return Step(segment.text, tokens, reason, prompt_tokens + segment.start, thinking=thinking)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +137,7 @@ class StepRules:
         fits: Whether a prefix leaves room in every role's window.
         seed: Run seed, for backends whose draws depend on the request only.
         likelihood: Whether steps get statistics of their tokens.
+        splitting: How solutions are cut into steps.
     """
 
     role: str
@@ -129,6 +148,14 @@ class StepRules:
     fits: Fits
     seed: int = 0
     likelihood: bool = False
+    splitting: Splitting = BLANK_LINE
+
+    def most(self, steps: Sequence[str], used: int, *, whole: bool = False) -> float:
+        """Return the most tokens that the next step may have, or the whole path, if that ends before the solution."""
+        own = math.inf if whole else self.limits.step_tokens
+        if not self.splitting.thinking(steps):
+            return own
+        return min(own, max(1, self.splitting.steps.max_thinking_tokens - used))
 
 
 class Draft:
@@ -155,7 +182,9 @@ class Draft:
         self.prompt = rules.prompts.ids(prefix.question, prefix.steps)
         self.room = rules.window - len(self.prompt)
         left = rules.limits.solution_tokens - prefix.used_tokens
-        self.budget = min(left, self.room) if whole else min(left, self.room, rules.limits.step_tokens)
+        self.budget = int(min(left, self.room, rules.most(prefix.steps, prefix.used_tokens, whole=whole)))
+        thinking = rules.splitting.thinking(prefix.steps)
+        self.cutter = rules.splitting.cutter(thinking=thinking, marks=rules.prompts.marks)
         self.text, self.tokens, self.attempt = "", 0, 0
         self.likelihood: Likelihood | None = Likelihood(())
         self.ids: tuple[int, ...] = ()
@@ -168,7 +197,7 @@ class Draft:
             prompt_ids=self.prompt + self.ids,
             max_tokens=self.budget - self.tokens,
             sampling=self.rules.sampling,
-            stop=() if self.whole else STOPS,
+            stop=self.cutter.whole_stops if self.whole else self.cutter.stops,
             seed=draw_seed(self.rules.seed, self.prefix, self.rules.role, self.attempt),
             likelihood=self.rules.likelihood,
         )
@@ -176,11 +205,11 @@ class Draft:
     def take(self, completion: Completion) -> None:
         """Take the answer to the last request; one that begins to think, though it should not, has failed."""
         reason = completion.detail
-        thinks = completion.text.lstrip().startswith("<think>")
+        thinks = not self.rules.splitting.thinks and completion.text.lstrip().startswith("<think>")
         if thinks:
             reason = (
-                "the model writes '<think>' although thinking is switched off; steps of a thinking model cannot be "
-                "routed. Use a model that can switch it off."
+                "the model writes '<think>' although thinking is switched off. Let both models think (split = "
+                '"thinking" in [steps]), or use a model that can switch it off.'
             )
         if thinks or completion.finish == "failed":
             failed = Step("", completion.tokens, StopReason.FAILED, len(self.prompt))
@@ -196,21 +225,37 @@ class Draft:
         self.tokens += completion.tokens
         self.ids += completion.token_ids or rules.prompts.encode(completion.text)
         self.likelihood = _joined(self.likelihood, completion)
-        text, complete = normalise(self.text)
-        if completion.finish == "stop" and not complete and self.tokens < self.budget:
+        segment = self._first(completion)
+        if completion.finish == "stop" and not segment.complete and self.tokens < self.budget:
             self.attempt += 1
             return
-        kept = self.tokens
-        if complete and (completion.finish != "stop" or normalise(self.text[:-1])[1]):
-            # It ended at a blank line that is no stop string, and what follows is decoded in vain.
-            kept = min(kept, cut_segments(rules.prompts.pieces(self.prompt, self.ids))[0].end)
-        segment = Segment(text, 0, kept, complete)
+        kept = segment.end
         step = close_step(
-            self.prefix, (), segment, self._ending(completion), rules.limits, rules.fits, len(self.prompt)
+            self.prefix,
+            (),
+            segment,
+            self._ending(completion),
+            rules.limits,
+            rules.fits,
+            len(self.prompt),
+            rules.splitting,
         )
         self.generation = Generation(
             (_told(step, self.likelihood, 0, kept),), self.tokens, cut_tokens=self.tokens - kept
         )
+
+    def _first(self, completion: Completion) -> Segment:
+        """Return the first step of what was decoded; what follows it is decoded in vain."""
+        pieces = self.rules.prompts.pieces(self.prompt, self.ids)
+        if not isinstance(self.cutter, BlankLines):
+            first = next(iter(cut_segments(pieces, self.cutter)), Segment("", 0, 0, False))
+            return replace(first, end=min(first.end, self.tokens) if first.complete else self.tokens)
+        text, complete = normalise(self.text)
+        kept = self.tokens
+        if complete and (completion.finish != "stop" or normalise(self.text[:-1])[1]):
+            # It ended at a blank line that is no stop string.
+            kept = min(kept, cut_segments(pieces)[0].end)
+        return Segment(text, 0, kept, complete)
 
     def _ending(self, completion: Completion) -> StopReason:
         """Return why an incomplete segment at the end of the generation ended."""
@@ -222,9 +267,9 @@ class Draft:
         rules, prefix, limits = self.rules, self.prefix, self.rules.limits
         ids = completion.token_ids or ()
         pieces = list(rules.prompts.pieces(self.prompt, ids))
-        segments = cut_segments(pieces) or [Segment("", 0, completion.tokens, False)]
+        segments = cut_segments(pieces, self.cutter) or [Segment("", 0, completion.tokens, False)]
         steps: list[Step] = []
-        dropped, kept = 0, 0
+        dropped, kept, cutter = 0, 0, self.cutter
         likelihood = _joined(Likelihood(()), completion)
         for index, segment in enumerate(segments):
             if steps:
@@ -232,19 +277,27 @@ class Draft:
                 if node != self.prompt + ids[: segment.start]:
                     dropped = len(segments) - index
                     break
-            ending = self._ending(completion)
-            if segment.end - segment.start > limits.step_tokens:
-                end = segment.start + limits.step_tokens
-                text = normalise("".join(pieces[segment.start : end]))[0]
+            ending, before = self._ending(completion), [*prefix.steps, *(step.text for step in steps)]
+            most = int(rules.most(before, prefix.used_tokens + sum(step.tokens for step in steps)))
+            end = segment.start + most
+            if segment.end > end or (segment.complete and not _ends(pieces[segment.start : end], cutter)):
+                text = cutter.tidy("".join(pieces[segment.start : end]))
                 segment, ending = Segment(text, segment.start, end, False), StopReason.LENGTH
-            elif segment.end - segment.start == limits.step_tokens and completion.finish == "length":
+            elif segment.end - segment.start == most and completion.finish == "length":
                 ending = StopReason.LENGTH
-            step = close_step(prefix, steps, segment, ending, limits, rules.fits, len(self.prompt))
+            step = close_step(prefix, steps, segment, ending, limits, rules.fits, len(self.prompt), rules.splitting)
+            cutter = cutter.then(step.text)
             steps.append(_told(step, likelihood, segment.start, segment.end))
             kept = segment.end
             if step.terminal:
                 break
         return Generation(tuple(steps), completion.tokens, dropped, completion.tokens - kept)
+
+
+def _ends(pieces: Sequence[str], cutter: Cutter) -> bool:
+    """Whether these tokens alone tell that a step ends in them: some ends are certain only by what follows."""
+    ends = list(accumulate(map(len, pieces)))
+    return cutter.end("".join(pieces), lambda length: bisect_left(ends, length) + 1) is not None
 
 
 def _joined(before: Likelihood | None, completion: Completion) -> Likelihood | None:

@@ -21,9 +21,10 @@ from rollouts.store.rows import RowKey, Rows, TreeKey, contents_of
 from rollouts.store.shards import GRADES, KEY, STEPS, Table, scores_of, write_atomically
 from rollouts.tasks.problems import Problem
 from rollouts.text.likelihood import LOOKED_AT, STATISTICS, as_score, first_of
+from rollouts.text.splitting import BLANK_LINE, Splitting, splitting_of
 from rollouts.text.steps import ROLES, SMALL, StopReason
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # with steps that do not end at blank lines; else 1
 _USUAL: dict[str, tuple[str, ...]] = {
     "columns": ("score",),
     "roles": ROLES,
@@ -114,6 +115,11 @@ class Store:
             return Date.fromisoformat(self.manifest["date"]) if "date" in self.manifest else None
         except (TypeError, ValueError) as error:
             raise StoreError(f"{self.path / 'manifest.json'}: `date` is no date ({error}).") from error
+
+    @property
+    def splitting(self) -> Splitting:
+        """How its solutions are cut into steps; raises ConfigError if this version does not know that."""
+        return splitting_of(self.manifest["process"].get("splitting"))
 
     def note(self, **facts: Any) -> None:
         """Write facts into the manifest, beside the process; its write lock must be held."""
@@ -465,7 +471,9 @@ def _manifest(process: Mapping[str, Any]) -> dict[str, Any]:
     """Return the manifest of a process, with what tells its models from others beside it."""
     rest = dict(process)
     models = {role: dict(model) for role, model in rest.pop("identities", {}).items() if model}
-    return {"schema_version": SCHEMA_VERSION, "process": rest, **({"identities": models} if models else {})}
+    plain = rest.get("splitting", BLANK_LINE.described()) == BLANK_LINE.described()
+    version = 1 if plain else SCHEMA_VERSION
+    return {"schema_version": version, "process": rest, **({"identities": models} if models else {})}
 
 
 def _with_shape(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -476,7 +484,8 @@ def _with_shape(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
     """Yield one line for each thing in which two manifests differ."""
-    yield from _differences(found["process"], wanted["process"])
+    usual = {"splitting": BLANK_LINE.described()}  # where a manifest does not name one
+    yield from _differences(usual | found["process"], usual | wanted["process"])
     yield from _others(wanted.get("identities", {}), found.get("identities", {}))
 
 

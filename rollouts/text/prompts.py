@@ -16,7 +16,8 @@ from types import MappingProxyType
 from typing import Any
 
 from rollouts.errors import ConfigError
-from rollouts.text.steps import DELIMITER, cut_segments
+from rollouts.text.splitting import BLANK_LINE, Marks, Splitting
+from rollouts.text.steps import CLOSE, DELIMITER, cut_segments
 from rollouts.text.tokens import Remembered, SpecialTokens, encoder_of
 
 _PROBE = "What is 6 times 7?"  # in the hashes of manifests
@@ -121,8 +122,13 @@ class _Chat:
         told = {**self.options, **options, "tokenize": False, "strftime_now": strftime_now}
         return str(self.tokenizer.apply_chat_template(messages, **told))
 
-    def check(self, render: Callable[[str], str]) -> None:
-        """Refuse a template that does not render what it is given, all of it and always alike."""
+    def check(self, render: Callable[[str], str], marks: Marks | None = None) -> None:
+        """Refuse a template that does not render what it is given, all of it and always alike.
+
+        Args:
+            render: From a question to a prompt.
+            marks: What opens and closes the thinking block that is to be open at its end; None: none is.
+        """
         before = render(_CHECKED)
         if _CHECKED not in before:
             raise self.refusal(f"does not contain the question it was given, unchanged. {_ANOTHER}")
@@ -132,10 +138,16 @@ class _Chat:
         if render(_CHECKED) != before:
             raise self.refusal(f"renders the same messages in two ways. {_ANOTHER}")
         tags = list(_THINKING.finditer(before, before.rindex(_CHECKED)))
-        if tags and not tags[-1]["closes"]:
+        opened = [tag[0] for tag in tags if marks is None or tag[0] not in marks[0]]
+        if marks is not None and opened:
             raise self.refusal(
-                f"opens a thinking block ({tags[-1][0]}) that enable_thinking=False does not close; steps of a "
-                "thinking model cannot be routed. Use a model that can switch it off."
+                f"writes {opened[-1]} although the model is to think; its block is opened by {marks[0]!r} (`think` in "
+                "[small] and [large])."
+            )
+        if marks is None and tags and not tags[-1]["closes"]:
+            raise self.refusal(
+                f"opens a thinking block ({tags[-1][0]}) that enable_thinking=False does not close. Let both models "
+                'think (split = "thinking" in [steps]), or use a model that can switch it off.'
             )
 
 
@@ -144,11 +156,14 @@ class PromptFormat:
 
     The chat template with its generation prompt is followed by the accepted steps: the assistant's message is
     continued. Thinking is switched off where the template knows it; the empty thinking block then belongs to
-    the prompt.
+    the prompt. Where solutions think, it is switched on, the prompt ends with what opens the block, be it the template
+    or this that adds it, and steps are rendered with this model's own marks, whoever wrote them.
 
     Attributes:
         encode: From text to token ids.
-        special: The tokenizer's special tokens and those of its template; in questions they are made plain text.
+        special: The tokenizer's special tokens, those of its template, and its marks; in questions they are made plain
+            text.
+        marks: What opens and closes its thinking block; None where it does not think.
         template_hash: Hash of how two known prompts are rendered; part of the manifest.
         dated: Whether the template prints the date.
     """
@@ -161,6 +176,7 @@ class PromptFormat:
         *,
         date: Date | None = None,
         remembered: int = _REMEMBERED,
+        marks: Marks | None = None,
     ) -> None:
         """Render a few prompts at once, so that a template that cannot be used is found before a run.
 
@@ -170,27 +186,50 @@ class PromptFormat:
             name: Named in errors.
             date: What templates take for today; default: the day on which this is called.
             remembered: Most bytes of rendered questions that are kept.
+            marks: What opens and closes the thinking block of this model; None: it is not to think.
 
         Raises:
-            ConfigError: No chat template, a thinking block that stays open, a question that the template loses or
-                changes, or a tokenizer that does not give blank lines back.
+            ConfigError: No chat template, a thinking block that stays open (or closed, with marks), a question that the
+                template loses or changes, or a tokenizer that does not give blank lines or marks back.
         """
         self.tokenizer = tokenizer
         self.encode = encoder_of(tokenizer)
-        self.special = SpecialTokens(tokenizer, markers=True)
+        self.marks = marks
+        written = [mark.strip() for mark in marks or () if mark.strip()]
+        self.special = SpecialTokens(tokenizer, *written, markers=True)
         in_steps = SpecialTokens(tokenizer)  # what else there is in a step, the model has written as a token
         self._step = Remembered(in_steps.plain, remembered)
+        self._thought = Remembered(SpecialTokens(tokenizer, *written).plain, remembered)
+        names = in_steps.found(written[-1]) if written else ()
+        self._shown = {self.encode(token)[0]: token for token in names}
         self._chat = _Chat(tokenizer, system_prompt, name, date)
         self._head = Remembered(self._render, remembered)
-        self._chat.check(self._render)
+        self._chat.check(self._render, marks)
+        self._check_cuts(name)
+        self.template_hash = self.hash_on(self._chat.date)
+        self.dated = self.template_hash != self.hash_on(self._chat.date + _ANOTHER_DAY)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether what closes its thinking block are special tokens, which texts of backends leave out."""
+        return bool(self._shown)
+
+    def _check_cuts(self, name: str) -> None:
+        """Refuse a tokenizer that does not give back what ends steps."""
+        tokenizer = self.tokenizer
         given = [segment.text for segment in cut_segments(self.pieces((), self.encode("".join(_STEPS))))]
         if [text.strip() for text in given] != [text.strip() for text in _STEPS]:
             raise ConfigError(
                 f"{name}: the tokenizer of {tokenizer.name_or_path} does not give blank lines back, at which steps "
                 f"end: {''.join(_STEPS)!r} becomes {given!r}. Name another `tokenizer`."
             )
-        self.template_hash = self.hash_on(self._chat.date)
-        self.dated = self.template_hash != self.hash_on(self._chat.date + _ANOTHER_DAY)
+        closed = _STEPS[1] + self.marks[1] + _STEPS[1] if self.marks else ""
+        back = "".join(self.pieces((), self.encode(closed)))
+        if back != closed:
+            raise ConfigError(
+                f"{name}: the tokenizer of {tokenizer.name_or_path} does not give back what closes the thinking block: "
+                f"{closed!r} becomes {back!r}. Set `think` in [{name}]."
+            )
 
     def within(self, turns: Turns, options: Mapping[str, Any] = MappingProxyType({})) -> PromptFormat:
         """Return the same for a question after earlier turns of a chat.
@@ -207,20 +246,34 @@ class PromptFormat:
         other._chat = self._chat.within(_plain(turns, self.special), options)
         other._head = Remembered(other._render, _REMEMBERED_ONCE)
         if other._chat.options:
-            other._chat.check(other._render)
+            other._chat.check(other._render, self.marks)
         return other
 
     def hash_on(self, date: Date) -> str:
         """Return what `template_hash` is on a date."""
-        return _hash(self._render(_PROBE, date) + "One." + DELIMITER)
+        return _hash(self._render(_PROBE, date) + "One." + DELIMITER + (self.marks[1] if self.marks else ""))
 
     def _render(self, question: str, date: Date | None = None) -> str:
         question = self.special.plain(question)
-        return self._chat.render(question, date=date, add_generation_prompt=True, enable_thinking=False)
+        thinks = self.marks is not None
+        head = self._chat.render(question, date=date, add_generation_prompt=True, enable_thinking=thinks)
+        opening = self.marks[0] if self.marks else ""
+        return head if not opening or head.rstrip().endswith(opening.strip()) else head + opening
+
+    def _written(self, steps: Sequence[str]) -> list[str]:
+        """Return steps as this model reads them: what is special in them is plain text, but for its own marks."""
+        if self.marks is None:
+            return [self._step(step) for step in steps]
+        written, closed = [], False
+        for step in steps:
+            body, mark, _ = (step, "", "") if closed else step.partition(CLOSE)
+            written.append((self._step if closed else self._thought)(body) + self.marks[1] * bool(mark))
+            closed = closed or bool(mark)
+        return written
 
     def text(self, question: str, steps: Sequence[str] = ()) -> str:
         """Return the prompt as text."""
-        return self._head(question) + "".join(map(self._step, steps))
+        return self._head(question) + "".join(self._written(steps))
 
     def ids(self, question: str, steps: Sequence[str] = ()) -> tuple[int, ...]:
         """Return the prompt as token ids; the only place where prompts are tokenised."""
@@ -233,8 +286,8 @@ class PromptFormat:
             The ids, and len(steps) + 1 token positions: step i is ``ids[positions[i]:positions[i + 1]]``. A
             token that straddles a boundary belongs to the step in which it starts.
         """
-        steps = [self._step(step) for step in steps]
-        text = self.text(question, steps)
+        steps = self._written(steps)
+        text = self._head(question) + "".join(steps)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         begins = accumulate(map(len, steps), initial=len(self._head(question)))
         starts = [start for start, _ in encoded["offset_mapping"]]
@@ -242,19 +295,20 @@ class PromptFormat:
         return tuple(encoded["input_ids"]), [*positions, len(starts)]
 
     def pieces(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> Iterator[str]:
-        """Yield the text that each decoded token adds; special tokens add nothing."""
+        """Yield the text that each decoded token adds; special tokens add nothing, but for those of its marks."""
         from tokenizers.decoders import DecodeStream
 
         backend = self.tokenizer.backend_tokenizer
         stream = DecodeStream(ids=list(prompt_ids[-8:]), skip_special_tokens=True)
         for token in ids:
-            yield stream.step(backend, token) or ""
+            yield self._shown.get(token) or stream.step(backend, token) or ""
 
 
 class RewardFormat:
     """Renders whole paths for a process reward model in the layout of Qwen2.5-Math-PRM.
 
-    The steps, without their delimiters, are each followed by the step tag, within the assistant's message.
+    The steps, without their delimiters, are each followed by the step tag, within the assistant's message. Steps of a
+    thinking block are steps like others; what closes the block is left out.
 
     Attributes:
         encode: From text to token ids.
@@ -272,14 +326,16 @@ class RewardFormat:
         *,
         date: Date | None = None,
         remembered: int = _REMEMBERED,
+        splitting: Splitting = BLANK_LINE,
     ) -> None:
-        """Check the step tag and the template; arguments as of `PromptFormat`.
+        """Check the step tag and the template; arguments as of `PromptFormat`, and how solutions are cut.
 
         Raises:
             ConfigError: The tag is not one token of the tokenizer, or the chat template cannot be used.
         """
         self.tokenizer = tokenizer
         self.step_tag = step_tag
+        self._closes = splitting.thinks
         self.encode = encoder_of(tokenizer)
         self.special = SpecialTokens(tokenizer, step_tag, markers=True)
         self._step = Remembered(SpecialTokens(tokenizer, step_tag).plain, remembered)
@@ -318,6 +374,8 @@ class RewardFormat:
     def text(self, question: str, steps: Sequence[str]) -> str:
         """Return the input that scores each of `steps`."""
         head, tail = self._head(question)
+        if self._closes:
+            steps = [step.replace(CLOSE, "", 1) for step in steps]
         return head + "".join(self._step(step.strip()) + self.step_tag for step in steps) + tail
 
     def ids(self, question: str, steps: Sequence[str]) -> tuple[int, ...]:

@@ -70,9 +70,13 @@ class SpecialTokens:
         longest_first = sorted(filter(str.strip, found), key=lambda text: (-len(text), text))
         self._any = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
+    def found(self, text: str) -> list[str]:
+        """Return the special tokens that a text holds."""
+        return self._any.findall(text)
+
     def count(self, text: str) -> int:
         """Return how many special tokens a text holds."""
-        return len(self._any.findall(text))
+        return len(self.found(text))
 
     def plain(self, text: str) -> str:
         """Return a text in which no special token is left: a blank after its first character makes it text."""

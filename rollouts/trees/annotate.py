@@ -19,7 +19,7 @@ from rollouts.store.rows import RowKey, Rows
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader
 from rollouts.tasks.problems import Problem
-from rollouts.text.steps import LARGE, SMALL, solution_text
+from rollouts.text.steps import LARGE, SMALL
 from rollouts.trees.grow import load_trees
 from rollouts.trees.tree import Node, Place, RolloutTree
 
@@ -219,7 +219,8 @@ def grade_store(
 def grade_places(grader: Grader, rows: Rows, places: Sequence[Place], workers: int = 1) -> int:
     """Put down the grades of solutions; return on how many the grader failed."""
     pairs = [
-        (tree.problem.answer, solution_text([*node.steps, node.proposals[role].text])) for tree, node, role in places
+        (tree.problem.answer, tree.splitting.answer([*node.steps, node.proposals[role].text]))
+        for tree, node, role in places
     ]
     some = ", ".join(dict.fromkeys(repr(tree.problem.id) for tree, *_ in places[:3]))
     what = f"solutions of {some}{' ...' if len(places) > 3 else ''}"

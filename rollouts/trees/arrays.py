@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rollouts.errors import StoreError
-from rollouts.text.steps import StopReason
+from rollouts.text.steps import LARGE, StopReason
 
 CONTINUE_SMALL, ESCALATE_LARGE = 0, 1
 ASK = 2  # what it takes to choose between them; trees know it not
@@ -82,6 +82,13 @@ class Trees:
     def nodes(self) -> int:
         """Number of decision nodes, N."""
         return len(self.tree)
+
+    @property
+    def large_alone(self) -> NDArray[np.bool_]:
+        """(N,) where the large model alone writes: its step is the proposal of both, at no tokens of the small one."""
+        alone = self.meta.get("splitting", {}).get("answer_by") == LARGE
+        found: NDArray[np.bool_] = alone & (self.tokens[:, CONTINUE_SMALL] == 0) & (self.tokens[:, ESCALATE_LARGE] > 0)
+        return found
 
     def proposal(self, row: int, action: int) -> str:
         """Return the text of a proposal; empty if it was not generated."""

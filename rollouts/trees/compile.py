@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from rollouts.errors import StoreError
 from rollouts.store.rows import Rows
 from rollouts.store.store import Store, score_command
+from rollouts.text.splitting import BLANK_LINE
 from rollouts.text.steps import ROLES
 from rollouts.trees.arrays import MISSING, STOP_REASONS, TERMINAL, Trees
 from rollouts.trees.grow import load_trees
@@ -193,6 +194,7 @@ def _compile(store: Store, scorer: str, grader: str, on_progress: Callable[[int]
         "grader": grader,
         "max_escalations": process.get("max_escalations"),
         "max_steps": process["limits"]["max_steps"],
+        "splitting": process.get("splitting") or BLANK_LINE.described(),
         "small": process["small"]["model"],
         "large": process["large"]["model"],
         "left_out_trees": counts.without_score,

@@ -74,22 +74,25 @@ class StepBuffer(Rows):
         self.labeller = labeller
 
     def add(self, tree: RolloutTree, role: str, new: Iterable[tuple[Node, Step]], generation: Generation) -> None:
-        """Add the new proposals of one generation; they always land in one shard."""
+        """Add the new proposals of one generation; they always land in one shard, as do those that are the other's."""
         for node, step in new:
+            both = ROLES if tree.author(node) else (role,)
             label = None
             if self.labeller is not None:
                 label = bool(self.labeller(tree.problem.question, [*node.steps, step.text])[-1])
-            self.put(
-                tree.row_key(node, role),
-                text=step.text,
-                tokens=step.tokens,
-                prompt_tokens=step.prompt_tokens,
-                stop_reason=str(step.stop_reason),
-                terminal=step.terminal,
-                label=label,
-                reason=generation.reason[:_REASON] or None if step.stop_reason is StopReason.FAILED else None,
-                **dict(zip(STATISTICS, step.statistics or [None] * len(STATISTICS), strict=True)),
-            )
+            for same in both:
+                own = node.proposals[same]
+                self.put(
+                    tree.row_key(node, same),
+                    text=own.text,
+                    tokens=own.tokens,
+                    prompt_tokens=own.prompt_tokens,
+                    stop_reason=str(own.stop_reason),
+                    terminal=own.terminal,
+                    label=label,
+                    reason=generation.reason[:_REASON] or None if own.stop_reason is StopReason.FAILED else None,
+                    **dict(zip(STATISTICS, own.statistics or [None] * len(STATISTICS), strict=True)),
+                )
         counts = {
             "requests": 1,
             "decoded": generation.decoded,
@@ -122,6 +125,7 @@ def load_trees(
         chunk: Problems read together; memory grows with it, not with the number of problems.
         along: Rows to have at hand for a tree until the next is asked for.
     """
+    splitting = store.splitting
     for start in range(0, len(problems), chunk):
         part = problems[start : start + chunk]
         found: dict[TreeKey, list[tuple[int, str, Step]]] = {}
@@ -144,7 +148,8 @@ def load_trees(
         for rows in along:
             rows.read(keys)
         for problem, replica in wanted:
-            yield RolloutTree.from_rows(problem, replica, max_escalations, found.pop((problem.id, replica), ()))
+            rows_of = found.pop((problem.id, replica), ())
+            yield RolloutTree.from_rows(problem, replica, max_escalations, rows_of, splitting)
         for rows in along:
             rows.forget(keys)
 

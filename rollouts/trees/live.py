@@ -134,7 +134,10 @@ class LiveTrees:
         problems = list({problem.id: problem for problem in missing.values()}.values())
         found = {tree.key: tree for tree in load_trees(self.store, problems, None, self._max_escalations)}
         self.add(
-            [found.get(key) or RolloutTree(problem, key[1], self._max_escalations) for key, problem in missing.items()]
+            [
+                found.get(key) or RolloutTree(problem, key[1], self._max_escalations, self.store.splitting)
+                for key, problem in missing.items()
+            ]
         )
 
     def has(self, key: TreeKey) -> bool:
@@ -186,13 +189,12 @@ class LiveTrees:
             BudgetSpent: The large model would have to be asked, and has decoded its tokens.
             BackendError: A model is gone, or half of a role's first requests fail.
         """
-        asked = {
-            (tree.key, node.key, role): (tree, node, role) for tree, node, role in places if role not in node.proposals
-        }
+        lacking = ((tree, node, tree.author(node) or role) for tree, node, role in places if role not in node.proposals)
+        asked = {(tree.key, node.key, role): (tree, node, role) for tree, node, role in lacking}
 
         def ask(place: Place) -> Future[Generation]:
             tree, node, role = place
-            return self.writers[role].submit(tree.prefix(node), whole=role == SMALL)
+            return self.writers[role].submit(tree.prefix(node), whole=role == SMALL or tree.author(node) is not None)
 
         def take(place: Place, generation: Generation) -> None:
             tree, node, role = place
@@ -204,7 +206,8 @@ class LiveTrees:
             if role == LARGE:
                 self._longest = max(generation.decoded, 1 if self._longest == math.inf else self._longest)
             self._tell()
-            self._note(tree.places() if tree.relaxed else ((tree, found, role) for found, _ in new))
+            both = ((tree, found, same) for found, _ in new for same in (ROLES if tree.author(found) else (role,)))
+            self._note(tree.places() if tree.relaxed else both)
             tree.relaxed = False
             self._failures.count(role, generation)
             self._failures.refuse(role)

@@ -75,7 +75,7 @@ def observe(live: LiveTrees, episodes: Sequence[Episode]) -> dict[str, Any]:
             episode.folded.add(facts_of(_as_accepted(before, role), score) | signals)
     rows = []
     for (episode, node), (score, signals) in zip(running, known, strict=True):
-        row = {**facts_of(node.proposals[SMALL], score), **signals, "step": len(node.steps) + 1}
+        row = {**facts_of(_as_accepted(node, SMALL), score), **signals, "step": len(node.steps) + 1}
         episode.folded.tell(row)
         rows.append(row | {"escalations": episode.escalations, "large_tokens": episode.large_tokens})
     columns: dict[str, Any] = {name: np.array([row[name] for row in rows], np.float64) for name in rows[0]}
@@ -119,8 +119,8 @@ def act(live: LiveTrees, episodes: Sequence[Episode], actions: NDArray[Any]) -> 
     ]
     live.propose((episode.tree, node, role) for episode, node, role in taken)
     for episode, node, role in taken:
-        if role == LARGE:
-            episode.escalations += 1
+        episode.escalations += role == LARGE
+        if role == LARGE or episode.tree.author(node) == LARGE:
             episode.large_tokens += node.proposals[LARGE].tokens
         episode.last = (node, role)
         episode.node = episode.tree.child(node, role)

@@ -102,7 +102,8 @@ def always(trees: Trees, indices: NDArray[Any], action: int) -> NDArray[np.float
     """
     there = trees.child != MISSING
     small = trees.tokens[:, CONTINUE_SMALL] * there[:, CONTINUE_SMALL]
-    own = [trees.correct[:, action] == 1, trees.tokens[:, ESCALATE_LARGE] * action, small, np.ones(trees.nodes)]
+    large = trees.tokens[:, ESCALATE_LARGE] * (trees.large_alone | bool(action))
+    own = [trees.correct[:, action] == 1, large, small, np.ones(trees.nodes)]
     now = np.where(there[:, [action]], np.stack(own, axis=1), np.nan)
     found = graph_of(trees).backward(lambda rows, later: now[rows] + later[:, action], np.zeros(4))
     ends: NDArray[np.float64] = found[trees.root[indices]].T
@@ -121,6 +122,7 @@ def oracle(trees: Trees) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     prize = 2.0**40  # of a correct end: more than all tokens, and sums stay exact
     now = np.where(trees.child == MISSING, -np.inf, prize * (trees.correct == 1))
     now[:, ESCALATE_LARGE] -= trees.tokens[:, ESCALATE_LARGE]
+    now[:, CONTINUE_SMALL] -= trees.tokens[:, ESCALATE_LARGE] * trees.large_alone
     value = graph_of(trees).backward(lambda rows, later: (now[rows] + later).max(axis=1))[:-1]
     reachable = value > 0
     return reachable, (prize * reachable - value).astype(np.int64)

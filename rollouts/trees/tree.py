@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from rollouts.store.rows import RowKey, TreeKey
 from rollouts.tasks.problems import Problem
-from rollouts.text.steps import LARGE, ROLES, ROOT_HASH, SMALL, Prefix, Step, extend_hash
+from rollouts.text.splitting import BLANK_LINE, Splitting
+from rollouts.text.steps import CLOSE, LARGE, ROLES, ROOT_HASH, SMALL, Prefix, Step, extend_hash
 
 
 @dataclass(slots=True, eq=False)
@@ -23,6 +24,7 @@ class Node:
         all_large: Whether the always-large path passes here.
         proposals: What each role has proposed so far.
         asked: Roles with a request under way.
+        thinking: Whether it is within a thinking block.
     """
 
     key: int
@@ -32,6 +34,7 @@ class Node:
     all_large: bool
     proposals: dict[str, Step] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
+    thinking: bool = False
 
     def child_key(self, step: Step) -> int:
         """Return the key of the node that accepting a proposal leads to."""
@@ -41,7 +44,10 @@ class Node:
         """Return the tokens of an accepted proposal as features count them: the small model's if it wrote that text."""
         small = self.proposals.get(SMALL)
         step = self.proposals[role]
-        return small.tokens if small is not None and small.text == step.text else step.tokens
+        tokens = small.tokens if small is not None and small.text == step.text else step.tokens
+        return tokens or max(
+            self.proposals[same].tokens for same in self.twins(role)
+        )  # 0: of a step that is the other's
 
     def twins(self, role: str) -> Iterator[str]:
         """Yield the roles whose proposal has the text of `role`'s: `role` itself and perhaps the other."""
@@ -63,6 +69,9 @@ class RolloutTree:
     Small proposals are inserted before large ones at every node that needs both, so that it is known at once
     whether the two models wrote the same step, and nodes never have to be re-counted.
 
+    Where one model alone writes (`author`), its step is the proposal of both, at no tokens of the other: whatever is
+    decided leads to the same.
+
     Attributes:
         key: What names it: its problem's id and its replica.
         nodes: Its nodes by key, parents before children.
@@ -70,7 +79,9 @@ class RolloutTree:
             False.
     """
 
-    def __init__(self, problem: Problem, replica: int, max_escalations: int | None) -> None:
+    def __init__(
+        self, problem: Problem, replica: int, max_escalations: int | None, splitting: Splitting = BLANK_LINE
+    ) -> None:
         """Start with the root.
 
         Args:
@@ -78,25 +89,32 @@ class RolloutTree:
             replica: Index of the sample.
             max_escalations: K: grow every path with at most so many escalations, and the always-large path;
                 None: grow the complete tree.
+            splitting: How solutions are cut into steps.
         """
         self.problem = problem
         self.replica = replica
         self.max_escalations = max_escalations
         self.key: TreeKey = (problem.id, replica)
-        self.root = Node(ROOT_HASH, (), 0, 0, True)
+        self.splitting = splitting
+        self.root = Node(ROOT_HASH, (), 0, 0, True, thinking=splitting.thinks)
         self.nodes = {ROOT_HASH: self.root}
         self.relaxed = False
         self._orphans: dict[int, dict[str, Step]] = {}  # by prefix and role
 
     @classmethod
     def from_rows(
-        cls, problem: Problem, replica: int, max_escalations: int | None, rows: Iterable[tuple[int, str, Step]]
+        cls,
+        problem: Problem,
+        replica: int,
+        max_escalations: int | None,
+        rows: Iterable[tuple[int, str, Step]],
+        splitting: Splitting = BLANK_LINE,
     ) -> RolloutTree:
         """Rebuild a tree from (prefix, role, step) rows of the step table; of duplicate keys the first wins.
 
         Rows that no path reaches (a shard between was set aside) are orphans and left out until one does.
         """
-        tree = cls(problem, replica, max_escalations)
+        tree = cls(problem, replica, max_escalations, splitting)
         for prefix, role, step in rows:
             tree._orphans.setdefault(prefix, {}).setdefault(role, step)
         tree._adopt(tree.root)
@@ -113,8 +131,9 @@ class RolloutTree:
         while stack:
             node = stack.pop()
             proposals = self._orphans.pop(node.key, {})
-            for role in ROLES:
-                if role in proposals:
+            author = self.author(node)
+            for role in sorted(ROLES, key=lambda role: role != author):  # noqa: B023
+                if role in proposals and role not in node.proposals:
                     child = self._insert(node, role, proposals[role])
                     if child is not None and child not in stack:
                         stack.append(child)
@@ -127,7 +146,19 @@ class RolloutTree:
             self.relaxed = True
         return child
 
+    def author(self, node: Node) -> str | None:
+        """Return the role that alone writes at a node; None where both propose."""
+        return self.splitting.author(thinking=node.thinking)
+
     def _insert(self, node: Node, role: str, step: Step) -> Node | None:
+        child = self._put(node, role, replace(step, thinking=True) if node.thinking else step)
+        if self.author(node) == role:
+            other = ROLES[1 - ROLES.index(role)]
+            if other not in node.proposals:
+                self._put(node, other, replace(step, tokens=0, statistics=None))
+        return child
+
+    def _put(self, node: Node, role: str, step: Step) -> Node | None:
         node.proposals[role] = step
         if step.terminal:
             return None
@@ -137,7 +168,8 @@ class RolloutTree:
         child = self.nodes.get(key)
         if child is None:
             used = node.used_tokens + node.accepted_tokens(role)
-            child = Node(key, (*node.steps, step.text), used, escalations, all_large)
+            thinking = node.thinking and CLOSE not in step.text
+            child = Node(key, (*node.steps, step.text), used, escalations, all_large, thinking=thinking)
             self.nodes[key] = child
         else:
             self._relax(child, escalations, all_large)
@@ -163,7 +195,7 @@ class RolloutTree:
         new: list[tuple[Node, Step]] = []
         position: Node | None = node
         for step in steps:
-            if position is None or role in position.proposals:
+            if position is None or role in position.proposals or self.author(position) not in (None, role):
                 break
             new.append((position, step))
             position = self.insert(position, role, step)
@@ -176,7 +208,9 @@ class RolloutTree:
             SMALL: cap is None or node.escalations <= cap,
             LARGE: cap is None or node.escalations < cap or node.all_large,
         }
-        return [role for role in ROLES if needed[role] and role not in node.proposals]
+        if author := self.author(node):
+            needed = {author: any(needed.values())}
+        return [role for role in needed if needed[role] and role not in node.proposals]
 
     def wants(self, roles: Collection[str] = ROLES) -> list[Want]:
         """Return the proposals that are missing, not asked for, and can be asked for now."""
@@ -188,7 +222,7 @@ class RolloutTree:
             if role in roles and role not in node.asked:
                 # beyond K only the always-large path goes on: ask for all of it
                 beyond = self.max_escalations is not None and node.escalations >= self.max_escalations
-                yield Want(node, role, role == SMALL or beyond)
+                yield Want(node, role, role == SMALL or beyond or self.author(node) is not None)
 
     def missing(self) -> int:
         """Return how many proposals closure still asks for at the nodes that exist."""

@@ -15,12 +15,13 @@ import transformers.utils.chat_template_utils
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from rollouts.config import Limits, Sampling
+from rollouts.config import Limits, Sampling, StepsConfig
 from rollouts.errors import ConfigError
 from rollouts.models.base import Completion
 from rollouts.models.stepwise import Draft, StepRules
 from rollouts.scoring.self_evaluation import SelfEvaluationScorer
 from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
+from rollouts.text.splitting import Splitting
 from rollouts.text.steps import Prefix, StopReason, cut_segments
 from rollouts.tinymath import STEP_TAG, model_dir
 
@@ -243,6 +244,85 @@ def test_a_template_that_begins_to_think_is_refused(tokenizer: Any) -> None:
         ConfigError, match=r"large: the chat template of /models/\w+ opens a thinking block \(<think>\)"
     ):
         prompts_of(tokenizer, name="large")
+
+
+THINK, OTHER = ("<think>\n", "</think>\n\n"), ("[THINK]\n", "[/THINK]\n")
+HIDDEN = ("<|im_start|>thoughts\n", "<|im_end|>\n<|im_start|>answer\n")  # of special tokens, as gpt-oss has them
+THOUGHTS = ["Six rows.\n\n", "So 42 - 5.\n</think>\n\n", "It is 37.\n\n", "So \\boxed{37}."]
+
+
+@families(*SHAPES)
+@pytest.mark.parametrize("marks", [THINK, OTHER, HIDDEN], ids=["usual", "other", "hidden"])
+def test_where_models_think_the_block_is_opened_once(tokenizer: Any, marks: tuple[str, str]) -> None:
+    """Be it by the template, or after it where that leaves it to the model; whoever closes it, each reads its own."""
+    if tokenizer.shape.thinks and marks != THINK:
+        with pytest.raises(ConfigError, match=r"writes <think> although .* opened by"):
+            prompts_of(tokenizer, marks=marks)
+        return
+    prompts = prompts_of(tokenizer, marks=marks)
+    head = prompts.text(QUESTION)
+    behind = head[head.rindex(QUESTION.strip()) :]
+    assert head.endswith(marks[0]) and behind.count(marks[0].strip()) == 1 and "</think>" not in behind
+    written = [THOUGHTS[0], f"So 42 - 5.\n{marks[1]}", *THOUGHTS[2:]]
+    for count in range(len(THOUGHTS) + 1):
+        assert prompts.text(QUESTION, THOUGHTS[:count]) == head + "".join(written[:count])
+    ids, positions = prompts.step_spans(QUESTION, THOUGHTS)
+    assert ids == prompts.ids(QUESTION, THOUGHTS) and positions[0] == len(prompts.ids(QUESTION))
+    assert prompts.hidden is (marks == HIDDEN and "<|im_end|>" in tokenizer.all_special_tokens)
+    other = marks[0], marks[1] + "\n"
+    assert prompts.template_hash != prompts_of(tokenizer, marks=other).template_hash
+
+
+@families("qwen3", "qwen2_5")
+@pytest.mark.parametrize("marks", [THINK, OTHER, HIDDEN], ids=["usual", "other", "hidden"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_thinking_comes_back_as_steps(tokenizer: Any, marks: tuple[str, str], whole: bool) -> None:
+    prompts, splitting = prompts_of(tokenizer, marks=marks), Splitting(StepsConfig(split="thinking"))
+    rules = StepRules("small", prompts, 4096, Sampling(), Limits(), lambda question, steps: True, splitting=splitting)
+    for count in range(len(THOUGHTS)):
+        draft = Draft(rules, Prefix("p", QUESTION, 0, tuple(THOUGHTS[:count]), 0), whole=whole)
+        all_ids = prompts.ids(QUESTION, THOUGHTS)
+        ids = all_ids[len(draft.prompt) :]
+        assert all_ids[: len(draft.prompt)] == draft.prompt
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        draft.take(Completion(text, len(ids), ids, "eos"))
+        assert draft.generation is not None and not draft.generation.dropped
+        steps = draft.generation.steps
+        assert [step.text for step in steps] == THOUGHTS[count : None if whole else count + 1]
+        assert [step.thinking for step in steps] == [place < 2 for place in range(count, count + len(steps))]
+
+
+@families("qwen3")
+def test_marks_in_questions_and_thoughts_are_text(tokenizer: Any) -> None:
+    prompts = prompts_of(tokenizer, marks=OTHER)
+    assert "[ /THINK]" in prompts.text(QUESTION + " [/THINK]") and prompts.special.count("[/THINK] [THINK]") == 2
+    steps = ["It says [/THINK].\n\n", "x</think>\n\n", "The mark [/THINK] is text now.\n\n"]
+    text = prompts.text(QUESTION, steps)
+    assert text.endswith("It says [ /THINK].\n\nx[/THINK]\nThe mark [/THINK] is text now.\n\n")
+
+
+@families("qwen3")
+def test_a_block_that_a_template_closes_is_refused_where_models_think(tokenizer: Any) -> None:
+    tokenizer.chat_template += "{{ '<think>\\n\\n</think>\\n\\n' if add_generation_prompt }}"
+    with pytest.raises(ConfigError, match=r"large: .* writes </think> although the model is to think"):
+        prompts_of(tokenizer, name="large", marks=THINK)
+
+
+@families("qwen2_5")
+def test_a_mark_that_a_tokenizer_loses_is_refused(tokenizer: Any) -> None:
+    backend = load_tokenizer(str(model_dir("small"))).backend_tokenizer
+    backend.normalizer = normalizers.Replace("/", "")
+    losing = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=tokenizer.chat_template)
+    with pytest.raises(ConfigError, match="does not give back what closes the thinking block"):
+        PromptFormat(losing, marks=THINK)
+
+
+@families()
+def test_reward_models_read_thoughts_as_steps(tokenizer: Any) -> None:
+    reward = reward_of(tokenizer, splitting=Splitting(StepsConfig(split="thinking")))
+    text, plain = reward.text(QUESTION, THOUGHTS), reward_of(tokenizer).text(QUESTION, ["So </think> it is."])
+    assert "Six rows.<extra_0>So 42 - 5.<extra_0>It is 37.<extra_0>So \\boxed{37}.<extra_0>" in text
+    assert "So </think> it is." in plain  # where nothing thinks, it is text
 
 
 @families("deepseek_r1_distill")
