@@ -34,7 +34,7 @@ from rollouts.trees.stats import (
     split_statistics,
     store_statistics,
 )
-from trim_env.tables import DecisionTables, decision_tables
+from trim_env.tables import decision_tables
 
 LAMS = (1e-4, 2e-4, 4e-4, 6e-4, 9e-4, 1.3e-3, 2e-3, 3e-3)
 PRM_RULE = Rung("threshold", "agg/1")
@@ -160,7 +160,7 @@ def telling(trees: Trees) -> list[str]:
             chosen = inside & both
             yield [
                 words,
-                f"{len(trees_of)}",
+                f"{len(np.unique(trees.problem[trees_of]))}",
                 auc_over(trees, of[known], values[known], after[known, CONTINUE_SMALL] == 1),
                 auc_over(trees, trees.problem[trees_of], least, ends),
                 auc_over(trees, of[chosen], -values[chosen], pays[chosen]),
@@ -188,25 +188,21 @@ def oracles(ground: Ground, weights: Floats) -> list[str]:
     return _table(["", "right, %", "large-model tokens for a problem"], rows())
 
 
-def best_of(found: dict[Rung, Measured]) -> Rung:
-    """Return the learned or simple rule that validation names."""
-    return max((rung for rung in found if rung.kind != "oracle"), key=lambda rung: found[rung].chosen_by)
+def best_of(found: dict[Rung, Measured], groups: Sequence[str] = ("score", "free", "prefill", "all")) -> Rung:
+    """Return the learned or simple rule that validation names, of those that read these numbers."""
+    return max((rung for rung in found if rung.group in groups), key=lambda rung: found[rung].chosen_by)
 
 
-def prompts(tables: DecisionTables) -> Floats:
-    """Return the tokens of the large model's prompt of each problem; problems have one tree each."""
-    roots = tables.trees.root[tables.indices]
-    return tables.trees.prompt_tokens[roots, ESCALATE_LARGE].astype(float)
-
-
-def saved(settings: Settings, ground: Ground, own: Measured, weights: Floats) -> list[str]:
-    """Return the table of what a router costs at each λ beside the constants: tokens, money, seconds."""
+def saved(settings: Settings, ground: Ground, found: dict[Rung, Measured], weights: Floats) -> list[str]:
+    """Return the table of what two routers cost at each λ beside the constants: tokens, money, seconds."""
     cheap, dear = settings.prices
     quick, slow = settings.milliseconds
     small, large = ground.both.small, ground.both.large
     whole = np.zeros(len(large))
     named = [("always-small", small, small.small_tokens), ("always-large", large, whole)]
-    named += [(f"λ = {lam:g}", each, each.small_tokens) for lam, each in zip(own.lams, own.by_lam, strict=True)]
+    for rung in dict.fromkeys([best_of(found), best_of(found, ["free"])]):
+        by_lam = zip(LAMS, found[rung].by_lam, strict=True)
+        named += [(f"{rung.told}, λ = {lam:g}", each, each.small_tokens) for lam, each in by_lam]
 
     def rows() -> Iterator[Sequence[str]]:
         for name, each, decoded in named:
@@ -260,12 +256,15 @@ def better(choosing: References, both: References, lam: float) -> Outcomes:
     return both.large if large > small else both.small
 
 
+def ladder_of(settings: Settings) -> Ladder:
+    """Return what is compared."""
+    return Ladder(settings.rollouts, settings.fits, settings.seeds, LAMS, RUNGS, ("decode-only",))
+
+
 def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measured]]:
     """Return the report, and what the picture shows."""
     trees = compile_store(settings.rollouts)
-    ground = Ground(
-        Ladder(settings.rollouts, settings.fits, settings.seeds, LAMS, RUNGS), settings.split, "decode-only"
-    )
+    ground = Ground(ladder_of(settings), settings.split, "decode-only")
     found = ground.all()
     weights = resample_weights(len(ground.both.small))
     counts = store_statistics(Store(settings.rollouts))
@@ -315,13 +314,14 @@ def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measu
         "",
         "## What is saved",
         "",
-        f"{best.told}, which validation names, beside the constants. Points of accuracy are paired differences. "
+        f"{best.told}, which validation names, and the best rule that needs no other model's look, beside the "
+        "constants. Points of accuracy are paired differences. "
         "Dollars for decoded tokens at {:g} and {:g} for a million of the small and of the large model; ".format(
             *settings.prices
         )
         + "seconds of one core at {:g} and {:g} ms a token.".format(*settings.milliseconds),
         "",
-        *saved(settings, ground, found[best], weights),
+        *saved(settings, ground, found, weights),
         "",
         *MONEY,
         "",
@@ -355,8 +355,7 @@ LOOKED_AT = ("",)
 def main() -> None:
     """Run the study."""
     settings = tyro.cli(Settings, description=__doc__)
-    ladder = Ladder(settings.rollouts, settings.fits, settings.seeds, LAMS, RUNGS)
-    left = fit_all(ladder, float("inf"), settings.processes)
+    left = fit_all(ladder_of(settings), float("inf"), settings.processes)
     text, ground, found = report(settings, left)
     write(text, settings.out and settings.out.with_suffix(".md"))
     if settings.out:

@@ -105,6 +105,7 @@ class Ladder:
         seeds: Independent fits of what is drawn.
         lams: Values of λ that all are fitted for, and measured at.
         rungs: The rungs.
+        costs: Cost models that the exact learner is fitted for.
     """
 
     rollouts: str
@@ -112,6 +113,7 @@ class Ladder:
     seeds: int
     lams: tuple[float, ...] = LAMS
     rungs: tuple[Rung, ...] = RUNGS
+    costs: tuple[str, ...] = ("decode-only", "priced")
 
     def under(self, cost: str) -> list[Rung]:
         """Return the rungs that are measured under a cost model."""
@@ -120,7 +122,7 @@ class Ladder:
     def tasks(self) -> Iterator[Task]:
         """Yield all fits that are kept, a seed after the other, the quick ones first."""
         for seed in range(self.seeds):
-            for cost in COSTS:
+            for cost in self.costs:
                 yield from (
                     Task(self, rung, cost, seed, self.lams) for rung in self.under(cost) if rung.kind == "exact"
                 )
