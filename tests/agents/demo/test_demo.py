@@ -14,10 +14,11 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+import agents
 from agents.demo import command
-from rollouts.store.store import Store
 from rollouts.tinymath import generate_problems
 from rollouts.trees.compile import compile_store
+from trim_env.tables import rollouts_hash
 
 ROOT = Path(__file__).parents[3]
 
@@ -77,8 +78,8 @@ def test_the_router_is_small_and_was_trained_on_the_bundled_rollouts():
     folder = Path(str(files("agents.demo") / "router"))
     assert sum(file.stat().st_size for file in folder.iterdir()) < 100_000
     about = json.loads((folder / "policy.json").read_text(encoding="utf-8"))["about"]
-    trees = compile_store(Store("quickstart"), scorer="tinymath-prm", grader="exact")
-    assert about["rollouts"] == {"store": "quickstart", "hash": trees.hash} and about["budgets"]
+    found = rollouts_hash(compile_store("quickstart"), agents.load(folder).schema)
+    assert about["rollouts"] == {"store": "quickstart", "hash": found} and about["budgets"]
 
 
 def test_another_port_is_taken_where_the_usual_one_is_not_free(monkeypatch):
