@@ -38,7 +38,11 @@ SPLITTINGS: dict[str, tuple[str, ...]] = {
     "sentence": _CUTS,
 }
 """What solutions can be cut by, and the settings that each knows."""
-SCORER_KINDS = ("prm", "likelihood", "self-evaluation")
+SCORER_KINDS = ("prm", "judge", "likelihood", "self-evaluation")
+LAYOUTS = ("qwen2.5-math-prm", "skywork-o1", "math-shepherd", "rlhflow")
+"""Kinds of reward models, by how they are read (`rollouts.text.layouts`)."""
+_TAGGED = ("qwen2.5-math-prm", "math-shepherd")
+_SPOKEN_TO = ("qwen2.5-math-prm", "rlhflow")
 
 
 class _Section(BaseModel):
@@ -213,24 +217,42 @@ class ScorerConfig(_Section):
     """How steps are scored.
 
     Attributes:
-        kind: ``prm`` (a process reward model, given in `model`), ``likelihood`` (least token probability of
-            the step under `under`), ``self-evaluation`` (`under` is asked for 0-9) or ``module:object`` (a scorer
-            of one's own, `rollouts.scoring.base.Scorer`).
+        kind: ``prm`` (a process reward model, given in `model`), ``judge`` (the chat model of a server, given in
+            `model`, is asked whether the step is right), ``likelihood`` (least token probability of the step under
+            `under`), ``self-evaluation`` (`under` is asked for 0-9) or ``module:object`` (a scorer of one's own,
+            `rollouts.scoring.base.Scorer`).
         name: Name of the score table; default: kind and model.
         options: Table handed to a scorer of one's own.
-        model: The reward model, for ``prm``.
+        model: The reward model, for ``prm``, or the judge.
+        layout: How the reward model is read, one of `LAYOUTS`; default: what its configuration tells.
+        prompt: What a judge is asked, with ``{question}``, ``{before}`` and ``{step}``; default:
+            `rollouts.scoring.judge.PROMPT`. It must ask for a yes or no, or a number in [0, 1].
+        max_tokens: Most tokens of a judge's answer, hidden thoughts included.
         under: The generating role whose model scores, for ``likelihood`` and ``self-evaluation``.
-        system_prompt: System message in the reward model's input; likewise.
-        step_tag: Text of the token at which the reward model is read.
+        system_prompt: System message in the reward model's input; none by default for layouts other than the first, and
+            for a judge.
+        step_tag: Text of the token at which the reward model is read; default: its layout's own.
     """
 
     kind: str = "prm"
     name: str | None = None
     options: dict[str, Any] = {}
     model: ModelConfig | None = None
+    layout: str | None = None
+    prompt: str | None = None
+    max_tokens: Count = 512
     under: Literal["small", "large"] = "large"
     system_prompt: SystemPrompt = "Please reason step by step, and put your final answer within \\boxed{}."
-    step_tag: str = "<extra_0>"
+    step_tag: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _silent(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (
+            values.get("kind") == "judge" or values.get("layout") not in (None, _SPOKEN_TO[0])
+        ):
+            return {"system_prompt": "", **values}
+        return values
 
     @field_validator("kind")
     @classmethod
@@ -241,11 +263,28 @@ class ScorerConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> ScorerConfig:
-        if (self.kind == "prm") != (self.model is not None):
-            raise ValueError("kind 'prm' needs a section [scorer.model]; the other kinds take none")
+        if (self.kind in ("prm", "judge")) != (self.model is not None):
+            raise ValueError("kinds 'prm' and 'judge' need a section [scorer.model]; the other kinds take none")
+        if self.layout is not None:
+            self._check_layout(self.layout)
+        if self.kind == "judge" and self.model is not None and self.model.backend != "server":
+            raise ValueError("a judge is asked through backend 'server'; its [scorer.model] has another")
+        if self.prompt is not None and (
+            self.kind != "judge" or not all(map(self.prompt.count, ("{question}", "{step}")))
+        ):
+            raise ValueError("`prompt` is for kind 'judge', and needs {question} and {step}")
         if self.options and self.kind in SCORER_KINDS:
             raise ValueError("`options` are for a scorer of your own, kind 'module:object'")
         return self
+
+    def _check_layout(self, layout: str) -> None:
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout should be one of the known ones.{did_you_mean(layout, LAYOUTS)}")
+        if self.kind != "prm":
+            raise ValueError("`layout` is for kind 'prm'")
+        for name, having in (("step_tag", _TAGGED), ("system_prompt", _SPOKEN_TO)):
+            if getattr(self, name) is not None and layout not in having:
+                raise ValueError(f"layout {layout!r} has no `{name}`")
 
 
 class FamilyConfig(_Section):

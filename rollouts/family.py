@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from rollouts.config import FamilyConfig, GeneratorConfig, ModelConfig
+from rollouts.config import FamilyConfig, GeneratorConfig, ModelConfig, ScorerConfig
 from rollouts.errors import ConfigError
 from rollouts.models.base import Backend
 from rollouts.models.hf.load import native_window
@@ -21,13 +21,15 @@ from rollouts.models.open import open_backend
 from rollouts.models.stepwise import StepModel, StepRules
 from rollouts.plugins import build_plugin, is_plugin
 from rollouts.scoring.base import EXAMPLES, Example, Scorer, self_test
+from rollouts.scoring.judge import PROMPT, JudgeScorer, judge_question
 from rollouts.scoring.likelihood import LikelihoodScorer
 from rollouts.scoring.prm import RewardScorer
 from rollouts.scoring.self_evaluation import SelfEvaluationScorer
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
+from rollouts.text.layouts import reward_layout
 from rollouts.text.likelihood import LOOKED_AT, STATISTICS
-from rollouts.text.prompts import PromptFormat, RewardFormat, has_room, load_tokenizer
+from rollouts.text.prompts import PromptFormat, Reading, RewardLayout, has_room, load_tokenizer
 from rollouts.text.splitting import Marks, Splitting
 from rollouts.text.steps import DELIMITER, ROLES
 
@@ -102,14 +104,19 @@ class Family:
         return self.config.generator(role).think if self.splitting.thinks else None
 
     @cached_property
-    def reward_prompts(self) -> RewardFormat | None:
+    def reward_prompts(self) -> RewardLayout | None:
         """The input format of the reward model, if there is one."""
-        scorer = self.config.scorer
-        if scorer is None or scorer.model is None:
+        scorer, model = self.config.scorer, self._reward_model
+        if scorer is None or model is None:
             return None
-        tokenizer = load_tokenizer(scorer.model.tokenizer or scorer.model.model, scorer.model.revision)
-        tag, splitting = scorer.step_tag, self.splitting
-        return RewardFormat(tokenizer, scorer.system_prompt, tag, date=self.date, splitting=splitting)
+        tokenizer = load_tokenizer(model.tokenizer or model.model, model.revision)
+        return reward_layout(scorer, tokenizer, date=self.date, splitting=self.splitting)
+
+    @property
+    def _reward_model(self) -> ModelConfig | None:
+        """The process reward model, if there is one: a judge reads what a chat of its server makes of texts."""
+        scorer = self.config.scorer
+        return scorer.model if scorer is not None and scorer.kind == "prm" else None
 
     def _window(self, role: str, model: ModelConfig) -> int:
         if model.max_length is not None:
@@ -127,8 +134,8 @@ class Family:
         for it. One that is unknown is a ConfigError.
         """
         models: dict[str, ModelConfig] = {role: self.config.generator(role) for role in self._continuing}
-        if self.config.scorer is not None and self.config.scorer.model is not None:
-            models["scorer"] = self.config.scorer.model
+        if self._reward_model is not None:
+            models["scorer"] = self._reward_model
         return {role: self._window(role, model) for role, model in models.items()}
 
     def fits(self, question: str, steps: Sequence[str]) -> bool:
@@ -137,9 +144,9 @@ class Family:
         return all(has_room(prompts, self.windows[role], question, steps) for role, prompts in formats.items())
 
     @property
-    def formats(self) -> dict[str, PromptFormat | RewardFormat]:
+    def formats(self) -> dict[str, PromptFormat | RewardLayout]:
         """What renders prompts, by role: of models that are asked by chat there is none."""
-        formats: dict[str, PromptFormat | RewardFormat] = {role: self.prompts(role) for role in self._continuing}
+        formats: dict[str, PromptFormat | RewardLayout] = {role: self.prompts(role) for role in self._continuing}
         return formats if self.reward_prompts is None else {**formats, "scorer": self.reward_prompts}
 
     def neutralised(self, problems: Sequence[Problem]) -> dict[str, dict[str, Any]]:
@@ -207,12 +214,12 @@ class Family:
 
     @contextmanager
     def _backend(
-        self, role: str, model: ModelConfig, store: Store, pooling_tag: int | None = None, *, writes: bool = False
+        self, role: str, model: ModelConfig, store: Store, reading: Reading | None = None, *, writes: bool = False
     ) -> Iterator[Backend]:
         digest = hashlib.blake2b(f"{self.seed}|{role}|{store.next_start()}".encode(), digest_size=4).digest()
         seed = int.from_bytes(digest, "little") >> 1  # no two starts of a store share one
         sized = model.model_copy(update={"max_length": self.windows[role]})
-        with open_backend(role, sized, seed=seed, pooling_tag=pooling_tag) as backend:
+        with open_backend(role, sized, seed=seed, reading=reading) as backend:
             if backend.window < self.windows[role]:
                 raise ConfigError(
                     f"{role}: its window is {backend.window} tokens, the configuration says {self.windows[role]}."
@@ -293,10 +300,12 @@ class Family:
                 stack.callback(getattr(built, "close", lambda: None))
                 if built.name != name:
                     raise ConfigError(f"[scorer] kind {scorer.kind!r}: `name` is {built.name!r}, expected {name!r}.")
+            elif scorer.kind == "judge":
+                built = stack.enter_context(self._judge(name, scorer, store))
             elif scorer.model is not None:
-                assert self.reward_prompts is not None
-                prompts, tag = self.reward_prompts, self.reward_prompts.step_tag_id
-                backend = stack.enter_context(self._backend("scorer", scorer.model, store, tag))
+                prompts = self.reward_prompts
+                assert prompts is not None
+                backend = stack.enter_context(self._backend("scorer", scorer.model, store, prompts.reading))
                 built = RewardScorer(name, backend, prompts, scorer.model.display_name)
             else:
                 under, model = self.prompts(scorer.under), self.config.generator(scorer.under)
@@ -305,9 +314,22 @@ class Family:
                     built = LikelihoodScorer(name, backend, under, model.display_name)
                 else:
                     built = SelfEvaluationScorer(name, backend, under.tokenizer, model.display_name, self.date)
-            if scorer.kind == "prm" or is_plugin(scorer.kind):
-                self_test(built, self.examples, informed=scorer.kind == "prm")
+            if scorer.model is not None or is_plugin(scorer.kind):
+                self_test(built, self.examples, informed=scorer.model is not None)
             yield built
+
+    @contextmanager
+    def _judge(self, name: str, scorer: ScorerConfig, store: Store) -> Iterator[JudgeScorer]:
+        """Connect to a judge and record the start in the store."""
+        from rollouts.models.server.judge import Judge
+
+        model, prompt = scorer.model, scorer.prompt or PROMPT
+        assert model is not None
+        probe = judge_question(prompt, "What is 1 + 1?", ["1 + 1 = 2."])
+        with closing(Judge("scorer", model, scorer.system_prompt, scorer.max_tokens, probe)) as judge:
+            self._record(store, {"role": "scorer", **judge.describe()})
+            known = {**self.identity(model), **served(judge.describe())}
+            yield JudgeScorer(name, judge, prompt, model.display_name, known)
 
 
 def chat_template_hash() -> str:

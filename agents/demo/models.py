@@ -23,11 +23,11 @@ _DRAWING = ("temperature", "top_p", "top_k", "min_p")
 class _Trio:
     """Three engines that take turns; a request comes with the name of its model."""
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
+    def __init__(self, engines: Mapping[str, Engine], tag: int | None) -> None:
         self._engines = engines
         self.window = min(engine.window for engine in engines.values())
         self.capabilities = Capabilities()
-        self.description = next(iter(engines.values())).description
+        self.description: Mapping[str, Any] = {**next(iter(engines.values())).description, "tag": tag}
 
     def add(self, key: int, request: Any) -> None:
         role, asked = request
@@ -50,8 +50,9 @@ def _trio() -> _Trio:
         {
             "small": generator(family.config.small, seed=0),
             "large": generator(family.config.large, seed=0),
-            "prm": pooling(scorer.model, seed=0, step_tag_id=prompts.step_tag_id),
-        }
+            "prm": pooling(scorer.model, seed=0, reading=prompts.reading),
+        },
+        prompts.reading.tag,
     )
 
 
@@ -93,7 +94,9 @@ def application(backend: Backend) -> web.Application:
         return web.json_response({"choices": [choice], "usage": {"completion_tokens": done.tokens}})
 
     async def pool(request: web.Request) -> web.Response:
-        scores = await submit("prm", PoolingRequest(tuple((await request.json())["input"])))
+        ids, tag = tuple((await request.json())["input"]), backend.describe()["tag"]
+        tags = tuple(place for place, token in enumerate(ids) if token == tag)
+        scores = await submit("prm", PoolingRequest(ids, tags))
         return web.json_response({"data": [{"data": [[1 - score, score] for score in scores]}]})
 
     app = web.Application(client_max_size=1 << 24)

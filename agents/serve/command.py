@@ -43,7 +43,7 @@ def family_of(config: ServeConfig, about: dict[str, Any], *, scorer: bool = True
     family = load_family(source)
     prm = family.scorer.model if family.scorer else None
     if scorer and prm is None:
-        raise ConfigError(f"{source}: this policy needs a process reward model, a section [scorer.model].")
+        raise ConfigError(f"{source}: this policy needs a process reward model or a judge, a section [scorer.model].")
     if family.small.chat_only:
         raise ConfigError("small: chat_only is for the large model alone; the small one must continue token ids.")
     values = family.model_dump()

@@ -6,7 +6,9 @@ upstream servers instead of for engines.
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,21 +20,25 @@ from typing import Any
 from agents.serve.metrics import SCORER, Metrics
 from agents.serve.sources import Sources, Told
 from agents.serve.upstreams import Probe, Unavailable, Upstream
-from rollouts.config import FamilyConfig, GeneratorConfig, Limits, ModelConfig, Sampling
+from rollouts.config import FamilyConfig, GeneratorConfig, Limits, ModelConfig, Sampling, ScorerConfig
 from rollouts.errors import BackendError, ConfigError
 from rollouts.family import Family
 from rollouts.models.base import Completion, CompletionRequest, LogprobRequest
 from rollouts.models.server.chat import Said, StepChat, read_said
-from rollouts.models.server.wire import Wire, pooling_payload, read_scores
+from rollouts.models.server.judge import Terms, Verdict, judge_payload, read_verdict_of
+from rollouts.models.server.wire import Exchange, Wire, score_exchanges, smallest_input
 from rollouts.models.stepwise import Draft, StepRules
+from rollouts.scoring.judge import PROMPT, judge_question
 from rollouts.scoring.prm import fitting_input
+from rollouts.text.layouts import reward_layout
 from rollouts.text.likelihood import WORTHLESS
-from rollouts.text.prompts import PromptFormat, RewardFormat, Turns, has_room
+from rollouts.text.prompts import PromptFormat, Reading, RewardLayout, Turns, has_room
 from rollouts.text.splitting import BLANK_LINE, Splitting
-from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, Step, StopReason
+from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, Step, StopReason, prefix_hash
 
 _SYSTEM_PROMPTS = 32  # formats of system prompts that requests bring, kept at hand
 _QUESTIONS, _BROUGHT = 16 << 20, 1 << 20  # bytes of rendered questions kept at hand for each format, own and brought
+_SCORES = 1 << 16  # scores kept at hand where each takes a request
 _CHARACTERS = 16  # no text has as many of them per token
 _EVERYTHING, _NOTHING = Sources(), MappingProxyType[str, Any]({})
 
@@ -110,7 +116,7 @@ class Task:
     formats: Mapping[str, PromptFormat]
     sampling: Mapping[str, Sampling]
     limits: Limits
-    reward: RewardFormat | None = None
+    reward: RewardLayout | None = None
     chat: GeneratorConfig | None = None
     turns: Turns = ()
     splitting: Splitting = BLANK_LINE
@@ -125,7 +131,8 @@ class Models:
         """Load tokenizers and prepare connections.
 
         Args:
-            config: The family, each role with a server's URL, its scorer, if one is asked, a process reward model.
+            config: The family, each role with a server's URL, its scorer, if one is asked, a process reward model or a
+                judge.
             timeout_s: Longest time of one upstream request, seconds.
             metrics: What counts answers and failures of upstreams.
             sources: What they have to tell.
@@ -150,19 +157,19 @@ class Models:
             self.chat = StepChat(LARGE, config.large)
             roles[LARGE] = config.large, _chats(self.chat)
         self.continuing = [role for role in ROLES if not config.generator(role).chat_only]
-        self._reward: RewardFormat | None = None
+        self._reward: RewardLayout | None = None
+        self._judge: _Judge | None = None
+        self._told: OrderedDict[int, float] = OrderedDict()  # scores that took a request of their own, by path
         if sources.scorer:
             scorer, prompts = config.scorer, self.family.reward_prompts
-            assert scorer is not None and scorer.model is not None and prompts is not None
-            self._reward = RewardFormat(
-                prompts.tokenizer,
-                scorer.system_prompt,
-                scorer.step_tag,
-                date=self.family.date,
-                remembered=_QUESTIONS,
-                splitting=self.family.splitting,
-            )
-            roles[SCORER] = scorer.model, _scores(self._reward.step_tag_id)
+            assert scorer is not None and scorer.model is not None
+            if prompts is None:
+                self._judge = _Judge(scorer)
+                roles[SCORER] = scorer.model, self._judge.probe()
+            else:
+                kept: dict[str, Any] = {"remembered": _QUESTIONS, "splitting": self.family.splitting}
+                self._reward = reward_layout(scorer, prompts.tokenizer, date=self.family.date, **kept)
+                roles[SCORER] = scorer.model, _scores(self._reward.reading)
         self.upstreams = {
             role: Upstream(role, model, probe, timeout_s, metrics) for role, (model, probe) in roles.items()
         }
@@ -222,13 +229,13 @@ class Models:
             formats = {role: prompts.within(turns, options) for role, prompts in formats.items()}
         return formats
 
-    def reward(self, turns: Turns = ()) -> RewardFormat | None:
+    def reward(self, turns: Turns = ()) -> RewardLayout | None:
         """Return the format of the reward model's input for a request, if it is asked."""
         return self._reward.within(turns) if turns and self._reward is not None else self._reward
 
     def fits(self, task: Task, question: str, steps: Sequence[str]) -> bool:
         """Whether a prefix leaves room for one more token in every role's window (docs/design.md, section 1)."""
-        every: dict[str, PromptFormat | RewardFormat] = {**task.formats}
+        every: dict[str, PromptFormat | RewardLayout] = {**task.formats}
         if task.reward is not None:
             every[SCORER] = task.reward
         return all(has_room(prompts, self.window(role), question, steps) for role, prompts in every.items())
@@ -359,23 +366,62 @@ class Models:
         Raises:
             Unavailable: The scorer gave no usable answer.
         """
-        reward = task.reward
+        judge, reward = self._judge, task.reward
+        if judge is not None:
+            earlier = "".join(f"{role}: {said}\n\n" for role, said in task.turns)
+            judged = partial(self._judged, judge, ledger)
+            return await self._one_by_one(earlier + task.question, steps, judged)
         if reward is None:
             return [None] * len(steps)
-        ids, kept = fitting_input(reward, self.window(SCORER), task.question, steps)
+        request = fitting_input(reward, self.window(SCORER), task.question, steps)
+        kept = len(request.positions)
         unread: list[float | None] = [0.0] * (len(steps) - kept)  # as environments have it
         if not kept:
             return unread
+        exchanges = score_exchanges(reward.reading, request)
+        if reward.reading.verdicts is None:
+            return [*await self._exchanged(exchanges[0], ledger), *unread]
+
+        async def one(_: str, some: Sequence[str]) -> float:
+            return (await self._exchanged(exchanges[len(some) - 1], ledger))[0]
+
+        return [*await self._one_by_one(reward.text(task.question, ()), steps[:kept], one), *unread]
+
+    async def _exchanged(self, exchange: Exchange, ledger: Ledger) -> list[float]:
         with ledger.waiting():
-            scores = await self.upstreams[SCORER].post(
-                "/pooling",
-                pooling_payload(ids),
-                lambda body: read_scores(body, ids, reward.step_tag_id),
+            scores = await self.upstreams[SCORER].post(exchange.path, exchange.payload, exchange.read)
+        ledger.roles[SCORER].add(exchange.tokens)
+        return scores
+
+    async def _one_by_one(
+        self, question: str, steps: Sequence[str], ask: Callable[[str, Sequence[str]], Awaitable[float]]
+    ) -> list[float | None]:
+        """Return scores each of which takes a request; those of paths that came before are remembered."""
+        keys = [prefix_hash((question, *steps[: end + 1])) for end in range(len(steps))]
+        known = {key: self._told[key] for key in keys if key in self._told}
+        lacking = [end for end, key in enumerate(keys) if key not in known]
+        found = await asyncio.gather(*(ask(question, steps[: end + 1]) for end in lacking))
+        known |= {keys[end]: score for end, score in zip(lacking, found, strict=True)}
+        self._told |= known
+        while len(self._told) > _SCORES:
+            self._told.popitem(last=False)
+        return [known[key] for key in keys]
+
+    async def _judged(self, judge: _Judge, ledger: Ledger, question: str, steps: Sequence[str]) -> float:
+        most = judge.scorer.max_tokens
+        spent = ledger.roles[SCORER]
+
+        def lost() -> bool:
+            spent.aborted_tokens += most
+            return True
+
+        with ledger.waiting():
+            verdict = await self.upstreams[SCORER].post(
+                judge.path, judge.payload(question, steps), judge.read, lost, most
             )
-        if len(scores) != kept:
-            raise Unavailable(SCORER, "malformed", f"{len(scores)} scores for {kept} steps")
-        ledger.roles[SCORER].add(len(ids))
-        return [*scores, *unread]
+        spent.add(*verdict.spent)
+        assert verdict.score is not None  # `read` sees to it
+        return verdict.score
 
 
 def _checked(read: Any, most: int) -> Any:
@@ -406,6 +452,36 @@ def _chats(chat: StepChat) -> Probe:
     return Probe(lambda _: (chat.path, chat.probe()), lambda _, body: chat.check(read_said(body)), chat.leave_out)
 
 
-def _scores(tag: int) -> Probe:
-    ids = (1, tag, 2, tag)
-    return Probe(lambda _: ("/pooling", pooling_payload(ids)), lambda _, body: read_scores(body, ids, tag))
+def _scores(reading: Reading) -> Probe:
+    exchange = score_exchanges(reading, smallest_input(reading))[0]
+    return Probe(lambda _: (exchange.path, exchange.payload), lambda _, body: exchange.read(body))
+
+
+class _Judge:
+    """What a judge is asked, and in which terms its server takes it."""
+
+    path = "chat/completions"
+
+    def __init__(self, scorer: ScorerConfig) -> None:
+        self.scorer = scorer
+        self.terms = Terms()
+
+    def payload(self, question: str, steps: Sequence[str]) -> dict[str, Any]:
+        text = judge_question(self.scorer.prompt or PROMPT, question, steps)
+        return judge_payload(text, self.scorer.system_prompt, self.scorer.max_tokens, self.terms)
+
+    def probe(self) -> Probe:
+        body = ("What is 1 + 1?", ["1 + 1 = 2."])
+        return Probe(lambda _: (self.path, self.payload(*body)), lambda _, answer: read_verdict_of(answer), self._yield)
+
+    def _yield(self, refusal: str, _: Mapping[str, Any]) -> bool:
+        terms = self.terms.yielding(refusal)
+        self.terms = terms or self.terms
+        return terms is not None
+
+    @staticmethod
+    def read(body: Any) -> Verdict:
+        verdict = read_verdict_of(body)
+        if verdict.score is None:
+            raise ValueError(verdict.why)
+        return verdict

@@ -15,7 +15,7 @@ from rich.console import Console
 from rollouts.cli.inspect import Repair, Show, Stats, StorePath, Verify
 from rollouts.cli.prm import Labels, TrainPrm
 from rollouts.cli.progress import console, progress_bar
-from rollouts.cli.view import special_token_lines
+from rollouts.cli.view import reason_lines, special_token_lines, spending_line
 from rollouts.config import Count, NotNegative, load_family, settings
 from rollouts.errors import ConfigError, DataError, did_you_mean
 from rollouts.family import Family
@@ -241,6 +241,12 @@ def run_scoring(store: Store, family: Family, problems: Sequence[Problem] | None
     with opened as scorer, progress_bar("Scoring", total, "steps") as advance:
         report = score_store(store, scorer, problems, on_progress=advance)
     tell_notes(store)
+    if report.spent:
+        console().print(spending_line(report.spent, family.config.scorer))
+    if report.failed:
+        console().print(f"{report.failed.total():,} steps have no score yet; the same command asks about them again:")
+    for line in reason_lines(report.failed):
+        console().print(line, markup=False)
     if report.skipped:
         console().print(
             f"{report.skipped} steps exceed the scorer's window and have no score; their trees are left out."

@@ -21,7 +21,7 @@ from rollouts.scoring.base import self_test_examples
 from rollouts.scoring.prm import fitting_input
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
-from rollouts.text.prompts import RewardFormat, load_tokenizer
+from rollouts.text.prompts import STEP_TAG, RewardFormat, load_tokenizer
 from rollouts.text.splitting import BLANK_LINE, Splitting
 from rollouts.text.steps import SMALL
 from rollouts.trees.compile import compile_store
@@ -43,7 +43,7 @@ def train(settings: TrainPrm, config: FamilyConfig, data: Sequence[tuple[Problem
     """
     trunk = config.generator(settings.trunk)
     made = scorer_of(trunk, settings.out)
-    prompts = reward_format(trunk, made.step_tag, Splitting(config.steps))
+    prompts = reward_format(trunk, Splitting(config.steps))
     window = Family(config).windows[settings.trunk]
     told = prompts, window, settings.after
     paths = [[_valued(*told, problem.question, each) for each in solutions] for problem, solutions in data]
@@ -89,11 +89,11 @@ def evaluate(store: Store, config: FamilyConfig, grader: str | None, split: str 
     }
 
 
-def reward_format(trunk: GeneratorConfig, tag: str, splitting: Splitting = BLANK_LINE) -> RewardFormat:
+def reward_format(trunk: GeneratorConfig, splitting: Splitting = BLANK_LINE) -> RewardFormat:
     """Return how a model reads paths as the trunk of a reward model; its tokenizer learns the step tag."""
     tokenizer = load_tokenizer(trunk.tokenizer or trunk.model, trunk.revision)
-    tokenizer.add_tokens([tag], special_tokens=True)
-    return RewardFormat(tokenizer, trunk.system_prompt, tag, splitting=splitting)
+    tokenizer.add_tokens([STEP_TAG], special_tokens=True)
+    return RewardFormat(tokenizer, trunk.system_prompt, splitting=splitting)
 
 
 def scorer_of(trunk: GeneratorConfig, folder: Path) -> ScorerConfig:
@@ -122,10 +122,10 @@ def as_toml(scorer: ScorerConfig) -> str:
 def _valued(prompts: RewardFormat, window: int, after: str, question: str, solution: Solution) -> ValuedPath:
     """Return as many steps of a solution as fit into a window, as the reward model reads them."""
     texts = [choice.step.text for choice in solution]
-    ids, kept = fitting_input(prompts, window, question, texts)
-    told = (choice.step.small if after == SMALL else choice.step.large for choice in solution[:kept])
+    read = fitting_input(prompts, window, question, texts)
+    told = (choice.step.small if after == SMALL else choice.step.large for choice in solution[: len(read.positions)])
     known = list(takewhile(lambda each: each.count, told))
-    tags = tuple(place for place, token in enumerate(ids) if token == prompts.step_tag_id)[: len(known)]
+    ids, tags = read.ids, read.positions[: len(known)]
     start = max(0, tags[0] - len(prompts.encode(texts[0].strip()))) if tags else 0
     values, counts = tuple(each.value or 0.0 for each in known), tuple(float(each.count) for each in known)
     return ValuedPath(ids, start, tags, values, counts)

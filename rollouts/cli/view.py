@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 from rich.tree import Tree as RichTree
 
+from rollouts.config import ScorerConfig
 from rollouts.store.rows import Rows
 from rollouts.text.steps import LARGE, ROLES, SMALL, Step
 from rollouts.trees.signals import Signals
@@ -80,6 +82,23 @@ def failure_lines(failures: Sequence[Mapping[str, Any]], most: int = 5) -> Itera
         yield f"{each['steps']:,} failed steps of {each['role']}: {each['reason']}"
     if rest := sum(each["steps"] for each in failures[most:]):
         yield f"{rest:,} failed steps for {len(failures) - most:,} other reasons"
+
+
+def reason_lines(reasons: Counter[str], most: int = 5) -> Iterator[str]:
+    """Yield why scores failed, most frequent reasons first."""
+    for reason, number in reasons.most_common(most):
+        yield f"{number:,} times: {reason}"
+    if len(reasons) > most:
+        yield f"and for {len(reasons) - most:,} other reasons"
+
+
+def spending_line(spent: Mapping[str, int], scorer: ScorerConfig | None) -> str:
+    """Return what a judge has spent, in tokens and at its prices."""
+    read, decoded, price = spent["prompt_scorer"], spent["decoded_scorer"], 0.0
+    if scorer is not None and scorer.model is not None:
+        price = (read * scorer.model.price_input + decoded * scorer.model.price_output) / 1e6
+    at = f", price {price:,.2f}" if price else ""
+    return f"The judge answered {spent['requests_scorer']:,} questions: {read:,} tokens in, {decoded:,} out{at}."
 
 
 def show_tree(

@@ -26,7 +26,7 @@ class Capabilities:
         token_ids: Completions carry the ids that were decoded (needed for whole-path generation).
         logprobs: Completions carry what the model made of their tokens, where that is asked for.
         prompt_logprobs: Log-probabilities of given tokens can be asked for.
-        pooling: Per-tag class probabilities can be asked for, and nothing else (a process reward model).
+        pooling: Scores at given tokens can be asked for, and nothing else (a process reward model).
     """
 
     token_ids: bool = False
@@ -110,9 +110,15 @@ class LogprobRequest:
 
 @dataclass(frozen=True, slots=True)
 class PoolingRequest:
-    """P(label 1) at every step tag of a reward model's input; result: ``list[float]``, one per tag."""
+    """Scores of a reward model, read as it was said when it was opened (`Reading`); result: ``list[float]``.
+
+    Attributes:
+        ids: The input.
+        positions: Where in it to read, in ascending order.
+    """
 
     ids: tuple[int, ...]
+    positions: tuple[int, ...]
 
 
 Request = CompletionRequest | LogprobRequest | PoolingRequest

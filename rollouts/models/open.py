@@ -15,31 +15,32 @@ from collections.abc import Callable, Mapping
 from rollouts.config import BackendKind, ModelConfig
 from rollouts.errors import ConfigError
 from rollouts.models.base import Backend
+from rollouts.text.prompts import Reading
 
 
-def open_backend(role: str, model: ModelConfig, *, seed: int, pooling_tag: int | None = None) -> Backend:
+def open_backend(role: str, model: ModelConfig, *, seed: int, reading: Reading | None = None) -> Backend:
     """Start a model and wait until it answers.
 
     Args:
         role: ``small``, ``large`` or ``scorer``; errors name it.
         model: What to run and where.
         seed: Seed of this start; engines that take 32 bits get the lower ones.
-        pooling_tag: For a process reward model, the id of its step tag; None for a generating model.
+        reading: For a process reward model, how it is read; None for a generating model.
 
     Raises:
         ConfigError: A package is missing, or the configuration asks for what the backend cannot do.
         BackendError: The model could not be loaded; the message has the engine's words.
     """
-    return OPENERS[model.backend](role, model, seed, pooling_tag)
+    return OPENERS[model.backend](role, model, seed, reading)
 
 
-def _open_server(role: str, model: ModelConfig, seed: int, pooling_tag: int | None) -> Backend:
+def _open_server(role: str, model: ModelConfig, seed: int, reading: Reading | None) -> Backend:
     from rollouts.models.server.completions import ServerBackend
 
-    return ServerBackend(role, model, pooling_tag)
+    return ServerBackend(role, model, reading)
 
 
-def _open_vllm(role: str, model: ModelConfig, seed: int, pooling_tag: int | None) -> Backend:
+def _open_vllm(role: str, model: ModelConfig, seed: int, reading: Reading | None) -> Backend:
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(
             f"{role}: backend 'vllm' needs vLLM, which is not installed: pip install 'trim-routing[vllm]' (on a "
@@ -49,23 +50,23 @@ def _open_vllm(role: str, model: ModelConfig, seed: int, pooling_tag: int | None
     from rollouts.models.process import EngineProcess
 
     environment = {**_environment(model), **vllm_engine.environment(model)}
-    return EngineProcess(role, vllm_engine.engine, environment, model=model, seed=seed, step_tag_id=pooling_tag)
+    return EngineProcess(role, vllm_engine.engine, environment, model=model, seed=seed, reading=reading)
 
 
-def _open_transformers(role: str, model: ModelConfig, seed: int, pooling_tag: int | None) -> Backend:
+def _open_transformers(role: str, model: ModelConfig, seed: int, reading: Reading | None) -> Backend:
     from rollouts.models.hf.generator import generator
     from rollouts.models.hf.pooling import pooling
     from rollouts.models.process import EngineProcess
 
     if model.tensor_parallel > 1:
         raise ConfigError(f"{role}: tensor_parallel is for backend 'vllm'; transformers spreads over `devices`.")
-    if pooling_tag is None:
+    if reading is None:
         return EngineProcess(role, generator, _environment(model), model=model, seed=seed)
-    return EngineProcess(role, pooling, _environment(model), model=model, seed=seed, step_tag_id=pooling_tag)
+    return EngineProcess(role, pooling, _environment(model), model=model, seed=seed, reading=reading)
 
 
-#: Every backend: what is called with (role, model, seed, pooling tag) and returns it, ready for requests.
-OPENERS: Mapping[BackendKind, Callable[[str, ModelConfig, int, int | None], Backend]] = {
+#: Every backend: what is called with (role, model, seed, reading) and returns it, ready for requests.
+OPENERS: Mapping[BackendKind, Callable[[str, ModelConfig, int, Reading | None], Backend]] = {
     "vllm": _open_vllm,
     "transformers": _open_transformers,
     "server": _open_server,

@@ -16,7 +16,14 @@ from rollouts.tasks.problems import Problem
 from rollouts.text.likelihood import first_of
 from rollouts.text.steps import ROLES
 
-Scores = list[Any]  # for each step a number, of several columns a tuple of them, or None
+Scores = list[Any]  # for each step a number, of several columns a tuple of them, None or `Failed`
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Stands for the score of a step that has none because asking for it failed; it can be asked for again."""
+
+    reason: str
 
 
 class Scorer(Protocol):
@@ -36,6 +43,8 @@ class Scorer(Protocol):
         columns: Names of the columns of its table, ``("score",)`` if left out. With several, each step gets a tuple of
             as many numbers; those of ``score`` are in [0, 1], the others need not be.
         roles: Whose steps are scored, ``("small", "large")`` if left out.
+        incremental: Whether `submit` takes a third argument: how many of the first steps are scored already. Nobody
+            reads what it gives for these. False if left out: whole paths are scored again for their new steps.
     """
 
     name: str
@@ -52,8 +61,8 @@ class Scorer(Protocol):
             A future of S scores in [0, 1], higher is better. Score i depends on the question and on steps 0 to i alone
             (paths that share a prefix share its scores), and is the same each time, within `tolerance`. It is None
             for steps that cannot be scored, such as those beyond the scorer's window: inputs are never truncated and
-            scores never padded. Trees with such steps are left out of compiled arrays. An exception ends the run;
-            what was scored before is kept.
+            scores never padded. Trees with such steps are left out of compiled arrays. It is `Failed` for steps that
+            are to be asked about again in another run. An exception ends the run; what was scored before is kept.
         """
 
     def process(self) -> Mapping[str, Any]:
@@ -72,6 +81,14 @@ def columns_of(scorer: Scorer) -> tuple[str, ...]:
 def roles_of(scorer: Scorer) -> tuple[str, ...]:
     """Return whose steps a scorer is asked about."""
     return tuple(getattr(scorer, "roles", ROLES))
+
+
+def submitted(scorer: Scorer, question: str, steps: Sequence[str], known: int) -> Future[Scores]:
+    """Start scoring one path whose first `known` steps are scored already."""
+    arguments: tuple[Any, ...] = (
+        (question, steps, known) if getattr(scorer, "incremental", False) else (question, steps)
+    )
+    return scorer.submit(*arguments)
 
 
 def score_paths(scorer: Scorer, paths: Sequence[tuple[str, Sequence[str]]]) -> list[Scores]:
@@ -128,7 +145,7 @@ def _fits(columns: tuple[str, ...], score: Any) -> bool:
     """Whether what a scorer gave for a step are numbers for its columns."""
     values = score if isinstance(score, tuple) else (score,)
     return len(values) == len(columns) and all(
-        value is not None and math.isfinite(value) and (name != "score" or 0.0 <= value <= 1.0)
+        isinstance(value, int | float | np.number) and math.isfinite(value) and (name != "score" or 0.0 <= value <= 1.0)
         for name, value in zip(columns, values, strict=True)
     )
 

@@ -1,4 +1,4 @@
-"""Scores from a process reward model: one forward pass gives P(all steps so far are right) at every step tag."""
+"""Scores from a process reward model: one forward pass gives P(all steps so far are right) after every step."""
 
 from __future__ import annotations
 
@@ -11,51 +11,55 @@ from rollouts.errors import BackendError
 from rollouts.models.base import Backend, PoolingRequest
 from rollouts.models.futures import forward, settled
 from rollouts.scoring.base import Scores
-from rollouts.text.prompts import RewardFormat
+from rollouts.text.prompts import RewardFormat, RewardLayout
 
 
 @dataclass(eq=False)
 class RewardScorer:
-    """A process reward model in the layout of Qwen2.5-Math-PRM behind any backend that can pool."""
+    """A process reward model of any layout behind any backend that can pool."""
 
     name: str
     backend: Backend
-    prompts: RewardFormat
+    prompts: RewardLayout
     model: str
     tolerance: float = field(default=5e-3, init=False)
+    incremental: bool = field(default=True, init=False)
 
     def process(self) -> Mapping[str, Any]:
         """Return model and input format."""
+        prompts = self.prompts
+        known = {"step_tag": prompts.step_tag} if isinstance(prompts, RewardFormat) else {"layout": prompts.layout}
         return {
             "kind": "prm",
             "model": self.model,
-            "step_tag": self.prompts.step_tag,
-            "template_hash": self.prompts.template_hash,
+            **known,
+            "template_hash": prompts.template_hash,
             "identities": {self.backend.role: dict(self.backend.identity)},
         }
 
-    def submit(self, question: str, steps: Sequence[str]) -> Future[Scores]:
-        """Score one path with one forward pass over the steps that fit."""
-        ids, kept = fitting_input(self.prompts, self.backend.window, question, steps)
+    def submit(self, question: str, steps: Sequence[str], known: int = 0) -> Future[Scores]:
+        """Score one path, but for its first `known` steps, with one forward pass over the steps that fit."""
+        request = fitting_input(self.prompts, self.backend.window, question, steps)
+        kept, wanted = len(request.positions), request.positions[known:]
+        told: Scores = [None] * min(known, kept)
         unread: Scores = [None] * (len(steps) - kept)
-        if kept == 0:
-            return settled(unread)
+        if not wanted:
+            return settled(told + unread)
         result: Future[Scores] = Future()
 
         def take(scores: Scores) -> None:
-            if len(scores) != kept:
-                raise BackendError(f"{self.backend.role}: {len(scores)} scores came back for {kept} steps.")
-            result.set_result(scores + unread)
+            if len(scores) != len(wanted):
+                raise BackendError(f"{self.backend.role}: {len(scores)} scores came back for {len(wanted)} steps.")
+            result.set_result(told + scores + unread)
 
-        forward(self.backend.submit(PoolingRequest(ids)), take, result)
+        forward(self.backend.submit(PoolingRequest(request.ids, wanted)), take, result)
         return result
 
 
-def fitting_input(
-    prompts: RewardFormat, window: int, question: str, steps: Sequence[str]
-) -> tuple[tuple[int, ...], int]:
-    """Return the input over as many leading steps as fit into a window, and how many these are."""
+def fitting_input(prompts: RewardLayout, window: int, question: str, steps: Sequence[str]) -> PoolingRequest:
+    """Return the input over as many leading steps as fit into a window, to be read after each of them."""
+    room = window if prompts.reading.verdicts is None else window - 1  # a verdict is a token more
     kept = len(steps)
-    while len(ids := prompts.ids(question, steps[:kept])) > window and kept:
+    while len((marked := prompts.marked(question, steps[:kept]))[0]) > room and kept:
         kept -= 1
-    return ids, kept
+    return PoolingRequest(*marked)

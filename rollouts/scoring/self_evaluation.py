@@ -32,6 +32,7 @@ class SelfEvaluationScorer:
     """
 
     tolerance = 0.12  # one digit
+    incremental = True
 
     def __init__(self, name: str, backend: Backend, tokenizer: Any, model: str, date: Date | None = None) -> None:
         """Name the model that is asked; `date` as of `PromptFormat`."""
@@ -62,10 +63,11 @@ class SelfEvaluationScorer:
             f"{self._told}Problem: {question}\n\n{listed}\n\nHow certain is it that step {len(steps)} is right (0-9)?"
         )
 
-    def submit(self, question: str, steps: Sequence[str]) -> Future[Scores]:
-        """Ask about every step of one path."""
-        prompts = [self.prompts.ids(self._question(question, steps[: end + 1])) for end in range(len(steps))]
-        asked = {place: ids for place, ids in enumerate(prompts) if len(ids) + _MOST_TOKENS <= self.backend.window}
+    def submit(self, question: str, steps: Sequence[str], known: int = 0) -> Future[Scores]:
+        """Ask about every step of one path but the first `known`."""
+        places = range(known, len(steps))
+        prompts = {place: self.prompts.ids(self._question(question, steps[: place + 1])) for place in places}
+        asked = {place: ids for place, ids in prompts.items() if len(ids) + _MOST_TOKENS <= self.backend.window}
         scores: Scores = [None] * len(steps)
         if not asked:
             return settled(scores)

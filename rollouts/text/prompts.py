@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import re
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
+from dataclasses import dataclass
 from datetime import date as Date
 from datetime import datetime, time, timedelta
 from inspect import signature
-from itertools import accumulate
+from itertools import accumulate, cycle
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from rollouts.errors import ConfigError
 from rollouts.text.splitting import BLANK_LINE, Marks, Splitting
 from rollouts.text.steps import CLOSE, DELIMITER, cut_segments
 from rollouts.text.tokens import Remembered, SpecialTokens, encoder_of
 
-_PROBE = "What is 6 times 7?"  # in the hashes of manifests
+STEP_TAG = "<extra_0>"  # of Qwen2.5-Math-PRM
+PROBE = "What is 6 times 7?"  # in the hashes of manifests
 _CHECKED = "Is 6 < 7 & \"x\" = \\frac{1}{2}?\n  Say 'yes' or 'no'."  # what a template could change
-_STEPS = ("One.\n  So 1 = 1." + DELIMITER, "Two.")
-_ANOTHER_DAY = timedelta(397)  # another weekday, day of the month, month and year
+STEPS = ("One.\n  So 1 = 1." + DELIMITER, "Two.")
+ANOTHER_DAY = timedelta(397)  # another weekday, day of the month, month and year
 _ANOTHER = "Name a `tokenizer` with another template."
 _FLAG = re.compile(r"(?<!\S)/\w+(?!\S)")  # such as /no_think
 _THINKING = re.compile(r"[<\[\u25c1](?P<closes>/?)[\w:|]*(?:think|thought|reason)[\w:|]*[>\]\u25b7]", re.IGNORECASE)
-_REMEMBERED = 16 << 20  # bytes of rendered questions
-_REMEMBERED_ONCE = 1 << 24  # the same of a chat, which asks one
+REMEMBERED = 16 << 20  # bytes of rendered questions
+REMEMBERED_ONCE = 1 << 24  # the same of a chat, which asks one
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
@@ -61,13 +64,14 @@ def chat_messages(question: str, system_prompt: str | None, turns: Turns = ()) -
     return [*system, *earlier, {"role": "user", "content": question}]
 
 
-class _Chat:
+class Chat:
     """A tokenizer's chat template with a system message, on a date that does not change.
 
     Templates that ask for today (``strftime_now``) get that date; one that expects it from its caller gets none.
     """
 
     def __init__(self, tokenizer: Any, system_prompt: str | None, name: str, date: Date | None) -> None:
+        """Take a tokenizer; nothing is rendered yet."""
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.name = name
@@ -75,7 +79,7 @@ class _Chat:
         self.turns: Turns = ()
         self.options: Mapping[str, Any] = {}
 
-    def within(self, turns: Turns, options: Mapping[str, Any]) -> _Chat:
+    def within(self, turns: Turns, options: Mapping[str, Any]) -> Chat:
         """Return the same after earlier turns, with what else the template takes from its caller."""
         other = copy(self)
         other.turns = turns
@@ -96,12 +100,13 @@ class _Chat:
         return read - ours - set(signature(self.tokenizer.apply_chat_template).parameters)
 
     def refusal(self, why: str) -> ConfigError:
+        """Return the error of a template that cannot be used."""
         return ConfigError(f"{self.name}: the chat template of {self.tokenizer.name_or_path} {why}")
 
-    def render(self, question: str, answer: str | None = None, date: Date | None = None, **options: bool) -> str:
+    def render(self, question: str, *said: str, date: Date | None = None, **options: bool) -> str:
+        """Return the chat that a question goes on; what is said then are the assistant's and the user's messages."""
         messages = chat_messages(question, self.system_prompt, self.turns)
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
+        messages += [{"role": role, "content": text} for role, text in zip(cycle(("assistant", "user")), said)]
         try:
             return self._applied(messages, date or self.date, options)
         except Exception as error:  # templates are programs of their own and raise what they like
@@ -121,6 +126,20 @@ class _Chat:
         strftime_now = datetime.combine(date, time()).strftime
         told = {**self.options, **options, "tokenize": False, "strftime_now": strftime_now}
         return str(self.tokenizer.apply_chat_template(messages, **told))
+
+    def around(self, question: str, count: int, date: Date | None = None, *, joined: bool = False) -> list[str]:
+        """Return what a template writes before, between and after `count` messages that follow a question.
+
+        Where they are `joined`, the first of them stands within the question's own message, after a blank.
+        """
+        asked = "".join(content for _, content in self.turns) + question
+        mark = "\u241e" * (1 + asked.count("\u241e"))  # longer than any run in the question or before it
+        marks = [mark] * (count - joined)
+        parts = self.render(f"{question} {mark}" if joined else question, *marks, date=date).split(mark)
+        if len(parts) != count + 1:
+            what = "repeats" if len(parts) > count + 1 else "drops"
+            raise self.refusal(f"{what} the assistant's message, where the steps belong. {_ANOTHER}")
+        return parts
 
     def check(self, render: Callable[[str], str], marks: Marks | None = None) -> None:
         """Refuse a template that does not render what it is given, all of it and always alike.
@@ -175,7 +194,7 @@ class PromptFormat:
         name: str = "model",
         *,
         date: Date | None = None,
-        remembered: int = _REMEMBERED,
+        remembered: int = REMEMBERED,
         marks: Marks | None = None,
     ) -> None:
         """Render a few prompts at once, so that a template that cannot be used is found before a run.
@@ -202,12 +221,12 @@ class PromptFormat:
         self._thought = Remembered(SpecialTokens(tokenizer, *written).plain, remembered)
         names = in_steps.found(written[-1]) if written else ()
         self._shown = {self.encode(token)[0]: token for token in names}
-        self._chat = _Chat(tokenizer, system_prompt, name, date)
+        self._chat = Chat(tokenizer, system_prompt, name, date)
         self._head = Remembered(self._render, remembered)
         self._chat.check(self._render, marks)
         self._check_cuts(name)
         self.template_hash = self.hash_on(self._chat.date)
-        self.dated = self.template_hash != self.hash_on(self._chat.date + _ANOTHER_DAY)
+        self.dated = self.template_hash != self.hash_on(self._chat.date + ANOTHER_DAY)
 
     @property
     def hidden(self) -> bool:
@@ -217,13 +236,13 @@ class PromptFormat:
     def _check_cuts(self, name: str) -> None:
         """Refuse a tokenizer that does not give back what ends steps."""
         tokenizer = self.tokenizer
-        given = [segment.text for segment in cut_segments(self.pieces((), self.encode("".join(_STEPS))))]
-        if [text.strip() for text in given] != [text.strip() for text in _STEPS]:
+        given = [segment.text for segment in cut_segments(self.pieces((), self.encode("".join(STEPS))))]
+        if [text.strip() for text in given] != [text.strip() for text in STEPS]:
             raise ConfigError(
                 f"{name}: the tokenizer of {tokenizer.name_or_path} does not give blank lines back, at which steps "
-                f"end: {''.join(_STEPS)!r} becomes {given!r}. Name another `tokenizer`."
+                f"end: {''.join(STEPS)!r} becomes {given!r}. Name another `tokenizer`."
             )
-        closed = _STEPS[1] + self.marks[1] + _STEPS[1] if self.marks else ""
+        closed = STEPS[1] + self.marks[1] + STEPS[1] if self.marks else ""
         back = "".join(self.pieces((), self.encode(closed)))
         if back != closed:
             raise ConfigError(
@@ -243,15 +262,15 @@ class PromptFormat:
             ConfigError: The template refuses the turns, or cannot be used with the options.
         """
         other = copy(self)
-        other._chat = self._chat.within(_plain(turns, self.special), options)
-        other._head = Remembered(other._render, _REMEMBERED_ONCE)
+        other._chat = self._chat.within(plain_turns(turns, self.special), options)
+        other._head = Remembered(other._render, REMEMBERED_ONCE)
         if other._chat.options:
             other._chat.check(other._render, self.marks)
         return other
 
     def hash_on(self, date: Date) -> str:
         """Return what `template_hash` is on a date."""
-        return _hash(self._render(_PROBE, date) + "One." + DELIMITER + (self.marks[1] if self.marks else ""))
+        return hash_of(self._render(PROBE, date) + "One." + DELIMITER + (self.marks[1] if self.marks else ""))
 
     def _render(self, question: str, date: Date | None = None) -> str:
         question = self.special.plain(question)
@@ -304,28 +323,108 @@ class PromptFormat:
             yield self._shown.get(token) or stream.step(backend, token) or ""
 
 
-class RewardFormat:
-    """Renders whole paths for a process reward model in the layout of Qwen2.5-Math-PRM.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a reward model is read at a token of its input: as the probability of the second of two classes.
+
+    Attributes:
+        labels: Labels of the model's head: of two P(label 1), of one its sigmoid. 0: a language model, without a head.
+        verdicts: For a language model the next tokens that say wrong and right; all others are left out of account.
+        tag: The step tag, where that is a token at which nothing but scores is read; servers are told it when they
+            start.
+    """
+
+    labels: int = 2
+    verdicts: tuple[int, int] | None = None
+    tag: int | None = None
+
+
+class RewardLayout(ABC):
+    """How whole paths are written down for a process reward model, where scores are read in them, and how.
+
+    Each kind of model has its own (`rollouts.text.layouts`). Special tokens and step tags that questions or steps spell
+    out are made plain text.
+
+    Attributes:
+        layout: Its name in models files.
+        reading: How a score is read.
+        encode: From text to token ids.
+        special: The tokenizer's special tokens, those of its template and step tags; in questions they are made plain.
+        template_hash: Hash of how a known path is rendered.
+        dated: Whether the layout prints the date.
+    """
+
+    layout: ClassVar[str]
+    reading: Reading
+    template_hash: str
+    dated: bool
+
+    def __init__(
+        self, tokenizer: Any, *tags: str, remembered: int = REMEMBERED, splitting: Splitting = BLANK_LINE
+    ) -> None:
+        """Take a tokenizer and the layout's step tags.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            tags: What is made plain text in questions and steps besides its special tokens.
+            remembered: Most bytes of questions and steps that are kept.
+            splitting: How solutions are cut.
+        """
+        self.tokenizer = tokenizer
+        self.encode = encoder_of(tokenizer)
+        self.special = SpecialTokens(tokenizer, *tags, markers=True)
+        self._plain = Remembered(SpecialTokens(tokenizer, *tags).plain, remembered)
+        self._closes = splitting.thinks
+
+    def said(self, step: str) -> str:
+        """Return a step as it is written down: stripped, plain, and without what closes a thinking block."""
+        return self._plain((step.replace(CLOSE, "", 1) if self._closes else step).strip())
+
+    def one_token(self, text: str, what: str) -> int:
+        """Return the id of a text that must be one token."""
+        ids = self.encode(text)
+        if len(ids) != 1:
+            raise ConfigError(f"scorer: {what} {text!r} is {len(ids)} tokens of its tokenizer, expected one.")
+        return ids[0]
+
+    def within(self, turns: Turns) -> Self:
+        """Return the same for a question after earlier turns, as of `PromptFormat.within`.
+
+        Raises:
+            ConfigError: The layout has no place for them.
+        """
+        raise ConfigError(f"scorer: layout {self.layout!r} has no place for earlier turns of a chat.")
+
+    @abstractmethod
+    def text(self, question: str, steps: Sequence[str]) -> str:
+        """Return the input that scores each of `steps`."""
+
+    @abstractmethod
+    def marked(self, question: str, steps: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the input as token ids, and for each step the position at which its score is read."""
+
+    def ids(self, question: str, steps: Sequence[str]) -> tuple[int, ...]:
+        """Return the input as token ids."""
+        return self.marked(question, steps)[0]
+
+
+class RewardFormat(RewardLayout):
+    """The layout of Qwen2.5-Math-PRM: a head with two labels, read at a step tag.
 
     The steps, without their delimiters, are each followed by the step tag, within the assistant's message. Steps of a
     thinking block are steps like others; what closes the block is left out.
-
-    Attributes:
-        encode: From text to token ids.
-        special: The tokenizer's special tokens, those of its template and the step tag; in questions they are made
-            plain text.
-        template_hash: Hash of how a known path is rendered.
-        dated: Whether the template prints the date.
     """
+
+    layout = "qwen2.5-math-prm"
 
     def __init__(
         self,
         tokenizer: Any,
         system_prompt: str | None,
-        step_tag: str,
+        step_tag: str = STEP_TAG,
         *,
         date: Date | None = None,
-        remembered: int = _REMEMBERED,
+        remembered: int = REMEMBERED,
         splitting: Splitting = BLANK_LINE,
     ) -> None:
         """Check the step tag and the template; arguments as of `PromptFormat`, and how solutions are cut.
@@ -333,65 +432,54 @@ class RewardFormat:
         Raises:
             ConfigError: The tag is not one token of the tokenizer, or the chat template cannot be used.
         """
-        self.tokenizer = tokenizer
+        super().__init__(tokenizer, step_tag, remembered=remembered, splitting=splitting)
         self.step_tag = step_tag
-        self._closes = splitting.thinks
-        self.encode = encoder_of(tokenizer)
-        self.special = SpecialTokens(tokenizer, step_tag, markers=True)
-        self._step = Remembered(SpecialTokens(tokenizer, step_tag).plain, remembered)
-        ids = self.encode(step_tag)
-        if len(ids) != 1:
-            raise ConfigError(f"scorer: step tag {step_tag!r} is {len(ids)} tokens of its tokenizer, expected one.")
-        self.step_tag_id: int = ids[0]
-        self._chat = _Chat(tokenizer, system_prompt, "scorer", date)
+        self.step_tag_id = self.one_token(step_tag, "step tag")
+        self.reading = Reading(tag=self.step_tag_id)
+        self._chat = Chat(tokenizer, system_prompt, "scorer", date)
         self._head = Remembered(self._render, remembered)
         self._chat.check(lambda question: "".join(self._render(question)))
         self.template_hash = self.hash_on(self._chat.date)
-        self.dated = self.template_hash != self.hash_on(self._chat.date + _ANOTHER_DAY)
+        self.dated = self.template_hash != self.hash_on(self._chat.date + ANOTHER_DAY)
 
-    def within(self, turns: Turns) -> RewardFormat:
+    def within(self, turns: Turns) -> Self:
         """Return the same for a question after earlier turns, as of `PromptFormat.within`."""
         other = copy(self)
-        other._chat = self._chat.within(_plain(turns, self.special), {})
-        other._head = Remembered(other._render, _REMEMBERED_ONCE)
+        other._chat = self._chat.within(plain_turns(turns, self.special), {})
+        other._head = Remembered(other._render, REMEMBERED_ONCE)
         return other
 
     def hash_on(self, date: Date) -> str:
         """Return what `template_hash` is on a date."""
-        head, tail = self._render(_PROBE, date)
-        return _hash(f"{head}One.{self.step_tag}{tail}")
+        head, tail = self._render(PROBE, date)
+        return hash_of(f"{head}One.{self.step_tag}{tail}")
 
     def _render(self, question: str, date: Date | None = None) -> tuple[str, str]:
-        question = self.special.plain(question)
-        asked = "".join(content for _, content in self._chat.turns) + question
-        marker = "\u241e" * (1 + asked.count("\u241e"))  # longer than any run in the question or before it
-        head, found, tail = self._chat.render(question, answer=marker, date=date).rpartition(marker)
-        if not found or marker in head:
-            what = "repeats" if found else "drops"
-            raise self._chat.refusal(f"{what} the assistant's message, where the steps belong. {_ANOTHER}")
+        head, tail = self._chat.around(self.special.plain(question), 1, date)
         return head, tail.rstrip("\n")
 
     def text(self, question: str, steps: Sequence[str]) -> str:
         """Return the input that scores each of `steps`."""
         head, tail = self._head(question)
-        if self._closes:
-            steps = [step.replace(CLOSE, "", 1) for step in steps]
-        return head + "".join(self._step(step.strip()) + self.step_tag for step in steps) + tail
+        return head + "".join(self.said(step) + self.step_tag for step in steps) + tail
 
-    def ids(self, question: str, steps: Sequence[str]) -> tuple[int, ...]:
-        """Return the input as token ids; it holds exactly one step tag per step."""
-        return self.encode(self.text(question, steps))
+    def marked(self, question: str, steps: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the input as token ids, which hold exactly one step tag per step, and the tags' positions."""
+        ids = self.encode(self.text(question, steps))
+        return ids, tuple(place for place, token in enumerate(ids) if token == self.step_tag_id)
 
 
-def _plain(turns: Turns, special: SpecialTokens) -> Turns:
+def plain_turns(turns: Turns, special: SpecialTokens) -> Turns:
+    """Return turns in which no special token is left."""
     return tuple((role, special.plain(content)) for role, content in turns)
 
 
-def _hash(text: str) -> str:
+def hash_of(text: str) -> str:
+    """Return the hash of a rendered prompt, for manifests."""
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def has_room(prompts: PromptFormat | RewardFormat, window: int, question: str, steps: Sequence[str]) -> bool:
+def has_room(prompts: PromptFormat | RewardLayout, window: int, question: str, steps: Sequence[str]) -> bool:
     """Whether a prefix leaves room for at least one token in a window."""
     text = prompts.text(question, steps)
     return len(text.encode()) < window or len(prompts.ids(question, steps)) < window  # a token is at least one byte

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
 from typing import Any, TypeVar
 
 import numpy as np
 
-from rollouts.errors import ConfigError
-from rollouts.scoring.base import Scorer, Scores, columns_of, roles_of
+from rollouts.errors import BackendError, ConfigError
+from rollouts.scoring.base import Failed, Scorer, Scores, columns_of, roles_of, submitted
 from rollouts.store.rows import RowKey, Rows
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader
@@ -36,11 +36,16 @@ class Report:
     Attributes:
         rows: Rows added.
         skipped: Scores that do not exist because the input exceeds the scorer's window.
+        failed: Why scores failed that were asked for, with how often. There are no rows for them, so that they are
+            asked for again the next time.
+        spent: What a judge has spent (`rollouts.scoring.judge.JudgeScorer`).
         errors: Answers on which the grader failed; they are graded wrong.
     """
 
     rows: int = 0
     skipped: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    spent: Counter[str] = field(default_factory=Counter)
     errors: int = 0
 
 
@@ -100,16 +105,26 @@ def score_store(
     report = Report()
     by_tree = (places for _, places in groupby(left(store, rows, problems), lambda place: place[0]))
 
+    def charge() -> None:
+        """Put down what was spent since the last time, with the rows that it was spent on."""
+        now = Counter(getattr(scorer, "spent", {}))
+        rows.count(now - report.spent)
+        report.spent = now
+
     def took(scores: Scores) -> None:
         report.skipped += scores.count(None)
-        rows.flush_if_due()
+        if rows.due:
+            charge()
+            rows.flush()
         if on_progress:
             on_progress(rows.added - report.rows)
         report.rows = rows.added
 
     try:
-        score_paths(scorer, rows, chain.from_iterable(paths(rows, places) for places in by_tree), in_flight, took)
+        found = chain.from_iterable(paths(rows, places) for places in by_tree)
+        score_paths(scorer, rows, found, in_flight, took, report.failed)
     finally:
+        charge()
         rows.flush()
     report.rows = rows.added
     return report
@@ -153,6 +168,7 @@ def score_paths(
     wanted: Iterable[Path],
     in_flight: int | None = None,
     on_scores: Callable[[Scores], None] | None = None,
+    failed: Counter[str] | None = None,
 ) -> None:
     """Put down the scores of paths (`paths`), each for all proposals of that text.
 
@@ -162,12 +178,16 @@ def score_paths(
         wanted: The paths.
         in_flight: Paths under way at once; None: all.
         on_scores: Called with the new scores of every path.
+        failed: Where scores that failed are counted by their reason. None: the first is an error.
+
+    Raises:
+        BackendError: A score failed, or the scorer is gone; what came back before is kept.
     """
 
     def ask(path: Path) -> Future[Scores]:
         tree, edges = path
         texts = [*edges[0][0].steps, *(node.proposals[role].text for node, role in edges)]
-        return scorer.submit(tree.problem.question, texts)
+        return submitted(scorer, tree.problem.question, texts, len(edges[0][0].steps))
 
     def take(path: Path, scores: Scores) -> None:
         tree, edges = path
@@ -175,6 +195,11 @@ def score_paths(
         what = f"the steps of a path of {tree.problem.id!r}"
         new = _one_for_each(f"Scorer {scorer.name!r}", scores, before + len(edges), what)[before:]
         for (node, role), score in zip(edges, new, strict=True):
+            if isinstance(score, Failed):
+                if failed is None:
+                    raise BackendError(f"Scorer {scorer.name!r}: no score for a step of {what}: {score.reason}.")
+                failed[score.reason] += 1
+                continue
             stored = np.asarray(score, np.float32).tolist() if score is not None else None  # as the table gives it back
             for same in (each for each in node.twins(role) if each in rows.table.roles):
                 rows.put_value(tree.row_key(node, same), tuple(stored) if isinstance(stored, list) else stored)

@@ -13,10 +13,9 @@ from rollouts.config import ModelConfig, Sampling
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Capabilities, Completion, CompletionRequest, Finish, LogprobRequest, Request
 from rollouts.models.hf.load import PADDED_TOKENS, check_prompt, describe, groups, load, pad_right, window
-from rollouts.models.hf.packing import entropies_of, likelihoods, pack_first
+from rollouts.models.hf.packing import PACKED_TOKENS, entropies_of, likelihoods, most_packed, pack_first
 from rollouts.text.likelihood import Likelihood
 
-PACKED_TOKENS = 2048  # of one pass over sequences that begin alike: its mask has the square of them
 _LOGITS = 2**27  # most logits that are in memory at once
 
 
@@ -244,12 +243,8 @@ class TransformersGenerator:
         self._finished += [(key, each) for (key, _), each in zip(taken, values, strict=True)]
 
     def _packed(self, longest: int) -> int:
-        """Return how many tokens a pass may have: 1 where a window of attention would cut paths off."""
-        config = self._model.config.get_text_config()
-        sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-        if sliding and longest > (getattr(config, "sliding_window", None) or longest):
-            return 1
-        return max(1, min(PACKED_TOKENS, _LOGITS // self._vocabulary))
+        """Return how many tokens a pass may have."""
+        return most_packed(self._model.config, longest, min(PACKED_TOKENS, _LOGITS // self._vocabulary))
 
 
 def _stop_end(text: str, new: int, stop: tuple[str, ...]) -> int | None:

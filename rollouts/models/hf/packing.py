@@ -1,4 +1,4 @@
-"""Log-probabilities of many sequences that begin alike, each shared token computed once.
+"""Many sequences that begin alike in one pass, each shared token computed once: log-probabilities and reward scores.
 
 The paths of a rollout tree share their prefixes: 543 solutions of 24 problems had 239,000 tokens, 85,000 distinct ones.
 Sequences are packed as a tree into one forward pass whose attention mask lets every token see its own prefix only.
@@ -65,6 +65,37 @@ def common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     return int(different[0]) if len(different) else length
 
 
+PACKED_TOKENS = 2048  # of one pass over sequences that begin alike: its mask has the square of them
+
+
+def most_packed(config: Any, longest: int, most: int = PACKED_TOKENS) -> int:
+    """Return how many tokens a pack may have: 1 where a window of attention would cut paths off, else `most`.
+
+    Args:
+        config: Of the model.
+        longest: Tokens of the longest sequence.
+        most: Tokens.
+    """
+    text = config.get_text_config()
+    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
+    sliding = window is not None if kinds is None else "sliding_attention" in kinds
+    return 1 if sliding and longest > (window or longest) else max(1, most)
+
+
+def packed_inputs(model: Any, pack: Pack) -> dict[str, Any]:
+    """Return what a model of transformers is called with to read a pack."""
+    import torch
+
+    device = model.device
+    ids, positions = (torch.as_tensor(each, device=device)[None] for each in (pack.ids, pack.positions))
+    mask = None
+    if len(pack.paths) > 1:  # a single sequence is causal by itself
+        hidden = torch.as_tensor(~pack.sees, device=device)[None, None]
+        least = torch.finfo(model.dtype).min
+        mask = torch.zeros(hidden.shape, dtype=model.dtype, device=device).masked_fill_(hidden, least)
+    return {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "use_cache": False}
+
+
 _ROWS = 256  # logits of so many tokens are copied at once for their entropies
 
 
@@ -83,19 +114,12 @@ def likelihoods(model: Any, pack: Pack, starts: Sequence[int], *, entropies: boo
     before, after = (np.concatenate([span[part] for span in spans]) for part in (slice(-1), slice(1, None)))
     if not len(before):
         return [Likelihood(()) for _ in spans]
-    device = model.device
-    ids, positions = (torch.as_tensor(each, device=device)[None] for each in (pack.ids, pack.positions))
-    mask = None
-    if len(pack.paths) > 1:  # a single sequence is causal by itself
-        hidden = torch.as_tensor(~pack.sees, device=device)[None, None]
-        least = torch.finfo(model.dtype).min
-        mask = torch.zeros(hidden.shape, dtype=model.dtype, device=device).masked_fill_(hidden, least)
-    keep, place = torch.unique(torch.as_tensor(before, device=device), return_inverse=True)
-    logits = model(
-        input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False, logits_to_keep=keep
-    ).logits[0]
+    inputs = packed_inputs(model, pack)
+    ids = inputs["input_ids"][0]
+    keep, place = torch.unique(torch.as_tensor(before, device=ids.device), return_inverse=True)
+    logits = model(**inputs, logits_to_keep=keep).logits[0]
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    known = [logits[place, ids[0][torch.as_tensor(after, device=device)]] - logits.logsumexp(1)[place]]
+    known = [logits[place, ids[torch.as_tensor(after, device=ids.device)]] - logits.logsumexp(1)[place]]
     if entropies:
         known.append(torch.cat([entropies_of(rows) for rows in logits.split(_ROWS)])[place])
     ends = np.cumsum([len(span) - 1 for span in spans])

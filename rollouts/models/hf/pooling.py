@@ -1,28 +1,44 @@
-"""Runs process reward models in the ``Qwen2ForProcessRewardModel`` layout."""
+"""Runs process reward models: heads on Qwen2 trunks, and language models that are asked for a verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Capabilities, PoolingRequest, Request
-from rollouts.models.hf.load import PADDED_TOKENS, check_prompt, describe, groups, load, pad_right, window
+from rollouts.models.hf.load import check_prompt, describe, load, window
+from rollouts.models.hf.packing import PACKED_TOKENS, most_packed, pack_first, packed_inputs
+from rollouts.text.prompts import Reading
 
 
 class TransformersPooling:
-    """P(label 1) at every step tag, from a model in the ``Qwen2ForProcessRewardModel`` layout."""
+    """Scores at given tokens; inputs that begin alike are read in one pass, each shared token once.
 
-    def __init__(self, model: Any, head: Any, tag: int, window: int, max_batch: int, description: dict[str, Any]):
-        """Take over a loaded trunk and head; use `pooling` to load them."""
+    Attributes:
+        tokens: Tokens computed so far.
+    """
+
+    def __init__(self, model: Any, head: Any, reading: Reading, window: int, description: dict[str, Any]) -> None:
+        """Take over a loaded model; use `pooling` to load one.
+
+        Args:
+            model: A trunk; a whole language model if there is no head.
+            head: From hidden states to labels, or None.
+            reading: How a score is read.
+            window: Most tokens of an input.
+            description: For the manifest.
+        """
         self.capabilities = Capabilities(pooling=True)
         self.window = window
         self.description: Mapping[str, Any] = description
+        self.tokens = 0
         self._model = model
         self._head = head
-        self._tag = tag
-        self._max_batch = max_batch
+        self._reading = reading
         self._waiting: list[tuple[int, PoolingRequest]] = []
 
     def add(self, key: int, request: Request) -> None:
@@ -33,51 +49,71 @@ class TransformersPooling:
         self._waiting.append((key, request))
 
     def step(self) -> list[tuple[int, Any]]:
-        """Score one batch of similar length."""
+        """Score the inputs that fit into one forward pass, those that begin alike together."""
         import torch
 
         if not self._waiting:
             return []
-        self._waiting.sort(key=lambda item: len(item[1].ids))
-        group = next(groups([len(request.ids) for _, request in self._waiting], PADDED_TOKENS, self._max_batch))
-        taken, self._waiting = self._waiting[group], self._waiting[group.stop :]
+        self._waiting.sort(key=lambda item: item[1].ids)
+        sequences = [request.ids for _, request in self._waiting]
+        pack = pack_first(sequences, most_packed(self._model.config, max(map(len, sequences)), PACKED_TOKENS))
+        taken, self._waiting = self._waiting[: len(pack.paths)], self._waiting[len(pack.paths) :]
+        self.tokens += len(pack.ids)
+        read = [path[list(request.positions)] for path, (_, request) in zip(pack.paths, taken, strict=True)]
         with torch.inference_mode():
-            ids, lengths = pad_right([request.ids for _, request in taken], self._model.device)
-            hidden = self._model(input_ids=ids, use_cache=False).last_hidden_state
-            inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-            rows, columns = torch.nonzero((ids == self._tag) & inside, as_tuple=True)
-            marked = hidden[rows.to(hidden.device), columns.to(hidden.device)].to(self._head[0].weight)
-            scores = self._head(marked).softmax(1)[:, 1].tolist()
-        answers: list[list[float]] = [[] for _ in taken]
-        for row, score in zip(rows.tolist(), scores, strict=True):
-            answers[row].append(score)
-        return [(key, answer) for (key, _), answer in zip(taken, answers, strict=True)]
+            keep, place = np.unique(np.concatenate(read), return_inverse=True)
+            scores = self._scores(packed_inputs(self._model, pack), torch.as_tensor(keep)).cpu().numpy()[place]
+        answers = np.split(scores, np.cumsum([len(places) for places in read])[:-1])
+        return [(key, answer.tolist()) for (key, _), answer in zip(taken, answers, strict=True)]
+
+    def _scores(self, inputs: dict[str, Any], keep: Any) -> Any:
+        """Return the scores at some tokens of a pass."""
+        import torch
+
+        if self._head is None:
+            logits = self._model(**inputs, logits_to_keep=keep.to(self._model.device)).logits[0]
+            logits = logits[:, list(self._reading.verdicts or ())]
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+        else:
+            hidden = self._model(**inputs).last_hidden_state[0]
+            logits = self._head(hidden[keep.to(hidden.device)].to(next(self._head.parameters())))
+        return logits[:, 0].sigmoid() if self._reading.labels == 1 else logits.softmax(1)[:, 1]
 
 
-def pooling(model: ModelConfig, seed: int, step_tag_id: int) -> TransformersPooling:
+_EXPECTED = {
+    2: "Qwen2ForProcessRewardModel: model.* of Qwen2Model and a head score.0, ReLU, score.2",
+    1: "Skywork-o1-Open-PRM: model.* of Qwen2Model and a value head v_head.summary",
+}
+
+
+def pooling(model: ModelConfig, seed: int, reading: Reading) -> TransformersPooling:
     """Load a process reward model; runs in the engine's process.
 
     Raises:
         ConfigError: The folder holds another kind of model, or weights are missing.
     """
     import torch
-    from transformers import Qwen2Config
+    from transformers import AutoModelForCausalLM, Qwen2Config
 
-    from rollouts.models.hf.reward_model import ProcessRewardModel
+    if reading.labels == 0:
+        loaded, _ = load(AutoModelForCausalLM, model)
+        limit = window(loaded.config, model.max_length)
+        return TransformersPooling(loaded, None, reading, limit, describe(loaded, seed))
+
+    from rollouts.models.hf.reward_model import ProcessRewardModel, ValueRewardModel
 
     # The configuration is read by name: that of Qwen2.5-Math-PRM-7B points to code of its own.
     config = Qwen2Config.from_pretrained(model.model, revision=model.revision)
     if config.model_type != "qwen2":
         raise ConfigError(
-            f"{model.model}: a {config.model_type!r} model; the transformers backend scores with Qwen2 ones."
+            f"{model.model}: a {config.model_type!r} model; the transformers backend scores with heads on Qwen2 ones."
         )
-    loaded, report = load(ProcessRewardModel, model)
+    loaded, report = load(ProcessRewardModel if reading.labels == 2 else ValueRewardModel, model)
     if report["missing_keys"]:
         raise ConfigError(
             f"{model.model}: no weight {', '.join(sorted(report['missing_keys'])[:4])}. Expected the layout of "
-            "Qwen2ForProcessRewardModel: model.* of Qwen2Model and a head score.0, ReLU, score.2, in safetensors."
+            f"{_EXPECTED[reading.labels]}, in safetensors."
         )
     trunk = loaded.model
     head = loaded.score.to(torch.float64 if trunk.dtype == torch.float64 else torch.float32)
-    limit = window(config, model.max_length)
-    return TransformersPooling(trunk, head, step_tag_id, limit, model.max_batch, describe(trunk, seed))
+    return TransformersPooling(trunk, head, reading, window(config, model.max_length), describe(trunk, seed))

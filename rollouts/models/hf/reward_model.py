@@ -1,4 +1,4 @@
-"""The class of ``Qwen2ForProcessRewardModel``, which transformers lacks: a Qwen2 trunk, and two labels at every token.
+"""Classes of reward models that transformers lacks: a Qwen2 trunk, and a head at every token.
 
 Imports torch and transformers: import it only where models run.
 """
@@ -29,3 +29,21 @@ class ProcessRewardModel(Qwen2PreTrainedModel):
         """Logits of shape (batch, length, 2); label 1 is "every step so far is right"."""
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         return self.score(hidden)
+
+
+class ValueRewardModel(Qwen2PreTrainedModel):
+    """A Qwen2 trunk ``model`` and a value head ``v_head.summary``, as Skywork-o1-Open-PRM (``Qwen2ForPrmModel``)."""
+
+    _keep_in_fp32_modules_strict = ["v_head"]
+
+    def __init__(self, config: Qwen2Config) -> None:
+        """Make a model with fresh weights."""
+        super().__init__(config)
+        self.model = Qwen2Model(config)
+        self.v_head = torch.nn.ModuleDict({"summary": torch.nn.Linear(config.hidden_size, 1)})
+        self.post_init()
+
+    @property
+    def score(self) -> torch.nn.Module:
+        """The head."""
+        return self.v_head["summary"]

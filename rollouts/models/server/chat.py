@@ -111,8 +111,8 @@ def read_said(body: Any) -> Said:
     hidden = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
     prompt = usage.get("prompt_tokens")
     return Said(
-        _text(choice["message"].get("content")),
-        _decoded(usage),
+        text_of(choice["message"].get("content")),
+        decoded(usage),
         hidden if isinstance(hidden, int) else 0,
         prompt if isinstance(prompt, int) else 0,
         str(choice["finish_reason"]),
@@ -328,7 +328,7 @@ class ChatWriter:
         self._http.close()
 
 
-def _text(content: Any) -> str:
+def text_of(content: Any) -> str:
     """Return the text of a message: a string, or a list of parts, of which those that hold thinking are left out."""
     if content is None or isinstance(content, str):
         return content or ""
@@ -338,7 +338,7 @@ def _text(content: Any) -> str:
     return "".join(part["text"] for part in said if part.get("type", "text") in ("text", "output_text"))
 
 
-def _decoded(usage: Mapping[str, Any]) -> int:
+def decoded(usage: Mapping[str, Any]) -> int:
     """Return the decoded tokens; some APIs leave hidden ones out of `completion_tokens`, and tell them elsewhere."""
     told = int(usage["completion_tokens"])
     total, prompt = usage.get("total_tokens"), usage.get("prompt_tokens")

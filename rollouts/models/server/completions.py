@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
@@ -21,7 +22,8 @@ from rollouts.models.base import (
 )
 from rollouts.models.server.dialects import wire_of
 from rollouts.models.server.http import HttpServer, RequestFailed
-from rollouts.models.server.wire import SMALLEST, Send, Wire, pooling_payload, read_scores, serve_prm
+from rollouts.models.server.wire import SMALLEST, Exchange, Send, Wire, score_exchanges, serve_prm, smallest_input
+from rollouts.text.prompts import Reading
 
 T = TypeVar("T")
 _KNOWN = LogprobRequest(SMALLEST.prompt_ids, 1)
@@ -33,13 +35,13 @@ class ServerBackend(Backend):
     The token ids of prompts are ours and those of completions the server's; nothing is tokenised here.
     """
 
-    def __init__(self, role: str, model: ModelConfig, step_tag_id: int | None = None) -> None:
+    def __init__(self, role: str, model: ModelConfig, reading: Reading | None = None) -> None:
         """Connect, and find out what the server can do.
 
         Args:
             role: ``small``, ``large`` or ``scorer``; errors name it.
             model: Configuration with backend ``server``; `model.model` is the name that the server uses.
-            step_tag_id: For a process reward model, the id of its step tag; None for a generating model.
+            reading: For a process reward model, how it is read; None for a generating model.
 
         Raises:
             ConfigError: No such model there, no known window, no key, or the server cannot do what is needed.
@@ -66,10 +68,10 @@ class ServerBackend(Backend):
                 "max_model_len": told,
                 "seed": None,  # the server's own
             }
-            if step_tag_id is None:
+            if reading is None:
                 self.capabilities = self._probe_generator()
             else:
-                self._tag = step_tag_id
+                self._reading = reading
                 self.capabilities = self._probe_pooling()
         except BaseException:
             self._http.close()
@@ -121,15 +123,16 @@ class ServerBackend(Backend):
         return lambda path, body, read: self._http.post(path, {"model": self._model, **body}, read, tokens)
 
     def _probe_pooling(self) -> Capabilities:
-        ids = (1, self._tag, 2, self._tag)
-        path, payload = "/pooling", {"model": self._model, **pooling_payload(ids)}
+        reading = self._reading
+        probe = score_exchanges(reading, smallest_input(reading))[0]
         try:
-            self._http.ask(path, payload, lambda body: self._scores(body, ids))
+            self._http.submit(lambda: self._exchanged(probe)).result()
         except RequestFailed as error:
+            how = "Serve it with vLLM 0.32 or newer." if reading.verdicts else serve_prm(reading.tag or 0)
             raise ConfigError(
-                f"{self.role}: {self._http.address(path)} serves no step scores ({error}). {serve_prm(self._tag)}"
+                f"{self.role}: {self._http.address(probe.path)} serves no step scores ({error}). {how}"
             ) from None
-        self._http.heartbeat = (path, payload)
+        self._http.heartbeat = (probe.path, {"model": self._model, **probe.payload})
         return Capabilities(pooling=True)
 
     def submit(self, request: Request) -> Future[Any]:
@@ -140,8 +143,7 @@ class ServerBackend(Backend):
         elif isinstance(request, LogprobRequest) and self.capabilities.prompt_logprobs:
             answer = partial(self._wire.likelihood, self._send(), self.window, request)
         elif isinstance(request, PoolingRequest) and self.capabilities.pooling:
-            payload = {"model": self._model, **pooling_payload(request.ids)}
-            answer = partial(self._http.post, "/pooling", payload, partial(self._scores, ids=request.ids))
+            answer = partial(self._scores, request)
         else:
             raise ConfigError(f"{self.role}: {self._http.url} cannot answer a {type(request).__name__}.")
         return self._http.submit(lambda: self._answer(request, answer))
@@ -154,11 +156,18 @@ class ServerBackend(Backend):
                 return Completion("", 0, None, "failed", str(error))
             raise BackendError(f"{self.role}: {self._http.url} did not answer a request: {error}") from None
 
-    def _scores(self, body: Any, ids: tuple[int, ...]) -> list[float]:
-        try:
-            return read_scores(body, ids, self._tag)
-        except BackendError as error:
-            raise BackendError(f"{self.role}: {self._http.url}: {self._model} returned {error}") from None
+    async def _scores(self, request: PoolingRequest) -> list[float]:
+        found = await asyncio.gather(*map(self._exchanged, score_exchanges(self._reading, request)))
+        return [score for scores in found for score in scores]
+
+    async def _exchanged(self, exchange: Exchange) -> list[float]:
+        def read(body: Any) -> list[float]:
+            try:
+                return exchange.read(body)
+            except BackendError as error:
+                raise BackendError(f"{self.role}: {self._http.url}: {self._model} returned {error}") from None
+
+        return await self._send()(exchange.path, exchange.payload, read)  # type: ignore[no-any-return]
 
     def describe(self) -> Mapping[str, Any]:
         """Return the server's URL and version, and what it says that the model is."""

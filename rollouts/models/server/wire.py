@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from rollouts.config import Sampling
-from rollouts.errors import BackendError
-from rollouts.models.base import Completion, CompletionRequest, LogprobRequest, drawing_fields
+from rollouts.errors import BackendError, ConfigError
+from rollouts.models.base import Completion, CompletionRequest, LogprobRequest, PoolingRequest, drawing_fields
 from rollouts.text.likelihood import TOP, Likelihood, top_entropy
+from rollouts.text.prompts import Reading
 
 Send = Callable[[str, Mapping[str, Any], Callable[[Any], Any]], Awaitable[Any]]
 """Sends a body, to which it adds the model's name, to a path and returns what is made of the answer."""
@@ -162,6 +164,72 @@ def read_scores(body: Any, ids: Sequence[int], step_tag_id: int) -> list[float]:
         if not isinstance(row, list) or len(row) != 2 or min(row) < 0 or not abs(sum(row) - 1) <= 0.02:
             raise BackendError(f"{row}, not two probabilities per step tag. {serve_prm(step_tag_id)}")
     return [min(float(row[1]), 1.0) for row in rows]  # half precision rounds
+
+
+def verdict_payload(ids: Sequence[int], verdicts: Sequence[int]) -> dict[str, Any]:
+    """Return the body of a request for the log-probabilities of two tokens after `ids`, in vLLM's way."""
+    smallest = Wire().completion(len(ids) + 1, CompletionRequest(tuple(ids), 1, Sampling(0.0)))
+    return {**smallest, "logprobs": len(verdicts), "logprob_token_ids": [*verdicts], "return_tokens_as_token_ids": True}
+
+
+def read_verdict(body: Any, verdicts: tuple[int, int]) -> list[float]:
+    """Return P(second | one of two tokens), as a list of one.
+
+    Raises:
+        BackendError: The server tells others than these two.
+    """
+    told = body["choices"][0]["logprobs"]["top_logprobs"][0]
+    names = [f"token_id:{token}" for token in verdicts]
+    if not all(name in told for name in names):
+        raise BackendError(f"tells {', '.join(told)}, not {', '.join(names)}: serve the model with vLLM 0.32 or newer.")
+    wrong, right = (float(told[name]) for name in names)
+    return [1 / (1 + math.exp(min(wrong - right, 700.0)))]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One request for scores.
+
+    Attributes:
+        path: Below the base URL; below the root if it begins with a slash.
+        payload: The body, but for the model's name.
+        read: From the answer to the scores; raises as `read_scores` and `read_verdict` do.
+        tokens: Tokens of the prompt.
+    """
+
+    path: str
+    payload: dict[str, Any]
+    read: Callable[[Any], list[float]]
+    tokens: int
+
+
+def score_exchanges(reading: Reading, request: PoolingRequest) -> list[Exchange]:
+    """Return the requests whose answers, one after the other, are the scores of an input.
+
+    Raises:
+        ConfigError: No server that we know reads such a model.
+    """
+    ids, verdicts, tag = request.ids, reading.verdicts, reading.tag
+    if verdicts is not None:
+        read_one = partial(read_verdict, verdicts=verdicts)
+        ends = [place + 1 for place in request.positions]
+        return [Exchange(Wire.path, verdict_payload(ids[:end], verdicts), read_one, end) for end in ends]
+    if tag is None:
+        raise ConfigError("scorer: a reward model with a value head is read by backend 'vllm' or 'transformers' alone.")
+    tags = [place for place, token in enumerate(ids) if token == tag]
+
+    def read(body: Any) -> list[float]:
+        known = dict(zip(tags, read_scores(body, ids, tag), strict=True))
+        return [known[place] for place in request.positions]
+
+    return [Exchange("/pooling", pooling_payload(ids), read, len(ids))]
+
+
+def smallest_input(reading: Reading) -> PoolingRequest:
+    """Return an input for trying out whether a server can read such a model."""
+    if reading.tag is None:
+        return PoolingRequest((1, 2, 3), (2,))
+    return PoolingRequest((1, reading.tag, 2, reading.tag), (1, 3))
 
 
 def serve_prm(step_tag_id: int) -> str:

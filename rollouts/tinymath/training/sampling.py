@@ -83,5 +83,5 @@ def sample_solutions(
 def score_solutions(model: ProcessRewardModel, solved: Sequence[Solved]) -> list[list[float]]:
     """For each step of each solution the probability that all steps up to it are right."""
     prompts = RewardFormat(load_tokenizer(str(WEIGHTS / "prm")), None, STEP_TAG)
-    engine = TransformersPooling(model.model, model.score, prompts.step_tag_id, _WINDOW, 64, describe(model.model, 0))
-    return _answers(engine, [PoolingRequest(prompts.ids(program.question, steps)) for program, steps in solved])
+    engine = TransformersPooling(model.model, model.score, prompts.reading, _WINDOW, describe(model.model, 0))
+    return _answers(engine, [PoolingRequest(*prompts.marked(program.question, steps)) for program, steps in solved])

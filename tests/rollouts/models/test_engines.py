@@ -37,11 +37,11 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def paths():
-    """Inputs of the reward model with one, two and three step tags, and the tag's id."""
+    """Requests to the reward model about one, two and three steps, and how it is read."""
     style = RewardFormat(load_tokenizer(str(tinymath.model_dir("prm"))), None, tinymath.STEP_TAG)
     steps = ["a=70+33=103\n\n", "b=a+49=103+49=151\n\n", "The answer is \\boxed{151}"]
     question = "Let a=70+33, b=a+49. Find b."
-    return [style.ids(question, steps[:count]) for count in (1, 2, 3)], style.step_tag_id
+    return [PoolingRequest(*style.marked(question, steps[:count])) for count in (1, 2, 3)], style.reading
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def rewards(paths):
     def start(kind):
         model = embedded_family(kind, "float32").scorer.model
         with in_threads():
-            return stack.enter_context(open_backend("scorer", model, seed=11, pooling_tag=paths[1]))
+            return stack.enter_context(open_backend("scorer", model, seed=11, reading=paths[1]))
 
     with ExitStack() as stack:
         yield cache(start)
@@ -106,7 +106,7 @@ class TestTheSameOnBothEngines:
             assert left.entropies == pytest.approx(right.entropies, abs=5e-3)
 
     def test_reward_scores(self, rewards, paths):
-        requests = [PoolingRequest(ids) for ids in paths[0]]
+        requests = paths[0]
         for count, left, right in zip(
             (1, 2, 3), answers(rewards("vllm"), requests), answers(rewards("transformers"), requests), strict=True
         ):
@@ -164,15 +164,15 @@ class TestEnds:
         ):
             answer = backend.submit(bad).result()
             assert (answer.finish, answer.tokens, answer.text) == ("failed", 0, "") and answer.detail
-        for unanswerable in (LogprobRequest(long, 3), LogprobRequest(prompts[0], 0), PoolingRequest(prompts[0])):
+        for unanswerable in (LogprobRequest(long, 3), LogprobRequest(prompts[0], 0), PoolingRequest(prompts[0], (1,))):
             with pytest.raises(BackendError, match="^small: "):
                 backend.submit(unanswerable).result()
         assert backend.submit(CompletionRequest(prompts[0], 1, GREEDY)).result().tokens == 1
 
     def test_a_reward_model_refuses_what_is_too_long(self, kind, rewards, paths):
         with pytest.raises(BackendError, match="^scorer: "):
-            rewards(kind).submit(PoolingRequest(paths[0][0] * 100)).result()
-        assert len(rewards(kind).submit(PoolingRequest(paths[0][2])).result()) == 3
+            rewards(kind).submit(PoolingRequest(paths[0][0].ids * 100, (3,))).result()
+        assert len(rewards(kind).submit(paths[0][2]).result()) == 3
 
     def test_it_says_what_it_is(self, kind, generators):
         described = generators(kind).describe()
@@ -266,11 +266,11 @@ class TestRewardModelFolders:
 
         shape = {"dtype": "float32", "max_length": 1024, "max_batch": 8, "threads": 1}
         model = ModelConfig(backend="transformers", model=str(folder), **shape)
-        return pooling(model, seed=0, step_tag_id=paths[1])
+        return pooling(model, seed=0, reading=paths[1])
 
     def scores(self, engine, paths):
-        for key, ids in enumerate(paths[0]):
-            engine.add(key, PoolingRequest(ids))
+        for key, request in enumerate(paths[0]):
+            engine.add(key, request)
         return dict(engine.step())
 
     def test_shards_give_the_scores_of_one_file(self, folder, paths):

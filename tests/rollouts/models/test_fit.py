@@ -67,10 +67,10 @@ def test_the_loss_is_that_of_the_model_in_use(style, problems, tmp_path, recipe)
     fitted = make(SMALL, style, problems, recipe, tmp_path / "made", lambda *_: None)
     shuffled = random.Random(recipe.seed).sample(problems, len(problems))
     held_out = shuffled[: round(_HELD_OUT * len(problems))]
-    engine = pooling(SMALL.model_copy(update={"model": str(tmp_path / "made")}), 0, style.step_tag_id)
+    engine = pooling(SMALL.model_copy(update={"model": str(tmp_path / "made")}), 0, style.reading)
     known = {}
     for path in (path for paths in held_out for path in paths):
-        engine.add(0, PoolingRequest(path.ids))
+        engine.add(0, PoolingRequest(path.ids, path.tags))
         [(_, scores)] = engine.step()
         for tag, score, value in zip(path.tags, scores, path.values, strict=True):
             known[path.ids[: tag + 1]] = (score, value)

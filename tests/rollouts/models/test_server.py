@@ -27,6 +27,7 @@ from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Completion, CompletionRequest, LogprobRequest, PoolingRequest
 from rollouts.models.server.completions import ServerBackend
 from rollouts.text.likelihood import Likelihood
+from rollouts.text.prompts import Reading
 
 __all__ = ["fake"]
 
@@ -97,14 +98,14 @@ def test_what_a_server_lacks_is_found_at_the_start(fake: FakeServer) -> None:
     ],
 )
 def test_wrong_scores_are_errors_not_scores(fake: FakeServer, rows: Any, words: str) -> None:
-    with ServerBackend("scorer", config(fake), TAG) as backend:
-        assert backend.submit(PoolingRequest((1, TAG, 2, TAG))).result(10) == [0.75, 0.75]
+    with ServerBackend("scorer", config(fake), Reading(tag=TAG)) as backend:
+        assert backend.submit(PoolingRequest((1, TAG, 2, TAG), (1, 3))).result(10) == [0.75, 0.75]
         fake.fault = lambda *_: (200, {}, {"data": [{"data": rows}]})
         with pytest.raises(BackendError, match=words) as caught:
-            backend.submit(PoolingRequest((1, TAG, 2, TAG))).result(10)
+            backend.submit(PoolingRequest((1, TAG, 2, TAG), (1, 3))).result(10)
         assert "--pooler-config" in str(caught.value) and "scorer" in str(caught.value)
         fake.fault = lambda *_: None
-        assert backend.submit(PoolingRequest((TAG,))).result(10) == [0.75]
+        assert backend.submit(PoolingRequest((TAG,), (0,))).result(10) == [0.75]
         with pytest.raises(ConfigError, match="CompletionRequest"):
             backend.submit(ask())
 

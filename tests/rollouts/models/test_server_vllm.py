@@ -21,7 +21,7 @@ from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Completion, LogprobRequest, PoolingRequest
 from rollouts.models.server.chat import ChatWriter
 from rollouts.models.server.completions import ServerBackend
-from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
+from rollouts.text.prompts import PromptFormat, Reading, RewardFormat, load_tokenizer
 from rollouts.text.steps import Prefix, StopReason
 from rollouts.tinymath import STEP_TAG, model_dir
 
@@ -130,7 +130,8 @@ def test_vllm_scores_are_the_reward_models(vllm_servers: VllmServers) -> None:
     from transformers import AutoConfig, Qwen2Model
 
     prompts = RewardFormat(load_tokenizer(str(model_dir("prm"))), None, STEP_TAG)
-    ids = prompts.ids(QUESTION, [*STEPS, "c=b*12=999\n\n"])
+    request = PoolingRequest(*prompts.marked(QUESTION, [*STEPS, "c=b*12=999\n\n"]))
+    ids = request.ids
     weights = {name: value.float() for name, value in load_file(model_dir("prm") / "model.safetensors").items()}
     body = Qwen2Model(AutoConfig.from_pretrained(model_dir("prm"), dtype="float32")).float().eval()
     body.load_state_dict({name.removeprefix("model."): value for name, value in weights.items() if "score" not in name})
@@ -139,16 +140,17 @@ def test_vllm_scores_are_the_reward_models(vllm_servers: VllmServers) -> None:
         hidden = torch.relu(hidden @ weights["score.0.weight"].T + weights["score.0.bias"])
         scores = (hidden @ weights["score.2.weight"].T + weights["score.2.bias"]).softmax(-1)[:, 1]
     expected = [float(score) for token, score in zip(ids, scores, strict=True) if token == prompts.step_tag_id]
-    with ServerBackend("scorer", config(vllm_servers.prm), prompts.step_tag_id) as backend:
+    with ServerBackend("scorer", config(vllm_servers.prm), prompts.reading) as backend:
         assert backend.capabilities.pooling
-        futures = [backend.submit(PoolingRequest(ids)) for _ in range(8)]
+        futures = [backend.submit(request) for _ in range(8)]
         for future in futures:
             assert future.result(60) == pytest.approx(expected, abs=2e-3)
         with pytest.raises(BackendError, match="1024"):
-            backend.submit(PoolingRequest(ids * 30)).result(60)
-        assert backend.submit(PoolingRequest(ids)).result(60) == pytest.approx(expected, abs=2e-3)
+            backend.submit(PoolingRequest(ids * 30, request.positions)).result(60)
+        last = PoolingRequest(ids, request.positions[-1:])
+        assert backend.submit(last).result(60) == pytest.approx(expected[-1:], abs=2e-3)
     with pytest.raises(BackendError, match="rows for 2 step tags"):
-        ServerBackend("scorer", config(vllm_servers.prm), prompts.step_tag_id - 1)
+        ServerBackend("scorer", config(vllm_servers.prm), Reading(tag=prompts.step_tag_id - 1))
 
 
 @pytest.mark.vllm

@@ -28,11 +28,11 @@ def test_vllm_gives_the_scores_of_transformers(tmp_path, blocks):
     assert main(["train-prm", str(tmp_path / "trees"), str(folder), *options, *blocks]) == 0
     style = RewardFormat(load_tokenizer(str(folder)), None, "<extra_0>")
     steps = ["a=70+33=103\n\n", "b=a+49=103+49=151\n\n", "The answer is \\boxed{151}"]
-    requests = [PoolingRequest(style.ids("Let a=70+33, b=a+49. Find b.", steps[:count])) for count in (1, 2, 3)]
+    requests = [PoolingRequest(*style.marked("Let a=70+33, b=a+49. Find b.", steps[:count])) for count in (1, 2, 3)]
     scores = []
     for kind in ("vllm", "transformers"):
         model = embedded_family(kind, "float32").scorer.model.model_copy(update={"model": str(folder)})
-        with in_threads(), open_backend("scorer", model, seed=1, pooling_tag=style.step_tag_id) as backend:
+        with in_threads(), open_backend("scorer", model, seed=1, reading=style.reading) as backend:
             scores.append([future.result(timeout=300) for future in map(backend.submit, requests)])
     for count, one, other in zip((1, 2, 3), *scores, strict=True):
         assert len(one) == len(other) == count

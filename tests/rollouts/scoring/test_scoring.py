@@ -89,11 +89,11 @@ STEPS = ["a=1\n\n", "b=2\n\n", "c=3"]
 
 def test_prm_scores_what_fits_and_nothing_else(tokenizer):
     prompts = RewardFormat(tokenizer, None, "<extra_0>")
-    tags = prompts.step_tag_id
-    backend = Answers(lambda r: [0.5] * r.ids.count(tags), window=len(prompts.ids("q", STEPS[:2])), pooling=True)
+    backend = Answers(lambda r: [0.5] * len(r.positions), window=len(prompts.ids("q", STEPS[:2])), pooling=True)
     scorer = RewardScorer("prm", backend, prompts, "m")
     assert score_paths(scorer, [("q", STEPS)]) == [[0.5, 0.5, None]]
-    assert isinstance(backend.requests[0], PoolingRequest) and backend.requests[0].ids == prompts.ids("q", STEPS[:2])
+    assert backend.requests == [PoolingRequest(*prompts.marked("q", STEPS[:2]))]
+    assert [backend.requests[0].ids[place] for place in backend.requests[0].positions] == [prompts.step_tag_id] * 2
     assert score_paths(scorer, [("q" * 999, STEPS)]) == [[None, None, None]]
 
 

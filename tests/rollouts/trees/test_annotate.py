@@ -17,7 +17,8 @@ from test_safety import MoodyWriter, grow, rows_of, truncate
 
 from rollouts.__main__ import main
 from rollouts.cli.generate import run_grading, run_scoring
-from rollouts.errors import ConfigError, StoreError
+from rollouts.errors import BackendError, ConfigError, StoreError
+from rollouts.scoring.base import Failed
 from rollouts.store.rows import Rows
 from rollouts.store.shards import write_atomically
 from rollouts.store.store import Store
@@ -284,3 +285,68 @@ def test_a_store_with_grades_of_older_rules_says_what_to_do(tmp_path, capsys):
     with pytest.raises(StoreError, match=r"another `name` under \[scorer\], or remove the folder .*scores/scripted"):
         score_store(store, ScriptedScorer())
         store.attach("scores", "scripted", {"kind": "other"})
+
+
+class Incremental(NamedScorer):
+    """Notes what it is asked, and gives nothing for steps that are scored already."""
+
+    incremental = True
+
+    def __init__(self, failing: int = 0) -> None:
+        super().__init__("own")
+        self.asked: list[tuple[str, tuple[str, ...], int]] = []
+        self.failing = failing
+
+    def submit(self, question, steps, known):
+        self.asked.append((question, tuple(steps), known))
+        future = super().submit(question, steps)
+        scores = [None] * known + future.result()[known:]
+        if self.failing and len(self.asked) % self.failing == 0:
+            scores[-1] = Failed("no answer")
+        future = Future()
+        future.set_result(scores)
+        return future
+
+
+@pytest.mark.parametrize("cap", [None, 2])
+def test_each_step_is_asked_about_once_and_each_leaf_takes_one_request(tmp_path, cap):
+    """No path is scored twice, and none takes a request of its own that the path to a leaf below it covers."""
+    store, scorer = grown(tmp_path / "s", cap, replicas=1), Incremental()
+    score_store(store, scorer)
+    asked = [
+        (question, steps[:end]) for question, steps, known in scorer.asked for end in range(known + 1, len(steps) + 1)
+    ]
+    assert len(asked) == len(set(asked))
+    texts = {
+        (tree.problem.question, (*node.steps, node.proposals[role].text))
+        for tree in load_trees(store, store.problems(), None, None)
+        for _, node, role in tree.places()
+    }
+    assert set(asked) == texts
+    leaves = [each for each in texts if not any(other[0] == each[0] and other[1][:-1] == each[1] for other in texts)]
+    assert len(scorer.asked) == len(leaves)
+    whole = grown(tmp_path / "whole", cap, replicas=1)
+    score_store(whole, NamedScorer("own"))
+    assert rows_of(store.scores("own")) == rows_of(whole.scores("own"))
+
+
+def test_failed_scores_have_no_row_are_counted_and_asked_for_again(tmp_path):
+    store = grown(tmp_path / "s", 1, replicas=1)
+    total = sum(1 for _ in left(store, Rows(store.scores("own"))))
+    report = score_store(store, Incremental(failing=3))
+    missing = report.failed["no answer"]
+    assert missing and report.rows + sum(1 for _ in left(store, Rows(store.scores("own")))) == total
+    assert any("unscored" in line for line in verify_store(Store(store.path)).problems)
+    again = Incremental()
+    score_store(Store(store.path), again)
+    assert len(again.asked) == missing and all(len(steps) == known + 1 for _, steps, known in again.asked)
+    assert not any("unscored" in line for line in verify_store(Store(store.path)).problems)
+
+
+def test_where_a_score_is_needed_at_once_a_failed_one_is_an_error(tmp_path):
+    store, scorer = grown(tmp_path / "s", 1, replicas=1), Incremental(failing=1)
+    annotate.attach(store, scorer)
+    rows = store.score_rows(scorer.name)
+    with pytest.raises(BackendError, match="Scorer 'own': no score for a step of .*'p0'.*: no answer"):
+        for tree in load_trees(store, store.problems()[:1], None, None, along=[rows]):
+            annotate.score_paths(scorer, rows, annotate.paths(rows, tree.places()))
