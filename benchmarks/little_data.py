@@ -1,6 +1,7 @@
 """How many problems does a router need? Learning curves on the bundled rollouts.
 
     python -m benchmarks.little_data --out results/little_data
+    python -m benchmarks.little_data --minutes 4 ...       # a slice: what is fitted is kept in --cells
 
 For each size, some training problems are drawn and a fifth as many validation problems (20 at least), for choosing
 thresholds and restarts; every method is fitted on them as `train.py` would, and evaluated on the test split, or with
@@ -10,8 +11,11 @@ over four λ; the first method's is compared with the others', paired on problem
 
 from __future__ import annotations
 
+import json
 import multiprocessing
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -36,6 +40,8 @@ class Settings:
         split: What they are evaluated on.
         rollouts: The store.
         processes: Fits side by side.
+        cells: Folder in which figures are kept, and looked up.
+        minutes: Begin no further fit after so many, and report what there is once all are there.
         out: Folder for report and picture; default: print only.
     """
 
@@ -45,6 +51,8 @@ class Settings:
     split: Literal["test", "validation"] = "test"
     rollouts: str = "quickstart"
     processes: int = 2
+    cells: Path = Path("runs/little_data")
+    minutes: float = float("inf")
     out: Path | None = None
 
 
@@ -64,7 +72,21 @@ class Cell:
         return float(np.mean(list(self.returns.values()))) if self.returns else float("nan")
 
 
-def measure(task: tuple[str, int, int, str, str]) -> Cell:
+Task = tuple[str, int, int, str, str]
+
+
+def kept(task: Task, cells: Path, end: float) -> Cell | None:
+    """Return a cell that is kept, or fit it and keep it; None if time is up."""
+    file = cells / ("-".join(map(str, task)).replace("/", "_") + ".json")
+    if not file.exists():
+        if time.time() > end:
+            return None
+        cells.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(asdict(measure(task))), encoding="utf-8")
+    return Cell(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def measure(task: Task) -> Cell:
     """Fit one method on one draw."""
     method, size, seed, rollouts, split = task
     trees = compile_store(rollouts)
@@ -155,8 +177,13 @@ def main() -> None:
         (method, size, seed, settings.rollouts, settings.split)
         for size, seed, method in product(settings.sizes, range(settings.seeds), settings.methods)
     ]
+    fitting = partial(kept, cells=settings.cells, end=time.time() + 60 * settings.minutes)
     with multiprocessing.get_context("spawn").Pool(settings.processes) as pool:
-        cells = list(track(pool.imap(measure, tasks), "fitting", total=len(tasks)))
+        found = list(track(pool.imap(fitting, tasks), "fitting", total=len(tasks)))
+    cells = [cell for cell in found if cell]
+    if len(cells) < len(found):
+        print(f"{len(found) - len(cells)} of {len(found)} fits are left; the same command goes on.")
+        return
     write(report(settings, cells), settings.out and settings.out.with_suffix(".md"))
     if settings.out:
         draw(settings, cells, settings.out.with_suffix(".png"))

@@ -22,7 +22,7 @@ from agents.serve.route import Route, RouteFailed
 from agents.serve.sources import Sources, sources_of
 from agents.serve.upstreams import Unavailable
 from rollouts.errors import ConfigError
-from rollouts.models.base import LogprobRequest
+from rollouts.models.server.wire import Wire
 from rollouts.text.likelihood import WORTHLESS
 from rollouts.text.steps import Step, StopReason
 from rollouts.trees.arrays import ASK, Trees
@@ -332,11 +332,9 @@ def test_the_large_model_tells_of_each_step_in_one_request() -> None:
             return tuple(range(10, 20)), [4, 6, 6, 9, 10]
 
     class Upstream:
-        seen: list[LogprobRequest] = []
-        window = 100
+        wire, window = Wire(), 100
 
-        async def post(self, path: str, payload: Any, read: Any) -> Any:
-            body = payload("m")
+        async def post(self, path: str, body: Any, read: Any) -> Any:
             rows = [None, *({str(token): {"logprob": -token / 10}} for token in body["prompt"][1:])]
             return read({"choices": [{"prompt_logprobs": rows}]})
 
