@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rollouts.errors import StoreError
+from rollouts.errors import ConfigError, StoreError
+from rollouts.text.steps import ROLES
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Graph
 from trim_env.tables import DecisionTables, Taken, missing
 
@@ -211,7 +212,13 @@ def alone(tables: DecisionTables) -> Alone:
 
     Raises:
         StoreError: A part of such a solution was not generated.
+        ConfigError: One model writes all answers, whoever thought.
     """
+    if (by := (tables.trees.meta.get("splitting") or {}).get("answer_by")) in ROLES:
+        raise ConfigError(
+            f"Routers of whole problems need solutions that one model writes alone; in these rollouts every answer is the "
+            f"{by} model's (answer_by = {by!r})."
+        )
     free = replace(tables, max_escalations=None, max_large_tokens=None)
     trees, shape = tables.trees, (len(tables.indices), 2)
     correct, tokens, steps, last = (*(np.zeros(shape) for _ in range(3)), np.zeros(shape, np.int64))

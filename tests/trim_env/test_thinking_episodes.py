@@ -11,6 +11,7 @@ from scripted_thinking import ThinkingWriter, splitting
 from rollouts.errors import ConfigError
 from rollouts.store.store import Store
 from rollouts.text.steps import LARGE, SMALL
+from trim_env.graph import alone
 from trim_env.live import LiveVectorEnv
 from trim_env.tables import decision_tables
 from trim_env.vector import TrimVectorEnv
@@ -54,3 +55,14 @@ def test_a_cap_on_tokens_of_a_large_model_that_always_answers_is_refused(tmp_pat
     with pytest.raises(ConfigError, match="write every answer"):
         LiveVectorEnv(store.path, {}, ScriptedScorer(), max_large_tokens=50)
     decision_tables(store.path, None, max_escalations=1)
+
+
+@pytest.mark.parametrize("by", AUTHORS)
+def test_no_solution_is_one_models_alone_where_another_answers(tmp_path, by):
+    store = finished(tmp_path / "s", kind=ThinkingWriter, splitting=splitting(answer_by=by))
+    tables = decision_tables(store.path, None)
+    if by == "router":
+        assert alone(tables).tokens.shape == (12, 2)
+        return
+    with pytest.raises(ConfigError, match=f"answer_by = '{by}'"):
+        alone(tables)

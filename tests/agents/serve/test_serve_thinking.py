@@ -218,7 +218,7 @@ class Thinkers:
 
 def routed(by: str, *down: str, **more: Any) -> Route:
     splitting = Splitting(StepsConfig(split="thinking", answer_by=by))  # type: ignore[arg-type]
-    task = Task("q", {}, {"small": Sampling(), "large": Sampling()}, Limits(), splitting)
+    task = Task("q", {}, {"small": Sampling(), "large": Sampling()}, Limits(), splitting=splitting)
     session = Policy(Threshold(0.5), {"max_steps": 30}).session()
     route = Route(task, session, **more)
 
