@@ -13,6 +13,7 @@ from rollouts.trees.compile import compile_store
 from rollouts.trees.stats import split_statistics
 from rollouts.trees.verify import verify_store
 
+pytestmark = pytest.mark.skipif(not (BUNDLED / "gsm8k").exists(), reason="it is being made")
 PATTERN = ["train", "test", "train", "validation", "train", "test", "train", "validation", "train", "test"]
 
 
