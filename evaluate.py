@@ -54,6 +54,18 @@ def _others() -> Others:
     return field_beside
 
 
+def _by_group(rows: list[list[str]]) -> list[list[str]]:
+    """Return a table without its first column, whose entries become rows of their own, intervals below values."""
+    (_, *header), *body = rows
+    table, last = [header], ""
+    for group, name, *cells in body:
+        if group != last:
+            table.append([group, *[""] * len(cells)])
+        table.append([f"  {name}", *(cell.replace(" [", "\n[") for cell in cells)])
+        last = group
+    return table
+
+
 def show(evaluation: Evaluation, files: list[Path]) -> None:
     """Print tables, files and sentences."""
     from rich.console import Console
@@ -68,9 +80,7 @@ def show(evaluation: Evaluation, files: list[Path]) -> None:
     console.print(rich_table(headline_rows(methods), caption(methods, limits(evaluation.subject))))
     console.print("\n".join(NOTES), style="dim", highlight=False)
     if evaluation.field:
-        (_, *header), *rows = field_rows(evaluation.field)
-        body = [[f"{group}: {name}", *(cell.replace(" [", "\n[") for cell in cells)] for group, name, *cells in rows]
-        console.print(rich_table([header, *body], "The field"))
+        console.print(rich_table(_by_group(field_rows(evaluation.field)), "The field"))
         console.print(FIELD_NOTE, style="dim", highlight=False)
     if evaluation.at_lam:
         table = Table(title="Return against the best threshold for the same λ, paired on problems")
