@@ -2,6 +2,7 @@
 
     python evaluate.py runs/ppo-agg-quickstart-seed0-20261121-120000
     python evaluate.py runs/first runs/second --split ood --out results/ood
+    python evaluate.py runs/first --baselines         # beside query-level routers and cascades
     python evaluate.py runs/first --report page       # page/report.html: curves, traces and filters for a browser
 
 Reads nothing of a run but its ``policy`` folders. Every setting is a field of
@@ -19,7 +20,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", 
 import tyro
 
 from agents.escape import terminal
-from agents.evaluation.suite import EvaluateConfig, Evaluation, evaluate, save
+from agents.evaluation.suite import EvaluateConfig, Evaluation, Others, evaluate, save
 from rollouts.errors import ConfigError, TrimError
 
 
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         if config.out and config.out.is_file():
             raise ConfigError(f"--out {config.out} is a file, expected a folder.")
         with Console(stderr=True).status("evaluating"):
-            evaluation = evaluate(config)
+            evaluation = evaluate(config, _others() if config.baselines else None)
             folder = config.out or config.runs[0] / f"evaluation-{config.split}"
             files = save(evaluation, folder)
             if config.report:
@@ -47,19 +48,40 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _others() -> Others:
+    from agents.baselines.methods import field_beside
+
+    return field_beside
+
+
+def _by_group(rows: list[list[str]]) -> list[list[str]]:
+    """Return a table without its first column, whose entries become rows of their own, intervals below values."""
+    (_, *header), *body = rows
+    table, last = [header], ""
+    for group, name, *cells in body:
+        if group != last:
+            table.append([group, *[""] * len(cells)])
+        table.append([f"  {name}", *(cell.replace(" [", "\n[") for cell in cells)])
+        last = group
+    return table
+
+
 def show(evaluation: Evaluation, files: list[Path]) -> None:
     """Print tables, files and sentences."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from agents.evaluation.table import NOTES, caption, headline_rows, limits, rich_table
+    from agents.evaluation.table import FIELD_NOTE, NOTES, caption, field_rows, headline_rows, limits, rich_table
 
     console = Console()
     console.width = max(console.width, 110)
     methods = [*evaluation.methods, *evaluation.oracles]
     console.print(rich_table(headline_rows(methods), caption(methods, limits(evaluation.subject))))
     console.print("\n".join(NOTES), style="dim", highlight=False)
+    if evaluation.field:
+        console.print(rich_table(_by_group(field_rows(evaluation.field)), "The field"))
+        console.print(FIELD_NOTE, style="dim", highlight=False)
     if evaluation.at_lam:
         table = Table(title="Return against the best threshold for the same λ, paired on problems")
         for name in ("method", "λ", "threshold", "difference [95 %]", "p (Holm)"):

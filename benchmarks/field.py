@@ -10,8 +10,7 @@ validation; no choice is made on the splits that figures are of. Needs scikit-le
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import tyro
 from agents.baselines.methods import (
     BASELINES,
     CASCADE,
+    ENVELOPES,
     GROUPS,
     QUERY,
     REFERENCE,
@@ -29,18 +29,17 @@ from agents.baselines.methods import (
     Fitted,
     Fitting,
     Setting,
-    alone,
-    fit,
+    fit_all,
     of_routers,
 )
 from agents.evaluation.bootstrap import Estimate, curve_band, curve_estimates, holm, paired_means, resample_weights
-from agents.evaluation.curves import CPT_TARGETS, Curve, Method, References, mixture_at
+from agents.evaluation.curves import CPT_TARGETS, Curve, Method, mixture_at
 from agents.evaluation.oracle import query_oracle, spread_oracle, tree_oracle
 from agents.evaluation.outcomes import Floats, Outcomes
+from agents.evaluation.walk import alone
 from benchmarks.methods import Data, heading, write
 from benchmarks.robustness import LAMS
 from benchmarks.routers import fit as fit_learned
-from rollouts.errors import DataError
 from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
 
@@ -49,7 +48,7 @@ PRICES = {
     ANEW: "prices:large_in=3,large_out=15,small_in=0.1,small_out=0.4,scorer_in=0.3",
     CACHED: "prices:large_in=0.3,large_out=15,small_in=0.01,small_out=0.4,scorer_in=0.03",
 }
-BASELINE, ENVELOPE = "TRIM-Agg", "best of the query-level routers"
+BASELINE, ENVELOPE = "TRIM-Agg", ENVELOPES[QUERY]
 AT = 80  # share of the gap, in %, for which is said what it takes
 SPENT = np.array([0.2])
 
@@ -112,8 +111,8 @@ class Ground:
     def __init__(self, tables: DecisionTables, priced: dict[str, DecisionTables], choosing: DecisionTables) -> None:
         """Run the two models alone: what nothing is routed to costs no proposals."""
         self.tables, self.priced = tables, priced
-        self.both, self.chosen_by = References(*alone(tables)), References(*alone(choosing))
-        self.dollars = {name: References(*alone(each)) for name, each in priced.items()}
+        self.both, self.chosen_by = alone(tables), alone(choosing)
+        self.dollars = {name: alone(each) for name, each in priced.items()}
 
     def row(self, fitted: Fitted) -> Row:
         """Return a method on the split."""
@@ -128,19 +127,6 @@ class Ground:
         best = [int(np.argmax([each.returns(lam).mean() for each in elsewhere])) for lam in LAMS]
         found: Floats = np.mean([here[i].returns(lam) for i, lam in zip(best, LAMS, strict=True)], axis=0)
         return found
-
-    def envelope(self, several: Sequence[Fitted], rows: Sequence[Row]) -> Row:
-        """Return one method whose points are those of several: validation says which are on its hull."""
-        points = [point for row in rows for point in row.method.points]
-        chosen = [(s.knob, each) for one in several for s, each in zip(one.settings, one.choosing, strict=True)]
-        together = Fitted(
-            Baseline(ENVELOPE, QUERY, lambda _: []),
-            [setting for one in several for setting in one.settings],
-            [outcomes for one in several for outcomes in one.choosing],
-        )
-        method = Method.chosen(points, chosen, self.chosen_by)
-        priced = {name: [each for row in rows for each in row.priced[name]] for name in self.priced}
-        return Row(ENVELOPE, QUERY, method, priced, self._returns(together, method))
 
     def references(self) -> list[Row]:
         """Return the oracles."""
@@ -160,19 +146,6 @@ class Ground:
             return mixture_at(row.method, self.both, AT)
         ends = self.dollars[price]
         return mixture_at(row.method, self.both, AT, [ends.small, *row.priced[price], ends.large])
-
-
-def fit_all(methods: Iterable[Baseline], fitting: Fitting) -> tuple[list[Fitted], dict[str, float], list[str]]:
-    """Fit; return the methods with their processor seconds, and what those said that could not be fitted."""
-    found, seconds, lacking = list[Fitted](), dict[str, float](), list[str]()
-    for method in methods:
-        begin = time.process_time()
-        try:
-            found.append(fit(method, fitting))
-        except DataError as error:
-            lacking.append(f"{method.name}: {error}")
-        seconds[method.name] = time.process_time() - begin
-    return found, seconds, lacking
 
 
 def _cell(each: Estimate, form: str = "{:.1f}", scale: float = 100) -> str:
@@ -202,7 +175,7 @@ def curves(ground: Ground, rows: Sequence[Row], weights: Floats) -> list[str]:
         cells += [_cell(each) for each in curve_band(row.method, ground.both, weights, SPENT)]
         gain = over.get(row.name)
         cells += [_cell(gain, "{:+.4f}", 1), f"{p[row.name]:.2g}"] if gain else ["", ""]
-        name = f"**{row.name}**" if row.name in (BASELINE, ENVELOPE) else row.name
+        name = f"**{row.name}**" if row.name in (BASELINE, *ENVELOPES.values()) else row.name
         lines.append(f"| {row.group} | {name} | {' | '.join(cells)} |")
     return lines
 
@@ -232,22 +205,12 @@ def taken(ground: Ground, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def rows_of(ground: Ground, fitted: Sequence[Fitted]) -> list[Row]:
-    """Return all rows, by group."""
-    rows = {each.baseline.name: ground.row(each) for each in fitted}
-    alone_ = [each for each in fitted if each.baseline.group == QUERY]
-    found = list(rows.values())
-    if len(alone_) > 1:
-        found.append(ground.envelope(alone_, [rows[each.baseline.name] for each in alone_]))
-    return sorted([*found, *ground.references()], key=lambda row: GROUPS.index(row.group))
-
-
 def report(settings: Settings) -> tuple[str, dict[str, tuple[Ground, list[Row]]]]:
     """Return the report, and what the picture shows."""
     trees = compile_store(settings.rollouts)
     train, choosing = decision_tables(trees, "train"), decision_tables(trees, "validation")
     wanted = [method for method in FIELD if not settings.methods or method.name in settings.methods]
-    fitted, seconds, lacking = fit_all(wanted, Fitting(train, choosing, seed=settings.seed))
+    fitted, lacking = fit_all(wanted, Fitting(train, choosing, seed=settings.seed))
     lines = heading("The field", f"field --rollouts {settings.rollouts} --splits {' '.join(settings.splits)}")
     lines += [
         f"Fitted on the training split of `{settings.rollouts}`; settings, hulls and the members of the envelope were "
@@ -269,7 +232,7 @@ def report(settings: Settings) -> tuple[str, dict[str, tuple[Ground, list[Row]]]
         part = trees if split in trees.splits else compile_store(settings.rollouts, split=split)
         priced = {name: decision_tables(part, split, cost=prices) for name, prices in PRICES.items()}
         ground = Ground(decision_tables(part, split), priced, choosing)
-        rows = rows_of(ground, fitted)
+        rows = [*map(ground.row, fitted), *ground.references()]
         weights = resample_weights(len(ground.both.small))
         small, large = (100 * each.correct.mean() for each in (ground.both.small, ground.both.large))
         lines += [
@@ -285,8 +248,13 @@ def report(settings: Settings) -> tuple[str, dict[str, tuple[Ground, list[Row]]]
             "",
         ]
         shown[split] = ground, rows
-    lines += ["## Notes", "", *(f"- {each.name}: {each.note}." for each in wanted if each.note)]
-    lines += [f"- not fitted: {each}" for each in lacking]
+    lines += [
+        "## Notes",
+        "",
+        *(f"- {each.name}: {each.note}." for each in (one.baseline for one in fitted) if each.note),
+    ]
+    lines += [f"- {each}" for each in lacking]
+    seconds = {each.baseline.name: each.seconds for each in fitted}
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value >= 0.5)
     lines += [
         f"- Fitting and laying out all settings took {sum(seconds.values()):.0f} s of processor time, one thread: "

@@ -5,6 +5,7 @@ A method that is added here is in every table that compares the field (`evaluate
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -13,13 +14,14 @@ from typing import NamedTuple
 import numpy as np
 
 from agents.baselines import automix, predict, routellm, smoothie
-from agents.baselines.examples import Examples
+from agents.baselines.examples import Examples, needs_sklearn
 from agents.baselines.vote import Vote
 from agents.evaluation.curves import Method, References
 from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.splits import OPERATING_POINTS, spread, thresholds
-from agents.evaluation.walk import references, run
-from agents.routers.base import AnyRouter, Floats, Knob, Threshold
+from agents.evaluation.suite import Compared
+from agents.evaluation.walk import alone, references, run
+from agents.routers.base import AnyRouter, Knob, Threshold
 from agents.routers.text import CharTfidf, TextRouter
 from agents.routers.whole import Whole
 from rollouts.errors import ConfigError, DataError
@@ -27,6 +29,7 @@ from trim_env.tables import DecisionTables
 
 STEP, CASCADE, QUERY, REFERENCE = "step-level", "cascade", "query-level", "reference"
 GROUPS = (STEP, CASCADE, QUERY, REFERENCE)
+ENVELOPES = {CASCADE: "best of the cascades", QUERY: "best of the query-level routers"}
 SETTINGS = 64  # thresholds tried of a query-level router
 STRATEGIES = (0.15, 0.4)  # shares of always-large's cost that thresholds on steps, as arms, come to in training
 
@@ -111,11 +114,13 @@ class Fitted:
         baseline: The method.
         settings: Its settings.
         choosing: Their outcomes where they were chosen.
+        seconds: Processor time that fitting and trying settings took.
     """
 
     baseline: Baseline
     settings: list[Setting]
     choosing: list[Outcomes] = field(repr=False)
+    seconds: float = 0.0
 
     def measured(self, tables: DecisionTables, choosing: References) -> Method:
         """Return its operating points on a split; `choosing` are the references where they were chosen."""
@@ -130,11 +135,57 @@ def fit(baseline: Baseline, fitting: Fitting, count: int = OPERATING_POINTS) -> 
     Raises:
         DataError: Its data do not suffice.
     """
+    begin = time.process_time()
     candidates = [(setting, setting.run(fitting.choosing)) for setting in baseline.fit(fitting)]
     chosen = spread(candidates, references(fitting.choosing).large, count)
     if not chosen:
         raise DataError(f"{baseline.name}: no setting costs more than always-small and less than always-large.")
-    return Fitted(baseline, [setting for setting, _ in chosen], [outcomes for _, outcomes in chosen])
+    settings, outcomes = zip(*chosen, strict=True)
+    return Fitted(baseline, list(settings), list(outcomes), time.process_time() - begin)
+
+
+def envelope(name: str, several: Sequence[Fitted]) -> Fitted:
+    """Return one method with the settings of several: the hull that validation chooses says which of them are used."""
+    members = ", ".join(each.baseline.name for each in several)
+    baseline = Baseline(name, several[0].baseline.group, lambda _: [], f"validation chooses among {members}")
+    settings = [setting for each in several for setting in each.settings]
+    return Fitted(baseline, settings, [outcomes for each in several for outcomes in each.choosing])
+
+
+def fit_all(methods: Iterable[Baseline], fitting: Fitting) -> tuple[list[Fitted], list[str]]:
+    """Fit methods, and an envelope of the query-level ones and of the cascades; return what some lacked as well."""
+    found, lacking = list[Fitted](), list[str]()
+    for method in methods:
+        try:
+            found.append(fit(method, fitting))
+        except DataError as error:
+            lacking.append(f"{method.name} was not fitted. {error}")
+    for group, name in ENVELOPES.items():
+        if len(own := [each for each in found if each.baseline.group == group]) > 1:
+            found.append(envelope(name, own))
+    return sorted(found, key=lambda each: GROUPS.index(each.baseline.group)), lacking
+
+
+def field_beside(train: DecisionTables, choosing: DecisionTables, split: DecisionTables) -> list[Compared]:
+    """Return the field on a split, as `agents.evaluation.suite.evaluate` takes it.
+
+    Raises:
+        ConfigError: There is a cap on large tokens, which they cannot keep, or scikit-learn is not installed.
+    """
+    needs_sklearn()
+    if split.max_large_tokens is not None:
+        raise ConfigError(
+            f"--baselines: routers of whole problems cannot keep a cap of {split.max_large_tokens} large tokens for a "
+            "problem. Leave one of the two out."
+        )
+    fitted, _ = fit_all(BASELINES, Fitting(train, choosing))
+    by = references(choosing)
+    return [
+        Compared(
+            each.baseline.name, each.baseline.group, each.measured(split, by), each.baseline.name in ENVELOPES.values()
+        )
+        for each in fitted
+    ]
 
 
 def of_routers(routers: Iterable[Whole | AnyRouter]) -> list[Setting]:
@@ -161,24 +212,8 @@ def _text(make: Callable[[Fitting], TextRouter]) -> Callable[[Fitting], list[Set
 def _arms(fitting: Fitting, tables: DecisionTables) -> tuple[list[Outcomes], list[str]]:
     """Return the outcomes of all arms on a split, and its questions, in the order of the problems."""
     own = [run(router, tables) for router in fitting.strategies.values()]
-    return [*alone(tables), *own], [tables.trees.questions[each] for each in _problems(tables)]
-
-
-@dataclass(frozen=True)
-class _Everything:
-    """Sends all questions to one model."""
-
-    share: float
-    name: str = "everything"
-    knob: Knob = Knob("share", 0.0)
-
-    def sends(self, questions: Sequence[str]) -> Floats:
-        return np.full(len(questions), self.share)
-
-
-def alone(tables: DecisionTables) -> tuple[Outcomes, Outcomes]:
-    """Return the outcomes of sending all questions to the small model, and of sending all to the large one."""
-    return run(_Everything(0.0), tables), run(_Everything(1.0), tables)
+    both = alone(tables)
+    return [both.small, both.large, *own], [tables.trees.questions[each] for each in _problems(tables)]
 
 
 def _best_arm(fitting: Fitting) -> Iterable[Setting]:
@@ -236,11 +271,3 @@ BASELINES = (
     Baseline("gain over cost (RTR, CONCUR)", QUERY, _text(lambda data: predict.gain_over_cost(data.predictor))),
 )  # fmt: skip
 """The field; what is fitted by `agents.learners` comes beside it in `benchmarks.field`."""
-
-
-def named(name: str) -> Baseline:
-    """Return a baseline by its name; raises ConfigError if there is none."""
-    found = {baseline.name: baseline for baseline in BASELINES}.get(name)
-    if found is None:
-        raise ConfigError(f"Unknown baseline {name!r}, known: {', '.join(each.name for each in BASELINES)}.")
-    return found

@@ -23,7 +23,7 @@ from agents.routers.base import Floats, Knob
 from agents.routers.text import Preference, TextRouter, Weights, layers, softmax
 from rollouts.errors import DataError
 
-HIDDEN, EPOCHS, PATIENCE, BATCH = 768, 100, 5, 32
+HIDDEN, EPOCHS, PATIENCE, BATCH = 256, 100, 5, 32
 SMALL, LARGE = "small", "large"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,14 +13,14 @@ import numpy as np
 import tyro
 from pydantic import Field
 
-from agents.evaluation.bootstrap import Difference, holm, paired_returns, resample_weights
+from agents.evaluation.bootstrap import Difference, curve_estimates, holm, paired_returns, resample_weights
 from agents.evaluation.budgets import SETTINGS
-from agents.evaluation.compare import compare_curves
-from agents.evaluation.curves import Method, References
+from agents.evaluation.compare import HEADLINE, compare_curves
+from agents.evaluation.curves import CPT_TARGETS, Curve, Method, References, mixture_at
 from agents.evaluation.oracle import query_oracle, spread_oracle, tree_oracle
 from agents.evaluation.splits import Candidates, spread
-from agents.evaluation.table import MethodSummary, as_plain, limits, summarise
-from agents.evaluation.walk import Settings, measured, references, run
+from agents.evaluation.table import FieldRow, MethodSummary, as_plain, limits, means_of, summarise
+from agents.evaluation.walk import Settings, alone, measured, references, run
 from agents.routers import artefact
 from agents.routers.base import Mixture, RandomRate, schemas_of, told_cap
 from agents.routers.mlp import ConditionedMLP, at
@@ -56,6 +56,8 @@ class EvaluateConfig:
         scorer: Score table, if the store has several.
         grader: Grade table, if the store has several.
         seed: Seed of the bootstrap.
+        baselines: Compare with query-level routers and cascades as well (`agents.baselines`), fitted on the training
+            problems; takes a minute or two, and scikit-learn.
         report: Folder for the page, one self-contained HTML file.
         report_problems: Problems whose solutions the page shows step by step, at most.
         allow_old: Read policies of version 1 of their format too, whose settings may be damaged unnoticed.
@@ -72,10 +74,32 @@ class EvaluateConfig:
     scorer: str | None = None
     grader: str | None = None
     seed: int = 0
+    baselines: bool = False
     report: Path | None = None
     report_problems: Annotated[int, Field(ge=0)] = 60
     allow_old: bool = False
     imports: Imports = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """A method of others on the split.
+
+    Attributes:
+        name: The method.
+        group: ``step-level``, ``cascade`` or ``query-level``.
+        method: Its operating points; validation has chosen its hull.
+        drawn: Whether it is one of the curves; else it is in the table of the field alone.
+    """
+
+    name: str
+    group: str
+    method: Method
+    drawn: bool
+
+
+Others = Callable[[DecisionTables, DecisionTables, DecisionTables], Sequence[Compared]]
+"""From the tables of the training problems, of validation and of the split to methods of others."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +133,7 @@ class Evaluation:
         at_lam: Paired comparisons with the best threshold at each λ.
         sentences: What was gained, in plain words.
         subject: Rollouts, split, caps.
+        field: Methods of others, and the trained ones beside them, by group.
     """
 
     methods: tuple[MethodSummary, ...]
@@ -118,6 +143,7 @@ class Evaluation:
     at_lam: tuple[AtLam, ...]
     sentences: tuple[str, ...]
     subject: dict[str, Any]
+    field: tuple[FieldRow, ...] = ()
 
     @property
     def oracles(self) -> tuple[MethodSummary, ...]:
@@ -125,8 +151,8 @@ class Evaluation:
         return self.query_oracle, self.query_oracle_per_draw, self.oracle
 
 
-def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Evaluate trained routers.
+def evaluate(config: EvaluateConfig, others: Others | None = None) -> Evaluation:
+    """Evaluate trained routers, beside others if there are any.
 
     Raises:
         ArtefactError: There is no policy in a folder, it is damaged, or it was trained on other rollouts.
@@ -159,6 +185,11 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         name: summarise(ORACLES[name], Method.whole(spread_oracle(function, both)), both, config.seed)
         for name, function in oracles.items()
     }
+    beside: Sequence[Compared] = (
+        () if others is None else others(decision_tables(trees, "train", **agreed), validation, split)
+    )
+    found = [Compared(name, "step-level", method, True) for name, method in curves.items() if name != RANDOM]
+    curves |= {each.name: each.method for each in beside if each.drawn}
     summaries = tuple(summarise(name, method, both, config.seed) for name, method in curves.items())
     weights = resample_weights(len(both.small), seed=config.seed)
     subject = {
@@ -177,7 +208,24 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         at_lam=_at_lam(methods, candidates, split, weights),
         sentences=(_at_budget(summaries), *_sentences(list(methods), swept, curves, both, weights)),
         subject=subject,
+        field=field_rows_of([*found, *beside], both, alone(split), weights) if beside else (),
     )
+
+
+def field_rows_of(
+    methods: Sequence[Compared], both: References, by_itself: References, weights: Any
+) -> tuple[FieldRow, ...]:
+    """Return the rows of the table of the field, by group; `by_itself` is what either model comes to alone."""
+    rows = []
+    for each in methods:
+        told = [by_itself.small, *(outcomes for _, outcomes in each.method.points), by_itself.large]
+        takes, curve = mixture_at(each.method, both, HEADLINE, told), Curve.of(each.method, both)
+        marks = tuple(f"cpt_{x}" for x in CPT_TARGETS if curve.by_mixing(x))
+        rows.append(
+            FieldRow(each.name, each.group, curve_estimates(each.method, both, weights), marks, means_of(takes))
+        )
+    order = ("step-level", "cascade", "query-level")
+    return tuple(sorted(rows, key=lambda row: order.index(row.group)))
 
 
 def load_methods(folders: Sequence[Path], allow_old: bool = False) -> dict[str, list[artefact.Artefact]]:
@@ -315,7 +363,7 @@ def save(evaluation: Evaluation, folder: Path) -> list[Path]:
     texts = {
         "results.json": json.dumps(as_plain(asdict(evaluation)), indent=1, allow_nan=False) + "\n",
         "results.csv": to_csv(everything),
-        "results.md": to_markdown(everything, limits(evaluation.subject)),
+        "results.md": to_markdown(everything, limits(evaluation.subject), evaluation.field),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")

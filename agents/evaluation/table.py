@@ -118,6 +118,62 @@ class MethodSummary:
     points: tuple[PointSummary, ...]
 
 
+@dataclass(frozen=True)
+class FieldRow:
+    """A method among those of others.
+
+    Attributes:
+        name: The method.
+        group: ``step-level``, ``cascade`` or ``query-level``.
+        metrics: Metrics of its curve.
+        by_mixing: The ``cpt_..`` that it reaches only by mixing with always-large.
+        takes: Means per problem where it recovers 80 % of the gap (`TAKES`); None if it never does.
+    """
+
+    name: str
+    group: str
+    metrics: dict[str, Estimate]
+    by_mixing: tuple[str, ...]
+    takes: dict[str, float] | None
+
+
+def means_of(outcomes: Outcomes | None) -> dict[str, float] | None:
+    """Return the means of what is spent (`TAKES`), where it is known."""
+    if outcomes is None or outcomes.calls is None:
+        return None
+    spent = (outcomes.large_tokens, outcomes.small_tokens, outcomes.discarded_tokens, *outcomes.calls)
+    return {name: float(each.mean()) for name, each in zip(TAKES, spent, strict=True)}
+
+
+TAKES = ("large tokens", "small tokens", "discarded", "scorer calls", "serial calls")
+FIELD_NOTE = (
+    "Last columns: what 80 % of the gap takes, per problem. Query-level routers decide before anything is generated; a "
+    "cascade pays the small model's solution, whoever reads it and, to start again, the large model's whole solution. "
+    "Serial calls wait for each other, a step or a whole solution each. No cap on escalations binds either."
+)
+
+
+def field_rows(rows: Sequence[FieldRow]) -> list[list[str]]:
+    """Return the table of the field as text, the first row a header."""
+    shown = [row for row in ROWS if row[0] in ("cpt_50", "cpt_80", "cpt_95", "delta_ibc", "accuracy_at_20")]
+    table = [
+        [
+            "Group",
+            "Method",
+            *(label.replace("Accuracy at ", "acc @ ").replace(" cost, %", "") for _, label, _ in shown),
+            *TAKES,
+        ]
+    ]
+    for row in rows:
+        cells = [
+            _cell(row.metrics[name], style, f" {MIXING_MARK}" if name in row.by_mixing else "")
+            for name, _, style in shown
+        ]
+        spent = [f"{each:,.1f}" for each in row.takes.values()] if row.takes else ["–"] * len(TAKES)
+        table.append([row.group, row.name, *cells, *spent])
+    return table
+
+
 def summarise(
     name: str, method: Method, references: References, seed: int = 0, resamples: int = RESAMPLES
 ) -> MethodSummary:
@@ -286,14 +342,18 @@ def rich_table(rows: Sequence[Sequence[str]], title: str) -> Table:
     return table
 
 
-def to_markdown(summaries: Sequence[MethodSummary], caps: str = "") -> str:
-    """Return the table of methods, notes, and a table of operating points for each method; name caps (`limits`)."""
+def to_markdown(summaries: Sequence[MethodSummary], caps: str = "", field: Sequence[FieldRow] = ()) -> str:
+    """Return tables of methods, of the field and of each method's operating points; name caps (`limits`)."""
     (metric, *names), *rows = method_rows(summaries)
     parts = [
         caption(summaries, caps),
         _markdown_table([[metric, *map(markdown, names)], *rows]),
         "\n".join(f"{note}\\" for note in NOTES)[:-1],
     ]
+    if field:
+        header, *rows = field_rows(field)
+        named = [[group, markdown(name), *cells] for group, name, *cells in rows]
+        parts += ["### The field", _markdown_table([header, *named]), FIELD_NOTE]
     for summary in summaries:
         parts += [f"### {markdown(summary.name)}", _markdown_table(point_rows(summary))]
     return "\n\n".join(parts) + "\n"

@@ -19,7 +19,7 @@ from agents.evaluation.outcomes import Calls, Outcomes, Solutions, mix
 from agents.routers.asking import Asking
 from agents.routers.base import AnyRouter, Mixture, Router, StatefulRouter, Undrafted, is_blind, told_cap
 from agents.routers.takeover import Takeover
-from agents.routers.whole import Attempts, Cascade, QueryRouter, VotingCascade, Whole
+from agents.routers.whole import Attempts, Cascade, OneModel, QueryRouter, VotingCascade, Whole
 from rollouts.errors import ConfigError
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
 from trim_env.costs import cost_of, sources_of
@@ -74,6 +74,11 @@ def references(tables: DecisionTables) -> References:
     """Return the outcomes of always-small and always-large in the same trees; no cap binds always-large."""
     small, large = always_trees(tables)
     return References(by_problem(tables, small), by_problem(tables, large))
+
+
+def alone(tables: DecisionTables) -> References:
+    """Return what both models come to by themselves, in one request each: always-large without small proposals."""
+    return References(*(by_problem(tables, run_whole(tables, OneModel(action))) for action in (0, 1)))
 
 
 def always_trees(tables: DecisionTables) -> tuple[dict[str, Floats], dict[str, Floats]]:
@@ -149,7 +154,7 @@ def run_whole(tables: DecisionTables, router: Whole) -> dict[str, Floats]:
         ConfigError: There is a cap on large tokens.
         StoreError: A part of such a solution was not generated.
     """
-    if tables.max_large_tokens is not None:
+    if tables.max_large_tokens is not None and not isinstance(router, OneModel):
         raise ConfigError(
             f"{router.name} sends whole problems to the large model and cannot keep a cap of {tables.max_large_tokens} "
             "large tokens for a problem (max_large_tokens). Compare it without one."

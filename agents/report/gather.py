@@ -19,9 +19,11 @@ import numpy as np
 from agents.evaluation.bootstrap import Estimate, resample_weights
 from agents.evaluation.suite import RANDOM, TRIM_THR, EvaluateConfig, Evaluation, load_methods
 from agents.evaluation.table import (
+    FIELD_NOTE,
     NOTES,
     MethodSummary,
     caption,
+    field_rows,
     headline_rows,
     limits,
     method_rows,
@@ -88,6 +90,8 @@ def gather(config: EvaluateConfig, evaluation: Evaluation, trace_bytes: int = TR
             "all": method_rows(everything),
             "points": {each.name: point_rows(each) for each in everything},
             "notes": NOTES,
+            "field": field_rows(evaluation.field) if evaluation.field else [],
+            "field_note": FIELD_NOTE,
         },
         "at_lam": evaluation.at_lam,
         "settings": settings,
@@ -140,9 +144,12 @@ def _subject(evaluation: Evaluation, tables: DecisionTables, seed: int) -> dict[
 
 
 def _kind(summary: MethodSummary, evaluation: Evaluation) -> str:
-    """Return ``oracle``, ``random``, ``threshold`` or ``trained``."""
+    """Return ``oracle``, ``random``, ``threshold``, ``trained``, or the group of a method of others."""
     if summary in evaluation.oracles:
         return "oracle"
+    group = next((row.group for row in evaluation.field if row.name == summary.name), "step-level")
+    if group != "step-level":
+        return group
     if summary.name == RANDOM:
         return "random"
     return "threshold" if summary.name.startswith(TRIM_THR) else "trained"

@@ -91,3 +91,28 @@ class VotingCascade(Cascade, Protocol):
 
 
 Whole = QueryRouter | Cascade
+
+
+@dataclass(frozen=True)
+class OneModel:
+    """Sends all questions to one model: what nothing is routed to.
+
+    Attributes:
+        action: 0 for the small model, 1 for the large one.
+    """
+
+    action: int
+
+    @property
+    def name(self) -> str:
+        """The reference point's name."""
+        return "the large model alone" if self.action else "the small model alone"
+
+    @property
+    def knob(self) -> Knob:
+        """The action."""
+        return Knob("action", self.action)
+
+    def sends(self, questions: Sequence[str]) -> Floats:
+        """Return (n,) zeros or ones."""
+        return np.full(len(questions), float(self.action))

@@ -201,6 +201,7 @@ function startCurves() {
   const knobName = (method) => {
     if (method.kind === "threshold") return "threshold";
     if (method.kind === "random") return "rate";
+    if (method.kind === "cascade" || method.kind === "query-level") return "setting";
     const own = data.settings.find((each) => each.method === method.name);
     return own && !own.label.startsWith("λ") ? own.label.split("=")[0] : "λ";
   };

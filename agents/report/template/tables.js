@@ -22,7 +22,7 @@ function startSummary() {
 const range = ([value, low, high]) => (known(value) ? `[${bare(low, percent)}, ${bare(high, percent)}]` : "");
 
 function startTables() {
-  const { headline, all, points, notes } = data.tables;
+  const { headline, all, points, notes, field, field_note } = data.tables;
   const names = data.methods.map((method) => method.name);
   const select = el("select", {}, names.map((name) => el("option", {}, name)));
   const place = el("div", {});
@@ -38,6 +38,8 @@ function startTables() {
   byId("metric-tables").append(
     table(headline.map((row, i) => row.map((text, k) => (i === 0 && k === 0 ? "Method" : text.replace("\n", " ")))), { class: "wide" }),
     el("p", { class: "note" }, notes.join(" "), " CPT: cost at which the curve recovers that share of the gap. acc @: accuracy at that cost."),
+    field.length > 0 && el("details", { open: "" }, el("summary", {}, "The field: query-level routers and cascades beside the routers of steps"),
+      table(field, { class: "wide" }), el("p", { class: "note" }, field_note)),
     paired.length > 0 && el("details", {}, el("summary", {}, "Return against the best threshold for the same λ, paired on problems"),
       table([["Router", "Threshold", "Difference", "p (Holm)"], ...paired])),
     el("details", {}, el("summary", {}, "All metrics"), flipped(all)),

@@ -1,0 +1,135 @@
+"""Every baseline is fitted by one call on a small store, and stands in the table of the field by its group."""
+
+import json
+
+import numpy as np
+import pytest
+from made_outcomes import outcomes, references
+from made_reports import hostile_store, saved_run
+
+import evaluate as command
+from agents.baselines.examples import Examples
+from agents.baselines.methods import (
+    BASELINES,
+    CASCADE,
+    ENVELOPES,
+    GROUPS,
+    QUERY,
+    Baseline,
+    Fitting,
+    Setting,
+    envelope,
+    field_beside,
+    fit,
+    fit_all,
+)
+from agents.evaluation.curves import Method, mixture_at
+from agents.evaluation.walk import references as of_tables
+from rollouts.errors import ConfigError, DataError
+from rollouts.trees.compile import compile_store
+from trim_env.tables import decision_tables
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return hostile_store(tmp_path_factory.mktemp("field") / "s", problems=240)
+
+
+@pytest.fixture(scope="module")
+def fitting(store):
+    trees = compile_store(store)
+    return Fitting(decision_tables(trees, "train"), decision_tables(trees, "validation"))
+
+
+def test_all_are_fitted_and_measured(fitting):
+    fitted, lacking = fit_all(BASELINES, fitting)
+    assert not lacking
+    names = [each.baseline.name for each in fitted]
+    assert set(names) == {each.name for each in BASELINES} | set(ENVELOPES.values())
+    order = [GROUPS.index(each.baseline.group) for each in fitted]
+    assert order == sorted(order)
+    test = decision_tables(fitting.train.trees, "test")
+    choosing = of_tables(fitting.choosing)
+    for each in fitted:
+        method = each.measured(test, choosing)
+        assert all(outcomes.calls is not None for _, outcomes in method.points)
+        if each.baseline.group == QUERY:
+            assert all(not outcomes.calls.scorer.any() for _, outcomes in method.points if outcomes.calls)
+
+
+def test_no_question_but_those_of_training_is_in_the_vocabulary(fitting):
+    from agents.routers.text import CharTfidf
+
+    embed = fitting.embed
+    assert isinstance(embed, CharTfidf)
+    assert embed.vocabulary == CharTfidf.fit(Examples.of(fitting.train).questions).vocabulary
+
+
+def test_validation_picks_the_members_of_an_envelope(fitting):
+    """Of two methods the one that is better on validation is on the hull, whatever they come to on the split."""
+    both = references()
+
+    def made(name, there, here):
+        settings = [Setting(1.0, lambda _: outcomes([here], [50.0]))]
+        return Baseline(name, QUERY, lambda _: settings), settings, [outcomes([there], [50.0])]
+
+    from agents.baselines.methods import Fitted
+
+    good, lucky = Fitted(*made("good", 0.75, 0.7)), Fitted(*made("lucky", 0.61, 0.79))
+    together = envelope("both", [good, lucky])
+    method = together.measured(fitting.choosing, both)
+    assert method.hull == (0,) and len(method.points) == 2
+    assert "good, lucky" in together.baseline.note
+
+
+def test_methods_without_a_setting_say_so(fitting):
+    with pytest.raises(DataError, match="nothing.*no setting"):
+        fit(Baseline("nothing", CASCADE, lambda _: []), fitting)
+    fitted, lacking = fit_all([Baseline("nothing", CASCADE, lambda _: [])], fitting)
+    assert not fitted and "nothing was not fitted" in lacking[0]
+
+
+def test_what_a_share_of_the_gap_takes_is_a_mixture_of_two_knots():
+    both = references(small=0.4, large=0.8, cost=100)
+    method = Method([(1.0, outcomes([0.6], [20])), (2.0, outcomes([0.7], [60]))], (0, 1))
+    found = mixture_at(method, both, 62.5)  # accuracy 0.65
+    assert found is not None and found.cost.mean() == pytest.approx(40) and found.correct.mean() == pytest.approx(0.65)
+    dollars = [outcomes([0.4], [1]), outcomes([0.6], [2]), outcomes([0.7], [5]), outcomes([0.8], [9])]
+    told = mixture_at(method, both, 62.5, dollars)
+    assert told is not None and told.cost.mean() == pytest.approx(3.5)
+    beyond = mixture_at(method, both, 100, dollars)
+    assert beyond is not None and beyond.cost.mean() == pytest.approx(9)
+    assert mixture_at(Method.whole([(1.0, outcomes([0.5], [20]))]), references(small=0.8, large=0.4), 80) is None
+
+
+def test_evaluations_have_the_field_in_terminal_files_and_page(store, tmp_path, capsys):
+    run = saved_run(tmp_path / "run", store)
+    arguments = [str(run), "--rollouts", str(store.path), "--baselines", "--out", str(tmp_path / "e")]
+    arguments += ["--report", str(tmp_path / "page")]
+    assert command.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "The field" in said and "query-level" in said and "(RouteLLM)" in said
+    results = json.loads((tmp_path / "e" / "results.json").read_text())
+    rows = {row["name"]: row for row in results["field"]}
+    assert set(rows) >= {each.name for each in BASELINES} | {"trim-agg"}
+    assert rows["trim-agg"]["group"] == "step-level"
+    spent = rows["classifier (RouteLLM)"]["takes"]
+    assert spent is None or (spent["scorer calls"] == 0 and spent["serial calls"] == 1 and spent["discarded"] == 0)
+    drawn = {method["name"] for method in results["methods"]}
+    assert set(ENVELOPES.values()) <= drawn and "classifier (RouteLLM)" not in drawn
+    assert "### The field" in (tmp_path / "e" / "results.md").read_text()
+    assert "classifier (RouteLLM)" in (tmp_path / "page" / "report.html").read_text()
+
+
+def test_a_hard_cap_refuses_them(fitting):
+    capped = decision_tables(fitting.train.trees, "test", max_large_tokens=5)
+    with pytest.raises(ConfigError, match="--baselines.*cannot keep a cap of 5"):
+        field_beside(fitting.train, fitting.choosing, capped)
+
+
+def test_examples_are_averages_over_replicas(fitting):
+    examples, both = Examples.of(fitting.choosing), of_tables(fitting.choosing)
+    assert np.allclose(examples.correct[:, 0], both.small.correct) and np.allclose(
+        examples.tokens[:, 1], both.large.cost
+    )
+    assert len(examples.questions) == len(both.small)
