@@ -216,8 +216,8 @@ def alone(tables: DecisionTables) -> Alone:
     """
     if (by := (tables.trees.meta.get("splitting") or {}).get("answer_by")) in ROLES:
         raise ConfigError(
-            "Routers of whole problems need solutions that one model writes alone; in these rollouts every answer is the "
-            f"{by} model's (answer_by = {by!r})."
+            "Routers of whole problems need solutions that one model writes alone; in these rollouts every answer is "
+            f"the {by} model's (answer_by = {by!r})."
         )
     free = replace(tables, max_escalations=None, max_large_tokens=None)
     trees, shape = tables.trees, (len(tables.indices), 2)

@@ -42,13 +42,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def servers(folder: Path) -> Iterator[dict[str, EngineServer]]:
     config = thinking_family(folder)
-    tag = Family(config).reward_prompts.step_tag_id  # type: ignore[union-attr]
+    reading = Family(config).reward_prompts.reading  # type: ignore[union-attr]
     models = {"small": config.small, "large": config.large, "prm": config.scorer.model}  # type: ignore[union-attr]
     with ExitStack() as stack:
         found = {}
         for role, model in models.items():
             with in_threads():
-                backend = open_backend(role, model, seed=5, pooling_tag=tag if role == "prm" else None)
+                backend = open_backend(role, model, seed=5, reading=reading if role == "prm" else None)
             stack.callback(backend.close)
             found[role] = EngineServer(backend, model.display_name)
             stack.callback(found[role].die)
