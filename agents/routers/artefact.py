@@ -51,7 +51,7 @@ from agents.routers.stored import (
 )
 from rollouts.errors import ArtefactError, ConfigError
 from rollouts.plugins import is_plugin, loaded_plugin
-from rollouts.text.splitting import BLANK_LINE
+from rollouts.text.steps import USUAL_SPLIT
 
 FORMAT = "trim-policy"
 # 6 adds splittings of steps but blank-line, 5 the kind ask, 4 the activation square, 3 others but tanh, 2 `files` and
@@ -293,7 +293,7 @@ def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx
 
 def _least_version(router: Storable, name: str, about: Mapping[str, Any]) -> int:
     """Return the least version of the format that can tell what is in a policy."""
-    if (about.get("splitting") or {}).get("name", BLANK_LINE.steps.split) != BLANK_LINE.steps.split:
+    if (about.get("splitting") or {}).get("name", USUAL_SPLIT) != USUAL_SPLIT:
         return VERSION
     return 5 if name == "ask" else _VERSIONS.get(getattr(router, "activation", "tanh"), 3)
 

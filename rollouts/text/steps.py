@@ -16,6 +16,7 @@ from rollouts.tasks.answers import boxed_answer, has_answer
 SMALL, LARGE = "small", "large"  # who writes a step
 ROLES = (SMALL, LARGE)  # position = action
 DELIMITER = "\n\n"
+USUAL_SPLIT = "blank-line"  # how steps are split where nothing else is said (`rollouts.text.splitting` has the others)
 ROOT_HASH = 0  # the empty prefix
 STOPS = (DELIMITER, "\n \n", "\n\t\n", "\n\r\n")  # the usual blank lines; what goes on beyond another one is cut
 CLOSE = "</think>"  # in steps: the end of the thinking block, whatever mark their author has for it
