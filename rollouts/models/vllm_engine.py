@@ -139,6 +139,8 @@ class VllmEngine:
 
     def _read(self, key: int, request: PoolingRequest) -> None:
         """Ask for the scores of one input."""
+        if not request.positions:
+            raise BackendError("a PoolingRequest needs a position.")
         if self._reading is None or self._reading.verdicts is None:
             self._pool(key, request, skip=False)
             return

@@ -12,10 +12,11 @@ from rollouts.models.base import Backend, CompletionRequest, LogprobRequest, Poo
 
 
 class EngineServer(FakeServer):
-    """Serves one backend under a name; `seen` has what it was asked."""
+    """Serves one backend under a name, a reward model's scores at its step tag; `seen` has what it was asked."""
 
-    def __init__(self, backend: Backend, name: str) -> None:
+    def __init__(self, backend: Backend, name: str, tag: int | None = None) -> None:
         super().__init__()
+        self.tag = tag
         self.backend = backend
         self.model = name
         self.card = {"id": name, "max_model_len": backend.window}
@@ -23,7 +24,8 @@ class EngineServer(FakeServer):
 
     def good(self, path: str, body: Any) -> Any:
         if path == "/pooling":
-            scores = self.backend.submit(PoolingRequest(tuple(body["input"]))).result(120)
+            tags = tuple(place for place, token in enumerate(body["input"]) if token == self.tag)
+            scores = self.backend.submit(PoolingRequest(tuple(body["input"]), tags)).result(120)
             return {"data": [{"data": [[1 - score, score] for score in scores]}]}
         if path != "/v1/completions":
             return super().good(path, body)

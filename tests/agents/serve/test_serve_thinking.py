@@ -50,7 +50,7 @@ def servers(folder: Path) -> Iterator[dict[str, EngineServer]]:
             with in_threads():
                 backend = open_backend(role, model, seed=5, reading=reading if role == "prm" else None)
             stack.callback(backend.close)
-            found[role] = EngineServer(backend, model.display_name)
+            found[role] = EngineServer(backend, model.display_name, reading.tag)
             stack.callback(found[role].die)
         yield found
 

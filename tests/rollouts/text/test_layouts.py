@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from tiny_rewards import QUESTION, STEPS, make_reward_folder, scorer_config
 
-from rollouts.config import LAYOUTS, parse_family
+from rollouts.config import LAYOUTS, StepsConfig, parse_family
 from rollouts.errors import ConfigError
 from rollouts.text import layouts
 from rollouts.text.layouts import layout_of, reward_layout
 from rollouts.text.prompts import RewardLayout, load_tokenizer
+from rollouts.text.splitting import Splitting
+from rollouts.text.steps import CLOSE
 from rollouts.tinymath import model_dir
 
 NEW = [name for name in LAYOUTS if name != "qwen2.5-math-prm"]
@@ -69,6 +71,17 @@ class TestEveryLayout:
         assert layout.template_hash not in [made(other).template_hash for other in LAYOUTS if other != name]
         assert layout.hash_on(DAY) == layout.template_hash
         assert layout.dated == (layout.hash_on(DAY + timedelta(1)) != layout.template_hash) == (name == "rlhflow")
+
+    def test_what_closes_a_thinking_block_is_left_out(self, made: Any, name: str) -> None:
+        layout, thought = made(name), [STEPS[0], STEPS[1].strip() + CLOSE + "\n\n", STEPS[2]]
+        config = scorer_config(
+            name, Path(layout.tokenizer.name_or_path), **({} if name in NEW else {"system_prompt": ""})
+        )
+        thinks = Splitting(StepsConfig(split="thinking"))
+        assert reward_layout(config, layout.tokenizer, date=DAY, splitting=thinks).ids(QUESTION, thought) == layout.ids(
+            QUESTION, STEPS
+        )
+        assert CLOSE in layout.text(QUESTION, thought)  # where nobody thinks it is text
 
     def test_without_steps_there_is_the_question(self, made: Any, name: str) -> None:
         assert QUESTION in made(name).text(QUESTION, []) and made(name).marked(QUESTION, [])[1] == ()
