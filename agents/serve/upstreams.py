@@ -11,8 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -179,7 +178,8 @@ class Upstream:
                     raise
             return await self._attempt(path, payload, parse, lost, tokens)
 
-    def open(self, path: str, payload: Mapping[str, Any]) -> AbstractAsyncContextManager[Any]:
+    @contextlib.asynccontextmanager
+    async def open(self, path: str, payload: Mapping[str, Any]) -> AsyncIterator[Any]:
         """Send a request once and give the answer whose body is still to come, as `Connection.open` does.
 
         Raises:
@@ -187,7 +187,8 @@ class Upstream:
         """
         if self.trouble is not None or self.model is None:
             raise Unavailable(self.role, "down", self.trouble or "its model is not known")
-        return self._connection.open(path, {**payload, "model": self.model})
+        async with self._slots, self._connection.open(path, {**payload, "model": self.model}) as answer:
+            yield answer
 
     async def _attempt(
         self,

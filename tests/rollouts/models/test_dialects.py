@@ -144,6 +144,36 @@ def test_an_old_llama_server_is_refused_by_name(fake: FakeServer) -> None:
         ServerBackend("large", config(fake))
 
 
+def forcing(path: str, body: Any, count: int) -> Any:
+    """Answer as llama.cpp does, where token t has log-probability -t / 10 and 7 is but the beginning of a character."""
+    if path != "/completion":
+        return None
+    rows = [{"id": token, "logprob": -token / 10} for token in range(min(body["n_probs"], 40))]
+    if not body["logit_bias"]:
+        told = [{"id": 5, "logprob": -0.5, "top_logprobs": rows}] if rows else []  # without that of the stop text
+        return 200, {}, llama(stop_type="word", stopping_word="\n\n", completion_probabilities=told)
+    ((forced, _),) = body["logit_bias"]
+    told = [{"id": forced, "logprob": -forced / 10, "top_logprobs": rows}] if forced != 7 else []
+    return 200, {}, llama(content="", tokens=[forced], tokens_predicted=1, completion_probabilities=told)
+
+
+def test_tokens_that_llama_cpp_tells_nothing_of_are_forced(fake: FakeServer) -> None:
+    fake.card = {"id": "fake", "owned_by": "llamacpp", "meta": {"n_ctx": 100}}
+    fake.fault = forcing
+    with ServerBackend("large", config(fake)) as backend:
+        assert backend.capabilities.logprobs and backend.capabilities.prompt_logprobs and backend.window == 100
+        done = backend.submit(CompletionRequest((3, 4), 8, Sampling(0.7), ("\n\n",), likelihood=True)).result(10)
+        assert done.text == "x\n\n" and done.likelihood is not None and done.likelihood.logprobs == (-0.5, -0.6)
+        body = fake.seen[-1][1]
+        assert body["prompt"] == [3, 4, 5] and body["logit_bias"][0][0] == 6 and body["n_predict"] == 1
+        fake.seen.clear()
+        found = backend.submit(LogprobRequest((3, 7, 30, 8), 1, entropies=True)).result(10)
+        assert found.logprobs == (-0.7, -3.0, -0.8) and len(found.entropies) == 3
+        assert [body["prompt"] for _, body in fake.seen] == [[3], [3], [3, 7], [3, 7, 30]]  # twice for half a character
+        silent = backend.submit(CompletionRequest((3, 4), 8, Sampling(0.7), ("\n\n",))).result(10)
+        assert silent.likelihood is None and fake.seen[-1][1]["n_probs"] == 0
+
+
 def asked() -> dict[str, dict[str, Any]]:
     """The requests whose answers are recorded: `python tests/rollouts/models/test_dialects.py` records them anew."""
     prompts = PromptFormat(load_tokenizer(str(model_dir("small"))), None)
