@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from agents.baselines.encoder import encoder
 from agents.baselines.methods import (
     BASELINES,
     CASCADE,
@@ -75,6 +76,7 @@ class Settings:
         splits: What figures are of, a table each.
         methods: Names of methods; default: all.
         rollouts: The store.
+        encoder: Folder of a model whose mean hidden state stands for a question; default: character n-grams.
         seed: Of what is drawn in fitting.
         out: Report and picture, without suffix; default: print only.
     """
@@ -82,6 +84,7 @@ class Settings:
     splits: tuple[str, ...] = ("test", "ood")
     methods: tuple[str, ...] = ()
     rollouts: str = "quickstart"
+    encoder: Path | None = None
     seed: int = 0
     out: Path | None = None
 
@@ -224,7 +227,9 @@ def report(settings: Settings) -> tuple[str, dict[str, tuple[Ground, list[Row]]]
     trees = compile_store(settings.rollouts)
     train, choosing = decision_tables(trees, "train"), decision_tables(trees, "validation")
     wanted = [method for method in FIELD if not settings.methods or method.name in settings.methods]
-    fitted, lacking = fit_all(wanted, Fitting(train, choosing, seed=settings.seed))
+    fitted, lacking = fit_all(
+        wanted, Fitting(train, choosing, settings.encoder and encoder(settings.encoder), settings.seed)
+    )
     lines = heading("The field", f"field --rollouts {settings.rollouts} --splits {' '.join(settings.splits)}")
     lines += [
         f"Fitted on the training split of `{settings.rollouts}`; settings, hulls and the members of the envelope were "
