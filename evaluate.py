@@ -55,14 +55,16 @@ def _others() -> Others:
 
 
 def _by_group(rows: list[list[str]]) -> list[list[str]]:
-    """Return a table without its first column, whose entries become rows of their own, intervals below values."""
-    (_, *header), *body = rows
-    table, last = [header], ""
-    for group, name, *cells in body:
-        if group != last:
-            table.append([group, *[""] * len(cells)])
+    """Return the table of the field for a terminal: groups as rows of their own, intervals below values."""
+    left_out = ("CPT(50 %), %", "CPT(95 %), %", "discarded")
+    kept = [place for place, name in enumerate(rows[0]) if place and name not in left_out]
+    table, last = [[rows[0][place] for place in kept]], ""
+    for row in rows[1:]:
+        if row[0] != last:
+            last = row[0]
+            table.append([last, *[""] * (len(kept) - 1)])
+        name, *cells = (row[place] for place in kept)
         table.append([f"  {name}", *(cell.replace(" [", "\n[") for cell in cells)])
-        last = group
     return table
 
 

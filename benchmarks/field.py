@@ -10,13 +10,15 @@ validation; no choice is made on the splits that figures are of. Needs scikit-le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
 
+from agents.baselines.encoder import encoder
 from agents.baselines.methods import (
     BASELINES,
     CASCADE,
@@ -28,18 +30,18 @@ from agents.baselines.methods import (
     Baseline,
     Fitted,
     Fitting,
-    Setting,
     fit_all,
     of_routers,
 )
 from agents.evaluation.bootstrap import Estimate, curve_band, curve_estimates, holm, paired_means, resample_weights
 from agents.evaluation.curves import CPT_TARGETS, Curve, Method, mixture_at
-from agents.evaluation.oracle import query_oracle, spread_oracle, tree_oracle
+from agents.evaluation.oracle import query_oracle, score_oracle, spread_oracle, step_oracle, tree_oracle
 from agents.evaluation.outcomes import Floats, Outcomes
 from agents.evaluation.walk import alone
 from benchmarks.methods import Data, heading, write
+from benchmarks.rivals import RIVALS
 from benchmarks.robustness import LAMS
-from benchmarks.routers import fit as fit_learned
+from rollouts.errors import StoreError
 from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
 
@@ -53,18 +55,17 @@ AT = 80  # share of the gap, in %, for which is said what it takes
 SPENT = np.array([0.2])
 
 
-def learned(agent: str) -> Callable[[Fitting], list[Setting]]:
-    """Return how a router that `train.py` trains is fitted for all λ."""
-    return lambda data: of_routers(fit_learned(agent, Data.of(data.train.trees), data.seed).values())
+def of_rival(name: str) -> Baseline:
+    """Return a step-level method of `benchmarks.rivals`."""
+    return Baseline(name, STEP, lambda data: of_routers(RIVALS[name].settings(Data.of(data.train.trees), data.seed)))
 
 
-FIELD = (
-    Baseline(BASELINE, STEP, learned("ppo-agg")),
-    Baseline("exact", STEP, learned("exact")),
-    Baseline("TRIM-POMDP", STEP, learned("pomdp")),
-    *BASELINES,
+STEP_LEVEL = (
+    *(BASELINE, "exact", "TRIM-POMDP", "Arbitrage", "one-deviation advantage", "takeover"),
+    *("PATS-like", "SpecReason-like", "GlimpRouter"),
 )
-"""The methods, by group in the order of the tables; another one is one line."""
+FIELD = (*map(of_rival, STEP_LEVEL), *BASELINES)
+"""The methods; another one is one entry."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Settings:
         splits: What figures are of, a table each.
         methods: Names of methods; default: all.
         rollouts: The store.
+        encoder: Folder of a model whose mean hidden state stands for a question; default: character n-grams.
         seed: Of what is drawn in fitting.
         out: Report and picture, without suffix; default: print only.
     """
@@ -82,6 +84,7 @@ class Settings:
     splits: tuple[str, ...] = ("test", "ood")
     methods: tuple[str, ...] = ()
     rollouts: str = "quickstart"
+    encoder: Path | None = None
     seed: int = 0
     out: Path | None = None
 
@@ -205,12 +208,28 @@ def taken(ground: Ground, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _knowing(ground: Ground) -> str:
+    """Say what two points reach that know a step ahead; nothing where the scores or labels for them are missing."""
+    said = ""
+    for words, oracle in (
+        ("Escalating where the large step scores higher (Arbitrage's oracle)", score_oracle),
+        ("Where the small step is wrong and the large one right, by labels", step_oracle),
+    ):
+        with suppress(StoreError):
+            outcomes = oracle(ground.tables)
+            share = 100 * outcomes.cost.sum() / ground.both.large.cost.sum()
+            said += f" {words}: {100 * outcomes.correct.mean():.1f} % at {share:.1f} % of the cost."
+    return said
+
+
 def report(settings: Settings) -> tuple[str, dict[str, tuple[Ground, list[Row]]]]:
     """Return the report, and what the picture shows."""
     trees = compile_store(settings.rollouts)
     train, choosing = decision_tables(trees, "train"), decision_tables(trees, "validation")
     wanted = [method for method in FIELD if not settings.methods or method.name in settings.methods]
-    fitted, lacking = fit_all(wanted, Fitting(train, choosing, seed=settings.seed))
+    fitted, lacking = fit_all(
+        wanted, Fitting(train, choosing, settings.encoder and encoder(settings.encoder), settings.seed)
+    )
     lines = heading("The field", f"field --rollouts {settings.rollouts} --splits {' '.join(settings.splits)}")
     lines += [
         f"Fitted on the training split of `{settings.rollouts}`; settings, hulls and the members of the envelope were "
@@ -238,7 +257,7 @@ def report(settings: Settings) -> tuple[str, dict[str, tuple[Ground, list[Row]]]
         lines += [
             f"## `{split}`: {len(weights[0]):,} problems",
             "",
-            f"Always-small solves {small:.1f} %, always-large {large:.1f} %.",
+            f"Always-small solves {small:.1f} %, always-large {large:.1f} %.{_knowing(ground)}",
             "",
             *curves(ground, rows, weights),
             "",

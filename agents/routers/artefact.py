@@ -49,6 +49,7 @@ from agents.routers.stored import (
     read_safetensors,
     shown,
 )
+from agents.routers.whole import Cascade, QueryRouter
 from rollouts.errors import ArtefactError, ConfigError
 from rollouts.plugins import is_plugin, loaded_plugin
 from rollouts.text.steps import USUAL_SPLIT
@@ -199,6 +200,11 @@ def kind_of(router: Storable) -> str:
     Raises:
         ArtefactError: Routers of this kind cannot be stored.
     """
+    if isinstance(router, QueryRouter | Cascade):
+        raise ArtefactError(
+            f"{router.name} decides once for a whole problem; policies are for routers of steps. "
+            "Query-level routers of text are kept by agents.routers.text.save; cascades are for comparison only."
+        )
     for name, kind in _KINDS.items():
         if type(router) is kind.router:
             return name

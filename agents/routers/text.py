@@ -5,19 +5,25 @@ How heads are fitted is in `agents.baselines`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agents.routers.base import Floats, Knob
+from agents.routers.stored import MOST_JSON, MOST_WEIGHTS, read_file, read_json, read_safetensors
 from rollouts.errors import ArtefactError, did_you_mean
 
 Weights = Mapping[str, NDArray[np.float32]]
+FORMAT, VERSION, IDF = "trim-query-router", 1, "idf"
+FILES = ("router.json", "router.safetensors")
 LONGEST = 4
 """Most characters of an n-gram."""
 _BLANK = re.compile(r"\s\s+")
@@ -74,7 +80,7 @@ class CharTfidf:
 def layers(values: Floats, weights: Weights, prefix: str = "") -> Floats:
     """Return what a perceptron with ReLUs makes of (n, d) values: ``0.weight`` (h, d), ``0.bias``, ``1.weight``, ..."""
     number = 0
-    while f"{prefix}{number}.weight" in weights:
+    while not number or f"{prefix}{number}.weight" in weights:
         values = np.maximum(values, 0) if number else values
         bias = weights.get(f"{prefix}{number}.bias", np.zeros(1, np.float32)).astype(np.float64)
         values = values @ weights[f"{prefix}{number}.weight"].T.astype(np.float64) + bias
@@ -99,7 +105,7 @@ def similarity(embedded: Floats, weights: Weights) -> Floats:
 
 def nearest(embedded: Floats, weights: Weights) -> Floats:
     """Return the (n, ...) means of what is remembered of the nearest ``count`` questions."""
-    count = min(int(weights["count"]), len(weights["memory"]))
+    count = min(int(weights["count"].item()), len(weights["memory"]))
     near = np.argsort(-similarity(embedded, weights), axis=1, kind="stable")[:, :count]
     means: Floats = weights["told"].astype(np.float64)[near].mean(axis=1)
     return means
@@ -225,3 +231,58 @@ class TextRouter:
     def sends(self, questions: Sequence[str]) -> Floats:
         """Return (n,) of 0 and 1."""
         return (self.preference(questions) >= self.knob.value).astype(np.float64)
+
+
+def save(router: TextRouter, folder: str | Path) -> Path:
+    """Write a router into a folder, as JSON and float32 arrays.
+
+    Raises:
+        ArtefactError: There is one already, or it reads questions with a model of its own.
+    """
+    from safetensors.numpy import save as to_bytes
+
+    folder, features = Path(folder), router.preference.features
+    if not isinstance(features, CharTfidf):
+        raise ArtefactError(f"{router.name} reads questions with a model of its own and cannot be stored.")
+    described, arrays = (folder / name for name in FILES)
+    if described.exists():
+        raise ArtefactError(f"{folder}: holds a router already; nothing was overwritten.")
+    data = to_bytes({name: np.ascontiguousarray(each) for name, each in _arrays(router, features).items()})
+    plain = {
+        "format": FORMAT, "version": VERSION, "name": router.name, "threshold": router.knob.value,
+        "head": router.preference.head, "vocabulary": features.vocabulary, "sha256": hashlib.sha256(data).hexdigest(),
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays.write_bytes(data)
+    described.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def _arrays(router: TextRouter, features: CharTfidf) -> Weights:
+    return {IDF: features.idf, **router.preference.weights}
+
+
+def load(folder: str | Path) -> TextRouter:
+    """Read a router that `save` wrote: it sends what the saved one sent.
+
+    Raises:
+        ArtefactError: There is none, it is damaged, or a newer version wrote it.
+    """
+    described, arrays = (Path(folder) / name for name in FILES)
+    try:
+        plain = read_json(read_file(described, MOST_JSON))
+        if plain["format"] != FORMAT or plain["version"] != VERSION:
+            raise ValueError(f"its format is {plain['format']!r}, version {plain['version']!r}")
+        data = read_file(arrays, MOST_WEIGHTS)
+        if hashlib.sha256(data).hexdigest() != plain["sha256"]:
+            raise ValueError(f"{arrays.name} is not the one that was written")
+        weights = read_safetensors(data)
+        features = CharTfidf(tuple(plain["vocabulary"]), weights.pop(IDF))
+        preference = Preference(plain["head"], features, weights)
+        router = TextRouter(plain["name"], Knob("threshold", float(plain["threshold"])), preference)
+        router.sends(["?"])  # fails where weights lack or do not fit
+        return router
+    except ArtefactError:
+        raise
+    except Exception as error:
+        raise ArtefactError(f"{described}: damaged router ({type(error).__name__}: {error}).") from error

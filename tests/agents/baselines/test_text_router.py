@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from agents.routers import artefact
 from agents.routers.base import Knob
-from agents.routers.text import CharTfidf, Preference, TextRouter, ngrams
+from agents.routers.text import CharTfidf, Preference, TextRouter, load, ngrams, save
 from agents.routers.whole import Cascade, QueryRouter
 from rollouts.errors import ArtefactError
 
@@ -40,3 +41,72 @@ def test_routers_send_from_the_threshold_on():
 def test_unknown_heads_are_refused():
     with pytest.raises(ArtefactError, match="head is 'lienar'.*linear"):
         Preference("lienar", CharTfidf.fit(TEXTS), {})
+
+
+def routers():
+    from agents.baselines import predict, routellm
+    from agents.baselines.examples import Examples
+
+    draw = np.random.default_rng(0)
+    questions = tuple(f"Let a={i}{'%+*'[i % 3]}{i % 7}. Find a." for i in range(60))
+    examples = Examples(questions, draw.integers(0, 2, (60, 2)).astype(float), np.full((60, 2), 9.0))
+    features = CharTfidf.fit(questions)
+    yield routellm.classifier(examples, features)
+    yield routellm.matrix_factorisation(examples, features, epochs=1)
+    yield routellm.ranking(examples, features)
+    yield routellm.neighbours(examples, features, 7)
+    predictor = predict.fit(questions, predict.models(examples), features, 0)
+    yield predict.gain_over_cost(predictor)
+    yield predict.doubt(predictor)
+    told = np.random.default_rng(1).random((60, 3, 3)).astype(np.float32)
+    weights = {"memory": features(questions).astype(np.float32), "told": told, "large": np.float32([0, 0, 1])}
+    preference = Preference("smoothie", features, {**weights, "count": np.float32(5)})
+    yield TextRouter("Smoothie", Knob("threshold", 0.0), preference)
+
+
+def test_what_is_kept_sends_the_same(tmp_path):
+    new = [f"Let b={i}%{i % 5}. Find b." for i in range(40)]
+    for i, router in enumerate(routers()):
+        at = TextRouter(router.name, Knob("threshold", float(np.median(router.preference(new)))), router.preference)
+        again = load(save(at, tmp_path / str(i)))
+        assert (again.name, again.knob, again.preference.head) == (at.name, at.knob, at.preference.head)
+        assert (again.preference(new) == at.preference(new)).all() and 0 < again.sends(new).mean()
+        assert {file.name for file in (tmp_path / str(i)).iterdir()} == {"router.json", "router.safetensors"}
+        with pytest.raises(ArtefactError, match="holds a router already"):
+            save(at, tmp_path / str(i))
+        with pytest.raises(ArtefactError, match=f"{router.name} decides once.*text.save"):
+            artefact.save(router, tmp_path / "policy", {})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "router.safetensors").write_bytes(b"0"),
+        lambda folder: (folder / "router.json").write_text("{}"),
+        lambda folder: (folder / "router.json").write_text("["),
+        lambda folder: (folder / "router.safetensors").unlink(),
+        lambda folder: replaced(folder, '"linear"', '"classify"'),
+        lambda folder: replaced(folder, '"linear"', '"gain"'),
+        lambda folder: replaced(folder, '"version": 1', '"version": 2'),
+    ],
+)
+def test_damage_is_an_error_of_one_line(tmp_path, damage):
+    features = CharTfidf.fit(TEXTS)
+    weights = {"0.weight": np.ones((1, len(features.vocabulary)), np.float32)}
+    folder = save(TextRouter("r", Knob("threshold", 0.5), Preference("linear", features, weights)), tmp_path / "r")
+    load(folder)
+    damage(folder)
+    with pytest.raises(ArtefactError):
+        load(folder)
+
+
+def replaced(folder, old, new):
+    text = (folder / "router.json").read_text()
+    assert old in text
+    (folder / "router.json").write_text(text.replace(old, new))
+
+
+def test_models_of_texts_are_not_stored(tmp_path):
+    preference = Preference("linear", lambda texts: np.ones((len(texts), 1)), {"0.weight": np.eye(1)})
+    with pytest.raises(ArtefactError, match="with a model of its own"):
+        save(TextRouter("r", Knob("threshold", 0.5), preference), tmp_path / "r")

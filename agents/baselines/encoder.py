@@ -1,0 +1,47 @@
+"""Features of questions from a model's hidden states: an encoder such as BERT, or the small model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from agents.routers.base import Floats
+from rollouts.errors import ConfigError
+
+BATCH = 64
+
+
+def encoder(folder: str | Path) -> Callable[[Sequence[str]], Floats]:
+    """Return a function from texts to the means of their tokens' last hidden states, (n, d).
+
+    Args:
+        folder: A model and a tokenizer as transformers reads them; nothing is downloaded.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: no encoder can be loaded ({error}).") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+    def embed(texts: Sequence[str]) -> Floats:
+        found = []
+        for begin in range(0, len(texts), BATCH):
+            inputs = tokenizer(list(texts[begin : begin + BATCH]), return_tensors="pt", padding=True, truncation=True)
+            inside = inputs["attention_mask"][:, :, None]
+            with torch.inference_mode():
+                hidden = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            means = (hidden.last_hidden_state * inside).sum(dim=1) / inside.sum(dim=1)
+            found.append(means.double().numpy())
+        return np.concatenate(found)
+
+    return embed
