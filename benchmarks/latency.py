@@ -102,11 +102,12 @@ def serve(settings: Settings) -> dict[float, Requests]:
         for threshold in (FITTED, *CHECKED):
             policy = artefact.save(Threshold(threshold), folder / f"{threshold:g}", _ABOUT)
             with process("agents", "serve", "--policy", policy, "--port", 0, *flags) as router:
-                found[threshold] = asyncio.run(_load(url_of(router), settings))
+                found[threshold] = asyncio.run(load(url_of(router), settings))
     return found
 
 
-async def _load(url: str, settings: Settings) -> Requests:
+async def load(url: str, settings: Settings) -> Requests:
+    """Return what requests to a service take that clients send one after the other each."""
     slots = asyncio.Semaphore(settings.clients)
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60)) as client:
 
@@ -119,7 +120,7 @@ async def _load(url: str, settings: Settings) -> Requests:
                     answer.raise_for_status()
                     async for line in answer.content:
                         told = json.loads(line[6:]).get("trim", {}) if line.startswith(b"data: {") else {}
-                        authors += [told["author"]] * ("author" in told)
+                        authors += [told["author"]] if "author" in told else []
                 return [1, len(authors), authors.count("large")], time.monotonic() - begun
 
         await asyncio.gather(*(ask(-number) for number in range(1, settings.clients + 1)))  # connections and caches
