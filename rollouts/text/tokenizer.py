@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -80,16 +80,12 @@ class ChatTokenizer:
         """Return the text of ids."""
         return str(self.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    @cached_property
-    def _template(self) -> Any:
-        if self.chat_template is None:
-            raise ValueError("there is no chat template")
-        return _environment().from_string(self.chat_template)
-
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
         """Return a conversation as the template writes it; the template may raise what it likes."""
+        if self.chat_template is None:
+            raise ValueError("there is no chat template")
         usual = {"tools": None, "documents": None, "add_generation_prompt": False, **self.special_tokens_map}
-        return str(self._template.render(**usual | variables | {"messages": messages}))
+        return str(_compiled(self.chat_template).render(**usual | variables | {"messages": messages}))
 
 
 def _content(token: Any) -> str:
@@ -106,8 +102,9 @@ class _Generation(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Return what chat templates are written for: that of transformers, but for the date, which callers give."""
+@lru_cache(maxsize=16)
+def _compiled(template: str) -> Template:
+    """Return a template in the environment of transformers, but for the date, which callers give."""
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -120,7 +117,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     made.filters["tojson"] = tojson
     made.globals["raise_exception"] = raise_exception
-    return made
+    return made.from_string(template)
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
