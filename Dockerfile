@@ -17,7 +17,7 @@ COPY .ci/constraints.txt /constraints.txt
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     pip install --no-cache-dir --no-compile --constraint /constraints.txt /wheels/*.whl \
     && useradd --system --uid 10001 --create-home trim
-USER trim
+USER 10001
 WORKDIR /home/trim
 ENV PYTHONUNBUFFERED=1
 EXPOSE 8080
