@@ -50,7 +50,7 @@ $(VENV)/bin/python:
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
 	@echo "Installing into $(VENV): a minute or two, once."
 	$(PIP) torch==2.13.0
-	$(PIP) --editable .
+	$(PIP) --editable '.[train]'
 	touch $@
 
 # vLLM for CPUs names builds of torch by a local version and asks for packages that it does not need here.

@@ -14,21 +14,26 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # more only wait for each other
 
 import tyro
 
 from agents.escape import terminal
-from agents.evaluation.suite import EvaluateConfig, Evaluation, Others, evaluate, save
-from rollouts.errors import ConfigError, TrimError
+from rollouts.errors import ConfigError, TrimError, missing
+
+if TYPE_CHECKING:
+    from agents.evaluation.suite import Evaluation, Others
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    from rich.console import Console
-
     try:
+        from rich.console import Console
+
+        from agents.evaluation.suite import EvaluateConfig, evaluate, save
+
         config = tyro.cli(EvaluateConfig, args=arguments, description=__doc__)
         if config.out and config.out.is_file():
             raise ConfigError(f"--out {config.out} is a file, expected a folder.")
@@ -41,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
                 from agents.report.render import write
 
                 files.append(write(gather(config, evaluation), config.report))
+    except ModuleNotFoundError as error:
+        print(f"error: {missing(error, 'train')}", file=sys.stderr)
+        return 2
     except (TrimError, OSError) as error:
         print(f"error: {terminal(error)}", file=sys.stderr)
         return 2

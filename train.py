@@ -28,7 +28,7 @@ import tyro
 from agents.escape import terminal
 from agents.runs.config import Resume, TrainConfig
 from agents.runs.listener import Listener
-from rollouts.errors import TrimError
+from rollouts.errors import TrimError, missing
 
 if TYPE_CHECKING:
     from agents.evaluation.health import Health
@@ -138,6 +138,11 @@ def main(arguments: list[str] | None = None) -> int:
             trained = resume(given.resume, listener, given.imports)
         else:
             trained = train(given, listener)
+    except ModuleNotFoundError as error:
+        if listener:
+            listener.close()
+        print(f"error: {missing(error, 'train')}", file=sys.stderr)
+        return 2
     except (TrimError, OSError) as error:
         if listener:
             listener.close()

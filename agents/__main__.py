@@ -6,7 +6,7 @@ import importlib
 import sys
 
 from agents.escape import terminal
-from rollouts.errors import TrimError, did_you_mean
+from rollouts.errors import TrimError, did_you_mean, missing
 
 # by name: a module, imported when it is called, with run(config) -> int; its settings' class; what it does
 COMMANDS = {
@@ -38,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
         module = importlib.import_module(place)
         config = tyro.cli(getattr(module, settings), prog=f"python -m agents {name}", args=rest)
         return int(module.run(config))
+    except ModuleNotFoundError as error:
+        print(f"error: {missing(error, 'rollouts')}", file=sys.stderr)
+        return 2
     except (TrimError, OSError) as error:
         print(f"error: {terminal(error)}", file=sys.stderr)
         return 2

@@ -40,7 +40,7 @@ from benchmarks.upstream import StandIn, read_log, record
 from rollouts.config import Sampling
 from rollouts.models.base import CompletionRequest
 from rollouts.models.server.wire import Wire
-from rollouts.text.prompts import load_tokenizer
+from rollouts.text.tokenizer import load_tokenizer
 from rollouts.tinymath import model_dir
 
 _MODEL = "trim-thr"

@@ -157,7 +157,7 @@ class StandIn:
 
     def asked(self, *words: str) -> dict[int, list[int]]:
         """Return the tokens of the answers to each question ``Let a=NUMBER+33, ...``, by its number."""
-        from rollouts.text.prompts import load_tokenizer
+        from rollouts.text.tokenizer import load_tokenizer
         from rollouts.tinymath import model_dir
 
         tokenizer = load_tokenizer(str(model_dir(self.role)))

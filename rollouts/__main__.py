@@ -5,20 +5,23 @@ from __future__ import annotations
 import signal
 import sys
 
-from rollouts.errors import TrimError
+from rollouts.errors import TrimError, missing
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; a user's mistake is one line on stderr and exit code 2, an interrupt exit code 130."""
-    import tyro
-
-    from rollouts.cli.generate import COMMANDS
-
     try:
+        import tyro
+
+        from rollouts.cli.generate import COMMANDS
+
         command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="python -m rollouts", description=__doc__, args=arguments
         )
         command.run()
+    except ModuleNotFoundError as error:
+        print(f"error: {missing(error, 'rollouts')}", file=sys.stderr)
+        return 2
     except (TrimError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 
@@ -32,6 +33,26 @@ class StoreError(TrimError):
 
 class ArtefactError(TrimError):
     """Raised when an exported policy is damaged, newer than this version or does not fit the data."""
+
+
+def missing(error: ModuleNotFoundError, extra: str) -> ConfigError:
+    """Return what to say of a package that is not installed; raises `error` again if it is a module of this project.
+
+    Args:
+        error: What importing it raised.
+        extra: The extra that brings it.
+    """
+    name = (error.name or "").partition(".")[0]
+    if name in ("", "rollouts", "trim_env", "agents"):
+        raise error
+    return ConfigError(f"This needs {name}, which is not installed: pip install 'trim-routing[{extra}]'.")
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raise a `ConfigError` unless these are installed; nothing is imported."""
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise missing(ModuleNotFoundError(name=name), extra)
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from datetime import date as Date
 from datetime import timedelta
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rollouts.config import FamilyConfig, GeneratorConfig, ModelConfig, ScorerConfig
 from rollouts.errors import ConfigError
@@ -25,13 +25,16 @@ from rollouts.scoring.judge import PROMPT, JudgeScorer, judge_question
 from rollouts.scoring.likelihood import LikelihoodScorer
 from rollouts.scoring.prm import RewardScorer
 from rollouts.scoring.self_evaluation import SelfEvaluationScorer
-from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
 from rollouts.text.layouts import reward_layout
 from rollouts.text.likelihood import LOOKED_AT, STATISTICS
-from rollouts.text.prompts import PromptFormat, Reading, RewardLayout, has_room, load_tokenizer
+from rollouts.text.prompts import PromptFormat, Reading, RewardLayout, has_room
 from rollouts.text.splitting import Marks, Splitting
 from rollouts.text.steps import DELIMITER, ROLES
+from rollouts.text.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from rollouts.store.store import Store
 
 _ROOM_BEYOND_SOLUTION = 2048
 _OLDEST = 3000  # days: no store that does not tell its date is older

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -187,3 +188,47 @@ def test_help_comes_without_torch(script: str) -> None:
     run = f"import runpy\nsys.argv = [{script!r}, '--help']\n"
     run += f"try: runpy.run_path({script!r}, run_name='__main__')\nexcept SystemExit as end: assert not end.code"
     assert not loaded(run, "torch", "transformers", "vllm", "wandb", "stable_baselines3")
+
+
+SERVING = (
+    "import agents.serve.command, agents.serve.app, agents.serve.listen, agents.serve.models, agents.serve.service"
+)
+SERVING += ", agents.serve.playground.page, agents.deploy.policy"
+
+
+def test_serving_loads_no_training_stack() -> None:
+    """Nor does a router whose prompts are rendered: what `pip install trim-routing` brings is enough."""
+    prompts = "from rollouts.family import Family; from rollouts.config import load_family\n"
+    prompts += "family = Family(load_family('tinymath')); family.windows, family.formats['small'].ids('x', ['y'])"
+    others = ("pandas", "sympy", "math_verify", "rich", "sklearn")
+    assert not loaded(f"{SERVING}\n{prompts}", *HEAVY, *others)
+
+
+@pytest.mark.parametrize(
+    ("command", "lacking", "extra"),
+    [
+        (["train.py", "--lam", "1e-3"], "gymnasium", "train"),
+        (["evaluate.py", "runs/none"], "scipy", "train"),
+        (["-m", "rollouts", "stats", "quickstart"], "pyarrow", "rollouts"),
+        (["-m", "agents", "demo"], "torch", "rollouts"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    command: list[str], lacking: str, extra: str, tmp_path: Path
+) -> None:
+    blocking = f"""
+import sys, importlib.abc
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {lacking!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+    (tmp_path / "sitecustomize.py").write_text(blocking)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, *command]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert ended.stderr.strip().endswith(
+        f"error: This needs {lacking}, which is not installed: pip install 'trim-routing[{extra}]'."
+    )

@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from rollouts.config import Sampling, load_family
-from rollouts.errors import BackendError
+from rollouts.errors import BackendError, require
 from rollouts.models.base import Backend, Capabilities, Completion, CompletionRequest, PoolingRequest
 from rollouts.models.process import Engine, EngineProcess
 
@@ -60,8 +60,10 @@ def load() -> Backend:
     """Load the models, which takes some seconds.
 
     Raises:
+        ConfigError: What runs them is not installed.
         BackendError: They cannot be loaded.
     """
+    require("rollouts", "torch", "transformers", "pyarrow")
     return EngineProcess("demo", _trio, {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
 
 

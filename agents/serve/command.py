@@ -194,8 +194,6 @@ def run(config: ServeConfig) -> int:
         gc.freeze()  # what is there now stays: looking through it again and again would hold up every request
         server.run()
         return server.exit_code
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"Serving needs {error.name}: pip install 'trim-routing[serve]'.") from error
     except KeyboardInterrupt:
         return 0
 

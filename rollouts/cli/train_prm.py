@@ -21,9 +21,10 @@ from rollouts.scoring.base import self_test_examples
 from rollouts.scoring.prm import fitting_input
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
-from rollouts.text.prompts import STEP_TAG, RewardFormat, load_tokenizer
+from rollouts.text.prompts import STEP_TAG, RewardFormat
 from rollouts.text.splitting import BLANK_LINE, Splitting
 from rollouts.text.steps import SMALL
+from rollouts.text.tokenizer import transformers_tokenizer
 from rollouts.trees.compile import compile_store
 from rollouts.trees.labels import Solution
 from rollouts.trees.stats import auc, small_outcomes, split_statistics
@@ -91,7 +92,7 @@ def evaluate(store: Store, config: FamilyConfig, grader: str | None, split: str 
 
 def reward_format(trunk: GeneratorConfig, splitting: Splitting = BLANK_LINE) -> RewardFormat:
     """Return how a model reads paths as the trunk of a reward model; its tokenizer learns the step tag."""
-    tokenizer = load_tokenizer(trunk.tokenizer or trunk.model, trunk.revision)
+    tokenizer = transformers_tokenizer(trunk.tokenizer or trunk.model, trunk.revision)
     tokenizer.add_tokens([STEP_TAG], special_tokens=True)
     return RewardFormat(tokenizer, trunk.system_prompt, splitting=splitting)
 

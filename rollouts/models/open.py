@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 
 from rollouts.config import BackendKind, ModelConfig
-from rollouts.errors import ConfigError
+from rollouts.errors import ConfigError, require
 from rollouts.models.base import Backend
 from rollouts.text.prompts import Reading
 
@@ -54,6 +54,7 @@ def _open_vllm(role: str, model: ModelConfig, seed: int, reading: Reading | None
 
 
 def _open_transformers(role: str, model: ModelConfig, seed: int, reading: Reading | None) -> Backend:
+    require("rollouts", "torch", "transformers")
     from rollouts.models.hf.generator import generator
     from rollouts.models.hf.pooling import pooling
     from rollouts.models.process import EngineProcess

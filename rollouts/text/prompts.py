@@ -34,25 +34,6 @@ REMEMBERED = 16 << 20  # bytes of rendered questions
 REMEMBERED_ONCE = 1 << 24  # the same of a chat, which asks one
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    """Load a fast tokenizer from a folder or the local hub cache.
-
-    Raises:
-        ConfigError: There is none, or it is not a fast one.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"No tokenizer at {name!r} ({str(error).splitlines()[0]}). Give a model folder.") from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise ConfigError(f"The tokenizer of {name!r} has no fast implementation, which step cutting needs.")
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    return tokenizer
-
-
 Turns = tuple[tuple[str, str], ...]
 """Earlier turns of a chat: ``user`` or ``assistant``, and what it said."""
 
@@ -200,7 +181,7 @@ class PromptFormat:
         """Render a few prompts at once, so that a template that cannot be used is found before a run.
 
         Args:
-            tokenizer: The model's tokenizer.
+            tokenizer: The model's tokenizer: `rollouts.text.tokenizer.ChatTokenizer`, or a fast one of transformers.
             system_prompt: System message; None sends none.
             name: Named in errors.
             date: What templates take for today; default: the day on which this is called.
@@ -307,11 +288,11 @@ class PromptFormat:
         """
         steps = self._written(steps)
         text = self._head(question) + "".join(steps)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
         begins = accumulate(map(len, steps), initial=len(self._head(question)))
-        starts = [start for start, _ in encoded["offset_mapping"]]
+        starts = [start for start, _ in encoded.offsets]
         positions = [bisect_left(starts, begin) for begin, _ in zip(begins, steps, strict=False)]
-        return tuple(encoded["input_ids"]), [*positions, len(starts)]
+        return tuple(encoded.ids), [*positions, len(starts)]
 
     def pieces(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> Iterator[str]:
         """Yield the text that each decoded token adds; special tokens add nothing, but for those of its marks."""

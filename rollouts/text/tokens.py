@@ -57,7 +57,7 @@ class SpecialTokens:
         """Take a tokenizer's special tokens.
 
         Args:
-            tokenizer: A fast tokenizer of transformers.
+            tokenizer: As of `rollouts.text.prompts.PromptFormat`.
             others: Further ones.
             markers: Also those that it does not call special, but writes in its chat template (``<think>``).
         """
@@ -97,7 +97,7 @@ class Encoder:
         """Find out where the tokenizer cuts.
 
         Args:
-            tokenizer: A fast tokenizer of transformers, without truncation and padding.
+            tokenizer: As of `rollouts.text.prompts.PromptFormat`, without truncation and padding.
         """
         self._backend = tokenizer.backend_tokenizer
         self._piece = Remembered(self.whole, _REMEMBERED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError
+from rollouts.text.tokenizer import model_file
 
 PADDED_TOKENS = 16384  # most tokens, padding included, of one forward pass over prompts
 _WINDOWS = (
@@ -24,6 +26,7 @@ _WINDOWS = (
     "n_ctx",
     "max_target_positions",
 )
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")  # of models that do not only write
 _TEXTS = re.compile("text|llm|language|decoder|thinker")
 _SENSES = re.compile("vision|visual|image|audio|video|speech|encoder|talker|vocoder|code2wav|projector")
 
@@ -107,14 +110,24 @@ def native_window(name: str, revision: str | None = None) -> int | None:
         name: Folder or hub name.
         revision: Revision on the hub.
     """
-    from transformers import AutoConfig, PreTrainedConfig
+    file = model_file(name, "config.json", revision)
+    config = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    plain = next((config[key] for key in _TEXT_CONFIGS if isinstance(config.get(key), Mapping)), config)
+    if own := _named_window({_WINDOWS[0]: plain.get(_WINDOWS[0])}):
+        return own
+    try:  # what its class has where its configuration says nothing
+        from transformers import AutoConfig
 
-    try:
         return _window_of(AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # of a kind that transformers does not know
-        with suppress(OSError, ValueError):
-            return _named_window(PreTrainedConfig.get_config_dict(name, revision=revision)[0])
-    return None
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):
+        return _named_window(config)
 
 
 def _window_of(config: Any) -> int | None:

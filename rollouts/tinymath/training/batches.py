@@ -9,7 +9,8 @@ from itertools import islice
 
 import torch
 
-from rollouts.text.prompts import PromptFormat, load_tokenizer
+from rollouts.text.prompts import PromptFormat
+from rollouts.text.tokenizer import load_tokenizer
 from rollouts.tinymath import STEP_TAG
 from rollouts.tinymath.labels import SolutionReader
 from rollouts.tinymath.problems import (

@@ -15,7 +15,8 @@ from rollouts.models.hf.generator import TransformersGenerator
 from rollouts.models.hf.load import describe
 from rollouts.models.hf.pooling import TransformersPooling
 from rollouts.models.hf.reward_model import ProcessRewardModel
-from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
+from rollouts.text.prompts import PromptFormat, RewardFormat
+from rollouts.text.tokenizer import load_tokenizer
 from rollouts.tinymath import STEP_TAG
 from rollouts.tinymath.problems import STEP_DELIMITER, Program
 from rollouts.tinymath.training.folders import WEIGHTS

@@ -12,7 +12,8 @@ from rollouts.__main__ import main
 from rollouts.config import ScorerConfig
 from rollouts.models.hf import fit
 from rollouts.store.store import Store
-from rollouts.text.prompts import RewardFormat, load_tokenizer
+from rollouts.text.prompts import RewardFormat
+from rollouts.text.tokenizer import load_tokenizer
 from rollouts.tinymath import model_dir
 
 pytestmark = pytest.mark.usefixtures("engines_in_threads")

@@ -22,7 +22,8 @@ from rollouts.models.server.completions import ServerBackend
 from rollouts.models.server.dialects import LlamaCpp, SGLang, wire_of
 from rollouts.models.server.wire import Wire
 from rollouts.store.store import Store
-from rollouts.text.prompts import PromptFormat, load_tokenizer
+from rollouts.text.prompts import PromptFormat
+from rollouts.text.tokenizer import load_tokenizer
 from rollouts.tinymath import model_dir
 
 __all__ = ["fake"]

@@ -19,7 +19,8 @@ from rollouts.config import ModelConfig, Sampling, embedded_family
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import CompletionRequest, LogprobRequest, PoolingRequest
 from rollouts.models.open import open_backend
-from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
+from rollouts.text.prompts import PromptFormat, RewardFormat
+from rollouts.text.tokenizer import load_tokenizer
 
 GREEDY = Sampling(temperature=0.0)
 HAVE_VLLM = importlib.util.find_spec("vllm") is not None

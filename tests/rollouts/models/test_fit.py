@@ -16,7 +16,8 @@ from rollouts.models.hf.fit import _HELD_OUT, Fit, ValuedPath, _targets, make
 from rollouts.models.hf.packing import pack_first
 from rollouts.models.hf.pooling import pooling
 from rollouts.models.hf.recipe import Recipe
-from rollouts.text.prompts import RewardFormat, load_tokenizer
+from rollouts.text.prompts import RewardFormat
+from rollouts.text.tokenizer import transformers_tokenizer
 from rollouts.tinymath import STEP_TAG, generate_problems, model_dir, solution_steps
 
 SMALL = ModelConfig(backend="transformers", model=str(model_dir("small")), dtype="float32", max_length=1024)
@@ -38,7 +39,7 @@ def test_steps_that_paths_share_count_once_and_tokens_by_what_follows():
 
 @pytest.fixture(scope="module")
 def style():
-    return RewardFormat(load_tokenizer(str(model_dir("small"))), None, STEP_TAG)
+    return RewardFormat(transformers_tokenizer(str(model_dir("small"))), None, STEP_TAG)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ from rollouts.config import Limits, Sampling
 from rollouts.models.base import Capabilities, Completion
 from rollouts.models.futures import forward, settled
 from rollouts.models.stepwise import StepModel, StepRules
-from rollouts.text.prompts import PromptFormat, load_tokenizer
+from rollouts.text.prompts import PromptFormat
 from rollouts.text.steps import Prefix
+from rollouts.text.tokenizer import load_tokenizer
 from rollouts.tinymath import model_dir
 
 

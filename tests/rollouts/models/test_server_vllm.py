@@ -21,8 +21,9 @@ from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Completion, LogprobRequest, PoolingRequest
 from rollouts.models.server.chat import ChatWriter
 from rollouts.models.server.completions import ServerBackend
-from rollouts.text.prompts import PromptFormat, Reading, RewardFormat, load_tokenizer
+from rollouts.text.prompts import PromptFormat, Reading, RewardFormat
 from rollouts.text.steps import Prefix, StopReason
+from rollouts.text.tokenizer import load_tokenizer
 from rollouts.tinymath import STEP_TAG, model_dir
 
 QUESTION = "Let a=70+33, b=a+49, c=b*12. Find c."

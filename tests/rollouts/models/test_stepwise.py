@@ -8,8 +8,9 @@ from recited import Recited
 from rollouts.config import Limits, Sampling
 from rollouts.models.base import Completion
 from rollouts.models.stepwise import Draft, StepRules
-from rollouts.text.prompts import PromptFormat, load_tokenizer
+from rollouts.text.prompts import PromptFormat
 from rollouts.text.steps import Prefix, StopReason
+from rollouts.text.tokenizer import load_tokenizer
 from rollouts.tinymath import model_dir
 
 

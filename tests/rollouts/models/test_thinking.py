@@ -13,9 +13,10 @@ from recited import Recited
 from rollouts.config import Limits, Sampling, StepsConfig
 from rollouts.models.base import Completion
 from rollouts.models.stepwise import Draft, Generation, StepRules
-from rollouts.text.prompts import PromptFormat, load_tokenizer
+from rollouts.text.prompts import PromptFormat
 from rollouts.text.splitting import Splitting
 from rollouts.text.steps import Prefix, StopReason
+from rollouts.text.tokenizer import load_tokenizer
 from rollouts.tinymath import model_dir
 
 MARKS = ("<think>\n", "</think>\n\n")

@@ -12,7 +12,8 @@ from rollouts.__main__ import main
 from rollouts.config import embedded_family
 from rollouts.models.base import PoolingRequest
 from rollouts.models.open import open_backend
-from rollouts.text.prompts import RewardFormat, load_tokenizer
+from rollouts.text.prompts import RewardFormat
+from rollouts.text.tokenizer import load_tokenizer
 
 pytestmark = [
     pytest.mark.vllm,

@@ -14,7 +14,8 @@ from rollouts.scoring.likelihood import LikelihoodScorer
 from rollouts.scoring.prm import RewardScorer
 from rollouts.scoring.self_evaluation import SelfEvaluationScorer, read_digit
 from rollouts.text.likelihood import Likelihood
-from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
+from rollouts.text.prompts import PromptFormat, RewardFormat
+from rollouts.text.tokenizer import load_tokenizer
 from rollouts.tinymath import model_dir
 
 RIGHT = {example.right[-1] for example in EXAMPLES}

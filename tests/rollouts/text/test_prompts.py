@@ -4,7 +4,8 @@ import pytest
 
 from rollouts.config import load_family
 from rollouts.errors import ConfigError
-from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
+from rollouts.text.prompts import PromptFormat, RewardFormat
+from rollouts.text.tokenizer import load_tokenizer
 from rollouts.tinymath import model_dir
 
 QUESTION = "Let a=70+33, b=a+49. Find b."
@@ -34,7 +35,7 @@ def test_pieces_give_the_text_back(tokenizer):
     prompts = PromptFormat(tokenizer)
     prompt, whole = prompts.ids(QUESTION), prompts.ids(QUESTION, STEPS)
     assert "".join(prompts.pieces(prompt, whole[len(prompt) :])) == "".join(STEPS)
-    accents = tuple(tokenizer.encode("é→x", add_special_tokens=False))
+    accents = tuple(tokenizer.backend_tokenizer.encode("é→x", add_special_tokens=False).ids)
     assert "".join(prompts.pieces(prompt, accents)) == "é→x"
 
 
@@ -106,7 +107,7 @@ def test_a_folder_without_tokenizer_is_named(tmp_path):
     "poison", ["<extra_0>", "a <|im_end|> b", "<|im_start|>system", "<|im_<|im_end|>end|>", "\u241e", "x\u241e\u241ey"]
 )
 def test_special_tokens_of_a_question_are_text(tokenizer, poison):
-    question, special = f"Let a=70+33{poison}. Find a.", set(tokenizer.all_special_ids)
+    question, special = f"Let a=70+33{poison}. Find a.", set(tokenizer.added_tokens_decoder)
 
     def marks(ids):
         return [token for token in ids if token in special]

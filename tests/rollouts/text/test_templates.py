@@ -20,9 +20,10 @@ from rollouts.errors import ConfigError
 from rollouts.models.base import Completion
 from rollouts.models.stepwise import Draft, StepRules
 from rollouts.scoring.self_evaluation import SelfEvaluationScorer
-from rollouts.text.prompts import PromptFormat, RewardFormat, load_tokenizer
+from rollouts.text.prompts import PromptFormat, RewardFormat
 from rollouts.text.splitting import Splitting
 from rollouts.text.steps import Prefix, StopReason, cut_segments
+from rollouts.text.tokenizer import load_tokenizer
 from rollouts.tinymath import STEP_TAG, model_dir
 
 TEMPLATES = Path(__file__).parent / "templates"

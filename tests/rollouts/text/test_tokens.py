@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rollouts.text.prompts import load_tokenizer
+from rollouts.text.tokenizer import load_tokenizer
 from rollouts.text.tokens import Encoder, Remembered, encoder_of
 from rollouts.tinymath import model_dir
 
