@@ -44,9 +44,9 @@ def main(requests: int = 200) -> None:
                 each.wait()
             urls = [part for each in upstreams for part in (f"--{each.role}", each.url)]
             router = str(files("agents.demo") / "router")
-            line = [sys.executable, "-m", "agents", "serve", "--policy", router, "--budget", "0.3", "--port", "0", *urls]
+            command = [sys.executable, "-m", "agents", "serve", "--policy", router, "--budget", "0.3", "--port", "0"]
             began = time.monotonic()
-            served = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+            served = subprocess.Popen([*command, *urls], stdout=subprocess.PIPE, text=True)
             assert served.stdout is not None
             url = served.stdout.readline().split(" at ")[1].split(" ")[0]
             wall, pid = time.monotonic() - began, served.pid

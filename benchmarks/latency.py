@@ -155,8 +155,8 @@ def _checks(found: dict[float, Requests], settings: Settings) -> list[str]:
         "",
         f"{settings.requests} requests under each threshold, {settings.clients} at a time; stand-ins think "
         f"{1000 * small:g} ms (small), {1000 * large:g} (large) and {1000 * scorer:g} (scorer), each ± "
-        f"{100 * SPREAD:g} %. Fitted to k = {' and '.join(f'{each:g}' for each in FITTED)}: {1000 * times[1]:.0f} ms for "
-        f"a step (its calls think {1000 * stated[1]:.0f}), {1000 * times[2]:.0f} ms for an escalation "
+        f"{100 * SPREAD:g} %. Fitted to k = {' and '.join(f'{each:g}' for each in FITTED)}: {1000 * times[1]:.0f} ms "
+        f"for a step (its calls think {1000 * stated[1]:.0f}), {1000 * times[2]:.0f} ms for an escalation "
         f"({1000 * stated[2]:.0f}), {1000 * times[0]:.0f} ms besides. The last column is what the stand-ins thought by "
         "the same count of calls: the rest is the service, its connections, and waiting for the processors, on which "
         "other jobs ran.",
