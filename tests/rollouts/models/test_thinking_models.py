@@ -33,7 +33,7 @@ from rollouts.trees.stats import store_statistics
 from rollouts.trees.verify import verify_store
 from trim_env.live import family_of
 
-PROBLEMS = load_problems("tinymath:test", limit=120)
+PROBLEMS = load_problems("tinymath:test", limit=60)
 FEW = list(PROBLEMS)[:3]
 LEVEL = 1e-3
 
