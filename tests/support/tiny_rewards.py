@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from rollouts.config import ScorerConfig
-from rollouts.text.prompts import load_tokenizer
+from rollouts.text.tokenizer import load_tokenizer
 from rollouts.tinymath import model_dir
 
 QUESTION = "Let a=70+33, b=a+49. Find b."

@@ -16,9 +16,10 @@ from rollouts.config import LAYOUTS, StepsConfig, parse_family
 from rollouts.errors import ConfigError
 from rollouts.text import layouts
 from rollouts.text.layouts import layout_of, reward_layout
-from rollouts.text.prompts import RewardLayout, load_tokenizer
+from rollouts.text.prompts import RewardLayout
 from rollouts.text.splitting import Splitting
 from rollouts.text.steps import CLOSE
+from rollouts.text.tokenizer import load_tokenizer
 from rollouts.tinymath import model_dir
 
 NEW = [name for name in LAYOUTS if name != "qwen2.5-math-prm"]
