@@ -21,7 +21,8 @@ from rollouts.models.open import open_backend
 from rollouts.scoring.base import score_paths
 from rollouts.scoring.prm import RewardScorer
 from rollouts.text.layouts import reward_layout
-from rollouts.text.prompts import RewardLayout, load_tokenizer
+from rollouts.text.prompts import RewardLayout
+from rollouts.text.tokenizer import load_tokenizer
 from rollouts.tinymath import model_dir
 
 HAVE_VLLM = importlib.util.find_spec("vllm") is not None
