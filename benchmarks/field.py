@@ -55,9 +55,20 @@ AT = 80  # share of the gap, in %, for which is said what it takes
 SPENT = np.array([0.2])
 
 
+NOTES = {
+    "SpecReason-like": "the large model's look at each step is among scorer calls and dollars, not among its tokens",
+    "PATS-like": "hysteresis over three modes; PATS itself has one model that draws more or fewer candidates",
+}
+
+
 def of_rival(name: str) -> Baseline:
     """Return a step-level method of `benchmarks.rivals`."""
-    return Baseline(name, STEP, lambda data: of_routers(RIVALS[name].settings(Data.of(data.train.trees), data.seed)))
+    return Baseline(
+        name,
+        STEP,
+        lambda data: of_routers(RIVALS[name].settings(Data.of(data.train.trees), data.seed)),
+        NOTES.get(name, ""),
+    )
 
 
 STEP_LEVEL = (

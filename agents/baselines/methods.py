@@ -166,8 +166,10 @@ def fit_all(methods: Iterable[Baseline], fitting: Fitting) -> tuple[list[Fitted]
     return sorted(found, key=lambda each: GROUPS.index(each.baseline.group)), lacking
 
 
-def field_beside(train: DecisionTables, choosing: DecisionTables, split: DecisionTables) -> list[Compared]:
-    """Return the field on a split, as `agents.evaluation.suite.evaluate` takes it.
+def field_beside(
+    train: DecisionTables, choosing: DecisionTables, split: DecisionTables
+) -> tuple[list[Compared], list[str]]:
+    """Return the field on a split, and what could not be fitted, as `agents.evaluation.suite.evaluate` takes it.
 
     Raises:
         ConfigError: There is a cap on large tokens, which they cannot keep, or scikit-learn is not installed.
@@ -178,14 +180,15 @@ def field_beside(train: DecisionTables, choosing: DecisionTables, split: Decisio
             f"--baselines: routers of whole problems cannot keep a cap of {split.max_large_tokens} large tokens for a "
             "problem. Leave one of the two out."
         )
-    fitted, _ = fit_all(BASELINES, Fitting(train, choosing))
+    fitted, lacking = fit_all(BASELINES, Fitting(train, choosing))
     by = references(choosing)
-    return [
+    found = [
         Compared(
             each.baseline.name, each.baseline.group, each.measured(split, by), each.baseline.name in ENVELOPES.values()
         )
         for each in fitted
     ]
+    return found, lacking
 
 
 def of_routers(routers: Iterable[Whole | AnyRouter]) -> list[Setting]:

@@ -98,8 +98,9 @@ class Compared:
     drawn: bool
 
 
-Others = Callable[[DecisionTables, DecisionTables, DecisionTables], Sequence[Compared]]
-"""From the tables of the training problems, of validation and of the split to methods of others."""
+Others = Callable[[DecisionTables, DecisionTables, DecisionTables], tuple[list[Compared], list[str]]]
+"""From the tables of the training problems, of validation and of the split to methods of others, and sentences on those
+that could not be fitted."""
 
 
 @dataclass(frozen=True)
@@ -185,9 +186,9 @@ def evaluate(config: EvaluateConfig, others: Others | None = None) -> Evaluation
         name: summarise(ORACLES[name], Method.whole(spread_oracle(function, both)), both, config.seed)
         for name, function in oracles.items()
     }
-    beside: Sequence[Compared] = (
-        () if others is None else others(decision_tables(trees, "train", **agreed), validation, split)
-    )
+    beside, lacking = list[Compared](), list[str]()
+    if others is not None:
+        beside, lacking = others(decision_tables(trees, "train", **agreed), validation, split)
     found = [Compared(name, "step-level", method, True) for name, method in curves.items() if name != RANDOM]
     curves |= {each.name: each.method for each in beside if each.drawn}
     summaries = tuple(summarise(name, method, both, config.seed) for name, method in curves.items())
@@ -206,7 +207,7 @@ def evaluate(config: EvaluateConfig, others: Others | None = None) -> Evaluation
         methods=summaries,
         **bounds,
         at_lam=_at_lam(methods, candidates, split, weights),
-        sentences=(_at_budget(summaries), *_sentences(list(methods), swept, curves, both, weights)),
+        sentences=(_at_budget(summaries), *_sentences(list(methods), swept, curves, both, weights), *lacking),
         subject=subject,
         field=field_rows_of([*found, *beside], both, alone(split), weights) if beside else (),
     )

@@ -38,10 +38,10 @@ function startTables() {
   byId("metric-tables").append(
     table(headline.map((row, i) => row.map((text, k) => (i === 0 && k === 0 ? "Method" : text.replace("\n", " ")))), { class: "wide" }),
     el("p", { class: "note" }, notes.join(" "), " CPT: cost at which the curve recovers that share of the gap. acc @: accuracy at that cost."),
-    field.length > 0 && el("details", { open: "" }, el("summary", {}, "The field: query-level routers and cascades beside the routers of steps"),
-      table(field, { class: "wide" }), el("p", { class: "note" }, field_note)),
-    paired.length > 0 && el("details", {}, el("summary", {}, "Return against the best threshold for the same λ, paired on problems"),
-      table([["Router", "Threshold", "Difference", "p (Holm)"], ...paired])),
+    field.length > 0 ? el("details", { open: "" }, el("summary", {}, "The field: query-level routers and cascades beside the routers of steps"),
+      table(field, { class: "wide" }), el("p", { class: "note" }, field_note)) : "",
+    paired.length > 0 ? el("details", {}, el("summary", {}, "Return against the best threshold for the same λ, paired on problems"),
+      table([["Router", "Threshold", "Difference", "p (Holm)"], ...paired])) : "",
     el("details", {}, el("summary", {}, "All metrics"), flipped(all)),
     el("details", {}, el("summary", {}, "Operating points"), el("p", { class: "controls" }, el("label", {}, "Method ", select)), place),
   );

@@ -6,9 +6,10 @@ from made_whole import three_problems
 
 from agents.baselines.automix import AutoMix, Bins, pomdp, thresholds
 from agents.evaluation.walk import run
+from agents.routers import artefact
 from agents.routers.base import Knob
 from agents.routers.whole import Cascade, VotingCascade
-from rollouts.errors import DataError
+from rollouts.errors import ArtefactError, DataError
 from trim_env.tables import decision_tables
 
 # Scores: p0 0.9 0.8, p1 0.9 0.2, p2 0.6; large solutions of 11, 16 and 9 tokens, small ones of 7, 5 and 4.
@@ -102,3 +103,9 @@ def test_few_values_make_few_bins():
         Bins.fit(np.zeros(0), np.zeros(0), np.zeros(0))
     with pytest.raises(DataError, match="unknown rule 'mim'"):
         AutoMix("mim", Knob("threshold", 0.5))
+
+
+def test_cascades_are_not_stored(tmp_path):
+    with pytest.raises(ArtefactError, match=r"AutoMix-PRM \(last\) decides once.*comparison only"):
+        artefact.save(AutoMix("last", Knob("threshold", 0.5)), tmp_path / "policy", {})
+    assert not (tmp_path / "policy").exists()

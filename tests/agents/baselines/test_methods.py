@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from made_outcomes import outcomes, references
 from made_reports import hostile_store, saved_run
+from scripted_store import scripted_store
 
 import evaluate as command
 from agents.baselines.examples import Examples
@@ -80,6 +81,15 @@ def test_validation_picks_the_members_of_an_envelope(fitting):
     method = together.measured(fitting.choosing, both)
     assert method.hull == (0,) and len(method.points) == 2
     assert "good, lucky" in together.baseline.note
+
+
+def test_what_needs_more_replicas_says_so(tmp_path):
+    trees = compile_store(scripted_store(tmp_path / "s", 60, replicas=1))
+    single = Fitting(decision_tables(trees, "train"), decision_tables(trees, "validation"))
+    needing = [each for each in BASELINES if each.name in ("Smoothie", "vote (SATER)")]
+    fitted, lacking = fit_all(needing, single)
+    assert not fitted and len(lacking) == 2
+    assert all("not fitted" in each and "Generate more" in each for each in lacking)
 
 
 def test_methods_without_a_setting_say_so(fitting):
