@@ -349,7 +349,25 @@ MONEY = (
     "decoded (`--milliseconds`); what signals cost that have to be computed (the reward model, the large model's look "
     "at each proposal) is not counted.",
 )
-LOOKED_AT = ("",)
+LOOKED_AT = (
+    "Two of the validation problems, as `python -m rollouts show gsm8k --problem ID` prints them:",
+    "",
+    "- `gsm8k/test-0677` (two sisters have 20 and 44 autographs and want 100). The small model announces three things "
+    "to do, then *Let's start with the first step:*, then forgets one sister: *a total of 20 signatures*, 100 - 20 = "
+    "80. What it writes before that is right and says nothing, and yet a large step in any of those three places ends "
+    "right: twice it adds up 20 + 44 itself, once it announces much the same in other words. In the place of the "
+    "mistake the large model does write 20 + 44 = 64, but the small one then computes 36 - 64 = -28 and answers 0; "
+    "after the mistake the large model copies it. Three of six places rescue the solution, and nothing in the texts of "
+    "the first two tells that they would: a step's value here is luck as much as what is written.",
+    "- `gsm8k/test-1121` (Sofie walks twice as far as Brian). The small model is right alone (70 / 2 = 35). "
+    "The large model's solution is wrong (it solves B + 2B = 70), and so is the small one's after either of its first "
+    "two steps: the first leads to doubling, the second states the equation the wrong way round. Both are coding "
+    "models and slip into Python; a blank line in a program is the end of a step, and what the program *outputs* is "
+    "made up, once 35 where it would be 70, which happens to be the answer.",
+    "",
+    "So the large model is better on average and not step by step. Its step is no repair of a mistake that stands, it "
+    "may bring one in, and with one escalation the small model has the last word.",
+)
 
 
 def main() -> None:
