@@ -22,7 +22,8 @@ from rollouts.models.base import PoolingRequest
 from rollouts.models.hf import pooling as pooled
 from rollouts.models.hf.packing import PACKED_TOKENS
 from rollouts.store.store import Store, locate
-from rollouts.text.prompts import RewardFormat, load_tokenizer
+from rollouts.text.prompts import RewardFormat
+from rollouts.text.tokenizer import load_tokenizer
 from rollouts.tinymath import model_dir
 from rollouts.trees.annotate import left, paths
 

@@ -74,7 +74,7 @@ class SkyworkFormat(_Undated):
         self._sealed()
 
     def _head(self, question: str) -> str:
-        return f"{self.tokenizer.bos_token or ''}{self.special.plain(question)}\n"
+        return f"{self.tokenizer.special_tokens_map.get('bos_token', '')}{self.special.plain(question)}\n"
 
     def text(self, question: str, steps: Sequence[str]) -> str:
         """Return the input that scores each of `steps`."""

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 from rollouts.config import ScorerConfig
-from rollouts.text.prompts import load_tokenizer
+from rollouts.text.tokenizer import transformers_tokenizer
 from rollouts.tinymath import model_dir
 
 QUESTION = "Let a=70+33, b=a+49. Find b."
@@ -53,7 +53,7 @@ class _Folders:
 
         from rollouts.models.hf.reward_model import ValueRewardModel
 
-        tokenizer = load_tokenizer(str(model_dir("prm")))
+        tokenizer = transformers_tokenizer(str(model_dir("prm")))
         tokenizer.bos_token = tokenizer.eos_token
         tokenizer.save_pretrained(folder)
         ValueRewardModel(Qwen2Config(vocab_size=len(tokenizer), **_SHAPE)).save_pretrained(folder)
@@ -89,7 +89,7 @@ class _Folders:
     def rlhflow(folder: Path) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        tokenizer = load_tokenizer(str(model_dir("prm")))
+        tokenizer = transformers_tokenizer(str(model_dir("prm")))
         tokenizer.add_special_tokens({"additional_special_tokens": list(_LLAMA)})
         tokenizer.bos_token, tokenizer.eos_token = _LLAMA[0], _LLAMA[-1]
         tokenizer.chat_template = _TEMPLATE.read_text(encoding="utf-8")

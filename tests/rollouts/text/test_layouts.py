@@ -16,9 +16,10 @@ from rollouts.config import LAYOUTS, StepsConfig, parse_family
 from rollouts.errors import ConfigError
 from rollouts.text import layouts
 from rollouts.text.layouts import layout_of, reward_layout
-from rollouts.text.prompts import RewardLayout, load_tokenizer
+from rollouts.text.prompts import RewardLayout
 from rollouts.text.splitting import Splitting
 from rollouts.text.steps import CLOSE
+from rollouts.text.tokenizer import transformers_tokenizer
 from rollouts.tinymath import model_dir
 
 NEW = [name for name in LAYOUTS if name != "qwen2.5-math-prm"]
@@ -33,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     def layout(name: str) -> RewardLayout:
         folder = make_reward_folder(name, tmp_path_factory.mktemp(name)) if name in NEW else model_dir("prm")
         config = scorer_config(name, folder, **({} if name in NEW else {"system_prompt": ""}))
-        return reward_layout(config, load_tokenizer(str(folder)), date=DAY)
+        return reward_layout(config, transformers_tokenizer(str(folder)), date=DAY)
 
     yield layout
 
@@ -135,7 +136,7 @@ def test_rlhflow_reads_before_each_verdict_of_a_chat_in_which_all_were_right(mad
 
 
 def test_a_tokenizer_that_does_not_suit_is_refused(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = load_tokenizer(str(model_dir("small")))
+    tokenizer = transformers_tokenizer(str(model_dir("small")))
     with pytest.raises(ConfigError, match=r"scorer: '\+ -' is 3 tokens"):
         layouts.ShepherdFormat(tokenizer)
     with pytest.raises(ConfigError, match="step tag 'xyz' after a blank is not one token"):
