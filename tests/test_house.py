@@ -209,7 +209,7 @@ def test_serving_loads_no_training_stack() -> None:
     ("command", "lacking", "extra"),
     [
         (["train.py", "--lam", "1e-3"], "gymnasium", "train"),
-        (["evaluate.py", "runs/none"], "scipy", "train"),
+        (["evaluate.py", "runs/none"], "pyarrow", "train"),
         (["-m", "rollouts", "stats", "quickstart"], "pyarrow", "rollouts"),
         (["-m", "agents", "demo"], "torch", "rollouts"),
     ],
