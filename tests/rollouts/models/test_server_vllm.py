@@ -66,7 +66,7 @@ def test_vllm_is_recognised(small: ServerBackend, vllm_servers: VllmServers) -> 
     with pytest.raises(ConfigError, match="Did you mean 'tinymath-small'"):
         ServerBackend("small", config(vllm_servers.small, model="tinymath-smal"))
     with pytest.raises(ConfigError, match="--runner pooling"):
-        ServerBackend("scorer", config(vllm_servers.small), 3)
+        ServerBackend("scorer", config(vllm_servers.small), Reading(tag=3))
     with pytest.raises(ConfigError, match="does not continue token ids"):
         ServerBackend("small", config(vllm_servers.prm))
 
