@@ -184,26 +184,36 @@ def test_vllm(on_vllm: Any, transformers_store: Store, tmp_path: Path) -> None:
     assert store.manifest["process"] == transformers_store.manifest["process"]
 
 
-@pytest.mark.vllm
-def test_trees_give_the_distribution_of_live_episodes(on_vllm: Any, tmp_path: Path) -> None:
+def differences(trees: Any, live: Any, replicas: int, rate: float) -> list[float]:
+    """Paired by problem: p-values of the mean differences in accuracy, large tokens and steps."""
+    generator, order = np.random.default_rng(7), np.lexsort((trees.replica, trees.problem))
+    starts = np.repeat(trees.select()[order], 16)
+    got = walk(trees, starts, lambda rows: (generator.random(len(rows)) < rate).astype(int))
+    walked = np.stack([got.correct, got.large_tokens, got.steps]).astype(float).reshape(3, -1, replicas * 16)
+    pairs = zip(walked.mean(axis=2), live, strict=True)
+    return [float(stats.ttest_1samp(one - other, 0.0).pvalue) if (one != other).any() else 1.0 for one, other in pairs]
+
+
+def truth(path: Path, family: Family, writers: Any, scorer: Any, problems: Any, replicas: int, episodes: int) -> None:
     """As `test_truth` has it for models that do not think, with a random router; another rate is told from it."""
-    family, writers, scorer = on_vllm
-    replicas, episodes, problems = 2, 4, list(PROBLEMS)
-    trees = compile_store(fill(tmp_path / "store", family, problems, writers, scorer, replicas, None), cache=False)
+    trees = compile_store(fill(path, family, problems, writers, scorer, replicas, None), cache=False)
     generator = np.random.default_rng(5)
     repeated = [problem for problem in problems for _ in range(episodes)]
     live = run_live(repeated, writers, lambda scores: generator.random(len(scores)) < 0.4, make_grader("exact"))
-    live = np.stack(live).reshape(3, -1, episodes).mean(axis=2)
-    order = np.lexsort((trees.replica, trees.problem))
-
-    def p_values(rate: float) -> list[float]:
-        starts = np.repeat(trees.select()[order], 16)
-        got = walk(trees, starts, lambda rows: (generator.random(len(rows)) < rate).astype(int))
-        walked = np.stack([got.correct, got.large_tokens, got.steps]).astype(float)
-        walked = walked.reshape(3, -1, replicas * 16).mean(axis=2)
-        return [float(stats.ttest_1samp(one - other, 0.0).pvalue) for one, other in zip(walked, live, strict=True)]
-
-    found = p_values(0.4)
-    print(found)
+    outcomes = np.stack(live).reshape(3, -1, episodes).mean(axis=2)
+    found = differences(trees, outcomes, replicas, 0.4)
     assert min(found) > LEVEL / 3, found
-    assert min(p_values(0.15)) < LEVEL / 3
+    assert min(differences(trees, outcomes, replicas, 0.15)) < LEVEL / 3
+
+
+def test_trees_give_the_distribution_of_live_episodes(folder: Path, tmp_path: Path) -> None:
+    family = family_on(thinking_family(folder))
+    with ExitStack() as stack:
+        writers, scorer = opened(stack, family, Store.create(tmp_path / "starts", family.process(None)))
+        short = sorted(PROBLEMS, key=lambda problem: len(problem.question))[:16]
+        truth(tmp_path / "store", family, writers, scorer, short, 2, 3)
+
+
+@pytest.mark.vllm
+def test_trees_of_vllm_give_the_distribution_of_live_episodes(on_vllm: Any, tmp_path: Path) -> None:
+    truth(tmp_path / "store", *on_vllm, list(PROBLEMS), 2, 4)
