@@ -9,7 +9,7 @@ store is small, so intervals are wide, and what they do not tell is said not to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -34,10 +34,12 @@ from rollouts.trees.stats import (
     split_statistics,
     store_statistics,
 )
+from trim_env.features import schema_named
 from trim_env.tables import decision_tables
 
+PRM = "gsm8k-prm.score"
 LAMS = (1e-4, 2e-4, 4e-4, 6e-4, 9e-4, 1.3e-3, 2e-3, 3e-3)
-PRM_RULE = Rung("threshold", "agg/1")
+PRM_RULE, SMALL_RULE = Rung("threshold", "agg/1"), Rung("threshold", "small.min_logprob")
 RUNGS = (
     *(Rung("threshold", schema) for schema in ("agg/1", *SIGNALS)),
     Rung("two numbers", "agg/1"),
@@ -46,7 +48,7 @@ RUNGS = (
     FREE,
     Rung("oracle", ""),
 )
-SHOWN = (PRM_RULE, FREE, *(Rung("exact", s, "linear") for s in ("free", "all")))
+SHOWN = (PRM_RULE, SMALL_RULE, FREE, *(Rung("exact", s, "linear") for s in ("free", "all")))
 READ = {
     "score": "learned reward model", "small.min_logprob": "small: least log-probability",
     "small.mean_logprob": "small: mean log-probability", "small.max_entropy": "small: greatest entropy",
@@ -149,6 +151,8 @@ def telling(trees: Trees) -> list[str]:
 
     def rows() -> Iterator[Sequence[str]]:
         for name, words in READ.items():
+            if not readable(name, trees.signals):
+                continue
             trees_of = np.flatnonzero(split != "train") if name == "score" else np.arange(len(trees.root))
             inside = np.isin(trees.tree, trees_of)
             values = tables.in_schema(name)[:, 0].astype(float)
@@ -236,7 +240,8 @@ def conclusions(settings: Settings, ground: Ground, found: dict[Rung, Measured],
         return values
 
     over = paired_means(own.returns, constant(own.lams), weights)
-    simple = paired_means(own.returns, found[PRM_RULE].returns, weights)
+    baseline = baseline_of(found)
+    simple = paired_means(own.returns, found[baseline].returns, weights)
     verdicts = [
         f"The large model solves {_interval(gap, '{:+.1f}')} points more than the small one."
         if gap.low > 0 or gap.high < 0
@@ -244,10 +249,15 @@ def conclusions(settings: Settings, ground: Ground, found: dict[Rung, Measured],
         f"Validation names {best.told}. Mean return over the λ: {_interval(over, '{:+.4f}')} above the better constant "
         f"(that validation names for each λ; p = {over.p_value:.2g})"
         + ("." if over.low > 0 else ": nothing gained is not ruled out."),
-        f"Against thresholds on the learned reward model's score: {_interval(simple, '{:+.4f}')}"
+        f"Against {baseline.told}: {_interval(simple, '{:+.4f}')}"
         + ("." if simple.low > 0 or simple.high < 0 else ": no difference is shown."),
     ]
     return [f"{number}. {verdict}" for number, verdict in enumerate(verdicts, 1)]
+
+
+def baseline_of(found: dict[Rung, Measured]) -> Rung:
+    """Return the rule that others are compared with: thresholds on the reward model's score, if there is one."""
+    return PRM_RULE if PRM_RULE in found else SMALL_RULE
 
 
 def better(choosing: References, both: References, lam: float) -> Outcomes:
@@ -258,7 +268,18 @@ def better(choosing: References, both: References, lam: float) -> Outcomes:
 
 def ladder_of(settings: Settings) -> Ladder:
     """Return what is compared."""
-    return Ladder(settings.rollouts, settings.fits, settings.seeds, LAMS, RUNGS, ("decode-only",))
+    there = compile_store(settings.rollouts).signals
+    scores = {"score", "agg", "agg/1", "agg+"} if PRM not in there else set()
+    kept = (rung for rung in RUNGS if rung.kind == "two numbers" or rung.schema not in scores)
+    rungs = tuple(rung for rung in kept if readable(rung.schema, there))
+    return Ladder(settings.rollouts, settings.fits, settings.seeds, LAMS, rungs, ("decode-only",))
+
+
+def readable(schema: str, there: Collection[str]) -> bool:
+    """Return whether a store has all columns of score tables that a schema reads."""
+    if schema == "score":
+        return PRM in there
+    return not schema or set(schema_named(schema).signals) <= set(there)
 
 
 def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measured]]:
@@ -297,12 +318,13 @@ def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measu
         f"{measured}, {len(ground.both.small)} problems. Rules and names as in [the ladder](ladder.md): fitted on the "
         "training trees, thresholds, hulls and the rule that is named chosen on validation, λ = "
         f"{', '.join(f'{lam:g}' for lam in LAMS)}; {settings.seeds} seeds of what is drawn are averaged. p-values: "
-        "sign flips, Holm over the table.",
+        "sign flips, Holm over the table."
+        + ("" if PRM in trees.signals else " `score` is the probability of the least likely token of a proposal."),
         *(["", f"{left} fits were not made."] if left else []),
         "",
         *oracles(ground, weights),
         "",
-        *returns(found, PRM_RULE, weights),
+        *returns(found, baseline_of(found), weights),
         "",
         "Curves, costs in % of always-large's tokens; † only by mixing with always-large:",
         "",
