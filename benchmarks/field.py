@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +31,14 @@ from agents.baselines.methods import (
     Baseline,
     Fitted,
     Fitting,
+    Setting,
     fit_all,
-    of_routers,
 )
 from agents.evaluation.bootstrap import Estimate, curve_band, curve_estimates, holm, paired_means, resample_weights
 from agents.evaluation.curves import CPT_TARGETS, Curve, Method, mixture_at
 from agents.evaluation.oracle import query_oracle, score_oracle, spread_oracle, step_oracle, tree_oracle
 from agents.evaluation.outcomes import Floats, Outcomes
-from agents.evaluation.walk import alone
+from agents.evaluation.walk import alone, run
 from benchmarks.methods import Data, heading, write
 from benchmarks.rivals import RIVALS
 from benchmarks.robustness import LAMS
@@ -56,19 +57,28 @@ SPENT = np.array([0.2])
 
 
 NOTES = {
-    "SpecReason-like": "the large model's look at each step is among scorer calls and dollars, not among its tokens",
+    "SpecReason-like": "pays one large token for the look at each step, and in dollars its prefill",
     "PATS-like": "hysteresis over three modes; PATS itself has one model that draws more or fewer candidates",
 }
 
 
+@cache
+def _charged(tables: DecisionTables, cost: str) -> DecisionTables:
+    """Return the tables with what a method needs besides decoded tokens, where those are what costs."""
+    if cost == tables.cost_model.name or tables.cost_model.name != "decode-only":
+        return tables
+    return decision_tables(tables.trees, indices=tables.indices, cost=cost)
+
+
 def of_rival(name: str) -> Baseline:
     """Return a step-level method of `benchmarks.rivals`."""
-    return Baseline(
-        name,
-        STEP,
-        lambda data: of_routers(RIVALS[name].settings(Data.of(data.train.trees), data.seed)),
-        NOTES.get(name, ""),
-    )
+    rival = RIVALS[name]
+
+    def fit(data: Fitting) -> list[Setting]:
+        routers = rival.settings(Data.of(data.train.trees), data.seed)
+        return [Setting(r.knob.value, lambda tables, r=r: run(r, _charged(tables, rival.cost))) for r in routers]
+
+    return Baseline(name, STEP, fit, NOTES.get(name, ""))
 
 
 STEP_LEVEL = (
