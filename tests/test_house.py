@@ -199,7 +199,8 @@ SERVING += ", agents.serve.playground.page, agents.deploy.policy"
 def test_serving_loads_no_training_stack() -> None:
     """Nor does a router whose prompts are rendered: what `pip install trim-routing` brings is enough."""
     prompts = "from rollouts.family import Family; from rollouts.config import load_family\n"
-    prompts += "family = Family(load_family('tinymath')); family.windows, family.formats['small'].ids('x', ['y'])"
+    prompts += "family = Family(load_family('tinymath')); family.formats['small'].ids('x', ['y'])\n"
+    prompts += "from rollouts.models.hf.load import native_window; assert native_window(family.config.small.model)"
     others = ("pandas", "sympy", "math_verify", "rich", "sklearn")
     assert not loaded(f"{SERVING}\n{prompts}", *HEAVY, *others)
 
@@ -208,7 +209,7 @@ def test_serving_loads_no_training_stack() -> None:
     ("command", "lacking", "extra"),
     [
         (["train.py", "--lam", "1e-3"], "gymnasium", "train"),
-        (["evaluate.py", "runs/none"], "scipy", "train"),
+        (["evaluate.py", "runs/none"], "pyarrow", "train"),
         (["-m", "rollouts", "stats", "quickstart"], "pyarrow", "rollouts"),
         (["-m", "agents", "demo"], "torch", "rollouts"),
     ],

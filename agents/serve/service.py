@@ -68,6 +68,8 @@ class Service:
             ApiError: It cannot be served as it is.
         """
         asked = self.settings(ask.model)
+        if ask.only is not None and not self.config.playground:
+            raise bad_request("`only` is for services that were started with --playground.", "only")
         question, system_prompt, turns = ask.problem()
         lam, budget = ask.lam, ask.budget
         if asked and (lam, budget) != (None, None):

@@ -28,6 +28,7 @@ from rollouts.text.prompts import (
     plain_turns,
 )
 from rollouts.text.splitting import BLANK_LINE, Splitting
+from rollouts.text.tokenizer import model_settings
 from rollouts.text.tokens import Remembered
 
 SHEPHERD_TAG = "\u043a\u0438"  # of Math-Shepherd: two letters that no English text has
@@ -74,8 +75,7 @@ class SkyworkFormat(_Undated):
         self._sealed()
 
     def _head(self, question: str) -> str:
-        begin = self.tokenizer.special_tokens_map.get("bos_token", "")
-        return f"{begin}{self.special.plain(question)}\n"
+        return f"{self.tokenizer.special_tokens_map.get('bos_token', '')}{self.special.plain(question)}\n"
 
     def text(self, question: str, steps: Sequence[str]) -> str:
         """Return the input that scores each of `steps`."""
@@ -265,18 +265,13 @@ def layout_of(model: str, revision: str | None = None) -> str:
     """Return the layout that the configuration of a reward model tells.
 
     Args:
-        model: Folder or hub name; nothing is fetched.
+        model: Folder or hub name.
         revision: Revision on the hub.
 
     Raises:
         ConfigError: It tells none: language models look alike, whatever they were tuned for.
     """
-    from transformers import PreTrainedConfig
-
-    try:
-        found = PreTrainedConfig.get_config_dict(model, revision=revision)[0].get("architectures") or ["unknown"]
-    except (OSError, ValueError):
-        found = ["unknown"]
+    found = model_settings(model, revision).get("architectures") or ["unknown"]
     for architecture in found:
         if architecture in _OF_ARCHITECTURE:
             return _OF_ARCHITECTURE[architecture]

@@ -185,6 +185,15 @@ def model_file(name: str, file: str, revision: str | None = None) -> Path | None
         return None
 
 
+def model_settings(name: str, revision: str | None = None) -> dict[str, Any]:
+    """Return the content of a model's ``config.json``; arguments as of `model_file`. Empty where none can be read."""
+    try:
+        found = json.loads(_text(name, "config.json", revision) or "{}")
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _text(name: str, file: str, revision: str | None) -> str | None:
     found = model_file(name, file, revision)
     return None if found is None else found.read_text(encoding="utf-8")

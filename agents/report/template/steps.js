@@ -30,7 +30,7 @@ function stepItem(step, number) {
   return el("li", { class: `step ${author.className}` },
     el("div", { class: "head" },
       el("span", { class: "author" }, el("b", { "aria-hidden": "true" }, author.letter), `${number}. ${author.name}`),
-      facts(accepted)),
+      facts(accepted), step.aside),
     el("div", { class: "text", dir: "auto" }, accepted.text || "(nothing)"),
     rejected && el("details", { class: "rejected", open: true },
       el("summary", {}, "✗ rejected: the small model's proposal", rejected.text === accepted.text && " (the same text)"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from typing import Any
 
 from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError
-from rollouts.text.tokenizer import model_file
+from rollouts.text.tokenizer import model_settings
 
 PADDED_TOKENS = 16384  # most tokens, padding included, of one forward pass over prompts
 _WINDOWS = (
@@ -110,8 +109,7 @@ def native_window(name: str, revision: str | None = None) -> int | None:
         name: Folder or hub name.
         revision: Revision on the hub.
     """
-    file = model_file(name, "config.json", revision)
-    config = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    config = model_settings(name, revision)
     plain = next((config[key] for key in _TEXT_CONFIGS if isinstance(config.get(key), Mapping)), config)
     if own := _named_window({_WINDOWS[0]: plain.get(_WINDOWS[0])}):
         return own

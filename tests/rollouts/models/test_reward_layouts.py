@@ -22,7 +22,7 @@ from rollouts.scoring.base import score_paths
 from rollouts.scoring.prm import RewardScorer
 from rollouts.text.layouts import reward_layout
 from rollouts.text.prompts import RewardLayout
-from rollouts.text.tokenizer import load_tokenizer
+from rollouts.text.tokenizer import transformers_tokenizer
 from rollouts.tinymath import model_dir
 
 HAVE_VLLM = importlib.util.find_spec("vllm") is not None
@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
         else:
             config = scorer_config(name, model_dir("prm"), backend, system_prompt="")
         assert config.model is not None
-        return config, reward_layout(config, load_tokenizer(config.model.model))
+        return config, reward_layout(config, transformers_tokenizer(config.model.model))
 
     @cache
     def folder(name: str) -> Any:

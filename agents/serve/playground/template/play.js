@@ -111,7 +111,7 @@ class Side {
     const answer = await ask("/v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal });
     for await (const { error, choices, trim } of events(answer)) {
       if (error) throw new Error(error.message);
-      if (trim?.author) this.take(choices[0].delta.content ?? "", trim);
+      if (trim?.author) this.take(choices[0].delta.content ?? choices[0].delta.reasoning_content ?? "", trim);
       else if (trim) this.finish(trim);
       compare();
     }
@@ -130,6 +130,7 @@ class Side {
       author: large ? LARGE : SMALL,
       rejected: known(trim.rejected) ? { text: trim.rejected.trim(), score: trim.score, tokens: trim.tokens } : null,
       note: trim.fallback,
+      aside: [trim.thinking && "thinking", trim.asked && "the router asked"].filter(Boolean).join(", "),
     };
     this.steps.push(step);
     this.tokens += trim.large_tokens ?? 0;
