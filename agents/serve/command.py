@@ -165,10 +165,13 @@ class Server:
             print(f"Serving {self.service.name!r} at {self.url} ({up}).", flush=True)
             if self.service.config.playground:
                 print(f"Playground: {self.url.removesuffix('v1')}", flush=True)
+            if shadow := self.service.config.shadow:
+                print(f"Shadow: the {shadow} model answers, the policy decides beside it.", flush=True)
             if any(prompts.dated for prompts in self.models.family.formats.values()):
                 print(f"Chat templates print the date {self.models.family.date}, until it ends.", flush=True)
             await self._listener.serve(sockets=[self._listening])
         finally:
+            await self.service.close()
             await self.models.close()
 
     def stop(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import tyro
+from pydantic import Field
 
 from rollouts.config import Count, Imports, NotNegative, Positive, settings
 
@@ -33,6 +34,9 @@ class ServeConfig:
             end the request.
         otherwise: Who answers requests that cannot be routed (tools, JSON modes, images, several answers): small or
             large, to whom they are passed on as they are, or error.
+        shadow: One model that writes all answers, small or large, while the policy decides beside it what it would have
+            done, which metrics and ``trim.shadow`` tell; left out, the policy decides.
+        shadow_share: Share of the requests beside which it does; with large it costs what the policy's answers would.
         upstream_timeout: Longest time of one upstream request, seconds.
         request_timeout: Longest time of one request, seconds; what was accepted until then is the answer.
         drain_seconds: Longest time that requests under way have after SIGTERM; what is cut then ends with an error.
@@ -63,6 +67,8 @@ class ServeConfig:
     when_scorer_fails: Fallback = "small"
     when_small_fails: Literal["large", "error"] = "large"
     otherwise: Fallback = "error"
+    shadow: Literal["small", "large"] | None = None
+    shadow_share: Annotated[float, Field(ge=0, le=1)] = 1.0
     upstream_timeout: Positive = 30.0
     request_timeout: Positive = 300.0
     drain_seconds: NotNegative = 10.0

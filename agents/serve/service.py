@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import random
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,11 +18,13 @@ from agents.serve.config import ServeConfig
 from agents.serve.metrics import Metrics
 from agents.serve.models import Models, Task
 from agents.serve.route import ENDING, Route, RouteFailed, Written
+from agents.serve.shadow import Shadow
 from agents.serve.stops import StopText
 from rollouts.config import GeneratorConfig, Sampling
 from rollouts.errors import ConfigError
 from rollouts.text.steps import LARGE, ROLES, SMALL
 
+_log = logging.getLogger("trim.serve")
 _BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)  # shares of always-large's cost that the model list names
 _SHORT = 2000  # characters that are tokenised in a few milliseconds
 CLIENT_GONE = 499
@@ -54,6 +58,7 @@ class Service:
         self.since = int(time.time())
         self.draining, self.over, self.cut = False, False, 0
         self._routes: set[Route | Cut] = set()
+        self._shadows: set[asyncio.Task[None]] = set()
         try:
             policy.session(config.lam, config.budget)
         except ConfigError as error:
@@ -109,9 +114,13 @@ class Service:
             )
         task, prompt_tokens = rendered
         fallbacks = self.config.when_scorer_fails, self.config.when_small_fails
-        route = Route(task, session, *fallbacks, self.models.sources, ask.only)
+        route = Route(task, session, *fallbacks, self.models.sources, ask.only or self.config.shadow)
         route.stops = StopText(ask.stop or ())
         route.ledger.prompt_tokens = prompt_tokens
+        if self.config.shadow and not ask.only and random.random() < self.config.shadow_share:
+            shadow = Shadow(task, session, *fallbacks, self.models.sources, served=route, traced=bool(ask.trace))
+            shadow.stops = StopText(ask.stop or ())
+            route.shadow = shadow
         return route
 
     def _by_chat(self, sampling: Sampling, system_prompt: str | None) -> GeneratorConfig | None:
@@ -189,13 +198,20 @@ class Service:
         began = now = time.monotonic()
         waited = ledger.waited
         deadline = asyncio.get_running_loop().time() + self.config.request_timeout
+        shadowing = self._beside(route, deadline)
         try:
             async with aclosing(route.steps(self.models, deadline)) as steps:
                 async for written in steps:
                     overhead = time.monotonic() - now - (ledger.waited - waited)
                     metrics.step(written.author, written.escalated, written.fallback is not None, overhead)
+                    if shadowing:
+                        shadowing[0].news.set()
                     yield written
                     now, waited = time.monotonic(), ledger.waited
+            if shadowing:
+                shadowing[0].news.set()
+                if ask.trace:  # whoever asks what was decided waits for it
+                    await asyncio.wait({shadowing[1]})
             status, share = 200, route.large_token_share
         except RouteFailed as error:
             status = error.status
@@ -207,9 +223,43 @@ class Service:
             raise
         finally:
             self._routes.discard(route)
+            if shadowing and status != 200:
+                shadowing[1].cancel()
             if route.source is not None:
                 metrics.asked(route.source, route.questions.requests, route.questions.prompt_tokens)
             metrics.ended(str(status), time.monotonic() - began, route.usage(), share)
+
+    def _beside(self, route: Route, deadline: float) -> tuple[Shadow, asyncio.Task[None]] | None:
+        """Begin the shadow of a route, if it has one and there are not too many."""
+        if not isinstance(shadow := route.shadow, Shadow):
+            return None
+        if len(self._shadows) >= self.config.max_concurrent:
+            self.metrics.shadows.labels("dropped").inc()
+            route.shadow = None
+            return None
+        task = asyncio.create_task(self._watch(shadow, deadline))
+        self._shadows.add(task)
+        task.add_done_callback(self._shadows.discard)
+        return shadow, task
+
+    async def _watch(self, shadow: Shadow, deadline: float) -> None:
+        """Let a shadow decide, and count it."""
+        try:
+            await shadow.run(self.models, deadline)
+            self.metrics.shadowed(shadow.same_answer, shadow.decided())
+        except Exception:
+            _log.exception("a shadow failed")
+            self.metrics.shadows.labels("failed").inc()
+        finally:
+            self.metrics.spent({role: asdict(spent) for role, spent in shadow.ledger.roles.items()}, kept=False)
+            if shadow.source is not None:
+                self.metrics.asked(shadow.source, shadow.questions.requests, shadow.questions.prompt_tokens)
+
+    async def close(self) -> None:
+        """End what goes on beside requests."""
+        for task in (shadows := tuple(self._shadows)):
+            task.cancel()
+        await asyncio.gather(*shadows, return_exceptions=True)
 
     @contextmanager
     def passing(self, role: str, cut: Cut) -> Iterator[Callable[[int], None]]:
@@ -257,6 +307,8 @@ class Service:
         self.cut += len(self._routes)
         for route in self._routes:
             route.cut()
+        for task in self._shadows:
+            task.cancel()
 
     def health(self) -> dict[str, Any]:
         """Return which upstreams answer, as far as is known; nobody is asked."""
