@@ -212,6 +212,7 @@ def test_serving_loads_no_training_stack() -> None:
         (["evaluate.py", "runs/none"], "pyarrow", "train"),
         (["-m", "rollouts", "stats", "quickstart"], "pyarrow", "rollouts"),
         (["-m", "agents", "demo"], "torch", "rollouts"),
+        (["-m", "agents", "serve", "--policy", "none", "--record", "none"], "pyarrow", "rollouts"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(

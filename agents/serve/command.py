@@ -12,7 +12,7 @@ from typing import Any
 
 from agents.serve.config import ServeConfig
 from rollouts.config import FamilyConfig, ModelConfig, load_family, parse_family
-from rollouts.errors import ConfigError
+from rollouts.errors import ConfigError, require
 from rollouts.plugins import import_module
 from rollouts.text.splitting import BLANK_LINE
 
@@ -127,6 +127,8 @@ class Server:
         from agents.serve.service import Service
         from agents.serve.sources import sources_of
 
+        if config.record:
+            require("rollouts", "pyarrow")
         for module in config.imports:
             import_module(module)
         policy = agents.load(config.policy, allow_old=config.allow_old)
@@ -135,7 +137,13 @@ class Server:
         family = family_of(config, policy.about, scorer=sources.scorer)
         self.models = Models(family, config.upstream_timeout, metrics, sources)
         _check_origin(config, self.models.family, policy)
-        self.service = Service(policy, self.models, metrics, config)
+        recorder = None
+        if config.record:
+            from agents.serve.recording import recorder_of  # needs pyarrow, serving does not
+
+            cap = policy.max_escalations
+            recorder = recorder_of(config.record, self.models.family, metrics, cap, config.redact)
+        self.service = Service(policy, self.models, metrics, config, recorder)
         key = _key(config.api_key_env)
         app = build(self.service, key, config.max_body_bytes, config.cors_origins)
         if config.playground:
@@ -167,6 +175,8 @@ class Server:
                 print(f"Playground: {self.url.removesuffix('v1')}", flush=True)
             if shadow := self.service.config.shadow:
                 print(f"Shadow: the {shadow} model answers, the policy decides beside it.", flush=True)
+            if self.service.config.record:
+                print(f"Requests are recorded in {self.service.config.record}.", flush=True)
             if any(prompts.dated for prompts in self.models.family.formats.values()):
                 print(f"Chat templates print the date {self.models.family.date}, until it ends.", flush=True)
             await self._listener.serve(sockets=[self._listening])

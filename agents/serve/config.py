@@ -8,6 +8,7 @@ import tyro
 from pydantic import Field
 
 from rollouts.config import Count, Imports, NotNegative, Positive, settings
+from rollouts.errors import ConfigError
 
 Fallback = Literal["small", "large", "error"]
 """Who writes a step whose proposal cannot be scored; ``error`` ends the request."""
@@ -37,6 +38,9 @@ class ServeConfig:
         shadow: One model that writes all answers, small or large, while the policy decides beside it what it would have
             done, which metrics and ``trim.shadow`` tell; left out, the policy decides.
         shadow_share: Share of the requests beside which it does; with large it costs what the policy's answers would.
+        record: Folder of a rollout store that requests are written to, texts and all; left out, nothing is kept.
+        redact: ``module:object`` that is called with every text before it is recorded; returns what is written instead,
+            or None for a request that is not to be recorded.
         upstream_timeout: Longest time of one upstream request, seconds.
         request_timeout: Longest time of one request, seconds; what was accepted until then is the answer.
         drain_seconds: Longest time that requests under way have after SIGTERM; what is cut then ends with an error.
@@ -69,6 +73,8 @@ class ServeConfig:
     otherwise: Fallback = "error"
     shadow: Literal["small", "large"] | None = None
     shadow_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    record: str | None = None
+    redact: str | None = None
     upstream_timeout: Positive = 30.0
     request_timeout: Positive = 300.0
     drain_seconds: NotNegative = 10.0
@@ -83,3 +89,8 @@ class ServeConfig:
     other_models: bool = False
     access_log: bool = False
     playground: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what constraints of single values cannot say."""
+        if self.redact and not self.record:
+            raise ConfigError("--redact is about what is recorded: give --record DIR, too.")

@@ -47,6 +47,10 @@ class Metrics:
         words = "Steps of these by who would have written them, and whether that is exact or an estimate."
         self.shadow_steps = counter("trim_shadow_steps", words, ["author", "known"])
         self.shadow_tokens = counter("trim_shadow_tokens", "Tokens of these steps, likewise.", ["author", "known"])
+        words = (
+            "Requests by what became of their record (--record): kept, of another process than the rollouts' (other), "
+        )
+        self.recorded = counter("trim_recorded", words + "left out by --redact (redacted), dropped, failed.", ["what"])
         words = "Share of an answer's tokens that the large model wrote."
         self.share = histogram("trim_large_token_share", words, buckets=_SHARES)
         words = "Time of a step that was not waiting for upstreams."

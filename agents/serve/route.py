@@ -25,6 +25,7 @@ from rollouts.trees.arrays import ASK, CONTINUE_SMALL, ESCALATE_LARGE
 from rollouts.trees.columns import facts_of
 from trim_env.features import schema_named
 
+_CUT_OFF = (StopReason.LENGTH, StopReason.FORCED)
 ENDING = "The service is shutting down."
 
 
@@ -60,6 +61,7 @@ class Written:
         step: Number, from 1.
         author: ``small`` or ``large``.
         action: What the policy decided: 0 continue, 1 escalate; None if it was not asked, or asked in vain.
+        chance: Its probability of escalating.
         asked: Whether the policy asked for what it buys (`agents.routers.asking.Asking`); None if it buys nothing.
         score: Score of the small model's proposal; None if there is none, or not yet.
         tokens: Tokens of the proposal; None if there was none.
@@ -77,6 +79,7 @@ class Written:
     step: int
     author: str
     action: int | None = None
+    chance: float | None = None
     asked: bool | None = None
     score: float | None = None
     tokens: int | None
@@ -136,6 +139,7 @@ class Route:
         questions: What of it went into questions of the policy that were answered.
         written: The accepted steps, and how they came about.
         accepted: The same as their author wrote them.
+        drawn: Whole steps that a model wrote, accepted or not: the place that each was written for, and its author.
         used: Their tokens.
         stops: The request's stop texts.
         said: What of each accepted step is given to the client once the step is there.
@@ -154,6 +158,7 @@ class Route:
     questions: Spent = field(default_factory=Spent)
     written: list[Written] = field(default_factory=list)
     accepted: list[Step] = field(default_factory=list)
+    drawn: list[tuple[int, str, Step]] = field(default_factory=list)
     used: int = 0
     stops: StopText = field(default_factory=StopText)
     said: list[str] = field(default_factory=list)
@@ -241,7 +246,10 @@ class Route:
 
     async def _write(self, models: Models, role: str, most: int | None = None) -> Step:
         """Return a model's next step, of at most so many tokens."""
-        return await models.step(role, self.task, self._texts, self.used, self.ledger, most=most)
+        step = await models.step(role, self.task, self._texts, self.used, self.ledger, most=most)
+        if most is None or step.tokens < most or step.stop_reason not in _CUT_OFF:
+            self.drawn.append((len(self.written), role, step))
+        return step
 
     async def _next(self, models: Models) -> tuple[Step, Written]:
         """Return the next accepted step, and how it came about."""
@@ -272,7 +280,14 @@ class Route:
                 return await self._without_scorer(models, proposal, fault, **known)
             late += self._late(scores[:-1])
             action = self.session.decide(**answer)
-        common = {"action": action, "asked": asked, "proposal": proposal, "score": scores[-1], "late_scores": late}
+        common = {
+            "action": action,
+            "chance": self.session.chance,
+            "asked": asked,
+            "proposal": proposal,
+            "score": scores[-1],
+            "late_scores": late,
+        }
         if action == CONTINUE_SMALL:
             self.session.accept()
             return proposal, self._note(proposal, SMALL, **common)
@@ -384,8 +399,7 @@ class Route:
         if most == 0:
             return None, False
         step = await self._write(models, LARGE, most)
-        cut_off = step.stop_reason in (StopReason.LENGTH, StopReason.FORCED)
-        return step, most is None or step.tokens < most or not cut_off
+        return step, self.drawn[-1:] == [(len(self.written), LARGE, step)]
 
     def _most(self) -> int | None:
         """Return the most tokens that the large model may decode now; None without a cap.

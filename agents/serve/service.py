@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from agents.deploy.policy import Policy
 from agents.serve.api import ApiError, ChatRequest, bad_request
@@ -23,6 +23,9 @@ from agents.serve.stops import StopText
 from rollouts.config import GeneratorConfig, Sampling
 from rollouts.errors import ConfigError
 from rollouts.text.steps import LARGE, ROLES, SMALL
+
+if TYPE_CHECKING:
+    from agents.serve.recording import Recorder
 
 _log = logging.getLogger("trim.serve")
 _BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)  # shares of always-large's cost that the model list names
@@ -47,13 +50,16 @@ class Service:
         cut: Requests that were ended before they were answered.
     """
 
-    def __init__(self, policy: Policy, models: Models, metrics: Metrics, config: ServeConfig) -> None:
+    def __init__(
+        self, policy: Policy, models: Models, metrics: Metrics, config: ServeConfig, recorder: Recorder | None = None
+    ) -> None:
         """Check that requests without a setting of their own can be served.
 
         Raises:
             ConfigError: λ or budget of the settings are none that the policy takes.
         """
         self.policy, self.models, self.metrics, self.config = policy, models, metrics, config
+        self._recorder = recorder
         self.name = config.name or policy.name
         self.since = int(time.time())
         self.draining, self.over, self.cut = False, False, 0
@@ -198,7 +204,7 @@ class Service:
         began = now = time.monotonic()
         waited = ledger.waited
         deadline = asyncio.get_running_loop().time() + self.config.request_timeout
-        shadowing = self._beside(route, deadline)
+        shadowing = self._beside(ask, route, deadline)
         try:
             async with aclosing(route.steps(self.models, deadline)) as steps:
                 async for written in steps:
@@ -225,11 +231,13 @@ class Service:
             self._routes.discard(route)
             if shadowing and status != 200:
                 shadowing[1].cancel()
+            if not shadowing:
+                self._record(ask, route)
             if route.source is not None:
                 metrics.asked(route.source, route.questions.requests, route.questions.prompt_tokens)
             metrics.ended(str(status), time.monotonic() - began, route.usage(), share)
 
-    def _beside(self, route: Route, deadline: float) -> tuple[Shadow, asyncio.Task[None]] | None:
+    def _beside(self, ask: ChatRequest, route: Route, deadline: float) -> tuple[Shadow, asyncio.Task[None]] | None:
         """Begin the shadow of a route, if it has one and there are not too many."""
         if not isinstance(shadow := route.shadow, Shadow):
             return None
@@ -240,6 +248,7 @@ class Service:
         task = asyncio.create_task(self._watch(shadow, deadline))
         self._shadows.add(task)
         task.add_done_callback(self._shadows.discard)
+        task.add_done_callback(lambda _: self._record(ask, shadow, route))
         return shadow, task
 
     async def _watch(self, shadow: Shadow, deadline: float) -> None:
@@ -255,11 +264,26 @@ class Service:
             if shadow.source is not None:
                 self.metrics.asked(shadow.source, shadow.questions.requests, shadow.questions.prompt_tokens)
 
+    def _record(self, ask: ChatRequest, *routes: Route) -> None:
+        """Hand what was drawn for a request to the recorder, if there is one, and if it is of the rollouts' process."""
+        if self._recorder is None or not any(route.drawn for route in routes):
+            return
+        task, own, limits = routes[0].task, self.models.family.config, self.models.limits
+        usual = all(task.sampling[role] == own.generator(role).sampling for role in ROLES) and task.limits == limits
+        if not usual or task.turns or ask.chat_template_kwargs or ask.problem()[1] is not None:
+            self.metrics.recorded.labels("other").inc()
+            return
+        told = (ask.model_extra or {}).get("metadata")
+        answer = told.get("answer") if isinstance(told, dict) else None
+        self._recorder.take(routes, answer if isinstance(answer, str) else "")
+
     async def close(self) -> None:
-        """End what goes on beside requests."""
+        """End what goes on beside requests, and write what is recorded."""
         for task in (shadows := tuple(self._shadows)):
             task.cancel()
         await asyncio.gather(*shadows, return_exceptions=True)
+        if self._recorder is not None:
+            await asyncio.to_thread(self._recorder.close)
 
     @contextmanager
     def passing(self, role: str, cut: Cut) -> Iterator[Callable[[int], None]]:

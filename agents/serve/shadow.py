@@ -68,7 +68,9 @@ class Shadow(Route):
                 raise _NothingMore
             await self.news.wait()
             self.news.clear()
-        return self.served.accepted[place]
+        step = self.served.accepted[place]
+        self.drawn.append((place, str(self.served.only), step))
+        return step
 
     @property
     def complete(self) -> bool:
