@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "agents.report": TREES | {"trim_env", "agents.routers", "agents.evaluation"},
     "agents.deploy": TREES | {"trim_env", "agents.escape", "agents.routers", "agents.tracking"},
     "agents.serve": TREES
-    | {"rollouts.family", "trim_env", "agents", "agents.routers", "agents.deploy", "agents.report"},
+    | {"rollouts.family", "trim_env", "agents", "agents.escape", "agents.routers", "agents.deploy", "agents.report"},
     "agents.demo": TREES | {"rollouts.family", "agents.serve"},
     "agents.__main__": {"rollouts.errors", "agents.escape"},
     "train": {

@@ -69,7 +69,7 @@ def build(
         """Solve a problem step by step, each step by the model that the policy chooses."""
         content = await raw.body()
         if _is_json(raw) and service.config.otherwise != "error" and (found := api.beyond_routing(content)):
-            service.settings(found[0].get("model"))
+            service.policies.named(found[0].get("model"))
             passed = Passed(service, service.config.otherwise, *found)
             return await _unless_gone(raw, passed.answer())
         try:
@@ -95,11 +95,10 @@ def build(
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [service.card(name) for name in service.names()]}
+        return {"object": "list", "data": [service.card(name) for name in service.policies.names()]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        service.settings(name)
         return service.card(name)
 
     @app.get("/health")

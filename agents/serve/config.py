@@ -20,6 +20,9 @@ class ServeConfig:
 
     Attributes:
         policy: Folder of the policy: an exported artefact, or ``lam-*/policy`` of a run.
+        also: NAME=DIR, another policy for the same models, asked for by that name; may be repeated.
+        ab: NAME=SHARE, share of the requests that name no model, or the first, that another policy gets, by a hash of
+            their text; may be repeated.
         small: Base URL of the small model's server, http://host:8001/v1; default: the models file's.
         large: Base URL of the large model's server; likewise.
         prm: Base URL of the reward model's server; likewise.
@@ -59,6 +62,8 @@ class ServeConfig:
     """
 
     policy: str
+    also: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    ab: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     small: str | None = None
     large: str | None = None
     prm: str | None = None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from rollouts.text.steps import LARGE, ROLES, SMALL
+
+if TYPE_CHECKING:
+    from agents.serve.models import Spent
 
 SCORER = "scorer"
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -47,6 +50,11 @@ class Metrics:
         words = "Steps of these by who would have written them, and whether that is exact or an estimate."
         self.shadow_steps = counter("trim_shadow_steps", words, ["author", "known"])
         self.shadow_tokens = counter("trim_shadow_tokens", "Tokens of these steps, likewise.", ["author", "known"])
+        words = "Requests by policy, where there are several (--also), and HTTP status."
+        self.policies = counter("trim_policy_requests", words, ["policy", "status"])
+        words = "Tokens of these, as trim_tokens has them."
+        self.policy_tokens = counter("trim_policy_tokens", words, ["policy", "model", "kind"])
+        self.reloads = counter("trim_reloads", "Times that policies were read again, or kept as they were.", ["result"])
         words = (
             "Requests by what became of their record (--record): kept, of another process than the rollouts' (other), "
         )
@@ -102,6 +110,13 @@ class Metrics:
         self.spent(usage["models"])
         if share is not None:
             self.share.observe(share)
+
+    def decided(self, policy: str, status: str, roles: Mapping[str, Spent]) -> None:
+        """Count a request of one of several policies, and what it has spent."""
+        self.policies.labels(policy, status).inc()
+        for model, spent in roles.items():
+            self.policy_tokens.labels(policy, model, "prompt").inc(spent.prompt_tokens)
+            self.policy_tokens.labels(policy, model, "completion").inc(spent.completion_tokens)
 
     def spent(self, models: Mapping[str, Mapping[str, int]], *, kept: bool = True) -> None:
         """Count tokens by model; those of a shadow are in no answer (not `kept`)."""

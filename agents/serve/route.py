@@ -135,6 +135,7 @@ class Route:
         when_small_fails: Whether the large model writes steps without a proposal, or the request ends.
         sources: What the policy reads, and from where.
         only: The model that writes all steps, without proposals, scores and decisions; None: the policy decides.
+        policy: Name of the policy.
         ledger: What it has spent.
         questions: What of it went into questions of the policy that were answered.
         written: The accepted steps, and how they came about.
@@ -154,6 +155,7 @@ class Route:
     when_small_fails: Literal["large", "error"] = "large"
     sources: Sources = Sources()
     only: Literal["small", "large"] | None = None
+    policy: str = ""
     ledger: Ledger = field(default_factory=Ledger)
     questions: Spent = field(default_factory=Spent)
     written: list[Written] = field(default_factory=list)
@@ -544,6 +546,7 @@ class Route:
             "ended": self.ended,
             "answer": final_answer(self.text),
             **({"thinking": self._thought} if self.task.splitting.thinks else {}),
+            **({"policy": self.policy} if self.policy else {}),
             "knob": {"name": self.session.knob.name, "value": self.session.knob.value},
             **({} if self.shadow is None else {"shadow": self.shadow.report()}),
         }
