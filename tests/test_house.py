@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "agents.report": TREES | {"trim_env", "agents.routers", "agents.evaluation"},
     "agents.deploy": TREES | {"trim_env", "agents.escape", "agents.routers", "agents.tracking"},
     "agents.serve": TREES
-    | {"rollouts.family", "trim_env", "agents", "agents.routers", "agents.deploy", "agents.report"},
+    | {"rollouts.family", "trim_env", "agents", "agents.escape", "agents.routers", "agents.deploy", "agents.report"},
     "agents.demo": TREES | {"rollouts.family", "agents.serve"},
     "agents.__main__": {"rollouts.errors", "agents.escape"},
     "train": {
@@ -212,6 +212,7 @@ def test_serving_loads_no_training_stack() -> None:
         (["evaluate.py", "runs/none"], "pyarrow", "train"),
         (["-m", "rollouts", "stats", "quickstart"], "pyarrow", "rollouts"),
         (["-m", "agents", "demo"], "torch", "rollouts"),
+        (["-m", "agents", "serve", "--policy", "none", "--record", "none"], "pyarrow", "rollouts"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(

@@ -33,6 +33,7 @@ class Session:
         escalations: Steps that the large model wrote.
         large_tokens: Tokens that it decoded.
         ended: Whether the solution is complete: a terminal step was accepted, or `max_steps` steps.
+        chance: Probability of escalating in the last decision; None before the first.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Session:
         self._state = router.start(1) if isinstance(router, StatefulRouter) else None
         self._proposal: dict[str, float] | None = None
         self._action, self._told = CONTINUE_SMALL, False
+        self.chance: float | None = None
 
     @property
     def large_tokens_left(self) -> int | None:
@@ -186,6 +188,7 @@ class Session:
         if chance == ASK:
             self._action = ASK
             return ASK
+        self.chance = chance if self._may_escalate() else 0.0
         escalate = chance > 0 and (chance >= 1 or self._draw() < chance)
         self._action = ESCALATE_LARGE if escalate and self._may_escalate() else CONTINUE_SMALL
         return self._action

@@ -20,6 +20,7 @@ from agents.serve.guard import Guard, refusal
 from agents.serve.passing import Passed
 from agents.serve.route import Route, Written
 from agents.serve.service import CLIENT_GONE, Service
+from agents.serve.shadow import MARK as SHADOW
 
 T = TypeVar("T")
 _log = logging.getLogger("trim.serve")
@@ -68,7 +69,7 @@ def build(
         """Solve a problem step by step, each step by the model that the policy chooses."""
         content = await raw.body()
         if _is_json(raw) and service.config.otherwise != "error" and (found := api.beyond_routing(content)):
-            service.settings(found[0].get("model"))
+            service.policies.named(found[0].get("model"))
             passed = Passed(service, service.config.otherwise, *found)
             return await _unless_gone(raw, passed.answer())
         try:
@@ -78,26 +79,26 @@ def build(
             count(_CHAT, error.status)
             raise
         steps = service.steps(route, ask)
+        headers = {SHADOW: str(route.only)} if service.config.shadow else {}
         if ask.stream:  # answered once the first step is there: until then an error can still have a status of its own
             first = await _unless_gone(raw, anext(steps))
             return StreamingResponse(
                 _events(Chunks(ask.model or service.name, ask), route, first, steps),
                 media_type="text/event-stream",
-                headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+                headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
                 background=BackgroundTask(steps.aclose),  # if the client left between two of them
             )
         await _unless_gone(raw, _exhaust(steps))
         trim = route.summary(trace=bool(ask.trace))
         told = route.finish_reason, route.usage(), trim, route.stops.matched, route.reasoning
-        return JSONResponse(api.completion(ask.model or service.name, route.text, *told))
+        return JSONResponse(api.completion(ask.model or service.name, route.text, *told), headers=headers)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [service.card(name) for name in service.names()]}
+        return {"object": "list", "data": [service.card(name) for name in service.policies.names()]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        service.settings(name)
         return service.card(name)
 
     @app.get("/health")

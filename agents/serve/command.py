@@ -6,13 +6,16 @@ import asyncio
 import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
+from agents.escape import terminal
 from agents.serve.config import ServeConfig
 from rollouts.config import FamilyConfig, ModelConfig, load_family, parse_family
-from rollouts.errors import ConfigError
+from rollouts.errors import ConfigError, TrimError, require
 from rollouts.plugins import import_module
 from rollouts.text.splitting import BLANK_LINE
 
@@ -118,24 +121,31 @@ class Server:
         Raises:
             TrimError: Policy or models cannot be used, or the port is taken; the message says what to do.
         """
-        import agents
         from agents.serve.app import build
         from agents.serve.listen import Listener, address, listen
         from agents.serve.metrics import Metrics
         from agents.serve.models import Models
         from agents.serve.playground.page import add_playground
+        from agents.serve.policies import Policies
         from agents.serve.service import Service
-        from agents.serve.sources import sources_of
 
+        if config.record:
+            require("rollouts", "pyarrow")
         for module in config.imports:
             import_module(module)
-        policy = agents.load(config.policy, allow_old=config.allow_old)
-        metrics = Metrics()
-        sources = sources_of(policy)
+        policies, metrics = Policies.load(config), Metrics()
+        policy, sources = policies.first, policies.read
         family = family_of(config, policy.about, scorer=sources.scorer)
         self.models = Models(family, config.upstream_timeout, metrics, sources)
-        _check_origin(config, self.models.family, policy)
-        self.service = Service(policy, self.models, metrics, config)
+        for each in policies.each.values():
+            _check_origin(config, self.models.family, each)
+        recorder = None
+        if config.record:
+            from agents.serve.recording import recorder_of  # needs pyarrow, serving does not
+
+            cap = policy.max_escalations
+            recorder = recorder_of(config.record, self.models.family, metrics, cap, config.redact)
+        self.service = Service(policies, self.models, metrics, config, recorder)
         key = _key(config.api_key_env)
         app = build(self.service, key, config.max_body_bytes, config.cors_origins)
         if config.playground:
@@ -159,17 +169,49 @@ class Server:
             self._listening.close()
 
     async def _serve(self) -> None:
+        with suppress(ValueError, RuntimeError, AttributeError):  # in another thread, or where there is no such signal
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, loop.run_in_executor, None, self.reload)
         try:
             await self.models.start()
             up = ", ".join(f"{role} {'up' if each.up else 'DOWN'}" for role, each in self.models.upstreams.items())
             print(f"Serving {self.service.name!r} at {self.url} ({up}).", flush=True)
             if self.service.config.playground:
                 print(f"Playground: {self.url.removesuffix('v1')}", flush=True)
+            if shadow := self.service.config.shadow:
+                print(f"Shadow: the {shadow} model answers, the policy decides beside it.", flush=True)
+            if self.service.config.record:
+                print(f"Requests are recorded in {self.service.config.record}.", flush=True)
             if any(prompts.dated for prompts in self.models.family.formats.values()):
                 print(f"Chat templates print the date {self.models.family.date}, until it ends.", flush=True)
             await self._listener.serve(sockets=[self._listening])
         finally:
+            await self.service.close()
             await self.models.close()
+
+    def reload(self) -> bool:
+        """Read the policies again, for requests that begin from now on, and return True.
+
+        If one cannot be used, all stay as they were; the log says why.
+        """
+        from agents.serve.policies import Policies
+
+        try:
+            found = Policies.load(self.service.config)
+            for each in found.each.values():
+                _check_origin(self.service.config, self.models.family, each)
+            if list(found.each) != list(self.service.policies.each):
+                raise ConfigError("the policy calls itself otherwise now: give it a --name, or start anew.")
+            if not self.service.policies.covers(found):
+                raise ConfigError("it reads what the servers were not asked for at the start: start anew.")
+        except (TrimError, OSError) as error:
+            self.service.metrics.reloads.labels("kept").inc()
+            _log.error("Policies were not reloaded, the old ones are kept: %s", terminal(error))
+            return False
+        self.service.policies = found
+        self.service.metrics.reloads.labels("read").inc()
+        _log.warning("Policies were reloaded: %s.", ", ".join(found.each))
+        return True
 
     def stop(self) -> None:
         """End serving once the requests under way are answered; from any thread."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import tyro
+from pydantic import Field
 
 from rollouts.config import Count, Imports, NotNegative, Positive, settings
+from rollouts.errors import ConfigError
 
 Fallback = Literal["small", "large", "error"]
 """Who writes a step whose proposal cannot be scored; ``error`` ends the request."""
@@ -18,6 +20,9 @@ class ServeConfig:
 
     Attributes:
         policy: Folder of the policy: an exported artefact, or ``lam-*/policy`` of a run.
+        also: NAME=DIR, another policy for the same models, asked for by that name; may be repeated.
+        ab: NAME=SHARE, share of the requests that name no model, or the first, that another policy gets, by a hash of
+            their text; may be repeated.
         small: Base URL of the small model's server, http://host:8001/v1; default: the models file's.
         large: Base URL of the large model's server; likewise.
         prm: Base URL of the reward model's server; likewise.
@@ -33,6 +38,12 @@ class ServeConfig:
             end the request.
         otherwise: Who answers requests that cannot be routed (tools, JSON modes, images, several answers): small or
             large, to whom they are passed on as they are, or error.
+        shadow: One model that writes all answers, small or large, while the policy decides beside it what it would have
+            done, which metrics and ``trim.shadow`` tell; left out, the policy decides.
+        shadow_share: Share of the requests beside which it does; with large it costs what the policy's answers would.
+        record: Folder of a rollout store that requests are written to, texts and all; left out, nothing is kept.
+        redact: ``module:object`` that is called with every text before it is recorded; returns what is written instead,
+            or None for a request that is not to be recorded.
         upstream_timeout: Longest time of one upstream request, seconds.
         request_timeout: Longest time of one request, seconds; what was accepted until then is the answer.
         drain_seconds: Longest time that requests under way have after SIGTERM; what is cut then ends with an error.
@@ -51,6 +62,8 @@ class ServeConfig:
     """
 
     policy: str
+    also: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    ab: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     small: str | None = None
     large: str | None = None
     prm: str | None = None
@@ -63,6 +76,10 @@ class ServeConfig:
     when_scorer_fails: Fallback = "small"
     when_small_fails: Literal["large", "error"] = "large"
     otherwise: Fallback = "error"
+    shadow: Literal["small", "large"] | None = None
+    shadow_share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    record: str | None = None
+    redact: str | None = None
     upstream_timeout: Positive = 30.0
     request_timeout: Positive = 300.0
     drain_seconds: NotNegative = 10.0
@@ -77,3 +94,8 @@ class ServeConfig:
     other_models: bool = False
     access_log: bool = False
     playground: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what constraints of single values cannot say."""
+        if self.redact and not self.record:
+            raise ConfigError("--redact is about what is recorded: give --record DIR, too.")

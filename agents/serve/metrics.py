@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from rollouts.text.steps import LARGE, ROLES, SMALL
+
+if TYPE_CHECKING:
+    from agents.serve.models import Spent
 
 SCORER = "scorer"
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -41,6 +45,20 @@ class Metrics:
         self.questions = counter("trim_questions", words, ["model"])
         words = "Tokens that were read for these answers; trim_tokens counts them, too."
         self.question_tokens = counter("trim_question_tokens", words, ["model"])
+        words = "Requests that one model answered alone, by whether the policy's answer would be the same (--shadow)."
+        self.shadows = counter("trim_shadows", words, ["answer"])
+        words = "Steps of these by who would have written them, and whether that is exact or an estimate."
+        self.shadow_steps = counter("trim_shadow_steps", words, ["author", "known"])
+        self.shadow_tokens = counter("trim_shadow_tokens", "Tokens of these steps, likewise.", ["author", "known"])
+        words = "Requests by policy, where there are several (--also), and HTTP status."
+        self.policies = counter("trim_policy_requests", words, ["policy", "status"])
+        words = "Tokens of these, as trim_tokens has them."
+        self.policy_tokens = counter("trim_policy_tokens", words, ["policy", "model", "kind"])
+        self.reloads = counter("trim_reloads", "Times that policies were read again, or kept as they were.", ["result"])
+        words = (
+            "Requests by what became of their record (--record): kept, of another process than the rollouts' (other), "
+        )
+        self.recorded = counter("trim_recorded", words + "left out by --redact (redacted), dropped, failed.", ["what"])
         words = "Share of an answer's tokens that the large model wrote."
         self.share = histogram("trim_large_token_share", words, buckets=_SHARES)
         words = "Time of a step that was not waiting for upstreams."
@@ -89,11 +107,30 @@ class Metrics:
         self.in_flight.set(self.under_way)
         self.requests.labels(status).inc()
         self.seconds.observe(seconds)
-        for model, spent in usage["models"].items():
-            for kind in ("prompt", "completion", "discarded", "aborted"):
-                self.tokens.labels(model, kind).inc(spent.get(f"{kind}_tokens", 0))
+        self.spent(usage["models"])
         if share is not None:
             self.share.observe(share)
+
+    def decided(self, policy: str, status: str, roles: Mapping[str, Spent]) -> None:
+        """Count a request of one of several policies, and what it has spent."""
+        self.policies.labels(policy, status).inc()
+        for model, spent in roles.items():
+            self.policy_tokens.labels(policy, model, "prompt").inc(spent.prompt_tokens)
+            self.policy_tokens.labels(policy, model, "completion").inc(spent.completion_tokens)
+
+    def spent(self, models: Mapping[str, Mapping[str, int]], *, kept: bool = True) -> None:
+        """Count tokens by model; those of a shadow are in no answer (not `kept`)."""
+        for model, spent in models.items():
+            told = {**spent, "discarded_tokens": spent.get("discarded_tokens" if kept else "completion_tokens", 0)}
+            for kind in ("prompt", "completion", "discarded", "aborted"):
+                self.tokens.labels(model, kind).inc(told.get(f"{kind}_tokens", 0))
+
+    def shadowed(self, same_answer: bool | None, decided: Iterable[tuple[str, int, str, str]]) -> None:
+        """Count what the policy would have done, as `agents.serve.shadow.Shadow.decided` tells it."""
+        self.shadows.labels({True: "same", False: "other", None: "unknown"}[same_answer]).inc()
+        for author, tokens, step_known, tokens_known in decided:
+            self.shadow_steps.labels(author, step_known).inc()
+            self.shadow_tokens.labels(author, tokens_known).inc(tokens)
 
     def asked(self, model: str, questions: int, tokens: int) -> None:
         """Count what a route has asked, and the tokens that were read for its answers."""

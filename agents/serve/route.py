@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from agents.deploy.policy import Session
 from agents.routers.asking import Asking
@@ -25,6 +25,7 @@ from rollouts.trees.arrays import ASK, CONTINUE_SMALL, ESCALATE_LARGE
 from rollouts.trees.columns import facts_of
 from trim_env.features import schema_named
 
+_CUT_OFF = (StopReason.LENGTH, StopReason.FORCED)
 ENDING = "The service is shutting down."
 
 
@@ -41,6 +42,13 @@ class RouteFailed(Exception):
         self.status = status
 
 
+class Beside(Protocol):
+    """What goes on beside a request, and has something to tell in its answer."""
+
+    def report(self) -> dict[str, Any]:
+        """Return it as JSON holds it."""
+
+
 class _CapSpent(Exception):
     """Raised when only the large model could write the next step, and the policy's caps leave it nothing."""
 
@@ -53,6 +61,7 @@ class Written:
         step: Number, from 1.
         author: ``small`` or ``large``.
         action: What the policy decided: 0 continue, 1 escalate; None if it was not asked, or asked in vain.
+        chance: Its probability of escalating.
         asked: Whether the policy asked for what it buys (`agents.routers.asking.Asking`); None if it buys nothing.
         score: Score of the small model's proposal; None if there is none, or not yet.
         tokens: Tokens of the proposal; None if there was none.
@@ -70,6 +79,7 @@ class Written:
     step: int
     author: str
     action: int | None = None
+    chance: float | None = None
     asked: bool | None = None
     score: float | None = None
     tokens: int | None
@@ -125,14 +135,18 @@ class Route:
         when_small_fails: Whether the large model writes steps without a proposal, or the request ends.
         sources: What the policy reads, and from where.
         only: The model that writes all steps, without proposals, scores and decisions; None: the policy decides.
+        policy: Name of the policy.
         ledger: What it has spent.
         questions: What of it went into questions of the policy that were answered.
-        written: The accepted steps.
+        written: The accepted steps, and how they came about.
+        accepted: The same as their author wrote them.
+        drawn: Whole steps that a model wrote, accepted or not: the place that each was written for, and its author.
         used: Their tokens.
         stops: The request's stop texts.
         said: What of each accepted step is given to the client once the step is there.
         ended: Why it ended: a stop reason of the last step, ``stop`` (a stop text of the request), ``time``, ``cap``
             (of the policy, spent while the small model was away), or None while it is under way.
+        shadow: What the policy would have done, where one model answers alone (`agents.serve.shadow`).
     """
 
     task: Task
@@ -141,14 +155,17 @@ class Route:
     when_small_fails: Literal["large", "error"] = "large"
     sources: Sources = Sources()
     only: Literal["small", "large"] | None = None
+    policy: str = ""
     ledger: Ledger = field(default_factory=Ledger)
     questions: Spent = field(default_factory=Spent)
     written: list[Written] = field(default_factory=list)
+    accepted: list[Step] = field(default_factory=list)
+    drawn: list[tuple[int, str, Step]] = field(default_factory=list)
     used: int = 0
     stops: StopText = field(default_factory=StopText)
     said: list[str] = field(default_factory=list)
     ended: str | None = None
-    _steps: list[Step] = field(default_factory=list)
+    shadow: Beside | None = None
     _owed: list[_Owed] = field(default_factory=list)
     _stopped: str | None = None
     _limit: asyncio.Timeout | None = None
@@ -215,7 +232,7 @@ class Route:
             finally:
                 self._limit = None
             self.used += step.tokens
-            self._steps.append(step)
+            self.accepted.append(step)
             self.written.append(note)
             self.said.append(note.said if note.thinking else self.stops.feed(note.text))
             if self.stops.matched is not None or step.terminal:
@@ -229,6 +246,13 @@ class Route:
         if self._limit is not None and not self._limit.expired():
             self._limit.reschedule(-1)
 
+    async def _write(self, models: Models, role: str, most: int | None = None) -> Step:
+        """Return a model's next step, of at most so many tokens."""
+        step = await models.step(role, self.task, self._texts, self.used, self.ledger, most=most)
+        if most is None or step.tokens < most or step.stop_reason not in _CUT_OFF:
+            self.drawn.append((len(self.written), role, step))
+        return step
+
     async def _next(self, models: Models) -> tuple[Step, Written]:
         """Return the next accepted step, and how it came about."""
         earlier = self._texts
@@ -238,7 +262,7 @@ class Route:
         if (author := self.task.splitting.author(thinking=thinking)) is not None:
             return await self._answered(models, author)
         try:
-            proposal = await models.step(SMALL, self.task, earlier, self.used, self.ledger)
+            proposal = await self._write(models, SMALL)
         except Unavailable as fault:
             return await self._without_small(models, fault)
         if not proposal.terminal:
@@ -258,7 +282,14 @@ class Route:
                 return await self._without_scorer(models, proposal, fault, **known)
             late += self._late(scores[:-1])
             action = self.session.decide(**answer)
-        common = {"action": action, "asked": asked, "proposal": proposal, "score": scores[-1], "late_scores": late}
+        common = {
+            "action": action,
+            "chance": self.session.chance,
+            "asked": asked,
+            "proposal": proposal,
+            "score": scores[-1],
+            "late_scores": late,
+        }
         if action == CONTINUE_SMALL:
             self.session.accept()
             return proposal, self._note(proposal, SMALL, **common)
@@ -267,7 +298,7 @@ class Route:
     async def _alone(self, models: Models, role: str) -> tuple[Step, Written]:
         """Return the next step of the one model that is asked."""
         try:
-            step = await models.step(role, self.task, self._texts, self.used, self.ledger)
+            step = await self._write(models, role)
         except Unavailable as fault:
             raise RouteFailed(f"The model does not answer: {_brief(fault)}.") from fault
         proposal, large = (step, None) if role == SMALL else (None, step)
@@ -276,15 +307,15 @@ class Route:
     async def _answered(self, models: Models, author: str) -> tuple[Step, Written]:
         """Let the only model that writes the answer go on: there is nothing to decide, nor will there be."""
         self._settle([None] * len(self.written))
-        words, earlier = None, self._texts
+        words = None
         try:
-            step = await models.step(author, self.task, earlier, self.used, self.ledger)
+            step = await self._write(models, author)
         except Unavailable as fault:
             if author == SMALL:
                 return await self._without_small(models, fault)
             words, author = _words(fault, "the small model wrote the step"), SMALL
             try:
-                step = await models.step(author, self.task, earlier, self.used, self.ledger)
+                step = await self._write(models, author)
             except Unavailable as second:
                 raise RouteFailed(f"Neither model answers: {_brief(fault)}; {_brief(second)}.") from second
         proposal, large = (step, None) if author == SMALL else (None, step)
@@ -313,7 +344,7 @@ class Route:
         else:
             looks[-1] = await models.looked_at(*asked)
         self.questions.add(spent.prompt_tokens - before)
-        steps, authors = [*self._steps, proposal], [*(step.author for step in self.written), SMALL]
+        steps, authors = [*self.accepted, proposal], [*(step.author for step in self.written), SMALL]
         *accepted, last = (
             {name: value for name, value in self._known(step, score, look, own(author, step)).items()
              if name in self._bought}
@@ -369,9 +400,8 @@ class Route:
         most = self._most()
         if most == 0:
             return None, False
-        step = await models.step(LARGE, self.task, self._texts, self.used, self.ledger, most=most)
-        cut_off = step.stop_reason in (StopReason.LENGTH, StopReason.FORCED)
-        return step, most is None or step.tokens < most or not cut_off
+        step = await self._write(models, LARGE, most)
+        return step, self.drawn[-1:] == [(len(self.written), LARGE, step)]
 
     def _most(self) -> int | None:
         """Return the most tokens that the large model may decode now; None without a cap.
@@ -467,11 +497,11 @@ class Route:
         models: dict[str, dict[str, int]] = {}
         for role in (SMALL, LARGE):
             spent = self.ledger.roles[role]
-            accepted = sum(self._accepted(step) for step in self.written if step.author == role)
+            accepted = sum(self.counted(step) for step in self.written if step.author == role)
             models[role] = {**asdict(spent), "discarded_tokens": spent.completion_tokens - accepted}
         decoded = sum(each["completion_tokens"] for each in models.values())
         discarded = sum(each["discarded_tokens"] for each in models.values())
-        thought = sum(self._accepted(step) for step in self.written if step.thinking)
+        thought = sum(self.counted(step) for step in self.written if step.thinking)
         hidden = thought + sum(each["reasoning_tokens"] for each in models.values())
         scorer = self.ledger.roles[SCORER]
         models[SCORER] = {"requests": scorer.requests, "prompt_tokens": scorer.prompt_tokens}
@@ -490,10 +520,11 @@ class Route:
     @property
     def large_token_share(self) -> float:
         """Share of the answer's tokens that the large model wrote."""
-        return sum(self._accepted(step) for step in self.written if step.author == LARGE) / max(self.used, 1)
+        return sum(self.counted(step) for step in self.written if step.author == LARGE) / max(self.used, 1)
 
     @staticmethod
-    def _accepted(step: Written) -> int:
+    def counted(step: Written) -> int:
+        """Return the tokens that its author decoded for a step."""
         return (step.large_tokens if step.author == LARGE else step.tokens) or 0
 
     @property
@@ -515,7 +546,9 @@ class Route:
             "ended": self.ended,
             "answer": final_answer(self.text),
             **({"thinking": self._thought} if self.task.splitting.thinks else {}),
+            **({"policy": self.policy} if self.policy else {}),
             "knob": {"name": self.session.knob.name, "value": self.session.knob.value},
+            **({} if self.shadow is None else {"shadow": self.shadow.report()}),
         }
         if trace:
             summary["trace"] = [step.plain() for step in self.written]

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import random
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager, suppress
-from dataclasses import replace
+from contextlib import aclosing, contextmanager
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from agents.deploy.policy import Policy
 from agents.serve.api import ApiError, ChatRequest, bad_request
 from agents.serve.config import ServeConfig
 from agents.serve.metrics import Metrics
 from agents.serve.models import Models, Task
+from agents.serve.policies import Policies
 from agents.serve.route import ENDING, Route, RouteFailed, Written
+from agents.serve.shadow import Shadow
 from agents.serve.stops import StopText
 from rollouts.config import GeneratorConfig, Sampling
 from rollouts.errors import ConfigError
 from rollouts.text.steps import LARGE, ROLES, SMALL
 
-_BUDGETS = (0.05, 0.1, 0.2, 0.3, 0.5)  # shares of always-large's cost that the model list names
+if TYPE_CHECKING:
+    from agents.serve.recording import Recorder
+
+_log = logging.getLogger("trim.serve")
 _SHORT = 2000  # characters that are tokenised in a few milliseconds
 CLIENT_GONE = 499
 """nginx' status for a client that left."""
@@ -35,7 +41,7 @@ class Cut(Protocol):
 
 
 class Service:
-    """A policy, its models, and what is shared by requests: connections and counters, never state.
+    """Policies, their models, and what is shared by requests: connections and counters, never state.
 
     Attributes:
         draining: Whether it is about to end, and load balancers should send nothing more.
@@ -43,23 +49,22 @@ class Service:
         cut: Requests that were ended before they were answered.
     """
 
-    def __init__(self, policy: Policy, models: Models, metrics: Metrics, config: ServeConfig) -> None:
-        """Check that requests without a setting of their own can be served.
-
-        Raises:
-            ConfigError: λ or budget of the settings are none that the policy takes.
-        """
-        self.policy, self.models, self.metrics, self.config = policy, models, metrics, config
-        self.name = config.name or policy.name
+    def __init__(
+        self,
+        policies: Policies,
+        models: Models,
+        metrics: Metrics,
+        config: ServeConfig,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """Begin with nothing under way."""
+        self.policies, self.models, self.metrics, self.config = policies, models, metrics, config
+        self._recorder = recorder
+        self.name = next(iter(policies.each))
         self.since = int(time.time())
         self.draining, self.over, self.cut = False, False, 0
         self._routes: set[Route | Cut] = set()
-        try:
-            policy.session(config.lam, config.budget)
-        except ConfigError as error:
-            asked = (config.lam, config.budget) != (None, None)
-            hint = "" if asked else " That is for requests that name neither: --lam or --budget."
-            raise ConfigError(f"{error}{hint}") from error
+        self._shadows: set[asyncio.Task[None]] = set()
 
     async def begin(self, ask: ChatRequest) -> Route:
         """Check a request and return its route, of which nothing is done yet; what is refused costs next to nothing.
@@ -67,10 +72,12 @@ class Service:
         Raises:
             ApiError: It cannot be served as it is.
         """
-        asked = self.settings(ask.model)
+        policies = self.policies
+        named, asked = policies.named(ask.model)
         if ask.only is not None and not self.config.playground:
             raise bad_request("`only` is for services that were started with --playground.", "only")
         question, system_prompt, turns = ask.problem()
+        name = named or policies.drawn("\x00".join([system_prompt or "", *(text for _, text in turns), question]))
         lam, budget = ask.lam, ask.budget
         if asked and (lam, budget) != (None, None):
             raise bad_request("Give `lam` or `budget` either in the model's name or beside it, not both.", "model")
@@ -78,7 +85,7 @@ class Service:
         if lam is None and budget is None:
             lam, budget = self.config.lam, self.config.budget
         try:
-            session = self.policy.session(lam, budget, ask.seed)
+            session = policies.each[name].session(lam, budget, ask.seed)
         except ConfigError as error:
             raise bad_request(str(error), "budget" if budget is not None else "lam") from None
         self._check_open()
@@ -109,9 +116,14 @@ class Service:
             )
         task, prompt_tokens = rendered
         fallbacks = self.config.when_scorer_fails, self.config.when_small_fails
-        route = Route(task, session, *fallbacks, self.models.sources, ask.only)
+        sources = policies.sources[name]
+        route = Route(task, session, *fallbacks, sources, ask.only or self.config.shadow, policy=name)
         route.stops = StopText(ask.stop or ())
         route.ledger.prompt_tokens = prompt_tokens
+        if self.config.shadow and not ask.only and random.random() < self.config.shadow_share:
+            shadow = Shadow(task, session, *fallbacks, sources, served=route, traced=bool(ask.trace))
+            shadow.stops = StopText(ask.stop or ())
+            route.shadow = shadow
         return route
 
     def _by_chat(self, sampling: Sampling, system_prompt: str | None) -> GeneratorConfig | None:
@@ -142,28 +154,6 @@ class Service:
         except ConfigError as error:
             raise bad_request(str(error), "messages") from None
 
-    def settings(self, model: str | None) -> dict[str, float]:
-        """Return what a model's name says beside it: ``trim@budget=0.2`` or ``trim@lam=0.003``.
-
-        Raises:
-            ApiError: There is no such model.
-        """
-        if model is None or model == self.name:
-            return {}
-        name, _, setting = model.rpartition("@")
-        knob, _, value = setting.partition("=")
-        if name == self.name and knob in ("lam", "budget"):
-            with suppress(ValueError):
-                return {knob: float(value)}
-        valid = ", ".join(self.names())
-        raise ApiError(404, f"The model `{model[:200]}` does not exist. Valid: {valid}.", "NotFoundError", "model")
-
-    def names(self) -> list[str]:
-        """Return the names that the model list has: with settings, where the policy takes one."""
-        least, most = self.policy.budget_range or (1.0, 0.0)
-        budgets = [budget for budget in _BUDGETS if least <= budget <= most]
-        return [self.name, *(f"{self.name}@budget={budget:g}" for budget in budgets)]
-
     def _check_open(self) -> None:
         if self.over:
             raise ApiError(503, ENDING, "ServiceUnavailableError")
@@ -189,13 +179,20 @@ class Service:
         began = now = time.monotonic()
         waited = ledger.waited
         deadline = asyncio.get_running_loop().time() + self.config.request_timeout
+        shadowing = self._beside(ask, route, deadline)
         try:
             async with aclosing(route.steps(self.models, deadline)) as steps:
                 async for written in steps:
                     overhead = time.monotonic() - now - (ledger.waited - waited)
                     metrics.step(written.author, written.escalated, written.fallback is not None, overhead)
+                    if shadowing:
+                        shadowing[0].news.set()
                     yield written
                     now, waited = time.monotonic(), ledger.waited
+            if shadowing:
+                shadowing[0].news.set()
+                if ask.trace:  # whoever asks what was decided waits for it
+                    await asyncio.wait({shadowing[1]})
             status, share = 200, route.large_token_share
         except RouteFailed as error:
             status = error.status
@@ -207,9 +204,63 @@ class Service:
             raise
         finally:
             self._routes.discard(route)
+            if shadowing and status != 200:
+                shadowing[1].cancel()
+            if not shadowing:
+                self._record(ask, route)
             if route.source is not None:
                 metrics.asked(route.source, route.questions.requests, route.questions.prompt_tokens)
             metrics.ended(str(status), time.monotonic() - began, route.usage(), share)
+            if len(self.policies.each) > 1:
+                metrics.decided(route.policy, str(status), ledger.roles)
+
+    def _beside(self, ask: ChatRequest, route: Route, deadline: float) -> tuple[Shadow, asyncio.Task[None]] | None:
+        """Begin the shadow of a route, if it has one and there are not too many."""
+        if not isinstance(shadow := route.shadow, Shadow):
+            return None
+        if len(self._shadows) >= self.config.max_concurrent:
+            self.metrics.shadows.labels("dropped").inc()
+            route.shadow = None
+            return None
+        task = asyncio.create_task(self._watch(shadow, deadline))
+        self._shadows.add(task)
+        task.add_done_callback(self._shadows.discard)
+        task.add_done_callback(lambda _: self._record(ask, shadow, route))
+        return shadow, task
+
+    async def _watch(self, shadow: Shadow, deadline: float) -> None:
+        """Let a shadow decide, and count it."""
+        try:
+            await shadow.run(self.models, deadline)
+            self.metrics.shadowed(shadow.same_answer, shadow.decided())
+        except Exception:
+            _log.exception("a shadow failed")
+            self.metrics.shadows.labels("failed").inc()
+        finally:
+            self.metrics.spent({role: asdict(spent) for role, spent in shadow.ledger.roles.items()}, kept=False)
+            if shadow.source is not None:
+                self.metrics.asked(shadow.source, shadow.questions.requests, shadow.questions.prompt_tokens)
+
+    def _record(self, ask: ChatRequest, *routes: Route) -> None:
+        """Hand what was drawn for a request to the recorder, if there is one, and if it is of the rollouts' process."""
+        if self._recorder is None or not any(route.drawn for route in routes):
+            return
+        task, own, limits = routes[0].task, self.models.family.config, self.models.limits
+        usual = all(task.sampling[role] == own.generator(role).sampling for role in ROLES) and task.limits == limits
+        if not usual or task.turns or ask.chat_template_kwargs or ask.problem()[1] is not None:
+            self.metrics.recorded.labels("other").inc()
+            return
+        told = (ask.model_extra or {}).get("metadata")
+        answer = told.get("answer") if isinstance(told, dict) else None
+        self._recorder.take(routes, answer if isinstance(answer, str) else "")
+
+    async def close(self) -> None:
+        """End what goes on beside requests, and write what is recorded."""
+        for task in (shadows := tuple(self._shadows)):
+            task.cancel()
+        await asyncio.gather(*shadows, return_exceptions=True)
+        if self._recorder is not None:
+            await asyncio.to_thread(self._recorder.close)
 
     @contextmanager
     def passing(self, role: str, cut: Cut) -> Iterator[Callable[[int], None]]:
@@ -238,17 +289,18 @@ class Service:
             self.metrics.passed(role, str(status))
 
     def card(self, name: str) -> dict[str, Any]:
-        """Return the entry of a name in the model list."""
+        """Return the entry of a name in the model list; raises `ApiError` if there is none."""
+        policy = self.policies.each[self.policies.named(name)[0] or self.name]
         return {
             "id": name,
             "object": "model",
             "created": self.since,
             "owned_by": "trim-routing",
-            "root": self.policy.name,
+            "root": policy.name,
             "parent": None,
             "max_model_len": min(self.models.window(role) for role in self.models.continuing),
             "permission": [],
-            "trim": self.policy.describe(),
+            "trim": policy.describe(),
         }
 
     def cut_off(self) -> None:
@@ -257,6 +309,8 @@ class Service:
         self.cut += len(self._routes)
         for route in self._routes:
             route.cut()
+        for task in self._shadows:
+            task.cancel()
 
     def health(self) -> dict[str, Any]:
         """Return which upstreams answer, as far as is known; nobody is asked."""

@@ -276,11 +276,14 @@ def _workers() -> int:
 class Expand:
     """Add the nodes that a router reaches to a bounded store, then grade the new solutions.
 
+    Without a router the trees that are there are closed: branches that were not taken when live episodes or a service
+    (``serve --record``) wrote them are grown, up to the K of the store, and everything is scored and graded.
+
     Attributes:
         store: Directory of the store.
-        router: ``threshold:0.5``, ``random:0.3``, or ``module:function`` of your own: from a mapping of named columns,
-            arrays of shape (n,) such as ``columns["score"]`` (`rollouts.trees.on_policy.observe`), to (n,) of 0
-            and 1.
+        router: Left out, or ``threshold:0.5``, ``random:0.3``, or ``module:function`` of your own: from a mapping of
+            named columns, arrays of shape (n,) such as ``columns["score"]`` (`rollouts.trees.on_policy.observe`), to
+            (n,) of 0 and 1.
         models: The models that made the store.
         split: Only this split.
         episodes: Walks per tree, for routers that draw at random.
@@ -289,7 +292,7 @@ class Expand:
     """
 
     store: StorePath
-    router: str
+    router: str | None = None
     models: str = "tinymath"
     split: str | None = None
     episodes: Count = 1
@@ -302,13 +305,21 @@ class Expand:
 
         store = Store(self.store)
         problems = store.problems(self.split)
-        router = load_router(self.router, self.seed)
+        router = load_router(self.router, self.seed) if self.router is not None else None
         process = store.manifest["process"]
         examples = self_test_examples(problems)
         family = Family(load_family(self.models), seed=process["seed"], examples=examples, store=store)
         tell_notes(Store.create(self.store, family.process(process["max_escalations"], labels=process["labels"])))
         with store.writing(), ExitStack() as stack:
             writers = {role: stack.enter_context(family.open(role, store)) for role in ROLES}
+            if router is None:
+                added = self._close(store, writers, problems)
+                stack.close()
+                if family.config.scorer is not None:
+                    run_scoring(store, family, problems)
+                run_grading(store, make_grader(self.grader), problems)
+                console().print(f"{added:,} steps added.")
+                return
             if family.config.scorer is not None:
                 scorer: Scorer = stack.enter_context(family.open_scorer(store))
             else:  # the small model's statistics are the score, as of trees
@@ -320,6 +331,15 @@ class Expand:
                 )  # fmt: skip
             run_grading(store, make_grader(self.grader), problems)
         console().print(f"{added:,} steps added.")
+
+    def _close(self, store: Store, writers: Any, problems: Sequence[Problem]) -> int:
+        """Grow what closure asks for in the trees that are there; return the number of steps."""
+        grower = Grower(writers, StepBuffer(store.steps, label_of(store)))
+        most = store.manifest["process"]["max_escalations"]
+        if grower.run(load_trees(store, problems, None, most)) == 0:
+            names = {problem.id for problem in problems}
+            store.note_live((), closed={key for key in store.live if key[0] in names})
+        return grower.progress.steps
 
 
 @settings

@@ -14,6 +14,12 @@ from rollouts.scoring.base import Scores
 from rollouts.text.prompts import RewardFormat, RewardLayout
 
 
+def process_of(prompts: RewardLayout, model: str) -> dict[str, Any]:
+    """Return what decides the scores of a reward model, but for what is in it: its name and input format."""
+    known = {"step_tag": prompts.step_tag} if isinstance(prompts, RewardFormat) else {"layout": prompts.layout}
+    return {"kind": "prm", "model": model, **known, "template_hash": prompts.template_hash}
+
+
 @dataclass(eq=False)
 class RewardScorer:
     """A process reward model of any layout behind any backend that can pool."""
@@ -27,15 +33,7 @@ class RewardScorer:
 
     def process(self) -> Mapping[str, Any]:
         """Return model and input format."""
-        prompts = self.prompts
-        known = {"step_tag": prompts.step_tag} if isinstance(prompts, RewardFormat) else {"layout": prompts.layout}
-        return {
-            "kind": "prm",
-            "model": self.model,
-            **known,
-            "template_hash": prompts.template_hash,
-            "identities": {self.backend.role: dict(self.backend.identity)},
-        }
+        return {**process_of(self.prompts, self.model), "identities": {self.backend.role: dict(self.backend.identity)}}
 
     def submit(self, question: str, steps: Sequence[str], known: int = 0) -> Future[Scores]:
         """Score one path, but for its first `known` steps, with one forward pass over the steps that fit."""

@@ -125,6 +125,20 @@ def test_dry_run_estimates_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "s").exists()
 
 
+def test_expanding_without_a_router_closes_the_trees_that_are_there(tmp_path, capsys):
+    out, models = str(tmp_path / "s"), ["--models", "tinymath:transformers"]
+    assert main(["generate", out, *PROBLEMS, "--max-large-tokens", "30", "--no-score", "--no-grade"]) == 0
+    before, store = rows(out), Store(out)
+    with store.writing():
+        store.note_live([(problem.id, 0) for problem in store.problems()])  # as a service does that records them
+    assert main(["expand", out, *models]) == 0
+    assert before.items() < rows(out).items() and not Store(out).live
+    assert main(["verify", out]) == 0
+    capsys.readouterr()
+    assert main(["expand", out, *models]) == 0
+    assert "0 steps added." in capsys.readouterr().err
+
+
 def test_a_token_budget_stops_the_run_and_a_new_one_goes_on(tmp_path, capsys, store):
     out = str(tmp_path / "s")
     assert main(["generate", out, *PROBLEMS, "--max-large-tokens", "30", "--no-score"]) == 0
