@@ -320,10 +320,11 @@ class FamilyConfig(_Section):
     @model_validator(mode="after")
     def _thinks(self) -> FamilyConfig:
         split, budget, most = self.steps.split, self.steps.max_thinking_tokens, self.limits.solution_tokens
-        if split != "blank-line" and self.large.chat_only:
+        chats = [role for role in ("small", "large") if self.generator(role).chat_only]
+        if split != "blank-line" and chats:
             raise ValueError(
-                f"[large] `chat_only` writes steps that end at blank lines; [steps] split = {split!r} needs a server "
-                "that continues a partial answer, or partial thinking"
+                f"[{chats[0]}] `chat_only` writes steps that end at blank lines; [steps] split = {split!r} needs a "
+                "server that continues a partial answer, or partial thinking"
             )
         if split == "thinking" and budget >= most:
             raise ValueError(

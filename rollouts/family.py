@@ -332,7 +332,7 @@ class Family:
         with closing(Judge("scorer", model, scorer.system_prompt, scorer.max_tokens, probe)) as judge:
             self._record(store, {"role": "scorer", **judge.describe()})
             known = {**self.identity(model), **served(judge.describe())}
-            yield JudgeScorer(name, judge, prompt, model.display_name, known)
+            yield JudgeScorer(name, judge, prompt, model.display_name, known, self.splitting)
 
 
 def chat_template_hash() -> str:

@@ -14,6 +14,7 @@ from rollouts.errors import BackendError
 from rollouts.models.server.http import RequestFailed
 from rollouts.models.server.judge import Judge
 from rollouts.scoring.base import Failed, Scores
+from rollouts.text.splitting import BLANK_LINE, Splitting
 
 PROMPT = """\
 Here is a problem and the beginning of a solution, step by step.
@@ -50,27 +51,38 @@ class JudgeScorer:
     tolerance = 0.2  # a server's batches round differently
     incremental = True
 
-    def __init__(self, name: str, judge: Judge, prompt: str, model: str, identity: Mapping[str, Any]) -> None:
-        """Name the model that is asked, and what tells it from others."""
+    def __init__(
+        self,
+        name: str,
+        judge: Judge,
+        prompt: str,
+        model: str,
+        identity: Mapping[str, Any],
+        splitting: Splitting = BLANK_LINE,
+    ) -> None:
+        """Name the model that is asked, what tells it from others, and how solutions are cut."""
         self.name = name
+        self._splitting = splitting
         self.spent = Counter(dict.fromkeys(("requests_scorer", "prompt_scorer", "decoded_scorer"), 0))
         self._judge, self._prompt, self._model, self._identity = judge, prompt, model, dict(identity)
         self._answered: Counter[bool] = Counter()
         self._asked: OrderedDict[bytes, asyncio.Task[float | Failed]] = OrderedDict()
 
     def process(self) -> Mapping[str, Any]:
-        """Return model, prompt and whether probabilities are read."""
+        """Return model, prompts and whether probabilities are read."""
+        said = self._prompt + (f"\0{self._judge.system_prompt}" if self._judge.system_prompt else "")
         return {
             "kind": "judge",
             "model": self._model,
-            "template_hash": hashlib.blake2b(self._prompt.encode(), digest_size=8).hexdigest(),
+            "template_hash": hashlib.blake2b(said.encode(), digest_size=8).hexdigest(),
             "reads": "probabilities" if self._judge.tells else "words",
             "identities": {self._judge.role: self._identity},
         }
 
     def submit(self, question: str, steps: Sequence[str], known: int = 0) -> Future[Scores]:
         """Ask about every step of one path but the first `known`."""
-        texts = [judge_question(self._prompt, question, steps[: end + 1]) for end in range(known, len(steps))]
+        said = [self._splitting.said(step) for step in steps]
+        texts = [judge_question(self._prompt, question, said[: end + 1]) for end in range(known, len(said))]
         future: Future[Scores] = self._judge.submit(lambda: self._path(known, texts))
         return future
 

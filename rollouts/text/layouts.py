@@ -136,7 +136,9 @@ class ShepherdFormat(_Undated):
     def text(self, question: str, steps: Sequence[str]) -> str:
         """Return the input that scores each of `steps`, without the beginning-of-sequence token."""
         written = [self.said(step) for step in steps]
-        numbered = (text if _NUMBERED.match(text) else f"Step {at}: {text}" for at, text in enumerate(written, 1))
+        numbered = (
+            text if _NUMBERED.match(text) else f"Step {at}: {text}".rstrip() for at, text in enumerate(written, 1)
+        )  # of a step without text, too, the tag stands after one blank
         return f"{self.special.plain(question)} " + "\n".join(f"{each} {self.step_tag}" for each in numbered)
 
     def marked(self, question: str, steps: Sequence[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:

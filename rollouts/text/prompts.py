@@ -355,11 +355,11 @@ class RewardLayout(ABC):
         self.encode = encoder_of(tokenizer)
         self.special = SpecialTokens(tokenizer, *tags, markers=True)
         self._plain = Remembered(SpecialTokens(tokenizer, *tags).plain, remembered)
-        self._closes = splitting.thinks
+        self._splitting = splitting
 
     def said(self, step: str) -> str:
         """Return a step as it is written down: stripped, plain, and without what closes a thinking block."""
-        return self._plain((step.replace(CLOSE, "", 1) if self._closes else step).strip())
+        return self._plain(self._splitting.said(step).strip())
 
     def one_token(self, text: str, what: str) -> int:
         """Return the id of a text that must be one token."""

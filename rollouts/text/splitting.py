@@ -182,6 +182,10 @@ class Splitting:
         text = solution_text(steps)
         return text.partition(CLOSE)[2].lstrip("\n") if self.thinks else text
 
+    def said(self, step: str) -> str:
+        """Return a step as others than its author read it: without what closes the thinking block."""
+        return step.replace(CLOSE, "", 1) if self.thinks else step
+
     def cutter(self, *, thinking: bool, marks: Marks | None = None) -> Any:
         """Return the `rollouts.text.steps.Cutter` of a text.
 

@@ -80,12 +80,20 @@ class ChatTokenizer:
         """Return the text of ids."""
         return str(self.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        tools: None = None,
+        documents: None = None,
+        add_generation_prompt: bool = False,
+        **variables: Any,
+    ) -> str:
         """Return a conversation as the template writes it; the template may raise what it likes."""
         if self.chat_template is None:
             raise ValueError("there is no chat template")
-        usual = {"tools": None, "documents": None, "add_generation_prompt": False, **self.special_tokens_map}
-        return str(_compiled(self.chat_template).render(**usual | variables | {"messages": messages}))
+        usual = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
+        told = self.special_tokens_map | variables | usual | {"messages": messages}
+        return str(_compiled(self.chat_template).render(**told))
 
 
 def _content(token: Any) -> str:

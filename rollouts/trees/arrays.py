@@ -87,7 +87,12 @@ class Trees:
     def large_alone(self) -> NDArray[np.bool_]:
         """(N,) where the large model alone writes: its step is the proposal of both, at no tokens of the small one."""
         alone = self.meta.get("splitting", {}).get("answer_by") == LARGE
-        found: NDArray[np.bool_] = alone & (self.tokens[:, CONTINUE_SMALL] == 0) & (self.tokens[:, ESCALATE_LARGE] > 0)
+        same = (
+            self.stop_reason[:, CONTINUE_SMALL] == self.stop_reason[:, ESCALATE_LARGE]
+        )  # unlike a small one that failed
+        found: NDArray[np.bool_] = (
+            alone & same & (self.tokens[:, CONTINUE_SMALL] == 0) & (self.tokens[:, ESCALATE_LARGE] > 0)
+        )
         return found
 
     def proposal(self, row: int, action: int) -> str:

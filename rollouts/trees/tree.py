@@ -69,8 +69,8 @@ class RolloutTree:
     Small proposals are inserted before large ones at every node that needs both, so that it is known at once
     whether the two models wrote the same step, and nodes never have to be re-counted.
 
-    Where one model alone writes (`author`), its step is the proposal of both, at no tokens of the other: whatever is
-    decided leads to the same.
+    Where one model alone writes (`author`), its step is the proposal of both, at no tokens of the other, of prompts
+    neither: whatever is decided leads to the same.
 
     Attributes:
         key: What names it: its problem's id and its replica.
@@ -155,7 +155,7 @@ class RolloutTree:
         if self.author(node) == role:
             other = ROLES[1 - ROLES.index(role)]
             if other not in node.proposals:
-                self._put(node, other, replace(step, tokens=0, statistics=None))
+                self._put(node, other, replace(step, tokens=0, prompt_tokens=0, statistics=None))
         return child
 
     def _put(self, node: Node, role: str, step: Step) -> Node | None:

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from rollouts.config import ScorerConfig
-from rollouts.text.tokenizer import transformers_tokenizer
+from rollouts.text.tokenizer import ChatTokenizer, transformers_tokenizer
 from rollouts.tinymath import model_dir
 
 QUESTION = "Let a=70+33, b=a+49. Find b."
@@ -42,6 +42,22 @@ def scorer_config(layout: str, folder: Path, backend: str = "transformers", **mo
     model = {"backend": backend, "model": str(folder), "dtype": "float32", "threads": 1}
     told = {} if layout in ("qwen2.5-math-prm", "skywork-o1") else {"layout": layout}
     return ScorerConfig.model_validate({"kind": "prm", "model": model, **told, **more})
+
+
+def llama2_tokenizer() -> ChatTokenizer:
+    """Return a tokenizer that is shaped as Llama 2's and Mistral's: blanks go together, across words."""
+    texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *map(chr, range(33, 127))]
+    pairs = [("\u2581", "\u2581"), ("\u043a", "\u0438"), ("\u2581", "\u043a\u0438"), ("\u2581", "+"), ("\u2581", "-")]
+    texts += ["\u043a", "\u0438", *map("".join, pairs)]
+    vocabulary = {text: number for number, text in enumerate(texts)}
+    backend = Tokenizer(models.BPE(vocabulary, pairs, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts[:3]])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return ChatTokenizer("llama", backend, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, None)
 
 
 class _Folders:

@@ -15,6 +15,7 @@ from rollouts.models.base import Capabilities, Completion, CompletionRequest, Fi
 from rollouts.models.hf.load import PADDED_TOKENS, check_prompt, describe, groups, load, pad_right, window
 from rollouts.models.hf.packing import PACKED_TOKENS, entropies_of, likelihoods, most_packed, pack_first
 from rollouts.text.likelihood import Likelihood
+from rollouts.text.tokenizer import load_tokenizer
 
 _LOGITS = 2**27  # most logits that are in memory at once
 
@@ -319,13 +320,13 @@ def _end_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 def generator(model: ModelConfig, seed: int) -> TransformersGenerator:
     """Load a language model; runs in the engine's process. `seed` is recorded only: requests bring their own."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     loaded, _ = load(AutoModelForCausalLM, model)
     kinds = set(getattr(loaded.config.get_text_config(), "layer_types", None) or ())
     if kinds - {"full_attention", "sliding_attention"}:
         raise ConfigError(f"{model.model}: layers of kind {', '.join(sorted(kinds))} need backend 'vllm'.")
     tokenizer = model.tokenizer or model.model
-    words = AutoTokenizer.from_pretrained(tokenizer, revision=model.revision if tokenizer == model.model else None)
+    words = load_tokenizer(tokenizer, model.revision if tokenizer == model.model else None)  # the one that prompts have
     limit = window(loaded.config, model.max_length)
     return TransformersGenerator(loaded, words, limit, model.max_batch, describe(loaded, seed))

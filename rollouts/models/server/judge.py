@@ -81,11 +81,11 @@ def read_verdict_of(body: Any) -> Verdict:
     text, tokens = text_of(choice["message"].get("content")), _told(choice)
     usage = body.get("usage") or {}
     spent = int(usage.get("prompt_tokens") or 0), decoded(usage) if "completion_tokens" in usage else 0
-    score = None if tokens is None else verdict_in("".join(token for token, _ in tokens), tokens)
-    score = verdict_in(text) if score is None else score
-    cut = ", cut off by the limit of tokens" if choice.get("finish_reason") == "length" else ""
-    shown = " ".join(text.split())
-    return Verdict(score, "" if score is not None else f"no verdict in {shown[:_KEPT]!r}{cut}", spent)
+    cut = choice.get("finish_reason") == "length"
+    score = None if tokens is None else verdict_in("".join(token for token, _ in tokens), tokens, cut=cut)
+    score = verdict_in(text, cut=cut) if score is None else score
+    why = f"no verdict in {' '.join(text.split())[:_KEPT]!r}" + (", cut off by the limit of tokens" if cut else "")
+    return Verdict(score, "" if score is not None else why, spent)
 
 
 def tells_logprobs(body: Any) -> bool:
@@ -108,18 +108,21 @@ def _told(choice: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]] | Non
     ]
 
 
-def verdict_in(text: str, tokens: Sequence[tuple[str, Mapping[str, float]]] = ()) -> float | None:
+def verdict_in(text: str, tokens: Sequence[tuple[str, Mapping[str, float]]] = (), *, cut: bool = False) -> float | None:
     """Return the probability of yes that an answer states, or None.
 
-    What stands before the end of a thinking block does not count. A line that is a number (``0.8``, ``80%``, ``8/10``)
-    at the beginning is the answer, else the word at the beginning if it is a verdict, else the last verdict, else the
-    last such number.
+    What stands before the end of a thinking block, or in one without an end, does not count. A line that is a number
+    (``0.8``, ``80%``, ``8/10``) at the beginning is the answer, else the word at the beginning if it is a verdict, else
+    the last verdict, else the last such number.
 
     Args:
         text: The answer.
         tokens: Its tokens with log-probabilities, if they are known: a verdict that is a word is then taken as P(yes |
             yes or no) of the token with which it begins.
+        cut: Whether it was cut off: then only what stands at the beginning is the answer; later words may be thoughts.
     """
+    if text.lstrip().startswith("<think>") and "</think>" not in text:
+        return None
     begin = text.rfind("</think>") + len("</think>") if "</think>" in text else 0
     answer = text[begin:]
     first_line = next(iter(answer.strip(_DECORATION).splitlines()), "").strip(_DECORATION)
@@ -127,12 +130,16 @@ def verdict_in(text: str, tokens: Sequence[tuple[str, Mapping[str, float]]] = ()
         return value
     if words := list(_WORD.finditer(answer)):
         leads = not any(map(str.isalnum, answer[: words[0].start()]))
+        if cut and not leads:
+            return None
         word = words[0] if leads else words[-1]
         said = word["word"].lower() in _YES
         if word["not"]:
             return float(not said)
         known = _probability(tokens, begin + word.start("word"))
         return float(said) if known is None else known
+    if cut:
+        return None
     return next(
         (value for each in reversed(list(_NUMBER.finditer(answer))) if (value := _share(each)) is not None), None
     )
@@ -165,6 +172,7 @@ class Judge:
 
     Attributes:
         role: Named in errors.
+        system_prompt: System message; None: none is sent.
         terms: The fields that it takes.
         tells: Whether it tells log-probabilities.
     """
@@ -178,7 +186,8 @@ class Judge:
         """
         self.role = role
         self.terms = Terms()
-        self._model, self._system_prompt, self._max_tokens = model, system_prompt, max_tokens
+        self.system_prompt = system_prompt
+        self._model, self._max_tokens = model, max_tokens
         self._http = HttpServer(role, model)
         try:
             self.tells = self._negotiate(probe)
@@ -188,7 +197,7 @@ class Judge:
             raise
 
     def _payload(self, content: str) -> dict[str, Any]:
-        asked = judge_payload(content, self._system_prompt, self._max_tokens, self.terms)
+        asked = judge_payload(content, self.system_prompt, self._max_tokens, self.terms)
         return {"model": self._model.model, **asked}
 
     def _negotiate(self, probe: str) -> bool:

@@ -18,9 +18,11 @@ from rollouts import tinymath
 from rollouts.config import ModelConfig, Sampling, embedded_family
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import CompletionRequest, LogprobRequest, PoolingRequest
+from rollouts.models.hf.generator import generator as hf_generator
 from rollouts.models.open import open_backend
 from rollouts.text.prompts import PromptFormat, RewardFormat
 from rollouts.text.tokenizer import load_tokenizer
+from rollouts.tinymath import generate_problems
 
 GREEDY = Sampling(temperature=0.0)
 HAVE_VLLM = importlib.util.find_spec("vllm") is not None
@@ -297,3 +299,25 @@ class TestRewardModelFolders:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ConfigError, match=missing.removeprefix("model.").replace(".", r"\.")):
             self.load(folder, paths)
+
+
+def test_the_texts_of_completions_are_those_of_the_tokenizer_that_prompts_have(tmp_path):
+    """Transformers builds tokenizers anew by the name of their class, byte-level ones of some R1 distills wrongly."""
+    for file in tinymath.model_dir("small").iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, tmp_path)
+    for name, told in (
+        ("tokenizer_config", {"tokenizer_class": "LlamaTokenizerFast"}),
+        ("config", {"model_type": "llama"}),
+    ):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    prompts = PromptFormat(load_tokenizer(str(tmp_path)), None)
+    loaded = hf_generator(ModelConfig(backend="transformers", model=str(tinymath.model_dir("small")),
+                                      tokenizer=str(tmp_path), dtype="float64"), seed=0)  # fmt: skip
+    prompt = prompts.ids(generate_problems("train", 1)[0].question)
+    loaded.add(1, CompletionRequest(prompt, 40, Sampling(0.0), ("\n\n",)))
+    while not (found := loaded.step()):
+        pass
+    completion = found[0][1]
+    assert completion.text == "".join(prompts.pieces(prompt, completion.token_ids)) and completion.finish == "stop"

@@ -21,6 +21,7 @@ from rollouts.models.server.judge import Terms, read_verdict_of, verdict_in
 from rollouts.scoring.base import EXAMPLES, Failed, score_paths
 from rollouts.scoring.judge import PROMPT, judge_question
 from rollouts.store.store import Store
+from rollouts.text.steps import CLOSE
 from rollouts.tinymath import model_dir
 from rollouts.trees.verify import verify_store
 
@@ -94,7 +95,7 @@ class TestAnswers:
             ("I would say 7 / 10 for it", 0.7),
             ("0.2\nThe step is not right, it forgets the eggs.", 0.2),
             *[(text, None) for text in ("", "maybe", "8", "Step 7 of 42", "150%", "nothing to say about know-how")],
-            ("<think>Yes, it is right", 1.0),
+            ("<think>Yes, it is right", None),
         ],
     )
     def test_a_verdict_or_a_number_is_read_from_words(self, text: str, score: float | None) -> None:
@@ -119,6 +120,19 @@ class TestAnswers:
         assert read_verdict_of(said(None)[2]).score is None
         with pytest.raises(LookupError):
             read_verdict_of({"choices": []})
+
+    def test_words_of_thoughts_that_were_cut_off_are_no_verdict(self) -> None:
+        thoughts = "Okay, 6 * 7 = 42 is right, 0.5 of them is"
+        for text in (thoughts, f"<think>\n{thoughts}", "<think>\nYes", "The share is 0.5 of"):
+            assert read_verdict_of(said(text, "length")[2]).score is None
+        assert read_verdict_of(said("<think>\nYes")[2]).score is None
+        for text, score in (
+            ("No", 0.0),
+            ("**Yes**, because", 1.0),
+            ("0.8\nas", 0.8),
+            (f"{thoughts}</think>\n\nNo", 0.0),
+        ):
+            assert read_verdict_of(said(text, "length")[2]).score == score
 
 
 def test_the_question_has_the_problem_the_steps_before_and_the_last_one() -> None:
@@ -280,3 +294,21 @@ class TestStores:
         with pytest.raises(StoreError, match="template_hash"):
             run_scoring(store, other, None)
         assert Family(other.config).windows.keys() == {"small", "large"}
+
+    def test_nor_is_another_system_message(self, server: FakeServer, tmp_path: Path) -> None:
+        store = grown(tmp_path / "s")
+        run_scoring(store, family_of(server, system_prompt=""), PROBLEMS[:1])
+        run_scoring(store, family_of(server), PROBLEMS[:2])
+        with pytest.raises(StoreError, match="template_hash"):
+            run_scoring(store, family_of(server, system_prompt="Be strict."), None)
+
+
+def test_it_reads_thinking_without_what_closes_the_block(server: FakeServer, tmp_path: Path) -> None:
+    family = family_of(server)
+    thinks = parse_family({**family.config.model_dump(), "steps": {"split": "thinking"}})
+    for config, count in ((family.config, 2), (thinks, 0)):
+        with opened(Family(config), tmp_path / str(count))[1] as scorer:
+            scorer.submit("Q", [f"a=1\n{CLOSE}\n\n", "b=2"]).result(10)
+        asked = [body["messages"][-1]["content"] for _, body in server.seen[-2:]]
+        assert sum(CLOSE in content for content in asked) == count
+        assert all("Step 1: a=1\n" in content for content in asked)

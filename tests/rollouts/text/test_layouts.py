@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_rewards import QUESTION, STEPS, make_reward_folder, scorer_config
+from tiny_rewards import QUESTION, STEPS, llama2_tokenizer, make_reward_folder, scorer_config
 
 from rollouts.config import LAYOUTS, StepsConfig, parse_family
 from rollouts.errors import ConfigError
@@ -114,6 +114,14 @@ def test_math_shepherd_is_what_its_tokenizer_makes_of_the_text(made: Any) -> Non
     assert layout.text(QUESTION, ["Step 1: a=1"]).count("Step 1") == 1
     tagged = scorer_config("math-shepherd", Path("."), step_tag=" \u043a\u0438")
     assert reward_layout(tagged, layout.tokenizer).ids(QUESTION, STEPS) == ids
+
+
+@pytest.mark.parametrize("empty", ["", "\n", f"\n{CLOSE}\n\n"])
+def test_math_shepherd_reads_steps_without_text(empty: str) -> None:
+    """Models end at once, or with nothing but what closes the block; two blanks would be a token of their own."""
+    layout = layouts.ShepherdFormat(llama2_tokenizer(), splitting=Splitting(StepsConfig(split="thinking")))
+    ids, places = layout.marked(QUESTION, [STEPS[0], empty, STEPS[2]])
+    assert [ids[place] for place in places] == [layout.step_tag_id] * 3
 
 
 def test_rlhflow_reads_before_each_verdict_of_a_chat_in_which_all_were_right(made: Any) -> None:

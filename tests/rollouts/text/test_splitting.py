@@ -257,8 +257,9 @@ def test_a_family_that_cannot_think_so_is_refused() -> None:
     roles = {role: {"backend": "server", "model": "m", "url": "http://localhost/v1"} for role in ("small", "large")}
     steps = {"split": "thinking"}
     parse_family({**roles, "steps": steps})
-    with pytest.raises(ConfigError, match="continues a partial answer"):
-        parse_family({**roles, "large": {**roles["large"], "chat_only": True}, "steps": steps})
+    for role in roles:
+        with pytest.raises(ConfigError, match=rf"\[{role}\] .*continues a partial answer"):
+            parse_family({**roles, role: {**roles[role], "chat_only": True}, "steps": steps})
     with pytest.raises(ConfigError, match="max_thinking_tokens"):
         parse_family({**roles, "steps": {**steps, "max_thinking_tokens": 2048}})
     with pytest.raises(ConfigError, match="steps.min_token: unknown key. Did you mean 'min_tokens'"):

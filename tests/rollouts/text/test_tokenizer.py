@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rollouts.errors import ConfigError
-from rollouts.text.prompts import PromptFormat, RewardFormat
+from rollouts.text.prompts import Chat, PromptFormat, RewardFormat
 from rollouts.text.tokenizer import load_tokenizer, model_file
 from rollouts.tinymath import STEP_TAG, model_dir
 
@@ -91,6 +91,11 @@ def test_texts_have_the_same_ids(both: tuple[Any, Any], text: str) -> None:
     expected = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
     assert encoded.ids == expected["input_ids"] and encoded.offsets == expected["offset_mapping"]
     assert own.decode(encoded.ids) == theirs.decode(encoded.ids)
+
+
+def test_what_templates_take_from_a_caller_is_the_same(both: tuple[Any, Any]) -> None:
+    own, theirs = (Chat(each, None, "model", DAY).takes for each in both)
+    assert own == theirs and not own & {"tools", "documents", "add_generation_prompt"}
 
 
 def test_special_tokens_are_the_same(both: tuple[Any, Any]) -> None:
