@@ -139,8 +139,10 @@ class Recorder:
         self._held = ExitStack()
         self._held.enter_context(self.store.writing())
         self._steps = StepBuffer(self.store.steps, seconds=seconds)
-        tables = [(TABLE, {"kind": "decisions"}, COLUMNS, (SMALL,)), *([(*scorer, ("score",))] if scorer else [])]
-        self._rows = {name: Rows(self.store.attach("scores", name, *shape)) for name, *shape in tables}
+        tables = {TABLE: self.store.attach("scores", TABLE, {"kind": "decisions"}, COLUMNS, (SMALL,))}
+        if scorer is not None:
+            tables[scorer[0]] = self.store.attach("scores", *scorer)
+        self._rows = {name: Rows(table) for name, table in tables.items()}
         self._scores = scorer[0] if scorer else None
         keys = self.store.steps.keys().group_by("problem").aggregate([("replica", "max")])
         self._replicas = Counter(
