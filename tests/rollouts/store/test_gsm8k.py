@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 
+import numpy as np
 import pytest
 
 from rollouts.__main__ import main
@@ -13,7 +14,6 @@ from rollouts.trees.compile import compile_store
 from rollouts.trees.stats import split_statistics
 from rollouts.trees.verify import verify_store
 
-pytestmark = pytest.mark.skipif(not (BUNDLED / "gsm8k").exists(), reason="it is being made")
 PATTERN = ["train", "test", "train", "validation", "train", "test", "train", "validation", "train", "test"]
 
 
@@ -29,14 +29,16 @@ def test_it_is_sound_closed_and_small(store):
 
 
 def test_it_names_models_and_no_folders(store):
-    text = "".join(file.read_text("utf-8") for file in store.path.rglob("*.json"))
+    files = [file for file in store.path.rglob("*.json") if ".compiled" not in file.parts]
+    text = "".join(file.read_text("utf-8") for file in files)
     assert not re.search(r"[\"'/](tmp|home|root|work|mnt)/", text)
     process = store.manifest["process"]
     assert process["small"]["model"] == "Qwen2.5-Coder-0.5B-Instruct"
     assert process["large"]["model"] == "Qwen2.5-Coder-1.5B-Instruct"
     assert {process[role]["licence"] for role in ("small", "large")} == {"Apache-2.0"}
     about = (BUNDLED / "README.md").read_text("utf-8")
-    assert "MIT licence" in about and "2110.14168" in about and "Apache 2.0" in about
+    assert "[MIT licence](gsm8k/LICENSE-GSM8K)" in about and "2110.14168" in about and "Apache 2.0" in about
+    assert "Copyright (c) 2021 OpenAI" in (store.path / "LICENSE-GSM8K").read_text("utf-8")
 
 
 def test_its_problems_are_the_first_of_one_shuffle_and_all_of_them(store):
@@ -52,7 +54,9 @@ def test_every_split_compiles_with_all_signals():
     trees = compile_store("gsm8k")
     for split in ("train", "validation", "test"):
         assert split_statistics(trees, split).trees > 10
-    assert {"small.min_logprob", "large.min_logprob"} <= set(trees.signals)
+    inside = trees.child[:, 0] != -2
+    for signal in ("small.min_logprob", "small.mean_logprob", "small.max_entropy"):
+        assert np.isfinite(trees.signals[signal][inside, 0]).all()
 
 
 def test_commands_take_it_by_name(capsys):
