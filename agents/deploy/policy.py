@@ -30,7 +30,6 @@ from agents.routers.mlp import MLP, ConditionedMLP
 from rollouts.errors import ArtefactError, ConfigError
 from trim_env.features import Schema, schema_named
 
-CARDS = Path(__file__).parents[1] / "cards"
 _KEPT = 256  # λ whose routers are kept at hand
 _TOLD = ("package", "small", "large", "scorer", "grader", "rollouts", "cost", "held_out", "calibration", "splitting")
 
@@ -39,16 +38,14 @@ def load(folder: str | Path, *, allow_old: bool = False) -> Policy:
     """Read a router for use.
 
     Args:
-        folder: An exported artefact, a ``policy`` folder of a run, or the name of a bundled router (``gsm8k-free``)
-            where there is no such folder.
+        folder: An exported artefact, or a ``policy`` folder of a run.
         allow_old: Read artefacts of version 1 too, which cannot tell whether their settings were damaged.
 
     Raises:
         ArtefactError: There is none, it is damaged, of another version or made for other features, or of a class
             of somebody's whose module is not imported.
     """
-    bundled = CARDS / (folder := Path(folder))
-    folder = bundled if not folder.exists() and (bundled / "policy.json").is_file() else folder
+    folder = Path(folder)
     if not (folder / "policy.json").exists():
         below = sorted(str(file.parent) for file in folder.glob("*/policy.json"))
         below += sorted(str(file.parent) for file in folder.glob("*/policy/policy.json"))
