@@ -174,6 +174,27 @@ def telling(trees: Trees) -> list[str]:
     return _table([*head, "escalating here pays"], rows())
 
 
+def paying(trees: Trees) -> str:
+    """Say how often it matters who writes one step, if the small model goes on after it."""
+    after = small_outcomes(trees)
+    rows = np.flatnonzero(~np.isnan(after).any(axis=1))
+    of, place = np.unique(trees.problem[trees.tree[rows]], return_inverse=True)
+    weights, total = resample_weights(len(of)), np.bincount(place)
+    pays, harms = (
+        np.bincount(place, after[rows, one] > after[rows, other])
+        for one, other in ((ESCALATE_LARGE, CONTINUE_SMALL), (CONTINUE_SMALL, ESCALATE_LARGE))
+    )
+
+    def share(counts: Floats) -> str:
+        samples = (weights @ counts) / (weights @ total)
+        return _interval(estimate(100 * counts.sum() / total.sum(), 100 * samples), "{:.1f}") + " %"
+
+    return (
+        f"Of {len(rows):,} proposals at which the large model wrote too, escalating pays at {share(pays)} and does harm "
+        f"at {share(harms)}; at all others the small model ends the same way after either step."
+    )
+
+
 def oracles(ground: Ground, weights: Floats) -> list[str]:
     """Return the table of reference points at the least λ: as good as they get."""
     lam = ground.ladder.lams[0]
@@ -331,6 +352,8 @@ def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measu
         "",
         *telling(trees),
         "",
+        paying(trees),
+        "",
         "## Routers",
         "",
         f"{measured}, {len(ground.both.small)} problems. Rules and names as in [the ladder](ladder.md): fitted on the "
@@ -375,9 +398,9 @@ def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measu
 
 WHAT = (
     "So no router is worth having here, and none comes with the package. With one escalation the cap is as tight as it "
-    "can be (always-large is exempt from it), the large model's single step seldom rescues what the small model goes on "
+    "can be (always-large is exempt from it), one step of the large model rescues little of what the small one goes on "
     "with, signals tell little of where it would, and 42 problems show large effects only. `test` was looked at once, "
-    "when all choices were made; sentences were rewritten afterwards, and nothing else.",
+    "when all choices were made; afterwards sentences were rewritten, and the shares of steps that pay were added.",
     "",
     "Qwen2.5-Coder-0.5B-Instruct proposes, Qwen2.5-Coder-1.5B-Instruct is the large model, problems are of GSM8K's "
     "test set, as one shuffle ordered them; [the card of the data](../rollouts/datasets/README.md#gsm8k) says how they "
