@@ -13,7 +13,7 @@ further training.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -256,13 +256,20 @@ SHOWN = (Rung("threshold", "agg/1"), DEFAULT, *(Rung("exact", s, "quadratic") fo
 """Whose curves are drawn, beside the oracle's."""
 
 
-def draw(ground: Ground, found: dict[Rung, Measured], split: str, path: Path, shown: Sequence[Rung] = SHOWN) -> None:
+def draw(
+    ground: Ground,
+    found: dict[Rung, Measured],
+    split: str,
+    path: Path,
+    shown: Sequence[Rung] = SHOWN,
+    whose: Mapping[str, str] = WHOSE,
+) -> None:
     """Draw mean returns as a ladder, and curves of one rule for each thing that can be read."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 7), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
-    _draw_ladder(left, found)
+    _draw_ladder(left, found, whose)
     _draw_curves(right, ground, found, shown)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -274,15 +281,16 @@ def draw(ground: Ground, found: dict[Rung, Measured], split: str, path: Path, sh
     figure.savefig(path, dpi=130)
 
 
-def _draw_ladder(axes: Axes, found: dict[Rung, Measured]) -> None:
+def _draw_ladder(axes: Axes, found: dict[Rung, Measured], whose: Mapping[str, str]) -> None:
     order = sorted(found, key=lambda rung: float(found[rung].returns.mean()))
     weights = resample_weights(len(found[order[0]].returns))
     for height, rung in enumerate(order):
         own, colour = found[rung].returns, COLOURS[rung.group]
         axes.plot(np.quantile(weights @ own, [0.025, 0.975]), [height] * 2, color=colour, lw=5, alpha=0.25)
         axes.plot(own.mean(), height, "o", color=colour, ms=6)
-    for group, name in WHOSE.items():
-        axes.plot([], [], "o", color=COLOURS[group], label=name)
+    for group, name in whose.items():
+        if any(rung.group == group for rung in found):
+            axes.plot([], [], "o", color=COLOURS[group], label=name)
     axes.set_yticks(range(len(order)), [rung.told for rung in order], fontsize=9)
     for label, rung in zip(axes.get_yticklabels(), order, strict=True):
         label.set_fontweight("bold" if rung == DEFAULT else "normal")

@@ -22,7 +22,7 @@ from agents.evaluation.bootstrap import Estimate, estimate, paired_means, resamp
 from agents.evaluation.curves import References
 from agents.evaluation.oracle import query_oracle, tree_oracle
 from agents.evaluation.outcomes import Floats, Outcomes
-from benchmarks.ladder import by_lam, curves, draw, fit_all, returns
+from benchmarks.ladder import WHOSE, by_lam, curves, draw, fit_all, returns
 from benchmarks.methods import heading, write
 from benchmarks.rungs import DEFAULT, FREE, SIGNALS, Ground, Ladder, Measured, Rung
 from rollouts.store.store import Store
@@ -190,8 +190,8 @@ def paying(trees: Trees) -> str:
         return _interval(estimate(100 * counts.sum() / total.sum(), 100 * samples), "{:.1f}") + " %"
 
     return (
-        f"Of {len(rows):,} proposals at which the large model wrote too, escalating pays at {share(pays)} and does harm "
-        f"at {share(harms)}; at all others the small model ends the same way after either step."
+        f"Of {len(rows):,} proposals at which the large model wrote too, escalating pays at {share(pays)} and does "
+        f"harm at {share(harms)}; at all others the small model ends the same way after either step."
     )
 
 
@@ -445,7 +445,8 @@ def main() -> None:
     text, ground, found = report(settings, left)
     write(text, settings.out and settings.out.with_suffix(".md"))
     if settings.out:
-        draw(ground, found, settings.split, settings.out.with_suffix(".png"), SHOWN)
+        least = {} if PRM_RULE in found else {"score": "the probability of its least likely token"}
+        draw(ground, found, settings.split, settings.out.with_suffix(".png"), SHOWN, WHOSE | least)
 
 
 if __name__ == "__main__":
