@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -58,6 +61,9 @@ class ServeConfig:
         imports: A module to import before the policy is read: that of a router of your own; may be repeated.
         other_models: Serve other models than those that the policy was trained for.
         access_log: Log every request.
+        log_format: text, or json: an object a line, with the id of the request (header ``X-Request-ID``).
+        config: TOML file with any of these settings, by the names of their flags; flags have the last word, and those
+            that may be repeated add to it.
         playground: Show a page at / on which problems are solved step by step, and let it ask one model alone.
     """
 
@@ -93,9 +99,40 @@ class ServeConfig:
     imports: Imports = ()
     other_models: bool = False
     access_log: bool = False
+    log_format: Literal["text", "json"] = "text"
+    config: str | None = None
     playground: bool = False
 
     def __post_init__(self) -> None:
         """Check what constraints of single values cannot say."""
         if self.redact and not self.record:
             raise ConfigError("--redact is about what is recorded: give --record DIR, too.")
+
+
+def with_file(arguments: Sequence[str]) -> list[str]:
+    """Return a command's arguments with those before them that the file of ``--config`` stands for.
+
+    Raises:
+        ConfigError: It cannot be read, or a value is none that a flag can have.
+    """
+    files = [after for flag, after in zip(arguments, [*arguments[1:], ""], strict=False) if flag == "--config"]
+    files += [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
+    return [*(word for file in files for word in _flags(file)), *arguments]
+
+
+def _flags(file: str) -> Iterator[str]:
+    try:
+        found = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {file}: cannot be read ({error}).") from error
+    for name, value in found.items():
+        flag = name.replace("_", "-")
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, bool):
+                yield f"--{flag}" if each else f"--no-{flag}"
+            elif isinstance(each, str | int | float) and name != "config":
+                yield f"--{flag}={each}"
+            else:
+                raise ConfigError(
+                    f"--config {file}: {name} is {each!r}, expected a text, a number, true, false or a list."
+                )

@@ -9,10 +9,11 @@ import secrets
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from agents.serve import logs
 from agents.serve.api import ApiError
 
 # For machines that watch the service, and the playground's page, which asks for the key; so does the rest.
@@ -49,8 +50,15 @@ class Guard:
             await self.app(scope, receive, send)
             return
         scope["path"] = scope["path"].rstrip("/") or "/"
+        headers, answer = Headers(scope=scope), send
+        own = logs.begin(headers.get(logs.HEADER))
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[logs.HEADER] = own
+            await answer(message)
+
         try:
-            headers = Headers(scope=scope)
             self._check_key(scope["path"], headers)
             async with self._turn(headers):
                 body = await self._body(headers, receive)
