@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tyro
-from serve_harness import QUESTION, Process, Router, Upstreams, streamed
+from serve_harness import QUESTION, ROOT, Process, Router, Upstreams, streamed
 
 from agents.__main__ import main
 from agents.serve import logs
 from agents.serve.config import ServeConfig, with_file
+from agents.serve.metrics import Metrics
 from rollouts.errors import ConfigError
 
 
@@ -98,3 +100,40 @@ def test_the_log_of_a_service_is_json_to_the_last_line(upstreams: Upstreams, fol
     lines = [json.loads(line) for line in running.log.read_text().splitlines()]
     running.log.unlink()
     assert any("/live" in line["message"] and line.get("request_id") == "abc-3" for line in lines)
+
+
+@pytest.mark.parametrize("text", ["small", "medium=1", "small=x", "small=1,2,3", "large=-1", "large=inf", "large=nan"])
+def test_a_price_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--price is"):
+        ServeConfig("a", prices=(text,))
+
+
+def test_prices_give_what_was_paid_and_saved(upstreams: Upstreams, folder: Path) -> None:
+    running = Router(folder, upstreams.urls(), prices=("small=1,2", "large=10,20", "scorer=4"))
+    try:
+        usage = running.chat(QUESTION).json()["usage"]
+        small, large, scorer = (usage["models"][role] for role in ("small", "large", "scorer"))
+        paid = {
+            "small": small["prompt_tokens"] + 2 * small["completion_tokens"],
+            "large": 10 * large["prompt_tokens"] + 20 * large["completion_tokens"],
+            "scorer": 4 * scorer["prompt_tokens"],
+        }
+        for model, cost in paid.items():
+            assert running.metric("trim_cost_total", model=model) == pytest.approx(cost / 1e6)
+        alone = 10 * usage["prompt_tokens"] + 20 * usage["completion_tokens_details"]["accepted_tokens"]
+        assert running.metric("trim_cost_saved") == pytest.approx((alone - sum(paid.values())) / 1e6)
+    finally:
+        running.stop()
+
+
+def test_the_dashboard_shows_metrics_that_there_are_and_all_of_the_important_ones() -> None:
+    board = json.loads((ROOT / "docs" / "grafana.json").read_text())
+    asked = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
+    kinds = {"counter": "_total", "histogram": "_bucket", "gauge": ""}
+    there = {f"{family.name}{kinds[family.type]}": family for family in Metrics().registry.collect()}
+    there |= {f"{name.removesuffix('_bucket')}{end}": each for name, each in there.items() for end in ("_sum", "_count")
+              if name.endswith("_bucket")}  # fmt: skip
+    used = set(re.findall(r"trim_\w+", asked))
+    assert used <= set(there)
+    assert {"trim_requests_total", "trim_upstream_up", "trim_cost_saved", "trim_shadow_steps_total"} <= used
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
