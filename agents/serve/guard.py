@@ -50,13 +50,13 @@ class Guard:
             await self.app(scope, receive, send)
             return
         scope["path"] = scope["path"].rstrip("/") or "/"
-        headers, answer = Headers(scope=scope), send
+        headers = Headers(scope=scope)
         own = logs.begin(headers.get(logs.HEADER))
 
-        async def send(message: Message) -> None:
+        async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[logs.HEADER] = own
-            await answer(message)
+            await send(message)
 
         try:
             self._check_key(scope["path"], headers)
@@ -64,10 +64,10 @@ class Guard:
                 body = await self._body(headers, receive)
         except ApiError as error:
             self._count(scope["path"], error.status)
-            await refusal(error)(scope, receive, send)
+            await refusal(error)(scope, receive, answer)
             return
         if body is not None:
-            await self.app(scope, _replay(body, receive), send)
+            await self.app(scope, _replay(body, receive), answer)
 
     def _check_key(self, path: str, headers: Headers) -> None:
         if self._key is None or path in _OPEN:
