@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         place, settings, _ = COMMANDS[name]
         module = importlib.import_module(place)
+        rest = getattr(module, "with_file", list)(rest)
         config = tyro.cli(getattr(module, settings), prog=f"python -m agents {name}", args=rest)
         return int(module.run(config))
     except ModuleNotFoundError as error:

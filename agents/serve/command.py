@@ -7,13 +7,13 @@ import gc
 import logging
 import os
 import signal
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 from agents.escape import terminal
-from agents.serve.config import ServeConfig
+from agents.serve import logs
+from agents.serve.config import ServeConfig, with_file
 from rollouts.config import FamilyConfig, ModelConfig, load_family, parse_family
 from rollouts.errors import ConfigError, TrimError, require
 from rollouts.plugins import import_module
@@ -229,7 +229,7 @@ def run(config: ServeConfig) -> int:
     Raises:
         TrimError: Policy, models or servers cannot be used; the message says what to do.
     """
-    logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
+    logs.set_up(config.log_format)
     try:
         server = Server(config)
         gc.collect()
@@ -247,3 +247,6 @@ def _key(variable: str | None) -> str | None:
     if not key:
         raise ConfigError(f"The environment variable {variable} is not set; it must hold the API key for clients.")
     return key
+
+
+__all__ = ["ServeConfig", "Server", "family_of", "run", "with_file"]

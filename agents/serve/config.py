@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -9,6 +13,7 @@ from pydantic import Field
 
 from rollouts.config import Count, Imports, NotNegative, Positive, settings
 from rollouts.errors import ConfigError
+from rollouts.text.steps import ROLES
 
 Fallback = Literal["small", "large", "error"]
 """Who writes a step whose proposal cannot be scored; ``error`` ends the request."""
@@ -58,6 +63,11 @@ class ServeConfig:
         imports: A module to import before the policy is read: that of a router of your own; may be repeated.
         other_models: Serve other models than those that the policy was trained for.
         access_log: Log every request.
+        log_format: text, or json: an object a line, with the id of the request (header ``X-Request-ID``).
+        config: TOML file with any of these settings, by the names of their flags; flags have the last word, and those
+            that may be repeated add to it.
+        prices: ROLE=IN,OUT, money for a million tokens that small, large or scorer reads and decodes (OUT may be left
+            out); gives ``trim_cost`` and ``trim_cost_saved``; may be repeated.
         playground: Show a page at / on which problems are solved step by step, and let it ask one model alone.
     """
 
@@ -93,9 +103,65 @@ class ServeConfig:
     imports: Imports = ()
     other_models: bool = False
     access_log: bool = False
+    log_format: Literal["text", "json"] = "text"
+    config: str | None = None
+    prices: Annotated[tuple[str, ...], tyro.conf.arg(name="price"), tyro.conf.UseAppendAction] = ()
     playground: bool = False
 
     def __post_init__(self) -> None:
         """Check what constraints of single values cannot say."""
         if self.redact and not self.record:
             raise ConfigError("--redact is about what is recorded: give --record DIR, too.")
+        _ = self.price_of
+
+    @property
+    def price_of(self) -> dict[str, tuple[float, float]]:
+        """Money for a token that each role reads, and for one that it decodes; empty if nothing is said.
+
+        Raises:
+            ConfigError: A price is none.
+        """
+        found = {}
+        for text in self.prices:
+            role, _, both = text.partition("=")
+            try:
+                paid = [float(each) / 1e6 for each in both.split(",")]
+            except ValueError:
+                paid = []
+            if (
+                role not in (*ROLES, "scorer")
+                or len(paid) not in (1, 2)
+                or not all(0 <= each < math.inf for each in paid)
+            ):
+                raise ConfigError(f"--price is {text!r}, expected small=IN,OUT, large=IN,OUT or scorer=IN.")
+            found[role] = paid[0], (*paid, 0.0)[1]
+        return found
+
+
+def with_file(arguments: Sequence[str]) -> list[str]:
+    """Return a command's arguments with those before them that the file of ``--config`` stands for.
+
+    Raises:
+        ConfigError: It cannot be read, or a value is none that a flag can have.
+    """
+    files = [after for flag, after in zip(arguments, [*arguments[1:], ""], strict=False) if flag == "--config"]
+    files += [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
+    return [*(word for file in files for word in _flags(file)), *arguments]
+
+
+def _flags(file: str) -> Iterator[str]:
+    try:
+        found = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {file}: cannot be read ({error}).") from error
+    for name, value in found.items():
+        flag = name.replace("_", "-")
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, bool):
+                yield f"--{flag}" if each else f"--no-{flag}"
+            elif isinstance(each, str | int | float) and name != "config":
+                yield f"--{flag}={each}"
+            else:
+                raise ConfigError(
+                    f"--config {file}: {name} is {each!r}, expected a text, a number, true, false or a list."
+                )

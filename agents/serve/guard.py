@@ -9,10 +9,11 @@ import secrets
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from agents.serve import logs
 from agents.serve.api import ApiError
 
 # For machines that watch the service, and the playground's page, which asks for the key; so does the rest.
@@ -49,17 +50,24 @@ class Guard:
             await self.app(scope, receive, send)
             return
         scope["path"] = scope["path"].rstrip("/") or "/"
+        headers = Headers(scope=scope)
+        own = logs.begin(headers.get(logs.HEADER))
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[logs.HEADER] = own
+            await send(message)
+
         try:
-            headers = Headers(scope=scope)
             self._check_key(scope["path"], headers)
             async with self._turn(headers):
                 body = await self._body(headers, receive)
         except ApiError as error:
             self._count(scope["path"], error.status)
-            await refusal(error)(scope, receive, send)
+            await refusal(error)(scope, receive, answer)
             return
         if body is not None:
-            await self.app(scope, _replay(body, receive), send)
+            await self.app(scope, _replay(body, receive), answer)
 
     def _check_key(self, path: str, headers: Headers) -> None:
         if self._key is None or path in _OPEN:

@@ -76,6 +76,7 @@ class Listener(uvicorn.Server):
                 access_log=service.config.access_log,
                 lifespan="off",
                 server_header=False,
+                log_config=None if service.config.log_format == "json" else uvicorn.config.LOGGING_CONFIG,
                 timeout_graceful_shutdown=math.ceil(self._drain_s) + _LAST_WORDS_S,
             )
         )

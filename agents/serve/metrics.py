@@ -54,6 +54,11 @@ class Metrics:
         self.policies = counter("trim_policy_requests", words, ["policy", "status"])
         words = "Tokens of these, as trim_tokens has them."
         self.policy_tokens = counter("trim_policy_tokens", words, ["policy", "model", "kind"])
+        self.cost = counter("trim_cost", "Money that answers have cost (--price).", ["model"])
+        words = (
+            "What answers would have cost if the large model had written their tokens in one request, less trim_cost."
+        )
+        self.cost_saved = gauge("trim_cost_saved", words)
         self.reloads = counter("trim_reloads", "Times that policies were read again, or kept as they were.", ["result"])
         words = (
             "Requests by what became of their record (--record): kept, of another process than the rollouts' (other), "
@@ -117,6 +122,17 @@ class Metrics:
         for model, spent in roles.items():
             self.policy_tokens.labels(policy, model, "prompt").inc(spent.prompt_tokens)
             self.policy_tokens.labels(policy, model, "completion").inc(spent.completion_tokens)
+
+    def paid(self, prices: Mapping[str, tuple[float, float]], usage: Mapping[str, Any]) -> None:
+        """Count the money for an answer, from the prices of a token read and of one decoded by role."""
+        for model, spent in usage["models"].items():
+            read, decoded = prices.get(model, (0.0, 0.0))
+            cost = read * spent["prompt_tokens"] + decoded * spent.get("completion_tokens", 0)
+            self.cost.labels(model).inc(cost)
+            self.cost_saved.dec(cost)
+        read, decoded = prices.get(LARGE, (0.0, 0.0))
+        alone = read * usage["prompt_tokens"] + decoded * usage["completion_tokens_details"]["accepted_tokens"]
+        self.cost_saved.inc(alone)
 
     def spent(self, models: Mapping[str, Mapping[str, int]], *, kept: bool = True) -> None:
         """Count tokens by model; those of a shadow are in no answer (not `kept`)."""

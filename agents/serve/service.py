@@ -59,7 +59,7 @@ class Service:
     ) -> None:
         """Begin with nothing under way."""
         self.policies, self.models, self.metrics, self.config = policies, models, metrics, config
-        self._recorder = recorder
+        self._recorder, self._prices = recorder, config.price_of
         self.name = next(iter(policies.each))
         self.since = int(time.time())
         self.draining, self.over, self.cut = False, False, 0
@@ -211,6 +211,8 @@ class Service:
             if route.source is not None:
                 metrics.asked(route.source, route.questions.requests, route.questions.prompt_tokens)
             metrics.ended(str(status), time.monotonic() - began, route.usage(), share)
+            if self._prices and status == 200:
+                metrics.paid(self._prices, route.usage())
             if len(self.policies.each) > 1:
                 metrics.decided(route.policy, str(status), ledger.roles)
 
