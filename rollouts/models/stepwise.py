@@ -33,6 +33,7 @@ from rollouts.text.steps import (
 )
 
 Fits = Callable[[str, Sequence[str]], bool]
+_RAW = "\u0120\u010a\u2581"  # how vocabularies write blanks and line ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,21 +204,35 @@ class Draft:
         )
 
     def take(self, completion: Completion) -> None:
-        """Take the answer to the last request; one that begins to think, though it should not, has failed."""
+        """Take the answer to the last request; one that thinks though it should not, or is no text, has failed."""
         reason = completion.detail
+        raw = self._is_raw(completion)
+        if raw:
+            reason = (
+                f"the backend reads its tokenizer otherwise than tokenizer.json has it: {completion.text[:40]!r}. "
+                'Set tokenizer_class to "PreTrainedTokenizerFast" in its tokenizer_config.json.'
+            )
         thinks = not self.rules.splitting.thinks and completion.text.lstrip().startswith("<think>")
         if thinks:
             reason = (
                 "the model writes '<think>' although thinking is switched off. Let both models think (split = "
                 '"thinking" in [steps]), or use a model that can switch it off.'
             )
-        if thinks or completion.finish == "failed":
+        if raw or thinks or completion.finish == "failed":
             failed = Step("", completion.tokens, StopReason.FAILED, len(self.prompt))
             self.generation = Generation((failed,), self.tokens + completion.tokens, reason=reason)
         elif self.whole:
             self.generation = self._cut(completion)
         else:
             self._take_step(completion)
+
+    def _is_raw(self, completion: Completion) -> bool:
+        """Whether a text is pieces of a vocabulary: transformers builds some tokenizers anew, by a wrong class."""
+        found = [mark for mark in _RAW if mark in completion.text]
+        if not found or completion.token_ids is None:
+            return False
+        own = "".join(self.rules.prompts.pieces(self.prompt + self.ids, completion.token_ids))
+        return any(mark not in own for mark in found)
 
     def _take_step(self, completion: Completion) -> None:
         rules = self.rules

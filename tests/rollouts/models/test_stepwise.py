@@ -40,6 +40,17 @@ def test_a_text_about_thinking_is_a_text(rules):
     assert generation.steps[0].stop_reason is StopReason.DELIMITER
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_text_of_pieces_of_a_vocabulary_is_refused(rules, whole):
+    """As engines of transformers 5 decode byte-level tokenizers whose configuration names LlamaTokenizerFast."""
+    draft = Draft(rules, Prefix("p", "Let a=1+2. Find a.", 0, (), 0), whole=whole)
+    ids = tuple(rules.prompts.encode("a = 3\n\nSo"))
+    draft.take(Completion("a\u0120=\u01203\u010a\u010aSo", len(ids), ids, "eos"))
+    assert draft.generation.steps[0].stop_reason is StopReason.FAILED and draft.generation.decoded == len(ids)
+    assert "tokenizer_class" in draft.generation.reason
+    assert drawn(rules, "It is \u0120stanbul.\n\n").steps[0].text == "It is \u0120stanbul.\n\n"
+
+
 def test_a_failed_request_keeps_its_reason(rules):
     generation = drawn(rules, "", "failed", "HTTP 400: too long")
     assert generation.steps[0].stop_reason is StopReason.FAILED and generation.reason == "HTTP 400: too long"

@@ -93,9 +93,13 @@ def test_texts_have_the_same_ids(both: tuple[Any, Any], text: str) -> None:
     assert own.decode(encoded.ids) == theirs.decode(encoded.ids)
 
 
-def test_what_templates_take_from_a_caller_is_the_same(both: tuple[Any, Any]) -> None:
-    own, theirs = (Chat(each, None, "model", DAY).takes for each in both)
-    assert own == theirs and not own & {"tools", "documents", "add_generation_prompt"}
+def test_what_templates_take_from_a_caller_is_not_what_others_give_them(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((model_dir("small") / name).read_bytes())
+    template = "{{ tools }}{{ documents }}{{ add_generation_prompt }}{{ messages }}{{ eos_token }}{{ effort }}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    for each in (load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(str(tmp_path))):
+        assert Chat(each, None, "model", DAY).takes == {"effort"}
 
 
 def test_special_tokens_are_the_same(both: tuple[Any, Any]) -> None:
