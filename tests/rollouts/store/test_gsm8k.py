@@ -8,10 +8,11 @@ import re
 import numpy as np
 import pytest
 
+from benchmarks.real import weighted_auc
 from rollouts.__main__ import main
 from rollouts.store.store import BUNDLED, Store
 from rollouts.trees.compile import compile_store
-from rollouts.trees.stats import split_statistics
+from rollouts.trees.stats import auc, split_statistics
 from rollouts.trees.verify import verify_store
 
 PATTERN = ["train", "test", "train", "validation", "train", "test", "train", "validation", "train", "test"]
@@ -67,3 +68,12 @@ def test_commands_take_it_by_name(capsys):
     assert "boxed" in "".join(capsys.readouterr())
     assert main(["verify", "gsm8k"]) == 0
     assert "The store is sound." in "".join(capsys.readouterr())
+
+
+def test_areas_under_weights_are_those_of_repeated_items():
+    draw = np.random.default_rng(0)
+    scores, right = draw.integers(0, 6, 40).astype(float), draw.random(40) < 0.4
+    assert weighted_auc(scores, right, np.ones(40)) == pytest.approx(auc(scores, right))
+    weights = draw.integers(0, 4, (3, 40))
+    wanted = [auc(np.repeat(scores, each), np.repeat(right, each)) for each in weights]
+    assert weighted_auc(scores, right, weights.astype(float)) == pytest.approx(wanted)
