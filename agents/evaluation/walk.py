@@ -254,6 +254,21 @@ def decisions(tables: DecisionTables, policy: AnyRouter | Decide) -> Iterator[De
     return (done for done, _ in walked(tables, policy))
 
 
+def decision_shares(router: AnyRouter, tables: DecisionTables, bins: int = 20) -> dict[str, Any]:
+    """Return what a router's decisions look like: how the scores of proposals spread, and which share escalates.
+
+    Returns:
+        ``scores``, shares of `bins` equal parts of [0, 1], and ``escalated``.
+    """
+    counts, escalated = np.zeros(bins), 0.0
+    for done in decisions(tables, router):
+        place = np.clip((tables.trees.score[done.rows, CONTINUE_SMALL] * bins).astype(np.int64), 0, bins - 1)
+        counts += np.bincount(place, done.mass, minlength=bins)
+        escalated += float(done.mass @ (done.moved.accepted == ESCALATE_LARGE))
+    total = max(float(counts.sum()), 1e-12)
+    return {"scores": [round(float(each), 6) for each in counts / total], "escalated": min(escalated / total, 1.0)}
+
+
 def walked(tables: DecisionTables, policy: AnyRouter | Decide) -> Iterator[tuple[Decisions, NDArray[np.bool_]]]:
     """Return all that a router does, by depth, and which of it had no proposal before it (`Undrafted`)."""
     if not isinstance(policy, Router | StatefulRouter):

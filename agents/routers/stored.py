@@ -196,6 +196,7 @@ _HEADER_OF_WEIGHTS = _entries(
         }
     ),
 )
+_DECISIONS = _entries({"scores": _each(_SHARE), "escalated": _SHARE}, _ANY)  # what a service compares its own with
 _ABOUT = _entries(
     {
         **dict.fromkeys(("package?", "small?", "large?", "scorer?", "grader?", "cost?"), _maybe(NAME)),
@@ -205,7 +206,9 @@ _ABOUT = _entries(
         "max_escalations?": _maybe(_whole(0)),
         "max_large_tokens?": _maybe(_whole(0)),
         "features?": _each(_entries({"name": NAME}, _ANY)),
-        "held_out?": _each(_entries({"lam": _NUMBER, "verdict?": _TEXT, "sentence?": _TEXT}, _ANY)),
+        "held_out?": _each(
+            _entries({"lam": _NUMBER, "verdict?": _TEXT, "sentence?": _TEXT, "decisions?": _DECISIONS}, _ANY)
+        ),
         "calibration?": _entries({"target": NAME, "value": _NUMBER}, _ANY),
         "budgets?": _each(_entries({"lam": _ABOVE_0, "share": _NUMBER}, _ANY)),
         "default_lam?": _maybe(_ABOVE_0),

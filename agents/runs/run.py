@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from agents.evaluation.budgets import lam_costs, meet_target
 from agents.evaluation.health import Health
 from agents.evaluation.splits import Candidates, Record, Validation, halves
-from agents.evaluation.walk import references, run
+from agents.evaluation.walk import decision_shares, references, run
 from agents.learners import advantage, arbitrage
 from agents.learners.asking import AskingFrontier, fit_asking
 from agents.learners.exact import Frontier, fit, neighbours
@@ -398,6 +398,7 @@ class _Run:
             "always_large_accuracy": float(both.large.correct.mean()),
             "verdict": health.verdict,
             "sentence": health.sentence,
+            "decisions": decision_shares(router, self.validation.verdict),
         }
 
 

@@ -208,7 +208,7 @@ class Server:
             self.service.metrics.reloads.labels("kept").inc()
             _log.error("Policies were not reloaded, the old ones are kept: %s", terminal(error))
             return False
-        self.service.policies = found
+        self.service.use(found)
         self.service.metrics.reloads.labels("read").inc()
         _log.warning("Policies were reloaded: %s.", ", ".join(found.each))
         return True

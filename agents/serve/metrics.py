@@ -59,6 +59,10 @@ class Metrics:
             "What answers would have cost if the large model had written their tokens in one request, less trim_cost."
         )
         self.cost_saved = gauge("trim_cost_saved", words)
+        words = (
+            "How far the last decisions are from those on held-out problems: distance of scores, share of escalations."
+        )
+        self.drift = gauge("trim_drift", words, ["policy", "lam", "what"])
         self.reloads = counter("trim_reloads", "Times that policies were read again, or kept as they were.", ["result"])
         words = (
             "Requests by what became of their record (--record): kept, of another process than the rollouts' (other), "

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from agents.serve.api import ApiError, ChatRequest, bad_request
 from agents.serve.config import ServeConfig
+from agents.serve.drift import Drift
 from agents.serve.metrics import Metrics
 from agents.serve.models import Models, Task
 from agents.serve.policies import Policies
@@ -58,13 +59,19 @@ class Service:
         recorder: Recorder | None = None,
     ) -> None:
         """Begin with nothing under way."""
-        self.policies, self.models, self.metrics, self.config = policies, models, metrics, config
+        self.models, self.metrics, self.config = models, metrics, config
+        self.use(policies)
         self._recorder, self._prices = recorder, config.price_of
         self.name = next(iter(policies.each))
         self.since = int(time.time())
         self.draining, self.over, self.cut = False, False, 0
         self._routes: set[Route | Cut] = set()
         self._shadows: set[asyncio.Task[None]] = set()
+
+    def use(self, policies: Policies) -> None:
+        """Decide by these from now on."""
+        self._drifts = {name: Drift(name, policy.about, self.metrics) for name, policy in policies.each.items()}
+        self.policies = policies
 
     async def begin(self, ask: ChatRequest) -> Route:
         """Check a request and return its route, of which nothing is done yet; what is refused costs next to nothing.
@@ -121,7 +128,7 @@ class Service:
         route.stops = StopText(ask.stop or ())
         route.ledger.prompt_tokens = prompt_tokens
         if self.config.shadow and not ask.only and random.random() < self.config.shadow_share:
-            shadow = Shadow(task, session, *fallbacks, sources, served=route, traced=bool(ask.trace))
+            shadow = Shadow(task, session, *fallbacks, sources, policy=name, served=route, traced=bool(ask.trace))
             shadow.stops = StopText(ask.stop or ())
             route.shadow = shadow
         return route
@@ -187,6 +194,7 @@ class Service:
                     metrics.step(written.author, written.escalated, written.fallback is not None, overhead)
                     if shadowing:
                         shadowing[0].news.set()
+                    self._saw(route, written)
                     yield written
                     now, waited = time.monotonic(), ledger.waited
             if shadowing:
@@ -235,6 +243,8 @@ class Service:
         try:
             await shadow.run(self.models, deadline)
             self.metrics.shadowed(shadow.same_answer, shadow.decided())
+            for written in () if self.config.shadow == SMALL else shadow.written:  # only those on the policy's own path
+                self._saw(shadow, written)
         except Exception:
             _log.exception("a shadow failed")
             self.metrics.shadows.labels("failed").inc()
@@ -242,6 +252,10 @@ class Service:
             self.metrics.spent({role: asdict(spent) for role, spent in shadow.ledger.roles.items()}, kept=False)
             if shadow.source is not None:
                 self.metrics.asked(shadow.source, shadow.questions.requests, shadow.questions.prompt_tokens)
+
+    def _saw(self, route: Route, written: Written) -> None:
+        if written.action is not None:
+            self._drifts[route.policy].saw(route.session.knob, written.score, written.action)
 
     def _record(self, ask: ChatRequest, *routes: Route) -> None:
         """Hand what was drawn for a request to the recorder, if there is one, and if it is of the rollouts' process."""

@@ -105,7 +105,10 @@ def test_recorded_traffic_is_grown_trained_on_and_loads(tmp_path: Path, monkeypa
     out = tmp_path / "run"
     arguments = ["--rollouts", str(store.path), "--scorer", "scripted", "--lam", "0.01", "--out", str(out)]
     assert train_command.main([*arguments, "--tracking", "none", *QUICK]) == 0
-    assert agents.load(out / "lam-0.01" / "policy").session().step == 1
+    made = agents.load(out / "lam-0.01" / "policy")
+    assert made.session().step == 1
+    told = made.about["held_out"][0]["decisions"]  # what the service compares its own with
+    assert sum(told["scores"]) == pytest.approx(1, abs=1e-3) and 0 <= told["escalated"] <= 1
 
 
 def test_every_request_is_a_replica_also_after_a_restart(tmp_path: Path) -> None:
