@@ -266,8 +266,10 @@ class Family:
         """Load a generating model to look at steps: its own, of the large model also what the small one wrote.
 
         Raises:
-            ConfigError: It can only be asked by chat, or its backend gives no log-probabilities of prompts.
+            ConfigError: It can only be asked by chat, its backend gives no log-probabilities of prompts, or solutions
+                think in the store and not here, or the other way round.
         """
+        refuse_other_thinking(store, self.splitting)
         if self.config.generator(role).chat_only:
             self.statistics(role, None)
         with self._backend(role, self.config.generator(role), store) as backend:
@@ -292,8 +294,10 @@ class Family:
         """Load the scorer, test it on known paths and record its start in the store.
 
         Raises:
-            ConfigError: No scorer is configured, or it fails its self-test.
+            ConfigError: No scorer is configured, it fails its self-test, or solutions think in the store and not here,
+                or the other way round.
         """
+        refuse_other_thinking(store, self.splitting)
         name, scorer = self.scorer_name, self.config.scorer
         assert scorer is not None
         with ExitStack() as stack:
@@ -333,6 +337,16 @@ class Family:
             self._record(store, {"role": "scorer", **judge.describe()})
             known = {**self.identity(model), **served(judge.describe())}
             yield JudgeScorer(name, judge, prompt, model.display_name, known, self.splitting)
+
+
+def refuse_other_thinking(store: Store, splitting: Splitting) -> None:
+    """Raise a ConfigError unless solutions think in a store if they do here: else their steps would be read wrongly."""
+    if store.splitting.thinks != splitting.thinks:
+        does, here = ("think", "do not") if store.splitting.thinks else ("do not think", "do")
+        raise ConfigError(
+            f"The solutions of {store.path} {does}, those of the models file {here}: set split = "
+            f"{store.splitting.steps.split!r} under [steps] there."
+        )
 
 
 def chat_template_hash() -> str:

@@ -15,11 +15,12 @@ from rollouts.cli.inspect import StorePath
 from rollouts.cli.progress import console, progress_bar
 from rollouts.config import FamilyConfig, load_family, settings
 from rollouts.errors import ConfigError, StoreError
-from rollouts.family import table_name
+from rollouts.family import refuse_other_thinking, table_name
 from rollouts.models.hf.recipe import Recipe
 from rollouts.store.shards import write_atomically
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
+from rollouts.text.splitting import Splitting
 from rollouts.trees.labels import Solution, labelled_solutions, rows
 
 TargetPath = Annotated[Path, tyro.conf.Positional]
@@ -148,6 +149,7 @@ class TrainPrm:
             )
         if table_name(self.out.name) in store.names("scores"):
             raise StoreError(f"{store.path} has scores of another {self.out.name!r}; choose another name.")
+        refuse_other_thinking(store, Splitting(config.steps))
         solutions = list(read_solutions(store, self.grader, (self.split,)))
         from rollouts.cli.train_prm import train
 

@@ -6,6 +6,8 @@ import json
 
 import numpy as np
 import pytest
+from made_stores import finished
+from scripted_thinking import ThinkingWriter, splitting
 
 from rollouts.__main__ import main
 from rollouts.config import embedded_family
@@ -187,3 +189,15 @@ def config(folder):
     lines += ["max_length = 1024", "[limits]", "max_steps = 16"]
     file.write_text("\n".join(lines))
     return str(file)
+
+
+@pytest.mark.parametrize("command", [["score"], ["score", "--scorer", "small"], ["train-prm"]])
+def test_solutions_that_think_are_not_read_as_if_they_did_not(tmp_path, capsys, command):
+    """A models file without [steps] would have the mark that closes the block read as a text, in other prompts."""
+    path = finished(tmp_path / "s", kind=ThinkingWriter, splitting=splitting()).path
+    where = [str(path), str(tmp_path / "prm")] if command == ["train-prm"] else [str(path)]
+    models = ["--models", "tinymath:transformers"]
+    assert main([command[0], *where, *command[1:], *models]) == 2
+    assert "of the models file do not: set split = 'thinking' under [steps] there" in " ".join(
+        capsys.readouterr().err.split()
+    )

@@ -21,6 +21,7 @@ from rollouts.models.server.judge import Terms, read_verdict_of, verdict_in
 from rollouts.scoring.base import EXAMPLES, Failed, score_paths
 from rollouts.scoring.judge import PROMPT, judge_question
 from rollouts.store.store import Store
+from rollouts.text.splitting import Splitting
 from rollouts.text.steps import CLOSE
 from rollouts.tinymath import model_dir
 from rollouts.trees.verify import verify_store
@@ -307,7 +308,8 @@ def test_it_reads_thinking_without_what_closes_the_block(server: FakeServer, tmp
     family = family_of(server)
     thinks = parse_family({**family.config.model_dump(), "steps": {"split": "thinking"}})
     for config, count in ((family.config, 2), (thinks, 0)):
-        with opened(Family(config), tmp_path / str(count))[1] as scorer:
+        store = grown(tmp_path / str(count), splitting=Splitting(config.steps).described())
+        with Family(config).open_scorer(store) as scorer:
             scorer.submit("Q", [f"a=1\n{CLOSE}\n\n", "b=2"]).result(10)
         asked = [body["messages"][-1]["content"] for _, body in server.seen[-2:]]
         assert sum(CLOSE in content for content in asked) == count
