@@ -12,13 +12,14 @@ import numpy as np
 import openai
 import pytest
 from fake_server import DROP, FakeServer, error_reply, fake
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from serve_harness import QUESTION, Router, Upstreams, policy, streamed
 from test_serve_models import models
 
 from agents.routers.base import Threshold
 from agents.routers.mlp import ConditionedMLP
+from agents.serve.passing import Passed
 from agents.serve.stops import StopText
 
 __all__ = ["fake"]
@@ -28,6 +29,8 @@ CHAT = [*({"role": role, "content": content} for role, content in TURNS), {"role
 # ---------------------------------------------------------------- stop texts
 
 
+@example(["ab", "a"], ["aba", "b"])
+@example(["aba"], ["aba", "b"])
 @given(st.lists(st.text("ab\n", max_size=4), max_size=8), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
 def test_an_answer_ends_before_the_first_stop_text_whatever_pieces_it_comes_in(
     pieces: list[str], stops: list[str]
@@ -39,9 +42,10 @@ def test_an_answer_ends_before_the_first_stop_text_whatever_pieces_it_comes_in(
         if stopped.matched is not None:
             break
     given_ += stopped.rest()
-    ends = [whole.find(stop) for stop in stops if stop in whole]
-    assert given_ == whole[: min(ends)] if ends else given_ == whole
-    assert (stopped.matched in stops) == bool(ends)
+    complete = [end for end in range(len(whole) + 1) if any(whole[:end].endswith(stop) for stop in stops)]
+    first = complete[0] - max(len(stop) for stop in stops if whole[: complete[0]].endswith(stop)) if complete else None
+    assert given_ == whole[:first]
+    assert (stopped.matched in stops) == bool(complete)
 
 
 def test_a_stop_text_across_two_steps_ends_answer_and_stream(router: Router) -> None:
@@ -211,6 +215,35 @@ def test_streams_pass_as_they_are_with_a_mark_in_the_first_event(passing: Router
     assert others == events[1:] and fake.seen[-1][1]["stream"] is True
 
 
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"])
+def test_marks_are_in_the_first_data_whatever_stands_before_and_however_lines_end(
+    passing: Router, fake: FakeServer, end: bytes
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+    events = end.join([b": waiting", b'data: {"choices": [1]}', b"data: [DONE]", b""])
+    fake.fault = lambda path, *_: head + events if "chat" in path else None
+    body = {"messages": CHAT, "tools": TOOLS, "stream": True}
+    with passing.client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        waiting, first, done = (line for line in answer.iter_lines() if line)
+    told = json.loads(first.removeprefix("data: "))
+    assert told == {"choices": [1], "trim": {"routed": False, "passed_to": "large", "because": "tools"}}
+    assert (waiting, done) == (": waiting", "data: [DONE]")
+
+
+def test_streams_are_not_held_back_for_a_mark(passing: Router) -> None:
+    passed = Passed(passing.server.service, "large", {}, "tools")
+    assert passed._marked(b": wait\r\n\r\ndata: {") == (b": wait\r\n\r\n", b"data: {", False)
+    given, rest, marked = passed._marked(b'data: {"a":1}\r\n\r\ndata: x')
+    assert marked and not rest and given.endswith(b"\n\ndata: x")
+
+
+def test_requests_with_a_strange_name_are_refused_and_counted(passing: Router) -> None:
+    for model, status in ((5, 400), (["trim"], 400), ("gpt", 404)):
+        before = passing.metric("trim_requests_total", status=str(status))
+        assert passing.chat(model=model, tools=TOOLS).status_code == status
+        assert passing.metric("trim_requests_total", status=str(status)) == before + 1
+
+
 @pytest.mark.parametrize(
     ("reply", "status"),
     [
@@ -218,6 +251,8 @@ def test_streams_pass_as_they_are_with_a_mark_in_the_first_event(passing: Router
         (error_reply(401, "bad key sk-1"), 503),
         (error_reply(500, "boom"), 503),
         ((200, {}, b"<html>"), 503),
+        ((200, {}, [1]), 503),
+        ((200, {}, b'{"choices": [], "score": NaN}'), 503),
         (DROP, 503),
     ],
 )
