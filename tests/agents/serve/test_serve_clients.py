@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
-from fake_server import DROP, FakeServer, error_reply, fake
+from fake_server import DROP, HANG, Begun, FakeServer, error_reply, fake
 from hypothesis import example, given
 from hypothesis import strategies as st
 from serve_harness import QUESTION, Router, Upstreams, policy, streamed
@@ -271,3 +272,32 @@ def test_one_who_takes_too_long_is_given_up(passing: Router, fake: FakeServer) -
     fake.delay = 4.0
     began = time.monotonic()
     assert passing.chat(tools=TOOLS).status_code == 504 and time.monotonic() - began < 5
+
+
+def test_what_is_passed_on_ends_with_the_client(passing: Router, fake: FakeServer) -> None:
+    fake.fault = lambda path, *_: HANG if "chat" in path else None
+    body = {"messages": CHAT, "tools": TOOLS, "stream": True}
+    before = passing.metric("trim_requests_total", status="499")
+    with pytest.raises(httpx.ReadTimeout):
+        passing.client.post("/v1/chat/completions", json=body, timeout=0.3)
+    passing.idle()
+    assert passing.metric("trim_requests_total", status="499") == before + 1
+
+
+def test_streams_that_are_passed_on_end_with_the_client_and_in_time(passing: Router, fake: FakeServer) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 9999\r\n\r\n"
+
+    def begun(path: str, *_: Any) -> Any:
+        return Begun(head + b'data: {"choices": []}\n\n') if "chat" in path else None
+
+    fake.fault = begun
+    body = {"messages": CHAT, "tools": TOOLS, "stream": True}
+    for leaves in (True, False):
+        began = time.monotonic()
+        with passing.client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            assert '"passed_to":"large"' in next(lines)
+            if not leaves:
+                assert "GatewayTimeoutError" in "".join(lines)
+        passing.idle()
+        assert (time.monotonic() - began < 2) == leaves
