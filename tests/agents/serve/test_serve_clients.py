@@ -156,6 +156,9 @@ def test_settings_in_the_models_name(upstreams: Upstreams, tmp_path: Path) -> No
         )
         for name in ("trim@", "trim@lam", "trim@lam=x", "trim@colour=1", "other@lam=0.002"):
             assert router.chat(model=name).status_code == 404
+            assert router.client.get(f"/v1/models/{name}").status_code == 404
+        for name, status in (("trim@lam=0.002", 200), ("trim@lam=7", 404), ("trim@budget=-1", 404)):
+            assert router.client.get(f"/v1/models/{name}").status_code == status
     finally:
         router.stop()
 
@@ -200,7 +203,7 @@ def test_what_cannot_be_routed_is_passed_on_unchanged_and_marked(
 
 
 def test_what_can_be_routed_is_routed_all_the_same(passing: Router, fake: FakeServer) -> None:
-    answer = passing.chat(n=1, tools=None, response_format={"type": "text"}, stop=["nowhere"])
+    answer = passing.chat(n=1, tools=[], functions=None, response_format={"type": "text"}, stop=["nowhere"])
     assert answer.status_code == 200 and answer.json()["trim"]["steps"] and "X-Trim-Passed-To" not in answer.headers
     assert not any(path == "/v1/chat/completions" for path, _ in fake.seen)
     assert passing.chat(model="gpt", tools=TOOLS).status_code == 404
