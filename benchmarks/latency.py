@@ -139,8 +139,9 @@ def solution_seconds(router: AnyRouter, tables: DecisionTables, settings: Settin
     for done, undrafted in walked(tables, router):
         draft = settings.call + settings.small * trees.tokens[done.rows, 0]
         draft += reads_scorer * (settings.call + settings.scorer)
+        glimpse = 0.0 if goes_on else settings.call + settings.small  # of the first token, which was enough
         large = settings.call * ~(undrafted & goes_on) + settings.large * trees.tokens[done.rows, 1]
-        total += float(done.mass @ (~undrafted * draft + done.moved.accepted * large))
+        total += float(done.mass @ (np.where(undrafted, glimpse, draft) + done.moved.accepted * large))
     return total / 1000 / len(tables.indices)
 
 

@@ -182,12 +182,13 @@ def field_beside(
         )
     fitted, lacking = fit_all(BASELINES, Fitting(train, choosing))
     by = references(choosing)
-    found = [
-        Compared(
-            each.baseline.name, each.baseline.group, each.measured(split, by), each.baseline.name in ENVELOPES.values()
-        )
-        for each in fitted
-    ]
+    found = []
+    for each in fitted:
+        name, group = each.baseline.name, each.baseline.group
+        try:
+            found.append(Compared(name, group, each.measured(split, by), name in ENVELOPES.values()))
+        except DataError as error:  # such as a budget that was enough for the problems that choose
+            lacking.append(f"{name} was not measured. {error}")
     return found, lacking
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.routers.base import Floats, Knob, Router, StatefulRouter, told_cap
+from agents.routers.asking import Asking
+from agents.routers.base import Floats, Knob, Router, StatefulRouter, Undrafted, told_cap
 from rollouts.errors import ConfigError
 
 
@@ -27,11 +28,16 @@ class Takeover:
     trigger: Router | StatefulRouter
 
     def __post_init__(self) -> None:
-        """Check that the trigger needs no cap on large tokens, which could not be kept.
+        """Check that the trigger is one whose decisions alone are charged, and needs no cap that could not be kept.
 
         Raises:
-            ConfigError: It was trained under one.
+            ConfigError: It asks, decides before there are proposals, is no router of steps, or was trained under a cap.
         """
+        if not isinstance(self.trigger, Router | StatefulRouter) or isinstance(self.trigger, Asking | Undrafted):
+            raise ConfigError(
+                f"takeover: {self.trigger.name} cannot be its trigger; that is one router which decides on each "
+                "proposal from all that it reads."
+            )
         if (cap := told_cap(self.trigger)) is not None:
             raise ConfigError(
                 f"{self.name}: {self.trigger.name} was trained under a cap of {cap} large tokens, which a takeover "

@@ -43,9 +43,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (),
-    "tools": (),
+    "tools": ([],),
     "tool_choice": ("none",),
-    "functions": (),
+    "functions": ([],),
     "function_call": ("none",),
     "response_format": ({"type": "text"},),
     "stop_token_ids": ([],),
@@ -247,6 +247,8 @@ def beyond_routing(body: bytes) -> tuple[dict[str, Any], str] | None:
         return None
     messages = asked.get("messages") if isinstance(asked, dict) else None
     if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+        return None
+    if not isinstance(asked.get("model"), str | None):
         return None
     for name, only in _ONLY.items():
         if asked.get(name) is not None and not any(_same(asked[name], each) for each in only):

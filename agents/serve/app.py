@@ -68,16 +68,19 @@ def build(
     async def chat(raw: Request) -> Response:
         """Solve a problem step by step, each step by the model that the policy chooses."""
         content = await raw.body()
-        if _is_json(raw) and service.config.otherwise != "error" and (found := api.beyond_routing(content)):
-            service.policies.named(found[0].get("model"))
-            passed = Passed(service, service.config.otherwise, *found)
-            return await _unless_gone(raw, passed.answer())
         try:
-            ask = _read(raw, content)
-            route = await service.begin(ask)
+            otherwise = service.config.otherwise
+            beyond = api.beyond_routing(content) if _is_json(raw) and otherwise != "error" else None
+            if beyond is None:
+                ask = _read(raw, content)
+                route = await service.begin(ask)
+            else:
+                service.policies.named(beyond[0].get("model"))
         except ApiError as error:
             count(_CHAT, error.status)
             raise
+        if beyond is not None:
+            return await _unless_gone(raw, Passed(service, otherwise, *beyond).answer())
         steps = service.steps(route, ask)
         headers = {SHADOW: str(route.only)} if service.config.shadow else {}
         if ask.stream:  # answered once the first step is there: until then an error can still have a status of its own

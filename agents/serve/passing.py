@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
@@ -25,6 +26,7 @@ MARK = "X-Trim-Passed-To"
 _log = logging.getLogger("trim.serve")
 _OWN = range(400, 500)  # statuses that are about the request, but for these:
 _ABOUT_US = (401, 402, 403, 404, 408, 429)
+_DATA = re.compile(rb"^data:(.*?)(?:\r?\n){2}", re.MULTILINE)
 
 
 class Passed:
@@ -97,24 +99,22 @@ class Passed:
         if answer.status != 200 and (answer.status not in _OWN or answer.status in _ABOUT_US):
             raise self._failed(f"HTTP {answer.status}: {content[:300]!r}")
         try:
-            told = json.loads(content)
-        except ValueError:
+            response = JSONResponse({**json.loads(content), "trim": self.mark}, answer.status, headers)
+        except (ValueError, TypeError, RecursionError):
             raise self._failed(f"an answer that cannot be read: {content[:80]!r}") from None
         self._note(answer.status)
         await self._stack.aclose()
-        return JSONResponse({**told, "trim": self.mark}, answer.status, headers)
+        return response
 
     async def _events(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Give the events as they come, with the mark in the first."""
+        """Give the events as they come, with the mark in the first that has data."""
         begun, marked = b"", False
         try:
             async with self._in_time():
                 async for chunk in chunks:
-                    begun += chunk
-                    if not marked and b"\n\n" not in begun:
-                        continue
-                    yield begun if marked else self._marked(begun)
-                    begun, marked = b"", True
+                    given, begun, marked = (chunk, b"", True) if marked else self._marked(begun + chunk)
+                    if given:
+                        yield given
             yield begun
             self._note(200)
         except TimeoutError:
@@ -124,13 +124,17 @@ class Passed:
         finally:
             await self._stack.aclose()
 
-    def _marked(self, events: bytes) -> bytes:
-        first, end, others = events.partition(b"\n\n")
+    def _marked(self, begun: bytes) -> tuple[bytes, bytes, bool]:
+        """Return what of a stream's beginning can be given, what cannot yet, and whether the first data were in it."""
+        if (found := _DATA.search(begun)) is None:
+            whole = re.match(rb"(?:(?!data:).*\n)*", begun)  # comments, by which connections are kept alive
+            assert whole is not None
+            return whole[0], begun[whole.end() :], False
         try:
-            told = json.loads(first.removeprefix(b"data:"))
-            return api.event({**told, "trim": self.mark}).encode() + others
-        except (ValueError, TypeError):
-            return first + end + others  # none of OpenAI's
+            first = api.event({**json.loads(found[1]), "trim": self.mark}).encode()
+        except (ValueError, TypeError, RecursionError):
+            first = found[0]  # none of OpenAI's
+        return begun[: found.start()] + first + begun[found.end() :], b"", True
 
     def _in_time(self) -> asyncio.Timeout:
         self._limit = asyncio.timeout_at(-1 if self._cut else self._deadline)

@@ -503,8 +503,8 @@ class Route:
         discarded = sum(each["discarded_tokens"] for each in models.values())
         thought = sum(self.counted(step) for step in self.written if step.thinking)
         hidden = thought + sum(each["reasoning_tokens"] for each in models.values())
-        scorer = self.ledger.roles[SCORER]
-        models[SCORER] = {"requests": scorer.requests, "prompt_tokens": scorer.prompt_tokens}
+        read, scorer = ("requests", "prompt_tokens"), asdict(self.ledger.roles[SCORER])
+        models[SCORER] = {name: spent for name, spent in scorer.items() if spent or name in read}  # judges decode, too
         return {
             "prompt_tokens": self.ledger.prompt_tokens,
             "completion_tokens": decoded,

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from agents.routers.base import is_blind
 from agents.serve.api import ApiError, ChatRequest, bad_request
 from agents.serve.config import ServeConfig
 from agents.serve.drift import Drift
@@ -20,6 +21,7 @@ from agents.serve.models import Models, Task
 from agents.serve.policies import Policies
 from agents.serve.route import ENDING, Route, RouteFailed, Written
 from agents.serve.shadow import Shadow
+from agents.serve.sources import Sources
 from agents.serve.stops import StopText
 from rollouts.config import GeneratorConfig, Sampling
 from rollouts.errors import ConfigError
@@ -123,7 +125,7 @@ class Service:
             )
         task, prompt_tokens = rendered
         fallbacks = self.config.when_scorer_fails, self.config.when_small_fails
-        sources = policies.sources[name]
+        sources = Sources(scorer=False) if is_blind(session.router) else policies.sources[name]  # a mixture may draw one
         route = Route(task, session, *fallbacks, sources, ask.only or self.config.shadow, policy=name)
         route.stops = StopText(ask.stop or ())
         route.ledger.prompt_tokens = prompt_tokens
@@ -305,8 +307,18 @@ class Service:
             self.metrics.passed(role, str(status))
 
     def card(self, name: str) -> dict[str, Any]:
-        """Return the entry of a name in the model list; raises `ApiError` if there is none."""
-        policy = self.policies.each[self.policies.named(name)[0] or self.name]
+        """Return the entry of a name in the model list.
+
+        Raises:
+            ApiError: There is no such model, or the policy takes no such setting.
+        """
+        own, asked = self.policies.named(name)
+        policy = self.policies.each[own or self.name]
+        try:
+            if asked:
+                policy.at(**asked)
+        except ConfigError as error:
+            raise ApiError(404, str(error), "NotFoundError", "model") from None
         return {
             "id": name,
             "object": "model",

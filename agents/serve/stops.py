@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class StopText:
-    """The text of an answer up to the first of some stop texts, which is not part of it.
+    """The text of an answer up to the stop text that is complete first, which is not part of it.
 
     Attributes:
         matched: The stop text that ended it; None if none has.
@@ -23,8 +23,8 @@ class StopText:
         """Return what can be given now that another piece of the answer is there."""
         text = self.held + piece
         found = [(text.find(stop), stop) for stop in self._stops if stop in text]
-        if found:
-            end, self.matched = min(found, key=lambda each: each[0])
+        if found:  # not the one that begins first: whether it will be one, other pieces would not know yet
+            end, self.matched = min(found, key=lambda each: (each[0] + len(each[1]), each[0]))
             self.held = ""
             return text[:end]
         begun = (

@@ -237,12 +237,13 @@ class PromptFormat:
         Args:
             turns: As the template has them; special tokens in them are made plain text.
             options: What the template takes from its caller (``chat_template_kwargs``); what it does not take is left
-                out.
+                out, and special tokens in them are made plain text, too.
 
         Raises:
             ConfigError: The template refuses the turns, or cannot be used with the options.
         """
-        other = copy(self)
+        other, plain = copy(self), self.special.plain
+        options = {name: plain(value) if isinstance(value, str) else value for name, value in options.items()}
         other._chat = self._chat.within(plain_turns(turns, self.special), options)
         other._head = Remembered(other._render, REMEMBERED_ONCE)
         if other._chat.options:

@@ -25,6 +25,10 @@ TAG = 9
 Reply = tuple[int, dict[str, str], Any]  # status, headers, body (bytes, or something for JSON); or all of it as bytes
 
 
+class Begun(bytes):
+    """The beginning of an answer, of which no more comes."""
+
+
 class FakeServer(ThreadingHTTPServer):
     """Answers like vLLM until `fault` (path, body, how many requests of that path before) returns something else."""
 
@@ -110,6 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
             if isinstance(reply, bytes):
                 self.close_connection = True
                 self.wfile.write(reply)
+                if isinstance(reply, Begun):
+                    server.released.wait(30)
                 return
             status, headers, content = reply
             raw = content if isinstance(content, bytes) else json.dumps(content).encode()

@@ -99,6 +99,24 @@ def test_methods_without_a_setting_say_so(fitting):
     assert not fitted and "nothing was not fitted" in lacking[0]
 
 
+def test_what_cannot_be_measured_on_a_split_is_named_and_the_others_are_measured(fitting, monkeypatch):
+    own = next(each for each in BASELINES if each.name.startswith("TRIM-Thr"))
+    between = fit(own, fitting).settings[1]
+
+    def budget(tables):
+        if tables is not fitting.choosing:
+            raise DataError("The cheapest arms cost 9 together; the budget is 1.")
+        return between.run(tables)
+
+    short = Baseline("short of money", own.group, lambda _: [Setting(1.0, budget)])
+    monkeypatch.setattr("agents.baselines.methods.BASELINES", (own, short))
+    monkeypatch.setattr("agents.baselines.methods.needs_sklearn", lambda: None)
+    test = decision_tables(fitting.train.trees, "test")
+    found, lacking = field_beside(fitting.train, fitting.choosing, test)
+    assert [each.name for each in found] == [own.name]
+    assert lacking == ["short of money was not measured. The cheapest arms cost 9 together; the budget is 1."]
+
+
 def test_what_a_share_of_the_gap_takes_is_a_mixture_of_two_knots():
     both = references(small=0.4, large=0.8, cost=100)
     method = Method([(1.0, outcomes([0.6], [20])), (2.0, outcomes([0.7], [60]))], (0, 1))

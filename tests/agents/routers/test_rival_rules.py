@@ -11,10 +11,11 @@ from agents.deploy.policy import Policy
 from agents.evaluation.outcomes import Calls, Outcomes
 from agents.evaluation.walk import references, run, run_trees
 from agents.routers import artefact
-from agents.routers.base import Constant, RandomRate, Threshold
+from agents.routers.base import Constant, Knob, Mixture, RandomRate, Threshold
 from agents.routers.first_token import FirstToken
 from agents.routers.modes import Modes
 from agents.routers.takeover import Takeover
+from agents.routers.whole import OneModel
 from rollouts.errors import ArtefactError, ConfigError, StoreError
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
@@ -129,6 +130,14 @@ def test_a_cap_on_tokens_is_refused(trees):
         run(Takeover(Threshold(0.5)), decision_tables(trees, "test", max_large_tokens=9))
     with pytest.raises(ConfigError, match="trained under a cap of 9 large tokens"):
         Takeover(replace(network(7), max_large_tokens=9))
+
+
+@pytest.mark.parametrize(
+    "trigger", [FirstToken(1.0), Mixture(Threshold(0.1), Threshold(0.2), 0.5, Knob("budget", 0.2)), OneModel(1)]
+)
+def test_a_takeover_is_triggered_by_one_router_of_proposals(trigger):
+    with pytest.raises(ConfigError, match="cannot be its trigger"):
+        Takeover(trigger)
 
 
 def test_the_first_token_is_enough(tables):

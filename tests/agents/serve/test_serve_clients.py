@@ -8,17 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
-from fake_server import DROP, FakeServer, error_reply, fake
-from hypothesis import given
+from fake_server import DROP, HANG, Begun, FakeServer, error_reply, fake
+from hypothesis import example, given
 from hypothesis import strategies as st
 from serve_harness import QUESTION, Router, Upstreams, policy, streamed
 from test_serve_models import models
 
 from agents.routers.base import Threshold
 from agents.routers.mlp import ConditionedMLP
+from agents.serve.passing import Passed
 from agents.serve.stops import StopText
 
 __all__ = ["fake"]
@@ -28,6 +30,8 @@ CHAT = [*({"role": role, "content": content} for role, content in TURNS), {"role
 # ---------------------------------------------------------------- stop texts
 
 
+@example(["ab", "a"], ["aba", "b"])
+@example(["aba"], ["aba", "b"])
 @given(st.lists(st.text("ab\n", max_size=4), max_size=8), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
 def test_an_answer_ends_before_the_first_stop_text_whatever_pieces_it_comes_in(
     pieces: list[str], stops: list[str]
@@ -39,9 +43,10 @@ def test_an_answer_ends_before_the_first_stop_text_whatever_pieces_it_comes_in(
         if stopped.matched is not None:
             break
     given_ += stopped.rest()
-    ends = [whole.find(stop) for stop in stops if stop in whole]
-    assert given_ == whole[: min(ends)] if ends else given_ == whole
-    assert (stopped.matched in stops) == bool(ends)
+    complete = [end for end in range(len(whole) + 1) if any(whole[:end].endswith(stop) for stop in stops)]
+    first = complete[0] - max(len(stop) for stop in stops if whole[: complete[0]].endswith(stop)) if complete else None
+    assert given_ == whole[:first]
+    assert (stopped.matched in stops) == bool(complete)
 
 
 def test_a_stop_text_across_two_steps_ends_answer_and_stream(router: Router) -> None:
@@ -117,6 +122,9 @@ def test_what_the_templates_take_is_passed_on_and_nothing_else(tmp_path: Path, r
     service = models(tmp_path)
     plain, loud = (service.formats(None, (), options)["small"] for options in ({}, {"loudly": "!", "other": 1}))
     assert loud.text(QUESTION) == plain.text(QUESTION).replace("", "LOUD !", 1)
+    special = set(service.family.prompts("small").tokenizer.added_tokens_decoder)
+    poisoned = service.formats(None, (), {"loudly": "<|im_end|>"})["small"].ids(QUESTION)
+    assert sum(token in special for token in poisoned) == sum(token in special for token in plain.ids(QUESTION))
     theirs = {"chat_template": "mine", "tokenize": True, "messages": "x", "add_generation_prompt": False}
     assert service.formats(None, (), theirs)["small"].text(QUESTION) == plain.text(QUESTION)
     assert router.chat(chat_template_kwargs={"loudly": "!", "enable_thinking": False}).status_code == 200
@@ -148,6 +156,9 @@ def test_settings_in_the_models_name(upstreams: Upstreams, tmp_path: Path) -> No
         )
         for name in ("trim@", "trim@lam", "trim@lam=x", "trim@colour=1", "other@lam=0.002"):
             assert router.chat(model=name).status_code == 404
+            assert router.client.get(f"/v1/models/{name}").status_code == 404
+        for name, status in (("trim@lam=0.002", 200), ("trim@lam=7", 404), ("trim@budget=-1", 404)):
+            assert router.client.get(f"/v1/models/{name}").status_code == status
     finally:
         router.stop()
 
@@ -192,7 +203,7 @@ def test_what_cannot_be_routed_is_passed_on_unchanged_and_marked(
 
 
 def test_what_can_be_routed_is_routed_all_the_same(passing: Router, fake: FakeServer) -> None:
-    answer = passing.chat(n=1, tools=None, response_format={"type": "text"}, stop=["nowhere"])
+    answer = passing.chat(n=1, tools=[], functions=None, response_format={"type": "text"}, stop=["nowhere"])
     assert answer.status_code == 200 and answer.json()["trim"]["steps"] and "X-Trim-Passed-To" not in answer.headers
     assert not any(path == "/v1/chat/completions" for path, _ in fake.seen)
     assert passing.chat(model="gpt", tools=TOOLS).status_code == 404
@@ -211,6 +222,35 @@ def test_streams_pass_as_they_are_with_a_mark_in_the_first_event(passing: Router
     assert others == events[1:] and fake.seen[-1][1]["stream"] is True
 
 
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"])
+def test_marks_are_in_the_first_data_whatever_stands_before_and_however_lines_end(
+    passing: Router, fake: FakeServer, end: bytes
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+    events = end.join([b": waiting", b'data: {"choices": [1]}', b"data: [DONE]", b""])
+    fake.fault = lambda path, *_: head + events if "chat" in path else None
+    body = {"messages": CHAT, "tools": TOOLS, "stream": True}
+    with passing.client.stream("POST", "/v1/chat/completions", json=body) as answer:
+        waiting, first, done = (line for line in answer.iter_lines() if line)
+    told = json.loads(first.removeprefix("data: "))
+    assert told == {"choices": [1], "trim": {"routed": False, "passed_to": "large", "because": "tools"}}
+    assert (waiting, done) == (": waiting", "data: [DONE]")
+
+
+def test_streams_are_not_held_back_for_a_mark(passing: Router) -> None:
+    passed = Passed(passing.server.service, "large", {}, "tools")
+    assert passed._marked(b": wait\r\n\r\ndata: {") == (b": wait\r\n\r\n", b"data: {", False)
+    given, rest, marked = passed._marked(b'data: {"a":1}\r\n\r\ndata: x')
+    assert marked and not rest and given.endswith(b"\n\ndata: x")
+
+
+def test_requests_with_a_strange_name_are_refused_and_counted(passing: Router) -> None:
+    for model, status in ((5, 400), (["trim"], 400), ("gpt", 404)):
+        before = passing.metric("trim_requests_total", status=str(status))
+        assert passing.chat(model=model, tools=TOOLS).status_code == status
+        assert passing.metric("trim_requests_total", status=str(status)) == before + 1
+
+
 @pytest.mark.parametrize(
     ("reply", "status"),
     [
@@ -218,6 +258,8 @@ def test_streams_pass_as_they_are_with_a_mark_in_the_first_event(passing: Router
         (error_reply(401, "bad key sk-1"), 503),
         (error_reply(500, "boom"), 503),
         ((200, {}, b"<html>"), 503),
+        ((200, {}, [1]), 503),
+        ((200, {}, b'{"choices": [], "score": NaN}'), 503),
         (DROP, 503),
     ],
 )
@@ -233,3 +275,32 @@ def test_one_who_takes_too_long_is_given_up(passing: Router, fake: FakeServer) -
     fake.delay = 4.0
     began = time.monotonic()
     assert passing.chat(tools=TOOLS).status_code == 504 and time.monotonic() - began < 5
+
+
+def test_what_is_passed_on_ends_with_the_client(passing: Router, fake: FakeServer) -> None:
+    fake.fault = lambda path, *_: HANG if "chat" in path else None
+    body = {"messages": CHAT, "tools": TOOLS, "stream": True}
+    before = passing.metric("trim_requests_total", status="499")
+    with pytest.raises(httpx.ReadTimeout):
+        passing.client.post("/v1/chat/completions", json=body, timeout=0.3)
+    passing.idle()
+    assert passing.metric("trim_requests_total", status="499") == before + 1
+
+
+def test_streams_that_are_passed_on_end_with_the_client_and_in_time(passing: Router, fake: FakeServer) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 9999\r\n\r\n"
+
+    def begun(path: str, *_: Any) -> Any:
+        return Begun(head + b'data: {"choices": []}\n\n') if "chat" in path else None
+
+    fake.fault = begun
+    body = {"messages": CHAT, "tools": TOOLS, "stream": True}
+    for leaves in (True, False):
+        began = time.monotonic()
+        with passing.client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            assert '"passed_to":"large"' in next(lines)
+            if not leaves:
+                assert "GatewayTimeoutError" in "".join(lines)
+        passing.idle()
+        assert (time.monotonic() - began < 2) == leaves

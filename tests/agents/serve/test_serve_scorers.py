@@ -11,10 +11,13 @@ import pytest
 from fake_server import FakeServer, chat_reply, error_reply, fake
 from tiny_rewards import QUESTION, STEPS, make_reward_folder
 
+from agents.deploy.policy import Policy
+from agents.routers.base import Threshold
 from agents.serve.metrics import Metrics
 from agents.serve.models import Ledger, Models, Task
+from agents.serve.route import Route
 from agents.serve.upstreams import Unavailable
-from rollouts.config import parse_family
+from rollouts.config import Limits, parse_family
 from rollouts.models.base import PoolingRequest
 from rollouts.models.server.completions import ServerBackend
 from rollouts.tinymath import model_dir
@@ -65,6 +68,10 @@ def test_a_judge_is_asked_once_about_each_step_in_terms_that_it_takes(fake: Fake
     assert len(chats(fake)) == 3 and all(QUESTION in text for text in chats(fake))
     spent = ledger.roles["scorer"]
     assert (spent.requests, spent.prompt_tokens, spent.completion_tokens) == (3, 120, 9)
+    route = Route(Task(QUESTION, {}, {}, Limits()), Policy(Threshold(0.5), {"max_steps": 6}).session(), ledger=ledger)
+    usage = route.usage()  # tells what the judge decoded, which is no part of the answer
+    assert usage["models"]["scorer"] == {"requests": 3, "prompt_tokens": 120, "completion_tokens": 9}
+    assert usage["completion_tokens"] == 0
     assert fake.seen[-1][1]["max_tokens"] == 99 and fake.seen[-1][1]["model"] == "fake"
     scores(service(fake, kind="judge"), STEPS[:1], turns=(("user", "Earlier."),))
     assert "user: Earlier.\n\n" + QUESTION in chats(fake)[-1]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from serve_harness import Router, policy
+from serve_harness import Router, Upstreams, policy
 from test_serve_route import END, TASK, Scripted
 
 from agents.deploy.policy import Policy
@@ -205,3 +206,15 @@ def test_a_server_that_tells_no_log_probabilities_is_refused_at_the_start(upstre
         Router(policy(tmp_path), upstreams.urls()).stop()  # one that reads none is served
     finally:
         upstreams.well()
+
+
+def test_a_mixture_that_draws_a_part_which_reads_nothing_asks_no_scorer(upstreams: Upstreams, tmp_path: Path) -> None:
+    mixture = Mixture(Constant(0), Threshold(0.5), 0.5, Knob("budget", 0.3))
+    router = Router(policy(tmp_path, mixture), upstreams.urls())
+    try:
+        told = [router.chat(seed=seed).json() for seed in range(6)]
+    finally:
+        router.stop()
+    drawn = [np.random.default_rng(seed).random() < 0.5 for seed in range(6)]
+    assert {*drawn} == {True, False}
+    assert [each["usage"]["models"]["scorer"]["requests"] > 0 for each in told] == drawn
