@@ -300,13 +300,16 @@ def _draw_ladder(axes: Axes, found: dict[Rung, Measured], whose: Mapping[str, st
 
 def _draw_curves(axes: Axes, ground: Ground, found: dict[Rung, Measured], shown: Sequence[Rung]) -> None:
     cost, price = np.linspace(0, 0.5, 201), ground.both.large.cost.sum()
+    used: set[tuple[str, str]] = set()
     for rung in [*shown, Rung("oracle", "")]:
         if rung in found:
             curve, method = Curve.of(found[rung].method, ground.both), found[rung].method
-            style = "--" if rung.kind in ("threshold", "oracle") else "-"
+            styles = ("--", ":") if rung.kind in ("threshold", "oracle") else ("-", "-.")
+            style = next((each for each in styles if (COLOURS[rung.group], each) not in used), styles[-1])
+            used.add((COLOURS[rung.group], style))
             kept = cost >= curve.cost[0]
             axes.plot(
-                100 * cost[kept], 100 * curve.accuracy_at(cost[kept]), style, color=COLOURS[rung.group], lw=2,
+                100 * cost[kept], 100 * curve.accuracy_at(cost[kept]), ls=style, color=COLOURS[rung.group], lw=2,
                 label=rung.told,
             )  # fmt: skip
             for _, each in (method.points[i] for i in method.hull):
