@@ -280,7 +280,11 @@ def sealed(folder, change):
         ("mlp", lambda p: edit(p, lambda d: d["about"].update(max_steps=30)), r"policy.json: .*digest"),
         ("threshold", lambda p: edit(p, lambda d: d["knob"].update(value=0.9)), r"policy.json: .*digest"),
         ("threshold", lambda p: edit(p, lambda d: d.pop("digest")), r"policy.json: .*'digest'"),
-        ("threshold", lambda p: sealed(p, lambda d: d.update(version=6)), "written in version 6 of the format"),
+        (
+            "threshold",
+            lambda p: sealed(p, lambda d: d.update(version=artefact.VERSION + 1)),
+            rf"written in version {artefact.VERSION + 1} of the format",
+        ),
         ("threshold", lambda p: sealed(p, lambda d: d.update(kind="mlp")), "policy.json: .*policy.safetensors"),
         ("random", lambda p: sealed(p, lambda d: d["knob"].update(value=3.0)), "policy.json: .*expected a probability"),
         ("mlp", lambda p: sealed(p, lambda d: d["files"].update({"../x": "0"})), "names a file '../x'"),
