@@ -125,7 +125,9 @@ class Service:
             )
         task, prompt_tokens = rendered
         fallbacks = self.config.when_scorer_fails, self.config.when_small_fails
-        sources = Sources(scorer=False) if is_blind(session.router) else policies.sources[name]  # a mixture may draw one
+        sources = (
+            Sources(scorer=False) if is_blind(session.router) else policies.sources[name]
+        )  # a mixture may draw one
         route = Route(task, session, *fallbacks, sources, ask.only or self.config.shadow, policy=name)
         route.stops = StopText(ask.stop or ())
         route.ledger.prompt_tokens = prompt_tokens
