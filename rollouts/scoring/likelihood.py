@@ -35,6 +35,7 @@ class LikelihoodScorer:
     model: str
     columns: tuple[str, ...] = ("score",)
     roles: tuple[str, ...] = ROLES
+    incremental: bool = field(default=True, init=False)
     tolerance: float = field(default=2e-2, init=False)  # probabilities near 1/2 feel the rounding of bfloat16 logits
 
     def __post_init__(self) -> None:
@@ -53,23 +54,25 @@ class LikelihoodScorer:
             "identities": {self.backend.role: dict(self.backend.identity)},
         }
 
-    def submit(self, question: str, steps: Sequence[str]) -> Future[Scores]:
-        """Score one path with one prefill pass over the steps that fit."""
+    def submit(self, question: str, steps: Sequence[str], known: int = 0) -> Future[Scores]:
+        """Score one path, but for its first `known` steps, with one prefill pass over the steps that fit."""
         ids, positions = self.prompts.step_spans(question, steps)
         kept = len(steps)
         while kept and positions[kept] >= self.backend.window:
             kept -= 1
         unread: Scores = [None] * (len(steps) - kept)
-        if kept == 0 or positions[kept] == positions[0]:
-            return settled([*[self._told(WORTHLESS)] * kept, *unread])
+        told: Scores = [None] * min(known, kept)
+        first = positions[len(told)]
+        if positions[kept] == first:
+            return settled([*told, *[self._told(WORTHLESS)] * (kept - len(told)), *unread])
         result: Future[Scores] = Future()
 
         def take(found: Likelihood) -> None:
-            spans = zip(positions[:kept], positions[1 : kept + 1], strict=True)
-            scores = [self._told(found.statistics(start - positions[0], end - positions[0])) for start, end in spans]
-            result.set_result(scores + unread)
+            spans = zip(positions[len(told) : kept], positions[len(told) + 1 : kept + 1], strict=True)
+            scores = [self._told(found.statistics(start - first, end - first)) for start, end in spans]
+            result.set_result(told + scores + unread)
 
-        request = LogprobRequest(ids[: positions[kept]], positions[0], self.columns == STATISTICS)
+        request = LogprobRequest(ids[: positions[kept]], first, self.columns == STATISTICS)
         forward(self.backend.submit(request), take, result)
         return result
 

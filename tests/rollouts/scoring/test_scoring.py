@@ -127,6 +127,10 @@ def test_likelihood_is_the_least_token_probability_of_each_step(tokenizer):
     (cut,) = score_paths(LikelihoodScorer("l", small, prompts, "m"), [("q", STEPS)])
     assert cut[0] == scores[0] and cut[1:] == [None, None]
     assert score_paths(scorer, [("q", [""])]) == [[0.0]]
+    for known in (1, 2, 3):  # nothing is asked about steps that are scored; llama.cpp is asked token by token
+        asked = len(backend.requests)
+        assert scorer.submit("q", STEPS, known).result() == [None] * known + scores[known:]
+        assert [request.start for request in backend.requests[asked:]] == positions[known:3][:1]
 
 
 def test_self_evaluation_asks_about_every_step(tokenizer):
