@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from fastapi import Response
@@ -136,9 +136,13 @@ class Passed:
             first = found[0]  # none of OpenAI's
         return begun[: found.start()] + first + begun[found.end() :], b"", True
 
-    def _in_time(self) -> asyncio.Timeout:
-        self._limit = asyncio.timeout_at(-1 if self._cut else self._deadline)
-        return self._limit
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout_at(-1 if self._cut else self._deadline) as self._limit:
+                yield
+        finally:
+            self._limit = None  # what is over cannot be cut any more
 
     def _late(self) -> ApiError:
         if self._cut:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,22 @@ def test_streams_are_not_held_back_for_a_mark(passing: Router) -> None:
     assert passed._marked(b": wait\r\n\r\ndata: {") == (b": wait\r\n\r\n", b"data: {", False)
     given, rest, marked = passed._marked(b'data: {"a":1}\r\n\r\ndata: x')
     assert marked and not rest and given.endswith(b"\n\ndata: x")
+
+
+def test_what_was_passed_on_to_its_end_can_be_cut_all_the_same(passing: Router) -> None:
+    async def run() -> list[bytes]:
+        passed = Passed(passing.server.service, "large", {}, "tools")
+        passed._deadline, passed._note = asyncio.get_running_loop().time() + 9, lambda _: None
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield b"data: {}\n\n"
+
+        events = passed._events(chunks())
+        given = [await anext(events), await anext(events)]
+        passed.cut()  # while a client that does not read keeps the last piece waiting
+        return [*given, *[each async for each in events]]
+
+    assert len(asyncio.run(run())) == 2
 
 
 def test_requests_with_a_strange_name_are_refused_and_counted(passing: Router) -> None:
