@@ -198,7 +198,9 @@ def test_nobody_there_is_an_error_at_once(router: Router, upstreams: Upstreams) 
     assert router.metric("trim_requests_in_flight") == 0
     health = router.client.get("/health")
     assert health.status_code == 503 and health.json()["status"] == "unavailable"
-    assert health.json()["upstreams"] == {"small": {"up": False}, "large": {"up": False}, "scorer": {"up": True}}
+    told = health.json()["upstreams"]
+    assert {role: of["up"] for role, of in told.items()} == {"small": False, "large": False, "scorer": True}
+    assert all(told[role]["why"] for role in ("small", "large")) and "why" not in told["scorer"]
     assert router.metric("trim_upstream_up", model="large") == 0
     assert router.metric("trim_upstream_errors_total", model="small", kind="connection") > 0
 
