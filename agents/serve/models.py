@@ -400,11 +400,15 @@ class Models:
         keys = [prefix_hash((question, *steps[: end + 1])) for end in range(len(steps))]
         known = {key: self._told[key] for key in keys if key in self._told}
         lacking = [end for end, key in enumerate(keys) if key not in known]
-        found = await asyncio.gather(*(ask(question, steps[: end + 1]) for end in lacking))
-        known |= {keys[end]: score for end, score in zip(lacking, found, strict=True)}
+        asked = (ask(question, steps[: end + 1]) for end in lacking)
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        known |= {keys[end]: each for end, each in zip(lacking, found, strict=True) if isinstance(each, float)}
         self._told |= known
         while len(self._told) > _SCORES:
             self._told.popitem(last=False)
+        for each in found:  # what the others told is kept all the same
+            if isinstance(each, BaseException):
+                raise each
         return [known[key] for key in keys]
 
     async def _judged(self, judge: _Judge, ledger: Ledger, question: str, steps: Sequence[str]) -> float:

@@ -83,6 +83,36 @@ def test_a_judge_that_says_nothing_gave_no_usable_answer(fake: FakeServer) -> No
         scores(service(fake, kind="judge"), STEPS)
 
 
+def test_what_a_judge_told_is_kept_where_another_of_its_answers_is_lost(fake: FakeServer) -> None:
+    lost: list[str] = []
+
+    def answer(path: str, body: Any, count: int) -> Any:
+        if not path.endswith("chat/completions"):
+            return None
+        if "Last step:\nStep 2" in str(body["messages"][-1]["content"]) and len(lost) < 2:  # it is asked once more
+            lost.append("Step 2")
+            return chat_reply("Hm.")
+        return chat_reply("Yes")
+
+    fake.fault = answer
+    judge, ledger = service(fake, kind="judge"), Ledger()
+
+    async def run() -> list[Any]:
+        await judge.upstreams["scorer"].start()
+        asked = Task(QUESTION, judge.formats(None), {}, judge.limits, reward=judge.reward())
+        try:
+            with pytest.raises(Unavailable):
+                await judge.scores(asked, STEPS, ledger)
+            before = len(chats(fake))
+            assert await judge.scores(asked, STEPS, ledger) == [1.0] * len(STEPS)
+            return chats(fake)[before:]
+        finally:
+            await judge.close()
+
+    (again,) = asyncio.run(run())
+    assert "Last step:\nStep 2" in again
+
+
 @pytest.mark.parametrize("layout", ["math-shepherd", "rlhflow"])
 def test_verdicts_of_a_language_model_are_asked_for_one_by_one(fake: FakeServer, tmp_path: Path, layout: str) -> None:
     fake.card["max_model_len"] = 4096
