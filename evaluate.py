@@ -57,7 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _others() -> Others:
+    from agents.baselines.examples import needs_sklearn
     from agents.baselines.methods import field_beside
+
+    needs_sklearn()  # said before anything is computed
 
     return field_beside
 

@@ -160,6 +160,8 @@ def evaluate(config: EvaluateConfig, others: Others | None = None) -> Evaluation
         StoreError: The rollouts cannot be used, or a split is empty.
         ConfigError: Settings contradict each other.
     """
+    if config.baselines and others is None:
+        raise ConfigError("`baselines` needs those of others: evaluate(config, agents.baselines.methods.field_beside).")
     for module in config.imports:
         import_module(module)
     methods = load_methods(config.runs, config.allow_old)

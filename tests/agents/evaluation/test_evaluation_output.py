@@ -17,6 +17,7 @@ from agents.evaluation.bootstrap import resample_weights
 from agents.evaluation.compare import compare_curves, number
 from agents.evaluation.curves import Method, References
 from agents.evaluation.plots import cost_accuracy, training_curve
+from agents.evaluation.suite import EvaluateConfig, evaluate
 from agents.evaluation.table import (
     as_plain,
     method_rows,
@@ -26,7 +27,7 @@ from agents.evaluation.table import (
     to_csv,
     to_markdown,
 )
-from rollouts.errors import DataError
+from rollouts.errors import ConfigError, DataError
 
 NAMES = ("A", "B")
 WEIGHTS = resample_weights(200, 400)
@@ -223,3 +224,8 @@ def test_sentence_of_curves_with_an_uncertain_gap_makes_no_claim():
     assert found.metrics["cpt_80_percent"].high < 0
     assert found.sentence.startswith("No difference in the cost of recovering")
     assert re.search(r"undefined in \d\.\d % of resamples", found.sentence)
+
+
+def test_baselines_are_not_left_out_in_silence() -> None:
+    with pytest.raises(ConfigError, match="field_beside"):
+        evaluate(EvaluateConfig((Path("runs/none"),), baselines=True))
