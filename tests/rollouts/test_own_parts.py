@@ -14,6 +14,7 @@ from rollouts.__main__ import main
 from rollouts.config import load_family
 from rollouts.errors import ConfigError
 from rollouts.family import Family
+from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
 from rollouts.tinymath import model_dir
 from rollouts.trees.compile import compile_store
@@ -161,9 +162,10 @@ def test_another_process_is_refused_for_the_same_table(own, capsys):
         ('kind = "own_parts:Ahead"', "must not depend on later steps"),
     ],
 )
-def test_scorers_that_cannot_be_used_are_errors_before_the_run(own, scorer, message):
+def test_scorers_that_cannot_be_used_are_errors_before_the_run(own, scorer, message, tmp_path):
     family = Family(load_family(models(own, scorer)))
-    with pytest.raises(ConfigError, match=message), family.open_scorer(None):
+    store = Store.create(tmp_path / "store", {})
+    with pytest.raises(ConfigError, match=message), family.open_scorer(store):
         pass
 
 
