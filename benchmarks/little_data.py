@@ -28,6 +28,11 @@ from benchmarks.methods import LAMS, METHODS, Data, Fitted, best_constant, fit, 
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
+_OTHERS = (
+    "More training problems come with more that choose, so that each size is judged on other problems: compare methods at "
+    "one size, not sizes."
+)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -120,6 +125,7 @@ def report(settings: Settings, cells: list[Cell]) -> str:
         f"range of {settings.seeds} draws of problems (with all problems: of seeds). Validation problems: a fifth as "
         "many, 20 at least. The better "
         f"constant for each λ: {best_constant(tables):.4f}.",
+        *(["", _OTHERS] if settings.split == "validation" else []),
         "",
         "| training problems | " + " | ".join(settings.methods) + " |",
         "|---:|" + "---:|" * len(settings.methods),

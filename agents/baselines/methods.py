@@ -24,7 +24,7 @@ from agents.evaluation.walk import alone, references, run
 from agents.routers.base import AnyRouter, Knob, Threshold
 from agents.routers.text import CharTfidf, TextRouter
 from agents.routers.whole import Whole
-from rollouts.errors import ConfigError, DataError
+from rollouts.errors import ConfigError, DataError, StoreError
 from trim_env.tables import DecisionTables
 
 STEP, CASCADE, QUERY, REFERENCE = "step-level", "cascade", "query-level", "reference"
@@ -158,7 +158,7 @@ def fit_all(methods: Iterable[Baseline], fitting: Fitting) -> tuple[list[Fitted]
     for method in methods:
         try:
             found.append(fit(method, fitting))
-        except DataError as error:
+        except (DataError, StoreError) as error:  # such as scores that the store does not have
             lacking.append(f"{method.name} was not fitted. {error}")
     for group, name in ENVELOPES.items():
         if len(own := [each for each in found if each.baseline.group == group]) > 1:

@@ -26,7 +26,7 @@ from agents.baselines.methods import (
 )
 from agents.evaluation.curves import Method, mixture_at
 from agents.evaluation.walk import references as of_tables
-from rollouts.errors import ConfigError, DataError
+from rollouts.errors import ConfigError, DataError, StoreError
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
@@ -97,6 +97,12 @@ def test_methods_without_a_setting_say_so(fitting):
         fit(Baseline("nothing", CASCADE, lambda _: []), fitting)
     fitted, lacking = fit_all([Baseline("nothing", CASCADE, lambda _: [])], fitting)
     assert not fitted and "nothing was not fitted" in lacking[0]
+
+    def scoreless(_):
+        raise StoreError("3 decisions lack the score of a proposal.")
+
+    fitted, lacking = fit_all([Baseline("scoreless", CASCADE, scoreless)], fitting)
+    assert not fitted and lacking == ["scoreless was not fitted. 3 decisions lack the score of a proposal."]
 
 
 def test_what_cannot_be_measured_on_a_split_is_named_and_the_others_are_measured(fitting, monkeypatch):
