@@ -29,8 +29,8 @@ from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
 _OTHERS = (
-    "More training problems come with more that choose, so that each size is judged on other problems: compare methods at "
-    "one size, not sizes."
+    "More training problems come with more that choose, so that each size is judged on other problems: compare methods "
+    "at one size, not sizes."
 )
 
 
