@@ -82,7 +82,7 @@ def build(
         if beyond is not None:
             return await _unless_gone(raw, Passed(service, otherwise, *beyond).answer())
         steps = service.steps(route, ask)
-        headers = {SHADOW: str(route.only)} if service.config.shadow else {}
+        headers = {SHADOW: service.config.shadow} if service.config.shadow and not ask.only else {}
         if ask.stream:  # answered once the first step is there: until then an error can still have a status of its own
             first = await _unless_gone(raw, anext(steps))
             return StreamingResponse(

@@ -16,6 +16,7 @@ from rich.table import Table as RichTable
 from rollouts.family import Family
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
+from rollouts.text.splitting import BLANK_LINE
 from rollouts.text.steps import ROLES
 from rollouts.trees.grow import Grower, StepBuffer, load_trees, replicas_of
 
@@ -68,8 +69,11 @@ def estimate(
         table.add_row(role, f"{decoded:,.0f}", f"{prompt:,.0f}", f"{price:,.2f}")
     screen.print(table)
     shares = ", ".join(f"{100 * number / endings.total():.0f} % {reason}" for reason, number in endings.most_common())
+    ends = "at a blank line (one of spaces or tabs, or with carriage returns, is one too)"
+    if (splitting := family.splitting) != BLANK_LINE:
+        ends = f"where {splitting.steps.split!r} cuts"
     screen.print(
-        "A step ends at a blank line (one of spaces or tabs, or with carriage returns, is one too), with a closed "
-        f"\\boxed{{...}}, or where the model or a limit ends it; in the sample: {shares}."
+        f"A step ends {ends}, with a closed \\boxed{{...}}, or where the model or a limit ends it; in the sample: "
+        f"{shares}."
     )
     screen.print(f"At most about {seconds * factor / 60:,.0f} minutes on this machine; price {money:,.2f} in all.")
