@@ -43,6 +43,7 @@ from benchmarks.methods import Data, heading, write
 from benchmarks.rivals import RIVALS
 from benchmarks.robustness import LAMS
 from rollouts.errors import StoreError
+from rollouts.store.store import locate
 from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
 
@@ -293,7 +294,8 @@ def report(settings: Settings) -> tuple[str, dict[str, tuple[Ground, list[Row]]]
         "",
         *(f"- {each.name}: {each.note}." for each in (one.baseline for one in fitted) if each.note),
     ]
-    lines += [f"- {each}" for each in lacking]
+    place = str(locate(settings.rollouts))  # of this machine
+    lines += [f"- {each.replace(place, settings.rollouts)}" for each in lacking]
     seconds = {each.baseline.name: each.seconds for each in fitted}
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value >= 0.5)
     lines += [
