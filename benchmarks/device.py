@@ -148,11 +148,9 @@ def report(settings: Settings, seen: list[tuple[float, dict[str, tuple[int, int]
         lines.append(f"| {role} | {new[0]:,} | {new[1]:,} | {(new[1] - old[1]) / seconds:,.0f} |")
     if watch.used:
         share, memory = np.array(watch.used).T
-        lines += [
-            "",
-            f"Accelerator: idle {100 * (share == 0).mean():.0f} % of the seconds, used {share.mean():.0f} % in",
-        ]
-        lines[-1] += f" the mean; memory {memory.max() / 1024:.1f} GiB at most."
+        idle = 100 * (share == 0).mean()
+        lines += ["", f"Accelerator: idle {idle:.0f} % of the seconds, used {share.mean():.0f} % on average;"]
+        lines += [f"memory {memory.max() / 1024:.1f} GiB at most."]
     return "\n".join(lines) + "\n"
 
 
