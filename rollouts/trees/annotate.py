@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +24,7 @@ from rollouts.trees.grow import load_trees
 from rollouts.trees.tree import Node, Place, RolloutTree
 
 Path = tuple[RolloutTree, list[tuple[Node, str]]]  # consecutive proposals
-_ROWS, _SECONDS = 50_000, 60.0  # of a shard
+_ROWS = 50_000  # of a shard
 _What = TypeVar("_What")
 _Answer = TypeVar("_Answer")
 
@@ -101,7 +101,7 @@ def score_store(
         BackendError: The scorer is gone; what came back before is kept.
     """
     attach(store, scorer)
-    rows = store.score_rows(scorer.name, rows=_ROWS, seconds=_SECONDS)
+    rows = store.score_rows(scorer.name, rows=_ROWS)
     report = Report()
     by_tree = (places for _, places in groupby(left(store, rows, problems), lambda place: place[0]))
 
@@ -226,7 +226,7 @@ def grade_store(
         workers: Processes.
         on_progress: Called with the number of solutions graded since the last call.
     """
-    rows = Rows(store.attach("grades", grader.name, grader.describe()), rows=_ROWS, seconds=_SECONDS)
+    rows = Rows(store.attach("grades", grader.name, grader.describe()), rows=_ROWS)
     report = Report()
     places = left(store, rows, problems)
     try:
@@ -272,19 +272,26 @@ def ask_all(
     take: Callable[[_What, _Answer], None],
     in_flight: int | None = None,
 ) -> None:
-    """Send requests, at most so many under way; take every answer that comes, then raise the first error.
+    """Send requests; take every answer that comes, then raise the first error.
 
     An interrupt does not wait for answers; those that are there are taken.
+
+    Args:
+        items: What is asked about.
+        ask: Sends a request.
+        take: Called with every answer, as they come.
+        in_flight: Most that are under way. None: all, and answers are taken in the order of the items.
     """
     error: Exception | None = None
-    under_way: deque[tuple[_What, Future[_Answer]]] = deque()
+    under_way: dict[int, tuple[_What, Future[_Answer]]] = {}
+    come: SimpleQueue[int] = SimpleQueue()
 
     def settle(most: float) -> None:
         nonlocal error
         while len(under_way) > most:
-            with suppress(Exception):
-                under_way[0][1].result()  # an interrupt finds it still among those that are under way
-            item, future = under_way.popleft()
+            number = next(iter(under_way)) if in_flight is None else come.get()
+            wait([under_way[number][1]])  # an interrupt finds it still among those that are under way
+            item, future = under_way.pop(number)
             try:
                 take(item, future.result())
             except Exception as caught:
@@ -292,8 +299,9 @@ def ask_all(
 
     try:
         try:
-            for item in items:
-                under_way.append((item, ask(item)))
+            for number, item in enumerate(items):
+                under_way[number] = item, ask(item)
+                under_way[number][1].add_done_callback(lambda _, number=number: come.put(number))
                 settle(math.inf if in_flight is None else in_flight)
                 if error:
                     break
@@ -301,7 +309,7 @@ def ask_all(
             error = error or caught
         settle(0)
     except BaseException:
-        for item, future in under_way:
+        for item, future in under_way.values():
             if future.done() and not future.cancelled() and future.exception() is None:
                 take(item, future.result())
         raise

@@ -6,6 +6,7 @@ import dis
 import json
 import random
 import sys
+import threading
 from concurrent.futures import Future
 from contextlib import contextmanager
 from types import CodeType
@@ -328,6 +329,36 @@ def test_each_step_is_asked_about_once_and_each_leaf_takes_one_request(tmp_path,
     whole = grown(tmp_path / "whole", cap, replicas=1)
     score_store(whole, NamedScorer("own"))
     assert rows_of(store.scores("own")) == rows_of(whole.scores("own"))
+
+
+def test_rows_are_stored_as_answers_come_even_if_the_first_is_late(tmp_path, monkeypatch):
+    """What a run has been told is on the disk within seconds, so that one that is killed has done something."""
+    monkeypatch.setattr(annotate, "_ROWS", 1)
+    store = grown(tmp_path / "s", 1, replicas=1)
+    total = sum(1 for _ in left(store, Rows(store.scores("scripted"))))
+    late: list[tuple[Future, list[float]]] = []
+    stored: list[int] = []
+
+    class Late(ScriptedScorer):
+        def submit(self, question, steps):
+            future = super().submit(question, steps)
+            if not late:
+                late.append((Future(), future.result()))
+                return late[0][0]
+            return future
+
+    def on_progress(_: int) -> None:
+        stored.append(Store(store.path).scores("scripted").keys().num_rows)
+        if not late[0][0].done() and stored[-1] >= total // 2:
+            late[0][0].set_result(late[0][1])
+
+    give_up = threading.Timer(20, lambda: late[0][0].set_exception(BackendError("nothing was stored")))
+    give_up.start()
+    assert score_store(store, Late(), in_flight=4, on_progress=on_progress).rows == total
+    give_up.cancel()
+    whole = grown(tmp_path / "whole", 1, replicas=1)
+    score_store(whole, ScriptedScorer())
+    assert rows_of(store.scores("scripted")) == rows_of(whole.scores("scripted"))
 
 
 def test_failed_scores_have_no_row_are_counted_and_asked_for_again(tmp_path):
