@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, groupby, islice
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -83,6 +84,7 @@ def score_store(
     problems: Sequence[Problem] | None = None,
     *,
     in_flight: int = 512,
+    give_up: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Report:
     """Score every proposal that has no score in the scorer's table yet.
@@ -95,6 +97,7 @@ def score_store(
         scorer: The scorer.
         problems: Problems to score; default all.
         in_flight: Paths under way at once.
+        give_up: Put down that steps whose question fails have no score, as if they exceeded the scorer's window.
         on_progress: Called with the number of proposals scored since the last call.
 
     Raises:
@@ -122,7 +125,7 @@ def score_store(
 
     try:
         found = chain.from_iterable(paths(rows, places) for places in by_tree)
-        score_paths(scorer, rows, found, in_flight, took, report.failed)
+        score_paths(scorer, rows, found, in_flight, took, report.failed, give_up=give_up)
     finally:
         charge()
         rows.flush()
@@ -169,6 +172,8 @@ def score_paths(
     in_flight: int | None = None,
     on_scores: Callable[[Scores], None] | None = None,
     failed: Counter[str] | None = None,
+    *,
+    give_up: bool = False,
 ) -> None:
     """Put down the scores of paths (`paths`), each for all proposals of that text.
 
@@ -179,6 +184,7 @@ def score_paths(
         in_flight: Paths under way at once; None: all.
         on_scores: Called with the new scores of every path.
         failed: Where scores that failed are counted by their reason. None: the first is an error.
+        give_up: Whether those that are counted are put down as none.
 
     Raises:
         BackendError: A score failed, or the scorer is gone; what came back before is kept.
@@ -199,7 +205,9 @@ def score_paths(
                 if failed is None:
                     raise BackendError(f"Scorer {scorer.name!r}: no score for a step of {what}: {score.reason}.")
                 failed[score.reason] += 1
-                continue
+                if not give_up:
+                    continue
+                score = None
             stored = np.asarray(score, np.float32).tolist() if score is not None else None  # as the table gives it back
             for same in (each for each in node.twins(role) if each in rows.table.roles):
                 rows.put_value(tree.row_key(node, same), tuple(stored) if isinstance(stored, list) else stored)
@@ -286,6 +294,9 @@ def ask_all(
     under_way: dict[int, tuple[_What, Future[_Answer]]] = {}
     come: SimpleQueue[int] = SimpleQueue()
 
+    def came(number: int, _: object) -> None:
+        come.put(number)
+
     def settle(most: float) -> None:
         nonlocal error
         while len(under_way) > most:
@@ -301,7 +312,7 @@ def ask_all(
         try:
             for number, item in enumerate(items):
                 under_way[number] = item, ask(item)
-                under_way[number][1].add_done_callback(lambda _, number=number: come.put(number))
+                under_way[number][1].add_done_callback(partial(came, number))
                 settle(math.inf if in_flight is None else in_flight)
                 if error:
                     break

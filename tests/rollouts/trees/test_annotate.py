@@ -374,6 +374,17 @@ def test_failed_scores_have_no_row_are_counted_and_asked_for_again(tmp_path):
     assert not any("unscored" in line for line in verify_store(Store(store.path)).problems)
 
 
+def test_scores_given_up_on_are_not_asked_for_again_and_leave_their_trees_out(tmp_path):
+    store = grown(tmp_path / "s", 1, replicas=1)
+    grade_store(store, make_grader("exact"))
+    trees = sum(1 for _ in load_trees(store, store.problems(), None, None))
+    report = score_store(store, Incremental(failing=12), give_up=True)
+    assert report.failed["no answer"] and not list(left(store, Rows(store.scores("own"))))
+    assert not verify_store(Store(store.path)).problems
+    compiled = compile_store(store.path, cache=False)
+    assert 0 < compiled.meta["left_out_trees"] == trees - len(compiled.root) < trees
+
+
 def test_where_a_score_is_needed_at_once_a_failed_one_is_an_error(tmp_path):
     store, scorer = grown(tmp_path / "s", 1, replicas=1), Incremental(failing=1)
     annotate.attach(store, scorer)
