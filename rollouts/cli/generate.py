@@ -232,19 +232,31 @@ def note_special_tokens(screen: Console, store: Store, family: Family, roles: Se
         store.note(neutralised=noted | found)
 
 
-def run_scoring(store: Store, family: Family, problems: Sequence[Problem] | None, role: str | None = None) -> None:
+def run_scoring(
+    store: Store,
+    family: Family,
+    problems: Sequence[Problem] | None,
+    role: str | None = None,
+    *,
+    give_up: bool = False,
+) -> None:
     """Score what is unscored, with a bar; the scorer, or a generating role's model, is loaded if there is anything."""
     total = sum(1 for _ in left(store, store.score_rows(role or family.scorer_name), problems))
     if total == 0:
         return
     opened: Any = family.open_statistics(role, store) if role else family.open_scorer(store)
     with opened as scorer, progress_bar("Scoring", total, "steps") as advance:
-        report = score_store(store, scorer, problems, on_progress=advance)
+        report = score_store(store, scorer, problems, give_up=give_up, on_progress=advance)
     tell_notes(store)
     if report.spent:
         console().print(spending_line(report.spent, family.config.scorer))
     if report.failed:
-        console().print(f"{report.failed.total():,} steps have no score yet; the same command asks about them again:")
+        what = (
+            "remain without a score, and their trees are left out"
+            if give_up
+            else "have no score yet; the same command asks about them again, with --give-up for the last time"
+        )
+        console().print(f"{report.failed.total():,} steps {what}:")
     for line in reason_lines(report.failed):
         console().print(line, markup=False)
     if report.skipped:
@@ -351,11 +363,14 @@ class Score:
         models: TOML file with the [scorer] section, or ``tinymath``.
         scorer: ``small`` or ``large``: instead of the [scorer], what this model makes of the tokens of steps, by one
             prefill pass per path (`rollouts.text.likelihood.STATISTICS`); small of its own steps, large of all.
+        give_up: Do not ask again about steps whose question fails this time too (a judge's): put down that they have no
+            score. Their trees are left out of training and evaluation.
     """
 
     store: StorePath
     models: str = "tinymath"
     scorer: Literal["small", "large"] | None = None
+    give_up: bool = False
 
     def run(self) -> None:
         """Run the command."""
@@ -365,7 +380,7 @@ class Score:
         family.refuse_other_scores(store)
         with store.writing():
             note_special_tokens(console(), store, family, roles=[self.scorer or SCORER])
-            run_scoring(store, family, None, self.scorer)
+            run_scoring(store, family, None, self.scorer, give_up=self.give_up)
 
 
 @settings

@@ -15,7 +15,7 @@ from rollouts.cli.inspect import StorePath
 from rollouts.cli.progress import console, progress_bar
 from rollouts.config import FamilyConfig, load_family, settings
 from rollouts.errors import ConfigError, StoreError
-from rollouts.family import refuse_other_thinking, table_name
+from rollouts.family import Family, refuse_other_thinking, table_name
 from rollouts.models.hf.recipe import Recipe
 from rollouts.store.shards import write_atomically
 from rollouts.store.store import Store
@@ -154,4 +154,4 @@ class TrainPrm:
         from rollouts.cli.train_prm import train
 
         with nothing_kept():
-            return train(self, config, solutions)
+            return train(self, Family(config, store=store), solutions)

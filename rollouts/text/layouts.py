@@ -5,31 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from copy import copy
 from datetime import date as Date
 from itertools import accumulate
-from typing import Any, Self
+from typing import Any
 
 from rollouts.config import LAYOUTS, ScorerConfig
 from rollouts.errors import ConfigError
 from rollouts.text.prompts import (
-    ANOTHER_DAY,
     PROBE,
     REMEMBERED,
-    REMEMBERED_ONCE,
     STEP_TAG,
     STEPS,
-    Chat,
+    ChatLayout,
     Reading,
     RewardFormat,
     RewardLayout,
-    Turns,
     hash_of,
-    plain_turns,
 )
 from rollouts.text.splitting import BLANK_LINE, Splitting
 from rollouts.text.tokenizer import model_settings
-from rollouts.text.tokens import Remembered
 
 SHEPHERD_TAG = "\u043a\u0438"  # of Math-Shepherd: two letters that no English text has
 _NUMBERED = re.compile(r"step\s+\d+\s*[:.]", re.IGNORECASE)
@@ -152,7 +146,7 @@ class ShepherdFormat(_Undated):
         return ids, places
 
 
-class TurnsFormat(RewardLayout):
+class TurnsFormat(ChatLayout):
     """The layout of RLHFlow's PRMs: a chat in which the assistant answers each step with ``+`` or ``-``.
 
     The question with the first step, and then each step, is a message of the user; the assistant has answered all
@@ -180,23 +174,12 @@ class TurnsFormat(RewardLayout):
         """
         super().__init__(tokenizer, remembered=remembered, splitting=splitting)
         self.reading = Reading(0, (self.one_token("-", "verdict"), self.one_token("+", "verdict")))
-        self._chat = Chat(tokenizer, system_prompt, "scorer", date)
-        self._head = Remembered(self._render, remembered)
-        self._chat.check(lambda question: "".join(self._render(question)))
+        self._open(system_prompt, date, remembered)
         _, ask, turn, again, _ = self._chat.around(PROBE, 4, joined=True)
         if ask != again:
             raise self._chat.refusal("opens the assistant's messages in two ways. Name a `tokenizer` with another one.")
         if self.encode(self.text(PROBE, STEPS)) != self.ids(PROBE, STEPS):
             raise self._chat.refusal("does not divide a verdict from what is before it. Name another `tokenizer`.")
-        self.template_hash = self.hash_on(self._chat.date)
-        self.dated = self.template_hash != self.hash_on(self._chat.date + ANOTHER_DAY)
-
-    def within(self, turns: Turns) -> Self:
-        """Return the same for a question after earlier turns, as of `PromptFormat.within`."""
-        other = copy(self)
-        other._chat = self._chat.within(plain_turns(turns, self.special), {})
-        other._head = Remembered(other._render, REMEMBERED_ONCE)
-        return other
 
     def hash_on(self, date: Date) -> str:
         """Return what `template_hash` is on a date."""

@@ -390,7 +390,34 @@ class RewardLayout(ABC):
         return self.marked(question, steps)[0]
 
 
-class RewardFormat(RewardLayout):
+class ChatLayout(RewardLayout):
+    """A layout within the messages of a chat template."""
+
+    def _open(self, system_prompt: str | None, date: Date | None, remembered: int) -> None:
+        """Check the chat template; raise `ConfigError` if it cannot be used."""
+        self._chat = Chat(self.tokenizer, system_prompt, "scorer", date)
+        self._head = Remembered(self._render, remembered)
+        self._chat.check(lambda question: "".join(self._render(question)))
+        self.template_hash = self.hash_on(self._chat.date)
+        self.dated = self.template_hash != self.hash_on(self._chat.date + ANOTHER_DAY)
+
+    @abstractmethod
+    def _render(self, question: str, date: Date | None = None) -> tuple[str, ...]:
+        """Return what is around the steps of a question."""
+
+    @abstractmethod
+    def hash_on(self, date: Date) -> str:
+        """Return what `template_hash` is on a date."""
+
+    def within(self, turns: Turns) -> Self:
+        """Return the same for a question after earlier turns, as of `PromptFormat.within`."""
+        other = copy(self)
+        other._chat = self._chat.within(plain_turns(turns, self.special), {})
+        other._head = Remembered(other._render, REMEMBERED_ONCE)
+        return other
+
+
+class RewardFormat(ChatLayout):
     """The layout of Qwen2.5-Math-PRM: a head with two labels, read at a step tag.
 
     The steps, without their delimiters, are each followed by the step tag, within the assistant's message. Steps of a
@@ -418,18 +445,7 @@ class RewardFormat(RewardLayout):
         self.step_tag = step_tag
         self.step_tag_id = self.one_token(step_tag, "step tag")
         self.reading = Reading(tag=self.step_tag_id)
-        self._chat = Chat(tokenizer, system_prompt, "scorer", date)
-        self._head = Remembered(self._render, remembered)
-        self._chat.check(lambda question: "".join(self._render(question)))
-        self.template_hash = self.hash_on(self._chat.date)
-        self.dated = self.template_hash != self.hash_on(self._chat.date + ANOTHER_DAY)
-
-    def within(self, turns: Turns) -> Self:
-        """Return the same for a question after earlier turns, as of `PromptFormat.within`."""
-        other = copy(self)
-        other._chat = self._chat.within(plain_turns(turns, self.special), {})
-        other._head = Remembered(other._render, REMEMBERED_ONCE)
-        return other
+        self._open(system_prompt, date, remembered)
 
     def hash_on(self, date: Date) -> str:
         """Return what `template_hash` is on a date."""

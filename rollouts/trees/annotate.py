@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, groupby, islice
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +25,7 @@ from rollouts.trees.grow import load_trees
 from rollouts.trees.tree import Node, Place, RolloutTree
 
 Path = tuple[RolloutTree, list[tuple[Node, str]]]  # consecutive proposals
-_ROWS, _SECONDS = 50_000, 60.0  # of a shard
+_ROWS = 50_000  # of a shard
 _What = TypeVar("_What")
 _Answer = TypeVar("_Answer")
 
@@ -83,6 +84,7 @@ def score_store(
     problems: Sequence[Problem] | None = None,
     *,
     in_flight: int = 512,
+    give_up: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Report:
     """Score every proposal that has no score in the scorer's table yet.
@@ -95,13 +97,14 @@ def score_store(
         scorer: The scorer.
         problems: Problems to score; default all.
         in_flight: Paths under way at once.
+        give_up: Put down that steps whose question fails have no score, as if they exceeded the scorer's window.
         on_progress: Called with the number of proposals scored since the last call.
 
     Raises:
         BackendError: The scorer is gone; what came back before is kept.
     """
     attach(store, scorer)
-    rows = store.score_rows(scorer.name, rows=_ROWS, seconds=_SECONDS)
+    rows = store.score_rows(scorer.name, rows=_ROWS)
     report = Report()
     by_tree = (places for _, places in groupby(left(store, rows, problems), lambda place: place[0]))
 
@@ -122,7 +125,7 @@ def score_store(
 
     try:
         found = chain.from_iterable(paths(rows, places) for places in by_tree)
-        score_paths(scorer, rows, found, in_flight, took, report.failed)
+        score_paths(scorer, rows, found, in_flight, took, report.failed, give_up=give_up)
     finally:
         charge()
         rows.flush()
@@ -169,6 +172,8 @@ def score_paths(
     in_flight: int | None = None,
     on_scores: Callable[[Scores], None] | None = None,
     failed: Counter[str] | None = None,
+    *,
+    give_up: bool = False,
 ) -> None:
     """Put down the scores of paths (`paths`), each for all proposals of that text.
 
@@ -179,6 +184,7 @@ def score_paths(
         in_flight: Paths under way at once; None: all.
         on_scores: Called with the new scores of every path.
         failed: Where scores that failed are counted by their reason. None: the first is an error.
+        give_up: Whether those that are counted are put down as none.
 
     Raises:
         BackendError: A score failed, or the scorer is gone; what came back before is kept.
@@ -199,7 +205,9 @@ def score_paths(
                 if failed is None:
                     raise BackendError(f"Scorer {scorer.name!r}: no score for a step of {what}: {score.reason}.")
                 failed[score.reason] += 1
-                continue
+                if not give_up:
+                    continue
+                score = None
             stored = np.asarray(score, np.float32).tolist() if score is not None else None  # as the table gives it back
             for same in (each for each in node.twins(role) if each in rows.table.roles):
                 rows.put_value(tree.row_key(node, same), tuple(stored) if isinstance(stored, list) else stored)
@@ -226,7 +234,7 @@ def grade_store(
         workers: Processes.
         on_progress: Called with the number of solutions graded since the last call.
     """
-    rows = Rows(store.attach("grades", grader.name, grader.describe()), rows=_ROWS, seconds=_SECONDS)
+    rows = Rows(store.attach("grades", grader.name, grader.describe()), rows=_ROWS)
     report = Report()
     places = left(store, rows, problems)
     try:
@@ -272,19 +280,29 @@ def ask_all(
     take: Callable[[_What, _Answer], None],
     in_flight: int | None = None,
 ) -> None:
-    """Send requests, at most so many under way; take every answer that comes, then raise the first error.
+    """Send requests; take every answer that comes, then raise the first error.
 
     An interrupt does not wait for answers; those that are there are taken.
+
+    Args:
+        items: What is asked about.
+        ask: Sends a request.
+        take: Called with every answer, as they come.
+        in_flight: Most that are under way. None: all, and answers are taken in the order of the items.
     """
     error: Exception | None = None
-    under_way: deque[tuple[_What, Future[_Answer]]] = deque()
+    under_way: dict[int, tuple[_What, Future[_Answer]]] = {}
+    come: SimpleQueue[int] = SimpleQueue()
+
+    def came(number: int, _: object) -> None:
+        come.put(number)
 
     def settle(most: float) -> None:
         nonlocal error
         while len(under_way) > most:
-            with suppress(Exception):
-                under_way[0][1].result()  # an interrupt finds it still among those that are under way
-            item, future = under_way.popleft()
+            number = next(iter(under_way)) if in_flight is None else come.get()
+            wait([under_way[number][1]])  # an interrupt finds it still among those that are under way
+            item, future = under_way.pop(number)
             try:
                 take(item, future.result())
             except Exception as caught:
@@ -292,8 +310,9 @@ def ask_all(
 
     try:
         try:
-            for item in items:
-                under_way.append((item, ask(item)))
+            for number, item in enumerate(items):
+                under_way[number] = item, ask(item)
+                under_way[number][1].add_done_callback(partial(came, number))
                 settle(math.inf if in_flight is None else in_flight)
                 if error:
                     break
@@ -301,7 +320,7 @@ def ask_all(
             error = error or caught
         settle(0)
     except BaseException:
-        for item, future in under_way:
+        for item, future in under_way.values():
             if future.done() and not future.cancelled() and future.exception() is None:
                 take(item, future.result())
         raise

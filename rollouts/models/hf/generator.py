@@ -13,7 +13,7 @@ from rollouts.config import ModelConfig, Sampling
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import Capabilities, Completion, CompletionRequest, Finish, LogprobRequest, Request
 from rollouts.models.hf.load import PADDED_TOKENS, check_prompt, describe, groups, load, pad_right, window
-from rollouts.models.hf.packing import PACKED_TOKENS, entropies_of, likelihoods, most_packed, pack_first
+from rollouts.models.hf.packing import PACKED_TOKENS, likelihoods, most_packed, pack_first, told_of
 from rollouts.text.likelihood import Likelihood
 from rollouts.text.tokenizer import load_tokenizer
 
@@ -285,10 +285,11 @@ def _tell(rows: list[_Row], logits: Any, tokens: list[int]) -> None:
     if not wanted:
         return
     index = torch.tensor(wanted, device=logits.device)
-    chosen = logits[index] if logits.dtype == torch.float64 else logits[index].float()
+    chosen = logits[index]
     drawn = torch.tensor([tokens[place] for place in wanted], device=logits.device)
-    logprobs = chosen.gather(1, drawn[:, None])[:, 0] - chosen.logsumexp(1)
-    for place, *told in zip(wanted, logprobs.tolist(), entropies_of(chosen).tolist(), strict=True):
+    norms, entropies = told_of(chosen)
+    logprobs = chosen.gather(1, drawn[:, None])[:, 0] - norms
+    for place, *told in zip(wanted, logprobs.tolist(), entropies.tolist(), strict=True):
         rows[place].told.append((told[0], told[1]))
 
 

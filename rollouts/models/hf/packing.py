@@ -96,7 +96,7 @@ def packed_inputs(model: Any, pack: Pack) -> dict[str, Any]:
     return {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "use_cache": False}
 
 
-_ROWS = 256  # logits of so many tokens are copied at once for their entropies
+_ROWS = 32  # distributions that are made at once: larger blocks of memory are page faults, which cost more than they do
 
 
 def likelihoods(model: Any, pack: Pack, starts: Sequence[int], *, entropies: bool = False) -> list[Likelihood]:
@@ -118,17 +118,29 @@ def likelihoods(model: Any, pack: Pack, starts: Sequence[int], *, entropies: boo
     ids = inputs["input_ids"][0]
     keep, place = torch.unique(torch.as_tensor(before, device=ids.device), return_inverse=True)
     logits = model(**inputs, logits_to_keep=keep).logits[0]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    known = [logits[place, ids[torch.as_tensor(after, device=ids.device)]] - logits.logsumexp(1)[place]]
-    if entropies:
-        known.append(torch.cat([entropies_of(rows) for rows in logits.split(_ROWS)])[place])
+    norms, *told = told_of(logits, entropies=entropies)
+    chosen = logits[place, ids[torch.as_tensor(after, device=ids.device)]] - norms[place]  # in the format of the norms
     ends = np.cumsum([len(span) - 1 for span in spans])
-    columns = [np.split(values.double().cpu().numpy(), ends[:-1]) for values in known]
+    columns = [
+        np.split(values.double().cpu().numpy(), ends[:-1]) for values in (chosen, *(each[place] for each in told))
+    ]
     return [Likelihood(*(tuple(each.tolist()) for each in own)) for own in zip(*columns, strict=True)]
 
 
-def entropies_of(logits: Any) -> Any:
-    """Return the (n,) entropies of the distributions of (n, v) logits (`rollouts.text.likelihood.top_entropy`)."""
-    top = logits.topk(min(TOP, logits.shape[1])).values - logits.logsumexp(1, keepdim=True)
-    rest = (1 - top.exp().sum(1)).clamp(min=1e-12)
-    return (-(top.exp() * top.clamp(min=-1e4)).sum(1) - rest * rest.log()).clamp(min=0)
+def told_of(logits: Any, *, entropies: bool = True) -> list[Any]:
+    """Return the (n,) logarithms of the normalisers of the distributions of (n, v) logits, and their (n,) entropies.
+
+    Both are at least float32; entropies are those of `rollouts.text.likelihood.top_entropy`.
+    """
+    import torch
+
+    found = []
+    for part in logits.split(_ROWS):
+        rows = part if part.dtype == torch.float64 else part.float()
+        norms = rows.logsumexp(1, keepdim=True)
+        found.append([norms[:, 0]])
+        if entropies:
+            top = rows.topk(min(TOP, rows.shape[1])).values - norms
+            rest = (1 - top.exp().sum(1)).clamp(min=1e-12)
+            found[-1].append((-(top.exp() * top.clamp(min=-1e4)).sum(1) - rest * rest.log()).clamp(min=0))
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import tomllib
+from datetime import date
 
 import pytest
+import torch
 from bundled_part import bundled_part
 
 from rollouts.__main__ import main
-from rollouts.config import ScorerConfig
+from rollouts.cli.train_prm import evaluate
+from rollouts.config import ScorerConfig, load_family
 from rollouts.models.hf import fit
 from rollouts.store.store import Store
 from rollouts.text.prompts import RewardFormat
-from rollouts.text.tokenizer import load_tokenizer
+from rollouts.text.tokenizer import load_tokenizer, transformers_tokenizer
 from rollouts.tinymath import model_dir
 
 pytestmark = pytest.mark.usefixtures("engines_in_threads")
@@ -128,6 +131,17 @@ def test_blocks_learn_if_asked(trees, tmp_path):
     assert made["model.layers.2.mlp.down_proj.weight"].any()  # zero before it learned
 
 
+def test_it_learns_from_a_trunk_in_half_precision(trees, tmp_path):
+    from safetensors.torch import load_file
+
+    role = f'backend = "transformers"\nmodel = "{model_dir("small")}"\nsystem_prompt = ""\ndtype = "bfloat16"\n'
+    (tmp_path / "models.toml").write_text(f"[small]\n{role}[large]\n{role}")
+    more = ["--models", str(tmp_path / "models.toml"), "--epochs", "1", "--no-score"]
+    assert main(["train-prm", str(trees), str(tmp_path / "half"), *more]) == 0
+    made = load_file(tmp_path / "half" / "model.safetensors")
+    assert {value.dtype for name, value in made.items() if name.startswith("score.")} == {torch.float32}
+
+
 def test_values_may_be_those_of_the_large_model(trees, tmp_path, capsys):
     """Which tell what is right so far: they are greater, and the model that learns them scores higher."""
     taught = []
@@ -143,6 +157,37 @@ def test_values_may_be_those_of_the_large_model(trees, tmp_path, capsys):
     small, large = ([value for path in each for value in path.values] for each in taught)
     assert sum(large) > 1.2 * sum(small) and {0.0, 1.0} <= {*large}
     assert all(all(path.weights) and len(path.weights) == len(path.tags) for each in taught for path in each)
+
+
+def test_it_reads_paths_on_the_date_of_the_store_when_it_learns_and_when_it_scores(tmp_path):
+    path, told = tmp_path / "trees", []
+    bundled_part(path, scores=False, train=2, validation=1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "date": "2021-03-04"}))
+
+    def learned(_, prompts, *rest):
+        told.append(prompts.template_hash == prompts.hash_on(date(2021, 3, 4)) != prompts.hash_on(date(2021, 3, 5)))
+        raise KeyboardInterrupt
+
+    def scored(_, family, *rest):
+        told.append(family.date == date(2021, 3, 4))
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        dated = "{{ strftime_now('%d %B %Y') }}\n"
+        patch.setattr("rollouts.cli.train_prm.transformers_tokenizer", lambda *_: with_template(dated))
+        patch.setattr("rollouts.cli.train_prm.make", learned)
+        patch.setattr("rollouts.cli.train_prm.run_scoring", scored)
+        assert main(["train-prm", str(path), str(tmp_path / "prm"), *EMBEDDED]) == 130
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(Store(path), load_family("tinymath:transformers"), None)
+    assert told == [True, True]
+
+
+def with_template(head):
+    tokenizer = transformers_tokenizer(model_dir("small"), None)
+    tokenizer.chat_template = head + tokenizer.chat_template
+    return tokenizer
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from rollouts.store.store import Store
 from rollouts.text.splitting import Splitting
 from rollouts.text.steps import CLOSE
 from rollouts.tinymath import model_dir
+from rollouts.trees.compile import compile_store
+from rollouts.trees.grow import load_trees
 from rollouts.trees.verify import verify_store
 
 __all__ = ["fake"]
@@ -287,6 +289,28 @@ class TestStores:
         assert table.counters()["requests_scorer"] == len(first) + 2 * SELF_TEST
         asked.clear()
         assert main(command) == 0 and not asked
+
+    def test_a_question_that_always_fails_can_be_given_up_on(
+        self, server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path, before = grown(tmp_path / "s", replicas=1).path, server.fault
+        assert main(["grade", str(path)]) == 0
+        root = next(iter(load_trees(Store(path), PROBLEMS[:1], 1, None))).root
+        first = f"Step 1: {root.proposals['small'].text.strip()}"
+
+        def fault(at: str, body: Any, count: int) -> Any:
+            refused = body and PROBLEMS[0].question in str(body) and last_step(body) == first
+            return error_reply(400, "the filter says no") if refused else before(at, body, count)
+
+        server.fault = fault
+        command = ["score", str(path), "--models", str(self.models(server, tmp_path))]
+        assert main(command) == 0 == main(command)
+        assert "with --give-up for the last time" in " ".join(capsys.readouterr().err.split())
+        with pytest.raises(StoreError, match=r"no score by 'judge-fake' yet. Run `python -m rollouts score"):
+            compile_store(path, cache=False)
+        assert main([*command, "--give-up"]) == 0
+        assert "their trees are left out: 1" in " ".join(capsys.readouterr().err.split())
+        assert compile_store(path, cache=False).meta["left_out_trees"] == 1
 
     def test_another_prompt_is_not_mixed_in(self, server: FakeServer, tmp_path: Path) -> None:
         store = grown(tmp_path / "s")

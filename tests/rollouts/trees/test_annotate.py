@@ -6,6 +6,7 @@ import dis
 import json
 import random
 import sys
+import threading
 from concurrent.futures import Future
 from contextlib import contextmanager
 from types import CodeType
@@ -330,6 +331,36 @@ def test_each_step_is_asked_about_once_and_each_leaf_takes_one_request(tmp_path,
     assert rows_of(store.scores("own")) == rows_of(whole.scores("own"))
 
 
+def test_rows_are_stored_as_answers_come_even_if_the_first_is_late(tmp_path, monkeypatch):
+    """What a run has been told is on the disk within seconds, so that one that is killed has done something."""
+    monkeypatch.setattr(annotate, "_ROWS", 1)
+    store = grown(tmp_path / "s", 1, replicas=1)
+    total = sum(1 for _ in left(store, Rows(store.scores("scripted"))))
+    late: list[tuple[Future, list[float]]] = []
+    stored: list[int] = []
+
+    class Late(ScriptedScorer):
+        def submit(self, question, steps):
+            future = super().submit(question, steps)
+            if not late:
+                late.append((Future(), future.result()))
+                return late[0][0]
+            return future
+
+    def on_progress(_: int) -> None:
+        stored.append(Store(store.path).scores("scripted").keys().num_rows)
+        if not late[0][0].done() and stored[-1] >= total // 2:
+            late[0][0].set_result(late[0][1])
+
+    give_up = threading.Timer(20, lambda: late[0][0].set_exception(BackendError("nothing was stored")))
+    give_up.start()
+    assert score_store(store, Late(), in_flight=4, on_progress=on_progress).rows == total
+    give_up.cancel()
+    whole = grown(tmp_path / "whole", 1, replicas=1)
+    score_store(whole, ScriptedScorer())
+    assert rows_of(store.scores("scripted")) == rows_of(whole.scores("scripted"))
+
+
 def test_failed_scores_have_no_row_are_counted_and_asked_for_again(tmp_path):
     store = grown(tmp_path / "s", 1, replicas=1)
     total = sum(1 for _ in left(store, Rows(store.scores("own"))))
@@ -341,6 +372,17 @@ def test_failed_scores_have_no_row_are_counted_and_asked_for_again(tmp_path):
     score_store(Store(store.path), again)
     assert len(again.asked) == missing and all(len(steps) == known + 1 for _, steps, known in again.asked)
     assert not any("unscored" in line for line in verify_store(Store(store.path)).problems)
+
+
+def test_scores_given_up_on_are_not_asked_for_again_and_leave_their_trees_out(tmp_path):
+    store = grown(tmp_path / "s", 1, replicas=1)
+    grade_store(store, make_grader("exact"))
+    trees = sum(1 for _ in load_trees(store, store.problems(), None, None))
+    report = score_store(store, Incremental(failing=12), give_up=True)
+    assert report.failed["no answer"] and not list(left(store, Rows(store.scores("own"))))
+    assert not verify_store(Store(store.path)).problems
+    compiled = compile_store(store.path, cache=False)
+    assert 0 < compiled.meta["left_out_trees"] == trees - len(compiled.root) < trees
 
 
 def test_where_a_score_is_needed_at_once_a_failed_one_is_an_error(tmp_path):

@@ -15,7 +15,7 @@ from handmade import ScriptedScorer, Statistician, TellingWriter, known
 from made_stores import PROBLEMS, finished, grown
 
 from rollouts.errors import ConfigError, StoreError
-from rollouts.models.hf.packing import entropies_of
+from rollouts.models.hf.packing import told_of
 from rollouts.scoring.base import EXAMPLES, self_test
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
@@ -225,8 +225,19 @@ def test_statistics_and_entropies_are_those_of_the_formulas():
     logits = np.random.default_rng(0).normal(size=(3, 40)) * 2
     p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     told = [top_entropy(np.log(np.sort(row)[::-1][:count])) for row, count in zip(p, (20, 21, 40), strict=True)]
-    assert told == pytest.approx(entropies_of(torch.tensor(logits)).tolist())  # whoever tells, and how many
+    assert told == pytest.approx(told_of(torch.tensor(logits))[1].tolist())  # whoever tells, and how many
     assert (np.array(told) < -(p * np.log(p)).sum(axis=1)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_many_distributions_are_told_of_as_one_by_one(dtype):
+    logits = (torch.tensor(np.random.default_rng(1).normal(size=(70, 300))) * 3).to(dtype)
+    norms, entropies = told_of(logits)
+    wide = logits.double()
+    assert norms.tolist() == pytest.approx(wide.logsumexp(1).tolist(), rel=1e-6)
+    assert entropies.tolist() == pytest.approx([top_entropy(row) for row in wide.log_softmax(1).tolist()], rel=1e-5)
+    (alone,) = told_of(logits, entropies=False)
+    assert torch.equal(alone, norms)
 
 
 def test_folds_begin_beyond_all_values(store):
