@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.background import BackgroundTask
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -21,6 +22,7 @@ from agents.serve.passing import Passed
 from agents.serve.route import Route, Written
 from agents.serve.service import CLIENT_GONE, Service
 from agents.serve.shadow import MARK as SHADOW
+from agents.serve.tracing import Trace
 
 T = TypeVar("T")
 _log = logging.getLogger("trim.serve")
@@ -32,7 +34,11 @@ class _ClientGone(Exception):
 
 
 def build(
-    service: Service, api_key: str | None = None, max_body_bytes: int = 1 << 18, cors_origins: Sequence[str] = ()
+    service: Service,
+    api_key: str | None = None,
+    max_body_bytes: int = 1 << 18,
+    cors_origins: Sequence[str] = (),
+    trace: Callable[[Headers], Trace] = Trace,
 ) -> FastAPI:
     """Return the application.
 
@@ -41,6 +47,7 @@ def build(
         api_key: Key that clients must send; None: none.
         max_body_bytes: Largest request body.
         cors_origins: Where pages may come from that call it in a browser.
+        trace: Returns what is known of a request's trace.
     """
 
     def count(path: str, status: int) -> None:
@@ -48,7 +55,8 @@ def build(
             service.metrics.requests.labels(str(status)).inc()
 
     app = FastAPI(title="trim-routing", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Guard, api_key=api_key, max_body_bytes=max_body_bytes, count=count)  # type: ignore[arg-type]
+    guarding: Any = {"api_key": api_key, "max_body_bytes": max_body_bytes, "count": count, "trace": trace}
+    app.add_middleware(Guard, **guarding)
     if cors_origins:  # outermost: browsers ask without the key first
         app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
 
