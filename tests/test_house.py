@@ -201,7 +201,7 @@ def test_serving_loads_no_training_stack() -> None:
     prompts = "from rollouts.family import Family; from rollouts.config import load_family\n"
     prompts += "family = Family(load_family('tinymath')); family.formats['small'].ids('x', ['y'])\n"
     prompts += "from rollouts.models.hf.load import native_window; assert native_window(family.config.small.model)"
-    others = ("pandas", "sympy", "math_verify", "rich", "sklearn")
+    others = ("pandas", "sympy", "math_verify", "rich", "sklearn", "opentelemetry")
     assert not loaded(f"{SERVING}\n{prompts}", *HEAVY, *others)
 
 
@@ -213,6 +213,7 @@ def test_serving_loads_no_training_stack() -> None:
         (["-m", "rollouts", "stats", "quickstart"], "pyarrow", "rollouts"),
         (["-m", "agents", "demo"], "torch", "rollouts"),
         (["-m", "agents", "serve", "--policy", "none", "--record", "none"], "pyarrow", "rollouts"),
+        (["-m", "agents", "serve", "--policy", "none", "--otel"], "opentelemetry", "otel"),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra(

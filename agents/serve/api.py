@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -20,9 +21,10 @@ from rollouts.errors import did_you_mean
 from rollouts.text.prompts import Turns
 
 if TYPE_CHECKING:
-    from agents.serve.route import Written
+    from agents.serve.route import Route, Written
 
 DONE = "data: [DONE]\n\n"
+_GOES_ON = MappingProxyType({"finish_reason": None})  # a choice that has not come to its end
 _SHOWN = 200  # characters of a wrong value that an error repeats
 # What OpenAI's clients may send and what changes nothing that this service does.
 _IGNORED = (
@@ -289,85 +291,80 @@ def fingerprint() -> str:
         return "trim-routing"
 
 
-def _head(kind: str, model: str) -> dict[str, Any]:
-    """Return what an answer begins with; `kind` is its ``object``."""
-    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+class Chat:
+    """The answer to one chat: whole, or as lines of server-sent events.
 
+    Attributes:
+        last: What its stream ends with, however it went.
+    """
 
-def completion(
-    model: str,
-    text: str,
-    finish_reason: str,
-    usage: Mapping[str, Any],
-    trim: Mapping[str, Any],
-    stop_reason: str | None = None,
-    reasoning: str = "",
-) -> dict[str, Any]:
-    """Return a whole answer; `stop_reason` is the stop text that ended it."""
-    unused = ("refusal", "annotations", "audio", "function_call", "reasoning")
-    thought = _reasoning(reasoning) if reasoning else {}
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": text, **dict.fromkeys(unused), **thought},
-        "logprobs": None,
-        "finish_reason": finish_reason,
-        "stop_reason": stop_reason,
-        "token_ids": None,
-    }
-    return {
-        **_head("chat.completion", model),
-        "choices": [choice],
-        "service_tier": None,
-        "system_fingerprint": fingerprint(),
-        "usage": usage,
-        "trim": trim,
-    }
+    last = DONE
+
+    def __init__(self, model: str, ask: ChatRequest) -> None:
+        """Fix what all parts of the answer to a request have in common."""
+        self._usage = bool(ask.stream_options and ask.stream_options.include_usage)
+        self._trace = bool(ask.trace)
+        kind = "chat.completion.chunk" if ask.stream else "chat.completion"
+        self._common = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def whole(self, route: Route) -> dict[str, Any]:
+        """Return the answer that a route has come to."""
+        unused = ("refusal", "annotations", "audio", "function_call", "reasoning")
+        thought = _reasoning(route.reasoning) if route.reasoning else {}
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": route.text, **dict.fromkeys(unused), **thought},
+            "logprobs": None,
+            "finish_reason": route.finish_reason,
+            "stop_reason": route.stops.matched,
+            "token_ids": None,
+        }
+        return {
+            **self._common,
+            "choices": [choice],
+            "service_tier": None,
+            "system_fingerprint": fingerprint(),
+            "usage": route.usage(),
+            "trim": route.summary(trace=self._trace),
+        }
+
+    def first(self) -> str:
+        """Return the event that names the role."""
+        return self._event({"role": "assistant", "content": ""})
+
+    def step(self, written: Written, said: str) -> str:
+        """Return the event of one step, of which `said` can be given."""
+        more = {"trim": written.plain(text=False)} if self._trace else {}
+        return self._event(_reasoning(said) if written.thinking else {"content": said}, **more)
+
+    def end(self, route: Route) -> str:
+        """Return what comes after the last step: the rest of the text, if some was held back, and what happened."""
+        trim, software = route.summary(trace=False), {"system_fingerprint": fingerprint()}
+        ended = {"finish_reason": route.finish_reason, "stop_reason": route.stops.matched}
+        last = {"trim": trim} if self._usage else {"trim": trim, **software}
+        end = self._event({"content": route.stops.rest()}, ended, **last)
+        if not self._usage:
+            return end
+        return end + event({**self._common, "choices": [], "usage": route.usage(), **software})
+
+    def failed(self, error: ApiError) -> str:
+        """Return the event of an error."""
+        return event(error.body())
+
+    def _event(self, delta: Mapping[str, Any], ended: Mapping[str, Any] = _GOES_ON, **more: Any) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": None, **ended}
+        usage = {"usage": None} if self._usage else {}
+        return event({**self._common, "choices": [choice], **usage, **more})
 
 
 def _reasoning(text: str) -> dict[str, str]:
     """Return what was thought, by the name that vLLM's servers had for it and the one that they have."""
     return {"reasoning_content": text, "reasoning": text}
-
-
-class Chunks:
-    """The chunks of one streamed answer, as lines of server-sent events.
-
-    Attributes:
-        include_usage: Whether each has a ``usage``, null but in the last one.
-    """
-
-    def __init__(self, model: str, ask: ChatRequest) -> None:
-        """Fix what all chunks of the answer to a request have in common."""
-        self.include_usage = bool(ask.stream_options and ask.stream_options.include_usage)
-        self._trace = bool(ask.trace)
-        self._stop_reason: str | None = None
-        self._common = _head("chat.completion.chunk", model)
-
-    def first(self) -> str:
-        """Return the chunk that names the role."""
-        return self._event({"role": "assistant", "content": ""}, None)
-
-    def step(self, written: Written, said: str) -> str:
-        """Return the chunk of one step, of which `said` can be given."""
-        more = {"trim": written.plain(text=False)} if self._trace else {}
-        return self._event(_reasoning(said) if written.thinking else {"content": said}, None, **more)
-
-    def end(self, finish_reason: str, trim: Mapping[str, Any], rest: str = "", stop_reason: str | None = None) -> str:
-        """Return the chunk after the last step, with the rest of the text, if some was held back."""
-        self._stop_reason = stop_reason
-        software = {} if self.include_usage else {"system_fingerprint": fingerprint()}
-        return self._event({"content": rest}, finish_reason, trim=trim, **software)
-
-    def usage(self, usage: Mapping[str, Any]) -> str:
-        """Return the chunk that only tells what was spent."""
-        return event({**self._common, "choices": [], "usage": usage, "system_fingerprint": fingerprint()})
-
-    def _event(self, delta: Mapping[str, Any], finish_reason: str | None, **more: Any) -> str:
-        choice: dict[str, Any] = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        if finish_reason is not None:
-            choice["stop_reason"] = self._stop_reason
-        usage = {"usage": None} if self.include_usage else {}
-        return event({**self._common, "choices": [choice], **usage, **more})
 
 
 def event(value: Mapping[str, Any]) -> str:

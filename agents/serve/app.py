@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.background import BackgroundTask
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from agents.serve import api
-from agents.serve.api import ApiError, ChatRequest, Chunks
+from agents.serve import api, responses
+from agents.serve.api import ApiError, Chat, ChatRequest
 from agents.serve.guard import Guard, refusal
 from agents.serve.passing import Passed
+from agents.serve.responses import Response as Answered
 from agents.serve.route import Route, Written
 from agents.serve.service import CLIENT_GONE, Service
 from agents.serve.shadow import MARK as SHADOW
+from agents.serve.tracing import Trace
 
 T = TypeVar("T")
 _log = logging.getLogger("trim.serve")
-_CHAT = "/v1/chat/completions"
+_CHAT, _RESPONSES = "/v1/chat/completions", "/v1/responses"
 
 
 class _ClientGone(Exception):
@@ -32,7 +35,11 @@ class _ClientGone(Exception):
 
 
 def build(
-    service: Service, api_key: str | None = None, max_body_bytes: int = 1 << 18, cors_origins: Sequence[str] = ()
+    service: Service,
+    api_key: str | None = None,
+    max_body_bytes: int = 1 << 18,
+    cors_origins: Sequence[str] = (),
+    trace: Callable[[Headers], Trace] = Trace,
 ) -> FastAPI:
     """Return the application.
 
@@ -41,14 +48,16 @@ def build(
         api_key: Key that clients must send; None: none.
         max_body_bytes: Largest request body.
         cors_origins: Where pages may come from that call it in a browser.
+        trace: Returns what is known of a request's trace.
     """
 
     def count(path: str, status: int) -> None:
-        if path == _CHAT:
+        if path in (_CHAT, _RESPONSES):
             service.metrics.requests.labels(str(status)).inc()
 
     app = FastAPI(title="trim-routing", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Guard, api_key=api_key, max_body_bytes=max_body_bytes, count=count)  # type: ignore[arg-type]
+    guarding: Any = {"api_key": api_key, "max_body_bytes": max_body_bytes, "count": count, "trace": trace}
+    app.add_middleware(Guard, **guarding)
     if cors_origins:  # outermost: browsers ask without the key first
         app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
 
@@ -64,37 +73,51 @@ def build(
 
     body = {"required": True, "content": {"application/json": {"schema": ChatRequest.model_json_schema()}}}
 
-    @app.post(_CHAT, openapi_extra={"requestBody": body})
-    async def chat(raw: Request) -> Response:
-        """Solve a problem step by step, each step by the model that the policy chooses."""
-        content = await raw.body()
+    async def answered(
+        raw: Request, parse: Callable[[bytes], ChatRequest], shape: type[Chat] | type[Answered]
+    ) -> Response:
         try:
-            otherwise = service.config.otherwise
-            beyond = api.beyond_routing(content) if _is_json(raw) and otherwise != "error" else None
-            if beyond is None:
-                ask = _read(raw, content)
-                route = await service.begin(ask)
-            else:
-                service.policies.named(beyond[0].get("model"))
+            if not _is_json(raw):
+                raise ApiError(400, "Unsupported Media Type: Only 'application/json' is allowed.", "Bad Request")
+            ask = parse(await raw.body())
+            route = await service.begin(ask)
         except ApiError as error:
-            count(_CHAT, error.status)
+            count(raw.url.path, error.status)
             raise
-        if beyond is not None:
-            return await _unless_gone(raw, Passed(service, otherwise, *beyond).answer())
-        steps = service.steps(route, ask)
+        steps, answer = service.steps(route, ask), shape(ask.model or service.name, ask)
         headers = {SHADOW: service.config.shadow} if service.config.shadow and not ask.only else {}
         if ask.stream:  # answered once the first step is there: until then an error can still have a status of its own
             first = await _unless_gone(raw, anext(steps))
             return StreamingResponse(
-                _events(Chunks(ask.model or service.name, ask), route, first, steps),
+                _events(answer, route, first, steps),
                 media_type="text/event-stream",
                 headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
                 background=BackgroundTask(steps.aclose),  # if the client left between two of them
             )
         await _unless_gone(raw, _exhaust(steps))
-        trim = route.summary(trace=bool(ask.trace))
-        told = route.finish_reason, route.usage(), trim, route.stops.matched, route.reasoning
-        return JSONResponse(api.completion(ask.model or service.name, route.text, *told), headers=headers)
+        return JSONResponse(answer.whole(route), headers=headers)
+
+    @app.post(_CHAT, openapi_extra={"requestBody": body})
+    async def chat(raw: Request) -> Response:
+        """Solve a problem step by step, each step by the model that the policy chooses."""
+        otherwise = service.config.otherwise
+        beyond = api.beyond_routing(await raw.body()) if _is_json(raw) and otherwise != "error" else None
+        if beyond is None:
+            return await answered(raw, api.parse_request, Chat)
+        try:
+            service.policies.named(beyond[0].get("model"))
+        except ApiError as error:
+            count(_CHAT, error.status)
+            raise
+        return await _unless_gone(raw, Passed(service, otherwise, *beyond).answer())
+
+    @app.post(_RESPONSES)
+    async def response(raw: Request) -> Response:
+        """Do the same, asked and answered as OpenAI's responses are."""
+        try:
+            return await answered(raw, responses.parse, Answered)
+        except ApiError as error:
+            raise responses.renamed(error) from None
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -129,32 +152,26 @@ def _is_json(raw: Request) -> bool:
     return raw.headers.get("Content-Type", "").partition(";")[0].strip().lower() == "application/json"
 
 
-def _read(raw: Request, body: bytes) -> ChatRequest:
-    if not _is_json(raw):
-        raise ApiError(400, "Unsupported Media Type: Only 'application/json' is allowed.", "Bad Request")
-    return api.parse_request(body)
-
-
 async def _exhaust(steps: AsyncIterator[Written]) -> None:
     async for _ in steps:
         pass
 
 
-async def _events(chunks: Chunks, route: Route, first: Written, steps: AsyncIterator[Written]) -> AsyncIterator[str]:
+async def _events(
+    answer: Chat | Answered, route: Route, first: Written, steps: AsyncIterator[Written]
+) -> AsyncIterator[str]:
     try:
-        yield chunks.first()
-        yield chunks.step(first, route.said[0])
+        yield answer.first()
+        yield answer.step(first, route.said[0])
         async for written in steps:
-            yield chunks.step(written, route.said[-1])
-        yield chunks.end(route.finish_reason, route.summary(trace=False), route.stops.rest(), route.stops.matched)
-        if chunks.include_usage:
-            yield chunks.usage(route.usage())
+            yield answer.step(written, route.said[-1])
+        yield answer.end(route)
     except ApiError as error:
-        yield api.event(error.body())
+        yield answer.failed(error)
     except Exception:
         _log.exception("a stream failed")
-        yield api.event(_internal().body())
-    yield api.DONE
+        yield answer.failed(_internal())
+    yield answer.last
 
 
 def _internal() -> ApiError:

@@ -9,15 +9,18 @@ import os
 import signal
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agents.escape import terminal
 from agents.serve import logs
 from agents.serve.config import ServeConfig, with_file
 from rollouts.config import FamilyConfig, ModelConfig, load_family, parse_family
-from rollouts.errors import ConfigError, TrimError, require
+from rollouts.errors import ConfigError, TrimError, missing, require
 from rollouts.plugins import import_module
 from rollouts.text.splitting import BLANK_LINE
+
+if TYPE_CHECKING:
+    from agents.serve.spans import Spans
 
 _log = logging.getLogger("trim.serve")
 _EMBEDDED = "tinymath"
@@ -128,9 +131,11 @@ class Server:
         from agents.serve.playground.page import add_playground
         from agents.serve.policies import Policies
         from agents.serve.service import Service
+        from agents.serve.tracing import Trace
 
         if config.record:
             require("rollouts", "pyarrow")
+        self._spans = _spans() if config.otel else None
         for module in config.imports:
             import_module(module)
         policies, metrics = Policies.load(config), Metrics()
@@ -147,7 +152,8 @@ class Server:
             recorder = recorder_of(config.record, self.models.family, metrics, cap, config.redact)
         self.service = Service(policies, self.models, metrics, config, recorder)
         key = _key(config.api_key_env)
-        app = build(self.service, key, config.max_body_bytes, config.cors_origins)
+        trace = Trace if self._spans is None else self._spans.trace
+        app = build(self.service, key, config.max_body_bytes, config.cors_origins, trace)
         if config.playground:
             add_playground(app, tinymath=str(policy.about.get("small", "")).startswith(f"{_EMBEDDED}-"))
         self._listener = Listener(app, self.service)
@@ -167,6 +173,8 @@ class Server:
                 runner.run(self._serve())
         finally:
             self._listening.close()
+            if self._spans is not None:
+                self._spans.close()
 
     async def _serve(self) -> None:
         with suppress(ValueError, RuntimeError, AttributeError):  # in another thread, or where there is no such signal
@@ -238,6 +246,14 @@ def run(config: ServeConfig) -> int:
         return server.exit_code
     except KeyboardInterrupt:
         return 0
+
+
+def _spans() -> Spans:
+    try:
+        from agents.serve.spans import Spans
+    except ModuleNotFoundError as error:
+        raise missing(error, "otel") from None
+    return Spans()
 
 
 def _key(variable: str | None) -> str | None:

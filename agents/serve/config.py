@@ -64,6 +64,7 @@ class ServeConfig:
         other_models: Serve other models than those that the policy was trained for.
         access_log: Log every request.
         log_format: text, or json: an object a line, with the id of the request (header ``X-Request-ID``).
+        otel: Send spans of requests and steps by OpenTelemetry, over HTTP, as its OTEL_* environment variables say.
         config: TOML file with any of these settings, by the names of their flags; flags have the last word, and those
             that may be repeated add to it.
         prices: ROLE=IN,OUT, money for a million tokens that small, large or scorer reads and decodes (OUT may be left
@@ -104,6 +105,7 @@ class ServeConfig:
     other_models: bool = False
     access_log: bool = False
     log_format: Literal["text", "json"] = "text"
+    otel: bool = False
     config: str | None = None
     prices: Annotated[tuple[str, ...], tyro.conf.arg(name="price"), tyro.conf.UseAppendAction] = ()
     playground: bool = False

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from agents.serve import logs
+from agents.serve import logs, tracing
 from agents.serve.api import ApiError
 
 # For machines that watch the service, and the playground's page, which asks for the key; so does the rest.
@@ -29,7 +29,12 @@ class Guard:
     """ASGI middleware that lets nothing through that lacks the key or is too big."""
 
     def __init__(
-        self, app: ASGIApp, api_key: str | None, max_body_bytes: int, count: Callable[[str, int], None]
+        self,
+        app: ASGIApp,
+        api_key: str | None,
+        max_body_bytes: int,
+        count: Callable[[str, int], None],
+        trace: Callable[[Headers], tracing.Trace],
     ) -> None:
         """Keep only a hash of the key, so that comparing takes the same time whatever is offered.
 
@@ -38,8 +43,9 @@ class Guard:
             api_key: Key that clients must send; None: none.
             max_body_bytes: Largest request body.
             count: Is told path and status of what was refused.
+            trace: Returns what is known of a request's trace.
         """
-        self.app, self._count = app, count
+        self.app, self._count, self._trace = app, count, trace
         self._key = None if api_key is None else _hash(api_key)
         self._most = max_body_bytes
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
@@ -51,11 +57,12 @@ class Guard:
             return
         scope["path"] = scope["path"].rstrip("/") or "/"
         headers = Headers(scope=scope)
-        own = logs.begin(headers.get(logs.HEADER))
+        own, trace = logs.begin(headers.get(logs.HEADER)), tracing.begin(self._trace(headers))
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[logs.HEADER] = own
+                trace.told |= {"request_id": own, "http.response.status_code": message["status"]}
             await send(message)
 
         try:
@@ -67,7 +74,8 @@ class Guard:
             await refusal(error)(scope, receive, answer)
             return
         if body is not None:
-            await self.app(scope, _replay(body, receive), answer)
+            with trace.request() if scope["method"] == "POST" else nullcontext():
+                await self.app(scope, _replay(body, receive), answer)
 
     def _check_key(self, path: str, headers: Headers) -> None:
         if self._key is None or path in _OPEN:

@@ -22,6 +22,12 @@ def begin(offered: str | None) -> str:
     return own
 
 
+def current() -> dict[str, str]:
+    """Return the header with the id of the request that is under way, if one is."""
+    own = _CURRENT.get()
+    return {} if own is None else {HEADER: own}
+
+
 class Json(logging.Formatter):
     """One JSON object a line: time, level, logger, message, and if there are, request id and traceback."""
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from agents.deploy.policy import Session
 from agents.routers.asking import Asking
+from agents.serve import tracing
 from agents.serve.config import Fallback
 from agents.serve.metrics import SCORER
 from agents.serve.models import Ledger, Models, Spent, Task
@@ -170,6 +171,7 @@ class Route:
     _stopped: str | None = None
     _limit: asyncio.Timeout | None = None
     _cut: bool = False
+    _span = "step"
 
     def __post_init__(self) -> None:
         """Take the policy's cap on large tokens while nothing is spent, and what it buys, from whom."""
@@ -215,8 +217,11 @@ class Route:
         """
         while self.ended is None:
             try:
+                told: dict[str, Any] = {"step": len(self.written) + 1, "policy": self.policy}
                 async with asyncio.timeout_at(-1 if self._cut else deadline) as self._limit:
-                    step, note = await self._next(models)
+                    with tracing.current().step(self._span, told):
+                        step, note = await self._next(models)
+                        told |= note.plain(text=False) | {"rejected": None}
             except TimeoutError:
                 if self._cut:
                     raise RouteFailed(ENDING) from None

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from agents.routers.base import is_blind
+from agents.serve import tracing
 from agents.serve.api import ApiError, ChatRequest, bad_request
 from agents.serve.config import ServeConfig
 from agents.serve.drift import Drift
@@ -222,11 +223,24 @@ class Service:
                 self._record(ask, route)
             if route.source is not None:
                 metrics.asked(route.source, route.questions.requests, route.questions.prompt_tokens)
-            metrics.ended(str(status), time.monotonic() - began, route.usage(), share)
+            usage = route.usage()
+            metrics.ended(str(status), time.monotonic() - began, usage, share)
             if self._prices and status == 200:
-                metrics.paid(self._prices, route.usage())
+                metrics.paid(self._prices, usage)
             if len(self.policies.each) > 1:
                 metrics.decided(route.policy, str(status), ledger.roles)
+            tracing.current().told |= {
+                "policy": route.policy,
+                route.session.knob.name: route.session.knob.value,
+                "status": status,
+                "steps": len(route.written),
+                "large_token_share": route.large_token_share,
+                "ended": route.ended,
+                "gen_ai.operation.name": "chat",
+                "gen_ai.request.model": ask.model,
+                "gen_ai.usage.input_tokens": usage["prompt_tokens"],
+                "gen_ai.usage.output_tokens": usage["completion_tokens"],
+            }
 
     def _beside(self, ask: ChatRequest, route: Route, deadline: float) -> tuple[Shadow, asyncio.Task[None]] | None:
         """Begin the shadow of a route, if it has one and there are not too many."""
@@ -307,6 +321,7 @@ class Service:
         finally:
             self._routes.discard(cut)
             self.metrics.passed(role, str(status))
+            tracing.current().told |= {"passed_to": role, "status": status}
 
     def card(self, name: str) -> dict[str, Any]:
         """Return the entry of a name in the model list.

@@ -46,6 +46,7 @@ class Shadow(Route):
     news: asyncio.Event = field(default_factory=asyncio.Event)
     traced: bool = False
     refused: list[int] = field(default_factory=list)
+    _span = "shadow step"
 
     async def run(self, models: Models, deadline: float) -> None:
         """Decide until the solution ends, time is up, or no model that could go on answers."""

@@ -12,9 +12,11 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from agents.serve import tracing
 from agents.serve.metrics import Metrics
 from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError, did_you_mean
@@ -110,7 +112,7 @@ class Upstream:
             ConfigError: The URL is none, or the variable with the key is not set.
         """
         self.role = role
-        self._connection = Connection(role, model, _CONNECT_S)
+        self._connection = Connection(role, model, _CONNECT_S, tracing.forwarded)
         self.url = self._connection.url
         self._names, self._probe, self._timeout, self._metrics = _names(model), probe, timeout_s, metrics
         self._slots = asyncio.Semaphore(model.concurrency)
@@ -261,7 +263,8 @@ class Upstream:
     def _watch(self) -> None:
         """See to it that somebody asks whether the server is there."""
         if self._watcher is None or self._watcher.done():
-            self._watcher = asyncio.create_task(self._ask_until_up())
+            # Not for the request that is under way, whose id and trace it would have.
+            self._watcher = asyncio.create_task(self._ask_until_up(), context=Context())
 
     async def _ask_until_up(self) -> None:
         patience = _PROBE_S

@@ -39,6 +39,7 @@ class FakeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.fault: Callable[[str, Any, int], Any] = lambda path, body, count: None
         self.seen: list[tuple[str, Any]] = []
+        self.heads: list[tuple[str, dict[str, str]]] = []
         self.counts: Counter[str] = Counter()
         self.card: dict[str, Any] = {"id": "fake", "max_model_len": 100}
         self.released = threading.Event()  # ends what hangs
@@ -101,6 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         with server.lock:
             server.sockets.append(self.connection)
+            server.heads.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
             server.busy += 1
             server.most_busy = max(server.most_busy, server.busy)
         try:

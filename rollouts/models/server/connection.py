@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -109,13 +109,20 @@ class Connection:
         root: The same without ``/v1``.
     """
 
-    def __init__(self, role: str, model: ModelConfig, connect_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        role: str,
+        model: ModelConfig,
+        connect_s: float = 10.0,
+        headers: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
         """Check the configuration; nothing is sent.
 
         Args:
             role: Named in errors.
             model: Configuration with backend ``server``.
             connect_s: Longest time to connect, seconds.
+            headers: Returns what else a request has that is sent now.
 
         Raises:
             ConfigError: The URL is none, or the variable with the key is not set.
@@ -129,7 +136,7 @@ class Connection:
             self._secrets.append(key)
         elif url.user:
             self._headers["Authorization"] = aiohttp.BasicAuth(url.user, url.password or "").encode()
-        self._limit, self._connect_s = model.concurrency + 2, connect_s
+        self._limit, self._connect_s, self._more = model.concurrency + 2, connect_s, headers
         self._proxy = _proxy_for(url)
         self._session: aiohttp.ClientSession | None = None
         self.url = str(url.with_user(None)).rstrip("/")
@@ -164,10 +171,9 @@ class Connection:
             )
         body = None if payload is None else json.dumps(payload, separators=(",", ":")).encode()
         method = "GET" if payload is None else "POST"
+        sent: Any = {"data": body, "headers": self._more(), "allow_redirects": False, "proxy": self._proxy}
         try:
-            async with self._session.request(
-                method, self.address(path), data=body, allow_redirects=False, proxy=self._proxy
-            ) as answer:
+            async with self._session.request(method, self.address(path), **sent) as answer:
                 yield answer
         except (aiohttp.ClientError, OSError) as error:
             refused = isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from engine_server import EngineServer
 from serve_harness import Router, policy, streamed
@@ -118,6 +119,21 @@ def test_streams_tell_it_before_the_answer(made: Callable[..., Router]) -> None:
     assert thought.startswith("a=") and "think" not in thought.lower()
     assert "".join(delta.get("content", "") for delta in deltas).startswith("he answer is \\boxed{")
     assert chunks[-1]["usage"]["completion_tokens_details"]["reasoning_tokens"] > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_responses_tell_it_as_an_item_of_its_own(made: Callable[..., Router], stream: bool) -> None:
+    client = openai.OpenAI(base_url=made().url, api_key="none", max_retries=0)
+    if stream:
+        with client.responses.stream(model="trim-thr", input=PROBLEMS[0].question) as events:
+            response: Any = events.until_done().get_final_response()
+    else:
+        response = client.responses.create(model="trim-thr", input=PROBLEMS[0].question)
+    thought, answer = response.output
+    assert (thought.type, answer.type) == ("reasoning", "message") and thought.status == answer.status == "completed"
+    assert thought.content[0].text.startswith("a=") and "think" not in thought.content[0].text.lower()
+    assert response.output_text.startswith("he answer is \\boxed{")
+    assert response.usage.output_tokens_details.reasoning_tokens > 0
 
 
 def test_a_block_that_is_too_long_is_closed_and_answered(made: Callable[..., Router]) -> None:

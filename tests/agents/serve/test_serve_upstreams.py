@@ -28,7 +28,7 @@ class Trio(FakeServer):
 
     def answer(self, path: str, body: Any) -> Any:
         role = (body or {}).get("model", "").removeprefix("tinymath-")
-        probe = body is not None and (body.get("prompt") or body.get("input"))[0] == 1
+        probe = body is not None and (body.get("prompt") or body.get("input") or [0])[0] == 1
         self.seen.append((role, body))
         if role in self.wrong and (self.probes_too or not probe):
             wrong = self.wrong[role]
