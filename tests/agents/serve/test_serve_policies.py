@@ -63,12 +63,12 @@ def test_what_makes_no_sense_is_refused(folders: dict[str, Path], settings: dict
 
 def test_the_usual_setting_is_that_of_policies_which_take_one(folders: dict[str, Path]) -> None:
     ranged = str(files("agents.demo") / "router")
-    for policy, also in ((str(folders["first"]), f"b={ranged}"), (ranged, f"b={folders['first']}")):
-        found = Policies.load(ServeConfig(policy, also=(also,), budget=0.2))
+    for first, also in ((str(folders["first"]), f"b={ranged}"), (ranged, f"b={folders['first']}")):
+        found = Policies.load(ServeConfig(first, also=(also,), budget=0.2))
         settings = {name: found.each[name].session(*usual).knob.name for name, usual in found.usual.items()}
         assert sorted(settings.values()) == ["lam", "threshold"]
         with pytest.raises(ConfigError, match="names? neither: --lam or --budget"):
-            Policies.load(ServeConfig(policy, also=(also,)))
+            Policies.load(ServeConfig(first, also=(also,)))
 
 
 @pytest.fixture(scope="module")
