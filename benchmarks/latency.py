@@ -12,27 +12,22 @@ predicted. Routers that cannot be served are read off the trees by the same mode
 from __future__ import annotations
 
 import asyncio
-import json
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import aiohttp
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 
 from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.walk import references, run, walked
-from agents.routers import artefact
 from agents.routers.base import AnyRouter, Threshold
 from benchmarks.methods import Data, heading, write
 from benchmarks.rivals import fitted
-from benchmarks.serve import _ABOUT, process, url_of
-from benchmarks.upstream import StandIn, record
+from benchmarks.stage import body, chunks, connected, stage
 from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
 
@@ -84,44 +79,22 @@ def fit(requests: Requests) -> Floats:
 
 def serve(settings: Settings) -> dict[float, Requests]:
     """Return what requests took under each threshold; one is under way at a time, and thresholds take turns."""
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        replies = record(folder / "replies.json")
-        flags: list[object] = []
-        standins = [
-            StandIn(role, think, replies, SPREAD)
-            for role, think in zip(("small", "large", "prm"), settings.think, strict=True)
-        ]
-        for each in standins:
-            each.start()
-            stack.callback(each.kill)
-        for each in standins:
-            each.wait()
-            flags += [f"--{each.role}", each.url]
-        thresholds = (*FITTED, *CHECKED)
-        policies = [artefact.save(Threshold(each), folder / f"{each:g}", _ABOUT) for each in thresholds]
-        routers = [
-            stack.enter_context(process("agents", "serve", "--policy", policy, "--port", 0, *flags))
-            for policy in policies
-        ]
-        return dict(
-            zip(thresholds, asyncio.run(load([url_of(each) for each in routers], settings.requests)), strict=True)
-        )
+    small, large, scorer = settings.think
+    thresholds = (*FITTED, *CHECKED)
+    with stage(SPREAD, small=small, large=large, prm=scorer) as on, ExitStack() as stack:
+        policies = [on.policy(Threshold(each)) for each in thresholds]
+        urls = [stack.enter_context(on.service(policy=policy)).url for policy in policies]
+        return dict(zip(thresholds, asyncio.run(load(urls, settings.requests)), strict=True))
 
 
 async def load(urls: Sequence[str], count: int) -> list[Requests]:
     """Return what the requests to some services took, of which each gets the same, in turns."""
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60)) as client:
+    async with connected() as session:
 
         async def ask(url: str, number: int) -> tuple[list[int], float]:
-            question = f"Let a={number}+33, b=a+49, c=b*12. Find c."
-            body = {"messages": [{"role": "user", "content": question}], "stream": True, "trace": True}
-            begun, authors = time.monotonic(), list[str]()
-            async with client.post(f"{url}/v1/chat/completions", json=body) as answer:
-                answer.raise_for_status()
-                async for line in answer.content:
-                    told = json.loads(line[6:]).get("trim", {}) if line.startswith(b"data: {") else {}
-                    authors += [told["author"]] if "author" in told else []
+            begun = time.monotonic()
+            told = [chunk.get("trim", {}) async for _, chunk in chunks(session, url, body(number, trace=True))]
+            authors = [each["author"] for each in told if "author" in each]
             return [1, len(authors), authors.count("large")], time.monotonic() - begun
 
         for url in urls:

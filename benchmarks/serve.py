@@ -19,13 +19,9 @@ import math
 import os
 import platform
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,17 +30,13 @@ from urllib.request import urlopen
 import aiohttp
 import numpy as np
 
-from agents.routers import artefact
-from agents.routers.base import Threshold
-from benchmarks.upstream import StandIn, read_log, record
+from benchmarks.stage import body, chunks, connected, stage
+from benchmarks.upstream import read_log
 from rollouts.config import Sampling
 from rollouts.models.base import CompletionRequest
 from rollouts.models.server.wire import Wire
 from rollouts.text.tokenizer import load_tokenizer
 from rollouts.tinymath import model_dir
-
-_MODEL = "trim-thr"
-_ABOUT = {"small": "tinymath-small", "large": "tinymath-large", "scorer": "tinymath-prm", "max_steps": 16}
 
 
 @dataclass(frozen=True)
@@ -73,26 +65,6 @@ class Config:
     limit_ms: float = 5.0
 
 
-@contextmanager
-def process(*arguments: object, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """Run a module of this project, and end it."""
-    command = [sys.executable, "-m", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def url_of(process: subprocess.Popen[str]) -> str:
-    """Return where the service is, once its upstreams are up."""
-    assert process.stdout is not None
-    found = re.search(r"at (http://\S+)/v1 \(small up, large up, scorer up\)", process.stdout.readline())
-    if found is None:
-        raise SystemExit("The service did not start.")
-    return found[1]
-
-
 @dataclass(frozen=True)
 class Request:
     """What a client saw: the times at which it sent the request and at which each step came."""
@@ -101,28 +73,23 @@ class Request:
     times: list[float]
 
 
-async def _ask(client: aiohttp.ClientSession, url: str, index: int) -> Request:
-    question = f"Let a={index}+33, b=a+49, c=b*12. Find c."
-    body = {"messages": [{"role": "user", "content": question}], "stream": True, "trace": True}
-    times = [time.monotonic()]
-    async with client.post(f"{url}/v1/chat/completions", json=body) as answer:
-        answer.raise_for_status()
-        async for line in answer.content:
-            now = time.monotonic()
-            if line.startswith(b"data: {") and "author" in json.loads(line[6:]).get("trim", {}):
-                times.append(now)
-    return Request(index, times)
+async def _ask(session: aiohttp.ClientSession, url: str, index: int) -> Request:
+    begun = time.monotonic()
+    came = [
+        now async for now, chunk in chunks(session, url, body(index, trace=True)) if "author" in chunk.get("trim", {})
+    ]
+    return Request(index, [begun, *came])
 
 
 async def _load(url: str, config: Config) -> list[Request]:
     slots = asyncio.Semaphore(config.clients)
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60)) as client:
+    async with connected() as session:
 
         async def one(index: int) -> Request:
             async with slots:
                 if 0 < index <= config.clients:
                     await asyncio.sleep(config.small * index / config.clients)  # else all begin at the same instant
-                return await _ask(client, url, index)
+                return await _ask(session, url, index)
 
         await asyncio.gather(*(one(-index) for index in range(config.clients)))  # connections and caches
         return await asyncio.gather(*(one(index) for index in range(1, config.requests + 1)))
@@ -171,12 +138,6 @@ async def _bare(url: str, log: Path, count: int) -> list[float]:
     ]
 
 
-def _core_seconds(process: subprocess.Popen[str]) -> float:
-    """Return the processor time that a process has used."""
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def _inside(metrics: str) -> list[tuple[float, float]]:
     """Return the cumulative histogram of the time not spent waiting: (upper bound in seconds, share)."""
     rows = re.findall(r'trim_router_seconds_bucket\{le="([^"]+)"\} (\S+)', metrics)
@@ -187,41 +148,29 @@ def _inside(metrics: str) -> list[tuple[float, float]]:
 def measure(config: Config) -> dict[str, Any]:
     """Return the figures."""
     own, *others = sorted(os.sched_getaffinity(0))
-    with ExitStack() as stack:
+    if config.pin and others:
+        os.sched_setaffinity(0, others)
+    think = {role: getattr(config, role) for role in ("small", "large", "prm")}
+    with stage(config.spread, **think) as on, on.service() as running:
+        logs = {role: each.log for role, each in on.standins.items()}
         if config.pin and others:
-            os.sched_setaffinity(0, others)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        replies = record(folder / "replies.json")
-        policy = artefact.save(Threshold(0.3), folder / "policy", _ABOUT)
-        flags: list[object] = ["--policy", policy, "--port", 0]
-        standins = [StandIn(role, getattr(config, role), replies, config.spread) for role in ("small", "large", "prm")]
-        for each in standins:
-            each.start()
-            stack.callback(each.kill)
-        for each in standins:
-            each.wait()
-            flags += [f"--{each.role}", each.url]
-        logs = {each.role: each.log for each in standins}
-        router = stack.enter_context(process("agents", "serve", *flags))
-        url = url_of(router)
-        if config.pin and others:
-            for thread in Path(f"/proc/{router.pid}/task").iterdir():
+            for thread in Path(f"/proc/{running.process.pid}/task").iterdir():
                 os.sched_setaffinity(int(thread.name), {own})
-        began, used = time.perf_counter(), _core_seconds(router)
-        requests = asyncio.run(_load(url, config))
-        seconds, used = time.perf_counter() - began, _core_seconds(router) - used
-        inside = _inside(urlopen(f"{url}/metrics").read().decode())
+        began, used = time.perf_counter(), running.core_seconds
+        requests = asyncio.run(_load(running.url, config))
+        seconds, used = time.perf_counter() - began, running.core_seconds - used
+        inside = _inside(urlopen(f"{running.url}/metrics").read().decode())
         counted = _overheads(requests, logs)
         if config.pin:
             os.sched_setaffinity(0, {own})
-        bare = asyncio.run(_bare(standins[0].url, logs["small"], 64))
+        bare = asyncio.run(_bare(on.urls["small"], logs["small"], 64))
     overheads = [overhead for overhead, _ in counted]
     itself = [overhead - count * float(np.median(bare)) for overhead, count in counted]
     steps = len(overheads) * (1 + config.clients / config.requests)
     return {
         "machine": f"{platform.processor() or platform.machine()}, {platform.python_version()}",
         "clients": config.clients,
-        "think_s": {role: getattr(config, role) for role in logs} | {"spread": config.spread},
+        "think_s": think | {"spread": config.spread},
         "steps": len(overheads),
         "steps_per_second": round(steps / seconds, 1),
         "router_core_ms_per_step": round(1000 * used / steps, 2),

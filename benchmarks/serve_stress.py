@@ -1,6 +1,6 @@
 """What the service does when it has too much to do, or nobody to ask, on loopback.
 
-    python -m benchmarks.serve_stress --parts load refuse cap drain     # five minutes on two cores
+    python -m benchmarks.serve_stress --parts load refuse cap drain reload     # six minutes on two cores
 
 Each part starts stand-ins for vLLM servers (`benchmarks.upstream`) and the service in processes of their own. Stand-ins
 answer the same prompt with the same step, so a question has one answer as long as nothing fails, whoever else asks.
@@ -11,6 +11,8 @@ refuse  honest requests alone, beside requests of 250 KB that are refused, 50 a 
 cap     requests under caps on large tokens and escalations, streams and whole answers, some of whose clients leave,
         while the small model and the scorer are killed and come back; what was decoded is what the stand-ins noted
 drain   SIGTERM during 50 streams: of a service that can finish them, and of one that cannot
+reload  two policies, by name, by setting and by a hash of the request, under load, while SIGHUP has them read again
+        twice a second
 """
 
 from __future__ import annotations
@@ -19,29 +21,22 @@ import asyncio
 import json
 import random
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import aiohttp
 import numpy as np
 
-from agents.routers import artefact
-from agents.routers.base import Threshold
-from benchmarks.serve import process, url_of
-from benchmarks.upstream import StandIn, record
+from benchmarks.stage import DEMO, Running, Stage, body, connected, counters, stage
+from benchmarks.upstream import StandIn
 from rollouts.text.steps import LARGE, ROLES
 
-_ABOUT = {"small": "tinymath-small", "large": "tinymath-large", "scorer": "tinymath-prm", "max_steps": 16}
 _QUESTIONS = 100  # that load asks again and again
-Part = Literal["load", "refuse", "cap", "drain"]
+Part = Literal["load", "refuse", "cap", "drain", "reload"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class Config:
 
     Attributes:
         parts: What is done.
-        seconds: How long the load lasts.
+        seconds: How long the loads last.
         overload: Its requests per second, as a multiple of what the service can answer.
         saturating: Clients that measure what it can answer.
         refused: Requests that are refused.
@@ -64,7 +59,7 @@ class Config:
         seed: Of what happens by chance.
     """
 
-    parts: tuple[Part, ...] = ("load", "refuse", "cap", "drain")
+    parts: tuple[Part, ...] = get_args(Part)
     seconds: float = 60.0
     overload: float = 2.0
     saturating: int = 128
@@ -93,6 +88,7 @@ class Seen:
         notes: What the answer says of faults.
         share: Large-token share of a whole answer.
         ending: How a stream ended: ``done``, ``error`` or ``cut`` without [DONE].
+        policy: Who decided.
     """
 
     index: int
@@ -104,10 +100,7 @@ class Seen:
     notes: list[str] = field(default_factory=list)
     share: float = 0.0
     ending: str = "done"
-
-
-def _body(index: int, **more: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": f"Let a={index}+33, b=a+49, c=b*12. Find c."}], **more}
+    policy: str | None = None
 
 
 async def _ask(client: aiohttp.ClientSession, url: str, index: int, patience: float = 300.0, **more: Any) -> Seen:
@@ -117,7 +110,7 @@ async def _ask(client: aiohttp.ClientSession, url: str, index: int, patience: fl
     with suppress(TimeoutError):
         async with asyncio.timeout(patience):
             async with client.post(
-                f"{url}/v1/chat/completions", json=_body(index, stream_options=options, **more)
+                f"{url}/v1/chat/completions", json=body(index, stream_options=options, **more)
             ) as answer:
                 if answer.content_type == "text/event-stream":
                     await _read_stream(answer, seen)
@@ -128,16 +121,20 @@ async def _ask(client: aiohttp.ClientSession, url: str, index: int, patience: fl
     return seen
 
 
-def _read_body(body: dict[str, Any], seen: Seen) -> None:
-    seen.text = body["choices"][0]["message"]["content"] if "choices" in body else body["error"]["message"]
-    _read_usage(body, seen)
-    seen.notes = body.get("trim", {}).get("fallbacks", [])
-    seen.share = body.get("trim", {}).get("large_token_share", 0.0)
+def _read_body(told: dict[str, Any], seen: Seen) -> None:
+    seen.text = told["choices"][0]["message"]["content"] if "choices" in told else told["error"]["message"]
+    _read_usage(told, seen)
+    trim = told.get("trim", {})
+    seen.notes, seen.share, seen.policy = (
+        trim.get("fallbacks", []),
+        trim.get("large_token_share", 0.0),
+        trim.get("policy"),
+    )
 
 
-def _read_usage(body: dict[str, Any], seen: Seen) -> None:
-    if body.get("usage"):
-        models = body["usage"]["models"]
+def _read_usage(told: dict[str, Any], seen: Seen) -> None:
+    if told.get("usage"):
+        models = told["usage"]["models"]
         seen.decoded, seen.aborted = (
             {role: models[role][f"{kind}_tokens"] for role in ROLES} for kind in ("completion", "aborted")
         )
@@ -159,51 +156,6 @@ async def _read_stream(answer: aiohttp.ClientResponse, seen: Seen) -> None:
                 seen.ending = ending
 
 
-@dataclass
-class Stage:
-    """Stand-ins and services.
-
-    Attributes:
-        standins: By role.
-        folder: For files.
-    """
-
-    standins: dict[str, StandIn]
-    folder: Path
-
-    @contextmanager
-    def service(self, *flags: object, **about: Any) -> Iterator[tuple[str, subprocess.Popen[str], Path]]:
-        """Run a service; what it logs is in the file."""
-        number = sum(1 for _ in self.folder.iterdir())
-        policy = artefact.save(Threshold(0.3), self.folder / f"policy-{number}", _ABOUT | about)
-        urls = [part for role, each in self.standins.items() for part in (f"--{role}", each.url)]
-        log = self.folder / f"service-{number}.log"
-        with log.open("wb") as errors, process("agents", "serve", "--policy", policy, "--port", 0, *urls, *flags,
-                                               stderr=errors) as running:  # fmt: skip
-            yield url_of(running), running, log
-
-
-@contextmanager
-def _stage(**think: float) -> Iterator[Stage]:
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        replies = record(folder / "replies.json")
-        standins = {role: StandIn(role, seconds, replies, spread=0.5) for role, seconds in think.items()}
-        for each in standins.values():
-            each.start()
-            stack.callback(each.kill)
-        for each in standins.values():
-            each.wait()
-        yield Stage(standins, folder)
-
-
-@asynccontextmanager
-async def _client() -> AsyncIterator[aiohttp.ClientSession]:
-    timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as client:
-        yield client
-
-
 async def _closed(client: aiohttp.ClientSession, url: str, indices: range, clients: int, **more: Any) -> list[Seen]:
     """Ask with a fixed number of clients, each one question after the other."""
     left, seen = iter(indices), []
@@ -216,22 +168,12 @@ async def _closed(client: aiohttp.ClientSession, url: str, indices: range, clien
     return seen
 
 
-async def _metrics(client: aiohttp.ClientSession, url: str) -> dict[str, float]:
-    async with client.get(f"{url}/metrics") as answer:
-        rows = [line.rpartition(" ") for line in (await answer.text()).splitlines() if not line.startswith("#")]
-    return {name: float(value) for name, _, value in rows}
-
-
 def _spent(metrics: dict[str, float], model: str, kind: str) -> int:
     return int(metrics.get(f'trim_tokens_total{{kind="{kind}",model="{model}"}}', 0))
 
 
 def _times(seconds: list[float]) -> dict[str, float]:
     return {f"p{p}_s": round(float(np.percentile(seconds, p)), 3) for p in (50, 95)} if seconds else {}
-
-
-def _tracebacks(log: Path) -> int:
-    return log.read_text().count("Traceback")
 
 
 # ---------------------------------------------------------------- load
@@ -249,15 +191,15 @@ class _Poll:
             for path in ("health", "ready", "live"):
                 began = time.monotonic()
                 async with client.get(f"{url}/{path}") as answer:
-                    body = await answer.json()
+                    told = await answer.json()
                 self.seconds.append(time.monotonic() - began)
-                self.statuses[f"{path} {answer.status} {body['status']}"] += 1
+                self.statuses[f"{path} {answer.status} {told['status']}"] += 1
             await asyncio.sleep(every)
 
 
-async def _load(config: Config, stage: Stage, url: str, log: Path) -> dict[str, Any]:
-    draw = random.Random(config.seed)
-    async with _client() as client:
+async def _load(config: Config, service: Running) -> dict[str, Any]:
+    draw, url = random.Random(config.seed), service.url
+    async with connected() as client:
         alone = await _closed(client, url, range(_QUESTIONS), 8)
         began = time.monotonic()
         busy = await _closed(client, url, range(5 * config.saturating), config.saturating)
@@ -274,7 +216,7 @@ async def _load(config: Config, stage: Stage, url: str, log: Path) -> dict[str, 
         seen = await asyncio.gather(*asking)
         watching.cancel()
         answered = [each for each in seen if each.status == 200]
-        metrics = await _metrics(client, url)
+        metrics = await counters(client, url)
     return {
         "able_per_second": round(able, 1),
         "sent_per_second": round(len(seen) / config.seconds, 1),
@@ -289,17 +231,18 @@ async def _load(config: Config, stage: Stage, url: str, log: Path) -> dict[str, 
         "large_share": round(float(np.mean([each.share for each in answered])), 4),
         "polls": dict(poll.statuses),
         "polls_took": _times(poll.seconds),
-        "said_down": log.read_text().count("is down"),
-        "tracebacks": _tracebacks(log),
+        "said_down": service.log.read_text().count("is down"),
+        "tracebacks": service.tracebacks,
     }
 
 
 # ---------------------------------------------------------------- refused requests
 
 
-async def _refuse(config: Config, url: str, pid: int) -> dict[str, Any]:
+async def _refuse(config: Config, service: Running) -> dict[str, Any]:
+    url = service.url
     padding = "Be brief. " * (config.kilobytes * 100)
-    raw = json.dumps({"messages": [{"role": "system", "content": padding}, *_body(0)["messages"]]}).encode()
+    raw = json.dumps({"messages": [{"role": "system", "content": padding}, *body(0)["messages"]]}).encode()
     statuses: Counter[int] = Counter()
 
     async def refuse(client: aiohttp.ClientSession) -> None:
@@ -313,14 +256,14 @@ async def _refuse(config: Config, url: str, pid: int) -> dict[str, Any]:
             await refuse(client)
             await asyncio.sleep(pause)
 
-    async with _client() as client:
+    async with connected() as client:
         await _closed(client, url, range(_QUESTIONS), 8)
-        highest = [_megabytes(pid)]
-        watching = asyncio.create_task(_highest(pid, highest))
+        highest = [service.megabytes]
+        watching = asyncio.create_task(_highest(service, highest))
         found: dict[str, Any] = {"megabytes_before": round(highest[0], 1)}
         beside = {"alone": (0, 0.0), "beside_50_a_second": (10, 0.2), "beside_all_at_once": (config.refused, 0.0)}
         for name, (clients, pause) in beside.items():
-            highest[:] = [_megabytes(pid)]
+            highest[:] = [service.megabytes]
             count = config.refused // max(clients, 1)
             refusing = [asyncio.create_task(some(client, count, pause)) for _ in range(clients)]
             honest = await _closed(client, url, range(_QUESTIONS), 8)
@@ -334,17 +277,12 @@ async def _refuse(config: Config, url: str, pid: int) -> dict[str, Any]:
                 "still_refusing_at_the_end": unfinished,
             }
         watching.cancel()
-        return {**found, "megabytes_after": round(_megabytes(pid), 1), "refused_with": dict(statuses)}
+        return {**found, "megabytes_after": round(service.megabytes, 1), "refused_with": dict(statuses)}
 
 
-def _megabytes(pid: int) -> float:
-    rows = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(row.split()[1] for row in rows if row.startswith("VmRSS"))) / 1024
-
-
-async def _highest(pid: int, found: list[float]) -> None:
+async def _highest(service: Running, found: list[float]) -> None:
     while True:
-        found.append(_megabytes(pid))
+        found.append(service.megabytes)
         await asyncio.sleep(0.02)
 
 
@@ -365,9 +303,9 @@ async def _disturb(victims: list[StandIn], draw: random.Random) -> None:
         await asyncio.sleep(draw.uniform(0.1, 1.5))
 
 
-async def _cap(config: Config, stage: Stage, urls: list[str]) -> dict[str, Any]:
+async def _cap(config: Config, on: Stage, urls: list[str]) -> dict[str, Any]:
     draw = random.Random(config.seed)
-    victims = [stage.standins["small"], stage.standins["prm"]]
+    victims = [on.standins["small"], on.standins["prm"]]
     left, seen = iter(range(1, config.capped + 1)), list[Seen]()
 
     async def one(client: aiohttp.ClientSession) -> None:
@@ -376,13 +314,13 @@ async def _cap(config: Config, stage: Stage, urls: list[str]) -> dict[str, Any]:
             stream = draw.random() < 0.5
             seen.append(await _ask(client, urls[index % len(urls)], index, leaves, stream=stream))
 
-    async with _client() as client:
+    async with connected() as client:
         disturbing = asyncio.create_task(_disturb(victims, draw))
         await asyncio.gather(*(one(client) for _ in range(config.clients)))
         disturbing.cancel()
         await asyncio.sleep(1.0)
-        metrics = [await _metrics(client, url) for url in urls]
-    asked = {role: stage.standins[role].asked("decoded", "left") for role in ROLES}
+        metrics = [await counters(client, url) for url in urls]
+    asked = {role: on.standins[role].asked("decoded", "left") for role in ROLES}
     large = asked[LARGE]
     notes = " ".join(note for each in seen for note in each.notes)
     told = [each for each in seen if each.decoded is not None]
@@ -401,7 +339,7 @@ async def _cap(config: Config, stage: Stage, urls: list[str]) -> dict[str, Any]:
         "in_flight": [int(each["trim_requests_in_flight"]) for each in metrics],
     }
     for role in ROLES:
-        notes_of = stage.standins[role].notes
+        notes_of = on.standins[role].notes
         found[role] = {word: sum(note.tokens for note in notes_of(word)) for word in ("decoded", "delivered", "left")}
         for kind in ("completion", "aborted"):
             found[role][f"metrics_{kind}"] = sum(_spent(each, role, kind) for each in metrics)
@@ -417,30 +355,30 @@ def _told_rightly(seen: Seen, role: str, noted: int) -> bool:
 # ---------------------------------------------------------------- the end
 
 
-async def _drain(config: Config, stage: Stage, stuck: bool, url: str, running: subprocess.Popen[str]) -> dict[str, Any]:
-    stage.standins["prm"].control(mode="ok")
+async def _drain(config: Config, on: Stage, stuck: bool, service: Running) -> dict[str, Any]:
+    on.standins["prm"].control(mode="ok")
     ready: list[tuple[float, int]] = []
 
     async def watch(client: aiohttp.ClientSession) -> None:
         while True:
             with suppress(aiohttp.ClientError):
-                async with client.get(f"{url}/ready") as answer:
+                async with client.get(f"{service.url}/ready") as answer:
                     ready.append((time.monotonic(), answer.status))
             await asyncio.sleep(0.02)
 
-    async with _client() as client:
-        asking = [asyncio.create_task(_ask(client, url, index, stream=True)) for index in range(config.streams)]
+    async with connected() as client:
+        asking = [asyncio.create_task(_ask(client, service.url, index, stream=True)) for index in range(config.streams)]
         watching = asyncio.create_task(watch(client))
         await asyncio.sleep(0.3)
         if stuck:
-            stage.standins["prm"].control(mode="stall")
+            on.standins["prm"].control(mode="stall")
         under_way = sum(not task.done() for task in asking)
         told = time.monotonic()
-        running.send_signal(signal.SIGTERM)
+        service.process.send_signal(signal.SIGTERM)
         seen = await asyncio.gather(*asking)
         seconds = time.monotonic() - told
         watching.cancel()
-    code = await asyncio.to_thread(running.wait, 30)
+    code = await asyncio.to_thread(service.process.wait, 30)
     return {
         "streams_under_way": under_way,
         "unready_after_s": round(next(at for at, status in ready if status == 503) - told, 3),
@@ -452,6 +390,48 @@ async def _drain(config: Config, stage: Stage, stuck: bool, url: str, running: s
     }
 
 
+# ---------------------------------------------------------------- policies that change
+
+
+async def _reload(config: Config, service: Running) -> dict[str, Any]:
+    """Ask with many clients, by no name, by one and with settings, while the policies are read again and again."""
+    names = (None, "careful", "careful@budget=0.2", "careful@lam=0.003")
+    seen, over = list[Seen](), False
+
+    async def one(client: aiohttp.ClientSession, number: int) -> None:
+        draw = random.Random(f"{config.seed} {number}")
+        while not over:
+            name = draw.choice(names)
+            index = draw.randrange(_QUESTIONS)
+            more: dict[str, Any] = {} if name is None else {"model": name}
+            seen.append(await _ask(client, service.url, index, stream=draw.random() < 0.5, **more))
+
+    async with connected() as client:
+        asking = [asyncio.create_task(one(client, number)) for number in range(config.clients)]
+        end, told = time.monotonic() + config.seconds, 0
+        while time.monotonic() < end:
+            await asyncio.sleep(0.5)
+            service.process.send_signal(signal.SIGHUP)
+            told += 1
+        over = True
+        await asyncio.gather(*asking)
+        counted = await counters(client, service.url)
+    return {
+        "signals": told,
+        "reloads": int(counted['trim_reloads_total{result="read"}']),
+        "requests": len(seen),
+        "statuses": dict(Counter(each.status for each in seen)),
+        "ended": dict(Counter(each.ending for each in seen)),
+        "by_policy": {
+            each: int(counted[f'trim_policy_requests_total{{policy="{each}",status="200"}}'])
+            for each in ("trim-thr", "careful")
+        },
+        "fallbacks": int(counted["trim_fallbacks_total"]),
+        "took": _times([each.seconds for each in seen]),
+        "tracebacks": service.tracebacks,
+    }
+
+
 # ---------------------------------------------------------------- all
 
 
@@ -459,26 +439,33 @@ def measure(part: Part, config: Config) -> dict[str, Any]:
     """Return the figures of a part."""
     found: dict[str, Any] = {}
     if part == "load":
-        with _stage(small=0.15, large=0.4, prm=0.05) as stage, stage.service() as (url, _, log):
-            found = asyncio.run(_load(config, stage, url, log))
+        with stage(small=0.15, large=0.4, prm=0.05) as on, on.service() as service:
+            found = asyncio.run(_load(config, service))
     elif part == "refuse":
-        with _stage(small=0.05, large=0.1, prm=0.02) as stage, stage.service() as (url, running, log):
-            found = asyncio.run(_refuse(config, url, running.pid)) | {"tracebacks": _tracebacks(log)}
+        with stage(small=0.05, large=0.1, prm=0.02) as on, on.service() as service:
+            found = asyncio.run(_refuse(config, service)) | {"tracebacks": service.tracebacks}
     elif part == "cap":
-        caps = {"max_large_tokens": config.large_tokens, "max_escalations": config.escalations}
-        with _stage(small=0.03, large=0.06, prm=0.02) as stage, ExitStack() as stack:
-            timeout = ("--upstream-timeout", 3.0)
+        with stage(small=0.03, large=0.06, prm=0.02) as on, ExitStack() as stack:
+            capped = on.policy(max_large_tokens=config.large_tokens, max_escalations=config.escalations)
             modes = [("large", "large"), ("error", "large"), ("large", "small"), ("error", "error")]
-            flags = [("--when-small-fails", small, "--when-scorer-fails", scorer) for small, scorer in modes]
-            running = [stack.enter_context(stage.service(*timeout, *each, **caps)) for each in flags]
-            found = asyncio.run(_cap(config, stage, [url for url, _, _ in running]))
-            found["tracebacks"] = sum(_tracebacks(log) for _, _, log in running)
+            flags = [
+                ("--upstream-timeout", 3.0, "--when-small-fails", small, "--when-scorer-fails", scorer)
+                for small, scorer in modes
+            ]
+            services = [stack.enter_context(on.service(*each, policy=capped)) for each in flags]
+            found = asyncio.run(_cap(config, on, [each.url for each in services]))
+            found["tracebacks"] = sum(each.tracebacks for each in services)
+    elif part == "reload":
+        with stage(small=0.05, large=0.1, prm=0.02) as on:
+            also = ("--also", f"careful={DEMO}", "--budget", 0.3, "--ab", "careful=0.3")
+            with on.service(*also) as service:
+                found = asyncio.run(_reload(config, service))
     else:
-        with _stage(small=0.15, large=0.4, prm=0.05) as stage:
+        with stage(small=0.15, large=0.4, prm=0.05) as on:
             for stuck in (False, True):
-                with stage.service("--drain-seconds", config.drain) as (url, running, log):
-                    result = asyncio.run(_drain(config, stage, stuck, url, running))
-                    found["stuck" if stuck else "able"] = result | {"tracebacks": _tracebacks(log)}
+                with on.service("--drain-seconds", config.drain) as service:
+                    result = asyncio.run(_drain(config, on, stuck, service))
+                    found["stuck" if stuck else "able"] = result | {"tracebacks": service.tracebacks}
     return found
 
 

@@ -25,11 +25,14 @@ class Policies:
         each: The policies.
         sources: What each reads, and from where.
         shares: Shares of the requests that name none and that others than the first get.
+        usual: λ and budget of requests that name neither, as ``--lam`` and ``--budget`` say; of several policies those
+            with one setting keep theirs.
     """
 
     each: Mapping[str, Policy]
     sources: Mapping[str, Sources]
     shares: Mapping[str, float]
+    usual: Mapping[str, tuple[float | None, float | None]]
 
     @classmethod
     def load(cls, config: ServeConfig) -> Policies:
@@ -52,9 +55,14 @@ class Policies:
                 raise ConfigError(f"--ab {name}={text}: no policy of --also.{did_you_mean(name, list(each)[1:])}")
         if len(shares) < len(config.ab) or min(shares.values(), default=0) < 0 or sum(shares.values()) > 1:
             raise ConfigError(f"--ab {' '.join(config.ab)}: expected shares that sum up to at most 1, each name once.")
+        ranges = any(policy.lam_range for policy in each.values())
+        usual = {
+            name: (config.lam, config.budget) if policy.lam_range or not ranges else (None, None)
+            for name, policy in each.items()
+        }
         for name, policy in each.items():
-            _check_setting(policy, config, name if config.also else "")
-        return cls(each, {name: sources_of(policy) for name, policy in each.items()}, shares)
+            _check_setting(policy, usual[name], name if config.also else "")
+        return cls(each, {name: sources_of(policy) for name, policy in each.items()}, shares, usual)
 
     @property
     def first(self) -> Policy:
@@ -111,13 +119,12 @@ def _names(own: str, policy: Policy) -> Iterator[str]:
     yield from (f"{own}@budget={budget:g}" for budget in _BUDGETS if least <= budget <= most)
 
 
-def _check_setting(policy: Policy, config: ServeConfig, name: str) -> None:
+def _check_setting(policy: Policy, usual: tuple[float | None, float | None], name: str) -> None:
     """Raise `ConfigError` unless requests without a setting of their own can be served."""
     try:
-        policy.session(config.lam, config.budget)
+        policy.session(*usual)
     except ConfigError as error:
-        asked = (config.lam, config.budget) != (None, None)
-        hint = "" if asked else " That is for requests that name neither: --lam or --budget."
+        hint = "" if usual != (None, None) else " That is for requests that name neither: --lam or --budget."
         raise ConfigError(f"{name}{': ' if name else ''}{error}{hint}") from error
 
 

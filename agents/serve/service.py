@@ -93,7 +93,7 @@ class Service:
             raise bad_request("Give `lam` or `budget` either in the model's name or beside it, not both.", "model")
         lam, budget = asked.get("lam", lam), asked.get("budget", budget)
         if lam is None and budget is None:
-            lam, budget = self.config.lam, self.config.budget
+            lam, budget = policies.usual[name]
         try:
             session = policies.each[name].session(lam, budget, ask.seed)
         except ConfigError as error:

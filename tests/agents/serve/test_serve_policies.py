@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,16 @@ def test_what_makes_no_sense_is_refused(folders: dict[str, Path], settings: dict
     }
     with pytest.raises(ConfigError, match=words):
         Policies.load(ServeConfig(str(folders["first"]), **filled))
+
+
+def test_the_usual_setting_is_that_of_policies_which_take_one(folders: dict[str, Path]) -> None:
+    ranged = str(files("agents.demo") / "router")
+    for first, also in ((str(folders["first"]), f"b={ranged}"), (ranged, f"b={folders['first']}")):
+        found = Policies.load(ServeConfig(first, also=(also,), budget=0.2))
+        settings = {name: found.each[name].session(*usual).knob.name for name, usual in found.usual.items()}
+        assert sorted(settings.values()) == ["lam", "threshold"]
+        with pytest.raises(ConfigError, match="names? neither: --lam or --budget"):
+            Policies.load(ServeConfig(first, also=(also,)))
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from handmade import ScriptedScorer, process
 from made_routers import QUICK
 from scripted_store import AbleLarge
-from serve_harness import QUESTION, Router, Upstreams
+from serve_harness import QUESTION, Process, Router, Upstreams
 from test_serve_route import TASK, Scripted
 
 import agents
@@ -33,6 +36,7 @@ from rollouts.text.steps import ROLES, Prefix, Step
 from rollouts.trees.annotate import grade_store, score_store
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import load_trees
+from rollouts.trees.verify import verify_store
 
 SCORES = ("scripted", {"kind": "scripted"})
 
@@ -193,6 +197,43 @@ def test_the_service_records_what_is_of_the_rollouts_process(
     assert tree.nodes and known["trim"]["steps"] <= len(tree.nodes)
     # the same process, and the same scores, as if `generate` and `score` had made them
     Store.create(store.path, Family(load_family("tinymath")).process(2))
+
+
+def test_a_service_that_is_killed_leaves_a_sound_store_and_the_next_one_goes_on(
+    upstreams: Upstreams, folder: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "s"
+    flags = [part for role, url in upstreams.urls().items() for part in (f"--{role}", url)]
+    often = "from agents.serve.recording import Recorder; Recorder.__init__.__kwdefaults__['seconds'] = 0.02"
+    kept = 0
+    for draw in range(2):
+        running = Process("--policy", folder, "--port", 0, "--record", store, *flags, first=often)
+        url = running.wait()
+
+        def ask(number: int, url: str = url) -> None:
+            body = {"messages": [{"role": "user", "content": f"Let a={number % 9}+33. Find a."}]}
+            with contextlib.suppress(httpx.HTTPError):
+                while True:
+                    httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).raise_for_status()
+
+        with ThreadPoolExecutor(6) as pool:
+            asking = [pool.submit(ask, number) for number in range(6 * draw, 6 * draw + 6)]
+            end = time.monotonic() + 60
+            while len(list(store.glob("steps/*.parquet"))) < 5 * (draw + 1) and time.monotonic() < end:
+                time.sleep(0.01)
+            running.process.kill()  # while it writes, as likely as not
+            running.process.wait()
+        for each in asking:
+            each.result()
+        found = Store(store)
+        problems = found.problems()
+        trees = list(load_trees(found, problems, None, 2))
+        replicas = {problem.id: [tree.replica for tree in trees if tree.problem == problem] for problem in problems}
+        assert all(each == list(range(len(each))) for each in replicas.values())
+        assert all(tree.nodes and not tree.orphans for tree in trees) and len(trees) > kept
+        assert not [line for line in verify_store(found).problems if "duplicate" in line or "does not have" in line]
+        kept = len(trees)
+    assert all(done.startswith("removed the unfinished") for done in found.repair())  # what was being written, no more
 
 
 def test_always_large_is_recorded_too(tmp_path: Path) -> None:

@@ -1,0 +1,302 @@
+"""Whether what the service tells before and after it is switched on can be trusted, on the embedded models.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.trust --out results/shadow      # some ten minutes on two cores
+
+shadow   Test problems of the bundled rollouts are asked of a service that answers with one model (``--shadow large``,
+         then ``small``) while a policy decides beside it. What it tells of that policy is compared with what
+         `evaluate.py` computes from the bundled trees of the same problems, paired on problems. Those are other draws
+         of the same models: figures agree if the interval of their difference contains 0.
+traffic  Training problems are asked of a service that records (``--record``); ``rollouts expand`` grows the branches
+         that nobody took, and ``train.py`` trains on them. Beside it a router is trained on trees that
+         ``rollouts generate`` makes of the same problems. Both are evaluated on bundled problems.
+
+What is done is kept in --work, and not done again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+
+import agents
+from agents.demo.models import load, served
+from agents.evaluation.bootstrap import LEVELS, resample_weights
+from agents.evaluation.walk import run, run_trees
+from agents.routers.base import Router, Threshold
+from benchmarks.methods import LAMS, RANGE, best_constant, heading, write
+from benchmarks.stage import DEMO, Running, Stage, connected
+from rollouts.store.store import Store
+from rollouts.tasks.grading import make_grader
+from rollouts.tasks.problems import Problem
+from rollouts.trees.compile import compile_store
+from trim_env.tables import DecisionTables, decision_tables
+
+Floats = NDArray[np.float64]
+Part = Literal["shadow", "traffic"]
+_CAP = 2  # escalations, of trees that are grown from traffic
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the study.
+
+    Attributes:
+        parts: What is done.
+        replayed: Test problems that shadows watch.
+        budget: Of the demo's router, that watches.
+        recorded: Training problems that are recorded.
+        threshold: Of the policy that serves them.
+        clients: Requests under way at once.
+        work: Folder in which what was done is kept.
+        out: Report, without suffix; default: print only.
+    """
+
+    parts: tuple[Part, ...] = get_args(Part)
+    replayed: int = 500
+    budget: float = 0.25
+    recorded: int = 200
+    threshold: float = 0.5
+    clients: int = 16
+    work: Path = Path("runs/trust")
+    out: Path | None = None
+
+
+@contextmanager
+def _live(work: Path) -> Iterator[Stage]:
+    """Run the embedded models behind a service's interface."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, load() as backend, served(backend, listening):
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        folder = work / "services"
+        folder.mkdir(parents=True, exist_ok=True)
+        yield Stage({role: f"{url}/{role}/v1" for role in ("small", "large", "prm")}, folder, {})
+
+
+def _problems(split: str, count: int) -> list[Problem]:
+    return [problem for problem in Store("quickstart").problems() if problem.split == split][:count]
+
+
+async def _ask(service: Running, problems: Sequence[Problem], clients: int) -> list[dict[str, Any]]:
+    """Return what the service tells of each problem, with whose answers it is asked."""
+    slots = asyncio.Semaphore(clients)
+    async with connected() as session:
+
+        async def one(problem: Problem) -> dict[str, Any]:
+            message = {"role": "user", "content": problem.question}
+            asked = {"messages": [message], "trace": True, "metadata": {"answer": problem.answer}}
+            async with slots, session.post(f"{service.url}/v1/chat/completions", json=asked) as answer:
+                answer.raise_for_status()
+                told: dict[str, Any] = (await answer.json())["trim"]
+                return told
+
+        return await asyncio.gather(*map(one, problems))
+
+
+# ---------------------------------------------------------------- shadows
+
+
+def _watched(settings: Settings, model: str, problems: Sequence[Problem]) -> list[dict[str, Any]]:
+    """Return what the shadow tells of each problem, where one model answers."""
+    kept = settings.work / f"shadow-{model}-{len(problems)}.json"
+    if not kept.exists():
+        flags = ("--budget", settings.budget, "--shadow", model, "--request-timeout", 3000)
+        with _live(settings.work) as on, on.service(*flags, policy=DEMO) as service:
+            told = asyncio.run(_ask(service, problems, settings.clients))
+        kept.write_text(json.dumps([each["shadow"] for each in told]), encoding="utf-8")
+    found: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
+    return found
+
+
+def _by_problem(shadows: Sequence[dict[str, Any]], problems: Sequence[Problem]) -> dict[str, Floats]:
+    """Return (P,) counts: solutions, accepted steps and tokens, those of the large model, right answers."""
+    pairs = [(problem.answer, f"#### {each['answer']}") for each, problem in zip(shadows, problems, strict=True)]
+    tokens = np.array([sum(map(_tokens, each["trace"])) for each in shadows], float)
+    return {
+        "solutions": np.ones(len(shadows)),
+        "steps": np.array([each["steps"] for each in shadows], float),
+        "large_steps": np.array([each["large_steps"] for each in shadows], float),
+        "tokens": tokens,
+        "large_tokens": tokens * np.array([each["large_token_share"] for each in shadows]),
+        "solved": np.array([grade.correct for grade in make_grader("exact").grade_many(pairs)], float),
+    }
+
+
+def _tokens(step: dict[str, Any]) -> int:
+    """Return the tokens of a would-be step: the large model's where it was asked for one, else the small one's."""
+    return int(step["large_tokens"] if step["author"] == "large" and step["large_tokens"] else step["tokens"])
+
+
+def _evaluated(settings: Settings, problems: Sequence[Problem]) -> dict[str, Floats]:
+    """Return the same of the bundled trees, means over the replicas of each problem."""
+    trees, policy = compile_store("quickstart"), agents.load(DEMO)
+    router, wanted = policy.at(budget=settings.budget), {problem.id: place for place, problem in enumerate(problems)}
+    assert isinstance(router, Router)
+    indices = np.array([i for i in trees.select("test") if trees.problem_ids[trees.problem[i]] in wanted])
+    tables = decision_tables(trees, "test", indices=indices, max_escalations=policy.max_escalations)
+    totals = run_trees(tables, router)
+    place = np.array([wanted[trees.problem_ids[trees.problem[i]]] for i in indices])
+
+    def mean(values: Floats) -> Floats:
+        found: Floats = np.bincount(place, values) / np.bincount(place)
+        return found
+
+    accepted = totals["small_tokens"] - totals["discarded_tokens"] + totals["large_tokens"]
+    names = {"steps": "steps", "large_steps": "escalations", "large_tokens": "large_tokens", "solved": "correct"}
+    own = {"solutions": np.ones(len(problems)), "tokens": mean(accepted)}
+    return own | {name: mean(totals[total]) for name, total in names.items()}
+
+
+def _told(values: Floats, form: str) -> str:
+    """Return the first value with the interval of the others."""
+    return f"{values[0]:{form}} [{', '.join(f'{each:{form}}' for each in np.quantile(values[1:], LEVELS))}]"
+
+
+def shadow(settings: Settings) -> list[str]:
+    """Return the report of what shadows tell."""
+    problems = _problems("test", settings.replayed)
+    trees, count = _evaluated(settings, problems), len(problems)
+    lines = [
+        "## Shadows against evaluation",
+        "",
+        f"{count} test problems of `quickstart`, asked once of a service with the router of the demo at --budget "
+        f"{settings.budget:g}; the bundled trees have 4 replicas of each, other draws of the same models. Per cent, "
+        "95 % intervals over problems, differences paired on problems: figures agree if theirs contains 0.",
+        "",
+        "| | `--shadow` | told by the service | `evaluate.py`, bundled trees | difference |",
+        "|---|---|---:|---:|---:|",
+    ]
+    notes = list[str]()
+    weights = np.concatenate([np.full((1, count), 1 / count), resample_weights(count)])
+    for model in ("large", "small"):
+        shadows = _watched(settings, model, problems)
+        told = _by_problem(shadows, problems)
+        shares = {"large steps": ("large_steps", "steps"), "large tokens": ("large_tokens", "tokens")}
+        if all(each["exact"] and each["complete"] for each in shadows):
+            shares["solved"] = "solved", "solutions"
+        for name, (part, whole) in shares.items():
+            here, there = (100 * (weights @ of[part]) / (weights @ of[whole]) for of in (told, trees))
+            lines.append(
+                f"| {name} | {model} | {_told(here, '.1f')} | {_told(there, '.1f')} | {_told(here - there, '+.1f')} |"
+            )
+        exact, same = sum(each["exact_steps"] for each in shadows), Counter(each["same_answer"] for each in shadows)
+        notes.append(
+            f"- `{model}`: {100 * exact / told['steps'].sum():.0f} % of the steps are exact; the answer would be the "
+            f"served one for {same[True]} problems, another for {same[False]}, and is not known for {same[None]}."
+        )
+    return [*lines, "", *notes, ""]
+
+
+# ---------------------------------------------------------------- traffic
+
+
+def _record(settings: Settings, problems: Sequence[Problem]) -> tuple[Path, dict[str, Any]]:
+    """Return a store of recorded requests, grown, and how many steps were recorded and grown in how many seconds."""
+    store, kept = (settings.work / f"traffic-{len(problems)}{suffix}" for suffix in ("", ".json"))
+    told: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    if not told:
+        with _live(settings.work) as on:
+            policy = on.policy(Threshold(settings.threshold), max_escalations=_CAP)
+            with on.service("--record", store, "--request-timeout", 3000, policy=policy) as service:
+                asyncio.run(_ask(service, problems, settings.clients))
+                service.process.terminate()
+                service.process.wait(60)
+        told["recorded"] = Store(store).steps.keys().num_rows
+        kept.write_text(json.dumps(told), encoding="utf-8")
+    if "grown" not in told:
+        told["seconds"] = _command("rollouts", "expand", store, "--models", "tinymath:transformers")
+        told["grown"] = Store(store).steps.keys().num_rows - told["recorded"]
+        kept.write_text(json.dumps(told), encoding="utf-8")
+    return store, told
+
+
+def _generate(settings: Settings, problems: Sequence[Problem], seed: int) -> Path:
+    """Return a store of trees of the same problems."""
+    file, store = settings.work / "problems.jsonl", settings.work / f"trees-{len(problems)}-{seed}"
+    rows = [{"id": each.id, "question": each.question, "answer": each.answer} for each in problems]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    flags = ("--models", "tinymath:transformers", "--max-escalations", _CAP, "--seed", seed)
+    _command("rollouts", "generate", store, "--problems", file, *flags)
+    return store
+
+
+def _command(*arguments: object) -> float:
+    """Run a module of this project; return how long it took, seconds."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-m", *map(str, arguments)], check=True, stdout=sys.stderr)
+    return time.monotonic() - began
+
+
+def _returns(store: Path, tables: DecisionTables, work: Path) -> Floats:
+    """Return (P,) returns, means over some λ, of the router that `train.py` makes of a store."""
+    out = work / f"run-{store.name}"
+    if not out.exists():
+        flags = ("--agent", "exact", "--lam-range", *RANGE, "--rollouts", store, "--out", out, "--tracking", "none")
+        _command("train", *flags)
+    policy = agents.load(next(out.glob("*/policy")))
+    outcomes = []
+    for lam in LAMS:
+        router = policy.at(lam=lam)
+        assert isinstance(router, Router)
+        outcomes.append(run(router, tables).returns(lam))
+    found: Floats = np.mean(outcomes, axis=0)
+    return found
+
+
+def traffic(settings: Settings) -> list[str]:
+    """Return the report of what recorded requests are worth."""
+    problems = _problems("train", settings.recorded)
+    recorded, told = _record(settings, problems)
+    stores = {"traffic": recorded, **{f"trees, seed {seed}": _generate(settings, problems, seed) for seed in (0, 1)}}
+    tables = decision_tables("quickstart", "validation", max_escalations=_CAP)
+    values = {name: _returns(store, tables, settings.work) for name, store in stores.items()}
+    splits = Counter(problem.split for problem in Store(recorded).problems())
+    count = len(values["traffic"])
+    weights = np.concatenate([np.full((1, count), 1 / count), resample_weights(count)])
+    lines = [
+        "## Recorded traffic against trees",
+        "",
+        f"{len(problems)} training problems of `quickstart`, asked once of a service with a threshold of "
+        f"{settings.threshold:g} and at most {_CAP} escalations (`--record`), with their answers: {told['recorded']:,} "
+        f"steps. `rollouts expand` grew {told['grown']:,} more in {told['seconds']:.0f} s. `train.py --agent exact "
+        f"--lam-range {RANGE[0]:g} {RANGE[1]:g}` was given that store, and two that `rollouts generate "
+        f"--max-escalations {_CAP}` made of the same problems ({splits['train']} train).",
+        "",
+        f"Mean return over λ = {', '.join(f'{lam:g}' for lam in LAMS)} on {count} validation problems of `quickstart`, "
+        f"K = {_CAP}; the better constant for each λ: {best_constant(tables):.4f}. Differences are paired on problems.",
+        "",
+        "| trained on | steps | return | traffic less it |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, store in stores.items():
+        apart = "" if name == "traffic" else _told(weights @ (values["traffic"] - values[name]), "+.4f")
+        lines.append(
+            f"| {name} | {Store(store).steps.keys().num_rows:,} | {_told(weights @ values[name], '.4f')} | {apart} |"
+        )
+    one, other = (values[f"trees, seed {seed}"] for seed in (0, 1))
+    return [*lines, "", f"One draw of trees less the other: {_told(weights @ (one - other), '+.4f')}.", ""]
+
+
+def main() -> None:
+    """Run the study."""
+    settings = tyro.cli(Settings, description=__doc__)
+    lines = heading("Shadows and recorded traffic", "trust")
+    for part in settings.parts:
+        lines += {"shadow": shadow, "traffic": traffic}[part](settings)
+    write("\n".join(lines), settings.out and settings.out.with_suffix(".md"))
+
+
+if __name__ == "__main__":
+    main()
