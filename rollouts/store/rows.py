@@ -14,6 +14,7 @@ from rollouts.store.shards import CONTENT, GRADES, KEY, Table
 from rollouts.text.steps import extend_hash
 
 TreeKey = tuple[str, int]  # problem id, replica
+_New = tuple[list[pa.Table], list[dict[str, Any]], Counter[str]]  # encoded rows, others, counters
 RowKey = tuple[Any, ...]  # what joins a row to a proposal: its place (problem id, replica, prefix, role), its content
 _FLUSH_SECONDS = 10.0
 
@@ -59,8 +60,9 @@ class Rows:
         self.added = 0
         self._values: dict[TreeKey, dict[RowKey, Any]] = {}
         self._new: list[dict[str, Any]] = []
+        self._parts: list[pa.Table] = []  # new rows that came encoded
         self._counters: Counter[str] = Counter()
-        self._begun: tuple[Path, list[dict[str, Any]], Counter[str]] | None = None  # a shard that is being written
+        self._begun: tuple[Path, _New] | None = None  # a shard that is being written
         self._last = time.monotonic()
 
     def read(self, trees: Collection[TreeKey]) -> None:
@@ -135,6 +137,19 @@ class Rows:
             self._new.append({CONTENT: None, **dict(zip((*KEY, CONTENT), key, strict=False)), **values})
             self.added += 1
 
+    def receive(self, parts: Iterable[pa.Table], counters: Mapping[str, int]) -> None:
+        """Add rows that somebody else has put and encoded (`taken`); they are not looked up."""
+        for part in parts:
+            self._parts.append(part)
+            self.added += part.num_rows
+        self.count(counters)
+
+    def taken(self) -> tuple[list[pa.Table], Counter[str]]:
+        """Return the new rows, encoded, and the counters, for whoever writes them."""
+        new, self._parts, self._new, self._counters = self._unwritten, [], [], Counter()
+        self._last = time.monotonic()
+        return self._encoded(new), new[2]
+
     def count(self, counters: Mapping[str, int]) -> None:
         """Add to the counters of the next shard."""
         self._counters.update(counters)
@@ -142,7 +157,20 @@ class Rows:
     @property
     def due(self) -> bool:
         """Whether there are enough new rows for a shard, or enough time has passed."""
-        return len(self._new) >= self.max_rows or time.monotonic() - self._last >= self.max_seconds
+        rows = len(self._new) + sum(part.num_rows for part in self._parts)
+        return rows >= self.max_rows or time.monotonic() - self._last >= self.max_seconds
+
+    @property
+    def _unwritten(self) -> _New:
+        return self._parts, self._new, self._counters
+
+    def _encoded(self, new: _New) -> list[pa.Table]:
+        """Return new rows as one table, or none."""
+        parts, rows, _ = new
+        if rows:
+            names = self.table.schema.names
+            parts = [*parts, self.table.encode({name: [row[name] for row in rows] for name in names})]
+        return [pa.concat_tables(parts).unify_dictionaries().combine_chunks()] if parts else []
 
     def flush_if_due(self) -> None:
         """Write a shard if it is due."""
@@ -154,14 +182,13 @@ class Rows:
 
         After an interrupt the next call goes on from there: no row is lost, and none is written twice.
         """
-        while self._begun or self._new:
+        while self._begun or self._new or self._parts:
             if self._begun is None:
-                begun = (self.table.next_shard(), self._new, self._counters), [], Counter()  # type: ignore[var-annotated]
-                self._begun, self._new, self._counters = begun
-            path, rows, counters = self._begun
+                begun = (self.table.next_shard(), self._unwritten), [], [], Counter()  # type: ignore[var-annotated]
+                self._begun, self._parts, self._new, self._counters = begun
+            path, new = self._begun
             if not path.exists():  # else it was written before the interrupt
-                names = self.table.schema.names
-                self.table.append({name: [row[name] for row in rows] for name in names}, counters, path)
+                self.table.write(self._encoded(new), new[2], path)
             self._begun = None
         self._last = time.monotonic()
 

@@ -189,12 +189,17 @@ class Table:
             counters: Whole numbers to be summed over shards (`counters`), such as dropped segments.
             path: Where to; default `next_shard`.
         """
+        self.write([self.encode(rows)], counters or {}, path or self.next_shard())
+
+    def encode(self, rows: Mapping[str, Sequence[Any]]) -> pa.Table:
+        """Return rows as shards hold them; columns as of `append`."""
         unknown = [None] * len(rows["problem"])
         columns = [rows.get(name, unknown) if name in _LATER else rows[name] for name in self.schema.names]
         arrays = [pa.array(column, type=field.type) for column, field in zip(columns, self.schema, strict=True)]
-        self._write([pa.Table.from_arrays(arrays, schema=self.schema)], counters or {}, path or self.next_shard())
+        return pa.Table.from_arrays(arrays, schema=self.schema)
 
-    def _write(self, parts: Iterable[pa.Table], counters: Mapping[str, int], path: Path, **metadata: str) -> None:
+    def write(self, parts: Iterable[pa.Table], counters: Mapping[str, int], path: Path, **metadata: str) -> None:
+        """Write one shard of encoded rows."""
         self.directory.mkdir(parents=True, exist_ok=True)
         counted = {f"{_COUNTER}{name}": str(value) for name, value in counters.items()}
         schema = self.schema.with_metadata(counted | metadata)
@@ -332,7 +337,7 @@ class Table:
 
     def _rewrite(self, path: Path, table: pa.Table) -> None:
         metadata = _metadata_of(path)
-        self._write([table], _counters_in(metadata), path, **{name: "" for name in metadata if name == _COMPACTED})
+        self.write([table], _counters_in(metadata), path, **{name: "" for name in metadata if name == _COMPACTED})
 
     def compact(self) -> None:
         """Rewrite all shards as one, problem by problem, duplicates dropped (first wins), then remove the old ones.
@@ -348,7 +353,7 @@ class Table:
             self._merged(problems[start : start + _COMPACTED_TOGETHER])
             for start in range(0, len(problems), _COMPACTED_TOGETHER)
         )
-        self._write(parts, self.counters(), self.next_shard(), **{_COMPACTED: ""})
+        self.write(parts, self.counters(), self.next_shard(), **{_COMPACTED: ""})
         for path in old:
             path.unlink()
 

@@ -9,6 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -206,6 +207,7 @@ class Grower:
         max_large_tokens: int | None = None,
         progress: Progress | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        on_finished: Callable[[RolloutTree], None] | None = None,
     ) -> None:
         """Name the models.
 
@@ -218,25 +220,33 @@ class Grower:
                 not more than the excess of those under way over that goes beyond.
             progress: Counts to go on from; default: fresh ones.
             on_progress: Called about once a second, from the first request on.
+            on_finished: Called with every tree of which nothing more is asked; its rows are in the buffer.
         """
         self.writers = writers
         self.buffer = buffer
         self.in_flight = in_flight
         self.max_large_tokens = max_large_tokens
         self.on_progress = on_progress
+        self.on_finished = on_finished
         self.progress = progress if progress is not None else Progress()
         self.budget_spent = False
-        self._answers: queue.SimpleQueue[tuple[RolloutTree, Want, Future[Generation]]] = queue.SimpleQueue()
+        self.raisable = False  # whether `max_large_tokens` may be raised: requests then wait instead of being given up
+        self._stopped = False
+        self._answers: queue.SimpleQueue[tuple[RolloutTree, Want, Future[Generation]] | None] = queue.SimpleQueue()
         self._pending: Counter[int] = Counter()
         self._waiting: deque[tuple[RolloutTree, Want]] = deque()  # for what the budget has left
         self._failures = Failures(buffer.table)
         self._large_under_way = 0
         self._longest: float = math.inf  # large step so far; before the first one there is one request at a time
 
-    def run(self, trees: Iterable[RolloutTree]) -> int:
+    def run(self, trees: Iterable[RolloutTree | None]) -> int:
         """Grow trees until nothing more can be asked of the roles at hand.
 
         Everything that came back before an error or an interrupt is written to the store.
+
+        Args:
+            trees: The trees; None: the next is not at hand yet (`wake` says when). Once the token budget is spent no
+                further one is begun.
 
         Returns:
             Trees that are still not closed (their missing proposals belong to another role, or the token
@@ -251,60 +261,84 @@ class Grower:
         told = -math.inf
         self.progress.under_way = 0
         try:
-            while True:
-                taken = 0
-                for tree in islice(source, self.in_flight - len(active)):
+            while not self._stopped:
+                taken, pausing = 0, False
+                for tree in islice(source, 0 if self.budget_spent else self.in_flight - len(active)):
                     taken += 1
+                    if tree is None:
+                        pausing = True
+                        break
                     active[id(tree)] = tree
                     self._ask(tree, tree.wants(self.writers))
                     if not self._pending[id(tree)]:
                         open_trees += self._finish(active, tree)
-                if not active:
-                    if taken:
-                        continue  # all of these were closed already; there may be more
+                if not active and not taken:
                     for role in self.writers:
                         self._failures.refuse(role, least=_FEWEST_FAILURES, share=1.0)
-                    return open_trees
+                    break
                 if self.on_progress and time.monotonic() - told > 1.0:
                     told = time.monotonic()
                     self.on_progress(self.progress)
-                try:
-                    tree, want, future = self._answers.get(timeout=1.0)
-                except queue.Empty:
-                    continue
-                self._take(tree, want, future.result())
-                self._failures.refuse(want.role)
-                for touched in dict.fromkeys((tree, *self._give_up())):
+                # where none is active and none is awaited, all of these were closed already; there may be more
+                answered = self._next_answer() if active or pausing else []
+                for touched in dict.fromkeys((*answered, *self._give_up())):
                     if not self._pending[id(touched)]:
                         open_trees += self._finish(active, touched)
                 self._ask_waiting()
                 self.buffer.flush_if_due()
+            return max(open_trees, int(self.budget_spent))
         finally:
             self._salvage()
             self.buffer.flush()
             if self.on_progress:
                 self.on_progress(self.progress)
 
+    def wake(self) -> None:
+        """Have `run` look at once for trees and at its budget; from any thread."""
+        self._answers.put(None)
+
+    def stop(self) -> None:
+        """Have `run` ask nothing more, record what is there already and return; from any thread."""
+        self._stopped = True
+        self.wake()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for the budget."""
+        return len(self._waiting)
+
+    def _next_answer(self) -> list[RolloutTree]:
+        """Take an answer, and wait a second for it; return the tree that it is of, if one came."""
+        with suppress(queue.Empty):
+            if (answer := self._answers.get(timeout=1.0)) is not None:
+                tree, want, future = answer
+                self._take(tree, want, future.result())
+                self._failures.refuse(want.role)
+                return [tree]
+        return []
+
     def _salvage(self) -> None:
         """Record the answers that are there already when the run breaks off."""
         while True:
             try:
-                tree, want, future = self._answers.get_nowait()
+                answer = self._answers.get_nowait()
             except queue.Empty:
                 return
-            if not future.cancelled() and future.exception() is None:
-                self._record(tree, want, future.result())
+            if answer is not None and not answer[2].cancelled() and answer[2].exception() is None:
+                self._record(*answer[:2], answer[2].result())
 
     def _finish(self, active: dict[int, RolloutTree], tree: RolloutTree) -> int:
         del active[id(tree)]
         del self._pending[id(tree)]
         self.progress.trees += 1
+        if self.on_finished:
+            self.on_finished(tree)
         return int(tree.missing() > 0)
 
     def _ask(self, tree: RolloutTree, wants: Iterable[Want]) -> None:
         for want in wants:
             bounded = want.role == LARGE and self.max_large_tokens is not None
-            if bounded and self._budget_left() <= 0:
+            if bounded and self._is_spent():
                 self.budget_spent = True
                 continue
             want.node.asked.add(want.role)
@@ -324,10 +358,13 @@ class Grower:
     def _budget_left(self) -> float:
         return math.inf if self.max_large_tokens is None else self.max_large_tokens - self.progress.tokens[LARGE]
 
+    def _is_spent(self) -> bool:
+        return self._budget_left() <= 0 and not self.raisable
+
     def _give_up(self) -> list[RolloutTree]:
         """Return the trees that wait for a budget that is spent; they wait no longer."""
         given_up = []
-        while self._waiting and self._budget_left() <= 0:
+        while self._waiting and self._is_spent():
             self.budget_spent = True
             tree, want = self._waiting.popleft()
             want.node.asked.discard(want.role)

@@ -194,3 +194,20 @@ def test_counters_after_a_crash_between_compaction_and_removal(table, monkeypatc
 
 def interrupted(*_):
     raise KeyboardInterrupt
+
+
+def test_rows_that_another_has_encoded_go_into_the_same_shard(tmp_path):
+    far, near = Rows(Table(tmp_path / "elsewhere", SCORES)), Rows(Table(tmp_path / "scores", SCORES), rows=3)
+    far.put(key("p"), score=0.25)
+    far.put(key("q"), score=0.5)
+    far.count({"asked": 2})
+    parts, counters = far.taken()
+    assert far.taken() == ([], {}) and not (tmp_path / "elsewhere").exists()
+    near.put(key("r"), score=0.75)
+    near.count({"asked": 1})
+    near.receive(parts, counters)
+    near.receive([], {"asked": 4})
+    assert near.due and near.added == 3
+    near.flush()
+    assert len(near.table.shards()) == 1 and near.table.counters() == {"asked": 7}
+    assert {(row[0], row[-1]) for row in stored(near.table)} == {("p", 0.25), ("q", 0.5), ("r", 0.75)}

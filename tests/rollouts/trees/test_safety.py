@@ -387,6 +387,16 @@ def test_no_engine_start_is_lost_between_opening_and_writing(store):
     assert [start["seed"] for start in Store(store.path).manifest["engines"]] == [0, 1]
 
 
+def test_numbers_of_engine_starts_never_come_again(store):
+    """Seeds follow from them. Workers have numbers that were kept for them; others are left out."""
+    store.record_engine({"role": "small"})
+    assert store.next_start() == 1
+    store.record_engine({"role": "small", "start": 7})
+    assert store.next_start() == 8
+    store.record_engine({"role": "large"})
+    assert [start["start"] for start in Store(store.path).manifest["engines"]] == [0, 7, 8]
+
+
 def test_two_writers_at_once_are_refused(store):
     with store.writing(), pytest.raises(StoreError, match="another process"), Store(store.path).writing():
         pass

@@ -236,6 +236,63 @@ def test_a_token_budget_is_not_exceeded_by_what_is_under_way(tmp_path, cap, budg
     assert free.run(load_trees(store, PROBLEMS, 2, cap)) == 0 and free.progress.tokens[LARGE] > 1000 - budget
 
 
+def test_no_tree_is_begun_once_the_budget_is_spent(tmp_path):
+    """Not even its small proposals are asked for: they would be hours of a run that was to stop."""
+    store = Store.create(tmp_path / "s", process())
+    store.add_problems(PROBLEMS)
+    asked = []
+    grower = Grower(writers(asked), StepBuffer(store.steps), in_flight=2, max_large_tokens=1)
+    assert grower.run(load_trees(store, PROBLEMS, 2, None)) and grower.budget_spent
+    assert len({place[:2] for place in asked}) == 2
+
+
+def test_trees_that_come_later_are_grown_and_a_budget_may_be_raised(tmp_path):
+    """As a worker of a cluster is fed: trees, none for now, trees; requests wait for more of the budget."""
+    store = Store.create(tmp_path / "s", process())
+    store.add_problems(PROBLEMS)
+    trees, finished = iter(load_trees(store, PROBLEMS, 2, None)), []
+
+    def fed():
+        for number in range(len(PROBLEMS) * 2):
+            if number % 4 == 3:
+                grower.max_large_tokens += 400
+                grower.wake()
+                yield None
+            yield next(trees)
+        while grower.waiting:
+            grower.max_large_tokens += 400
+            grower.wake()
+            yield None
+
+    grower = Grower(
+        writers(), StepBuffer(store.steps), max_large_tokens=1, on_finished=lambda tree: finished.append(tree.key)
+    )
+    grower.raisable = True
+    assert grower.run(fed()) == 0 and not grower.budget_spent
+    assert all_steps(store) == all_steps(grow(tmp_path / "whole"))
+    assert sorted(finished) == sorted((each.id, replica) for each in PROBLEMS for replica in range(2))
+
+
+def test_a_run_that_is_stopped_keeps_what_came_and_asks_nothing_more(tmp_path):
+    store = Store.create(tmp_path / "s", process())
+    store.add_problems(PROBLEMS)
+    asked = []
+
+    class Stopping(ScriptedWriter):
+        def submit(self, prefix, *, whole):
+            if len(asked) == 20:
+                grower.stop()
+            return super().submit(prefix, whole=whole)
+
+    grower = Grower({role: Stopping(role, asked=asked) for role in ROLES}, StepBuffer(store.steps), in_flight=2)
+    grower.run(load_trees(store, PROBLEMS, 2, None))
+    kept = all_steps(store)
+    assert len(asked) < 30 and kept
+    grow(tmp_path / "s", who=writers(asked))
+    assert all_steps(store) == all_steps(grow(tmp_path / "whole"))
+    assert len({item[:4] for item in asked}) == len(asked)
+
+
 def test_progress_is_told_before_the_first_answer(tmp_path):
     class Slow(ScriptedWriter):
         def submit(self, prefix, *, whole):
