@@ -23,6 +23,10 @@ class BackendError(TrimError):
     """Raised when a model or scorer cannot be started or stopped answering."""
 
 
+class RequestsFailed(BackendError):
+    """Raised when so many requests fail that going on would fill a store with failures."""
+
+
 class BudgetSpent(TrimError):
     """Raised when the large model has decoded as many tokens as may be generated."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import date as Date
 from datetime import timedelta
 from functools import cache, cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rollouts.config import FamilyConfig, GeneratorConfig, ModelConfig, ScorerConfig
@@ -260,6 +261,14 @@ class Family:
                 ("scorer", scorer.model) if scorer.model else (scorer.under, self.config.generator(scorer.under))
             )
             store.refuse_others("scores", self.scorer_name, {role: self.identity(model)})
+
+    def scoring(
+        self, who: str, store: Store, writers: Mapping[str, Any] = MappingProxyType({})
+    ) -> AbstractContextManager[Scorer]:
+        """Open the scorer, or what looks at steps with the model of a role, which may be loaded as a writer."""
+        if who in writers:
+            return nullcontext(self.statistics(who, getattr(writers[who], "backend", None)))
+        return self.open_statistics(who, store) if who in ROLES else self.open_scorer(store)
 
     @contextmanager
     def open_statistics(self, role: str, store: Store) -> Iterator[LikelihoodScorer]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import tyro
 from rich.console import Console
 
 from rollouts.cli.inspect import Repair, Show, Stats, StorePath, Verify
+from rollouts.cli.machines import Machines
 from rollouts.cli.prm import Labels, TrainPrm
 from rollouts.cli.progress import console, progress_bar
 from rollouts.cli.view import reason_lines, special_token_lines, spending_line
@@ -24,12 +26,18 @@ from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader, make_grader, unreadable_answers
 from rollouts.tasks.problems import EMBEDDED, SPLITS, Problem, load_problems
 from rollouts.text.steps import ROLES, SMALL
-from rollouts.trees.annotate import grade_store, left, score_store
+from rollouts.trees.annotate import IN_FLIGHT, grade_store, left, score_store
 from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, label_of, load_trees, replicas_of
 from rollouts.trees.grow import Progress as Counts
 
+if TYPE_CHECKING:
+    from rollouts.cluster.pool import Cluster
+    from rollouts.trees.on_policy import Router
+
+On = Annotated[Machines, tyro.conf.arg(name="")]
 FREE_TEXT_ESCALATIONS = 2  # K by default where models write free text
 _MOST_WORKERS = 16
+_GROWN, _WALKED = 256, 128  # trees at once, of each worker
 SCORER = "scorer"
 ANY_ROLE = (*ROLES, SCORER)
 
@@ -70,12 +78,13 @@ class Generate:
         seed: Run seed.
         grader: ``exact``, ``numeric`` or ``module:object`` (`rollouts.tasks.grading.Grader`).
         sequential: One model in memory at a time, alternating over the whole frontier.
-        in_flight: Trees grown at once.
+        in_flight: Trees grown at once, by each worker.
         max_large_tokens: Stop after the large model has decoded so many tokens in this run; resumable.
         dry_run: Generate nothing for the store; estimate tokens, time and money from a few problems.
         flush_seconds: Longest time between two shards, seconds: what a crash can lose.
         score: Score the trees at the end.
         grade: Grade the solutions at the end.
+        on: Where it runs.
     """
 
     out: StorePath
@@ -94,10 +103,13 @@ class Generate:
     flush_seconds: NotNegative = 10.0
     score: bool = True
     grade: bool = True
+    on: On = Machines()
 
     def run(self) -> None:
         """Run the command."""
         screen = console()
+        if self.sequential and self.on.ray is not None:
+            raise ConfigError("--sequential is for one machine; a worker of --ray has both models in memory.")
         problems = self._load_problems(screen)
         grader = make_grader(self.grader)
         there = Store(self.out) if (Path(self.out) / "manifest.json").is_file() else None
@@ -127,17 +139,17 @@ class Generate:
         store = Store.create(self.out, family.process(most_escalations, labels=labelled), family.date)
         tell_notes(store)
         family.refuse_other_scores(store)
-        with store.writing():
+        with store.writing(), self.on.cluster() as cluster:
             store.add_problems(problems)
             note_special_tokens(screen, store, family)
-            closed = self._grow(screen, store, family, problems, replicas)
+            closed = self._grow(screen, store, family, problems, replicas, cluster)
             if closed:
                 grown = {(each.id, number) for each in problems for number in range(replicas_of(each, replicas))}
                 store.note_live((), closed=grown)
             if self.score and family.config.scorer is not None:
-                run_scoring(store, family, problems)
+                run_scoring(store, family, problems, cluster=cluster)
             if self.grade:
-                run_grading(store, grader, problems)
+                run_grading(store, grader, problems, cluster, self.grader)
         if not closed:
             screen.print("The token budget is spent; the same command with a new budget goes on.")
         elif self.score and self.grade and store.signals():
@@ -182,7 +194,13 @@ class Generate:
             screen.print(f"{len(unreadable)} answers cannot be read by the grader and count as wrong: {some} ...")
 
     def _grow(
-        self, screen: Console, store: Store, family: Family, problems: Sequence[Problem], replicas: int | dict[str, int]
+        self,
+        screen: Console,
+        store: Store,
+        family: Family,
+        problems: Sequence[Problem],
+        replicas: int | dict[str, int],
+        cluster: Cluster | None,
     ) -> bool:
         def load() -> Iterator[Any]:
             return load_trees(store, problems, replicas, store.manifest["process"]["max_escalations"])
@@ -195,10 +213,20 @@ class Generate:
         buffer = StepBuffer(store.steps, label_of(store), seconds=self.flush_seconds)
         with progress_bar("Growing", total, "trees") as advance:
 
-            def show(now: Counts) -> None:
+            def show(now: Counts, workers: str = "") -> None:
                 tokens = ", ".join(f"{now.tokens[role]:,} {role}" for role in ROLES)
                 note = f"{now.steps:,} steps; tokens {tokens}; {now.under_way:,} requests under way"
-                advance(completed=now.trees, note=note)
+                advance(completed=now.trees, note=f"{note}; {workers}" if workers else note)
+
+            if cluster is not None:
+                from rollouts.cluster.growing import Growing
+
+                job = cluster.job(store, family, writes=True, grows=self.in_flight)
+                with Growing(
+                    cluster, store, job, load, buffer,
+                    max_large_tokens=self.max_large_tokens, progress=counts, on_progress=show,
+                ) as growing:  # fmt: skip
+                    return growing.run() == 0
 
             def opened(role: str) -> Any:
                 advance(0, note=f"loading the {role} model")
@@ -237,6 +265,7 @@ def run_scoring(
     family: Family,
     problems: Sequence[Problem] | None,
     role: str | None = None,
+    cluster: Cluster | None = None,
     *,
     give_up: bool = False,
 ) -> None:
@@ -244,9 +273,16 @@ def run_scoring(
     total = sum(1 for _ in left(store, store.score_rows(role or family.scorer_name), problems))
     if total == 0:
         return
-    opened: Any = family.open_statistics(role, store) if role else family.open_scorer(store)
-    with opened as scorer, progress_bar("Scoring", total, "steps") as advance:
-        report = score_store(store, scorer, problems, give_up=give_up, on_progress=advance)
+    with progress_bar("Scoring", total, "steps") as advance, ExitStack() as stack:
+        if cluster is not None:
+            from rollouts.cluster.asking import remote_scorer
+
+            opened: Any = remote_scorer(cluster, store, family, role or SCORER, lambda note: advance(0, note=note))
+        else:
+            opened = family.scoring(role or SCORER, store)
+        in_flight = IN_FLIGHT * (cluster.workers if cluster is not None else 1)
+        scorer = stack.enter_context(opened)
+        report = score_store(store, scorer, problems, in_flight=in_flight, give_up=give_up, on_progress=advance)
     tell_notes(store)
     if report.spent:
         console().print(spending_line(report.spent, family.config.scorer))
@@ -271,9 +307,20 @@ def tell_notes(store: Store) -> None:
         console().print(store.notes.pop(0))
 
 
-def run_grading(store: Store, grader: Grader, problems: Sequence[Problem] | None) -> None:
-    """Grade what is ungraded, with a bar."""
-    with progress_bar("Grading", None, "solutions") as advance:
+def run_grading(
+    store: Store,
+    grader: Grader,
+    problems: Sequence[Problem] | None,
+    cluster: Cluster | None = None,
+    name: str = "",
+) -> None:
+    """Grade what is ungraded, with a bar; workers of a cluster make the grader by its name."""
+    with progress_bar("Grading", None, "solutions") as advance, ExitStack() as stack:
+        if cluster is not None:
+            from rollouts.cluster.asking import RemoteGrader
+
+            note = lambda workers: advance(0, note=workers)  # noqa: E731
+            grader = stack.enter_context(RemoteGrader(cluster, store, grader, name, note))
         report = grade_store(store, grader, problems, workers=_workers(), on_progress=advance)
     if report.errors:
         console().print(f"The grader failed on {report.errors} answers; they are graded wrong.")
@@ -301,6 +348,7 @@ class Expand:
         episodes: Walks per tree, for routers that draw at random.
         seed: Seed of a random router.
         grader: ``exact``, ``numeric`` or ``module:object`` (`rollouts.tasks.grading.Grader`).
+        on: Where it runs.
     """
 
     store: StorePath
@@ -310,48 +358,73 @@ class Expand:
     episodes: Count = 1
     seed: int = 0
     grader: str = "exact"
+    on: On = Machines()
 
     def run(self) -> None:
         """Run the command."""
-        from rollouts.trees.on_policy import expand_on_policy, load_router
+        from rollouts.trees.on_policy import load_router
 
         store = Store(self.store)
-        problems = store.problems(self.split)
+        problems, grader = store.problems(self.split), make_grader(self.grader)
         router = load_router(self.router, self.seed) if self.router is not None else None
         process = store.manifest["process"]
         examples = self_test_examples(problems)
         family = Family(load_family(self.models), seed=process["seed"], examples=examples, store=store)
         tell_notes(Store.create(self.store, family.process(process["max_escalations"], labels=process["labels"])))
-        with store.writing(), ExitStack() as stack:
-            writers = {role: stack.enter_context(family.open(role, store)) for role in ROLES}
-            if router is None:
-                added = self._close(store, writers, problems)
-                stack.close()
+        with store.writing(), self.on.cluster() as cluster:
+            if router is not None:
+                added = self._walk(store, family, router, problems, cluster)
+            else:
+                added = self._close(store, family, problems, cluster)
                 if family.config.scorer is not None:
-                    run_scoring(store, family, problems)
-                run_grading(store, make_grader(self.grader), problems)
-                console().print(f"{added:,} steps added.")
-                return
-            if family.config.scorer is not None:
-                scorer: Scorer = stack.enter_context(family.open_scorer(store))
-            else:  # the small model's statistics are the score, as of trees
-                scorer = family.statistics(SMALL, getattr(writers[SMALL], "backend", None))
-            with progress_bar("Expanding", None, "trees") as advance:
-                added = expand_on_policy(
-                    store, writers, scorer, router, problems,
-                    episodes=self.episodes, labeller=label_of(store), on_progress=advance,
-                )  # fmt: skip
-            run_grading(store, make_grader(self.grader), problems)
+                    run_scoring(store, family, problems, cluster=cluster)
+            run_grading(store, grader, problems, cluster, self.grader)
         console().print(f"{added:,} steps added.")
 
-    def _close(self, store: Store, writers: Any, problems: Sequence[Problem]) -> int:
+    def _walk(
+        self, store: Store, family: Family, router: Router, problems: Sequence[Problem], cluster: Cluster | None
+    ) -> int:
+        """Generate and score what a router reaches; return the number of steps."""
+        from rollouts.trees.on_policy import expand_on_policy
+
+        scores = SCORER if family.config.scorer is not None else SMALL  # whose statistics are the score, as of trees
+        with progress_bar("Expanding", None, "trees") as advance, ExitStack() as stack:
+            writers: Mapping[str, Any]
+            scorer: Scorer
+            if cluster is not None:
+                from rollouts.cluster.asking import remote_models
+
+                opened = remote_models(cluster, store, family, scores, lambda note: advance(0, note=note))
+                writers, scorer = stack.enter_context(opened)
+            else:
+                writers = {role: stack.enter_context(family.open(role, store)) for role in ROLES}
+                scorer = stack.enter_context(family.scoring(scores, store, writers))
+            return expand_on_policy(
+                store, writers, scorer, router, problems,
+                episodes=self.episodes, batch=_WALKED * (cluster.workers if cluster is not None else 1),
+                labeller=label_of(store), on_progress=advance,
+            )  # fmt: skip
+
+    def _close(self, store: Store, family: Family, problems: Sequence[Problem], cluster: Cluster | None) -> int:
         """Grow what closure asks for in the trees that are there; return the number of steps."""
-        grower = Grower(writers, StepBuffer(store.steps, label_of(store)))
-        most = store.manifest["process"]["max_escalations"]
-        if grower.run(load_trees(store, problems, None, most)) == 0:
+        counts, buffer = Counts(), StepBuffer(store.steps, label_of(store))
+
+        def load() -> Iterator[Any]:
+            return load_trees(store, problems, None, store.manifest["process"]["max_escalations"])
+
+        with ExitStack() as stack:
+            if cluster is not None:
+                from rollouts.cluster.growing import Growing
+
+                job = cluster.job(store, family, writes=True, grows=_GROWN)
+                still = stack.enter_context(Growing(cluster, store, job, load, buffer, progress=counts)).run()
+            else:
+                writers = {role: stack.enter_context(family.open(role, store)) for role in ROLES}
+                still = Grower(writers, buffer, progress=counts).run(load())
+        if still == 0:
             names = {problem.id for problem in problems}
             store.note_live((), closed={key for key in store.live if key[0] in names})
-        return grower.progress.steps
+        return counts.steps
 
 
 @settings
@@ -365,12 +438,14 @@ class Score:
             prefill pass per path (`rollouts.text.likelihood.STATISTICS`); small of its own steps, large of all.
         give_up: Do not ask again about steps whose question fails this time too (a judge's): put down that they have no
             score. Their trees are left out of training and evaluation.
+        on: Where it runs.
     """
 
     store: StorePath
     models: str = "tinymath"
     scorer: Literal["small", "large"] | None = None
     give_up: bool = False
+    on: On = Machines()
 
     def run(self) -> None:
         """Run the command."""
@@ -378,9 +453,9 @@ class Score:
         problems = store.problems()
         family = Family(load_family(self.models), examples=self_test_examples(problems), store=store)
         family.refuse_other_scores(store)
-        with store.writing():
+        with store.writing(), self.on.cluster() as cluster:
             note_special_tokens(console(), store, family, roles=[self.scorer or SCORER])
-            run_scoring(store, family, None, self.scorer, give_up=self.give_up)
+            run_scoring(store, family, None, self.scorer, cluster, give_up=self.give_up)
 
 
 @settings
@@ -390,17 +465,19 @@ class Grade:
     Attributes:
         store: Directory of the store.
         grader: ``exact``, ``numeric`` or ``module:object`` (`rollouts.tasks.grading.Grader`).
+        on: Where it runs.
     """
 
     store: StorePath
     grader: str = "exact"
+    on: On = Machines()
 
     def run(self) -> None:
         """Run the command."""
         store = Store(self.store)
         grader = make_grader(self.grader)
-        with store.writing():
-            run_grading(store, grader, None)
+        with store.writing(), self.on.cluster() as cluster:
+            run_grading(store, grader, None, cluster, self.grader)
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {

@@ -26,6 +26,7 @@ from rollouts.trees.tree import Node, Place, RolloutTree
 
 Path = tuple[RolloutTree, list[tuple[Node, str]]]  # consecutive proposals
 _ROWS = 50_000  # of a shard
+IN_FLIGHT = 512  # paths that are scored at once
 _What = TypeVar("_What")
 _Answer = TypeVar("_Answer")
 
@@ -83,7 +84,7 @@ def score_store(
     scorer: Scorer,
     problems: Sequence[Problem] | None = None,
     *,
-    in_flight: int = 512,
+    in_flight: int = IN_FLIGHT,
     give_up: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Report:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from rollouts.errors import BackendError
+from rollouts.errors import RequestsFailed
 from rollouts.models.stepwise import Generation, StepWriter
 from rollouts.store.rows import Rows, TreeKey
 from rollouts.store.shards import KEY, Table
@@ -177,14 +177,14 @@ class Failures:
             self._in_a_row[role] = 0
 
     def refuse(self, role: str, least: int = _JUDGED, share: float = _MOST_FAILED) -> None:
-        """Raise BackendError if this share of a role's first requests has failed, or many in a row have."""
+        """Raise RequestsFailed if this share of a role's first requests has failed, or many in a row have."""
         answered, failed, words = self._answered[role], self._failed[role], ""
         if least <= answered <= _FIRST and failed >= share * answered:
             words = f"{failed} of its first {answered} requests"
         elif self._in_a_row[role] >= _IN_A_ROW:
             words = f"{self._in_a_row[role]} requests in a row"
         if words:
-            raise BackendError(
+            raise RequestsFailed(
                 f"{role}: {words} failed and are stored as failed steps (the last: {self._reason[role]}). Mend the "
                 f"cause; after `python -m rollouts repair {shlex.quote(str(self._store))} --drop-failed` the same "
                 "command asks again."
@@ -253,7 +253,8 @@ class Grower:
             budget is spent).
 
         Raises:
-            BackendError: A model is gone, or half of a role's first requests fail; the message names it.
+            BackendError: A model is gone; the message names it.
+            RequestsFailed: Half of a role's first requests fail.
         """
         source = iter(trees)
         active: dict[int, RolloutTree] = {}

@@ -1,0 +1,1 @@
+"""Many machines: one driver that keeps the store, and workers on Ray that own engines."""

@@ -1,0 +1,194 @@
+"""A scorer, a grader and step writers whose requests workers answer: whoever asks notices nothing of them."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Self
+
+from rollouts.cluster.pool import Cluster, Hand, Pool, Tell
+from rollouts.cluster.worker import GRADER, SCORER, Job, Orders, Report
+from rollouts.errors import ConfigError
+from rollouts.family import Family
+from rollouts.models.stepwise import Generation
+from rollouts.scoring.base import Scores
+from rollouts.store.store import Store
+from rollouts.tasks.grading import Grade, Grader
+from rollouts.text.steps import ROLES, Prefix
+from rollouts.trees.annotate import IN_FLIGHT
+
+_PAIRS = 50  # solutions that are graded as one request
+
+
+class Asking(Pool):
+    """Lends requests to workers from a thread of its own; the requests of a lost worker go to others."""
+
+    def __init__(self, cluster: Cluster, store: Store, job: Job, on_step: Tell) -> None:
+        """See `Pool`; `on_step` is called with what workers do, from the start on."""
+        super().__init__(cluster, store, job)
+        self._on_step = on_step
+        self._waiting: deque[tuple[int, str, tuple[Any, ...]]] = deque()
+        self._futures: dict[int, Future[Any]] = {}
+        self._asked = 0
+        self._lock = threading.Lock()
+        self._failure: Exception | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        """Start the workers, and wait for the first."""
+        super().__enter__()
+        while not self._opened:
+            self.step()
+        self._thread.start()
+        return self
+
+    def step(self) -> None:
+        """See `Pool`."""
+        super().step()
+        self._on_step(self.note())
+
+    def __exit__(self, *exception: object) -> None:
+        """End the workers."""
+        self._closing = True
+        if self._thread.ident is not None:
+            self._thread.join()
+        super().__exit__(*exception)
+
+    def submit(self, target: str, *arguments: Any) -> Future[Any]:
+        """Ask what workers know by that name."""
+        future: Future[Any] = Future()
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            self._futures[self._asked] = future
+            self._waiting.append((self._asked, target, arguments))
+            self._asked += 1
+        return future
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                self.step()
+        except Exception as error:
+            with self._lock:
+                self._failure = error
+            for future in self._futures.values():
+                future.set_exception(error)
+
+    def orders(self, hand: Hand) -> Orders | None:
+        """Lend a fair part of the requests that wait."""
+        with self._lock:
+            fair = -(-len(self._waiting) // self.cluster.workers)
+            most = min(fair, IN_FLIGHT - len(hand.lent))
+            items = [self._waiting.popleft() for _ in range(most)]
+        hand.lent.update((item[0], item) for item in items)
+        return Orders(items) if hand.lent else None
+
+    def take(self, hand: Hand, report: Report) -> bool:
+        """Pass answers on."""
+        for number, answer in report.answers:
+            del hand.lent[number]
+            with self._lock:
+                future = self._futures.pop(number)
+            if not future.set_running_or_notify_cancel():
+                continue
+            if isinstance(answer, BaseException):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
+        return bool(report.answers)
+
+    def lost(self, hand: Hand) -> None:
+        """Lend its requests again."""
+        with self._lock:
+            self._waiting.extendleft(reversed(hand.lent.values()))
+
+
+class RemoteScorer:
+    """A `rollouts.scoring.base.Scorer`: that of the workers."""
+
+    incremental = True
+
+    def __init__(self, pool: Asking) -> None:
+        """Take the workers."""
+        facts = pool.facts["scorer"]
+        self.name: str = facts["name"]
+        self.tolerance: float = facts["tolerance"]
+        self.columns: tuple[str, ...] = facts["columns"]
+        self.roles: tuple[str, ...] = facts["roles"]
+        self._pool, self._process = pool, facts["process"]
+
+    @property
+    def spent(self) -> Counter[str]:
+        """What judges have spent."""
+        return self._pool.sum_of(lambda report: report.spent)
+
+    def submit(self, question: str, steps: Sequence[str], known: int = 0) -> Future[Scores]:
+        """Ask for the scores of a path."""
+        return self._pool.submit(SCORER, question, steps, known)
+
+    def process(self) -> Mapping[str, Any]:
+        """Return what decides the scores."""
+        found: Mapping[str, Any] = self._process
+        return found
+
+
+class RemoteGrader(AbstractContextManager["RemoteGrader"]):
+    """A `rollouts.tasks.grading.Grader`: that of workers, which start when there is something to grade."""
+
+    def __init__(self, cluster: Cluster, store: Store, grader: Grader, made_by: str, on_step: Tell) -> None:
+        """Take the grader of this machine, and the name that workers make theirs by."""
+        self.name, self._grader = grader.name, grader
+        self._made = Asking(cluster, store, cluster.job(store, grader=made_by), on_step)
+        self._stack = ExitStack()
+        self._pool: Asking | None = None
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return what decides the grades."""
+        return self._grader.describe()
+
+    def grade_many(self, pairs: Sequence[tuple[str, str]], workers: int = 1) -> list[Grade]:
+        """Return the grades of pairs of answer and solution."""
+        pool = self._pool = self._pool or self._stack.enter_context(self._made)
+        if (there := pool.facts["grader"]) != (here := {"name": self.name, **self.describe()}):
+            raise ConfigError(f"Workers have another grader: {there} there, {here} here.")
+        portions = [list(pairs[start : start + _PAIRS]) for start in range(0, len(pairs), _PAIRS)]
+        return [grade for future in [pool.submit(GRADER, part) for part in portions] for grade in future.result()]
+
+    def __exit__(self, *_: object) -> None:
+        """End the workers."""
+        self._stack.close()
+
+
+class RemoteWriter:
+    """A `rollouts.models.stepwise.StepWriter`: those of the workers."""
+
+    whole_paths = True
+
+    def __init__(self, pool: Asking, role: str) -> None:
+        """Take the workers."""
+        self.role, self._pool = role, pool
+
+    def submit(self, prefix: Prefix, *, whole: bool) -> Future[Generation]:
+        """Ask for the next step of `prefix`, or for the whole rest."""
+        return self._pool.submit(self.role, prefix, whole)
+
+
+@contextmanager
+def remote_models(
+    cluster: Cluster, store: Store, family: Family, scores: str, on_step: Tell
+) -> Iterator[tuple[dict[str, RemoteWriter], RemoteScorer]]:
+    """Open both models and what scores (`Job.scores`) on workers."""
+    with Asking(cluster, store, cluster.job(store, family, writes=True, scores=scores), on_step) as pool:
+        yield {role: RemoteWriter(pool, role) for role in ROLES}, RemoteScorer(pool)
+
+
+@contextmanager
+def remote_scorer(cluster: Cluster, store: Store, family: Family, scores: str, on_step: Tell) -> Iterator[RemoteScorer]:
+    """Open what scores (`Job.scores`) on workers."""
+    with Asking(cluster, store, cluster.job(store, family, scores=scores), on_step) as pool:
+        yield RemoteScorer(pool)
