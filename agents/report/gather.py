@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -29,11 +29,14 @@ from agents.evaluation.table import (
     method_rows,
     point_rows,
 )
+from agents.evaluation.walk import alone
+from agents.report.maths import PATTERN, formulas
 from agents.report.positions import positions
 from agents.report.reliability import scorer_reliability
-from agents.report.routers import shown_routers
+from agents.report.routers import setting, shown_routers
 from agents.report.traces import FLAGS, Traced, choose, flags, problem_record
 from agents.report.walks import follow
+from agents.routers.artefact import Artefact
 from rollouts.store.store import Store
 from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
@@ -58,7 +61,8 @@ def gather(config: EvaluateConfig, evaluation: Evaluation, trace_bytes: int = TR
     caps = {name: subject[name] for name in ("max_escalations", "max_large_tokens")}
     tables = decision_tables(trees, subject["split"], cost=subject["cost"], **caps)
     uncapped = replace(tables, max_escalations=None, max_large_tokens=None)
-    shown = shown_routers(load_methods(config.runs, config.allow_old), evaluation.methods)
+    trained = load_methods(config.runs, config.allow_old)
+    shown = shown_routers(trained, evaluation.methods)
     paths = [follow(each.router, uncapped if each.method == "always-large" else tables) for each in shown]
     small, large = paths[-2:]
     marks = [flags(each, small) for each in paths]
@@ -83,8 +87,11 @@ def gather(config: EvaluateConfig, evaluation: Evaluation, trace_bytes: int = TR
         "subject": _subject(evaluation, tables, seed),
         "sentences": evaluation.sentences,
         "caption": caption(everything, limits(subject)),
-        "methods": [_method(each, _kind(each, evaluation)) for each in everything],
+        "methods": [
+            _method(each, _kind(each, evaluation, trained), trained, trees.meta["scorer"]) for each in everything
+        ],
         "references": {"always-small": everything[0].small, "always-large": everything[0].large},
+        "alone": _alone(tables),
         "tables": {  # as text, the first row a header
             "headline": headline_rows(everything),
             "all": method_rows(everything),
@@ -99,6 +106,7 @@ def gather(config: EvaluateConfig, evaluation: Evaluation, trace_bytes: int = TR
         "flags": FLAGS,  # what they mean
         "reliability": scorer_reliability(trees, small, problem, weights),
         "problems": problems,
+        "maths": {"pattern": PATTERN, "drawn": formulas(_texts(problems))},
         "sampling": sampling,
     }
     told: dict[str, Any] = plain(page)
@@ -119,6 +127,23 @@ def _problems(
             break
         records.append(record)
     return records, {"shown": len(records), "wanted": len(chosen), "megabytes": most / 1e6}
+
+
+def _texts(problems: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what a page shows of problems that may have formulas in it."""
+    for problem in problems:
+        yield problem["question"]
+        yield problem["answer"] or ""
+        yield from (each["text"] for node in problem["nodes"] for each in node if each is not None)
+
+
+def _alone(tables: DecisionTables) -> dict[str, dict[str, float]]:
+    """Return the mean tokens of a problem that either model decodes alone, by model that is asked and that decodes."""
+    both = alone(tables)
+    return {
+        "small": {"small": float(both.small.small_tokens.mean()), "large": 0.0},
+        "large": {"small": 0.0, "large": float(both.large.large_tokens.mean())},
+    }
 
 
 def _first(settings: Sequence[Mapping[str, Any]]) -> int:
@@ -143,7 +168,7 @@ def _subject(evaluation: Evaluation, tables: DecisionTables, seed: int) -> dict[
     }
 
 
-def _kind(summary: MethodSummary, evaluation: Evaluation) -> str:
+def _kind(summary: MethodSummary, evaluation: Evaluation, trained: Mapping[str, Any]) -> str:
     """Return ``oracle``, ``random``, ``threshold``, ``trained``, or the group of a method of others."""
     if summary in evaluation.oracles:
         return "oracle"
@@ -152,19 +177,24 @@ def _kind(summary: MethodSummary, evaluation: Evaluation) -> str:
         return group
     if summary.name == RANDOM:
         return "random"
-    return "threshold" if summary.name.startswith(TRIM_THR) else "trained"
+    return "threshold" if summary.name.startswith(TRIM_THR) and summary.name not in trained else "trained"
 
 
-def _method(summary: MethodSummary, kind: str) -> dict[str, Any]:
-    """Return what the figure of curves draws of a method: fields of its summary and of its points."""
+def _method(
+    summary: MethodSummary, kind: str, trained: Mapping[str, Sequence[Artefact]], scorer: str
+) -> dict[str, Any]:
+    """Return what the page draws and recommends of a method: fields of its summary and of its points."""
+    told = ("knob", "on_curve", "large_tokens", "total_tokens", "escalations")
     return {
         **{name: getattr(summary, name) for name in ("name", "band", "knots", "mixing_from")},
         "kind": kind,
         "points": [
             {
-                **{name: getattr(point, name) for name in ("knob", "on_curve", "large_tokens", "escalations")},
+                **{name: getattr(point, name) for name in told},
                 **{name: point.metrics[name] for name in ("accuracy", "pgr")},
                 "c": point.metrics["c"].value,
+                "cost": point.metrics["c"],
+                **setting(trained.get(summary.name, ()), point.knob, scorer),
             }
             for point in summary.points
         ],

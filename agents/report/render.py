@@ -14,7 +14,17 @@ from typing import Any
 from rollouts.errors import ConfigError
 
 SHARED = ("tools.js", "steps.js")  # with other pages
-SCRIPTS = (*SHARED, "chosen.js", "pictures.js", "curves.js", "bars.js", "tables.js", "browser.js", "main.js")
+SCRIPTS = (
+    *SHARED,
+    "chosen.js",
+    "pictures.js",
+    "curves.js",
+    "bars.js",
+    "tables.js",
+    "deploy.js",
+    "browser.js",
+    "main.js",
+)
 FILE = "report.html"
 
 # Inside <script> a browser looks for "</script" and "<!--"; inside JSON all of these may be written as escapes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,8 +11,10 @@ import numpy as np
 from agents.evaluation.suite import TRIM_THR
 from agents.evaluation.table import MethodSummary
 from agents.routers.artefact import Artefact
-from agents.routers.base import AnyRouter, Constant, Mixture, Threshold
+from agents.routers.base import AnyRouter, Constant, Mixture, Threshold, schemas_of
 from agents.routers.mlp import ConditionedMLP
+from trim_env.costs import sources_of
+from trim_env.features import schema_named
 
 SETTINGS = 6
 """Operating points of a method that are shown step by step, at most."""
@@ -52,7 +55,7 @@ def shown_routers(
         if summary.name in methods:
             found += [each for knob in knobs for each in _trained(summary.name, methods[summary.name], knob)]
         elif summary.name.startswith(TRIM_THR):
-            found += [Shown(summary.name, knob, f"threshold={knob:.3g}", Threshold(knob)) for knob in knobs]
+            found += [Shown(summary.name, knob, _label("threshold", knob), Threshold(knob)) for knob in knobs]
     return [*found, *(Shown(each.name, None, "every step", each) for each in (Constant(0), Constant(1)))]
 
 
@@ -63,25 +66,62 @@ def spread_out(knobs: Sequence[float], most: int) -> list[float]:
     return [knobs[i] for i in np.linspace(0, len(knobs) - 1, most).round().astype(int)]
 
 
-def _trained(method: str, items: Sequence[Artefact], knob: float) -> list[Shown]:
-    """Return the router of an operating point; two for a mixture."""
+def setting(items: Sequence[Artefact], knob: float, scorer: str) -> dict[str, str | None]:
+    """Return how an operating point is called, and the command that serves it; None where no router is stored.
+
+    Args:
+        items: The stored routers of the method; none of thresholds that an evaluation swept.
+        knob: Of the operating point.
+        scorer: Score table, or column of one, that scores come from.
+    """
+    if (item := _stored(items, knob)) is None:
+        return {"label": _label("threshold", knob), "serve": None}
+    flags = ["--policy", item.place]
+    if isinstance(item.router, ConditionedMLP):
+        name = "lam"
+        flags += ["--lam", f"{knob:.6g}"]
+    else:
+        name = item.router.knob.name
+    if not str(item.about.get("small", "")).startswith("tinymath-"):
+        flags += ["--models", "models.toml"]
+    urls = {"small": 8001, "large": 8002}
+    if any("scorer" in sources_of(schema_named(schema), scorer) for schema in schemas_of(item.router)):
+        urls["prm"] = 8003
+    flags += [word for role, port in urls.items() for word in (f"--{role}", f"http://localhost:{port}/v1")]
+    return {"label": _label(name, knob), "serve": shlex.join(["python", "-m", "agents", "serve", *flags])}
+
+
+def _stored(items: Sequence[Artefact], knob: float) -> Artefact | None:
+    """Return the stored router of an operating point."""
     for item in items:
         router = item.router
         if isinstance(router, ConditionedMLP):
             if router.low * (1 - 1e-9) <= knob <= router.high * (1 + 1e-9):
-                return [Shown(method, knob, f"λ={knob:.3g}", router.at(knob))]
+                return item
         elif float(router.knob.value) == knob:
-            if not isinstance(router, Mixture):
-                return [Shown(method, knob, _label(router), router)]
-            parts = ((router.first, 1 - router.share), (router.second, router.share))
-            mixed = str(router.knob)
-            return [
-                Shown(method, knob, f"{mixed}: {_label(part)}, for {100 * share:.0f} % of problems", part)
-                for part, share in parts
-            ]
-    return []
+            return item
+    return None
 
 
-def _label(router: AnyRouter) -> str:
-    name = "λ" if router.knob.name == "lam" else router.knob.name
-    return f"{name}={router.knob.value:.3g}"
+def _trained(method: str, items: Sequence[Artefact], knob: float) -> list[Shown]:
+    """Return the router of an operating point; two for a mixture."""
+    if (item := _stored(items, knob)) is None:
+        return []
+    router = item.router
+    if isinstance(router, ConditionedMLP):
+        return [Shown(method, knob, _label("lam", knob), router.at(knob))]
+    if not isinstance(router, Mixture):
+        return [Shown(method, knob, _label(router.knob.name, router.knob.value), router)]
+    return [
+        Shown(
+            method,
+            knob,
+            f"{router.knob}: {_label(part.knob.name, part.knob.value)}, for {100 * share:.0f} % of problems",
+            part,
+        )
+        for part, share in ((router.first, 1 - router.share), (router.second, router.share))
+    ]
+
+
+def _label(name: str, value: float) -> str:
+    return f"{'λ' if name == 'lam' else name}={value:.3g}"

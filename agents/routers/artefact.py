@@ -72,11 +72,13 @@ class Artefact:
         about: Where it comes from: models, scorer, rollouts hash, cost model, cap, metrics, package version.
         kind: How it is stored: ``mlp``, ``mlp-lam``, ``seq``, ``threshold``, ``constant``, ``random``, ``pomdp``,
             ``ask``, ``mixture``, or others' ``module:Class``.
+        place: Its folder.
     """
 
     router: Storable
     about: dict[str, Any] = field(default_factory=dict)
     kind: str = ""
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -356,7 +358,7 @@ def load(folder: str | Path, *, allow_old: bool = False) -> Artefact:
                 "Export the run again; settings are changed there, not in the file."
             )
         router = kind.build(_Stored(folder, described, _read_files(folder, described)))
-        return Artefact(router, described["about"], described["kind"])
+        return Artefact(router, described["about"], described["kind"], str(folder))
     except ArtefactError as error:
         if str(folder) in str(error):
             raise

@@ -128,9 +128,10 @@ EXAMPLES = (
 
 def self_test_examples(problems: Sequence[Problem]) -> Sequence[Example]:
     """Return known paths of the kind of text that the problems need."""
-    if problems and all(problem.source == "tinymath" for problem in problems):
-        from rollouts.tinymath import generate_problems, solution_steps
+    from rollouts.tinymath import generate_problems, solution_steps
+    from rollouts.tinymath.problems import parse_question
 
+    if problems and all(parse_question(problem.question) for problem in problems):  # wherever they come from
         examples = []
         for problem in generate_problems("validation", 16):
             right = tuple(solution_steps(problem.question)[:2])

@@ -58,6 +58,16 @@ def texts(driver: Any, selector: str) -> list[str]:
     return found
 
 
+def written(driver: Any, selector: str) -> list[str]:
+    """Return texts with the source of each formula that is drawn in them."""
+    script = """return [...document.querySelectorAll(arguments[0])].map(each => {
+        const copy = each.cloneNode(true);
+        copy.querySelectorAll('math').forEach(formula => formula.replaceWith(formula.getAttribute('alttext')));
+        return copy.textContent; })"""
+    found: list[str] = driver.execute_script(script, selector)
+    return found
+
+
 def spaced(text: str) -> str:
     return text.replace("\u00a0", " ")
 

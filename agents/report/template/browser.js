@@ -31,7 +31,19 @@ function startBrowser() {
   const first = data.problems.findIndex((problem) => problem.runs[chosen.index].flags.includes("rescued"));
   const state = { filter: "all", found: all, now: Math.max(first, 0) };
   settingSelects(byId("problem-method"), byId("problem-setting"));
+  const order = byId("problem-order");
+  const beside = byId("problem-other");
+  beside.append(el("option", { value: "" }, "no other"), ...data.settings.map((each, i) => el("option", { value: i }, `${each.method}, ${each.label}`)));
   const runOf = (problem) => problem.runs[chosen.index];
+  const otherOf = (problem) => (beside.value === "" ? null : problem.runs[beside.value]);
+  /** The first step at which two runs of a problem go apart; -1 where they never do. */
+  const apart = (run, other) => (run.actions === other.actions ? -1 : [...run.actions].findIndex((action, i) => action !== other.actions[i]));
+  const differs = (problem) => otherOf(problem) !== null && apart(runOf(problem), otherOf(problem)) >= 0;
+  const orders = { // what comes first has the least
+    cost: (problem) => -runOf(problem).large_tokens,
+    wrong: (problem) => Number(runOf(problem).right),
+    apart: (problem) => (differs(problem) ? Number(runOf(problem).right === otherOf(problem).right) : 2),
+  };
   const textOf = data.problems.map((problem) =>
     [problem.id, problem.question, ...problem.nodes.flat().map((each) => each?.text ?? "")].join("\n").toLowerCase());
 
@@ -54,6 +66,8 @@ function startBrowser() {
     const words = search.value.toLowerCase().trim();
     const searched = all.filter((i) => textOf[i].includes(words));
     state.found = searched.filter((i) => holds(data.problems[i], state.filter));
+    const place = orders[order.value];
+    if (place) state.found.sort((one, other) => place(data.problems[one]) - place(data.problems[other]));
     state.now = Math.max(state.found.indexOf(kept), 0);
     for (const { name, button, count } of filters) {
       count.textContent = String(searched.filter((i) => holds(data.problems[i], name)).length);
@@ -74,7 +88,7 @@ function startBrowser() {
     const item = el("div", { role: "option", id: `option-${place}`, "aria-selected": "false", "data-id": problem.id },
       el("span", { class: "line" }, rightOrWrong(run.right), el("b", { dir: "auto" }, problem.id),
         el("span", { class: "cost" }, shareOf(run, problem))),
-      el("span", { class: "question", dir: "auto" }, problem.question.slice(0, 160)),
+      el("span", { class: "question", dir: "auto" }, withMaths(problem.question.slice(0, 160))),
       flags.length > 0 && el("span", { class: "flags" }, flags));
     item.addEventListener("click", () => choose(place));
     return item;
@@ -102,30 +116,43 @@ function startBrowser() {
     showProblem(data.problems[state.found[state.now]]);
   }
 
-  function showProblem(problem) {
-    const run = runOf(problem);
+  /** What a router did with a problem; from step `parting` on it differs from the other that is shown. */
+  function runItem(problem, index, parting) {
+    const run = problem.runs[index];
     const steps = stepsOf(problem, run);
     const escalations = steps.filter((step) => step.author === LARGE).length;
-    const last = steps.at(-1).accepted;
-    const move = (by, text, label) => el("button", { type: "button", "aria-label": label, disabled: state.now + by < 0 || state.now + by >= state.found.length,
-      onclick: () => {
-        choose(state.now + by);
-        (detail.querySelector(`[aria-label="${label}"]:not([disabled])`) ?? detail).focus({ preventScroll: true });
-      } }, text);
-    detail.replaceChildren(
-      el("div", { class: "moves" }, move(-1, "← Previous", "Previous problem (k)"), el("span", {}, `${state.now + 1} of ${state.found.length}`), move(1, "Next →", "Next problem (j)")),
-      el("h3", { dir: "auto" }, problem.id, problem.replica > 0 && el("small", {}, ` replica ${problem.replica}`)),
-      el("p", { class: "text question", dir: "auto" }, problem.question),
-      known(problem.answer) && el("p", { class: "answer" }, "Reference answer: ", el("bdi", {}, problem.answer)),
+    const { method, label } = data.settings[index];
+    return el("div", { class: "run" },
       el("dl", { class: "facts" },
-        fact(chosen.setting.method, rightOrWrong(run.right), flagsOf(run).map((flag) => [" ", flag])),
+        fact(`${method}, ${label}`, rightOrWrong(run.right), flagsOf(run).map((flag) => [" ", flag])),
         fact("Cost", `${plural(run.large_tokens, "large token")}, `, pair(`${shareOf(run, problem)} of always-large's ${whole(problem.large.large_tokens)}`)),
         fact("Escalations", `${escalations} of ${plural(steps.length, "step")}`),
         fact("In the same tree", pair("always-small ", rightOrWrong(problem.small.right)), " ", pair("always-large ", rightOrWrong(problem.large.right)))),
       strip(steps),
       el("p", { class: "strip-key", "aria-hidden": "true" }, "Height: the score of each step. S: small model, L: large model."),
-      el("ol", { class: "steps" }, steps.map((step, i) => stepItem(step, i + 1))),
-      el("p", { class: "end" }, rightOrWrong(run.right), ` It ends because ${STOPS[last.stop] ?? "of an unknown reason"}.`),
+      el("ol", { class: "steps" }, steps.map((step, i) => [
+        i === parting && el("li", { class: "parting" }, "From here on the two differ."),
+        stepItem(step, i + 1),
+      ])),
+      el("p", { class: "end" }, rightOrWrong(run.right), ` It ends because ${STOPS[steps.at(-1).accepted.stop] ?? "of an unknown reason"}.`),
+    );
+  }
+
+  function showProblem(problem) {
+    const move = (by, text, label) => el("button", { type: "button", "aria-label": label, disabled: state.now + by < 0 || state.now + by >= state.found.length,
+      onclick: () => {
+        choose(state.now + by);
+        (detail.querySelector(`[aria-label="${label}"]:not([disabled])`) ?? detail).focus({ preventScroll: true });
+      } }, text);
+    const other = otherOf(problem);
+    const parting = other && apart(runOf(problem), other);
+    detail.replaceChildren(
+      el("div", { class: "moves" }, move(-1, "← Previous", "Previous problem (k)"), el("span", {}, `${state.now + 1} of ${state.found.length}`), move(1, "Next →", "Next problem (j)")),
+      el("h3", { dir: "auto" }, problem.id, problem.replica > 0 && el("small", {}, ` replica ${problem.replica}`)),
+      el("p", { class: "text question", dir: "auto" }, withMaths(problem.question)),
+      ...(known(problem.answer) ? [el("p", { class: "answer" }, "Reference answer: ", el("bdi", {}, withMaths(problem.answer)))] : []),
+      ...(parting === -1 ? [el("p", { class: "note" }, "Both do the same here.")] : []),
+      el("div", { class: other ? "runs both" : "runs" }, runItem(problem, chosen.index, parting), other && runItem(problem, Number(beside.value), parting)),
     );
   }
 
@@ -144,6 +171,8 @@ function startBrowser() {
     }
   });
   search.addEventListener("input", refresh);
+  order.addEventListener("change", refresh);
+  beside.addEventListener("change", refresh);
   chosen.listeners.push(refresh);
   refresh();
 }

@@ -13,6 +13,7 @@ function startHeader() {
 startTheme();
 startHeader();
 startSummary();
+startDeploy();
 startCurves();
 startTables();
 startPositions();

@@ -31,11 +31,11 @@ function stepItem(step, number) {
     el("div", { class: "head" },
       el("span", { class: "author" }, el("b", { "aria-hidden": "true" }, author.letter), `${number}. ${author.name}`),
       facts(accepted), step.aside),
-    el("div", { class: "text", dir: "auto" }, accepted.text || "(nothing)"),
+    el("div", { class: "text", dir: "auto" }, withMaths(accepted.text || "(nothing)")),
     rejected && el("details", { class: "rejected", open: true },
       el("summary", {}, "✗ rejected: the small model's proposal", rejected.text === accepted.text && " (the same text)"),
       el("div", { class: "head" }, facts(rejected)),
-      el("del", { dir: "auto", class: "text" }, rejected.text || "(nothing)")),
+      el("del", { dir: "auto", class: "text" }, withMaths(rejected.text || "(nothing)"))),
     step.cut && el("p", { class: "cut" }, "The large model was called and cut off by the cap on its tokens; this proposal stands."),
     step.note && el("p", { class: "cut" }, step.note),
   );

@@ -4,17 +4,15 @@ function startSummary() {
   const first = data.methods[0];
   const swept = data.methods.find((method) => method.kind === "threshold");
   const [small, large] = Object.values(data.references);
-  const goal = (method) => `80\u00a0% of the gap, ${method.name}`;
-  const costOf = ({ cpt_80 }) => (known(cpt_80[0]) ? `${range(cpt_80)} of always-large's cost` : "there is no gap, or it is not recovered");
   const tile = (label, value, note) => el("div", { class: "tile" }, el("dt", {}, label), el("dd", {}, value, el("small", {}, note)));
+  const recovering = (method) => tile(`Cost to recover 80\u00a0% of the gap, ${method.name}`, percent(method.cpt_80[0]),
+    known(method.cpt_80[0]) ? `${range(method.cpt_80)} of always-large's cost; less is better` : "there is no gap, or it is not recovered");
   byId("summary").append(
     el("dl", { class: "tiles" },
       tile("Accuracy, small model alone", percent(small.accuracy[0]), range(small.accuracy)),
       tile("Accuracy, large model alone", percent(large.accuracy[0]), range(large.accuracy)),
-      tile(goal(first), percent(first.cpt_80[0]), costOf(first)),
-      swept && swept !== first
-        ? tile(goal(swept), percent(swept.cpt_80[0]), costOf(swept))
-        : null,
+      recovering(first),
+      swept && swept !== first && recovering(swept),
     ),
     el("ul", { class: "sentences" }, data.sentences.map((sentence) => el("li", {}, tidy(sentence)))),
   );

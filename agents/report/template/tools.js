@@ -35,6 +35,28 @@ function ticks(low, high, count) {
   return found;
 }
 
+/** A text whose formulas are drawn, where the page has them; each keeps its source as alternative text. */
+function withMaths(text) {
+  if (!data.maths) return [text];
+  const parts = [];
+  let at = 0;
+  for (const { 0: written, index } of text.matchAll(new RegExp(data.maths.pattern, "g"))) {
+    if (!Object.hasOwn(data.maths.drawn, written)) continue;
+    parts.push(text.slice(at, index), formula(data.maths.drawn[written], written));
+    at = index + written.length;
+  }
+  return [...parts, text.slice(at)];
+}
+
+function formula([tag, ...content], written) {
+  const node = document.createElementNS("http://www.w3.org/1998/Math/MathML", tag === "boxed" ? "mrow" : tag);
+  if (tag === "boxed") node.setAttribute("class", "boxed");
+  if (written) node.setAttribute("alttext", written);
+  if (written?.startsWith("\\[") || written?.startsWith("$$")) node.setAttribute("display", "block");
+  node.append(...content.map((part) => (typeof part === "string" ? part : formula(part))));
+  return node;
+}
+
 /** Keeps numbers and their unit on one line. */
 const tidy = (text) => text.replaceAll(" %", "\u00a0%");
 

@@ -14,16 +14,18 @@ from made_stores import PROBLEMS, finished
 
 import evaluate as evaluate_command
 from agents.evaluation.bootstrap import Estimate
-from agents.evaluation.suite import EvaluateConfig
+from agents.evaluation.suite import EvaluateConfig, evaluate
 from agents.evaluation.table import MethodSummary
 from agents.evaluation.walk import run
 from agents.report.gather import gather
+from agents.report.maths import formulas
 from agents.report.positions import positions
 from agents.report.reliability import reliability, scorer_reliability
 from agents.report.render import embedded, render, write
 from agents.report.routers import shown_routers, spread_out
 from agents.report.traces import Traced, choose, flags, problem_record
 from agents.report.walks import CUT_OFF, Paths, follow
+from agents.routers import artefact
 from agents.routers.artefact import Artefact
 from agents.routers.base import Constant, Knob, Mixture, RandomRate, Threshold
 from rollouts.errors import ConfigError
@@ -31,6 +33,8 @@ from rollouts.text.steps import LARGE, SMALL
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import load_trees
 from trim_env.tables import decision_tables
+
+NAMES = "http://www.w3.org/"  # of kinds of elements: nothing is asked there
 
 
 class EverySecond:
@@ -315,6 +319,32 @@ def test_traces_that_do_not_fit_are_left_out_and_counted(page):
         replace(config, report_problems=-1)
 
 
+def test_formulas_are_read_and_other_dollars_are_not():
+    pytest.importorskip("latex2mathml")
+    texts = [
+        r"so \(x^2\) and \[ \begin{aligned} a &= b \end{aligned} \] give $\frac12$ or \boxed{\frac{1}{2}}",
+        r"she paid $5 and $6, $3,$4; $ x $; $\nonsense{3}$ \(\href{javascript:alert(1)}{x}\) $\frac{1$",
+        "$" + "{" * 500 + "}" * 400 + "$",
+    ]
+    found = formulas(texts)
+    assert r"\(x^2\)" in found and r"$\frac12$" in found and found[r"\boxed{\frac{1}{2}}"][1][1][0] == "boxed"
+    assert not [formula for formula in found if "5" in formula or "nonsense" in formula]
+    assert "javascript" not in json.dumps(list(found.values()))
+    assert found[r"$\frac12$"] == ["math", ["mrow", ["mfrac", ["mn", "1"], ["mn", "2"]]]]
+
+
+def test_thresholds_of_ones_own_are_no_baseline(page, tmp_path):
+    about = {"rollouts": {"store": "s", "hash": compile_store(page.store).meta["hash"]}, "cost": "decode-only"}
+    artefact.save(Threshold(0.4), tmp_path / "mine" / "policy", about)
+    config = EvaluateConfig((tmp_path / "mine",), str(page.store), report_problems=2)
+    content = gather(config, evaluate(config))
+    kinds = {method["name"]: method["kind"] for method in content["methods"]}
+    assert kinds["trim-thr"] == "trained" and kinds["trim-thr (swept)"] == "threshold"
+    own, swept = (next(m for m in content["methods"] if m["name"] == name)["points"] for name in kinds if "thr" in name)
+    assert own[0]["label"] == "threshold=0.4" and f"--policy {tmp_path}/mine/policy --models" in own[0]["serve"]
+    assert {point["serve"] for point in swept} == {None}
+
+
 def test_data_cannot_leave_its_block():
     nasty = [*HOSTILE, {"</SCRIPT >": "<!--<script>"}]
     text = embedded(nasty)
@@ -332,7 +362,7 @@ def test_the_page_is_whole_and_lets_nothing_else_run(page):
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
     assert json.loads(data) == page.content
     outside = text.replace(data, "")
-    assert set(re.findall(r"https?://[^\s\"']+", outside)) == {"http://www.w3.org/2000/svg"}
+    assert set(re.findall(r"https?://[^\s\"']+", outside)) == {NAMES + "2000/svg", NAMES + "1998/Math/MathML"}
     assert "$data" not in outside and "$style" not in outside
     assert render(page.content) == text
 

@@ -1,10 +1,11 @@
 """The page in a real browser: by mouse, by keyboard, at the width of a phone, with texts that try to break it."""
 
 import json
+import shlex
 import time
 
 import pytest
-from browser import driver, focused, one, resize, spaced, texts
+from browser import driver, focused, one, resize, spaced, texts, written
 from made_reports import HOSTILE, made_page
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
@@ -169,6 +170,93 @@ def test_flags_in_the_data_follow_from_their_definition(made):
             assert run["flags"] == [name for holds, name in wanted if holds]
 
 
+def facts(page, place):
+    return [spaced(text) for text in texts(page, f"{place} .facts dd")]
+
+
+@pytest.mark.parametrize("wanted", [1, 15, 40, 100])
+def test_a_setting_is_recommended_for_a_budget(page, made, wanted):
+    drag = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))"
+    page.execute_script(drag, one(page, "#deploy-value"), wanted)
+    method = made.content["methods"][0]
+    points = [point for point in method["points"] if point["on_curve"]]
+    within = [point for point in points if point["c"] <= wanted / 100]
+    point = within[-1] if within else points[0]
+    told = facts(page, "#deploy-result")
+    assert told[0] == f"{method['name']}, {point['label']}"
+    assert told[1].startswith(f"{100 * point['accuracy'][0]:.1f} % [") and f"{100 * point['c']:.1f} % [" in told[2]
+    assert (len(texts(page, "#deploy-result .notice")) > 0) == (not within)
+    folder = f"{made.run}/lam-{point['knob']:g}/policy"
+    command = texts(page, "#deploy-command")[0]
+    assert shlex.split(command)[:6] == ["python", "-m", "agents", "serve", "--policy", folder]
+    assert "--prm" in command and "--models models.toml" in command
+
+
+def test_a_goal_and_prices_are_moved_by_keyboard(page, made):
+    goal = one(page, "#deploy-goal")
+    goal.send_keys(Keys.ARROW_DOWN)
+    assert goal.get_attribute("value") == "accuracy"
+    value = one(page, "#deploy-value")
+    value.send_keys(Keys.HOME)
+    points = [point for point in made.content["methods"][0]["points"] if point["on_curve"]]
+    least = float(value.get_attribute("value")) / 100
+    point = next(point for point in points if point["accuracy"][0] >= least)
+    assert facts(page, "#deploy-result")[0].endswith(point["label"])
+    assert "At least" in value.get_attribute("aria-valuetext")
+    value.send_keys(Keys.END)
+    most = max(points, key=lambda point: point["accuracy"][0])
+    assert facts(page, "#deploy-result")[1].startswith(f"{100 * most['accuracy'][0]:.1f} %")
+    one(page, "#deploy-large-price").send_keys(Keys.END)  # 30 a million
+    one(page, "#deploy-small-price").send_keys(Keys.HOME)  # nothing
+    one(page, "#deploy-volume").send_keys(Keys.HOME)  # a thousand problems
+    rows = [
+        [spaced(text) for text in texts(page, f"#deploy-result tbody tr:nth-child({row}) td > span")] for row in (1, 2)
+    ]
+    alone = made.content["alone"]["large"]["large"]
+    assert rows[0][2] == f"$ {0.03 * alone:.2f}" and rows[1][2] == f"$ {0.03 * most['large_tokens']:.2f}"
+    assert f"$ {0.03 * (alone - most['large_tokens']):.2f} of" in facts(page, "#deploy-result")[4]
+    one(page, "#deploy-show").click()
+    assert focused(page) == "problem-list"
+
+
+def test_two_routers_are_compared_on_a_problem(page, made):
+    choose_setting(page, 0)
+    one(page, "#problem-other option[value='2']").click()
+    one(page, "#problem-order option[value=apart]").click()
+    of = {
+        problem["id"]: [problem["runs"][index]["actions"] for index in (0, 2)] for problem in made.content["problems"]
+    }
+    differ = [of[each][0] != of[each][1] for each in ids(page)]
+    assert sorted(differ, reverse=True) == differ and {*differ} == {True, False}
+    both = of[selected(page)]
+    assert len(texts(page, ".run")) == 2 and [len(actions) for actions in both] == [
+        len(texts(page, f".run:nth-child({place}) .step")) for place in (1, 2)
+    ]
+    parting = next(i for i, (one, other) in enumerate(zip(*both, strict=False)) if one != other)
+    marked = (
+        "return [...document.querySelectorAll('.run:first-child .steps > li')].findIndex(e => e.className == 'parting')"
+    )
+    assert page.execute_script(marked) == parting
+    one(page, "#problem-list").send_keys(Keys.END)
+    assert texts(page, ".parting") == [] and "Both do the same here" in one(page, "#problem-detail").text
+    one(page, "#problem-order option[value=cost]").click()
+    costs = {problem["id"]: problem["runs"][0]["large_tokens"] for problem in made.content["problems"]}
+    listed = [costs[each] for each in ids(page)]
+    assert listed == sorted(listed, reverse=True)
+
+
+def test_formulas_are_drawn_and_nothing_else_of_what_models_write(page, made):
+    pytest.importorskip("latex2mathml")
+    drawn = made.content["maths"]["drawn"]
+    assert any("\\frac" in formula for formula in drawn)
+    one(page, "#problem-search").send_keys("frac")
+    assert page.execute_script("return document.querySelectorAll('#problem-detail .question math mfrac').length") >= 1
+    kinds = page.execute_script(
+        "return [...document.querySelectorAll('math, math *')].flatMap(e => e.getAttributeNames())"
+    )
+    assert {*kinds} <= {"alttext", "class", "display"}
+
+
 def test_search_narrows_the_list(page, made):
     search = one(page, "#problem-search")
     search.send_keys("What is 5?")
@@ -216,8 +304,8 @@ def test_a_trace_shows_every_step_and_what_was_rejected(page, made):
             expected.append(taken["text"])
             rejected += [small] if action == "1" else []
             at = taken.get("next")
-        assert texts(page, ".step > .text") == expected
-        assert texts(page, ".rejected del") == [each["text"] for each in rejected]
+        assert written(page, ".step > .text") == expected
+        assert written(page, ".rejected del") == [each["text"] for each in rejected]
         authors = texts(page, ".author")
         assert [("L" if "large" in each else "S") for each in authors] == ["SL"[int(a)] for a in run["actions"]]
         facts = spaced(one(page, "#problem-detail .facts").text)
@@ -294,7 +382,7 @@ def test_hostile_texts_are_only_text(page, made):
     for place in range(len(made.content["problems"])):
         page.execute_script("document.querySelectorAll('[role=option]')[arguments[0]].click()", place)
         assert page.execute_script("return document.querySelectorAll('main img, main iframe, main script').length") == 0
-        question = texts(page, "#problem-detail p.question")[0]
+        question = written(page, "#problem-detail p.question")[0]
         assert question == made.content["problems"][place]["question"]
     assert page.execute_script("return document.styleSheets.length") == 1
     seen = {text for text in HOSTILE if any(text in problem["question"] for problem in made.content["problems"])}

@@ -29,6 +29,7 @@ from rollouts.cli.generate import Expand
 from rollouts.config import load_family
 from rollouts.errors import StoreError
 from rollouts.family import Family
+from rollouts.scoring.base import EXAMPLES, self_test_examples
 from rollouts.store.rows import Rows
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
@@ -191,6 +192,7 @@ def test_the_service_records_what_is_of_the_rollouts_process(
         running.stop()
     store = Store(tmp_path / "s")
     first, second = store.problems()
+    assert self_test_examples([first, second]) != EXAMPLES  # `expand` tests the scorer on paths of their kind
     assert (first.answer, second.split) == ("1824", UNANSWERED) and first.split != UNANSWERED
     assert set(store.names("scores")) == {"served", "tinymath-prm"}
     (tree,) = load_trees(store, [first], None, 2)
