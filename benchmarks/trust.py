@@ -89,20 +89,22 @@ def _problems(split: str, count: int) -> list[Problem]:
     return [problem for problem in Store("quickstart").problems() if problem.split == split][:count]
 
 
-async def _ask(service: Running, problems: Sequence[Problem], clients: int) -> list[dict[str, Any]]:
-    """Return what the service tells of each problem, with whose answers it is asked."""
+async def _ask(service: Running, problems: Sequence[Problem], clients: int, kept: Path | None = None) -> None:
+    """Ask problems, with their answers; what the service tells of each is appended to a file of JSON lines."""
     slots = asyncio.Semaphore(clients)
     async with connected() as session:
 
-        async def one(problem: Problem) -> dict[str, Any]:
+        async def one(problem: Problem) -> None:
             message = {"role": "user", "content": problem.question}
             asked = {"messages": [message], "trace": True, "metadata": {"answer": problem.answer}}
             async with slots, session.post(f"{service.url}/v1/chat/completions", json=asked) as answer:
                 answer.raise_for_status()
-                told: dict[str, Any] = (await answer.json())["trim"]
-                return told
+                told = (await answer.json())["trim"]
+            if kept is not None:
+                with kept.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([problem.id, told]) + "\n")
 
-        return await asyncio.gather(*map(one, problems))
+        await asyncio.gather(*map(one, problems))
 
 
 # ---------------------------------------------------------------- shadows
@@ -110,14 +112,18 @@ async def _ask(service: Running, problems: Sequence[Problem], clients: int) -> l
 
 def _watched(settings: Settings, model: str, problems: Sequence[Problem]) -> list[dict[str, Any]]:
     """Return what the shadow tells of each problem, where one model answers."""
-    kept = settings.work / f"shadow-{model}-{len(problems)}.json"
-    if not kept.exists():
+    kept = settings.work / f"shadow-{model}.jsonl"
+
+    def known() -> dict[str, dict[str, Any]]:
+        rows = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
+        return {name: told["shadow"] for name, told in map(json.loads, rows)}
+
+    if left := [problem for problem in problems if problem.id not in known()]:
         flags = ("--budget", settings.budget, "--shadow", model, "--request-timeout", 3000)
         with _live(settings.work) as on, on.service(*flags, policy=DEMO) as service:
-            told = asyncio.run(_ask(service, problems, settings.clients))
-        kept.write_text(json.dumps([each["shadow"] for each in told]), encoding="utf-8")
-    found: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8"))
-    return found
+            asyncio.run(_ask(service, left, settings.clients, kept))
+    told = known()
+    return [told[problem.id] for problem in problems]
 
 
 def _by_problem(shadows: Sequence[dict[str, Any]], problems: Sequence[Problem]) -> dict[str, Floats]:
