@@ -13,6 +13,7 @@ import tyro
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
@@ -43,6 +44,18 @@ LAYOUTS = ("qwen2.5-math-prm", "skywork-o1", "math-shepherd", "rlhflow")
 """Kinds of reward models, by how they are read (`rollouts.text.layouts`)."""
 _TAGGED = ("qwen2.5-math-prm", "math-shepherd")
 _SPOKEN_TO = ("qwen2.5-math-prm", "rlhflow")
+
+
+def _urls(given: Any) -> Any:
+    if isinstance(given, str):
+        return [url.strip() for url in given.split(",")]
+    if isinstance(given, list | tuple) and all(isinstance(each, str) for each in given):
+        return [url for each in given for url in _urls(each)]
+    return given
+
+
+Urls = Annotated[tuple[str, ...], BeforeValidator(_urls)]
+"""URLs of one server or of several: a text, with commas between them, or a list."""
 
 
 class _Section(BaseModel):
@@ -141,11 +154,11 @@ class ModelConfig(_Section):
         dtype: ``auto``, ``bfloat16``, ``float16``, ``float32`` or (transformers only) ``float64``.
         max_batch: Most sequences decoded together.
         threads: CPU threads of the engine; 0 lets it decide.
-        url: Base URL of a server, such as ``http://localhost:8000/v1``.
+        url: Base URL of a server, such as ``http://localhost:8000/v1``, or a list of them that all serve this model.
         api_key_env: Name of the environment variable that holds the server's key.
         timeout_s: Longest time of one HTTP request, seconds; one that may decode more than 512 tokens, as whole
             solutions, has proportionally longer: 2,048 tokens four times as long.
-        concurrency: Most HTTP requests under way at once.
+        concurrency: Most HTTP requests under way at once at each server.
         retries: Attempts after a failed one before a server counts as gone.
         price_input: Price of a million prompt tokens, for estimates.
         price_output: Price of a million decoded tokens, for estimates.
@@ -165,7 +178,7 @@ class ModelConfig(_Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
     max_batch: Count = 256
     threads: Annotated[int, Field(ge=0)] = 0
-    url: str | None = None
+    url: Urls = ()
     api_key_env: str | None = None
     timeout_s: Positive = 120.0
     concurrency: Count = 64
@@ -175,8 +188,10 @@ class ModelConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
-        if (self.backend == "server") != (self.url is not None):
+        if (self.backend == "server") != bool(self.url):
             raise ValueError("`url` belongs to backend 'server', and that backend needs it")
+        if len({url.rstrip("/") for url in self.url}) < len(self.url):
+            raise ValueError("`url` names a server twice")
         if self.dtype == "float64" and self.backend != "transformers":
             raise ValueError("dtype 'float64' is for the transformers backend")
         return self

@@ -54,7 +54,7 @@ def run(config: DemoConfig) -> int:
 
     with socket.create_server((_HOST, 0)) as listening:
         url = f"http://{_HOST}:{listening.getsockname()[1]}"
-        small, large, prm = (f"{url}/{role}/v1" for role in ("small", "large", "prm"))
+        small, large, prm = ((f"{url}/{role}/v1",) for role in ("small", "large", "prm"))
         router = str(files("agents.demo") / "router")
         asked = ServeConfig(
             policy=router, small=small, large=large, prm=prm, port=port, budget=_BUDGET, playground=True

@@ -62,16 +62,14 @@ def family_of(config: ServeConfig, about: dict[str, Any], *, scorer: bool = True
     return parse_family(values)
 
 
-def _server(model: ModelConfig, url: str | None, flag: str, config: ServeConfig) -> dict[str, Any]:
-    """Return what a model's configuration says behind a server."""
-    url = url or model.url
-    if url is None:
+def _server(model: ModelConfig, flags: tuple[str, ...], flag: str, config: ServeConfig) -> dict[str, Any]:
+    """Return what a model's configuration says behind its servers."""
+    urls = [url.rstrip("/") for url in flags or model.url]
+    if not urls:
         raise ConfigError(f"Where is its server? Give --{flag} http://host:port/v1.")
-    if url.rstrip("/").count("/") == 2:
-        url = url.rstrip("/") + "/v1"
     return {
         "backend": "server",
-        "url": url,
+        "url": [f"{url}/v1" if url.count("/") == 2 else url for url in urls],
         "tokenizer": model.tokenizer or model.model,
         "api_key_env": model.api_key_env or config.upstream_key_env,
         "dtype": "auto",
@@ -182,7 +180,7 @@ class Server:
             loop.add_signal_handler(signal.SIGHUP, loop.run_in_executor, None, self.reload)
         try:
             await self.models.start()
-            up = ", ".join(f"{role} {'up' if each.up else 'DOWN'}" for role, each in self.models.upstreams.items())
+            up = ", ".join(f"{role} {each}" for role, each in self.models.upstreams.items())
             print(f"Serving {self.service.name!r} at {self.url} ({up}).", flush=True)
             if self.service.config.playground:
                 print(f"Playground: {self.url.removesuffix('v1')}", flush=True)

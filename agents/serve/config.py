@@ -11,10 +11,11 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field
 
-from rollouts.config import Count, Imports, NotNegative, Positive, settings
+from rollouts.config import Count, Imports, NotNegative, Positive, Urls, settings
 from rollouts.errors import ConfigError
 from rollouts.text.steps import ROLES
 
+_REPLACED = {"--small", "--large", "--prm"}
 Fallback = Literal["small", "large", "error"]
 """Who writes a step whose proposal cannot be scored; ``error`` ends the request."""
 
@@ -28,7 +29,8 @@ class ServeConfig:
         also: NAME=DIR, another policy for the same models, asked for by that name; may be repeated.
         ab: NAME=SHARE, share of the requests that name no model, or the first, that another policy gets, by a hash of
             their text; may be repeated.
-        small: Base URL of the small model's server, http://host:8001/v1; default: the models file's.
+        small: Base URL of the small model's server, http://host:8001/v1; default: the models file's. Of several that
+            all serve it, a list with commas between them, or the flag again.
         large: Base URL of the large model's server; likewise.
         prm: Base URL of the reward model's server; likewise.
         models: The models file that the rollouts were generated with: prompts, sampling and limits are taken from
@@ -66,7 +68,7 @@ class ServeConfig:
         log_format: text, or json: an object a line, with the id of the request (header ``X-Request-ID``).
         otel: Send spans of requests and steps by OpenTelemetry, over HTTP, as its OTEL_* environment variables say.
         config: TOML file with any of these settings, by the names of their flags; flags have the last word, and those
-            that may be repeated add to it.
+            that may be repeated add to it, but for servers.
         prices: ROLE=IN,OUT, money for a million tokens that small, large or scorer reads and decodes (OUT may be left
             out); gives ``trim_cost`` and ``trim_cost_saved``; may be repeated.
         playground: Show a page at / on which problems are solved step by step, and let it ask one model alone.
@@ -75,9 +77,9 @@ class ServeConfig:
     policy: str
     also: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     ab: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    small: str | None = None
-    large: str | None = None
-    prm: str | None = None
+    small: Annotated[Urls, tyro.conf.UseAppendAction] = ()
+    large: Annotated[Urls, tyro.conf.UseAppendAction] = ()
+    prm: Annotated[Urls, tyro.conf.UseAppendAction] = ()
     models: str | None = None
     name: str | None = None
     host: str = "127.0.0.1"
@@ -146,9 +148,11 @@ def with_file(arguments: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: It cannot be read, or a value is none that a flag can have.
     """
+    given = {word.partition("=")[0] for word in arguments}
     files = [after for flag, after in zip(arguments, [*arguments[1:], ""], strict=False) if flag == "--config"]
     files += [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
-    return [*(word for file in files for word in _flags(file)), *arguments]
+    found = (word for file in files for word in _flags(file))
+    return [*(word for word in found if word.partition("=")[0] not in _REPLACED & given), *arguments]
 
 
 def _flags(file: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from rollouts.text.steps import LARGE, ROLES, SMALL
+from rollouts.text.steps import LARGE, SMALL
 
 if TYPE_CHECKING:
     from agents.serve.models import Spent
@@ -73,23 +73,23 @@ class Metrics:
         words = "Time of a step that was not waiting for upstreams."
         self.overhead = histogram("trim_router_seconds", words, buckets=_SHORT)
         words = "Duration of answered upstream requests."
-        self.upstream_seconds = histogram("trim_upstream_seconds", words, ["model"], buckets=_SECONDS)
-        self.upstream_errors = counter("trim_upstream_errors", "Failed upstream requests.", ["model", "kind"])
-        self.upstream_up = gauge("trim_upstream_up", "Whether an upstream answers.", ["model"])
+        by_server = ["model", "server"]  # its place among the URLs of the model, from 1
+        self.upstream_seconds = histogram("trim_upstream_seconds", words, by_server, buckets=_SECONDS)
+        self.upstream_errors = counter("trim_upstream_errors", "Failed upstream requests.", [*by_server, "kind"])
+        self.upstream_up = gauge("trim_upstream_up", "Whether an upstream answers.", by_server)
         self._steps = {author: self.steps.labels(author) for author in (SMALL, LARGE)}
-        self._answered = {role: self.upstream_seconds.labels(role) for role in (*ROLES, SCORER)}
 
-    def upstream_answered(self, role: str, seconds: float) -> None:
+    def upstream_answered(self, role: str, server: int, seconds: float) -> None:
         """Count an answer of an upstream."""
-        self._answered[role].observe(seconds)
+        self.upstream_seconds.labels(role, server).observe(seconds)
 
-    def upstream_failed(self, role: str, kind: str) -> None:
+    def upstream_failed(self, role: str, server: int, kind: str) -> None:
         """Count a failed attempt."""
-        self.upstream_errors.labels(role, kind).inc()
+        self.upstream_errors.labels(role, server, kind).inc()
 
-    def upstream_state(self, role: str, up: bool) -> None:
+    def upstream_state(self, role: str, server: int, up: bool) -> None:
         """Note whether an upstream is there."""
-        self.upstream_up.labels(role).set(up)
+        self.upstream_up.labels(role, server).set(up)
 
     def step(self, author: str, escalated: bool, fallback: bool, overhead: float) -> None:
         """Count an accepted step; `overhead` in seconds."""

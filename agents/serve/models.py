@@ -19,7 +19,7 @@ from typing import Any
 
 from agents.serve.metrics import SCORER, Metrics
 from agents.serve.sources import Sources, Told
-from agents.serve.upstreams import Probe, Unavailable, Upstream
+from agents.serve.upstreams import Probe, Unavailable, Upstreams
 from rollouts.config import FamilyConfig, GeneratorConfig, Limits, ModelConfig, Sampling, ScorerConfig
 from rollouts.errors import BackendError, ConfigError
 from rollouts.family import Family
@@ -171,7 +171,7 @@ class Models:
                 self._reward = reward_layout(scorer, prompts.tokenizer, date=self.family.date, **kept)
                 roles[SCORER] = scorer.model, _scores(self._reward.reading)
         self.upstreams = {
-            role: Upstream(role, model, probe, timeout_s, metrics) for role, (model, probe) in roles.items()
+            role: Upstreams(role, model, probe, timeout_s, metrics) for role, (model, probe) in roles.items()
         }
         self._brought = lru_cache(maxsize=_SYSTEM_PROMPTS)(partial(self._with_system_prompt, remembered=_BROUGHT))
         self._own = {
@@ -300,7 +300,7 @@ class Models:
                 return most is None
 
             with ledger.waiting():
-                said = await self.upstreams[LARGE].post(chat.path, payload, read_said, lost, budget)
+                said = await self.upstreams[LARGE].post(chat.path, payload, read_said, lost, budget, task.question)
             spent.add(said.prompt_tokens, said.tokens)
             spent.reasoning_tokens += said.hidden
             return said
@@ -315,17 +315,18 @@ class Models:
     async def _complete(
         self, role: str, window: int, request: CompletionRequest, ledger: Ledger, *, capped: bool
     ) -> Completion:
-        spent, upstream = ledger.roles[role], self.upstreams[role]
+        spent, upstreams = ledger.roles[role], self.upstreams[role]
 
         def lost() -> bool:
             spent.aborted_tokens += request.max_tokens
             return not capped
 
         def send(path: str, body: Mapping[str, Any], read: Callable[[Any], Any]) -> Awaitable[Any]:
-            return upstream.post(path, body, lambda answer: _checked(read(answer), request.max_tokens), lost)
+            checked = partial(_checked, read, request.max_tokens)
+            return upstreams.post(path, body, checked, lost, about=request.about)
 
         with ledger.waiting():
-            completion = await upstream.wire.complete(send, window, request)
+            completion = await upstreams.wire.complete(send, window, request)
         spent.add(len(request.prompt_ids), completion.tokens)
         return completion
 
@@ -353,7 +354,8 @@ class Models:
         request, large = LogprobRequest(ids[:end], begin, entropies=True), self.upstreams[LARGE]
         with ledger.waiting():
             try:
-                found = await large.wire.likelihood(large.post, self.window(LARGE), request)
+                send = partial(large.post, about=task.question)
+                found = await large.wire.likelihood(send, self.window(LARGE), request)
             except BackendError as error:
                 raise Unavailable(LARGE, "malformed", str(error)) from None
         ledger.roles[LARGE].add(end)
@@ -428,14 +430,15 @@ class Models:
         return verdict.score
 
 
-def _checked(read: Any, most: int) -> Any:
-    """Return what was read of an answer, if it is no completion of another length than can be."""
-    if not isinstance(read, Completion):
-        return read
-    if not 1 <= read.tokens <= most:
-        raise ValueError(f"{read.tokens} tokens, expected 1 to {most}")
+def _checked(read: Callable[[Any], Any], most: int, body: Any) -> Any:
+    """Return what is read of an answer, if it is no completion of another length than can be."""
+    found = read(body)
+    if not isinstance(found, Completion):
+        return found
+    if not 1 <= found.tokens <= most:
+        raise ValueError(f"{found.tokens} tokens, expected 1 to {most}")
     # JSON may hold halves of pairs
-    return replace(read, text=read.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return replace(found, text=found.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
 
 def _generates(likelihood: bool, looks: bool = False) -> Probe:

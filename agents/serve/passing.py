@@ -18,14 +18,11 @@ from agents.serve import api
 from agents.serve.api import OURS, ApiError
 from agents.serve.route import ENDING
 from agents.serve.service import Service
-from agents.serve.upstreams import Unavailable
-from rollouts.models.server.connection import Broken
+from agents.serve.upstreams import Unavailable, Upstream
 
 MARK = "X-Trim-Passed-To"
 """Header of answers that one model gave alone."""
 _log = logging.getLogger("trim.serve")
-_OWN = range(400, 500)  # statuses that are about the request, but for these:
-_ABOUT_US = (401, 402, 403, 404, 408, 429)
 _DATA = re.compile(rb"^data:(.*?)(?:\r?\n){2}", re.MULTILINE)
 
 
@@ -77,36 +74,32 @@ class Passed:
             raise
 
     async def _answered(self) -> Response:
-        upstream, headers = self.service.models.upstreams[self.role], {MARK: self.role}
+        upstreams, headers = self.service.models.upstreams[self.role], {MARK: self.role}
         try:
             async with self._in_time():
-                answer = await self._stack.enter_async_context(upstream.open("chat/completions", self._body))
-                streams = answer.status == 200 and answer.headers.get("Content-Type", "").startswith(
-                    "text/event-stream"
-                )
-                content = b"" if streams else await answer.read()
-        except (Broken, Unavailable) as error:
+                opened = await self._stack.enter_async_context(upstreams.open("chat/completions", self._body))
+        except Unavailable as error:
             raise self._failed(str(error)) from None
         except TimeoutError:
             raise self._late() from None
-        if streams:
+        if opened.chunks is not None:
             return StreamingResponse(
-                self._events(answer.content.iter_any()),
+                self._events(opened.upstream, opened.chunks),
                 media_type="text/event-stream",
                 headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
                 background=BackgroundTask(self._stack.aclose),  # if the client left between two chunks
             )
-        if answer.status != 200 and (answer.status not in _OWN or answer.status in _ABOUT_US):
-            raise self._failed(f"HTTP {answer.status}: {content[:300]!r}")
         try:
-            response = JSONResponse({**json.loads(content), "trim": self.mark}, answer.status, headers)
+            response = JSONResponse({**json.loads(opened.content), "trim": self.mark}, opened.status, headers)
         except (ValueError, TypeError, RecursionError):
-            raise self._failed(f"an answer that cannot be read: {content[:80]!r}") from None
-        self._note(answer.status)
+            fault = Unavailable(self.role, "malformed", f"an answer that cannot be read: {opened.content[:80]!r}")
+            opened.upstream.failed(fault)
+            raise self._failed(str(fault)) from None
+        self._note(opened.status)
         await self._stack.aclose()
         return response
 
-    async def _events(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _events(self, upstream: Upstream, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Give the events as they come, with the mark in the first that has data."""
         begun, marked = b"", False
         try:
@@ -120,7 +113,9 @@ class Passed:
         except TimeoutError:
             yield _error(self._late())
         except Exception as error:  # the connection broke
-            yield _error(self._failed(f"{type(error).__name__}: {error}"))
+            fault = Unavailable(self.role, "connection", f"{type(error).__name__}: {error}")
+            upstream.failed(fault)
+            yield _error(self._failed(str(fault)))
         finally:
             await self._stack.aclose()
 
@@ -150,8 +145,7 @@ class Passed:
         return self._error(504, "Time was up before the answer was complete.", "GatewayTimeoutError")
 
     def _failed(self, words: str) -> ApiError:
-        _log.warning("%s: %s", self.role, words)
-        self.service.metrics.upstream_failed(self.role, "passed")
+        _log.warning("passed on: %s", words)
         return self._error(503, f"The {self.role} model does not answer.", "ServiceUnavailableError")
 
     def _error(self, status: int, words: str, kind: str) -> ApiError:

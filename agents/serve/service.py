@@ -359,7 +359,8 @@ class Service:
 
     def health(self) -> dict[str, Any]:
         """Return which upstreams answer, as far as is known; nobody is asked."""
-        up = {role: upstream.up for role, upstream in self.models.upstreams.items()}
-        status = "ok" if all(up.values()) else "degraded" if any(up[role] for role in ROLES) else "unavailable"
-        why = {role: {} if up[role] else {"why": each.why} for role, each in self.models.upstreams.items()}
-        return {"status": status, "upstreams": {role: {"up": up[role], **why[role]} for role in up}}
+        found = self.models.upstreams
+        up = {role: upstreams.up for role, upstreams in found.items()}
+        all_up = all(each.trouble is None for upstreams in found.values() for each in upstreams.each)
+        status = "ok" if all_up else "degraded" if any(up[role] for role in ROLES) else "unavailable"
+        return {"status": status, "upstreams": {role: upstreams.health() for role, upstreams in found.items()}}

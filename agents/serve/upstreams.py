@@ -1,4 +1,4 @@
-"""Exchanges with one upstream server: shared connections, time limits, and whether it is there.
+"""Exchanges with upstream servers: shared connections, time limits, who is there, and who is asked instead.
 
 Knows neither prompts nor routing. Made for serving, where waiting is what must not happen; generating rollouts has the
 opposite needs and its own client (`rollouts.models.server.http`).
@@ -22,6 +22,7 @@ from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError, did_you_mean
 from rollouts.models.server.connection import Answer, Broken, Connection, patience
 from rollouts.models.server.dialects import wire_of
+from rollouts.models.server.pool import NobodyThere, Pool, another, told_of
 from rollouts.models.server.wire import Wire
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ _PROBE_S = 3.0  # longest wait for a probe, twice as long for each that failed s
 _PAUSE_S = 0.5  # between two of them: together what a recovery may stay unnoticed
 _IN_A_ROW = 3  # connections that fail in a row: nobody is there
 _LONGEST_PATIENCE_S = 2.0  # "busy" servers that ask for longer pauses count as unavailable for this request
+_LONGEST_REST_S = 30.0  # that a "busy" server is spared while there are others
 _BUSY = (429, 503)
 _UNASKED = "not asked yet"
 
@@ -42,6 +44,7 @@ class Unavailable(Exception):
         role: ``small``, ``large`` or ``scorer``.
         kind: ``down``, ``timeout``, ``connection``, ``status``, ``busy``, ``malformed`` or ``refused``.
         pause: Seconds after which the request may be sent once more; None if it may not.
+        elsewhere: Whether another upstream may be sent it at once.
         suspect: Whether the upstream may be down, or be another one.
         lost: Whether the upstream may have worked on it.
     """
@@ -59,6 +62,7 @@ class Unavailable(Exception):
         """Say why; `words` are for the log, as they may be the upstream's own."""
         super().__init__(f"{role}: {words}")
         self.role, self.kind, self.pause, self.suspect, self.lost = role, kind, pause, suspect, lost
+        self.elsewhere = kind not in ("timeout", "refused")  # these are about the request
 
 
 @dataclass(frozen=True)
@@ -84,39 +88,50 @@ class Upstream:
     After a failed exchange it is identified anew and sent the probe. It is *down* after `_IN_A_ROW` connections in a
     row that failed (those that break together count once), after a probe that it answers wrongly, or that it leaves
     without an answer when a request was, too, and nothing was answered within the time limit of a request: slow is not
-    down. Then requests fail at once, without waiting, while the probe is repeated until it is answered, so that a
-    recovery is noticed within about `_PROBE_S` + `_PAUSE_S` seconds. Cancelling a request closes its connection, which
-    ends the generation there.
+    down; and as long as it has another model than the others of its role. Then it is sent no requests, while the probe
+    is repeated until it is answered, so that a recovery is noticed within about `_PROBE_S` + `_PAUSE_S` seconds.
+    Cancelling a request closes its connection, which ends the generation there.
 
     Attributes:
         role: ``small``, ``large`` or ``scorer``.
+        number: Its place among those of the role, from 1.
         url: Base URL without credentials.
+        busy: Requests that it has.
         model: Name that the server gives the model, once it is known.
+        told: What else it tells of the model.
         window: Its window in tokens, as far as the server has told.
         wire: How it is asked.
         trouble: Why it counts as down; None while it is up.
         why: The same in a word, without the upstream's own ones.
     """
 
-    def __init__(self, role: str, model: ModelConfig, probe: Probe, timeout_s: float, metrics: Metrics) -> None:
+    def __init__(
+        self, role: str, model: ModelConfig, url: str, probe: Probe, timeout_s: float, metrics: Metrics,
+        others: list[Upstream],
+    ) -> None:  # fmt: skip
         """Prepare the connections; nothing is sent before `start`.
 
         Args:
             role: Named in errors.
-            model: URL, key, and the names that the server may use for the model.
+            model: Key, and the names that the server may use for the model.
+            url: Where it is.
             probe: The smallest real request.
             timeout_s: Longest time of one request, seconds.
             metrics: What counts its answers and failures.
+            others: The upstreams of the role before it; they get this one, too.
 
         Raises:
             ConfigError: The URL is none, or the variable with the key is not set.
         """
-        self.role = role
-        self._connection = Connection(role, model, _CONNECT_S, tracing.forwarded)
+        self.role, self._all, self.number = role, others, len(others) + 1
+        others.append(self)
+        self._connection = Connection(role, model, url, _CONNECT_S, tracing.forwarded)
         self.url = self._connection.url
         self._names, self._probe, self._timeout, self._metrics = _names(model), probe, timeout_s, metrics
-        self._slots = asyncio.Semaphore(model.concurrency)
+        self.changed: Callable[[], None] = lambda: None
+        self.busy, self._resume_at = 0, -math.inf
         self.model: str | None = None
+        self.told: Mapping[str, Any] = {}
         self.window: int | None = None
         self.wire = Wire()
         self.trouble: str | None = _UNASKED
@@ -124,12 +139,17 @@ class Upstream:
         self._watcher: asyncio.Task[None] | None = None
         self._broken, self._broken_at = 0, -math.inf  # connections in a row, and when the last one broke
         self._answered_at = self._timed_out_at = -math.inf
-        metrics.upstream_state(role, False)
+        metrics.upstream_state(role, self.number, False)
 
     @property
-    def up(self) -> bool:
+    def well(self) -> bool:
         """Whether requests are sent at all."""
-        return self.trouble is None
+        return self.trouble is None and self.model is not None
+
+    @property
+    def resting(self) -> bool:
+        """Whether it has asked for a pause."""
+        return self._resume_at > time.monotonic()
 
     async def start(self) -> None:
         """Ask once; go on asking in the background if there is no answer.
@@ -148,51 +168,42 @@ class Upstream:
                 await self._watcher
         await self._connection.close()
 
-    async def post(
-        self,
-        path: str,
-        payload: Mapping[str, Any],
-        parse: Callable[[Any], T],
-        lost: Callable[[], bool] = lambda: True,
-        tokens: int = 0,
-    ) -> T:
-        """Send a request and return what `parse` makes of the answer; once more if the connection broke or it was busy.
-
-        Args:
-            path: Below the base URL; below the root if it begins with a slash.
-            payload: The body, but for the model's name.
-            parse: May raise ValueError, LookupError, TypeError or BackendError for an answer that makes no sense.
-            lost: Called when the upstream may have worked on a request in vain, one that is cancelled included; returns
-                whether it may be sent once more.
-            tokens: Most tokens that it decodes, hidden ones too; it has as much more time as they are more than 512.
-
-        Raises:
-            Unavailable: There was no usable answer, or the upstream is down.
-        """
-        async with self._slots:
-            try:
-                return await self._attempt(path, payload, parse, lost, tokens)
-            except Unavailable as fault:
-                if fault.pause is None:
-                    raise
-                await asyncio.sleep(fault.pause)
-                if not self.up:
-                    raise
-            return await self._attempt(path, payload, parse, lost, tokens)
-
     @contextlib.asynccontextmanager
-    async def open(self, path: str, payload: Mapping[str, Any]) -> AsyncIterator[Any]:
-        """Send a request once and give the answer whose body is still to come, as `Connection.open` does.
+    async def open(self, path: str, payload: Mapping[str, Any]) -> AsyncIterator[Opened]:
+        """Send a request as it is, but for the model's name, and give its answer, if it is about the request.
 
         Raises:
-            Unavailable: The upstream is down.
+            Unavailable: There is none.
         """
-        if self.trouble is not None or self.model is None:
-            raise Unavailable(self.role, "down", self.trouble or "its model is not known")
-        async with self._slots, self._connection.open(path, {**payload, "model": self.model}) as answer:
-            yield answer
+        began = time.monotonic()
+        try:
+            async with self._connection.open(path, {**payload, "model": self.model}) as answer:
+                if answer.status == 200 and answer.headers.get("Content-Type", "").startswith("text/event-stream"):
+                    chunks = answer.content.iter_any()
+                    yield Opened(self, answer.status, b"", _all(await anext(chunks, b""), chunks))
+                    return
+                whole = Answer(answer.status, answer.headers, await answer.read())
+        except Broken as error:
+            raise self._broke(error, began) from None
+        except asyncio.CancelledError:
+            if time.monotonic() - began >= self._timeout:  # nobody was as patient
+                self._timed_out_at = time.monotonic()
+                self._watch()
+            raise
+        if not whole.ok and (fault := self._refusal(whole)).kind != "refused":
+            raise fault
+        yield Opened(self, whole.status, whole.body)
 
-    async def _attempt(
+    def failed(self, fault: Unavailable) -> None:
+        """Count a failure, and ask whether the upstream is there if that is in question."""
+        self._metrics.upstream_failed(self.role, self.number, fault.kind)
+        _log.warning("%s", fault)
+        if fault.kind == "timeout":
+            self._timed_out_at = time.monotonic()
+        if fault.suspect:
+            self._watch()
+
+    async def post(
         self,
         path: str,
         payload: Mapping[str, Any],
@@ -200,26 +211,20 @@ class Upstream:
         lost: Callable[[], bool],
         tokens: int,
     ) -> T:
-        if self.trouble is not None or self.model is None:
-            raise Unavailable(self.role, "down", self.trouble or "its model is not known")
+        """Do as `Upstreams.post` does, once."""
         began = time.monotonic()
         try:
             timeout = patience(self._timeout, tokens)
             answer = await self._exchange(path, {"model": self.model, **payload}, parse, timeout)
         except Unavailable as fault:
-            self._metrics.upstream_failed(self.role, fault.kind)
-            _log.warning("%s", fault)
-            if fault.kind == "timeout":
-                self._timed_out_at = time.monotonic()
-            if fault.suspect:
-                self._watch()
+            self.failed(fault)
             if fault.lost and not lost():
-                fault.pause = None
+                fault.pause, fault.elsewhere = None, False
             raise
         except asyncio.CancelledError:
             lost()
             raise
-        self._metrics.upstream_answered(self.role, time.monotonic() - began)
+        self._metrics.upstream_answered(self.role, self.number, time.monotonic() - began)
         self._answered_at = time.monotonic()
         return answer
 
@@ -231,13 +236,7 @@ class Upstream:
         except TimeoutError:
             raise Unavailable(self.role, "timeout", f"no answer within {timeout:g} s", lost=True) from None
         except Broken as error:
-            if began >= self._broken_at:  # those that break together count once
-                self._broken, self._broken_at = self._broken + 1, time.monotonic()
-            if self._broken >= _IN_A_ROW:
-                self._set(str(error), "connection")
-                self._watch()
-            pause = None if error.refused else 0.0
-            raise Unavailable(self.role, "connection", str(error), pause, lost=not error.refused) from None
+            raise self._broke(error, began) from None
         self._broken = 0
         if not answer.ok:
             raise self._refusal(answer)
@@ -249,14 +248,24 @@ class Upstream:
             words = f"an answer that cannot be read: {answer.text[:80]!r}, {type(error).__name__}: {error}"
             raise Unavailable(self.role, "malformed", self._connection.clean(words), 0.0, lost=True) from None
 
+    def _broke(self, error: Broken, began: float) -> Unavailable:
+        if began >= self._broken_at:  # those that break together count once
+            self._broken, self._broken_at = self._broken + 1, time.monotonic()
+        if self._broken >= _IN_A_ROW:
+            self._set(str(error), "connection")
+            self._watch()
+        pause = None if error.refused else 0.0
+        return Unavailable(self.role, "connection", str(error), pause, lost=not error.refused)
+
     def _refusal(self, answer: Answer) -> Unavailable:
         status = answer.status
         words = f"HTTP {status}: {self._connection.clean(answer.words)[:300]}"
         if status in _BUSY and not answer.unpaid:
             pause = max(answer.retry_after, 0.25)
+            self._resume_at = time.monotonic() + min(pause, _LONGEST_REST_S)
             patient = pause if pause <= _LONGEST_PATIENCE_S else None
             return Unavailable(self.role, "busy", words, patient, suspect=status == 503)
-        if 400 <= status < 500 and status not in (401, 403, 404) and not answer.unpaid:
+        if 400 <= status < 500 and status not in (401, 403, 404, 408) and not answer.unpaid:
             return Unavailable(self.role, "refused", words)  # perhaps its window is another one now
         return Unavailable(self.role, "status", words, lost=status >= 500)
 
@@ -291,7 +300,7 @@ class Upstream:
             if fault.kind == "timeout" and not unknown and not self._silent:  # slow, as far as is known
                 self._set(None)
                 return False
-            if fault.kind != "connection" or not self.up:
+            if fault.kind != "connection" or not self.well:
                 words = str(fault).removeprefix(f"{self.role}: ")
                 self._set(words, words.partition(":")[0] if words.startswith("HTTP ") else fault.kind)
             return False
@@ -339,27 +348,192 @@ class Upstream:
             if self._probe.adapt is None:
                 raise  # vendors of chats list nothing, or not everything that they serve
         known = next((name for name in self._names if name in cards), None)
-        if self._probe.adapt is not None:
-            self.model = known or self._names[0]
-            return
-        if known is None:
+        if known is None and self._probe.adapt is None:
             raise ConfigError(
                 f"{self.role}: {self.url} does not serve {self._names[0]!r}.{did_you_mean(self._names[0], cards)} "
                 "Start it with --served-model-name, or name its model as the server does in the models file."
             )
-        self.wire = wire_of(cards[known])
-        self.window = self.wire.window(cards[known])
-        self.model = known
+        told = told_of(cards.get(known or "", {}))
+        for other in self._all:
+            if other is not self and other.well and (differs := another(other.told, told)):
+                raise ConfigError(f"{self.role}: {self.url} serves another model than {other.url}: {differs}.")
+        self.told = told
+        if self._probe.adapt is None:
+            self.wire = wire_of(told)
+            self.window = self.wire.window(cards[known or ""])
+        self.model = known or self._names[0]
 
     def _set(self, trouble: str | None, why: str | None = None) -> None:
         before, self.trouble, self.why = self.trouble, trouble, why
+        self.changed()
         if (trouble is None) == (before is None) and before != _UNASKED:
             return
-        self._metrics.upstream_state(self.role, trouble is None)
+        self._metrics.upstream_state(self.role, self.number, trouble is None)
         if trouble is None:
             _log.warning("%s: %s answers", self.role, self.url)
         else:
             _log.warning("%s: %s is down: %s", self.role, self.url, trouble)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An answer to a request that was sent as it is.
+
+    Attributes:
+        upstream: Whose it is.
+        status: HTTP status.
+        content: All of it, unless it is a stream of events.
+        chunks: The stream.
+    """
+
+    upstream: Upstream
+    status: int
+    content: bytes
+    chunks: AsyncIterator[bytes] | None = None
+
+
+async def _all(first: bytes, others: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for each in others:
+        yield each
+
+
+class Upstreams:
+    """The upstream servers of one role, which all have one model and share its requests (`Pool`).
+
+    Attributes:
+        role: ``small``, ``large`` or ``scorer``.
+        each: The servers.
+    """
+
+    def __init__(self, role: str, model: ModelConfig, probe: Probe, timeout_s: float, metrics: Metrics) -> None:
+        """Prepare the connections; nothing is sent before `start`. The arguments are those of `Upstream`.
+
+        Raises:
+            ConfigError: A URL is none, or the variable with the key is not set.
+        """
+        self.role, self.each = role, list[Upstream]()
+        for url in model.url:
+            Upstream(role, model, url, probe, timeout_s, metrics, self.each)
+        self._pool = Pool(self.each, model.concurrency, patient=False)
+        for upstream in self.each:
+            upstream.changed = self._pool.changed
+
+    @property
+    def up(self) -> bool:
+        """Whether requests are sent at all."""
+        return any(each.trouble is None for each in self.each)
+
+    @property
+    def _speaker(self) -> Upstream:
+        return next((each for each in self.each if each.well), self.each[0])
+
+    @property
+    def window(self) -> int | None:
+        """The window in tokens, as far as it was told."""
+        return self._speaker.window
+
+    @property
+    def wire(self) -> Wire:
+        """How they are asked."""
+        return self._speaker.wire
+
+    def __str__(self) -> str:
+        """Say who is up."""
+        up, all_ = sum(each.trouble is None for each in self.each), len(self.each)
+        return f"{'up' if up else 'DOWN'}{f' ({up} of {all_})' if up < all_ > 1 else ''}"
+
+    def health(self) -> dict[str, Any]:
+        """Return who is up, as far as is known, by place among the URLs, and in a word why not."""
+        servers = [{"up": each.trouble is None, **({"why": each.why} if each.why else {})} for each in self.each]
+        return {"up": self.up, **({} if self.up else {"why": self.each[0].why}), "servers": servers}
+
+    async def start(self) -> None:
+        """Ask each once; go on asking in the background those that do not answer.
+
+        Raises:
+            ConfigError: Somebody answers, but it is not the server that is needed, or of another model than the others.
+        """
+        for upstream in self.each:
+            await upstream.start()
+
+    async def close(self) -> None:
+        """Disconnect."""
+        for upstream in self.each:
+            await upstream.close()
+
+    async def post(
+        self,
+        path: str,
+        payload: Mapping[str, Any],
+        parse: Callable[[Any], T],
+        lost: Callable[[], bool] = lambda: True,
+        tokens: int = 0,
+        about: str = "",
+    ) -> T:
+        """Send a request and return what `parse` makes of the answer.
+
+        Where no answer comes that is one, it is sent to another server, if that is safe and there is one; else once
+        more to the same one if the connection broke or it was busy.
+
+        Args:
+            path: Below the base URL; below the root if it begins with a slash.
+            payload: The body, but for the model's name.
+            parse: May raise ValueError, LookupError, TypeError or BackendError for an answer that makes no sense.
+            lost: Called when an upstream may have worked on a request in vain, one that is cancelled included; returns
+                whether it may be sent once more.
+            tokens: Most tokens that it decodes, hidden ones too; it has as much more time as they are more than 512.
+            about: What it is about, as `Pool.one` has it.
+
+        Raises:
+            Unavailable: There was no usable answer, or all upstreams are down.
+        """
+        tried: list[Upstream] = []
+        fault = self._down
+        while True:
+            try:
+                async with self._pool.one(about, tried) as upstream:
+                    tried.append(upstream)
+                    return await upstream.post(path, payload, parse, lost, tokens)
+            except NobodyThere:
+                raise fault from None
+            except Unavailable as found:
+                fault = found
+            if not (fault.elsewhere and self._pool.others(tried)):
+                if fault.pause is None or len(tried) > len(self.each):
+                    raise fault
+                await asyncio.sleep(fault.pause)
+
+    @contextlib.asynccontextmanager
+    async def open(self, path: str, payload: Mapping[str, Any]) -> AsyncIterator[Opened]:
+        """Send a request as it is, but for the model's name, and give the answer if it is about the request.
+
+        Where none comes, or a stream breaks before its first byte, it is sent to another server, if there is one.
+
+        Raises:
+            Unavailable: There is no such answer, or all upstreams are down.
+        """
+        tried: list[Upstream] = []
+        fault = self._down
+        while not tried or (fault.elsewhere and self._pool.others(tried)):
+            async with contextlib.AsyncExitStack() as stack:
+                try:
+                    upstream = await stack.enter_async_context(self._pool.one("", tried))
+                    tried.append(upstream)
+                    opened = await stack.enter_async_context(upstream.open(path, payload))
+                except NobodyThere:
+                    break
+                except Unavailable as found:
+                    fault = found
+                    upstream.failed(fault)
+                else:
+                    yield opened
+                    return
+        raise fault
+
+    @property
+    def _down(self) -> Unavailable:
+        return Unavailable(self.role, "down", self._speaker.trouble or "its model is not known")
 
 
 def _names(model: ModelConfig) -> list[str]:

@@ -46,6 +46,7 @@ class CompletionRequest:
         stop: Strings that end the completion; they are part of its text and tokens.
         seed: 63-bit seed of this draw; only reproducible backends use it.
         likelihood: Whether it is wanted what the model makes of the tokens that it decodes.
+        about: The question; of several servers the same one is best asked about it again.
     """
 
     prompt_ids: tuple[int, ...]
@@ -54,6 +55,7 @@ class CompletionRequest:
     stop: tuple[str, ...] = ()
     seed: int = 0
     likelihood: bool = False
+    about: str = ""
 
 
 def drawing_fields(request: CompletionRequest) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def _parts(model: ModelConfig) -> dict[str, Any]:
 
 def served(description: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a server says of its model: name, where it has it from, owner, window; of other backends nothing."""
-    if "url" not in description:
+    if "servers" not in description:
         return {}
     return {part: description[key] for part, key in _SERVED.items() if description.get(key) is not None}
 

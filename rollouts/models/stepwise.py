@@ -201,6 +201,7 @@ class Draft:
             stop=self.cutter.whole_stops if self.whole else self.cutter.stops,
             seed=draw_seed(self.rules.seed, self.prefix, self.rules.role, self.attempt),
             likelihood=self.rules.likelihood,
+            about=self.prefix.question,
         )
 
     def take(self, completion: Completion) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from rollouts.config import GeneratorConfig, Limits, Sampling
 from rollouts.errors import BackendError, ConfigError, did_you_mean
-from rollouts.models.server.http import HttpServer, RequestFailed
+from rollouts.models.server.http import RequestFailed, Server, Servers
+from rollouts.models.server.pool import cards_of, told_of
 from rollouts.models.stepwise import Fits, Generation, close_step
 from rollouts.text.prompts import Turns, chat_messages
 from rollouts.text.steps import DELIMITER, Prefix, Segment, Step, StopReason, closes_box, normalise
@@ -147,8 +148,8 @@ class StepChat:
         """Raise ConfigError if the answer to a probe has no text; hidden thoughts may take all of so few tokens."""
         if not said.text.strip() and said.reason != "length":
             raise ConfigError(
-                f"{self.role}: {self.model.url} answered a chat with {self.model.model} without text (ended by "
-                f"{said.reason!r})."
+                f"{self.role}: {', '.join(self.model.url)} answered a chat with {self.model.model} without text "
+                f"(ended by {said.reason!r})."
             )
 
     def leave_out(self, refusal: str, payload: Mapping[str, Any]) -> bool:
@@ -157,7 +158,7 @@ class StepChat:
         Raises:
             ConfigError: It refuses a value that the configuration wants.
         """
-        if self._limit == "max_tokens" and "max_completion_tokens" in refusal:
+        if "max_tokens" in payload and "max_completion_tokens" in refusal:
             self._limit = "max_completion_tokens"
             return True
         named = [name for name in _NEUTRAL if name in payload and re.search(rf"\b{name}\b", refusal)]
@@ -166,7 +167,7 @@ class StepChat:
         named = named or [name for name in _BEYOND_OPENAI if name in payload]
         wanted = [f"{name} = {payload[name]}" for name in named if payload[name] != _NEUTRAL.get(name, payload[name])]
         if wanted:
-            raise ConfigError(f"{self.role}: {self.model.url} refuses {', '.join(wanted)} ({refusal}).")
+            raise ConfigError(f"{self.role}: {', '.join(self.model.url)} refuses {', '.join(wanted)} ({refusal}).")
         self.unsent.update(named)
         return bool(named)
 
@@ -273,51 +274,49 @@ class ChatWriter:
         self._limits = limits
         self._fits = fits
         self._chat = StepChat(role, model)
-        self._http = HttpServer(role, model)
+        self._listed: set[str] = set()
+        self._http = Servers(role, model)
         try:
-            self._negotiate(self._listed())
-            self._version = self._http.version()
+            self._known = self._http.meet(self._identify)
+        except BackendError as error:
+            self._http.close()
+            name = model.model
+            known = did_you_mean(name, self._listed) if self._listed and name not in self._listed else ""
+            raise BackendError(f"{error}{known}") from None
         except BaseException:
             self._http.close()
             raise
 
-    def _listed(self) -> list[str]:
-        """Return the models that the server lists; many vendors list nothing, or not everything that they serve."""
-        try:
-            return [card["id"] for card in self._http.peek("models")["data"]]
-        except (TypeError, LookupError):
-            return []
-
-    def _negotiate(self, listed: Sequence[str]) -> None:
+    async def _identify(self, server: Server) -> dict[str, Any]:
         """Ask something trivial, leaving out one refused field after the other."""
         name = self._chat.model.model
+        cards = cards_of(await server.peek("models"))
+        self._listed.update(cards)
         while True:
             payload = self._chat.probe()
-            self._http.heartbeat = (self._chat.path, payload)
+            server.heartbeat = (self._chat.path, payload)
             try:
-                self._chat.check(self._http.ask(self._chat.path, payload, read_said))
-                return
+                self._chat.check(await server.ask(self._chat.path, payload, read_said))
+                break
             except RequestFailed as error:
                 if not self._chat.leave_out(str(error), payload):
-                    raise ConfigError(f"{self.role}: {self._http.url} refuses a chat with {name}: {error}") from None
-            except BackendError as error:
-                known = did_you_mean(name, listed) if listed and name not in listed else ""
-                raise BackendError(f"{error}{known}") from None
+                    raise ConfigError(f"{self.role}: {server.url} refuses a chat with {name}: {error}") from None
+        return {**told_of(cards.get(name, {})), "version": await server.version()}
 
     def submit(self, prefix: Prefix, *, whole: bool) -> Future[Generation]:
         """Ask for the next step; `whole` makes no difference. Raises BackendError if the server is gone."""
 
         async def send(payload: Mapping[str, Any], budget: int) -> Said:
-            return await self._http.post(self._chat.path, payload, read_said, budget)
+            return await self._http.post(self._chat.path, payload, read_said, budget, prefix.question)
 
         return self._http.submit(lambda: self._chat.step(send, prefix, self._limits, self._fits))
 
     def describe(self) -> Mapping[str, Any]:
-        """Return the server's URL and version, the model's name, and which fields it is not sent."""
+        """Return the servers' version and number, the model's name, and which fields they are not sent."""
         return {
             "engine": "chat",
-            "version": self._version,
-            "url": self._http.url,
+            "version": self._known["version"],
+            "servers": len(self._chat.model.url),
             "model": self._chat.model.model,
             "seed": None,
             "unsent": sorted(self._chat.unsent),

@@ -1,11 +1,11 @@
-"""A backend over an HTTP server that continues token prompts: vLLM's, SGLang's or llama.cpp's."""
+"""A backend over HTTP servers that continue token prompts: vLLM's, SGLang's or llama.cpp's."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from rollouts.models.base import (
     Request,
 )
 from rollouts.models.server.dialects import wire_of
-from rollouts.models.server.http import HttpServer, RequestFailed
+from rollouts.models.server.http import RequestFailed, Server, Servers
 from rollouts.models.server.wire import SMALLEST, Exchange, Send, Wire, score_exchanges, serve_prm, smallest_input
 from rollouts.text.prompts import Reading
 
@@ -30,9 +30,10 @@ _KNOWN = LogprobRequest(SMALLEST.prompt_ids, 1)
 
 
 class ServerBackend(Backend):
-    """Completions, log-probabilities or step scores from one model of a server.
+    """Completions, log-probabilities or step scores from one model, of one server or of several.
 
-    The token ids of prompts are ours and those of completions the server's; nothing is tokenised here.
+    The token ids of prompts are ours and those of completions the server's; nothing is tokenised here. Requests carry
+    no seeds: servers draw on their own, so that each needs a ``--seed`` of its own.
     """
 
     def __init__(self, role: str, model: ModelConfig, reading: Reading | None = None) -> None:
@@ -48,100 +49,96 @@ class ServerBackend(Backend):
             BackendError: The server is not there or refuses us.
         """
         self.role = role
-        self._model = model.model
-        self._http = HttpServer(role, model)
+        self._model, self._max_length, self._reading = model.model, model.max_length, reading
+        self._http = Servers(role, model)
         try:
-            card = self._card()
-            self._wire = wire_of(card)
-            told = self._wire.window(card)
-            windows = [size for size in (told, model.max_length) if size is not None]
-            if not windows:
-                raise ConfigError(f"{role}: {self._http.url} does not tell the model's window; set `max_length`.")
-            self.window = min(windows)
-            self._description = {
-                "engine": "server" if type(self._wire) is Wire else self._wire.name,
-                "version": self._http.version(),
-                "url": self._http.url,
-                "model": card["id"],
-                "root": self._wire.origin(card),  # what the server calls `model` may be another name for it
-                "owned_by": card.get("owned_by"),
-                "max_model_len": told,
-                "seed": None,  # the server's own
-            }
-            if reading is None:
-                self.capabilities = self._probe_generator()
-            else:
-                self._reading = reading
-                self.capabilities = self._probe_pooling()
+            known = dict(self._http.meet(self._identify))
         except BaseException:
             self._http.close()
             raise
+        self.capabilities = Capabilities(**{each.name: known.pop(each.name) for each in fields(Capabilities)})
+        self._wire, self.window = wire_of(known), known.pop("window")
+        self._description = {**known, "servers": len(model.url), "seed": None}
 
-    def _card(self) -> dict[str, Any]:
-        """Return the server's entry for the model."""
-        url = self._http.url
+    async def _identify(self, server: Server) -> dict[str, Any]:
+        """Return what a server tells of its model, and what it can do."""
+        card = await self._card(server)
+        wire = wire_of(card)
+        told = wire.window(card)
+        windows = [size for size in (told, self._max_length) if size is not None]
+        if not windows:
+            raise ConfigError(f"{self.role}: {server.url} does not tell the model's window; set `max_length`.")
+        probe = self._probe_pooling(server) if self._reading else self._probe_generator(server, wire, min(windows))
+        return {
+            "engine": "server" if type(wire) is Wire else wire.name,
+            "model": card["id"],
+            "root": wire.origin(card),  # what the server calls `model` may be another name for it
+            "owned_by": card.get("owned_by"),
+            "max_model_len": told,
+            "window": min(windows),
+            **asdict(await probe),
+            "version": await server.version(),
+        }
+
+    async def _card(self, server: Server) -> dict[str, Any]:
+        """Return a server's entry for the model."""
         try:
-            cards = self._http.ask("models", None, lambda body: {card["id"]: card for card in body["data"]})
+            cards = await server.ask("models", None, lambda body: {card["id"]: card for card in body["data"]})
         except RequestFailed as error:
-            raise BackendError(f"{self.role}: {url}/models: {error}") from None
+            raise BackendError(f"{self.role}: {server.url}/models: {error}") from None
         if self._model not in cards:
-            raise ConfigError(f"{self.role}: {url} does not serve {self._model!r}.{did_you_mean(self._model, cards)}")
+            known = did_you_mean(self._model, cards)
+            raise ConfigError(f"{self.role}: {server.url} does not serve {self._model!r}.{known}")
         return dict(cards[self._model])
 
-    def _probe_generator(self) -> Capabilities:
-        wire, url = self._wire, self._http.url
-        smallest = {"model": self._model, **wire.completion(self.window, SMALLEST)}
+    async def _probe_generator(self, server: Server, wire: Wire, window: int) -> Capabilities:
+        smallest = {"model": self._model, **wire.completion(window, SMALLEST)}
         try:
-            lacking, body = self._http.ask(wire.path, smallest, lambda body: (wire.lacks(body), body))
+            lacking, body = await server.ask(wire.path, smallest, lambda body: (wire.lacks(body), body))
         except RequestFailed as error:
             raise ConfigError(
-                f"{self.role}: {url} does not continue token ids ({error}). "
-                "Serve a generating model with vLLM, SGLang or llama.cpp, or set chat_only = true for a vendor's chat "
-                "API."
+                f"{self.role}: {server.url} does not continue token ids ({error}). Serve a generating model with "
+                "vLLM, SGLang or llama.cpp, or set chat_only = true for a vendor's chat API."
             ) from None
         if lacking is not None:
-            raise ConfigError(f"{self.role}: {url} {lacking}, or set chat_only = true.")
-        self._http.heartbeat = (wire.path, smallest)
-        asked = replace(SMALLEST, likelihood=True)
-        own = self._tried(lambda: wire.complete(self._send(), self.window, asked))
-        given = self._tried(lambda: wire.likelihood(self._send(), self.window, _KNOWN))
+            raise ConfigError(f"{self.role}: {server.url} {lacking}, or set chat_only = true.")
+        server.heartbeat = (wire.path, smallest)
+
+        def send(path: str, body: Mapping[str, Any], read: Callable[[Any], Any]) -> Awaitable[Any]:
+            return server.ask(path, {"model": self._model, **body}, read)
+
+        own = await _tried(wire.complete(send, window, replace(SMALLEST, likelihood=True)))
         return Capabilities(
             token_ids=wire.read(body).token_ids is not None,
             logprobs=own is not None and own.likelihood is not None,
-            prompt_logprobs=given is not None,
+            prompt_logprobs=await _tried(wire.likelihood(send, window, _KNOWN)) is not None,
         )
 
-    def _tried(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T | None:
-        """Return what comes of it; None if the server does not do it."""
-        try:
-            return self._http.submit(work).result()
-        except RequestFailed:
-            return None
-
-    def _send(self, tokens: int = 0) -> Send:
-        """Return what sends bodies, each with as much time as so many tokens take."""
-        return lambda path, body, read: self._http.post(path, {"model": self._model, **body}, read, tokens)
-
-    def _probe_pooling(self) -> Capabilities:
+    async def _probe_pooling(self, server: Server) -> Capabilities:
         reading = self._reading
+        assert reading is not None
         probe = score_exchanges(reading, smallest_input(reading))[0]
+        payload = {"model": self._model, **probe.payload}
         try:
-            self._http.submit(lambda: self._exchanged(probe)).result()
+            await server.ask(probe.path, payload, partial(self._read, probe))
         except RequestFailed as error:
             how = "Serve it with vLLM 0.32 or newer." if reading.verdicts else serve_prm(reading.tag or 0)
-            raise ConfigError(
-                f"{self.role}: {self._http.address(probe.path)} serves no step scores ({error}). {how}"
-            ) from None
-        self._http.heartbeat = (probe.path, {"model": self._model, **probe.payload})
+            where = server.address(probe.path)
+            raise ConfigError(f"{self.role}: {where} serves no step scores ({error}). {how}") from None
+        server.heartbeat = (probe.path, payload)
         return Capabilities(pooling=True)
 
+    def _send(self, tokens: int, about: str) -> Send:
+        """Return what sends bodies, each with as much time as so many tokens take."""
+        return lambda path, body, read: self._http.post(path, {"model": self._model, **body}, read, tokens, about)
+
     def submit(self, request: Request) -> Future[Any]:
-        """Start one request; see `HttpServer` for what is retried and when the server counts as gone."""
+        """Start one request; see `Servers` for what is retried and when the servers count as gone."""
         answer: Callable[[], Awaitable[Any]]
         if isinstance(request, CompletionRequest) and not self.capabilities.pooling:
-            answer = partial(self._wire.complete, self._send(request.max_tokens), self.window, request)
+            answer = partial(self._wire.complete, self._send(request.max_tokens, request.about), self.window, request)
         elif isinstance(request, LogprobRequest) and self.capabilities.prompt_logprobs:
-            answer = partial(self._wire.likelihood, self._send(), self.window, request)
+            answer = partial(self._wire.likelihood, self._send(0, str(hash(request.ids))), self.window, request)
         elif isinstance(request, PoolingRequest) and self.capabilities.pooling:
             answer = partial(self._scores, request)
         else:
@@ -157,22 +154,29 @@ class ServerBackend(Backend):
             raise BackendError(f"{self.role}: {self._http.url} did not answer a request: {error}") from None
 
     async def _scores(self, request: PoolingRequest) -> list[float]:
-        found = await asyncio.gather(*map(self._exchanged, score_exchanges(self._reading, request)))
-        return [score for scores in found for score in scores]
+        assert self._reading is not None
+        send, exchanges = self._send(0, ""), score_exchanges(self._reading, request)
+        asked = (send(each.path, each.payload, partial(self._read, each)) for each in exchanges)
+        return [score for scores in await asyncio.gather(*asked) for score in scores]
 
-    async def _exchanged(self, exchange: Exchange) -> list[float]:
-        def read(body: Any) -> list[float]:
-            try:
-                return exchange.read(body)
-            except BackendError as error:
-                raise BackendError(f"{self.role}: {self._http.url}: {self._model} returned {error}") from None
-
-        return await self._send()(exchange.path, exchange.payload, read)  # type: ignore[no-any-return]
+    def _read(self, exchange: Exchange, body: Any) -> list[float]:
+        try:
+            return exchange.read(body)
+        except BackendError as error:
+            raise BackendError(f"{self.role}: {self._http.url}: {self._model} returned {error}") from None
 
     def describe(self) -> Mapping[str, Any]:
-        """Return the server's URL and version, and what it says that the model is."""
+        """Return what the servers say that the model is, their version, and how many they are."""
         return self._description
 
     def close(self) -> None:
         """Cancel what is pending and disconnect."""
         self._http.close()
+
+
+async def _tried(work: Awaitable[T]) -> T | None:
+    """Return what comes of it; None if the server does not do it."""
+    try:
+        return await work
+    except RequestFailed:
+        return None

@@ -113,6 +113,7 @@ class Connection:
         self,
         role: str,
         model: ModelConfig,
+        url: str,
         connect_s: float = 10.0,
         headers: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
@@ -121,25 +122,26 @@ class Connection:
         Args:
             role: Named in errors.
             model: Configuration with backend ``server``.
+            url: Which of its servers.
             connect_s: Longest time to connect, seconds.
             headers: Returns what else a request has that is sent now.
 
         Raises:
             ConfigError: The URL is none, or the variable with the key is not set.
         """
-        url = _checked(role, model.url or "")
+        checked = _checked(role, url)
         self._headers = {"Content-Type": "application/json"}
-        self._secrets = [url.password] if url.password else []
+        self._secrets = [checked.password] if checked.password else []
         if model.api_key_env is not None:
             key = _key(role, model.api_key_env)
             self._headers["Authorization"] = f"Bearer {key}"
             self._secrets.append(key)
-        elif url.user:
-            self._headers["Authorization"] = aiohttp.BasicAuth(url.user, url.password or "").encode()
+        elif checked.user:
+            self._headers["Authorization"] = aiohttp.BasicAuth(checked.user, checked.password or "").encode()
         self._limit, self._connect_s, self._more = model.concurrency + 2, connect_s, headers
-        self._proxy = _proxy_for(url)
+        self._proxy = _proxy_for(checked)
         self._session: aiohttp.ClientSession | None = None
-        self.url = str(url.with_user(None)).rstrip("/")
+        self.url = str(checked.with_user(None)).rstrip("/")
         self.root = self.url.removesuffix("/v1")
 
     def address(self, path: str) -> str:

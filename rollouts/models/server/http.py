@@ -1,22 +1,24 @@
-"""Exchanges with one HTTP server: concurrency, retries, and whether it is still there."""
+"""Exchanges with the HTTP servers of one model: concurrency, retries, and whether they are still there."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import random
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from typing import Any, NoReturn, TypeVar
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exponential, wait_random
-
 from rollouts.config import ModelConfig
-from rollouts.errors import BackendError
+from rollouts.errors import BackendError, ConfigError
 from rollouts.models.server.connection import Answer, Broken, Connection, patience
+from rollouts.models.server.pool import Pool, another
 
 T = TypeVar("T")
+_log = logging.getLogger("trim.rollouts")
 _HEARTBEAT_S = 15.0  # longest wait for the smallest request there is
 _LONGEST_PAUSE_S = 120.0  # a server that asks for a longer Retry-After counts as gone
 _HOPELESS = 32  # this many requests in a row without one answer are no accident
@@ -28,7 +30,7 @@ _REMEDY = {
     403: "It refuses the API key: check `api_key_env`",
     404: "Check that `url` ends in /v1 (or whatever the server's base path is) and that it serves `model`",
 }
-_BACK_OFF = wait_exponential(multiplier=0.5, max=30.0) + wait_random(0.0, 0.5)
+_LONGEST_BACK_OFF_S = 30.0
 
 
 class RequestFailed(Exception):
@@ -40,7 +42,7 @@ class _Trouble(Exception):
 
     busy: bool = False  # the server asks for patience
     final: bool = False  # if the server is well, this request is not sent again
-    remedy: str = ""  # set: retrying cannot help
+    lasting: str = ""  # set: why waiting cannot help
     pause: float = 0.0  # seconds, from Retry-After
 
     def __init__(self, words: str, **attributes: Any) -> None:
@@ -48,26 +50,136 @@ class _Trouble(Exception):
         self.__dict__.update(attributes)
 
 
-class HttpServer:
-    """Exchanges with one server: a thread of its own, bounded concurrency, retries, and whether it is still there.
+def _back_off(attempts: int) -> float:
+    """Return the seconds to wait after so many attempts that failed."""
+    return min(_LONGEST_BACK_OFF_S, 2.0 ** (attempts - 2)) + random.uniform(0.0, 0.5)
 
-    It knows nothing of what requests mean. After a failed attempt it sends the *heartbeat*, the smallest real
-    request, one at a time for all that failed together:
 
-    - The heartbeat is not answered, in `retries` further attempts with exponential back-off: the server is
-      gone, and everything pending and to come raises `BackendError`.
+class Server:
+    """One of the servers, and what is known of it.
+
+    Attributes:
+        url: Base URL without credentials.
+        heartbeat: Path and payload (None: GET) of the smallest request.
+        busy: Requests that it has.
+        gone: Why it is sent none; None while it is well.
+        lost: Whether it has been gone for so long, or for such a reason, that nobody should wait for it.
+    """
+
+    def __init__(self, role: str, model: ModelConfig, url: str) -> None:
+        """Check the configuration; nothing is sent. Raises as `Connection` does."""
+        self.connection = Connection(role, model, url)
+        self.url, self.address = self.connection.url, self.connection.address
+        self.heartbeat: tuple[str, Any] = ("models", None)
+        self.gone: str | None = "was not asked yet."
+        self.busy, self.lost = 0, False
+        self.attempts, self.failures = 0, 0  # in a row: heartbeats without an answer, requests that failed
+        self.answered_at = 0.0
+        self.checking: asyncio.Task[bool] | None = None
+        self._timeout, self._retries, self._resume_at = model.timeout_s, model.retries, 0.0
+
+    @property
+    def well(self) -> bool:
+        """Whether it is sent requests."""
+        return self.gone is None
+
+    @property
+    def resting(self) -> bool:
+        """Whether it has asked for a pause."""
+        return self._resume_at > time.monotonic()
+
+    async def ask(self, path: str, payload: Mapping[str, Any] | None, parse: Callable[[Any], T]) -> T:
+        """Do as `Servers.post` does, with this server alone."""
+        attempts = 0
+        while True:
+            try:
+                return await self.exchange(path, payload, parse, self._timeout)
+            except _Trouble as trouble:
+                attempts += 1
+                await self.beat()
+                if trouble.final or attempts > self._retries:
+                    raise RequestFailed(str(trouble)) from None
+            await asyncio.sleep(_back_off(attempts))
+
+    async def beat(self) -> None:
+        """Send the heartbeat; `_Trouble` if it is not answered."""
+        try:
+            await self.exchange(*self.heartbeat, json.dumps, min(self._timeout, _HEARTBEAT_S))
+        except RequestFailed:
+            pass  # refused, so somebody is there
+
+    async def peek(self, path: str) -> Any:
+        """Return the JSON that a GET gives, or None at the first obstacle."""
+        try:
+            return await self.exchange(path, None, lambda body: body, min(self._timeout, _HEARTBEAT_S))
+        except (_Trouble, RequestFailed):
+            return None
+
+    async def version(self) -> str | None:
+        """Return what the server says of its version, if it does."""
+        answer = await self.peek("/version")
+        return answer.get("version") if isinstance(answer, dict) else None
+
+    async def exchange(self, path: str, payload: Any, parse: Callable[[Any], T], timeout: float) -> T:
+        """Send once; `_Trouble` or RequestFailed if no answer comes of it."""
+        while (pause := self._resume_at - time.monotonic()) > 0:
+            await asyncio.sleep(pause)
+        try:
+            async with asyncio.timeout(timeout):
+                answer = await self.connection.request(path, payload)
+        except TimeoutError:
+            raise _Trouble(f"no answer within {timeout:g} s", final=True) from None
+        except Broken as error:
+            raise _Trouble(str(error)) from None
+        if not answer.ok:
+            self._refuse(answer)
+        try:
+            return parse(answer.json())
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            said = self.connection.clean(answer.text)[:80]
+            raise _Trouble(f"an answer that cannot be read: {said!r}, {type(error).__name__}: {error}") from None
+
+    def _refuse(self, answer: Answer) -> NoReturn:
+        """Raise what an error status means."""
+        status = answer.status
+        words = f"HTTP {status}: {self.connection.clean(answer.words)[:300]}"
+        if status in _BUSY and not answer.unpaid:
+            pause = answer.retry_after
+            if pause > _LONGEST_PAUSE_S:
+                raise _Trouble(words, lasting=f"asks to wait for {pause:.0f} s ({words}).")
+            self._resume_at = max(self._resume_at, time.monotonic() + pause)
+            raise _Trouble(words, busy=True, pause=pause)
+        if status in _GAVE_UP_WAITING:
+            raise _Trouble(words, final=True)
+        if status in _REMEDY or status < 400 or answer.unpaid:
+            remedy = _REMEDY.get(402 if answer.unpaid else status, "Check `url`; redirections are not followed")
+            raise _Trouble(words, final=True, lasting=f"answered {words}. {remedy}.")
+        if status >= 500:
+            raise _Trouble(words)
+        raise RequestFailed(words)
+
+
+class Servers:
+    """Exchanges with the servers of a model: a thread of their own, bounded concurrency, retries, and who is there.
+
+    It knows nothing of what requests mean. Each goes to one server (`rollouts.models.server.pool.Pool`). After a failed
+    attempt that one is sent its *heartbeat*, the smallest real request, one at a time for all that failed together:
+
+    - The heartbeat is not answered: the server is left alone, others get its requests, and it is asked again with
+      exponential back-off. Once it answers, and is still the same model, it gets requests again. When no server has
+      answered in `retries` further attempts, or waiting cannot help, everything pending and to come raises
+      `BackendError`.
     - It is answered at once, and the request had exceeded its time: the request has failed. It is not sent
       again, which would be to redraw until the answer is short.
-    - Otherwise (5xx, garbage, a broken connection) the request is sent again, at most `retries` times, and
-      has failed after that.
+    - Otherwise (5xx, garbage, a broken connection) the request is sent again, to another server if there is one, at
+      most `retries` times, and has failed after that.
 
-    "Busy" answers (429, 503) pause all requests for as long as the server asks; they use up a request's retries
+    "Busy" answers (429, 503) pause all requests to a server for as long as it asks; they use up a request's retries
     only while nobody else is answered. Many failures in a row without one answer count as a server that is gone.
 
     Attributes:
         role: Named in errors.
-        url: Base URL without credentials.
-        heartbeat: Path and payload (None: GET) of the smallest request.
+        url: Base URLs without credentials, for messages.
     """
 
     def __init__(self, role: str, model: ModelConfig) -> None:
@@ -75,22 +187,24 @@ class HttpServer:
 
         Args:
             role: Named in errors.
-            model: URL, key, times and limits.
+            model: URLs, key, times and limits.
 
         Raises:
-            ConfigError: The URL is none, or the variable with the key is not set.
+            ConfigError: A URL is none, or the variable with the key is not set.
         """
         self.role = role
-        self.heartbeat: tuple[str, Any] = ("models", None)
         self._timeout, self._retries, self._concurrency = model.timeout_s, model.retries, model.concurrency
-        self._connection = Connection(role, model)
-        self.url, self.address = self._connection.url, self._connection.address
+        self._members = [Server(role, model, url) for url in model.url]
+        self.url = ", ".join(server.url for server in self._members)
+        self.address = self._members[0].address
         self._lock = threading.Lock()
         self._failure: str | None = None
         self._closed = False
-        self._answered_at, self._resume_at, self._failures = 0.0, 0.0, 0
-        self._checking: asyncio.Task[bool] | None = None
+        self._answered_at = 0.0
+        self._identify: Callable[[Server], Awaitable[Mapping[str, Any]]]
+        self._known: tuple[str, Mapping[str, Any]] | None = None  # who said first of which model it is, and what
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._watching: set[asyncio.Task[Any]] = set()
         ready = threading.Event()
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._main(ready)), name=f"trim-{role}-http", daemon=True
@@ -100,19 +214,56 @@ class HttpServer:
 
     async def _main(self, ready: threading.Event) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        self._slots = asyncio.Semaphore(self._concurrency)
+        self._pool = Pool(self._members, self._concurrency, patient=True)
         ready.set()
         await self._stop.wait()
-        for task in self._tasks:
+        for task in (tasks := self._tasks | self._watching):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._connection.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for server in self._members:
+            await server.connection.close()
+
+    def meet(self, identify: Callable[[Server], Awaitable[Mapping[str, Any]]]) -> Mapping[str, Any]:
+        """Find out who is there; return what the first of them tells of its model.
+
+        Servers that do not answer are left alone until they do, as long as another one answers.
+
+        Args:
+            identify: From a server to what it tells of its model, by name; asks at least its heartbeat, which it sets.
+                Called again when a server comes back.
+
+        Raises:
+            ConfigError: A server cannot do what is needed, or has another model than the others.
+            BackendError: None is there, or all refuse us.
+        """
+        self._identify = identify
+        self.submit(self._met).result()
+        assert self._known is not None
+        return self._known[1]
+
+    async def _met(self) -> None:
+        for server in self._members:
+            try:
+                await self._recognise(server)
+            except _Trouble as trouble:
+                self._leave(server, trouble)
+        async with self._pool.one():
+            pass
+
+    async def _recognise(self, server: Server) -> None:
+        """Send it requests from now on, if it is of the same model as the others."""
+        told = await self._identify(server)
+        url, known = self._known = self._known or (server.url, told)
+        if differs := another(known, told):
+            raise ConfigError(f"{self.role}: {server.url} serves another model than {url}: {differs}.")
+        server.gone, server.lost, server.attempts, server.failures = None, False, 0, 0
+        self._pool.changed()
 
     def submit(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
         """Run a coroutine in the thread; a future that is cancelled cancels its request.
 
         Raises:
-            BackendError: The server is gone, or was closed.
+            BackendError: The servers are gone, or were closed.
         """
         with self._lock:
             if self._failure or self._closed:
@@ -124,17 +275,26 @@ class HttpServer:
         assert task is not None  # every coroutine runs in one
         self._tasks.add(task)
         try:
-            if self._failure:
-                raise BackendError(self._failure)
+            self._check_there()
             return await work()
         except asyncio.CancelledError:
-            if self._failure:  # it was `_give_up` that cancelled it
-                raise BackendError(self._failure) from None
+            self._check_there()  # else it was not `_leave` that cancelled it
             raise
         finally:
             self._tasks.discard(task)
 
-    async def post(self, path: str, payload: Mapping[str, Any] | None, parse: Callable[[Any], T], tokens: int = 0) -> T:
+    def _check_there(self) -> None:
+        if self._failure:
+            raise BackendError(self._failure) from None
+
+    async def post(
+        self,
+        path: str,
+        payload: Mapping[str, Any] | None,
+        parse: Callable[[Any], T],
+        tokens: int = 0,
+        about: str = "",
+    ) -> T:
         """Send one request, again where that helps, and return what `parse` makes of the answer's JSON.
 
         Args:
@@ -142,153 +302,104 @@ class HttpServer:
             payload: Body; None sends a GET.
             parse: May raise ValueError, LookupError or TypeError for an answer that makes no sense.
             tokens: Most tokens that it decodes; it has as much more time as they are more than 512.
+            about: What it is about, as `Pool.one` has it.
 
         Raises:
             RequestFailed: The request failed, on a server that is well.
-            BackendError: The server is gone.
+            BackendError: The servers are gone.
         """
         timeout = patience(self._timeout, tokens)
-        async with self._slots:
-            try:
-                result: T = await self._retrying()(self._attempt, path, payload, parse, timeout)
-            except _Trouble as trouble:
-                if trouble.busy:
-                    self._give_up(f"is still busy after {self._retries} retries ({trouble}). Lower `concurrency`.")
-                self._failures += 1
-                if self._failures >= max(_HOPELESS, self._concurrency):
-                    self._give_up(
-                        f"answered none of the last {self._failures} requests ({trouble}), although it is there. "
-                        "If they ran out of time, raise `timeout_s` or lower `concurrency`."
-                    )
-                raise RequestFailed(str(trouble)) from None
-        self._failures = 0
-        return result
-
-    def _retrying(self) -> AsyncRetrying:
-        used, seen = 0, self._answered_at
-
-        def stop(state: RetryCallState) -> bool:
-            nonlocal used, seen
-            used = 0 if _trouble(state).busy and self._answered_at > seen else used + 1
-            seen = self._answered_at
-            return used > self._retries
-
-        def again(error: BaseException) -> bool:
-            return isinstance(error, _Trouble) and not error.final
-
-        def wait(state: RetryCallState) -> float:
-            return max(_BACK_OFF(state), _trouble(state).pause)
-
-        return AsyncRetrying(retry=retry_if_exception(again), stop=stop, wait=wait, reraise=True)
-
-    async def _attempt(self, path: str, payload: Any, parse: Callable[[Any], T], timeout: float) -> T:
-        """Send once; after trouble find out whether the server is there."""
-        try:
-            result = await self._exchange(path, payload, parse, timeout)
-        except _Trouble as trouble:
-            if not trouble.busy:
-                at_once = await self._check()
-                trouble.final = trouble.final and at_once
-            raise
-        self._answered_at = time.monotonic()
-        return result
-
-    async def _check(self) -> bool:
-        """Return whether the heartbeat is answered at its first attempt; raise BackendError if never."""
-        if self._checking is None or self._checking.done():
-            self._checking = self._loop.create_task(self._beat())
-            self._checking.add_done_callback(lambda it: it.cancelled() or it.exception())  # all may be gone
-        return await asyncio.shield(self._checking)
-
-    async def _beat(self) -> bool:
-        attempts = 0
-
-        async def once() -> None:
-            nonlocal attempts
+        attempts, used, deaths, seen = 0, 0, 0, self._answered_at
+        tried: tuple[Server, ...] = ()  # the last one
+        while True:
+            async with self._pool.one(about, tried) as server:
+                try:
+                    result = await server.exchange(path, payload, parse, timeout)
+                except _Trouble as found:
+                    trouble = found
+                    if not trouble.busy and not await self._beats(server):
+                        trouble.final = False
+                        deaths += 1  # each server may go down once in the midst of it
+                else:
+                    server.answered_at = self._answered_at = time.monotonic()
+                    server.failures = 0
+                    return result
             attempts += 1
-            began = time.monotonic()
-            try:
-                await self._exchange(*self.heartbeat, json.dumps, min(self._timeout, _HEARTBEAT_S))
-            except RequestFailed:
-                pass  # refused, so somebody is there
-            except _Trouble as trouble:
-                if trouble.remedy:
-                    self._give_up(f"answered {trouble}. {trouble.remedy}.")
-                trouble.final = False
-                if self._answered_at <= began:  # else it serves others, only slowly
-                    raise
+            used = 0 if trouble.busy and self._answered_at > seen else used + 1
+            seen, tried = self._answered_at, (server,)
+            if trouble.final or used > self._retries + min(deaths, len(self._members)):
+                self._failed(server, trouble)
+                used = 0
+            await asyncio.sleep(max(_back_off(attempts), 0.0 if self._pool.others(tried) else trouble.pause))
 
+    def _failed(self, server: Server, trouble: _Trouble) -> None:
+        """Raise RequestFailed after the last attempt; where all that was busy, only leave the server alone."""
+        if trouble.busy:
+            lasting = f"is still busy after {self._retries} retries ({trouble}). Lower `concurrency`."
+            self._leave(server, _Trouble(str(trouble), lasting=lasting))
+            return
+        server.failures += 1
+        if server.failures >= max(_HOPELESS, self._concurrency):
+            lasting = (
+                f"answered none of the last {server.failures} requests ({trouble}), although it is there. "
+                "If they ran out of time, raise `timeout_s` or lower `concurrency`."
+            )
+            self._leave(server, _Trouble(str(trouble), lasting=lasting))
+        self._check_there()
+        raise RequestFailed(str(trouble)) from None
+
+    async def _beats(self, server: Server) -> bool:
+        """Return whether the heartbeat is answered at once; if not, the server is left alone."""
+        if not server.well:
+            return False
+        if server.checking is None or server.checking.done():
+            server.checking = self._loop.create_task(self._beat(server))
+        return await asyncio.shield(server.checking)
+
+    async def _beat(self, server: Server) -> bool:
+        began = time.monotonic()
         try:
-            await self._retrying()(once)
+            await server.beat()
         except _Trouble as trouble:
-            self._give_up(f"gave no answer in {attempts} attempts ({trouble}). Is the server running?")
-        return attempts == 1
+            if trouble.lasting or server.answered_at <= began:  # else it serves others, only slowly
+                self._leave(server, trouble)
+                return False
+        return True
 
-    async def _exchange(self, path: str, payload: Any, parse: Callable[[Any], T], timeout: float) -> T:
-        while (pause := self._resume_at - time.monotonic()) > 0:
-            await asyncio.sleep(pause)
-        try:
-            async with asyncio.timeout(timeout):
-                answer = await self._connection.request(path, payload)
-        except TimeoutError:
-            raise _Trouble(f"no answer within {timeout:g} s", final=True) from None
-        except Broken as error:
-            raise _Trouble(str(error)) from None
-        if not answer.ok:
-            self._refuse(answer)
-        try:
-            return parse(answer.json())
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            said = self._connection.clean(answer.text)[:80]
-            raise _Trouble(f"an answer that cannot be read: {said!r}, {type(error).__name__}: {error}") from None
+    def _leave(self, server: Server, trouble: _Trouble) -> None:
+        """Send a server no more requests until it is back; end everything if no server is worth waiting for."""
+        watched = not server.well and server.attempts > 0
+        server.attempts += 1
+        server.gone = trouble.lasting or (
+            f"gave no answer in {server.attempts} attempts ({trouble}). Is the server running?"
+        )
+        server.lost = bool(trouble.lasting) or server.attempts > self._retries
+        if all(each.lost for each in self._members):
+            with self._lock:
+                gone = " ".join(f"{each.url} {each.gone}" for each in self._members)
+                self._failure = self._failure or f"{self.role}: {gone}"
+            for task in self._tasks | self._watching:
+                task.cancel()
+        elif not watched:
+            if len(self._members) > 1:
+                _log.warning("%s: %s %s The others go on.", self.role, server.url, server.gone)
+            watch = self._loop.create_task(self._watch(server))
+            self._watching.add(watch)
+            watch.add_done_callback(self._watching.discard)
 
-    def _refuse(self, answer: Answer) -> NoReturn:
-        """Raise what an error status means."""
-        status = answer.status
-        words = f"HTTP {status}: {self._connection.clean(answer.words)[:300]}"
-        if answer.unpaid:
-            raise _Trouble(words, final=True, remedy=_REMEDY[402])
-        if status in _BUSY:
-            pause = answer.retry_after
-            if pause > _LONGEST_PAUSE_S:
-                self._give_up(f"asks to wait for {pause:.0f} s ({words}).")
-            self._resume_at = max(self._resume_at, time.monotonic() + pause)
-            raise _Trouble(words, busy=True, pause=pause)
-        if status in _GAVE_UP_WAITING:
-            raise _Trouble(words, final=True)
-        if status in _REMEDY or status < 400:
-            remedy = _REMEDY.get(status, "Check `url`; redirections are not followed")
-            raise _Trouble(words, final=True, remedy=remedy)
-        if status >= 500:
-            raise _Trouble(words)
-        raise RequestFailed(words)
-
-    def _give_up(self, what: str) -> NoReturn:
-        with self._lock:
-            self._failure = self._failure or f"{self.role}: {self.url} {what}"
-        for task in self._tasks - {asyncio.current_task()}:
-            task.cancel()
-        raise BackendError(self._failure)
-
-    def ask(self, path: str, payload: Mapping[str, Any] | None, parse: Callable[[Any], T]) -> T:
-        """Do as `post` does, and wait for it."""
-        return self.submit(lambda: self.post(path, payload, parse)).result()
-
-    def peek(self, path: str) -> Any:
-        """Return the JSON that a GET gives, or None at the first obstacle."""
-
-        async def once() -> Any:
+    async def _watch(self, server: Server) -> None:
+        """Ask a server that is gone again and again, until it is back."""
+        while not server.well:
+            await asyncio.sleep(_LONGEST_BACK_OFF_S if server.lost else _back_off(server.attempts))
             try:
-                return await self._exchange(path, None, lambda body: body, min(self._timeout, _HEARTBEAT_S))
-            except (_Trouble, RequestFailed):
-                return None
-
-        return self.submit(once).result()
-
-    def version(self) -> str | None:
-        """Return what the server says of its version, if it does."""
-        answer = self.peek("/version")
-        return answer.get("version") if isinstance(answer, dict) else None
+                await self._recognise(server)
+            except _Trouble as trouble:
+                self._leave(server, trouble)
+            except (ConfigError, BackendError, RequestFailed) as error:
+                words = str(error).removeprefix(f"{self.role}: ").removeprefix(f"{server.url} ")
+                self._leave(server, _Trouble(words, lasting=words))
+        if len(self._members) > 1:
+            _log.warning("%s: %s answers again.", self.role, server.url)
 
     def close(self) -> None:
         """Cancel what is pending and end the thread."""
@@ -299,9 +410,3 @@ class HttpServer:
         self._loop.call_soon_threadsafe(self._stop.set)
         if threading.current_thread() is not self._thread:
             self._thread.join(10)
-
-
-def _trouble(state: RetryCallState) -> _Trouble:
-    error = state.outcome.exception() if state.outcome else None
-    assert isinstance(error, _Trouble)  # nothing else is retried
-    return error

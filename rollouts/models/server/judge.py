@@ -12,7 +12,8 @@ from typing import Any
 from rollouts.config import ModelConfig
 from rollouts.errors import ConfigError
 from rollouts.models.server.chat import decoded, text_of
-from rollouts.models.server.http import HttpServer, RequestFailed
+from rollouts.models.server.http import RequestFailed, Server, Servers
+from rollouts.models.server.pool import cards_of, told_of
 from rollouts.text.likelihood import TOP
 from rollouts.text.prompts import chat_messages
 
@@ -188,45 +189,49 @@ class Judge:
         self.terms = Terms()
         self.system_prompt = system_prompt
         self._model, self._max_tokens = model, max_tokens
-        self._http = HttpServer(role, model)
+        self._http, self._probe = Servers(role, model), probe
         try:
-            self.tells = self._negotiate(probe)
-            self._version = self._http.version()
+            self._known = self._http.meet(self._identify)
         except BaseException:
             self._http.close()
             raise
+        self.tells = bool(self._known["logprobs"])
 
     def _payload(self, content: str) -> dict[str, Any]:
         asked = judge_payload(content, self.system_prompt, self._max_tokens, self.terms)
         return {"model": self._model.model, **asked}
 
-    def _negotiate(self, probe: str) -> bool:
+    async def _identify(self, server: Server) -> dict[str, Any]:
+        name = self._model.model
         while True:
-            payload = self._payload(probe)
-            self._http.heartbeat = ("chat/completions", payload)
+            terms, payload = self.terms, self._payload(self._probe)
+            server.heartbeat = ("chat/completions", payload)
             try:
-                return self._http.ask("chat/completions", payload, tells_logprobs)
+                tells = await server.ask("chat/completions", payload, tells_logprobs)
+                break
             except RequestFailed as error:
-                terms = self.terms.yielding(str(error))
-                if terms is None:
-                    url, name = self._http.url, self._model.model
-                    raise ConfigError(f"{self.role}: {url} refuses a chat with {name}: {error}") from None
-                self.terms = terms
+                yielded = terms.yielding(str(error))
+                if yielded is None:
+                    raise ConfigError(f"{self.role}: {server.url} refuses a chat with {name}: {error}") from None
+                self.terms = yielded
+        told = told_of(cards_of(await server.peek("models")).get(name, {}))
+        return {**told, "logprobs": tells, "version": await server.version()}
 
     async def ask(self, content: str) -> Verdict:
         """Ask a question; raises RequestFailed if it failed on a server that is well, BackendError if that is gone."""
-        return await self._http.post("chat/completions", self._payload(content), read_verdict_of, self._max_tokens)
+        payload = self._payload(content)
+        return await self._http.post("chat/completions", payload, read_verdict_of, self._max_tokens)
 
     def submit(self, work: Any) -> Any:
-        """Run a coroutine in the connection's thread (`HttpServer.submit`)."""
+        """Run a coroutine in the connection's thread (`Servers.submit`)."""
         return self._http.submit(work)
 
     def describe(self) -> dict[str, Any]:
-        """Return the server's URL and version, the model's name, and how it is asked."""
+        """Return the servers' version and number, the model's name, and how they are asked."""
         return {
             "engine": "judge",
-            "version": self._version,
-            "url": self._http.url,
+            "version": self._known["version"],
+            "servers": len(self._model.url),
             "model": self._model.model,
             "seed": None,
             **asdict(self.terms),

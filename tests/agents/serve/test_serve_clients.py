@@ -253,7 +253,7 @@ def test_what_was_passed_on_to_its_end_can_be_cut_all_the_same(passing: Router) 
         async def chunks() -> AsyncIterator[bytes]:
             yield b"data: {}\n\n"
 
-        events = passed._events(chunks())
+        events = passed._events(passing.server.models.upstreams["large"].each[0], chunks())
         given = [await anext(events), await anext(events)]
         passed.cut()  # while a client that does not read keeps the last piece waiting
         return [*given, *[each async for each in events]]

@@ -48,7 +48,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[tupl
 
 def ask(url: str = URL, key: str | None = "TRIM_TEST_KEY") -> Answer:
     async def once() -> Answer:
-        connection = Connection("large", ModelConfig(backend="server", model="fake", url=url, api_key_env=key))
+        connection = Connection("large", ModelConfig(backend="server", model="fake", url=url, api_key_env=key), url)
         try:
             return await connection.request("models", None)
         finally:
@@ -66,9 +66,8 @@ def test_servers_of_this_machine_and_excepted_ones_are_not(
     proxy: list[tuple[str, str | None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = URL.rpartition(":")[2].partition("/")[0]
-    assert (
-        Connection("large", ModelConfig(backend="server", model="fake", url=f"http://localhost:{port}"))._proxy is None
-    )
+    url = f"http://localhost:{port}"
+    assert Connection("large", ModelConfig(backend="server", model="fake", url=url), url)._proxy is None
     monkeypatch.setenv("NO_PROXY", "models.example")
-    assert Connection("large", ModelConfig(backend="server", model="fake", url=URL))._proxy is None
+    assert Connection("large", ModelConfig(backend="server", model="fake", url=URL), URL)._proxy is None
     assert proxy == []
