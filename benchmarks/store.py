@@ -2,8 +2,9 @@
 
 Makes synthetic stores of several sizes and measures on each, in processes of their own, what reads all of it (the scan
 of a run that goes on, scoring and grading with nothing left, compiling, `verify`), one tree, and `repair --compact`,
-before and after compaction. Seconds are processor time, so that a busy machine does not matter. ``--against`` measures
-another checkout beside this one, on copies of the same stores.
+before and after compaction. Seconds are processor time, so that a busy machine matters less. ``--against`` measures
+another checkout beside this one, on copies of the same stores. The trees of ``--grown`` problems are grown, and
+repeated for the others.
 """
 
 from __future__ import annotations
@@ -15,21 +16,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import tyro
 
 sys.path.append(str(Path(__file__).parents[1]))  # what is measured comes first
 
 from benchmarks import synthetic  # noqa: E402
 from rollouts.store.rows import Rows  # noqa: E402
+from rollouts.store.shards import Table  # noqa: E402
 from rollouts.store.store import Store  # noqa: E402
+from rollouts.tasks.problems import Problem  # noqa: E402
 from rollouts.trees.annotate import grade_store, left, score_store  # noqa: E402
 from rollouts.trees.compile import compile_store  # noqa: E402
 from rollouts.trees.grow import load_trees  # noqa: E402
 from rollouts.trees.live import LiveTrees  # noqa: E402
+from rollouts.trees.stats import store_statistics  # noqa: E402
 from rollouts.trees.verify import verify_store  # noqa: E402
 
 
@@ -39,23 +46,29 @@ class Settings:
 
     Attributes:
         problems: Sizes of the stores.
+        grown: Problems whose trees are grown.
         replicas: Trees of each problem.
         depth: Most steps of a path.
         max_escalations: K.
         shard_rows: Rows of a shard of steps.
         filler: Characters of text in each step.
         against: Another checkout, to be measured in the same run.
+        only: Measure these things alone.
+        out: Where stores are made and left (default: a temporary place); a finished one that is there is measured.
         measure: Measure this one thing on a store and print it (used by the program itself).
         store: The store to measure it on.
     """
 
-    problems: tuple[int, ...] = (1000, 8000)
+    problems: tuple[int, ...] = (1000, 10_000)
+    grown: int = 1000
     replicas: int = 1
     depth: int = 6
-    max_escalations: int = 1
+    max_escalations: int = 2
     shard_rows: int = 2000
     filler: int = 60
     against: Path | None = None
+    only: tuple[str, ...] = ()
+    out: Path | None = None
     measure: str | None = None
     store: Path | None = None
 
@@ -92,6 +105,7 @@ MEASURED: dict[str, Callable[[Store], object]] = {
     "compile": lambda store: compile_store(store, cache=False).nodes,
     "one tree": _one_tree,
     "verify": _verify,
+    "statistics": lambda store: store_statistics(store)["steps"],
 }
 
 
@@ -113,12 +127,29 @@ def _peak() -> float:
 def make(settings: Settings, path: Path, problems: int) -> tuple[int, int]:
     """Make a finished store; return its steps and shards."""
     store, items = synthetic.make(path, problems, settings.replicas, settings.max_escalations)
-    store.add_problems(items)
-    options = {"depth": settings.depth, "filler": "x" * settings.filler}
-    synthetic.grow(store, items, settings.replicas, 0, settings.shard_rows, **options)
-    score_store(store, synthetic.Scorer())
-    grade_store(store, synthetic.Grader())
-    return store.steps.keys().num_rows, len(store.steps.shards())
+    if not store.names("grades"):
+        store.add_problems(items)
+        grown = items[: settings.grown]
+        options = {"depth": settings.depth, "filler": "x" * settings.filler}
+        synthetic.grow(store, grown, settings.replicas, 0, settings.shard_rows, **options)
+        score_store(store, synthetic.Scorer(), grown)
+        grade_store(store, synthetic.Grader(), grown)
+        for table in store.tables():
+            repeat(table, items, len(grown))
+    return sum(pq.read_metadata(path).num_rows for path in store.steps.shards()), len(store.steps.shards())
+
+
+def repeat(table: Table, items: Sequence[Problem], grown: int) -> None:
+    """Give the other problems the rows of the first ones: neither keys nor contents depend on the problem."""
+    parts = [table.read_shard(path) for path in table.shards()]
+    place = {item.id: number for number, item in enumerate(items[:grown])}
+    for copy, start in enumerate(range(grown, len(items), grown), start=1):
+        for number, part in enumerate(parts):
+            column = part["problem"].combine_chunks()
+            names = [items[start + place[name]].id for name in column.dictionary.to_pylist()]
+            renamed = pa.DictionaryArray.from_arrays(column.indices, pa.array(names))
+            rows = part.set_column(0, table.schema.field("problem"), renamed)
+            table.write([rows], {}, table.directory / f"part-{copy * len(parts) + number:06d}.parquet")
 
 
 def measured(settings: Settings, checkout: Path, path: Path) -> Iterator[tuple[str, float, float]]:
@@ -131,11 +162,9 @@ def measured(settings: Settings, checkout: Path, path: Path) -> Iterator[tuple[s
         seconds, memory = json.loads(ended.stdout.splitlines()[-1])
         return seconds, memory
 
-    for name in MEASURED:
-        yield (name, *one(name))
-    yield ("compact", *one("compact"))
-    for name in MEASURED:
-        yield (f"{name}, compacted", *one(name))
+    wanted = settings.only or (*MEASURED, "compact", *(f"{name}, compacted" for name in MEASURED))
+    for name in wanted:
+        yield (name, *one(name.removesuffix(", compacted")))
 
 
 def main(settings: Settings) -> None:
@@ -146,7 +175,8 @@ def main(settings: Settings) -> None:
     here = Path(__file__).resolve().parents[1]
     checkouts = [*([settings.against.resolve()] if settings.against else []), here]
     found: dict[tuple[str, Path], list[tuple[float, float]]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    with ExitStack() as stack:
+        scratch = settings.out or stack.enter_context(tempfile.TemporaryDirectory())
         for problems in settings.problems:
             made = Path(scratch) / f"{problems}"
             steps, shards = make(settings, made, problems)
@@ -154,6 +184,7 @@ def main(settings: Settings) -> None:
             for checkout in checkouts:
                 copy = shutil.copytree(made, Path(scratch) / "copy")
                 for name, seconds, memory in measured(settings, checkout, copy):
+                    print(f"{problems:,}: {name}, {checkout.name}: {seconds:.2f} s, {memory:.0f} MiB", flush=True)
                     found.setdefault((name, checkout), []).append((seconds, memory))
                 shutil.rmtree(copy)
     for (name, checkout), values in found.items():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rollouts.store.shards import CONTENT, GRADES, KEY, Table
+from rollouts.store.shards import CONTENT, GRADES, KEY, Table, values_of
 from rollouts.text.steps import extend_hash
 
 TreeKey = tuple[str, int]  # problem id, replica
@@ -71,11 +71,8 @@ class Rows:
             self.beside.read(new)
         self._values.update((tree, {}) for tree in trees)
         for part in self.table.read({problem for problem, _ in trees}, [*self.table.key, *self.columns]):
-            keys, values = (
-                zip(*(part[name].to_pylist() for name in names), strict=True)
-                for names in (self.table.key, self.columns)
-            )
-            for key, value in zip(keys, map(self._plain, values), strict=True):
+            values = map(self._plain, values_of(part, self.columns))
+            for key, value in zip(values_of(part, self.table.key), values, strict=True):
                 if (held := self._values.get(key[:2])) is not None:
                     by_place = self.table.by_place and key[-1] is None
                     held.setdefault(key[: len(KEY)] if by_place else key, value)
@@ -101,8 +98,9 @@ class Rows:
 
     def get(self, key: RowKey, default: Any = None) -> Any:
         """Return the value of a proposal of a tree at hand, or a default if there is no row."""
-        found = self._values[key[:2]].get(self._found(key), ...)
-        if found is ...:
+        held = self._values[key[:2]]
+        found = held.get(key, ...)
+        if found is ... and (found := held.get(key[: len(KEY)], ...)) is ...:
             found = self._beside(key)
             return default if found is None else found
         return found
@@ -213,5 +211,5 @@ def contents_of(steps: pa.Table, contents: dict[RowKey, int]) -> None:
         steps: Rows of the step table with `KEY` and ``text``.
         contents: Where to.
     """
-    for *place, text in zip(*(steps[name].to_pylist() for name in (*KEY, "text")), strict=True):
+    for *place, text in values_of(steps, (*KEY, "text")):
         contents.setdefault(tuple(place), extend_hash(place[2], text))

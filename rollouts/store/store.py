@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import date as Date
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 
 from rollouts.errors import StoreError, did_you_mean
 from rollouts.store.rows import RowKey, Rows, TreeKey, contents_of
-from rollouts.store.shards import GRADES, KEY, STEPS, Table, scores_of, write_atomically
+from rollouts.store.shards import GRADES, KEY, STEPS, Table, scores_of, values_of, write_atomically
 from rollouts.tasks.problems import Problem
 from rollouts.text.likelihood import LOOKED_AT, STATISTICS, as_score, first_of
 from rollouts.text.splitting import BLANK_LINE, Splitting, splitting_of
@@ -184,9 +185,8 @@ class Store:
         if not file.is_file():
             return []
         try:
-            rows = pq.read_table(file).to_pylist()
-            problems = [Problem(**row) for row in rows]
-        except (pa.ArrowException, OSError, TypeError) as error:
+            problems = [Problem(*row) for row in values_of(pq.read_table(file), _PROBLEMS.names)]
+        except (pa.ArrowException, OSError, KeyError) as error:
             raise StoreError(f"{file}: unreadable ({str(error).splitlines()[0][:160]}).") from error
         if split is None:
             return problems
@@ -414,7 +414,8 @@ class Store:
             broken: dict[Path, StoreError] = {}
             for path in table.shards():
                 try:
-                    table.read_shard(path)
+                    for _ in table.parts(path):
+                        pass
                 except StoreError as error:
                     broken[path] = error
             if table is self.steps and broken and self._by_place():
@@ -438,8 +439,8 @@ class Store:
     def _complete(self, readable: Sequence[Path]) -> None:
         """Before steps go: note in old scores and grades which texts, of those in these shards, they are about."""
         contents: dict[RowKey, int] = {}
-        for path in readable:
-            contents_of(self.steps.read_shard(path, [*KEY, "text"]), contents)
+        for part in chain.from_iterable(self.steps.parts(path, [*KEY, "text"]) for path in readable):
+            contents_of(part, contents)
         for table in self.tables()[1:]:
             table.complete(contents)
 

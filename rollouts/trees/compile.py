@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shlex
+import shutil
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, get_args, get_origin, get_type_hints
 
 import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from rollouts.errors import StoreError
@@ -43,6 +46,8 @@ _PER_ACTION = _row_of("child tokens accepted_tokens prompt_tokens score correct 
 _ABSENT = (MISSING, 0, 0, 0, np.nan, -1, -1, False, -1)  # all but where its text ends
 _PER_NODE = _row_of("tree depth prefix_tokens min_score product_score")
 _PER_TREE = _row_of("root problem replica")
+_HASHED = {*_PER_ACTION.names, *_PER_NODE.names, *_PER_TREE.names} - {"text_end"}  # type: ignore[misc]
+_PART = 20_000  # nodes that are in memory before they are written
 
 
 def compile_store(
@@ -73,12 +78,14 @@ def compile_store(
     for folder in folders:
         with suppress(OSError):  # not there, or another process removes it at this moment
             return _load(folder)
-    trees = _compile(store, scorer, grader, on_progress)
     for folder in folders:
-        with suppress(OSError):
-            _save(trees, folder)
+        with suppress(OSError), _scratch(folder.parent) as scratch:
+            _compile(store, scorer, grader, scratch / folder.name, on_progress)
+            _keep(scratch, folder)
             return _load(folder)
-    return trees
+    with tempfile.TemporaryDirectory() as place:
+        _compile(store, scorer, grader, Path(place) / "arrays", on_progress)
+        return _load(Path(place) / "arrays")
 
 
 def _cache_folders(store: Store, scorer: str, grader: str) -> list[Path]:
@@ -108,27 +115,41 @@ def _cache_key(store: Store, scorer: str, grader: str) -> str:
     return digest.hexdigest()
 
 
-def _save(trees: Trees, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent, ignore_cleanup_errors=True) as scratch:
-        made = Path(scratch) / folder.name
-        made.mkdir()
-        for name in _TYPES:
-            np.save(made / f"{name}.npy", getattr(trees, name))
-        for number, values in enumerate(trees.signals.values()):
-            np.save(made / f"signal-{number}.npy", values)
-        described = {"problem_ids": trees.problem_ids, "questions": trees.questions, "signals": [*trees.signals]}
-        text = json.dumps({**described, "meta": trees.meta})
-        (made / "meta.json").write_text(text, encoding="utf-8")
-        try:
-            os.replace(made, folder)
-        except OSError:
-            if not (folder / "meta.json").is_file():  # another process may have been first
-                raise
-        for old in folder.parent.glob(f"{folder.name.partition('-')[0]}-*"):
-            if old != folder:
-                with suppress(OSError):  # it goes as a whole, and another process may be removing it too
-                    old.rename(Path(scratch) / old.name)
+@contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    """Make a folder to write in, which goes in the end; those go, too, whose process was killed."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        for old in parent.glob(".scratch-*"):
+            with suppress(OSError):  # its process is at work
+                held.enter_context(_flocked(old))
+                shutil.rmtree(old, ignore_errors=True)
+        made = held.enter_context(tempfile.TemporaryDirectory(".tmp", ".scratch-", parent, ignore_cleanup_errors=True))
+        held.enter_context(_flocked(Path(made)))
+        yield Path(made)
+
+
+@contextmanager
+def _flocked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _keep(scratch: Path, folder: Path) -> None:
+    """Move what was compiled to its place, and what its owner had there out of it."""
+    try:
+        os.replace(scratch / folder.name, folder)
+    except OSError:
+        if not (folder / "meta.json").is_file():  # another process may have been first
+            raise
+    for old in folder.parent.glob(f"{folder.name.partition('-')[0]}-*"):
+        if old != folder:
+            with suppress(OSError):  # it goes as a whole, and another process may be removing it too
+                old.rename(scratch / f"old-{old.name}")
 
 
 def _load(folder: Path) -> Trees:
@@ -142,6 +163,37 @@ def _load(folder: Path) -> Trees:
     return Trees(**arrays, problem_ids=ids, questions=questions, meta=described["meta"], signals=signals)
 
 
+class _Arrays:
+    """Arrays that grow on the disk, along their first axis: ``.npy`` files, whose headers are completed at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        """Make the folder."""
+        self._folder = folder
+        self._files: dict[str, tuple[BinaryIO, np.dtype[Any], list[int]]] = {}
+        folder.mkdir()
+
+    def append(self, name: str, values: NDArray[Any]) -> None:
+        """Append to an array, or begin it."""
+        if name not in self._files:
+            self._files[name] = (self._folder / f"{name}.npy").open("wb"), values.dtype, [0, *values.shape[1:]]
+            self._header(name)
+        file, _, shape = self._files[name]
+        file.write(values.tobytes())
+        shape[0] += len(values)
+
+    def _header(self, name: str) -> None:
+        file, dtype, shape = self._files[name]
+        about = {"descr": dtype.str, "fortran_order": False, "shape": tuple(shape)}
+        npy.write_array_header_1_0(file, about)  # type: ignore[no-untyped-call]  # leaves room for any length
+
+    def close(self) -> None:
+        """Complete the files."""
+        for name, (file, *_) in self._files.items():
+            file.seek(0)
+            self._header(name)
+            file.close()
+
+
 @dataclass
 class _Counts:
     incomplete: int = 0
@@ -153,39 +205,36 @@ class _Counts:
     unclaimed: int = 0  # scores and grades that belong to no step
 
 
-def _compile(store: Store, scorer: str, grader: str, on_progress: Callable[[int], None] | None) -> Trees:
+def _compile(store: Store, scorer: str, grader: str, folder: Path, on_progress: Callable[[int], None] | None) -> None:
+    """Compile a store into the files of a new folder, a part of the trees at a time."""
     problems, process = store.problems(), store.manifest["process"]
     positions = {problem.id: position for position, problem in enumerate(problems)}
     steps = store.step_statistics()
     signals = Signals([store.score_rows(name, steps) for name in store.signals()], store.scored_by(scorer))
     tables = [Rows(store.grades(grader)), *([Rows(store.steps, "label")] if process.get("labels") else [])]
-    counts, text = _Counts(), bytearray()
-    actions: list[Any] = []
-    nodes: list[Any] = []
-    told: list[NDArray[np.float32]] = []
-    roots: list[tuple[int, int, int]] = []
-    first, live = 0, store.live
+    counts, arrays, part = _Counts(), _Arrays(folder), _Part()
+    live = store.live
     for tree in load_trees(
         store, problems, None, process.get("max_escalations"), chunk=256, along=[*signals.tables.values(), *tables]
     ):
         if tree.missing() and tree.key not in live:
             live = store.live  # live episodes may have begun it just now
-        if tree.key not in live and (rows := _rows_of(tree, len(roots), first, len(text), signals, tables, counts)):
-            roots.append((first, positions[tree.problem.id], tree.replica))
-            actions.append(np.array(rows[0], _PER_ACTION))
-            nodes.append(np.array(rows[1], _PER_NODE))
-            text += rows[2]
-            told.append(rows[3])
-            first += len(rows[1])
+        if tree.key not in live:
+            part.add(tree, positions[tree.problem.id], signals, tables, counts)
+            if len(part.nodes) >= _PART:
+                part.write(arrays, signals.names)
         if on_progress:
             on_progress(1)
-    _refuse(store, counts, scorer, grader, len(roots))
-    arrays: dict[str, Any] = {}
-    for table in (np.concatenate(actions).reshape(-1, len(ROLES)), np.concatenate(nodes), np.array(roots, _PER_TREE)):
-        arrays |= {name: np.ascontiguousarray(table[name]) for name in table.dtype.names or ()}
+    part.write(arrays, signals.names)
+    arrays.close()
+    _refuse(store, counts, scorer, grader, part.trees)
+    np.save(folder / "splits.npy", np.asarray([item.split for item in problems]))
     digest = hashlib.blake2b(digest_size=12)
-    for name in sorted(arrays.keys() - {"text_end"}):
-        digest.update(name.encode() + arrays[name].tobytes())
+    for name in sorted(_HASHED):
+        digest.update(name.encode())
+        values = np.load(folder / f"{name}.npy", mmap_mode="r")
+        for start in range(0, len(values), _PART):
+            digest.update(values[start : start + _PART].tobytes())
     for item in problems:
         digest.update(f"{item.id}|{item.split}\n".encode())
     meta = {
@@ -202,16 +251,9 @@ def _compile(store: Store, scorer: str, grader: str, on_progress: Callable[[int]
         "unclaimed_rows": counts.unclaimed,
         "hash": digest.hexdigest(),
     }
-    columns = np.ascontiguousarray(np.moveaxis(np.concatenate(told), -1, 0))
-    return Trees(
-        **arrays,
-        text=np.frombuffer(text, np.uint8),
-        problem_ids=tuple(item.id for item in problems),
-        questions=tuple(item.question for item in problems),
-        splits=np.asarray([item.split for item in problems]),
-        meta=meta,
-        signals=dict(zip(signals.names, columns, strict=True)),
-    )
+    described = {"problem_ids": [item.id for item in problems], "questions": [item.question for item in problems]}
+    text = json.dumps({**described, "signals": signals.names, "meta": meta})
+    (folder / "meta.json").write_text(text, encoding="utf-8")
 
 
 def _refuse(store: Store, counts: _Counts, scorer: str, grader: str, trees: int) -> None:
@@ -233,78 +275,104 @@ def _refuse(store: Store, counts: _Counts, scorer: str, grader: str, trees: int)
         raise StoreError(f"{store.path}: no trees yet. Run `python -m rollouts generate`.")
 
 
-def _rows_of(
-    tree: RolloutTree,
-    number: int,
-    first: int,
-    written: int,
-    signals: Signals,
-    tables: Sequence[Rows],
-    counts: _Counts,
-) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], bytearray, NDArray[np.float32]] | None:
-    """Return a tree's rows and the text of its proposals, or None if it cannot be used.
+class _Part:
+    """Trees on their way to the disk.
 
-    Args:
-        tree: The tree.
-        number: Its position among the trees.
-        first: Row of its root.
-        written: Bytes of text before it.
-        signals: All score tables.
-        tables: Grades and perhaps labels.
-        counts: Counts to add to.
-
-    Returns:
-        Rows of `_PER_ACTION` (small, large, small, ...), rows of `_PER_NODE`, text, (n, 2, columns) signals.
+    Attributes:
+        trees: Trees so far, those that were written included.
+        nodes: Rows of `_PER_NODE` that were not written yet.
     """
-    grades, *labels = tables
-    counts.orphans += tree.orphans
-    counts.incomplete += tree.missing() > 0
-    keys = [tree.row_key(*place[1:]) for place in tree.places()]
-    counts.unclaimed += sum(rows.unclaimed(tree.key, keys) for rows in (*signals.tables.values(), grades))
-    row_of = {key: first + offset for offset, key in enumerate(tree.nodes)}
-    before = {tree.root.key: (1.0, 1.0)}  # least and product of the scores of the accepted steps
-    actions: list[tuple[Any, ...]] = []
-    nodes: list[tuple[Any, ...]] = []
-    text = bytearray()
-    told: list[list[float]] = []
-    for node in tree.nodes.values():
-        least, product = before[node.key]
-        nodes.append((number, len(node.steps), node.used_tokens, least, product))
-        for role in ROLES:
-            step = node.proposals.get(role)
-            if step is None:
-                actions.append((*_ABSENT, written + len(text)))
-                told.append(signals.absent)
-                continue
-            key = tree.row_key(node, role)
-            told.append(signals.of((tree, node, role)))
-            score, grade = signals.score((tree, node, role), told[-1]), grades.get(key, ...) if step.terminal else -1
-            counts.ungraded += grade is ...
-            if score is None:
-                counts.without_score += 1
-                return None
-            counts.unscored += score is ...
-            score, grade = (0.0 if score is ... else score), (0 if grade is ... else grade)
-            counts.not_numbers += not 0.0 <= score <= 1.0
-            label = labels[0].get(key) if labels else None
-            child = TERMINAL
-            if not step.terminal:
-                child_key = node.child_key(step)
-                child = row_of[child_key]
-                before.setdefault(child_key, (min(least, score), product * score))
-            text += step.text.encode("utf-8", "replace")
-            actions.append(
-                (
-                    child,
-                    step.tokens,
-                    node.accepted_tokens(role),
-                    step.prompt_tokens,
-                    score,
-                    grade,
-                    STOP_REASONS.index(step.stop_reason),
-                    step.has_answer,
-                    -1 if label is None else label,
-                    written + len(text),
+
+    def __init__(self) -> None:
+        """Begin before the first tree."""
+        self.trees = 0
+        self.nodes: list[tuple[Any, ...]] = []
+        self._actions: list[tuple[Any, ...]] = []  # rows of `_PER_ACTION`: small, large, small, ...
+        self._roots: list[tuple[int, int, int]] = []
+        self._told: list[list[float]] = []  # signals of each action
+        self._text = bytearray()
+        self._rows, self._bytes = 0, 0  # that were written
+
+    def write(self, arrays: _Arrays, signals: Sequence[str]) -> None:
+        """Append all to arrays and let go of it."""
+        per_action = np.array(self._actions, _PER_ACTION).reshape(-1, len(ROLES))
+        for table in (per_action, np.array(self.nodes, _PER_NODE), np.array(self._roots, _PER_TREE)):
+            for name in table.dtype.names or ():
+                arrays.append(name, table[name])
+        told = np.array(self._told, np.float32).reshape(-1, len(ROLES), len(signals))
+        for number in range(len(signals)):
+            arrays.append(f"signal-{number}", told[..., number])
+        arrays.append("text", np.frombuffer(self._text, np.uint8))
+        self._rows += len(self.nodes)
+        self._bytes += len(self._text)
+        self.nodes, self._actions, self._roots, self._told, self._text = [], [], [], [], bytearray()
+
+    def add(self, tree: RolloutTree, problem: int, signals: Signals, tables: Sequence[Rows], counts: _Counts) -> None:
+        """Take a tree, unless it cannot be used.
+
+        Args:
+            tree: The tree.
+            problem: Position of its problem.
+            signals: All score tables.
+            tables: Grades and perhaps labels.
+            counts: Counts to add to.
+        """
+        grades, *labels = tables
+        counts.orphans += tree.orphans
+        counts.incomplete += tree.missing() > 0
+        keys = [tree.row_key(*place[1:]) for place in tree.places()]
+        counts.unclaimed += sum(rows.unclaimed(tree.key, keys) for rows in (*signals.tables.values(), grades))
+        first, written = self._rows + len(self.nodes), self._bytes + len(self._text)
+        row_of = {key: first + offset for offset, key in enumerate(tree.nodes)}
+        before = {tree.root.key: (1.0, 1.0)}  # least and product of the scores of the accepted steps
+        actions: list[tuple[Any, ...]] = []
+        nodes: list[tuple[Any, ...]] = []
+        text = bytearray()
+        told: list[list[float]] = []
+        for node in tree.nodes.values():
+            least, product = before[node.key]
+            nodes.append((self.trees, len(node.steps), node.used_tokens, least, product))
+            for role in ROLES:
+                step = node.proposals.get(role)
+                if step is None:
+                    actions.append((*_ABSENT, written + len(text)))
+                    told.append(signals.absent)
+                    continue
+                key = tree.row_key(node, role)
+                told.append(signals.of((tree, node, role)))
+                score = signals.score((tree, node, role), told[-1])
+                grade = grades.get(key, ...) if step.terminal else -1
+                counts.ungraded += grade is ...
+                if score is None:
+                    counts.without_score += 1
+                    return
+                counts.unscored += score is ...
+                score, grade = (0.0 if score is ... else score), (0 if grade is ... else grade)
+                counts.not_numbers += not 0.0 <= score <= 1.0
+                label = labels[0].get(key) if labels else None
+                child = TERMINAL
+                if not step.terminal:
+                    child_key = node.after[role]
+                    child = row_of[child_key]
+                    before.setdefault(child_key, (min(least, score), product * score))
+                text += step.text.encode("utf-8", "replace")
+                actions.append(
+                    (
+                        child,
+                        step.tokens,
+                        node.accepted_tokens(role),
+                        step.prompt_tokens,
+                        score,
+                        grade,
+                        STOP_REASONS.index(step.stop_reason),
+                        step.has_answer,
+                        -1 if label is None else label,
+                        written + len(text),
+                    )
                 )
-            )
-    return actions, nodes, text, np.array(told, np.float32).reshape(-1, len(ROLES), len(signals.names))
+        self._roots.append((first, problem, tree.replica))
+        self.trees += 1
+        self.nodes += nodes
+        self._actions += actions
+        self._told += told
+        self._text += text

@@ -17,7 +17,7 @@ from typing import Any
 from rollouts.errors import RequestsFailed
 from rollouts.models.stepwise import Generation, StepWriter
 from rollouts.store.rows import Rows, TreeKey
-from rollouts.store.shards import KEY, Table
+from rollouts.store.shards import KEY, Table, values_of
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
 from rollouts.text.likelihood import STATISTICS
@@ -29,6 +29,7 @@ _FEWEST_FAILURES = 4  # of a run whose requests all failed
 _IN_A_ROW = 64  # failures of a role without one answer between them, at any time
 _REASON = 300  # characters of the reason of a failure that are kept
 _COLUMNS = (*KEY, "text", "tokens", "stop_reason", "prompt_tokens")
+_STOP = {str(reason): reason for reason in StopReason}
 Labeller = Callable[[str, Sequence[str]], Sequence[bool]]
 
 
@@ -131,10 +132,8 @@ def load_trees(
         part = problems[start : start + chunk]
         found: dict[TreeKey, list[tuple[int, str, Step]]] = {}
         for table in store.steps.read({problem.id for problem in part}, _COLUMNS):
-            for name, replica, prefix, role, text, tokens, reason, prompt in zip(
-                *(table[column].to_pylist() for column in _COLUMNS), strict=True
-            ):
-                step = Step(text, tokens, StopReason(reason), prompt)
+            for name, replica, prefix, role, text, tokens, reason, prompt in values_of(table, _COLUMNS):
+                step = Step(text, tokens, _STOP[reason], prompt)
                 found.setdefault((name, replica), []).append((prefix, role, step))
         wanted = [
             (problem, replica)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rollouts.errors import StoreError
@@ -173,10 +172,9 @@ def small_path_min_scores(trees: Trees, indices: NDArray[Any]) -> NDArray[np.flo
 def failed_steps(store: Store) -> Counter[tuple[str, str]]:
     """Count failed steps by role and reason; stores of earlier versions do not tell the reason."""
     counts: Counter[tuple[str, str]] = Counter()
-    for table in store.steps.read(columns=["role", "stop_reason", "reason"]):
-        failed = table.filter(pc.equal(table["stop_reason"].cast("string"), StopReason.FAILED))
-        pairs = zip(failed["role"].to_pylist(), failed["reason"].to_pylist(), strict=True)
-        counts.update((role, reason or "no reason stored") for role, reason in pairs)
+    for (role, stop, reason), count in store.steps.counts("role", "stop_reason", "reason").items():
+        if stop == StopReason.FAILED:
+            counts[role, reason or "no reason stored"] += count
     return counts
 
 
@@ -197,10 +195,9 @@ def store_statistics(store: Store) -> dict[str, Any]:
 
     ``neutralised`` has, by role, the special tokens of questions that are read as text.
     """
-    reasons: Counter[str] = Counter()
-    for table in store.steps.read(columns=["role", "stop_reason"]):
-        pairs = zip(table["role"].to_pylist(), table["stop_reason"].to_pylist(), strict=True)
-        reasons.update(f"{role} {reason}" for role, reason in pairs)
+    reasons = Counter(
+        {f"{role} {reason}": count for (role, reason), count in store.steps.counts("role", "stop_reason").items()}
+    )
     failures = [
         {"role": role, "reason": why, "steps": count} for (role, why), count in failed_steps(store).most_common()
     ]

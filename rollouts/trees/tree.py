@@ -23,6 +23,7 @@ class Node:
         escalations: Least number of escalations on a path to here.
         all_large: Whether the always-large path passes here.
         proposals: What each role has proposed so far.
+        after: Key of the node that accepting a role's proposal leads to, or would if that did not end the solution.
         asked: Roles with a request under way.
         thinking: Whether it is within a thinking block.
     """
@@ -33,12 +34,9 @@ class Node:
     escalations: int
     all_large: bool
     proposals: dict[str, Step] = field(default_factory=dict)
+    after: dict[str, int] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)
     thinking: bool = False
-
-    def child_key(self, step: Step) -> int:
-        """Return the key of the node that accepting a proposal leads to."""
-        return extend_hash(self.key, step.text)
 
     def accepted_tokens(self, role: str) -> int:
         """Return the tokens of an accepted proposal as features count them: the small model's if it wrote that text."""
@@ -160,9 +158,9 @@ class RolloutTree:
 
     def _put(self, node: Node, role: str, step: Step) -> Node | None:
         node.proposals[role] = step
+        key = node.after[role] = extend_hash(node.key, step.text)
         if step.terminal:
             return None
-        key = node.child_key(step)
         escalations = node.escalations + (role == LARGE)
         all_large = node.all_large and role == LARGE
         child = self.nodes.get(key)
@@ -235,11 +233,11 @@ class RolloutTree:
     def child(self, node: Node, role: str) -> Node | None:
         """Return the node that accepting `role`'s proposal leads to, or None if it is terminal or missing."""
         step = node.proposals.get(role)
-        return None if step is None or step.terminal else self.nodes[node.child_key(step)]
+        return None if step is None or step.terminal else self.nodes[node.after[role]]
 
     def row_key(self, node: Node, role: str) -> RowKey:
         """Return what joins the rows of all tables to a proposal that is there: its place and its content."""
-        return (self.problem.id, self.replica, node.key, role, node.child_key(node.proposals[role]))
+        return (self.problem.id, self.replica, node.key, role, node.after[role])
 
     def places(self) -> Iterator[Place]:
         """Yield where there are proposals."""

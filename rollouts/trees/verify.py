@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from rollouts.errors import StoreError
 from rollouts.store.rows import Rows
+from rollouts.store.shards import batched
 from rollouts.store.store import Store
 from rollouts.trees.annotate import is_left
 from rollouts.trees.grow import load_trees
 from rollouts.trees.stats import failed_steps
+
+_TOGETHER = 1000  # problems whose keys are compared at once
 
 
 @dataclass
@@ -32,18 +32,19 @@ class Findings:
 def verify_store(store: Store) -> Findings:
     """Check that shards are readable, keys unique, trees closed, steps scored and solutions graded."""
     findings = Findings()
-    known = pa.array([problem.id for problem in store.problems()], type=pa.string())
+    known = {problem.id for problem in store.problems()}
     for table in store.tables():
         name = str(table.directory.relative_to(store.path))
         try:
-            keys = table.keys()
+            rows = table.problems()
         except StoreError as error:
             findings.problems.append(str(error))
             continue
-        findings.facts.append(f"{name}: {keys.num_rows:,} rows in {len(table.shards())} shards")
-        if duplicates := keys.num_rows - keys.group_by(table.key).aggregate([]).num_rows:
+        findings.facts.append(f"{name}: {rows.total():,} rows in {len(table.shards())} shards")
+        keys = map(table.keys, batched(rows, _TOGETHER))
+        if duplicates := sum(part.num_rows - part.group_by(table.key).aggregate([]).num_rows for part in keys):
             findings.problems.append(f"{name}: {duplicates} duplicate keys.")
-        if strangers := pc.sum(pc.invert(pc.is_in(keys["problem"], value_set=known))).as_py():
+        if strangers := sum(count for problem, count in rows.items() if problem not in known):
             findings.problems.append(f"{name}: {strangers} rows of problems that problems.parquet does not have.")
         if table.leftovers():
             findings.problems.append(f"{name}: unfinished shards of a crash; `python -m rollouts repair` removes them.")

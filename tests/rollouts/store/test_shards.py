@@ -247,13 +247,13 @@ def test_compaction_holds_a_part_of_the_texts_at_once(tmp_path, monkeypatch):
     store = grown(tmp_path / "s", problems=[type(PROBLEMS[0])(f"p{i}", "train", "Q", "7", "", "") for i in range(100)])
     largest, plain = [], Table._merged
 
-    def merged(self, problems):
-        part = plain(self, problems)
+    def merged(self, *arguments):
+        part = plain(self, *arguments)
         largest.append(part.num_rows)
         return part
 
     monkeypatch.setattr(Table, "_merged", merged)
-    monkeypatch.setattr(shards, "_COMPACTED_TOGETHER", 5)
+    monkeypatch.setattr(shards, "_COMPACTED_TOGETHER", 100)
     whole = store.steps.keys().num_rows
     store.steps.compact()
     assert sum(largest) == whole and max(largest) < whole / 10
