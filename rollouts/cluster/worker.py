@@ -22,7 +22,6 @@ from typing import Any
 
 import pyarrow as pa
 
-import rollouts
 from rollouts.config import FamilyConfig
 from rollouts.errors import BackendError
 from rollouts.family import Family
@@ -43,7 +42,7 @@ _PATIENCE, _PAUSE = 0.5, 0.05  # seconds that an exchange waits for something to
 
 def package() -> dict[str, str]:
     """Return what another machine must have alike: the release of this package, and a digest of its sources."""
-    root, digest = Path(rollouts.__file__).parent, hashlib.blake2b(digest_size=8)
+    root, digest = Path(__file__).parents[1], hashlib.blake2b(digest_size=8)
     for file in sorted(root.rglob("*.py")):
         digest.update(f"{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes())
     try:
