@@ -247,6 +247,8 @@ class ScorerConfig(_Section):
         system_prompt: System message in the reward model's input; none by default for layouts other than the first, and
             for a judge.
         step_tag: Text of the token at which the reward model is read; default: its layout's own.
+        informed: Whether its self-test expects right steps of known solutions to score higher than wrong ones. What
+            ``train-prm`` makes has learnt how the small model ends, which need not tell them apart.
     """
 
     kind: str = "prm"
@@ -259,6 +261,7 @@ class ScorerConfig(_Section):
     under: Literal["small", "large"] = "large"
     system_prompt: SystemPrompt = "Please reason step by step, and put your final answer within \\boxed{}."
     step_tag: str | None = None
+    informed: bool = True
 
     @model_validator(mode="before")
     @classmethod

@@ -331,7 +331,7 @@ class Family:
                 else:
                     built = SelfEvaluationScorer(name, backend, under.tokenizer, model.display_name, self.date)
             if scorer.model is not None or is_plugin(scorer.kind):
-                self_test(built, self.examples, informed=scorer.model is not None)
+                self_test(built, self.examples, informed=scorer.model is not None and scorer.informed)
             yield built
 
     @contextmanager

@@ -110,7 +110,7 @@ def scorer_of(trunk: GeneratorConfig, folder: Path) -> ScorerConfig:
     shared = {name: getattr(trunk, name) for name in _SHARED if name in trunk.model_fields_set}
     dtype = {"dtype": "bfloat16" if trunk.dtype == "bfloat16" else "float32"} if not trunk.devices else {}
     model = ModelConfig(**shared | dtype, model=str(folder.resolve()))
-    return ScorerConfig(name=folder.name, model=model, system_prompt=trunk.system_prompt)
+    return ScorerConfig(name=folder.name, model=model, system_prompt=trunk.system_prompt, informed=False)
 
 
 def as_toml(scorer: ScorerConfig) -> str:

@@ -190,6 +190,7 @@ def self_test(scorer: Scorer, examples: Sequence[Example] = EXAMPLES, *, informe
     if informed and margin <= 0.0:
         raise ConfigError(
             f"Scorer {scorer.name!r} prefers wrong steps (right minus wrong: {margin:+.3f} on {len(examples)} known "
-            "examples): swapped labels, a wrong step tag, or a model that is no reward model for this kind of text."
+            "examples): swapped labels, a wrong step tag, or a model that is no reward model for this kind of text. "
+            "If it was made to tell something else, say `informed = false` in [scorer]."
         )
     return margin

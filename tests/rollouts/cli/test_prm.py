@@ -100,6 +100,7 @@ def test_training_scores_the_store_and_says_how_good_it_is(trees, trained, tmp_p
     assert (again / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
     scorer = ScorerConfig.model_validate(tomllib.loads(printed.out)["scorer"])
     assert (scorer.kind, scorer.name, scorer.model.model) == ("prm", "other-prm", str(again))
+    assert not scorer.informed  # what it has learnt need not tell right from wrong on two known examples
     assert store.names("scores") == ["own-prm"]
 
 

@@ -162,10 +162,14 @@ def test_it_asks_about_each_new_step_once_side_by_side(server: FakeServer, tmp_p
     assert start["role"] == "scorer" and start["engine"] == "judge" and "url" in start
 
 
-def test_a_judge_that_prefers_wrong_steps_is_refused(server: FakeServer, tmp_path: Path) -> None:
+def test_a_judge_that_prefers_wrong_steps_is_refused_unless_it_need_not_know(
+    server: FakeServer, tmp_path: Path
+) -> None:
     server.fault = lambda path, body, count: said("Yes") if path.endswith("chat/completions") else None
     with pytest.raises(ConfigError, match="prefers wrong steps"), opened(family_of(server), tmp_path)[1]:
         pass
+    with opened(family_of(server, informed=False), tmp_path / "other")[1] as scorer:
+        assert scorer.submit("Q", STEPS).result(10) == [1.0, 1.0, 1.0]
 
 
 class TestTerms:
