@@ -250,7 +250,7 @@ def test_formulas_are_drawn_and_nothing_else_of_what_models_write(page, made):
     drawn = made.content["maths"]["drawn"]
     assert any("\\frac" in formula for formula in drawn)
     one(page, "#problem-search").send_keys("frac")
-    assert page.execute_script("return document.querySelectorAll('#problem-detail .question math mfrac').length") >= 1
+    assert page.execute_script("return document.querySelectorAll('#problem-detail math mfrac').length") >= 1
     kinds = page.execute_script(
         "return [...document.querySelectorAll('math, math *')].flatMap(e => e.getAttributeNames())"
     )
