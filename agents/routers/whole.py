@@ -7,13 +7,13 @@ that the small model writes by itself and the one that the large model does (`tr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.routers.base import Floats, Knob
+from agents.routers.base import Floats, Knob, Mixture
 
 
 @runtime_checkable
@@ -93,15 +93,24 @@ class VotingCascade(Cascade, Protocol):
 Whole = QueryRouter | Cascade
 
 
+def decides_once(router: Any) -> bool:
+    """Whether a router, or a part of a mixture, decides before anything is generated, and then never again."""
+    if isinstance(router, Mixture):
+        return decides_once(router.first) or decides_once(router.second)
+    return isinstance(router, QueryRouter)
+
+
 @dataclass(frozen=True)
 class OneModel:
     """Sends all questions to one model: what nothing is routed to.
 
     Attributes:
         action: 0 for the small model, 1 for the large one.
+        schema: As of all routers that read no steps.
     """
 
     action: int
+    schema: str = field(default="agg/1", init=False)
 
     @property
     def name(self) -> str:
