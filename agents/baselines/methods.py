@@ -256,6 +256,12 @@ def _verified(rule: str) -> Callable[[Fitting], list[Setting]]:
     return lambda fitting: of_routers(automix.thresholds(rule, fitting.choosing))
 
 
+def _self_verified(fitting: Fitting) -> list[Setting]:
+    return of_routers(
+        [*automix.thresholds(automix.SELF, fitting.choosing), *automix.pomdp(automix.SELF, fitting.train)]
+    )
+
+
 def _votes(fitting: Fitting) -> list[Setting]:
     replicas = np.bincount(fitting.choosing.trees.problem[fitting.choosing.indices]).max()
     if replicas < 2:
@@ -283,6 +289,7 @@ BASELINES = (
     Baseline("best arms in a budget (CONCUR)", STEP, _allocated, f"{ARMS}; sees all questions before the first answer"),
     *(Baseline(f"AutoMix-PRM ({rule})", CASCADE, _verified(rule)) for rule in automix.RULES),
     Baseline("AutoMix-PRM (last, POMDP)", CASCADE, lambda data: of_routers(automix.pomdp("last", data.train))),
+    Baseline("AutoMix (self-verification)", CASCADE, _self_verified, "thresholds and the POMDP; pays eight samples"),
     Baseline("vote (SATER)", CASCADE, _votes, "pays all replicas of the small model"),
     *(Baseline(name, QUERY, _text(make), NOTES.get(name, "")) for name, make in TEXT.items()),
 )

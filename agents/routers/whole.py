@@ -47,6 +47,7 @@ class Attempts:
         replicas: (R,) which sample of the problem's each is.
         features: (R, d) float32 features of the last step in the cascade's schema; folds in it tell the steps before.
         last: From a position to the text of the last step.
+        told: From a column of a score table to its (R,) values at the last step; NaN where there is none.
     """
 
     problems: NDArray[np.str_]
@@ -54,6 +55,7 @@ class Attempts:
     replicas: NDArray[np.integer[Any]]
     features: NDArray[np.float32]
     last: Callable[[int], str]
+    told: Callable[[str], Floats] = lambda _: np.zeros(0)
 
 
 @runtime_checkable
@@ -80,6 +82,14 @@ class Cascade(Protocol):
 
     def retries(self, attempts: Attempts) -> Floats:
         """Return the (R,) probabilities of starting again with the large model."""
+
+
+@runtime_checkable
+class VerifiedCascade(Cascade, Protocol):
+    """A cascade whose solutions the small model may have verified itself, which is paid in any case."""
+
+    def verifying(self, attempts: Attempts) -> Floats:
+        """Return (R, 3) of each solution: samples, and tokens that the small model read and decoded for them."""
 
 
 @runtime_checkable
