@@ -29,6 +29,7 @@ from trim_env.tables import DecisionTables
 
 STEP, CASCADE, QUERY, REFERENCE = "step-level", "cascade", "query-level", "reference"
 GROUPS = (STEP, CASCADE, QUERY, REFERENCE)
+SELF_VERIFIED = "AutoMix (self-verification)"  # needs a store that the small model has verified
 ENVELOPES = {CASCADE: "best of the cascades", QUERY: "best of the query-level routers"}
 SETTINGS = 64  # thresholds tried of a query-level router
 _SAME = 1e-9  # what questions are worth is rounded otherwise where they come alone
@@ -289,7 +290,7 @@ BASELINES = (
     Baseline("best arms in a budget (CONCUR)", STEP, _allocated, f"{ARMS}; sees all questions before the first answer"),
     *(Baseline(f"AutoMix-PRM ({rule})", CASCADE, _verified(rule)) for rule in automix.RULES),
     Baseline("AutoMix-PRM (last, POMDP)", CASCADE, lambda data: of_routers(automix.pomdp("last", data.train))),
-    Baseline("AutoMix (self-verification)", CASCADE, _self_verified, "thresholds and the POMDP; pays eight samples"),
+    Baseline(SELF_VERIFIED, CASCADE, _self_verified, "thresholds and the POMDP; pays eight samples"),
     Baseline("vote (SATER)", CASCADE, _votes, "pays all replicas of the small model"),
     *(Baseline(name, QUERY, _text(make), NOTES.get(name, "")) for name, make in TEXT.items()),
 )

@@ -17,6 +17,7 @@ from agents.baselines.methods import (
     ENVELOPES,
     GROUPS,
     QUERY,
+    SELF_VERIFIED,
     Baseline,
     Fitting,
     Setting,
@@ -30,8 +31,6 @@ from agents.evaluation.walk import references as of_tables
 from rollouts.errors import ConfigError, DataError, StoreError
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
-
-SELF_VERIFIED = "AutoMix (self-verification)"  # of stores that have been verified
 
 
 @pytest.fixture(scope="module")
