@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -35,11 +35,11 @@ from agents.baselines.methods import (
     fit_all,
 )
 from agents.evaluation.bootstrap import Estimate, curve_band, curve_estimates, holm, paired_means, resample_weights
-from agents.evaluation.curves import CPT_TARGETS, Curve, Method, mixture_at
+from agents.evaluation.curves import CPT_TARGETS, Curve, Method, knots, mixture_at
 from agents.evaluation.oracle import query_oracle, score_oracle, spread_oracle, step_oracle, tree_oracle
 from agents.evaluation.outcomes import Floats, Outcomes
 from agents.evaluation.walk import alone, run
-from benchmarks.methods import Data, heading, write
+from benchmarks.methods import RANGE, Data, heading, scaled, write
 from benchmarks.rivals import RIVALS
 from benchmarks.robustness import LAMS
 from rollouts.errors import StoreError
@@ -55,6 +55,7 @@ PRICES = {
 BASELINE, ENVELOPE = "TRIM-Agg", ENVELOPES[QUERY]
 AT = 80  # share of the gap, in %, for which is said what it takes
 SPENT = np.array([0.2])
+MOST = 1.25  # of always-large's dollars, in the picture
 
 
 NOTES = {
@@ -76,7 +77,8 @@ def of_rival(name: str) -> Baseline:
     rival = RIVALS[name]
 
     def fit(data: Fitting) -> list[Setting]:
-        routers = rival.settings(Data.of(data.train.trees), data.seed)
+        trees = data.train.trees
+        routers = rival.settings(replace(Data.of(trees), range=scaled(RANGE, trees)), data.seed)
         return [Setting(r.knob.value, lambda tables, r=r: run(r, _charged(tables, rival.cost))) for r in routers]
 
     return Baseline(name, STEP, fit, NOTES.get(name, ""))
@@ -133,9 +135,15 @@ class Row:
 class Ground:
     """A split, and where choices were made."""
 
-    def __init__(self, tables: DecisionTables, priced: dict[str, DecisionTables], choosing: DecisionTables) -> None:
+    def __init__(
+        self,
+        tables: DecisionTables,
+        priced: dict[str, DecisionTables],
+        choosing: DecisionTables,
+        lams: Sequence[float] = LAMS,
+    ) -> None:
         """Run the two models alone: what nothing is routed to costs no proposals."""
-        self.tables, self.priced = tables, priced
+        self.tables, self.priced, self.lams = tables, priced, lams
         self.both, self.chosen_by = alone(tables), alone(choosing)
         self.dollars = {name: alone(each) for name, each in priced.items()}
 
@@ -149,8 +157,8 @@ class Ground:
         """Return (P,) returns over the λ, at each that of the setting which validation names, constants among them."""
         elsewhere = [self.chosen_by.small, self.chosen_by.large, *fitted.choosing]
         here = [self.both.small, self.both.large, *(outcomes for _, outcomes in method.points)]
-        best = [int(np.argmax([each.returns(lam).mean() for each in elsewhere])) for lam in LAMS]
-        found: Floats = np.mean([here[i].returns(lam) for i, lam in zip(best, LAMS, strict=True)], axis=0)
+        best = [int(np.argmax([each.returns(lam).mean() for each in elsewhere])) for lam in self.lams]
+        found: Floats = np.mean([here[i].returns(lam) for i, lam in zip(best, self.lams, strict=True)], axis=0)
         return found
 
     def references(self) -> list[Row]:
@@ -248,6 +256,7 @@ def report(settings: Settings) -> tuple[str, dict[str, tuple[Ground, list[Row]]]
     """Return the report, and what the picture shows."""
     trees = compile_store(settings.rollouts)
     train, choosing = decision_tables(trees, "train"), decision_tables(trees, "validation")
+    lams = scaled(LAMS, trees)
     wanted = [method for method in FIELD if not settings.methods or method.name in settings.methods]
     fitted, lacking = fit_all(
         wanted, Fitting(train, choosing, settings.encoder and encoder(settings.encoder), settings.seed)
@@ -256,7 +265,7 @@ def report(settings: Settings) -> tuple[str, dict[str, tuple[Ground, list[Row]]]
     lines += [
         f"Fitted on the training split of `{settings.rollouts}`; settings, hulls and the members of the envelope were "
         f"chosen on validation. Costs in % of always-large's tokens. Intervals: 95 %, over problems. Return: mean over "
-        f"eight λ ({', '.join(f'{lam:g}' for lam in LAMS)}), at each the setting that validation names; p: sign flips "
+        f"eight λ ({', '.join(f'{lam:g}' for lam in lams)}), at each the setting that validation names; p: sign flips "
         "of paired differences, Holm over the table. † reached only by mixing with always-large.",
         "",
         "**What is charged.** A question that is sent to the large model costs its solution and no proposals. A "
@@ -272,7 +281,7 @@ def report(settings: Settings) -> tuple[str, dict[str, tuple[Ground, list[Row]]]
     for split in settings.splits:
         part = trees if split in trees.splits else compile_store(settings.rollouts, split=split)
         priced = {name: decision_tables(part, split, cost=prices) for name, prices in PRICES.items()}
-        ground = Ground(decision_tables(part, split), priced, choosing)
+        ground = Ground(decision_tables(part, split), priced, choosing, lams)
         rows = [*map(ground.row, fitted), *ground.references()]
         weights = resample_weights(len(ground.both.small))
         small, large = (100 * each.correct.mean() for each in (ground.both.small, ground.both.large))
@@ -318,6 +327,22 @@ def drawn(ground: Ground, rows: Sequence[Row]) -> list[Row]:
     return [*kept, *(row for row in rows if row.name in ("query oracle", "tree oracle"))]
 
 
+def in_dollars(ground: Ground, row: Row) -> tuple[Floats, Floats]:
+    """Return the curve in large tokens at its price: dollars as a share of always-large's, and accuracy, at its knots.
+
+    Where validation puts always-large not on the hull, more money buys nothing after the last point, as on the curve.
+    """
+    ends = ground.dollars[CACHED]
+    paid = [ends.small, *row.priced[CACHED], ends.large]
+    reached = [ground.both.small, *(outcomes for _, outcomes in row.method.points), ground.both.large]
+    places = knots(row.method, ground.both)
+    x = [float(paid[i].cost.mean() / ends.large.cost.mean()) for i in places]
+    y = [float(reached[i].correct.mean()) for i in places]
+    if not row.method.large:
+        x[-1], y[-1] = max(x[-2], MOST), y[-2]
+    return np.array(x), np.array(y)
+
+
 def draw(shown: dict[str, tuple[Ground, list[Row]]], path: Path) -> None:
     """Draw accuracy over large tokens and over dollars, for the first split."""
     from matplotlib.figure import Figure
@@ -333,12 +358,8 @@ def draw(shown: dict[str, tuple[Ground, list[Row]]], path: Path) -> None:
         curve = Curve.of(row.method, ground.both)
         left.plot(100 * cost, 100 * curve.accuracy_at(cost), label=row.name, **style)
         if row.priced:
-            ends = ground.dollars[CACHED]
-            paid = [ends.small, *(row.priced[CACHED][i] for i in row.method.hull), ends.large]
-            reached = [ground.both.small, *(row.method.points[i][1] for i in row.method.hull), ground.both.large]
-            order = np.argsort([each.cost.mean() for each in reached], kind="stable")
-            x = [100 * paid[i].cost.mean() / ends.large.cost.mean() for i in order]
-            right.plot(x, [100 * reached[i].correct.mean() for i in order], marker="o", ms=3, **style)
+            x, y = in_dollars(ground, row)
+            right.plot(100 * x, 100 * y, marker="o", ms=3, **style)
     for axes, what in (
         (left, "large-model tokens, % of always-large's"),
         (right, f"US$ ({CACHED}), % of always-large's"),
@@ -348,7 +369,7 @@ def draw(shown: dict[str, tuple[Ground, list[Row]]], path: Path) -> None:
         axes.grid(color="#E3E3E3")
         axes.set_axisbelow(True)
     left.set(ylabel="problems solved, %", xlim=(0, 100))
-    right.set(xlim=(0, 125))
+    right.set(xlim=(0, 100 * MOST))
     left.legend(frameon=False, fontsize=9, loc="lower right")
     figure.suptitle(f"The field ({split}, {len(ground.both.small):,} problems)")
     figure.savefig(path, dpi=130)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from agents.evaluation.outcomes import Floats, Outcomes
 from agents.evaluation.splits import Validation
-from agents.evaluation.walk import run
+from agents.evaluation.walk import references, run
 from agents.learners import advantage, arbitrage
 from agents.learners.exact import fit as fit_exact
 from agents.learners.exact import neighbours
@@ -31,6 +31,14 @@ from trim_env.tables import DecisionTables, decision_tables
 
 LAMS = (7.5e-4, 1.7e-3, 3.8e-3, 8.5e-3)
 RANGE = (4e-4, 1.2e-2)
+TOKENS = 134.4
+"""Large tokens of a training problem of ``quickstart``, for which the λ of these programs are (`scaled`)."""
+
+
+def scaled(lams: Sequence[float], trees: Trees) -> tuple[float, ...]:
+    """Return λ for other trees: a mean solution of the large model alone costs the same return as in ``quickstart``."""
+    mean = references(decision_tables(trees, "train")).large.large_tokens.mean()
+    return tuple(float(f"{lam * TOKENS / mean:.2g}") for lam in lams)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +49,13 @@ class Data:
         trees: Compiled trees.
         train: (R,) training trees.
         validation: What choices are made on.
+        range: Of the λ of one policy for many.
     """
 
     trees: Trees
     train: NDArray[np.int64]
     validation: Validation
+    range: tuple[float, ...] = RANGE
 
     @classmethod
     def of(cls, trees: Trees, problems: int | None = None, seed: int = 0) -> Data:

@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from agents.baselines.methods import BASELINES, CASCADE, QUERY, SELF_VERIFIED, Fitting
+from agents.baselines.methods import fit as fit_whole
 from agents.evaluation.bootstrap import Estimate, curve_estimates, resample_weights
 from agents.evaluation.compare import compare_curves
 from agents.evaluation.curves import Curve, Method, Points, References
@@ -40,7 +42,8 @@ from trim_env.tables import decision_tables
 THR, AGG = "TRIM-Thr (RSD)", "TRIM-Agg"
 DAMAGE = (("flips", 0.15), ("late", 0.3), ("late", 0.6))
 NOISY = (THR, "TRIM-POMDP", AGG, "exact", "Arbitrage", "one-deviation advantage")
-ELSEWHERE = (*(name for name in RIVALS if name not in (AGG, "takeover by exact")),)  # trained on the other set
+WHOLE = {each.name: each for each in BASELINES if each.group in (CASCADE, QUERY) and each.name != SELF_VERIFIED}
+ELSEWHERE = (*(name for name in RIVALS if name != "takeover by exact"), *WHOLE)  # trained on the other set
 CLEAN, OTHER = "quickstart", "ood"
 CPTS = (50, 80, 95)
 K = 0.35
@@ -82,7 +85,7 @@ class Task:
     """One fit.
 
     Attributes:
-        method: Of `RIVALS`.
+        method: Of `RIVALS`, or of routers of whole problems (`WHOLE`).
         on: What it is fitted on: ``quickstart``, a kind of damage, or ``ood``.
         level: Of the damage; of ``ood`` which half of its problems, 0 or 1.
     """
@@ -98,8 +101,8 @@ class Task:
 
 
 TASKS = [
-    *(Task(method) for method in RIVALS),
-    *(Task(method, *damage) for damage in DAMAGE for method in NOISY if method != AGG or damage[1] < 0.5),
+    *(Task(method) for method in (*RIVALS, *WHOLE)),
+    *(Task(method, *damage) for damage in DAMAGE for method in NOISY),
     *(Task(method, OTHER, half) for half in (0.0, 1.0) for method in ELSEWHERE),
 ]
 
@@ -147,12 +150,22 @@ def measure(task: Task, settings: Settings, end: float) -> bool:
     if file.exists() or time.time() > end:
         return file.exists()
     trees, splits = trees_of(task, compile_store(settings.rollouts))
-    chosen = fitted(task.method, Data.of(trees))
-    points = {split: chosen.on(trees, split).points for split in splits}
     both = {split: references(decision_tables(trees, split)) for split in splits}
-    validation = [(each.knob.value, own) for each, own in chosen.points]
+    if task.method in WHOLE:
+        choosing = decision_tables(trees, "validation")
+        whole = fit_whole(WHOLE[task.method], Fitting(decision_tables(trees, "train"), choosing))
+        validation = [(each.knob, own) for each, own in zip(whole.settings, whole.choosing, strict=True)]
+        points = {
+            split: [(each.knob, each.run(decision_tables(trees, split))) for each in whole.settings] for split in splits
+        }
+        found = Found(validation, references(choosing), points, both, whole.seconds)
+    else:
+        chosen = fitted(task.method, Data.of(trees))
+        validation = [(each.knob.value, own) for each, own in chosen.points]
+        points = {split: [*chosen.on(trees, split).points] for split in splits}
+        found = Found(validation, chosen.choosing, points, both, chosen.seconds)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(pickle.dumps(Found(validation, chosen.choosing, points, both, chosen.seconds)))
+    file.write_bytes(pickle.dumps(found))
     return True
 
 
@@ -361,7 +374,8 @@ def transfer(results: Results) -> list[str]:
         "",
         "`ood` has 500 problems that are longer. Methods of `ood` were trained, and their points chosen, on half of "
         "them and tested on the other half, both ways; on `test` both are averaged. The paper trains TRIM-Agg "
-        f"on AIME and reports a ΔIBC of {told}; query-level routers lose nearly all of theirs there.",
+        f"on AIME and reports a ΔIBC of {told}; query-level routers lose nearly all of theirs there. Vocabulary and "
+        "memory of routers of whole problems are of the problems that they were trained on.",
         "",
         *table("method", ["trained on", "tested on", *HEAD], rows),
     ]

@@ -28,7 +28,7 @@ from agents.routers.first_token import FirstToken
 from agents.routers.mlp import ConditionedMLP
 from agents.routers.modes import Modes
 from agents.routers.takeover import Takeover
-from benchmarks.methods import RANGE, Data
+from benchmarks.methods import Data
 from rollouts.trees.arrays import CONTINUE_SMALL, Trees
 from trim_env.features import schema_named
 from trim_env.tables import DecisionTables, decision_tables
@@ -89,16 +89,18 @@ def _advantage(data: Data, seed: int, schema: str = "agg+") -> list[AnyRouter]:
 
 def _in_range(policy: object) -> list[AnyRouter]:
     assert isinstance(policy, ConditionedMLP)
-    return [policy.at(float(lam)) for lam in np.geomspace(*RANGE, SETTINGS)]
+    return [policy.at(float(lam)) for lam in np.geomspace(policy.low, policy.high, SETTINGS)]
 
 
 def _exact(data: Data, seed: int) -> list[AnyRouter]:
-    lams = np.geomspace(*RANGE, 5).tolist()
-    return _in_range(fit_exact(data.tables(), data.validation.choice, lams, ExactSettings(), seed).router(RANGE))
+    low, high = data.range
+    lams = np.geomspace(low, high, 5).tolist()
+    return _in_range(fit_exact(data.tables(), data.validation.choice, lams, ExactSettings(), seed).router((low, high)))
 
 
 def _agg(data: Data, seed: int) -> list[AnyRouter]:
-    return _in_range(Training(data.tables(), data.validation, RANGE, PPOSettings(), seed).run().router)
+    low, high = data.range
+    return _in_range(Training(data.tables(), data.validation, (low, high), PPOSettings(), seed).run().router)
 
 
 def _pomdp(data: Data, seed: int) -> list[AnyRouter]:

@@ -26,12 +26,13 @@ from rollouts.scoring.judge import PROMPT, JudgeScorer, judge_question
 from rollouts.scoring.likelihood import LikelihoodScorer
 from rollouts.scoring.prm import RewardScorer
 from rollouts.scoring.self_evaluation import SelfEvaluationScorer
+from rollouts.scoring.verification import Verifier
 from rollouts.tasks.problems import Problem
 from rollouts.text.layouts import reward_layout
 from rollouts.text.likelihood import LOOKED_AT, STATISTICS
 from rollouts.text.prompts import PromptFormat, Reading, RewardLayout, has_room
 from rollouts.text.splitting import Marks, Splitting
-from rollouts.text.steps import DELIMITER, ROLES
+from rollouts.text.steps import DELIMITER, ROLES, SMALL
 from rollouts.text.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -297,6 +298,13 @@ class Family:
             )
         name = self.config.generator(role).display_name
         return LikelihoodScorer(role, backend, self.prompts(role), name, STATISTICS, LOOKED_AT[role])
+
+    @contextmanager
+    def open_verifier(self, store: Store) -> Iterator[Verifier]:
+        """Load the small model to verify what it wrote by itself; raises `ConfigError` as of `open_statistics`."""
+        refuse_other_thinking(store, self.splitting)
+        with self._backend(SMALL, self.config.small, store) as backend:
+            yield Verifier(backend, self.prompts(SMALL).tokenizer, self.config.small.display_name, self.date)
 
     @contextmanager
     def open_scorer(self, store: Store) -> Iterator[Scorer]:

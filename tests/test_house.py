@@ -43,7 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "agents.evaluation": TREES | {"trim_env", "agents.escape", "agents.routers"},
     "agents.baselines": TREES | {"trim_env", "agents.routers", "agents.evaluation"},
     "agents.learners": TREES | {"trim_env", "agents.routers", "agents.evaluation"},
-    "agents.runs": TREES | {"trim_env", "agents.routers", "agents.evaluation", "agents.learners", "agents.tracking"},
+    "agents.runs": TREES
+    | {"trim_env", "agents.routers", "agents.evaluation", "agents.baselines", "agents.learners", "agents.tracking"},
     "agents.report": TREES | {"trim_env", "agents.routers", "agents.evaluation"},
     "agents.deploy": TREES | {"trim_env", "agents.escape", "agents.routers", "agents.tracking"},
     "agents.serve": TREES

@@ -1,8 +1,10 @@
 """AutoMix (Aggarwal et al., arXiv 2310.12963): the small model's solution is verified, then kept or written anew.
 
-The verifier is here the reward model (AutoMix-PRM of the paper on TRIM): a number v in [0, 1] from the scores of all
-steps. What is made of v is a threshold, or the rule of a POMDP with one decision: of each bin of v the training
-problems tell how many are needy (the large model alone is right), good (the small one is) and hopeless (neither is).
+The verifier tells a number v in [0, 1]. Of AutoMix itself that is the share of samples in which the small model finds
+its solution correct (`rollouts.scoring.verification`, the store's table of that name); of AutoMix-PRM, as in the paper
+on TRIM, the reward model's, from the scores of all steps. What is made of v is a threshold, or the rule of a POMDP with
+one decision: of each bin of v the training problems tell how many are needy (the large model alone is right), good (the
+small one is) and hopeless (neither is).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from agents.evaluation.walk import attempts_of
 from agents.routers.base import Floats, Knob
 from agents.routers.whole import Attempts
-from rollouts.errors import DataError, did_you_mean
+from rollouts.errors import DataError, StoreError, did_you_mean
 from trim_env.features import schema_named
 from trim_env.tables import DecisionTables
 
@@ -28,6 +30,7 @@ RULES: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
     "product": lambda scores: scores[:, _LAST] * scores[:, _PRODUCT],
 }
 """What is made of the scores of a solution's steps."""
+SELF = "self-verification"
 BINS = 10
 
 
@@ -75,7 +78,7 @@ class AutoMix:
     """Starts again where a verification says so: below a threshold, or with bins where the gain exceeds a price.
 
     Attributes:
-        rule: What v is made of the reward model's scores (`RULES`).
+        rule: What v is made of the reward model's scores (`RULES`), or `SELF`.
         knob: ``threshold`` on v, or ``price``, the gain that a retry must exceed.
         bins: Gain by v; None: a threshold.
     """
@@ -83,21 +86,44 @@ class AutoMix:
     rule: str
     knob: Knob
     bins: Bins | None = None
-    schema: str = SCHEMA
 
     def __post_init__(self) -> None:
         """Check that there is such a rule."""
-        if self.rule not in RULES:
-            raise DataError(f"AutoMix: unknown rule {self.rule!r}.{did_you_mean(self.rule, RULES)}")
+        if self.rule not in (known := (*RULES, SELF)):
+            raise DataError(f"AutoMix: unknown rule {self.rule!r}.{did_you_mean(self.rule, known)}")
 
     @property
     def name(self) -> str:
         """As in tables and plots."""
-        return f"AutoMix-PRM ({self.rule}{', POMDP' if self.bins else ''})"
+        return f"AutoMix{'' if self.rule == SELF else '-PRM'} ({self.rule}{', POMDP' if self.bins else ''})"
+
+    @property
+    def schema(self) -> str:
+        """That of the scores; of no features where the small model verifies."""
+        return "step/1" if self.rule == SELF else SCHEMA
 
     def verified(self, attempts: Attempts) -> Floats:
-        """Return (R,) v."""
-        return RULES[self.rule](attempts.features).astype(np.float64)
+        """Return (R,) v.
+
+        Raises:
+            StoreError: Solutions are not verified.
+        """
+        if self.rule != SELF:
+            return RULES[self.rule](attempts.features).astype(np.float64)
+        yes, samples = attempts.told("verification.yes"), attempts.told("verification.samples")
+        if lacking := int(np.isnan(yes).sum()):
+            raise StoreError(
+                f"{lacking} of {len(yes)} solutions of the small model are not verified by itself. Run "
+                "`python -m rollouts score STORE --models FILE --scorer verification`."
+            )
+        share: Floats = yes / np.maximum(samples, 1)
+        return share
+
+    def verifying(self, attempts: Attempts) -> Floats:
+        """Return (R, 3) samples, and tokens read and decoded for them; zeros where a reward model verifies."""
+        if self.rule != SELF:
+            return np.zeros((len(attempts.problems), 3))
+        return np.stack([attempts.told(f"verification.{name}") for name in ("samples", "read", "decoded")], axis=1)
 
     def retries(self, attempts: Attempts) -> Floats:
         """Return (R,) of 0 and 1."""
@@ -108,14 +134,19 @@ class AutoMix:
 
 def thresholds(rule: str, tables: DecisionTables, count: int = 64) -> list[AutoMix]:
     """Return cascades at quantiles of v on some problems, and one above all."""
-    v = AutoMix(rule, Knob("threshold", 0.0)).verified(attempts_of(tables, SCHEMA))
+    v = _verified(rule, tables)
     levels = [*np.unique(np.quantile(v, np.linspace(0, 1, count), method="higher")), np.nextafter(v.max(), np.inf)]
     return [AutoMix(rule, Knob("threshold", float(level))) for level in levels]
 
 
 def pomdp(rule: str, train: DecisionTables) -> list[AutoMix]:
     """Return the cascades of all prices that differ, fitted on training problems."""
-    v = AutoMix(rule, Knob("price", 0.0)).verified(attempts_of(train, SCHEMA))
+    v = _verified(rule, train)
     bins = Bins.fit(v, *train.alone.correct.T)
     prices = [*np.unique(bins.gain), bins.gain.min() - 1]
     return [AutoMix(rule, Knob("price", float(price)), bins) for price in prices]
+
+
+def _verified(rule: str, tables: DecisionTables) -> Floats:
+    any_setting = AutoMix(rule, Knob("threshold", 0.0))
+    return any_setting.verified(attempts_of(tables, any_setting.schema))

@@ -29,8 +29,10 @@ from trim_env.tables import DecisionTables
 
 STEP, CASCADE, QUERY, REFERENCE = "step-level", "cascade", "query-level", "reference"
 GROUPS = (STEP, CASCADE, QUERY, REFERENCE)
+SELF_VERIFIED = "AutoMix (self-verification)"  # needs a store that the small model has verified
 ENVELOPES = {CASCADE: "best of the cascades", QUERY: "best of the query-level routers"}
 SETTINGS = 64  # thresholds tried of a query-level router
+_SAME = 1e-9  # what questions are worth is rounded otherwise where they come alone
 STRATEGIES = (0.15, 0.4)  # shares of always-large's cost that thresholds on steps, as arms, come to in training
 
 
@@ -81,12 +83,20 @@ class Fitting:
         return {f"threshold {each.threshold:.3f}": each for each in nearest}
 
     @cached_property
+    def of_models(self) -> predict.Predictor:
+        """Accuracies and costs of the two models."""
+        return predict.fit(self.examples.questions, predict.models(self.examples), self.embed, self.seed)
+
+    @cached_property
     def predictor(self) -> predict.Predictor:
         """Accuracies and costs of the two models and of the strategies."""
-        arms, price = predict.models(self.examples), references(self.train).large.cost.mean()
+        price = references(self.train).large.cost.mean()
         ran = {name: run(router, self.train) for name, router in self.strategies.items()}
-        arms |= {name: (outcomes.correct, outcomes.cost / price) for name, outcomes in ran.items()}
-        return predict.fit(self.examples.questions, arms, self.embed, self.seed)
+        arms = {name: (outcomes.correct, outcomes.cost / price) for name, outcomes in ran.items()}
+        own = predict.fit(self.examples.questions, arms, self.embed, self.seed)
+        return predict.Predictor(
+            self.embed, {**self.of_models.weights, **own.weights}, (*self.of_models.arms, *own.arms)
+        )
 
 
 @dataclass(frozen=True)
@@ -198,10 +208,12 @@ def of_routers(routers: Iterable[Whole | AnyRouter]) -> list[Setting]:
 
 
 def at_thresholds(router: TextRouter, fitting: Fitting) -> list[TextRouter]:
-    """Return a router at quantiles of what questions are worth to it."""
-    worth = router.preference([fitting.choosing.trees.questions[each] for each in _problems(fitting.choosing)])
-    levels = np.unique(np.quantile(worth, np.linspace(0, 1, SETTINGS), method="higher"))
-    return [TextRouter(router.name, Knob("threshold", level), router.preference) for level in levels.tolist()]
+    """Return a router at quantiles of what questions are worth to it, each between two of them, and one above all."""
+    worth = np.sort(router.preference([fitting.choosing.trees.questions[each] for each in _problems(fitting.choosing)]))
+    worth = worth[np.diff(worth, prepend=worth[0] - 1) > _SAME]
+    place = np.unique(np.linspace(0, len(worth), SETTINGS).round().astype(int))
+    between = np.concatenate([worth[:1] - 1, (worth[1:] + worth[:-1]) / 2, worth[-1:] + 1])
+    return [TextRouter(router.name, Knob("threshold", level), router.preference) for level in between[place].tolist()]
 
 
 def _problems(tables: DecisionTables) -> Sequence[int]:
@@ -245,6 +257,12 @@ def _verified(rule: str) -> Callable[[Fitting], list[Setting]]:
     return lambda fitting: of_routers(automix.thresholds(rule, fitting.choosing))
 
 
+def _self_verified(fitting: Fitting) -> list[Setting]:
+    return of_routers(
+        [*automix.thresholds(automix.SELF, fitting.choosing), *automix.pomdp(automix.SELF, fitting.train)]
+    )
+
+
 def _votes(fitting: Fitting) -> list[Setting]:
     replicas = np.bincount(fitting.choosing.trees.problem[fitting.choosing.indices]).max()
     if replicas < 2:
@@ -252,6 +270,19 @@ def _votes(fitting: Fitting) -> list[Setting]:
     return of_routers(Vote(agreement) for agreement in np.arange(2, replicas + 1) / replicas)
 
 
+TEXT: dict[str, Callable[[Fitting], TextRouter]] = {
+    "classifier (RouteLLM)": lambda data: routellm.classifier(data.examples, data.embed),
+    "matrix factorisation (RouteLLM)": lambda data: routellm.matrix_factorisation(data.examples, data.embed, data.seed),
+    "SW-ranking (RouteLLM)": lambda data: routellm.ranking(data.examples, data.embed),
+    "50 neighbours": lambda data: routellm.neighbours(data.examples, data.embed),
+    "Smoothie": lambda data: smoothie.fit(data.choosing, data.embed),
+    "refusal (SATER)": lambda data: predict.doubt(data.of_models),
+    "gain over cost (RTR, CONCUR)": lambda data: predict.gain_over_cost(data.of_models),
+}
+"""Query-level routers by name: from what there is to fit on to a router, whose threshold is left open."""
+NOTES = {
+    "Smoothie": "compares the outputs for validation questions, without labels: training problems have one replica"
+}
 ARMS = "chooses for each question among the two models and two settings of TRIM-Thr"
 BASELINES = (
     Baseline("TRIM-Thr (RSD)", STEP, lambda data: of_routers(map(Threshold, thresholds(data.choosing)))),
@@ -259,19 +290,8 @@ BASELINES = (
     Baseline("best arms in a budget (CONCUR)", STEP, _allocated, f"{ARMS}; sees all questions before the first answer"),
     *(Baseline(f"AutoMix-PRM ({rule})", CASCADE, _verified(rule)) for rule in automix.RULES),
     Baseline("AutoMix-PRM (last, POMDP)", CASCADE, lambda data: of_routers(automix.pomdp("last", data.train))),
+    Baseline(SELF_VERIFIED, CASCADE, _self_verified, "thresholds and the POMDP; pays eight samples"),
     Baseline("vote (SATER)", CASCADE, _votes, "pays all replicas of the small model"),
-    Baseline("classifier (RouteLLM)", QUERY, _text(lambda data: routellm.classifier(data.examples, data.embed))),
-    Baseline(
-        "matrix factorisation (RouteLLM)", QUERY,
-        _text(lambda data: routellm.matrix_factorisation(data.examples, data.embed, data.seed)),
-    ),
-    Baseline("SW-ranking (RouteLLM)", QUERY, _text(lambda data: routellm.ranking(data.examples, data.embed))),
-    Baseline("50 neighbours", QUERY, _text(lambda data: routellm.neighbours(data.examples, data.embed))),
-    Baseline(
-        "Smoothie", QUERY, _text(lambda data: smoothie.fit(data.choosing, data.embed)),
-        "compares the outputs for validation questions, without labels: training problems have one replica",
-    ),
-    Baseline("refusal (SATER)", QUERY, _text(lambda data: predict.doubt(data.predictor))),
-    Baseline("gain over cost (RTR, CONCUR)", QUERY, _text(lambda data: predict.gain_over_cost(data.predictor))),
-)  # fmt: skip
+    *(Baseline(name, QUERY, _text(make), NOTES.get(name, "")) for name, make in TEXT.items()),
+)
 """The field; what is fitted by `agents.learners` comes beside it in `benchmarks.field`."""

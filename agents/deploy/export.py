@@ -199,11 +199,13 @@ def _notes(found: Artefact, onnx: bool) -> tuple[str, ...]:
 
 def run(config: ExportConfig) -> int:
     """Export and say what was written; return the exit code."""
-    for each in export(config):
+    exported = export(config)
+    for each in exported:
         print(terminal(f"{each.folder}: {each.policy.name}, {each.policy.setting}"))
         for note in each.notes:
             print(f"  note: {terminal(note)}", file=sys.stderr)
-    print("use it: agents.load(DIR).session().decide(...), see docs/deployment.md for what it is told")
+    told = "question=..." if exported[0].policy.decides_once else "..."
+    print(f"use it: agents.load(DIR).session().decide({told}), see docs/deployment.md for what it is told")
     return 0
 
 

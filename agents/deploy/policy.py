@@ -27,6 +27,7 @@ from agents.routers.asking import Asking
 from agents.routers.base import AnyRouter, Mixture, refuse_undrafted, told_cap
 from agents.routers.budgets import LamCosts
 from agents.routers.mlp import MLP, ConditionedMLP
+from agents.routers.whole import QueryRouter, decides_once
 from rollouts.errors import ArtefactError, ConfigError
 from trim_env.features import Schema, schema_named
 
@@ -78,6 +79,10 @@ class Policy:
             value = self.about.get(name)
             if (value is None and name == "max_steps") or (value is not None and _whole(value) < least):
                 raise ArtefactError(f"{self.place}: says {name} is {value!r}, expected a whole number >= {least}.")
+        if self.decides_once and self.max_large_tokens is not None:
+            raise ArtefactError(
+                f"{self.place}: {self.name} sends whole problems and cannot keep a cap of large tokens."
+            )
         told = self.about.get("features")
         names = [feature.name for feature in self._checked(self.router).features]
         if told is not None and [each.get("name") for each in told] != names:
@@ -110,6 +115,11 @@ class Policy:
     def schema(self) -> str:
         """Its feature schema, with version."""
         return self.router.schema
+
+    @property
+    def decides_once(self) -> bool:
+        """Whether it decides for a whole problem, before anything is generated; no cap on escalations binds it then."""
+        return decides_once(self.router)
 
     @property
     def max_steps(self) -> int:
@@ -160,7 +170,7 @@ class Policy:
     def _costs(self) -> LamCosts:
         return LamCosts(self.about.get("budgets", []) if self.lam_range else [])
 
-    def at(self, lam: float | None = None, budget: float | None = None) -> AnyRouter | Mixture:
+    def at(self, lam: float | None = None, budget: float | None = None) -> AnyRouter | QueryRouter | Mixture:
         """Return the router for a λ or a budget, if it takes one: the same object for the same setting.
 
         Args:
@@ -211,6 +221,8 @@ class Policy:
             budget: Share of always-large's cost to be spent in expectation, where `budget_range` is not None.
             seed: Of what routers draw: a random router's actions, which part of a mixture decides. None: from entropy.
 
+        A policy that `decides_once` has a session of one decision, ``session.decide(question="...")``.
+
         Raises:
             ConfigError: As of `at`.
         """
@@ -221,7 +233,7 @@ class Policy:
         if isinstance(router, Mixture):
             assert generator is not None
             router = router.pick(float(generator.random()))
-        caps = self.max_escalations, self.max_large_tokens
+        caps = (None, None) if self.decides_once else (self.max_escalations, self.max_large_tokens)
         return Session(router, knob, self.max_steps, caps, generator, thinks=self.thinks)
 
     def describe(self) -> dict[str, Any]:
@@ -234,8 +246,9 @@ class Policy:
             "name": self.name,
             "kind": self.kind,
             "schema": self.schema,
-            "features": [feature.name for feature in schema_named(self.schema).features],
+            "features": [] if self.decides_once else [each.name for each in schema_named(self.schema).features],
             "knob": knob,
+            **({"decides": "once for a problem, from its text"} if self.decides_once else {}),
             **({"asks": list(router.facts)} if isinstance(router, Asking) else {}),
             "budget_range": list(self.budget_range) if self.budget_range else None,
             "max_steps": self.max_steps,

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from agents.routers.asking import Asking
-from agents.routers.base import AnyRouter, Floats, Knob, Router, StatefulRouter, is_blind, told_cap
+from agents.routers.base import Floats, Knob, Router, StatefulRouter, is_blind, told_cap
 from agents.routers.whole import Cascade, QueryRouter
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.text.steps import SMALL, Step, StopReason, closes_box
@@ -34,11 +34,13 @@ class Session:
         large_tokens: Tokens that it decoded.
         ended: Whether the solution is complete: a terminal step was accepted, or `max_steps` steps.
         chance: Probability of escalating in the last decision; None before the first.
+        decides_once: Whether it decides for the whole problem: ``decide(question=...)`` says who writes all of it, and
+            then the session has ended.
     """
 
     def __init__(
         self,
-        router: AnyRouter,
+        router: Any,
         knob: Knob,
         max_steps: int,
         caps: tuple[int | None, int | None],
@@ -49,7 +51,7 @@ class Session:
         """Begin.
 
         Args:
-            router: Who decides.
+            router: Who decides: an `AnyRouter`, or a `QueryRouter`.
             knob: The setting in use.
             max_steps: Most steps.
             caps: Most escalations, and most tokens of the large model; None for no cap.
@@ -57,18 +59,15 @@ class Session:
             thinks: Whether solutions begin with a thinking block.
 
         Raises:
-            ConfigError: The router decides once for a whole problem.
+            ConfigError: The router is a cascade.
         """
-        if isinstance(router, QueryRouter | Cascade):
+        if isinstance(router, Cascade):
             raise ConfigError(
-                f"{router.name} decides once for a whole problem; a session decides step by step. "
-                + (
-                    "Ask it before anything is generated: router.sends([question])."
-                    if isinstance(router, QueryRouter)
-                    else "A cascade starts again when the small model has solved the problem, so it cannot be streamed."
-                )
+                f"{router.name} decides once for a whole problem, and when the small model has solved it: it cannot be "
+                "streamed, and has no session."
             )
         self.router, self.knob = router, knob
+        self.decides_once = isinstance(router, QueryRouter)
         self.step, self.escalations, self.large_tokens, self.ended = 1, 0, 0, False
         self._schema = _NOTHING if is_blind(router) else schema_named(router.schema)
         self._bought = frozenset(router.facts if isinstance(router, Asking) else ())
@@ -128,7 +127,7 @@ class Session:
 
         Raises:
             ConfigError: Something lacks that the features read, a value is out of range, the last decision waits for
-                `accept`, or the solution has ended.
+                `accept`, the solution has ended, or a router that decides once is told anything but a ``question``.
         """
         facts |= {name: value for name, value in (("score", score), ("tokens", tokens)) if value is not ...}
         if text is not None:
@@ -137,8 +136,10 @@ class Session:
                 facts["thinking"] = thinking
         return self._decided(float(_chances([self], [self._take(facts)])[0]))
 
-    def _take(self, proposal: Mapping[str, Any]) -> dict[str, float]:
+    def _take(self, proposal: Mapping[str, Any]) -> dict[str, Any]:
         """Return the columns for a proposal, given as the arguments of `decide`."""
+        if self.decides_once:
+            return self._take_question(**proposal)
         if self.ended:
             raise ConfigError(f"The solution has ended after {self.step - 1} steps; begin a new session.")
         asked = self._proposal is not None and self._action == ASK
@@ -168,6 +169,16 @@ class Session:
         if told:
             return columns
         return dict.fromkeys((*self._bought, *(fold.name for fold in self._asked_of)), 0.0) | columns
+
+    def _take_question(self, question: str | None = None, **others: Any) -> dict[str, Any]:
+        """Return the question for the one decision that there is."""
+        if not isinstance(question, str) or others or self.ended:
+            raise ConfigError(
+                f"{self.router.name} decides once for a whole problem, before anything is generated: "
+                + ("it has; begin a new session." if self.ended else "decide(question=...) and nothing else.")
+            )
+        self.ended = True
+        return {"question": question}
 
     def _folds_of(self, accepted: Sequence[Mapping[str, Any]]) -> Folded:
         """Return folds over what is asked for of the accepted steps."""
@@ -308,21 +319,23 @@ def decide_together(sessions: Sequence[Session], proposals: Sequence[Mapping[str
 
 def _take_all(sessions: Sequence[Session], proposals: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """Let every session take its proposal, or none of them."""
-    columns: list[dict[str, float]] = []
-    before = [(session._proposal, session._action) for session in sessions]
+    columns: list[dict[str, Any]] = []
+    before = [(session._proposal, session._action, session.ended) for session in sessions]
     try:
         for session, proposal in zip(sessions, proposals, strict=True):
             columns.append(session._take(proposal))
     except ConfigError:
         for session, was in list(zip(sessions, before, strict=True))[: len(columns)]:
-            session._proposal, session._action = was
+            session._proposal, session._action, session.ended = was
         raise
     return columns
 
 
-def _chances(sessions: list[Session], columns: list[dict[str, float]]) -> Floats:
+def _chances(sessions: list[Session], columns: list[dict[str, Any]]) -> Floats:
     """Return the (n,) probabilities of escalating, or `ASK`, in sessions of one router; those with a state go on."""
     first = sessions[0]
+    if isinstance(first.router, QueryRouter):
+        return np.asarray(first.router.sends([each["question"] for each in columns]), np.float64)
     if len(columns) == 1:
         features = first._schema.single(columns[0])
     else:

@@ -20,9 +20,10 @@ from agents.evaluation.outcomes import Floats, Outcomes
 from agents.evaluation.splits import Validation, spread
 from agents.evaluation.walk import run
 from agents.routers import artefact
-from agents.routers.base import AnyRouter, Constant, Mixture, Threshold
+from agents.routers.base import AnyRouter, Constant, Mixture, Threshold, is_end
 from agents.routers.budgets import Measured, calibrate
 from agents.routers.mlp import ConditionedMLP
+from agents.routers.whole import OneModel, decides_once
 from rollouts.errors import ConfigError
 
 SETTINGS = 64  # λ tried of a policy for a range of λ
@@ -47,7 +48,7 @@ def operating_points(found: Sequence[tuple[AnyRouter, Outcomes]], references: Re
         found: Settings with their outcomes on the problems that choose, always-small and always-large among them.
         references: The outcomes of these two.
     """
-    constants = [(router, outcomes) for router, outcomes in found if isinstance(router, Constant)]
+    constants = [(router, outcomes) for router, outcomes in found if is_end(router)]
     return [
         measure(router, outcomes, references) for router, outcomes in [*constants, *spread(found, references.large)]
     ]
@@ -55,7 +56,7 @@ def operating_points(found: Sequence[tuple[AnyRouter, Outcomes]], references: Re
 
 def settings(stored: Sequence[artefact.Storable], validation: Validation) -> list[tuple[AnyRouter, Outcomes]]:
     """Return all settings of some routers, always-small and always-large among them, run on the choice half."""
-    found: list[AnyRouter] = [Constant(0), Constant(1)]
+    found: list[Any] = [OneModel(0), OneModel(1)] if any(map(decides_once, stored)) else [Constant(0), Constant(1)]
     for router in stored:
         if isinstance(router, ConditionedMLP):
             found += [router.at(float(lam)) for lam in np.geomspace(router.low, router.high, SETTINGS)]
@@ -157,7 +158,7 @@ def _setting(router: AnyRouter | Mixture) -> str:
     if isinstance(router, Mixture):
         one, other = _setting(router.first), _setting(router.second)
         return f"{other} for {100 * router.share:.0f} % of the problems, {one} for the others"
-    return router.name if isinstance(router, Constant) else f"{router.name} at {router.knob}"
+    return router.name if is_end(router) else f"{router.name} at {router.knob}"
 
 
 def _percent(each: Estimate) -> str:

@@ -317,6 +317,14 @@ def gain_by_escalations(outcomes: Outcomes, small: Outcomes) -> tuple[Escalation
     )
 
 
+def knots(method: Method, references: References) -> list[int]:
+    """Return the knots of a method's curve by cost: positions in always-small, the points, always-large."""
+    own = [references.small, *(outcomes for _, outcomes in method.points), references.large]
+    c = [float(per_cost(each.cost.sum(), references.large.cost.sum())) for each in own]
+    on_curve = [0, *(i + 1 for i in method.hull if 0 < c[i + 1] < 1 + TOLERANCE), len(own) - 1]
+    return sorted(on_curve, key=lambda i: c[i])
+
+
 def mixture_at(
     method: Method, references: References, percent: float, told: Sequence[Outcomes] = ()
 ) -> Outcomes | None:
@@ -335,8 +343,7 @@ def mixture_at(
     if not np.isfinite(at):
         return None
     c = [float(per_cost(each.cost.sum(), references.large.cost.sum())) for each in own]
-    on_curve = [0, *(i + 1 for i in method.hull if 0 < c[i + 1] < 1 + TOLERANCE), len(own) - 1]
-    on_curve.sort(key=lambda i: c[i])
+    on_curve = knots(method, references)
     after = next(place for place, i in enumerate(on_curve) if c[i] >= at - TOLERANCE)
     last, first = on_curve[after], on_curve[max(after - 1, 0)]
     width = c[last] - c[first]

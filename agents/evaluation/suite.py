@@ -24,6 +24,7 @@ from agents.evaluation.walk import Settings, alone, measured, references, run
 from agents.routers import artefact
 from agents.routers.base import Mixture, RandomRate, schemas_of, told_cap
 from agents.routers.mlp import ConditionedMLP, at
+from agents.routers.whole import decides_once
 from rollouts.config import Imports, settings
 from rollouts.errors import ArtefactError, ConfigError
 from rollouts.plugins import import_module
@@ -191,7 +192,12 @@ def evaluate(config: EvaluateConfig, others: Others | None = None) -> Evaluation
     beside, lacking = list[Compared](), list[str]()
     if others is not None:
         beside, lacking = others(decision_tables(trees, "train", **agreed), validation, split)
-    found = [Compared(name, "step-level", method, True) for name, method in curves.items() if name != RANDOM]
+    groups = {name: "query-level" for name, items in methods.items() if decides_once(items[0].router)}
+    found = [
+        Compared(name, groups.get(name, "step-level"), method, True)
+        for name, method in curves.items()
+        if name != RANDOM
+    ]
     curves |= {each.name: each.method for each in beside if each.drawn}
     summaries = tuple(summarise(name, method, both, config.seed) for name, method in curves.items())
     weights = resample_weights(len(both.small), seed=config.seed)

@@ -19,7 +19,15 @@ from agents.evaluation.outcomes import Calls, Outcomes, Solutions, mix
 from agents.routers.asking import Asking
 from agents.routers.base import AnyRouter, Mixture, Router, StatefulRouter, Undrafted, is_blind, told_cap
 from agents.routers.takeover import Takeover
-from agents.routers.whole import Attempts, Cascade, OneModel, QueryRouter, VotingCascade, Whole
+from agents.routers.whole import (
+    Attempts,
+    Cascade,
+    OneModel,
+    QueryRouter,
+    VerifiedCascade,
+    VotingCascade,
+    Whole,
+)
 from rollouts.errors import ConfigError
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
 from trim_env.costs import cost_of, sources_of
@@ -172,6 +180,11 @@ def run_whole(tables: DecisionTables, router: Whole) -> dict[str, Floats]:
     read = nothing + bool(sources)
     totals = _sent(tables, send, router.keeps(attempts) if isinstance(router, VotingCascade) else None)
     serial = 1 + read + send  # samples of one problem are drawn side by side
+    if isinstance(router, VerifiedCascade):
+        samples, prompt, decoded = router.verifying(attempts).T
+        verified = tables.cost_model.of(np.stack([decoded, nothing], axis=1), np.stack([prompt, nothing], axis=1))
+        drafted, again = (each + verified[:, CONTINUE_SMALL] for each in (drafted, again))
+        small, read, serial = small + decoded, read + samples, serial + (samples > 0)
     if isinstance(router, VotingCascade):
         small, first, read = (_of_problem(attempts, each) for each in (small, drafted, read))
         drafted, again = first, again + first - drafted
@@ -189,7 +202,17 @@ def attempts_of(tables: DecisionTables, schema: str | None = None) -> Attempts:
         replicas=trees.replica[tables.indices],
         features=np.zeros((len(last), 0), np.float32) if schema is None else tables.in_schema(schema)[last],
         last=lambda position: trees.proposal(last[position], CONTINUE_SMALL),
+        told=lambda name: _told(tables, name)[last],
     )
+
+
+def _told(tables: DecisionTables, name: str) -> Floats:
+    """Return the (N,) values of a column of a score table at the small model's proposals; NaN if there is no table."""
+    trees = tables.trees
+    found: Floats = np.asarray(trees.signals.get(name, np.full((trees.nodes, 2), np.nan)), np.float64)[
+        :, CONTINUE_SMALL
+    ]
+    return found
 
 
 def solutions(tables: DecisionTables, action: int) -> list[str]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from agents.evaluation.suite import TRIM_THR
 from agents.evaluation.table import MethodSummary
 from agents.routers.artefact import Artefact
-from agents.routers.base import AnyRouter, Constant, Mixture, Threshold, schemas_of
+from agents.routers.base import Constant, Mixture, Threshold, schemas_of
 from agents.routers.mlp import ConditionedMLP
+from agents.routers.whole import decides_once
 from trim_env.costs import sources_of
 from trim_env.features import schema_named
 
@@ -34,7 +36,7 @@ class Shown:
     method: str
     knob: float | None
     label: str
-    router: AnyRouter
+    router: Any
 
 
 def shown_routers(
@@ -42,7 +44,8 @@ def shown_routers(
 ) -> list[Shown]:
     """Return the routers to follow: of each method at most `most` operating points, spread over its cost.
 
-    A method that draws its actions (random) has no one path and is left out. Of a mixture both settings are shown.
+    A method that draws its actions (random) has no one path and is left out, and so is one of whole problems, which
+    decides at no step. Of a mixture both settings are shown.
 
     Args:
         methods: Trained routers, by the name of the method.
@@ -85,7 +88,8 @@ def setting(items: Sequence[Artefact], knob: float, scorer: str) -> dict[str, st
     if not str(item.about.get("small", "")).startswith("tinymath-"):
         flags += ["--models", "models.toml"]
     urls = {"small": 8001, "large": 8002}
-    if any("scorer" in sources_of(schema_named(schema), scorer) for schema in schemas_of(item.router)):
+    read = () if decides_once(item.router) else schemas_of(item.router)
+    if any("scorer" in sources_of(schema_named(schema), scorer) for schema in read):
         urls["prm"] = 8003
     flags += [word for role, port in urls.items() for word in (f"--{role}", f"http://localhost:{port}/v1")]
     return {"label": _label(name, knob), "serve": shlex.join(["python", "-m", "agents", "serve", *flags])}
@@ -105,7 +109,7 @@ def _stored(items: Sequence[Artefact], knob: float) -> Artefact | None:
 
 def _trained(method: str, items: Sequence[Artefact], knob: float) -> list[Shown]:
     """Return the router of an operating point; two for a mixture."""
-    if (item := _stored(items, knob)) is None:
+    if (item := _stored(items, knob)) is None or decides_once(item.router):
         return []
     router = item.router
     if isinstance(router, ConditionedMLP):

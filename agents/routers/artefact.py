@@ -49,17 +49,19 @@ from agents.routers.stored import (
     read_safetensors,
     shown,
 )
-from agents.routers.whole import Cascade, QueryRouter
+from agents.routers.text import TextRouter
+from agents.routers.whole import Cascade, OneModel, QueryRouter
 from rollouts.errors import ArtefactError, ConfigError
 from rollouts.plugins import is_plugin, loaded_plugin
 from rollouts.text.steps import USUAL_SPLIT
 
 FORMAT = "trim-policy"
-# 6 adds splittings of steps but blank-line, 5 the kind ask, 4 the activation square, 3 others but tanh, 2 `files` and
-# `digest`; 1 named that of weights
-VERSION = 6
-_VERSIONS = {"tanh": 2, "square": 4}  # by activation: the least that tells it
-Storable = AnyRouter | ConditionedMLP | Mixture
+# 7 adds the kinds query and alone, 6 splittings of steps but blank-line, 5 the kind ask, 4 the activation square,
+# 3 others but tanh, 2 `files` and `digest`; 1 named that of weights
+VERSION = 7
+_VERSIONS = {"ask": 5, "query": 7, "alone": 7}  # by kind: the least that tells it
+_ACTIVATIONS = {"tanh": 2, "square": 4}
+Storable = AnyRouter | ConditionedMLP | Mixture | TextRouter | OneModel
 _PARTS = ("first", "second")
 
 
@@ -71,7 +73,7 @@ class Artefact:
         router: The router, or one for a whole range of λ.
         about: Where it comes from: models, scorer, rollouts hash, cost model, cap, metrics, package version.
         kind: How it is stored: ``mlp``, ``mlp-lam``, ``seq``, ``threshold``, ``constant``, ``random``, ``pomdp``,
-            ``ask``, ``mixture``, or others' ``module:Class``.
+            ``ask``, ``mixture``, ``query`` and ``alone`` (of whole problems), or others' ``module:Class``.
         place: Its folder.
     """
 
@@ -193,6 +195,13 @@ _KINDS: dict[str, _Kind] = {
     ),
     "ask": _Kind(Asking, _describe_asking, _build_asking, network=True),
     "mixture": _Kind(Mixture, lambda r: {"share": r.share}, _build_mixture),
+    "query": _Kind(
+        TextRouter,
+        TextRouter.to_plain,
+        lambda s: TextRouter.of_stored(s.name, s.knob, s.described, s.weights),
+        network=True,
+    ),
+    "alone": _Kind(OneModel, lambda _: {}, lambda s: OneModel(int(s.knob.value))),
 }
 
 
@@ -202,14 +211,14 @@ def kind_of(router: Storable) -> str:
     Raises:
         ArtefactError: Routers of this kind cannot be stored.
     """
-    if isinstance(router, QueryRouter | Cascade):
-        raise ArtefactError(
-            f"{router.name} decides once for a whole problem; policies are for routers of steps. "
-            "Query-level routers of text are kept by agents.routers.text.save; cascades are for comparison only."
-        )
     for name, kind in _KINDS.items():
         if type(router) is kind.router:
             return name
+    if isinstance(router, QueryRouter | Cascade):
+        raise ArtefactError(
+            f"{router.name} decides once for a whole problem: of such routers those that read the question's text can "
+            "be stored (agents.routers.text.TextRouter); cascades are for comparison only."
+        )
     refuse_undrafted(router)
     found = type(router)
     name = f"{found.__module__}:{found.__qualname__}"
@@ -301,9 +310,9 @@ def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx
 
 def _least_version(router: Storable, name: str, about: Mapping[str, Any]) -> int:
     """Return the least version of the format that can tell what is in a policy."""
-    if (about.get("splitting") or {}).get("name", USUAL_SPLIT) != USUAL_SPLIT:
-        return VERSION
-    return 5 if name == "ask" else _VERSIONS.get(getattr(router, "activation", "tanh"), 3)
+    usual = (about.get("splitting") or {}).get("name", USUAL_SPLIT) == USUAL_SPLIT
+    own = _VERSIONS.get(name, _ACTIVATIONS.get(getattr(router, "activation", "tanh"), 3))
+    return own if usual else max(own, 6)
 
 
 def _network_files(router: Any, onnx: bool) -> dict[str, bytes]:

@@ -177,14 +177,14 @@ class Mixture:
     """Two settings of one router: each problem as a whole goes to one of them at random.
 
     Attributes:
-        first: The one.
+        first: The one, an `AnyRouter`, or like `second` one of whole problems.
         second: The other.
         share: Probability that a problem goes to `second`.
         knob: What it was mixed for: ``budget`` or ``accuracy``.
     """
 
-    first: AnyRouter
-    second: AnyRouter
+    first: Any
+    second: Any
     share: float
     knob: Knob
 
@@ -196,14 +196,16 @@ class Mixture:
     @property
     def name(self) -> str:
         """The name of the second: the first may be always-small."""
-        return self.second.name if isinstance(self.first, Constant) else self.first.name
+        name: str = self.second.name if is_end(self.first) else self.first.name
+        return name
 
     @property
     def schema(self) -> str:
         """The schema of the first; the second may have another."""
-        return self.first.schema
+        schema: str = self.first.schema
+        return schema
 
-    def pick(self, uniform: float) -> AnyRouter:
+    def pick(self, uniform: float) -> Any:
         """Return the router of one problem, given a number that was drawn uniformly from [0, 1) for it."""
         return self.second if uniform < self.share else self.first
 
@@ -213,9 +215,14 @@ def schemas_of(router: Any) -> set[str]:
     return {router.first.schema, router.second.schema} if isinstance(router, Mixture) else {router.schema}
 
 
+def is_end(router: Any) -> bool:
+    """Whether a router is one end of what routing can do: one model all the time."""
+    return bool(router.knob.name == "action")
+
+
 def is_blind(router: Any) -> bool:
-    """Whether a router decides without reading anything, whatever schema it names."""
-    return isinstance(router, Constant | RandomRate)
+    """Whether a router decides without reading anything of the steps, whatever schema it names."""
+    return isinstance(router, Constant | RandomRate) or hasattr(router, "sends")
 
 
 def told_cap(router: Any) -> int | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.routers.base import AnyRouter, Floats, Knob, Mixture
+from agents.routers.base import Floats, Knob, Mixture
 from rollouts.errors import ArtefactError, ConfigError, did_you_mean
 from trim_env.features import lam_feature
 
@@ -114,7 +115,7 @@ class MLP:
         return (logits[:, 1] > logits[:, 0]).astype(np.float64)
 
 
-def at(router: AnyRouter | ConditionedMLP | Mixture, lam: float) -> AnyRouter:
+def at(router: Any, lam: float) -> Any:
     """Return a router for one λ: what a policy for a range becomes there, any other as it is."""
     assert not isinstance(router, Mixture)  # mixed for a budget, not for a λ
     return router.at(lam) if isinstance(router, ConditionedMLP) else router

@@ -240,6 +240,8 @@ _OWN: dict[str, dict[str, Check]] = {
     "random": {"knob": _entries({"name": NAME, "value": _SHARE})},
     "pomdp": {**_ONE_KNOB, "pomdp": _POMDP},
     "ask": {**_ONE_KNOB, **_NETWORK, "asks": _entries({"source": NAME, "facts": _each(NAME)})},
+    "query": {**_ONE_KNOB, "head": NAME, "vocabulary": _each(NAME)},
+    "alone": {"knob": _entries({"name": NAME, "value": _whole(0, 1)})},
     "mixture": {**_ONE_KNOB, "share": _SHARE, "parts": _entries({"first": _HASH, "second": _HASH})},
 }
 _OTHERS: dict[str, Check] = {**_ONE_KNOB, "router": _ANY}

@@ -5,25 +5,21 @@ How heads are fitted is in `agents.baselines`.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agents.routers.base import Floats, Knob
-from agents.routers.stored import MOST_JSON, MOST_WEIGHTS, read_file, read_json, read_safetensors
 from rollouts.errors import ArtefactError, did_you_mean
 
 Weights = Mapping[str, NDArray[np.float32]]
-FORMAT, VERSION, IDF = "trim-query-router", 1, "idf"
-FILES = ("router.json", "router.safetensors")
+IDF = "idf"
 LONGEST = 4
 """Most characters of an n-gram."""
 _BLANK = re.compile(r"\s\s+")
@@ -222,67 +218,48 @@ class TextRouter:
         name: As in tables and plots.
         knob: ``threshold``.
         preference: What it is worth.
+        schema: As of all routers that read no steps.
     """
 
     name: str
     knob: Knob
     preference: Preference
+    schema: str = field(default="agg/1", init=False)
 
     def sends(self, questions: Sequence[str]) -> Floats:
         """Return (n,) of 0 and 1."""
         return (self.preference(questions) >= self.knob.value).astype(np.float64)
 
+    def to_plain(self) -> dict[str, Any]:
+        """Return head and vocabulary, as JSON holds them.
 
-def save(router: TextRouter, folder: str | Path) -> Path:
-    """Write a router into a folder, as JSON and float32 arrays.
+        Raises:
+            ArtefactError: It reads questions with a model of its own.
+        """
+        return {"head": self.preference.head, "vocabulary": list(self._features.vocabulary)}
 
-    Raises:
-        ArtefactError: There is one already, or it reads questions with a model of its own.
-    """
-    from safetensors.numpy import save as to_bytes
+    @property
+    def weights(self) -> Weights:
+        """Arrays of features and head; errors as of `to_plain`."""
+        return {IDF: self._features.idf, **self.preference.weights}
 
-    folder, features = Path(folder), router.preference.features
-    if not isinstance(features, CharTfidf):
-        raise ArtefactError(f"{router.name} reads questions with a model of its own and cannot be stored.")
-    described, arrays = (folder / name for name in FILES)
-    if described.exists():
-        raise ArtefactError(f"{folder}: holds a router already; nothing was overwritten.")
-    data = to_bytes({name: np.ascontiguousarray(each) for name, each in _arrays(router, features).items()})
-    plain = {
-        "format": FORMAT, "version": VERSION, "name": router.name, "threshold": router.knob.value,
-        "head": router.preference.head, "vocabulary": features.vocabulary, "sha256": hashlib.sha256(data).hexdigest(),
-    }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays.write_bytes(data)
-    described.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-    return folder
+    @property
+    def _features(self) -> CharTfidf:
+        if not isinstance(self.preference.features, CharTfidf):
+            raise ArtefactError(
+                f"{self.name} reads questions with a model of its own, which is not there in serving: it cannot be "
+                "stored. Fit it on character n-grams (agents.routers.text.CharTfidf)."
+            )
+        return self.preference.features
 
+    @classmethod
+    def of_stored(cls, name: str, knob: Knob, plain: Mapping[str, Any], weights: Weights) -> TextRouter:
+        """Return a router again from its name, its knob and what `to_plain` and `weights` gave.
 
-def _arrays(router: TextRouter, features: CharTfidf) -> Weights:
-    return {IDF: features.idf, **router.preference.weights}
-
-
-def load(folder: str | Path) -> TextRouter:
-    """Read a router that `save` wrote: it sends what the saved one sent.
-
-    Raises:
-        ArtefactError: There is none, it is damaged, or a newer version wrote it.
-    """
-    described, arrays = (Path(folder) / name for name in FILES)
-    try:
-        plain = read_json(read_file(described, MOST_JSON))
-        if plain["format"] != FORMAT or plain["version"] != VERSION:
-            raise ValueError(f"its format is {plain['format']!r}, version {plain['version']!r}")
-        data = read_file(arrays, MOST_WEIGHTS)
-        if hashlib.sha256(data).hexdigest() != plain["sha256"]:
-            raise ValueError(f"{arrays.name} is not the one that was written")
-        weights = read_safetensors(data)
-        features = CharTfidf(tuple(plain["vocabulary"]), weights.pop(IDF))
-        preference = Preference(plain["head"], features, weights)
-        router = TextRouter(plain["name"], Knob("threshold", float(plain["threshold"])), preference)
+        Raises:
+            Exception: They do not belong together, whatever NumPy makes of that.
+        """
+        own = dict(weights)
+        router = cls(name, knob, Preference(plain["head"], CharTfidf(tuple(plain["vocabulary"]), own.pop(IDF)), own))
         router.sends(["?"])  # fails where weights lack or do not fit
         return router
-    except ArtefactError:
-        raise
-    except Exception as error:
-        raise ArtefactError(f"{described}: damaged router ({type(error).__name__}: {error}).") from error

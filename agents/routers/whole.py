@@ -7,13 +7,13 @@ that the small model writes by itself and the one that the large model does (`tr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.routers.base import Floats, Knob
+from agents.routers.base import Floats, Knob, Mixture
 
 
 @runtime_checkable
@@ -47,6 +47,7 @@ class Attempts:
         replicas: (R,) which sample of the problem's each is.
         features: (R, d) float32 features of the last step in the cascade's schema; folds in it tell the steps before.
         last: From a position to the text of the last step.
+        told: From a column of a score table to its (R,) values at the last step; NaN where there is none.
     """
 
     problems: NDArray[np.str_]
@@ -54,6 +55,7 @@ class Attempts:
     replicas: NDArray[np.integer[Any]]
     features: NDArray[np.float32]
     last: Callable[[int], str]
+    told: Callable[[str], Floats] = lambda _: np.zeros(0)
 
 
 @runtime_checkable
@@ -83,6 +85,14 @@ class Cascade(Protocol):
 
 
 @runtime_checkable
+class VerifiedCascade(Cascade, Protocol):
+    """A cascade whose solutions the small model may have verified itself, which is paid in any case."""
+
+    def verifying(self, attempts: Attempts) -> Floats:
+        """Return (R, 3) of each solution: samples, and tokens that the small model read and decoded for them."""
+
+
+@runtime_checkable
 class VotingCascade(Cascade, Protocol):
     """A cascade over several samples of the small model: all of them are paid, one is kept."""
 
@@ -93,15 +103,24 @@ class VotingCascade(Cascade, Protocol):
 Whole = QueryRouter | Cascade
 
 
+def decides_once(router: Any) -> bool:
+    """Whether a router, or a part of a mixture, decides before anything is generated, and then never again."""
+    if isinstance(router, Mixture):
+        return decides_once(router.first) or decides_once(router.second)
+    return isinstance(router, QueryRouter)
+
+
 @dataclass(frozen=True)
 class OneModel:
     """Sends all questions to one model: what nothing is routed to.
 
     Attributes:
         action: 0 for the small model, 1 for the large one.
+        schema: As of all routers that read no steps.
     """
 
     action: int
+    schema: str = field(default="agg/1", init=False)
 
     @property
     def name(self) -> str:

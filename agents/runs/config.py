@@ -19,7 +19,7 @@ from rollouts.plugins import is_plugin, load_plugin
 from trim_env.costs import SOURCES, cost_model
 from trim_env.features import DEFAULT_SCHEMA, schema_named
 
-AGENTS = ("ppo-agg", "exact", "ppo-seq", "ppo-paper", "pomdp", "threshold", "arbitrage", "advantage")
+AGENTS = ("ppo-agg", "exact", "ppo-seq", "ppo-paper", "pomdp", "threshold", "arbitrage", "advantage", "query-level")
 LEARNED = ("ppo-agg", "exact")  # for a range of λ, too
 LIVE = ("ppo-agg", "ppo-seq")  # learn from episodes
 TRACKING = ("wandb", "none")
@@ -43,7 +43,8 @@ class TrainConfig:
             once: its settings, features and unnormalised advantages), ``pomdp`` (TRIM-POMDP), ``threshold``
             (TRIM-Thr, the best threshold for each λ: on the score, or on the first feature of a --schema that is
             named), ``arbitrage`` (where the large model's step will score higher), ``advantage`` (where one large step
-            alone is worth its price) or module:Class, a class of your own (`agents.routers.base`).
+            alone is worth its price), ``query-level`` (one model for the whole problem, from the question's text) or
+            module:Class, a class of your own (`agents.routers.base`).
         lam: λ, reward lost per unit of cost; several make a sweep. Left out: six values that span the trade-off
             between the two models, computed from the rollouts.
         lam_range: Two values: one policy is trained for every λ between them, which it is told.
@@ -158,6 +159,13 @@ def resolved(config: TrainConfig) -> TrainConfig:
         ConfigError: There is no agent, schema or cost model of that name, or they do not fit together.
     """
     cost, told = cost_model(config.cost, imports=True), bool(schema_named(config.schema, imports=True).history)
+    if config.agent == "query-level":
+        from agents.baselines.examples import needs_sklearn
+
+        needs_sklearn()
+        if config.schema != DEFAULT_SCHEMA or config.max_large_tokens is not None:
+            given = "--max-large-tokens" if config.schema == DEFAULT_SCHEMA else "--schema"
+            raise ConfigError(f"{given}: query-level reads the question alone and sends whole problems. Leave it out.")
     if config.agent == "pomdp":
         from agents.learners.pomdp.fit import price_of
 

@@ -6,7 +6,7 @@ RUN/generated.json         of a live training: what its models have written so f
 RUN/curve.png, .svg        the routers on the verdict half of validation
 RUN/lam-0.003/policy/      the router (`agents.routers.artefact`), the only thing that evaluation reads
 RUN/lam-0.003/             metrics.jsonl, training.png, report.json; of the POMDP estimates.json, of exact,
-                           arbitrage and advantage fit.json
+                           arbitrage, advantage and query-level fit.json
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.baselines import query_level
 from agents.evaluation.budgets import lam_costs, meet_target
 from agents.evaluation.health import Health
 from agents.evaluation.splits import Candidates, Record, Validation, halves
@@ -35,6 +36,7 @@ from agents.learners.pomdp.fit import estimate, price_of
 from agents.routers import artefact
 from agents.routers.base import AnyRouter, checked
 from agents.routers.mlp import ConditionedMLP, at
+from agents.routers.whole import decides_once
 from agents.runs import config as settings
 from agents.runs.config import TrainConfig
 from agents.runs.listener import Listener
@@ -54,7 +56,7 @@ from trim_env.features import DEFAULT_SCHEMA
 from trim_env.tables import DecisionTables, decision_tables, rollouts_hash
 
 AUTO_LAMS = 6
-_PREDICTING = {"arbitrage": arbitrage, "advantage": advantage}
+_PREDICTING = {"arbitrage": arbitrage, "advantage": advantage, "query-level": query_level}
 
 
 @dataclass(frozen=True)
@@ -304,12 +306,11 @@ class _Run:
         return router, self._assessed(router, task), 1, None
 
     @cached_property
-    def _predictions(self) -> arbitrage.Arbitrage | advantage.Advantage:
-        """What those learners make that predict what escalating does, for all λ."""
+    def _predictions(self) -> Any:
+        """What those learners make that predict what the large model does for it, for all λ."""
         train = _tables(self.config, self.trees, self.trees.select("train"))
         learner: Any = _PREDICTING[self.config.agent]
-        found: arbitrage.Arbitrage | advantage.Advantage = learner.fit(train, self.validation.choice, self.config.seed)
-        return found
+        return learner.fit(train, self.validation.choice, self.config.seed)
 
     @cached_property
     def _frontiers(self) -> dict[Lam, Frontier | AskingFrontier]:
@@ -398,7 +399,7 @@ class _Run:
             "always_large_accuracy": float(both.large.correct.mean()),
             "verdict": health.verdict,
             "sentence": health.sentence,
-            "decisions": decision_shares(router, self.validation.verdict),
+            **({} if decides_once(router) else {"decisions": decision_shares(router, self.validation.verdict)}),
         }
 
 

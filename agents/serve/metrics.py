@@ -34,6 +34,8 @@ class Metrics:
         self.seconds = histogram("trim_request_seconds", "Duration of routed requests.", buckets=_SECONDS)
         self.passed_on = counter("trim_passed_on", "Requests that were not routed but passed on.", ["model"])
         self.steps = counter("trim_steps", "Accepted steps by author.", ["author"])
+        words = "Requests whose policy decided once, for the whole problem, by whom it chose."
+        self.problems = counter("trim_problems", words, ["author"])
         self.escalations = counter("trim_escalations", "Escalations that the policy decided.")
         self.fallbacks = counter("trim_fallbacks", "Steps that went another way because an upstream failed.")
         words = (

@@ -137,6 +137,7 @@ class Route:
         sources: What the policy reads, and from where.
         only: The model that writes all steps, without proposals, scores and decisions; None: the policy decides.
         policy: Name of the policy.
+        author: Who writes all steps, where the policy has decided for the whole problem; None: it decides step by step.
         ledger: What it has spent.
         questions: What of it went into questions of the policy that were answered.
         written: The accepted steps, and how they came about.
@@ -157,6 +158,7 @@ class Route:
     sources: Sources = Sources()
     only: Literal["small", "large"] | None = None
     policy: str = ""
+    author: str | None = None
     ledger: Ledger = field(default_factory=Ledger)
     questions: Spent = field(default_factory=Spent)
     written: list[Written] = field(default_factory=list)
@@ -264,7 +266,7 @@ class Route:
         if self.only is not None:
             return await self._alone(models, self.only)
         thinking = self.task.splitting.thinking(earlier)
-        if (author := self.task.splitting.author(thinking=thinking)) is not None:
+        if (author := self.author or self.task.splitting.author(thinking=thinking)) is not None:
             return await self._answered(models, author)
         try:
             proposal = await self._write(models, SMALL)
@@ -310,7 +312,7 @@ class Route:
         return step, self._note(step, role, proposal, large)
 
     async def _answered(self, models: Models, author: str) -> tuple[Step, Written]:
-        """Let the only model that writes the answer go on: there is nothing to decide, nor will there be."""
+        """Let the only model that writes the answer, or all, go on: there is nothing to decide, nor will there be."""
         self._settle([None] * len(self.written))
         words = None
         try:
@@ -371,7 +373,8 @@ class Route:
         """Tell the session of the steps that had no score; `scores` are those of all accepted steps."""
         first = len(self.written) - len(self._owed)
         for place, owed in enumerate(self._owed, first):
-            self._tell(owed, scores[place])
+            if not self.session.decides_once:
+                self._tell(owed, scores[place])
         self._owed = []
         return self._late(scores)
 
@@ -540,6 +543,7 @@ class Route:
 
     def summary(self, *, trace: bool) -> dict[str, Any]:
         """Return what happened, and each step of it if `trace` asks for it."""
+        decided = {"for": "problem", "model": self.author, "chance": self.session.chance}
         summary: dict[str, Any] = {
             "steps": len(self.written),
             "escalations": sum(step.escalated for step in self.written),
@@ -552,6 +556,7 @@ class Route:
             "answer": final_answer(self.text),
             **({"thinking": self._thought} if self.task.splitting.thinks else {}),
             **({"policy": self.policy} if self.policy else {}),
+            **({"decided": decided} if self.author and self.only is None else {}),
             "knob": {"name": self.session.knob.name, "value": self.session.knob.value},
             **({} if self.shadow is None else {"shadow": self.shadow.report()}),
         }

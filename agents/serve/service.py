@@ -129,11 +129,17 @@ class Service:
         sources = (
             Sources(scorer=False) if is_blind(session.router) else policies.sources[name]
         )  # a mixture may draw one
-        route = Route(task, session, *fallbacks, sources, ask.only or self.config.shadow, policy=name)
+        author = None
+        if session.decides_once:
+            decide = partial(session.decide, question=question)
+            author = ROLES[await asyncio.to_thread(decide) if length > _SHORT else decide()]
+        route = Route(task, session, *fallbacks, sources, ask.only or self.config.shadow, policy=name, author=author)
         route.stops = StopText(ask.stop or ())
         route.ledger.prompt_tokens = prompt_tokens
         if self.config.shadow and not ask.only and random.random() < self.config.shadow_share:
-            shadow = Shadow(task, session, *fallbacks, sources, policy=name, served=route, traced=bool(ask.trace))
+            shadow = Shadow(
+                task, session, *fallbacks, sources, policy=name, author=author, served=route, traced=bool(ask.trace)
+            )
             shadow.stops = StopText(ask.stop or ())
             route.shadow = shadow
         return route
@@ -227,6 +233,8 @@ class Service:
             metrics.ended(str(status), time.monotonic() - began, usage, share)
             if self._prices and status == 200:
                 metrics.paid(self._prices, usage)
+            if route.author and route.only is None:
+                metrics.problems.labels(route.author).inc()
             if len(self.policies.each) > 1:
                 metrics.decided(route.policy, str(status), ledger.roles)
             tracing.current().told |= {

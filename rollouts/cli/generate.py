@@ -22,6 +22,7 @@ from rollouts.config import Count, NotNegative, load_family, settings
 from rollouts.errors import ConfigError, DataError, did_you_mean
 from rollouts.family import Family
 from rollouts.scoring.base import Scorer, self_test_examples
+from rollouts.scoring.verification import Verifier
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader, make_grader, unreadable_answers
 from rollouts.tasks.problems import EMBEDDED, SPLITS, Problem, load_problems
@@ -29,6 +30,7 @@ from rollouts.text.steps import ROLES, SMALL
 from rollouts.trees.annotate import IN_FLIGHT, grade_store, left, score_store
 from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, label_of, load_trees, replicas_of
 from rollouts.trees.grow import Progress as Counts
+from rollouts.trees.verifications import unverified, verify_solutions
 
 if TYPE_CHECKING:
     from rollouts.cluster.pool import Cluster
@@ -301,6 +303,21 @@ def run_scoring(
         )
 
 
+def run_verifying(store: Store, family: Family, *, give_up: bool = False) -> None:
+    """Have the small model verify what it wrote by itself, with a bar; it is loaded if there is anything."""
+    total = sum(1 for _ in unverified(store, store.score_rows(Verifier.name)))
+    if total == 0:
+        return
+    with family.open_verifier(store) as verifier, progress_bar("Verifying", total, "solutions") as advance:
+        report = verify_solutions(store, verifier, give_up=give_up, on_progress=advance)
+    tell_notes(store)
+    if report.failed:
+        then = "they count as not found correct" if give_up else "the same command asks again"
+        console().print(f"{report.failed.total():,} solutions are not verified; {then}:")
+    for line in reason_lines(report.failed):
+        console().print(line, markup=False)
+
+
 def tell_notes(store: Store) -> None:
     """Print what whoever goes on with a store should be told, once."""
     while store.notes:
@@ -436,6 +453,7 @@ class Score:
         models: TOML file with the [scorer] section, or ``tinymath``.
         scorer: ``small`` or ``large``: instead of the [scorer], what this model makes of the tokens of steps, by one
             prefill pass per path (`rollouts.text.likelihood.STATISTICS`); small of its own steps, large of all.
+            ``verification``: whether the small model, asked eight times, finds correct what it wrote by itself.
         give_up: Do not ask again about steps whose question fails this time too (a judge's): put down that they have no
             score. Their trees are left out of training and evaluation.
         on: Where it runs.
@@ -443,7 +461,7 @@ class Score:
 
     store: StorePath
     models: str = "tinymath"
-    scorer: Literal["small", "large"] | None = None
+    scorer: Literal["small", "large", "verification"] | None = None
     give_up: bool = False
     on: On = Machines()
 
@@ -453,9 +471,15 @@ class Score:
         problems = store.problems()
         family = Family(load_family(self.models), examples=self_test_examples(problems), store=store)
         family.refuse_other_scores(store)
+        verifies = self.scorer == Verifier.name
+        if verifies and self.on.ray is not None:
+            raise ConfigError("--scorer verification asks one small model from here: leave out --ray.")
         with store.writing(), self.on.cluster() as cluster:
-            note_special_tokens(console(), store, family, roles=[self.scorer or SCORER])
-            run_scoring(store, family, None, self.scorer, cluster, give_up=self.give_up)
+            note_special_tokens(console(), store, family, roles=[SMALL if verifies else self.scorer or SCORER])
+            if verifies:
+                run_verifying(store, family, give_up=self.give_up)
+            else:
+                run_scoring(store, family, None, self.scorer, cluster, give_up=self.give_up)
 
 
 @settings

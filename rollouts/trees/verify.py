@@ -53,10 +53,18 @@ def verify_store(store: Store) -> Findings:
     return findings
 
 
+def _of_all(store: Store, name: str) -> bool:
+    """Whether a score table is of all steps: decisions are of those that were served, verifications of solutions."""
+    try:
+        return store.table_manifest("scores", name)["process"].get("kind") not in ("decisions", "verification")
+    except StoreError:
+        return True
+
+
 def _trees(store: Store, findings: Findings) -> None:
     counts: Counter[str] = Counter()
     live = store.live
-    tables = {("unscored", name): store.score_rows(name) for name in store.names("scores")}
+    tables = {("unscored", name): store.score_rows(name) for name in store.names("scores") if _of_all(store, name)}
     tables |= {("ungraded", name): Rows(store.grades(name)) for name in store.names("grades")}
     trees = load_trees(
         store, store.problems(), None, store.manifest["process"]["max_escalations"], along=list(tables.values())

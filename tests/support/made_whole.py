@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from rollouts.text.steps import ROLES, StopReason
 from rollouts.trees.annotate import grade_store, score_store
 from rollouts.trees.compile import compile_store
 from rollouts.trees.grow import Grower, StepBuffer, load_trees
+from trim_env.tables import decision_tables
 
 # (answer, tokens of each step), by problem and model; 7 is right.
 WRITTEN = {
@@ -53,6 +54,19 @@ def three_problems(path, max_escalations=0, replicas=1, split="test", copies=1):
     score_store(store, Scorer())
     grade_store(store, make_grader("exact"))
     return compile_store(store, cache=False)
+
+
+def verified(trees, yes, samples=8.0, split="test"):
+    """Return trees whose small solutions were verified so, for 100 tokens read and 10 decoded a sample."""
+    last = decision_tables(trees, split).alone.last[:, 0]
+    told = {"yes": yes, "samples": samples, "read": 100 * samples, "decoded": 10 * samples}
+    signals = {}
+    for name, values in told.items():
+        unknown = np.full((trees.nodes, 2), np.nan, np.float32)
+        column = np.array(trees.signals.get(f"verification.{name}", unknown))
+        column[last, 0] = values
+        signals[f"verification.{name}"] = column
+    return replace(trees, signals={**trees.signals, **signals})
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from made_whole import three_problems
+from made_whole import three_problems, verified
 
-from agents.baselines.automix import AutoMix, Bins, pomdp, thresholds
+from agents.baselines.automix import SELF, AutoMix, Bins, pomdp, thresholds
 from agents.evaluation.walk import run
 from agents.routers import artefact
 from agents.routers.base import Knob
-from agents.routers.whole import Cascade, VotingCascade
-from rollouts.errors import ArtefactError, DataError
+from agents.routers.whole import Cascade, VerifiedCascade, VotingCascade
+from rollouts.errors import ArtefactError, DataError, StoreError
 from trim_env.tables import decision_tables
 
 # Scores: p0 0.9 0.8, p1 0.9 0.2, p2 0.6; large solutions of 11, 16 and 9 tokens, small ones of 7, 5 and 4.
@@ -109,3 +109,46 @@ def test_cascades_are_not_stored(tmp_path):
     with pytest.raises(ArtefactError, match=r"AutoMix-PRM \(last\) decides once.*comparison only"):
         artefact.save(AutoMix("last", Knob("threshold", 0.5)), tmp_path / "policy", {})
     assert not (tmp_path / "policy").exists()
+
+
+def test_self_verification_by_hand(trees):
+    tables = decision_tables(verified(trees, np.array([6.0, 2.0, 0.0])), "test")  # v: 0.75, 0.25, 0
+    for level, again in ((0.0, (0, 0, 0)), (0.25, (0, 0, 1)), (0.26, (0, 1, 1)), (1.0, (1, 1, 1))):
+        router = AutoMix(SELF, Knob("threshold", level))
+        found = run(router, tables)
+        assert found.large_tokens.tolist() == np.multiply(again, (11, 16, 9)).tolist()
+        assert found.small_tokens.tolist() == [7 + 80, 5 + 80, 4 + 80]  # what it decodes to verify is its own
+        assert found.correct.tolist() == [1, again[1], 0] and found.calls is not None
+        assert found.calls.scorer.tolist() == [8, 8, 8] and found.calls.serial.tolist() == np.add(again, 2).tolist()
+    dollars = decision_tables(tables.trees, "test", cost="prices:large_out=1000000,small_out=10000,small_in=1000")
+    paid = run(AutoMix(SELF, Knob("threshold", 0.0)), dollars).cost
+    assert paid == pytest.approx(np.array([87, 85, 84]) * 0.01 + (800 + 20) * 0.001)
+    assert isinstance(router, VerifiedCascade) and router.name == "AutoMix (self-verification)"
+    spent = sorted({float(run(each, tables).cost.sum()) for each in thresholds(SELF, tables)})
+    assert spent == [0, 9, 25, 36]
+
+
+def test_meta_verifiers_read_the_table(trees):
+    """Of problems that low v marks as hopeless a threshold retries all, and the POMDP none."""
+    several = decision_tables(verified(trees, np.array([8.0, 3.0, 0.0])), "test")
+    found = pomdp(SELF, several)
+    assert {router.name for router in found} == {"AutoMix (self-verification, POMDP)"}
+    best = max((run(router, several) for router in found), key=lambda each: each.returns(0.01).mean())
+    assert best.large_tokens.tolist() == [0, 16, 0] and best.correct.tolist() == [1, 1, 0]
+    simple = [run(router, several) for router in thresholds(SELF, several)]
+    assert not any(each.large_tokens.tolist() == [0, 16, 0] for each in simple)
+
+
+def test_a_perfect_self_verifier_solves_what_either_model_does(trees):
+    tables = decision_tables(verified(trees, np.array([8.0, 0.0, 0.0])), "test")  # right, wrong, wrong
+    found = run(AutoMix(SELF, Knob("threshold", 0.5)), tables)
+    assert found.correct.tolist() == np.maximum(*tables.alone.correct.T).tolist()
+
+
+def test_unverified_solutions_are_named_and_those_without_samples_are_not_believed(trees):
+    lacking = verified(trees, np.array([np.nan, 2.0, 0.0]))
+    for given, count in ((lacking, 1), (trees, 3)):
+        with pytest.raises(StoreError, match=f"{count} of 3 solutions .* not verified.*--scorer verification"):
+            thresholds(SELF, decision_tables(given, "test"))
+    none = decision_tables(verified(trees, np.zeros(3), samples=0.0), "test")
+    assert run(AutoMix(SELF, Knob("threshold", 0.5)), none).large_tokens.tolist() == [11, 16, 9]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from made_outcomes import outcomes, references
 from made_reports import hostile_store, saved_run
+from made_whole import verified
 from scripted_store import scripted_store
 
 import evaluate as command
@@ -16,6 +17,7 @@ from agents.baselines.methods import (
     ENVELOPES,
     GROUPS,
     QUERY,
+    SELF_VERIFIED,
     Baseline,
     Fitting,
     Setting,
@@ -39,6 +41,9 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fitting(store):
     trees = compile_store(store)
+    for split in ("train", "validation", "test"):
+        right = decision_tables(trees, split).alone.correct[:, 0]
+        trees = verified(trees, np.random.default_rng(0).binomial(8, 0.3 + 0.4 * right), split=split)
     return Fitting(decision_tables(trees, "train"), decision_tables(trees, "validation"))
 
 
@@ -145,7 +150,8 @@ def test_evaluations_have_the_field_in_terminal_files_and_page(store, tmp_path, 
     assert "The field" in said and "query-level" in said and "(RouteLLM)" in said
     results = json.loads((tmp_path / "e" / "results.json").read_text())
     rows = {row["name"]: row for row in results["field"]}
-    assert set(rows) >= {each.name for each in BASELINES} | {"trim-agg"}
+    assert set(rows) >= {each.name for each in BASELINES} - {SELF_VERIFIED} | {"trim-agg"}
+    assert f"{SELF_VERIFIED} was not fitted" in said and "--scorer verification" in " ".join(said.split())
     assert rows["trim-agg"]["group"] == "step-level"
     spent = rows["classifier (RouteLLM)"]["takes"]
     assert spent is None or (spent["scorer calls"] == 0 and spent["serial calls"] == 1 and spent["discarded"] == 0)

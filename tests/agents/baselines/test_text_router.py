@@ -1,12 +1,14 @@
 """Text features are those of scikit-learn; heads say what their formulas say."""
 
+import json
+
 import numpy as np
 import pytest
 
 from agents.routers import artefact
-from agents.routers.base import Knob
-from agents.routers.text import CharTfidf, Preference, TextRouter, load, ngrams, save
-from agents.routers.whole import Cascade, QueryRouter
+from agents.routers.base import Constant, Knob, Mixture, Threshold
+from agents.routers.text import CharTfidf, Preference, TextRouter, ngrams
+from agents.routers.whole import Cascade, OneModel, QueryRouter, decides_once
 from rollouts.errors import ArtefactError
 
 TEXTS = ["Let a=3+4. Find a.", "Let b=7%5,  c=b*2. Find c.", "FIND x", "aa", ""]
@@ -68,45 +70,60 @@ def test_what_is_kept_sends_the_same(tmp_path):
     new = [f"Let b={i}%{i % 5}. Find b." for i in range(40)]
     for i, router in enumerate(routers()):
         at = TextRouter(router.name, Knob("threshold", float(np.median(router.preference(new)))), router.preference)
-        again = load(save(at, tmp_path / str(i)))
+        again = artefact.load(artefact.save(at, tmp_path / str(i), {})).router
         assert (again.name, again.knob, again.preference.head) == (at.name, at.knob, at.preference.head)
         assert (again.preference(new) == at.preference(new)).all() and 0 < again.sends(new).mean()
-        assert {file.name for file in (tmp_path / str(i)).iterdir()} == {"router.json", "router.safetensors"}
-        with pytest.raises(ArtefactError, match="holds a router already"):
-            save(at, tmp_path / str(i))
-        with pytest.raises(ArtefactError, match=f"{router.name} decides once.*text.save"):
-            artefact.save(router, tmp_path / "policy", {})
+        assert {file.name for file in (tmp_path / str(i)).iterdir()} == {"policy.json", "policy.safetensors"}
+        assert artefact.load(tmp_path / str(i)).kind == "query"
+        with pytest.raises(ArtefactError, match="holds a policy already"):
+            artefact.save(at, tmp_path / str(i), {})
+
+
+def linear(features, threshold=0.5, weight=1.0):
+    weights = {"0.weight": np.full((1, len(features.vocabulary)), weight, np.float32)}
+    return TextRouter("r", Knob("threshold", threshold), Preference("linear", features, weights))
+
+
+def test_one_model_and_mixtures_with_it_are_kept(tmp_path):
+    router = linear(CharTfidf.fit(TEXTS))
+    for i, each in enumerate((OneModel(1), Mixture(OneModel(0), router, 0.25, Knob("budget", 0.3)))):
+        again = artefact.load(artefact.save(each, tmp_path / str(i), {})).router
+        assert (again.name, again.knob, decides_once(again)) == (each.name, each.knob, True)
+    assert again.first == OneModel(0) and (again.second.sends(TEXTS) == router.sends(TEXTS)).all()
+    assert not decides_once(Mixture(Constant(0), Threshold(0.5), 0.5, Knob("budget", 0.3)))
+
+
+def sealed(folder, change):
+    """Change a policy.json so that its digest still fits: what is left is for the checks of its contents."""
+    file = folder / "policy.json"
+    described = json.loads(file.read_text())
+    change(described)
+    described["digest"] = artefact._digest(described)
+    file.write_text(json.dumps(described))
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda folder: (folder / "router.safetensors").write_bytes(b"0"),
-        lambda folder: (folder / "router.json").write_text("{}"),
-        lambda folder: (folder / "router.json").write_text("["),
-        lambda folder: (folder / "router.safetensors").unlink(),
-        lambda folder: replaced(folder, '"linear"', '"classify"'),
-        lambda folder: replaced(folder, '"linear"', '"gain"'),
-        lambda folder: replaced(folder, '"version": 1', '"version": 2'),
+        lambda folder: (folder / "policy.safetensors").write_bytes(b"0"),
+        lambda folder: (folder / "policy.safetensors").unlink(),
+        lambda folder: sealed(folder, lambda plain: plain.update(head="classify")),
+        lambda folder: sealed(folder, lambda plain: plain.update(head="gain")),
+        lambda folder: sealed(folder, lambda plain: plain.pop("vocabulary")),
+        lambda folder: sealed(folder, lambda plain: plain["vocabulary"].pop()),
+        lambda folder: sealed(folder, lambda plain: plain.update(vocabulary=[1, 2])),
+        lambda folder: sealed(folder, lambda plain: plain.update(kind="alone")),
     ],
 )
 def test_damage_is_an_error_of_one_line(tmp_path, damage):
-    features = CharTfidf.fit(TEXTS)
-    weights = {"0.weight": np.ones((1, len(features.vocabulary)), np.float32)}
-    folder = save(TextRouter("r", Knob("threshold", 0.5), Preference("linear", features, weights)), tmp_path / "r")
-    load(folder)
+    folder = artefact.save(linear(CharTfidf.fit(TEXTS)), tmp_path / "r", {})
+    artefact.load(folder)
     damage(folder)
     with pytest.raises(ArtefactError):
-        load(folder)
-
-
-def replaced(folder, old, new):
-    text = (folder / "router.json").read_text()
-    assert old in text
-    (folder / "router.json").write_text(text.replace(old, new))
+        artefact.load(folder)
 
 
 def test_models_of_texts_are_not_stored(tmp_path):
     preference = Preference("linear", lambda texts: np.ones((len(texts), 1)), {"0.weight": np.eye(1)})
-    with pytest.raises(ArtefactError, match="with a model of its own"):
-        save(TextRouter("r", Knob("threshold", 0.5), preference), tmp_path / "r")
+    with pytest.raises(ArtefactError, match="r reads questions with a model of its own, which is not there in serving"):
+        artefact.save(TextRouter("r", Knob("threshold", 0.5), preference), tmp_path / "r", {})

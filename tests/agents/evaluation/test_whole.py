@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from made_whole import Retries, Sends, three_problems
 
-from agents.deploy.session import Session
+from agents.deploy.session import Session, decide_together
 from agents.evaluation.outcomes import mix
 from agents.evaluation.walk import references, run
 from agents.routers.base import Constant, Threshold
@@ -118,10 +118,43 @@ def test_protocols_are_told_apart():
     assert not isinstance(Constant(0), QueryRouter | Cascade)
 
 
-@pytest.mark.parametrize(
-    ("router", "words"),
-    [(Sends((0.0,)), "sends decides once.*sends"), (Retries(0.5), "retries decides once.*streamed")],
-)
-def test_sessions_refuse_them_by_name(router, words):
-    with pytest.raises(ConfigError, match=words):
+def test_sessions_refuse_cascades_by_name():
+    router = Retries(0.5)
+    with pytest.raises(ConfigError, match="retries decides once.*streamed"):
         Session(router, router.knob, 16, (None, None), None)
+
+
+def begun(*chances, seed=0):
+    router = Sends(chances)
+    return Session(router, router.knob, 16, (None, None), np.random.default_rng(seed))
+
+
+def test_a_session_of_a_query_level_router_is_one_decision():
+    session = begun(1.0)
+    for told in (
+        {"score": 0.5, "tokens": 3},
+        {"text": "x"},
+        {"question": "Question p", "score": 0.5},
+        {"question": 7},
+        {},
+    ):
+        with pytest.raises(ConfigError, match=r"sends decides once for a whole problem.*decide\(question=...\)"):
+            session.decide(**told)
+    assert session.decide(question="Question p") == 1 and session.chance == 1 and session.ended
+    with pytest.raises(ConfigError, match="it has; begin a new session"):
+        session.decide(question="Question p")
+    with pytest.raises(ConfigError, match="nothing to accept"):
+        session.accept()
+    assert begun(0.0).decide(question="Question p") == 0
+    drawn = [begun(0.5, seed=seed).decide(question="Question p") for seed in range(200)]
+    assert 0.35 < np.mean(drawn) < 0.65
+
+
+def test_sessions_decide_together_on_questions():
+    questions = [{"question": f"Question p{i}"} for i in range(3)]
+    router = Sends((1.0, 0.0, 1.0))
+    sessions = [Session(router, router.knob, 16, (None, None), None) for _ in questions]
+    with pytest.raises(ConfigError, match="decides once"):
+        decide_together(sessions, [*questions[:2], {"score": 0.5}])
+    assert not any(session.ended for session in sessions)  # all of them, or none
+    assert decide_together(sessions, questions) == [1, 0, 1] and all(session.ended for session in sessions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -189,6 +190,20 @@ def config(folder):
     lines += ["max_length = 1024", "[limits]", "max_steps = 16"]
     file.write_text("\n".join(lines))
     return str(file)
+
+
+def test_solutions_are_verified_by_the_small_model_itself(store, tmp_path, monkeypatch):
+    store = shutil.copytree(store, tmp_path / "copy")
+    monkeypatch.setattr("rollouts.scoring.verification.PROMPT", "{question} {solution}?")  # a window of 256 tokens
+    monkeypatch.setattr("rollouts.scoring.verification.MOST_TOKENS", 4)
+    arguments = ["score", str(store), "--models", "tinymath:transformers", "--scorer", "verification"]
+    for _ in range(2):  # the second time there is nothing to do
+        assert main(arguments) == 0
+    (table,) = [each for each in Store(store).tables() if each.directory.name == "verification"]
+    (found,) = table.read()
+    assert found["samples"].to_pylist() == [8] * 5 and set(found["role"].to_pylist()) == {"small"}
+    assert all(0 < each <= 32 for each in found["decoded"].to_pylist())
+    assert main(["verify", str(store)]) == 0
 
 
 @pytest.mark.parametrize("command", [["score"], ["score", "--scorer", "small"], ["train-prm"]])
