@@ -281,7 +281,7 @@ def run_scoring(
 
             opened: Any = remote_scorer(cluster, store, family, role or SCORER, lambda note: advance(0, note=note))
         else:
-            opened = family.scoring(role or SCORER, store)
+            opened = family.open_statistics(role, store) if role else family.open_scorer(store)
         in_flight = IN_FLIGHT * (cluster.workers if cluster is not None else 1)
         scorer = stack.enter_context(opened)
         report = score_store(store, scorer, problems, in_flight=in_flight, give_up=give_up, on_progress=advance)

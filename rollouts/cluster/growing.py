@@ -171,11 +171,11 @@ class Growing(Pool):
         self._seen -= len(hand.lent)
 
     def _tell(self) -> None:
+        now = self.progress
+        now.steps = self.gone.done + sum(hand.report.done for hand in self.hands)
+        now.tokens = self.sum_of(lambda report: report.tokens)
+        now.under_way = sum(hand.report.under_way for hand in self.hands)
         if self.on_progress:
-            now = self.progress
-            now.steps = self.gone.done + sum(hand.report.done for hand in self.hands)
-            now.tokens = self.sum_of(lambda report: report.tokens)
-            now.under_way = sum(hand.report.under_way for hand in self.hands)
             self.on_progress(now, self.note())
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -91,7 +92,7 @@ def connected(address: str, workers: int, tell: Tell) -> Iterator[Cluster]:
         os.environ.setdefault(name, value)
     settings: dict[str, Any] = {"address": address}
     if address == LOCAL:
-        if "RAY_AUTH_MODE" not in os.environ:  # it listens on all interfaces
+        if "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:  # it listens on all interfaces
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
         cores = max(os.cpu_count() or 1, workers)
         settings |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _OBJECTS}
