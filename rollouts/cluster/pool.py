@@ -57,15 +57,16 @@ class Cluster:
 
     def job(self, store: Store, family: Family | None = None, **what: Any) -> Job:
         """Return the job of workers for a store, with models as they are called on any machine."""
+        manifest = {**store.manifest, "engines": []}
         if family is None:
-            return Job(str(store.path), store.manifest, **what)
+            return Job(str(store.path), manifest, **what)
         config = family.config.model_copy(
             update={role: _anywhere(family.config.generator(role)) for role in ROLES} | {"date": family.date}
         )
         if config.scorer is not None and config.scorer.model is not None:
             scorer = config.scorer.model_copy(update={"model": _anywhere(config.scorer.model)})
             config = config.model_copy(update={"scorer": scorer})
-        return Job(str(store.path), store.manifest, config, family.seed, family.examples, **what)
+        return Job(str(store.path), manifest, config, family.seed, family.examples, **what)
 
 
 def _anywhere(model: _Model) -> _Model:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
@@ -357,6 +360,49 @@ def test_folders_of_models_are_named_from_the_root_on(tmp_path, monkeypatch):
 def test_addresses_without_a_cluster_are_refused_at_once(address, message):
     with pytest.raises(ConfigError, match=message), connected(address, 1, print):
         pass
+
+
+class Module(Threads):
+    """Ray as it is connected to: `pause` is how long that takes."""
+
+    __spec__ = object()
+
+    def __init__(self, pause=0.0):
+        super().__init__()
+        self.pause, self.settings, self.ended = pause, {}, False
+
+    def init(self, **settings):
+        self.settings = settings
+        time.sleep(self.pause)
+
+    def shutdown(self):
+        self.ended = True
+
+
+def test_connecting_has_defaults_and_is_ended(monkeypatch):
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_worker_niceness", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # so that it is as it was at the end
+        monkeypatch.delenv(name)
+    monkeypatch.setitem(sys.modules, "ray", module := Module())
+    with connected("local", 3, print) as cluster:
+        assert cluster.workers == 3 and module.settings["num_cpus"] >= 3
+    assert module.ended and module.settings["log_to_driver"] is module.settings["include_dashboard"] is False
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == os.environ["RAY_worker_niceness"] == "0"
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_connecting_has_a_deadline(monkeypatch):
+    monkeypatch.setattr(pools, "_CONNECT_SECONDS", 0.1)
+    monkeypatch.setitem(sys.modules, "ray", Module(pause=2.0))
+    with pytest.raises(ConfigError, match="--ray auto: no connection .no answer within"), connected("auto", 1, print):
+        pass
+
+
+def test_ray_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs ray, .*pip install 'trim-routing\[ray\]'"):
+        with connected("local", 1, print):
+            pass
 
 
 def test_workers_without_a_cluster_are_refused():
