@@ -64,6 +64,7 @@ class Written:
         action: What the policy decided: 0 continue, 1 escalate; None if it was not asked, or asked in vain.
         chance: Its probability of escalating.
         asked: Whether the policy asked for what it buys (`agents.routers.asking.Asking`); None if it buys nothing.
+        asked_tokens: Tokens that were read for the answer; None if it did not ask.
         score: Score of the small model's proposal; None if there is none, or not yet.
         tokens: Tokens of the proposal; None if there was none.
         large_score: Score of the large model's step; None if there is none, or not yet: one request scores a whole
@@ -82,6 +83,7 @@ class Written:
     action: int | None = None
     chance: float | None = None
     asked: bool | None = None
+    asked_tokens: int | None = None
     score: float | None = None
     tokens: int | None
     large_score: float | None = None
@@ -481,10 +483,12 @@ class Route:
         asked: bool = False,
         **more: Any,
     ) -> Written:
+        paid = sum(each.asked_tokens or 0 for each in self.written)
         return Written(
             step=len(self.written) + 1,
             author=author,
             asked=asked if self._bought else None,
+            asked_tokens=self.questions.prompt_tokens - paid if asked else None,
             tokens=None if proposal is None else proposal.tokens,
             large_tokens=None if large is None else large.tokens,
             stop_reason=step.stop_reason.value,

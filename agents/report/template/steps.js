@@ -41,12 +41,12 @@ function stepItem(step, number) {
   );
 }
 
-/** A strip with one block for each step: who wrote it and its score; without scores all are as high. */
+/** A strip with one block for each step: who wrote it and its score; those without one are pale and half as high. */
 function strip(steps) {
-  const scored = steps.some(({ accepted }) => known(accepted.score));
   return el("div", { class: "strip", "aria-hidden": "true" }, steps.map(({ accepted, author }) => {
     const bar = el("i", {});
-    bar.style.height = `${Math.round(100 * clamp(accepted.score ?? (scored ? 0 : 0.5), 0.04, 1))}%`;
+    bar.style.height = `${Math.round(100 * clamp(accepted.score ?? 0.5, 0.04, 1))}%`;
+    bar.classList.toggle("unscored", !known(accepted.score));
     return el("span", { class: author.className }, bar, author.letter);
   }));
 }

@@ -297,16 +297,20 @@ def test_a_scorer_may_be_named_with_its_column() -> None:
 # ---------------------------------------------------------------- over HTTP
 
 
+def from_the_second_step(kind: str) -> Asking:
+    """A router that asks at all steps but the first, and escalates where what it was told is low."""
+    router, last = always(True, kind), np.array([[0] * 4, [4, 0, 0, 0]], np.float32)
+    weights = {name: 0 * values for name, values in router.weights.items()}
+    weights |= {"ask.1.weight": last, "told.1.weight": last}
+    weights["ask.0.weight"][0, 3], weights["ask.0.bias"][0] = 40, -3.75  # step / max_steps
+    weights["told.0.weight"][0, 0] = -9  # logit of the score
+    return replace(router, weights=weights)
+
+
 @pytest.mark.parametrize("kind", ["scorer", "large"])
 def test_it_serves_and_counts_what_it_asked(upstreams: Any, tmp_path: Any, kind: str) -> None:
-    size = schema_named(BOUGHT[kind][0]).size
-    router = always(True, kind)
-    weight = np.zeros((4, size), np.float32)
-    weight[0, 3] = 40  # step / max_steps: from the second step on it asks
-    told = {"ask.0.weight": weight, "ask.0.bias": np.array([-3.75, 0, 0, 0], np.float32)}
-    told |= {"ask.1.weight": np.array([[0] * 4, [4, 0, 0, 0]], np.float32), "ask.1.bias": np.zeros(2, np.float32)}
-    folder = policy(tmp_path, replace(router, weights={**router.weights, **told}))
-    running = Router(folder, upstreams.urls())
+    router = from_the_second_step(kind)
+    running = Router(policy(tmp_path, router), upstreams.urls())
     try:
         assert running.client.get("/v1/models").json()["data"][0]["trim"]["asks"] == [*router.facts]
         answers = [running.chat(f"Let a={number}+33, b=a+49. Find b.", trace=True).json() for number in range(4)]
@@ -314,6 +318,8 @@ def test_it_serves_and_counts_what_it_asked(upstreams: Any, tmp_path: Any, kind:
             trace = answer["trim"]["trace"]
             assert [step["asked"] for step in trace] == [False, *[True] * (len(trace) - 1)]
             assert not answer["trim"]["fallbacks"] and answer["trim"]["asked"] == len(trace) - 1
+            assert trace[0]["asked_tokens"] is None and all(step["asked_tokens"] > 10 for step in trace[1:])
+            assert sum(step["asked_tokens"] for step in trace[1:]) == answer["trim"]["asked_tokens"]
             scorer = answer["usage"]["models"]["scorer"]
             if kind == "scorer":
                 assert scorer == {"requests": len(trace) - 1, "prompt_tokens": answer["trim"]["asked_tokens"]}

@@ -9,7 +9,8 @@ from browser import driver, emulate, focused, one, resize, spaced, texts
 from made_reports import HOSTILE
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
-from serve_harness import QUESTION, ROLES, Router
+from serve_harness import QUESTION, ROLES, Router, policy
+from test_serve_asking import from_the_second_step
 
 from agents.report.render import part
 from rollouts.tinymath import generate_problems
@@ -254,6 +255,35 @@ def test_a_page_before_a_fixed_policy_with_a_key_asks_for_it(driver, upstreams, 
         running.stop()
     one(driver, "#solve").click()
     assert "cannot be reached" in solved(driver)
+
+
+def test_steps_that_a_router_asked_about_are_marked_with_their_price(driver, upstreams, tmp_path):
+    running = Router(policy(tmp_path, from_the_second_step("scorer")), upstreams.urls(), playground=True)
+    try:
+        for number in range(20):  # one with steps of both, most of which were asked about
+            question = f"Let a={number}+33, b=a+49. Find b."
+            answer = running.chat(question, trace=True).json()
+            trace = answer["trim"]["trace"]
+            if len(trace) > 3 and len({step["author"] for step in trace}) == 2:
+                break
+        open_page(driver, running)
+        write(driver, question)
+        one(driver, "#solve").click()
+        solved(driver)
+        compare_with(driver, "router", answer)
+        steps = "document.querySelectorAll('#side-router .step')"
+        marks = driver.execute_script(f"return [...{steps}].map(e => e.querySelector('.asked')?.textContent)")
+        paid = [f"? asked: {step['asked_tokens']} tokens read" for step in trace[1:]]
+        assert len(paid) > 2 and [each and spaced(each) for each in marks] == [None, *paid]
+        told = f"Asked\n{len(paid)} of {len(trace)}\n{answer['trim']['asked_tokens']} tokens read"
+        assert told in spaced(one(driver, "#side-router .tiles").text)
+        assert driver.execute_script("return document.querySelectorAll('#side-router .unscored').length") == sum(
+            (step["score"] if step["author"] == "small" else step["large_score"]) is None for step in trace
+        )
+        assert not texts(driver, "#side-large .asked")
+        assert "asks for score" in one(driver, "#subject").text
+    finally:
+        running.stop()
 
 
 def test_without_a_playground_there_is_no_page_and_no_model_alone(router):

@@ -35,7 +35,7 @@ async function ask(path, options = {}) {
 async function introduce() {
   card = (await (await ask("/v1/models")).json()).data[0];
   const { trim } = card;
-  const names = [`router ${card.id}`, [trim.small, trim.large].filter(known).join(" and "), known(trim.scorer) && `scores by ${trim.scorer}`];
+  const names = [`router ${card.id}`, [trim.small, trim.large].filter(known).join(" and "), known(trim.scorer) && `scores by ${trim.scorer}`, trim.asks && `asks for ${trim.asks.join(" and ")} where that pays`];
   byId("subject").replaceChildren(...names.filter(Boolean).map((text) => el("span", {}, text)));
   byId("budget-box").hidden = !trim.budget_range;
   if (!trim.budget_range) return;
@@ -130,7 +130,8 @@ class Side {
       author: large ? LARGE : SMALL,
       rejected: known(trim.rejected) ? { text: trim.rejected.trim(), score: trim.score, tokens: trim.tokens } : null,
       note: trim.fallback,
-      aside: [trim.thinking && "thinking", trim.asked && "the router asked"].filter(Boolean).join(", "),
+      aside: [trim.thinking && "thinking", trim.asked && el("span", { class: "asked" }, tidy(`? asked: ${plural(trim.asked_tokens, "token")} read`))],
+      asked: trim.asked_tokens,
     };
     this.steps.push(step);
     this.tokens += trim.large_tokens ?? 0;
@@ -170,6 +171,8 @@ class Side {
     if (this.key === "router") {
       tiles.push(tile("Saved", ended ? percent(saved, 0) : "…", against, ended ? (saved < 0 ? "dear" : "saved") : ""));
       tiles.push(tile("Escalated", `${large} of ${this.steps.length}`, `${plural(this.thrown, "small token")} wasted`));
+      const asked = this.steps.filter((step) => known(step.asked));
+      if (card.trim.asks) tiles.push(tile("Asked", `${asked.length} of ${this.steps.length}`, `${plural(asked.reduce((sum, step) => sum + step.asked, 0), "token")} read`));
     } else tiles.push(tile("Steps", whole(this.steps.length), "all by the large model"));
     this.parts.tiles.replaceChildren(...tiles);
   }
