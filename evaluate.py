@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
                 from agents.report.gather import gather
                 from agents.report.render import write
 
-                files.append(write(gather(config, evaluation), config.report))
+                files.append(write(gather(config, evaluation), (config.out or Path()) / config.report))
     except ModuleNotFoundError as error:
         print(f"error: {missing(error, 'train')}", file=sys.stderr)
         return 2

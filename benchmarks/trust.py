@@ -2,10 +2,12 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.trust --out results/shadow      # some ten minutes on two cores
 
-shadow   Test problems of the bundled rollouts are asked of a service that answers with one model (``--shadow large``,
-         then ``small``) while a policy decides beside it. What it tells of that policy is compared with what
-         `evaluate.py` computes from the bundled trees of the same problems, paired on problems. Those are other draws
-         of the same models: figures agree if the interval of their difference contains 0.
+replay   Test problems of the bundled rollouts are asked of a service that answers with one model (``--shadow large``,
+         then ``small``) while a policy decides beside it; servers in front of it answer with what the bundled trees
+         hold. What the service tells of the policy is compared with what `evaluate.py` computes from the same trees:
+         with ``large`` nothing may differ.
+live     The same with the embedded models, which draw anew: figures agree if the interval of their difference, paired
+         on problems, contains 0.
 traffic  Training problems are asked of a service that records (``--record``); ``rollouts expand`` grows the branches
          that nobody took, and ``train.py`` trains on them. Beside it a router is trained on trees that
          ``rollouts generate`` makes of the same problems. Both are evaluated on bundled problems.
@@ -23,7 +25,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -39,14 +42,20 @@ from agents.evaluation.walk import run, run_trees
 from agents.routers.base import Router, Threshold
 from benchmarks.methods import LAMS, RANGE, best_constant, heading, write
 from benchmarks.stage import DEMO, Running, Stage, connected
+from rollouts.config import load_family
+from rollouts.family import Family
+from rollouts.models.base import Completion, Finish
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
 from rollouts.tasks.problems import Problem
+from rollouts.text.steps import DELIMITER, ROLES
 from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
 
 Floats = NDArray[np.float64]
-Part = Literal["shadow", "traffic"]
+Ints = NDArray[np.int64]
+Part = Literal["replay", "live", "traffic"]
+_PATIENT = ("--upstream-timeout", 600, "--request-timeout", 3000)
 _CAP = 2  # escalations, of trees that are grown from traffic
 
 
@@ -56,7 +65,8 @@ class Settings:
 
     Attributes:
         parts: What is done.
-        replayed: Test problems that shadows watch.
+        replayed: Test problems that shadows watch, answers being those of the bundled trees.
+        live: Likewise, answers being drawn.
         budget: Of the demo's router, that watches.
         recorded: Training problems that are recorded.
         threshold: Of the policy that serves them.
@@ -67,6 +77,7 @@ class Settings:
 
     parts: tuple[Part, ...] = get_args(Part)
     replayed: int = 500
+    live: int = 100
     budget: float = 0.25
     recorded: int = 200
     threshold: float = 0.5
@@ -75,10 +86,54 @@ class Settings:
     out: Path | None = None
 
 
+class _Replay:
+    """A backend that knows the bundled trees by heart: proposals by prompt, scores by path."""
+
+    window = 1024
+
+    def __init__(self, indices: Ints) -> None:
+        trees, family = compile_store("quickstart"), Family(load_family("tinymath"))
+        reward, formats = family.reward_prompts, family.formats
+        assert reward is not None
+        self._written: dict[tuple[str, tuple[int, ...]], Completion] = {}
+        self._scores: dict[tuple[int, ...], list[float]] = {}
+        self._tag = reward.reading.tag
+        for index in indices:
+            question = trees.questions[trees.problem[index]]
+            left: list[tuple[int, tuple[str, ...], list[float]]] = [(int(trees.root[index]), (), [])]
+            while left:
+                row, steps, scores = left.pop()
+                for action, role in enumerate(ROLES):
+                    text, tokens = trees.proposal(row, action), int(trees.tokens[row, action])
+                    finish: Finish = "stop" if text.endswith(DELIMITER) else "eos"
+                    self._written[role, formats[role].ids(question, steps)] = Completion(
+                        text, tokens, (5,) * tokens, finish
+                    )
+                    path, known = (*steps, text), [*scores, float(trees.score[row, action])]
+                    self._scores[reward.ids(question, path)] = known
+                    if (child := int(trees.child[row, action])) >= 0:
+                        left.append((child, path, known))
+
+    def submit(self, asked: tuple[str, Any]) -> Future[Any]:
+        """Answer a request to a role."""
+        role, request = asked
+        done: Future[Any] = Future()
+        ids = request.ids if role == "prm" else request.prompt_ids
+        if len(ids) < 6:  # a probe
+            done.set_result([0.5] * len(request.positions) if role == "prm" else Completion("1", 1, (5,), "length"))
+        else:
+            done.set_result(self._scores[ids] if role == "prm" else self._written[role, ids])
+        return done
+
+    def describe(self) -> dict[str, Any]:
+        """Say where scores are read."""
+        return {"tag": self._tag}
+
+
 @contextmanager
-def _live(work: Path) -> Iterator[Stage]:
-    """Run the embedded models behind a service's interface."""
-    with socket.create_server(("127.0.0.1", 0)) as listening, load() as backend, served(backend, listening):
+def _before(backend: Any, work: Path) -> Iterator[Stage]:
+    """Put a backend behind the interface of servers."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, served(backend, listening):
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         folder = work / "services"
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,20 +165,28 @@ async def _ask(service: Running, problems: Sequence[Problem], clients: int, kept
 # ---------------------------------------------------------------- shadows
 
 
-def _watched(settings: Settings, model: str, problems: Sequence[Problem]) -> list[dict[str, Any]]:
+def _watched(settings: Settings, part: Part, model: str, problems: Sequence[Problem]) -> list[dict[str, Any]]:
     """Return what the shadow tells of each problem, where one model answers."""
-    kept = settings.work / f"shadow-{model}.jsonl"
+    kept = settings.work / f"{part}-{model}.jsonl"
 
     def known() -> dict[str, dict[str, Any]]:
         rows = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
         return {name: told["shadow"] for name, told in map(json.loads, rows)}
 
     if left := [problem for problem in problems if problem.id not in known()]:
-        flags = ("--budget", settings.budget, "--shadow", model, "--request-timeout", 3000)
-        with _live(settings.work) as on, on.service(*flags, policy=DEMO) as service:
+        flags = ("--budget", settings.budget, "--shadow", model, *_PATIENT)
+        backend = load() if part == "live" else nullcontext(_Replay(_firsts(problems)))
+        with backend as loaded, _before(loaded, settings.work) as on, on.service(*flags, policy=DEMO) as service:
             asyncio.run(_ask(service, left, settings.clients, kept))
     told = known()
     return [told[problem.id] for problem in problems]
+
+
+def _firsts(problems: Sequence[Problem]) -> Ints:
+    """Return the first tree of each test problem, in their order."""
+    trees = compile_store("quickstart")
+    found = {trees.problem_ids[trees.problem[i]]: i for i in reversed(trees.select("test"))}
+    return np.array([found[problem.id] for problem in problems])
 
 
 def _by_problem(shadows: Sequence[dict[str, Any]], problems: Sequence[Problem]) -> dict[str, Floats]:
@@ -145,12 +208,11 @@ def _tokens(step: dict[str, Any]) -> int:
     return int(step["large_tokens"] if step["author"] == "large" and step["large_tokens"] else step["tokens"])
 
 
-def _evaluated(settings: Settings, problems: Sequence[Problem]) -> dict[str, Floats]:
-    """Return the same of the bundled trees, means over the replicas of each problem."""
+def _evaluated(settings: Settings, problems: Sequence[Problem], indices: Ints) -> dict[str, Floats]:
+    """Return the same of some bundled trees, means over those of each problem."""
     trees, policy = compile_store("quickstart"), agents.load(DEMO)
     router, wanted = policy.at(budget=settings.budget), {problem.id: place for place, problem in enumerate(problems)}
     assert isinstance(router, Router)
-    indices = np.array([i for i in trees.select("test") if trees.problem_ids[trees.problem[i]] in wanted])
     tables = decision_tables(trees, "test", indices=indices, max_escalations=policy.max_escalations)
     totals = run_trees(tables, router)
     place = np.array([wanted[trees.problem_ids[trees.problem[i]]] for i in indices])
@@ -170,30 +232,39 @@ def _told(values: Floats, form: str) -> str:
     return f"{values[0]:{form}} [{', '.join(f'{each:{form}}' for each in np.quantile(values[1:], LEVELS))}]"
 
 
-def shadow(settings: Settings) -> list[str]:
+def shadow(settings: Settings, part: Part) -> list[str]:
     """Return the report of what shadows tell."""
-    problems = _problems("test", settings.replayed)
-    trees, count = _evaluated(settings, problems), len(problems)
+    problems = _problems("test", settings.replayed if part == "replay" else settings.live)
+    count, trees = len(problems), compile_store("quickstart")
+    names = {problem.id for problem in problems}
+    every = np.array([i for i in trees.select("test") if trees.problem_ids[trees.problem[i]] in names])
+    evaluated = _evaluated(settings, problems, _firsts(problems) if part == "replay" else every)
     lines = [
-        "## Shadows against evaluation",
+        f"## Shadows against evaluation, {'the same draws' if part == 'replay' else 'new draws'}",
         "",
         f"{count} test problems of `quickstart`, asked once of a service with the router of the demo at --budget "
-        f"{settings.budget:g}; the bundled trees have 4 replicas of each, other draws of the same models. Per cent, "
-        "95 % intervals over problems, differences paired on problems: figures agree if theirs contains 0.",
+        f"{settings.budget:g}. "
+        + (
+            "Its servers answer with the first bundled tree of each. With `large` nothing may differ."
+            if part == "replay"
+            else "The embedded models draw anew; the bundled trees have 4 replicas of each. Figures agree if the "
+            "interval of their difference contains 0."
+        )
+        + " Per cent, 95 % intervals over problems, differences paired on problems.",
         "",
-        "| | `--shadow` | told by the service | `evaluate.py`, bundled trees | difference |",
+        "| | `--shadow` | told by the service | `evaluate.py` | difference |",
         "|---|---|---:|---:|---:|",
     ]
     notes = list[str]()
     weights = np.concatenate([np.full((1, count), 1 / count), resample_weights(count)])
     for model in ("large", "small"):
-        shadows = _watched(settings, model, problems)
+        shadows = _watched(settings, part, model, problems)
         told = _by_problem(shadows, problems)
         shares = {"large steps": ("large_steps", "steps"), "large tokens": ("large_tokens", "tokens")}
         if all(each["exact"] and each["complete"] for each in shadows):
             shares["solved"] = "solved", "solutions"
-        for name, (part, whole) in shares.items():
-            here, there = (100 * (weights @ of[part]) / (weights @ of[whole]) for of in (told, trees))
+        for name, (own, whole) in shares.items():
+            here, there = (100 * (weights @ of[own]) / (weights @ of[whole]) for of in (told, evaluated))
             lines.append(
                 f"| {name} | {model} | {_told(here, '.1f')} | {_told(there, '.1f')} | {_told(here - there, '+.1f')} |"
             )
@@ -213,9 +284,9 @@ def _record(settings: Settings, problems: Sequence[Problem]) -> tuple[Path, dict
     store, kept = (settings.work / f"traffic-{len(problems)}{suffix}" for suffix in ("", ".json"))
     told: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     if not told:
-        with _live(settings.work) as on:
+        with load() as backend, _before(backend, settings.work) as on:
             policy = on.policy(Threshold(settings.threshold), max_escalations=_CAP)
-            with on.service("--record", store, "--request-timeout", 3000, policy=policy) as service:
+            with on.service("--record", store, *_PATIENT, policy=policy) as service:
                 asyncio.run(_ask(service, problems, settings.clients))
                 service.process.terminate()
                 service.process.wait(60)
@@ -300,7 +371,7 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     lines = heading("Shadows and recorded traffic", "trust")
     for part in settings.parts:
-        lines += {"shadow": shadow, "traffic": traffic}[part](settings)
+        lines += traffic(settings) if part == "traffic" else shadow(settings, part)
     write("\n".join(lines), settings.out and settings.out.with_suffix(".md"))
 
 

@@ -59,7 +59,7 @@ class EvaluateConfig:
         seed: Seed of the bootstrap.
         baselines: Compare with query-level routers and cascades as well (`agents.baselines`), fitted on the training
             problems; takes a minute or two, and scikit-learn.
-        report: Folder for the page, one self-contained HTML file.
+        report: Folder for the page, one self-contained HTML file; a relative one lies in ``out``, where that is given.
         report_problems: Problems whose solutions the page shows step by step, at most.
         allow_old: Read policies of version 1 of their format too, whose settings may be damaged unnoticed.
         imports: A module to import before policies are read: that of a router of your own; may be repeated.

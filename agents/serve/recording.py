@@ -62,26 +62,20 @@ class Seen:
 
     def redacted(self, redact: Redact) -> Seen | None:
         """Return it with every text as `redact` gives it; None if it is not to be recorded."""
-
-        def kept(text: str) -> str:
-            found = redact(text)
-            if found is None:
-                raise _Refused
-            return found
-
-        try:
-            paths = tuple(
-                (tuple(map(kept, texts)), tuple((at, role, replace(step, text=kept(step.text)), *more)
-                                                for at, role, step, *more in draws))
-                for texts, draws in self.paths
-            )  # fmt: skip
-            return Seen(kept(self.question), kept(self.answer) if self.answer else "", paths)  # type: ignore[arg-type]
-        except _Refused:
+        drawn = (step.text for _, draws in self.paths for _, _, step, *_ in draws)
+        texts = {self.question, self.answer, *drawn, *(text for path, _ in self.paths for text in path)} - {""}
+        kept: dict[str, Any] = {text: redact(text) for text in texts}
+        if None in kept.values():
             return None
-
-
-class _Refused(Exception):
-    pass
+        kept[""] = ""
+        paths = tuple(
+            (
+                tuple(kept[text] for text in texts),
+                tuple((at, role, replace(step, text=kept[step.text]), *more) for at, role, step, *more in draws),
+            )
+            for texts, draws in self.paths
+        )
+        return Seen(kept[self.question], kept[self.answer], paths)  # type: ignore[arg-type]
 
 
 def seen_of(routes: Iterable[Route], answer: str = "") -> Seen:

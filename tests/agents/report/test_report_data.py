@@ -376,8 +376,8 @@ def test_a_folder_that_cannot_be_written_is_named(page, tmp_path):
 def test_the_flag_writes_the_page(page, tmp_path, capsys):
     store = page.store
     arguments = [str(page.run), "--rollouts", str(store), "--out", str(tmp_path / "out")]
-    assert evaluate_command.main([*arguments, "--report", str(tmp_path / "page"), "--report-problems", "5"]) == 0
-    file = tmp_path / "page" / "report.html"
+    assert evaluate_command.main([*arguments, "--report", "page", "--report-problems", "5"]) == 0
+    file = tmp_path / "out" / "page" / "report.html"
     assert str(file) in capsys.readouterr().out
     assert file.stat().st_size < 3e6 and "p" in file.read_text(encoding="utf-8")
     written = re.search(r'id="data">(.*?)</script>', file.read_text(encoding="utf-8"), re.DOTALL)[1]
