@@ -37,7 +37,7 @@ from rollouts.trees.tree import RolloutTree
 
 SCORER, GRADER = "scorer", "grader"
 _HAND_IN_SECONDS = 1.0  # after which new rows are sent
-_PATIENCE, _PAUSE = 0.5, 0.05  # seconds that an exchange waits for something to hand in, and for more of it
+_PATIENCE, _PAUSE = 0.5, 0.1  # seconds that an exchange waits for something to hand in, and for more of it
 
 
 def package() -> dict[str, str]:
@@ -137,7 +137,6 @@ class Report:
         done: Steps generated, or answers given, since its start.
         tokens: Tokens decoded since its start, by role.
         under_way: Requests to models that are under way.
-        waiting: Requests that wait for the budget.
         spent: What a judge has spent since its start.
         ended: Whether it does nothing more.
         error: Why, if not by order.
@@ -148,7 +147,6 @@ class Report:
     done: int = 0
     tokens: Counter[str] = field(default_factory=Counter)
     under_way: int = 0
-    waiting: int = 0
     spent: Counter[str] = field(default_factory=Counter)
     ended: bool = False
     error: Exception | None = None
@@ -254,6 +252,9 @@ class _Outbox(StepBuffer):
         self.sent: queue.SimpleQueue[Part] = queue.SimpleQueue()
         self.news = news
 
+    def finish(self, tree: RolloutTree) -> None:
+        self.finished.append(tree.key)
+
     def flush(self) -> None:
         part = Part(*self.taken(), self.finished)
         self.finished = []
@@ -269,13 +270,8 @@ class _Growing:
         self.news = threading.Event()
         self._trees: queue.SimpleQueue[RolloutTree] = queue.SimpleQueue()
         self._outbox = _Outbox(desk.steps, label_of(desk), self.news)
-        self._grower = Grower(
-            writers,
-            self._outbox,
-            in_flight=in_flight,
-            on_finished=lambda tree: self._outbox.finished.append(tree.key),
-        )
-        self._grower.raisable = True
+        finished = self._outbox.finish
+        self._grower = Grower(writers, self._outbox, in_flight=in_flight, on_finished=finished)
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -293,14 +289,14 @@ class _Growing:
             yield None if self._trees.empty() else self._trees.get()
 
     def take(self, orders: Orders) -> None:
-        for tree in orders.items:
-            self._trees.put(tree)
-        self._grower.max_large_tokens, self._grower.raisable = orders.large_tokens, orders.raisable
         if orders.stop:
             self._grower.stop()
             self._thread.join(_PATIENCE)
-        else:
-            self._grower.wake()
+            return
+        self._grower.max_large_tokens, self._grower.raisable = orders.large_tokens, orders.raisable
+        for tree in orders.items:  # not before they have a budget
+            self._trees.put(tree)
+        self._grower.wake()
 
     def report(self) -> Report:
         ended, now = not self._thread.is_alive(), self._grower.progress  # in this order: nothing comes after the end
@@ -312,7 +308,6 @@ class _Growing:
             done=now.steps,
             tokens=Counter(now.tokens),
             under_way=now.under_way,
-            waiting=self._grower.waiting,
             ended=ended,
             error=self._error if ended else None,
         )

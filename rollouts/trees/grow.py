@@ -302,11 +302,6 @@ class Grower:
         self._stopped = True
         self.wake()
 
-    @property
-    def waiting(self) -> int:
-        """Requests that wait for the budget."""
-        return len(self._waiting)
-
     def _next_answer(self) -> list[RolloutTree]:
         """Take an answer, and wait a second for it; return the tree that it is of, if one came."""
         with suppress(queue.Empty):

@@ -259,7 +259,7 @@ def test_trees_that_come_later_are_grown_and_a_budget_may_be_raised(tmp_path):
                 grower.wake()
                 yield None
             yield next(trees)
-        while grower.waiting:
+        while grower._waiting:
             grower.max_large_tokens += 400
             grower.wake()
             yield None
