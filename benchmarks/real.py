@@ -388,7 +388,7 @@ def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measu
         "",
         *MONEY,
         "",
-        "## Two problems",
+        "## Three problems",
         "",
         *LOOKED_AT,
         "",
@@ -418,7 +418,7 @@ MONEY = (
     "(`--milliseconds`).",
 )
 LOOKED_AT = (
-    "Two of the validation problems, as `python -m rollouts show gsm8k --problem ID` prints them:",
+    "Three of the validation problems, as `python -m rollouts show gsm8k --problem ID` prints them:",
     "",
     "- `gsm8k/test-0677` (two sisters have 20 and 44 autographs and want 100). The small model announces three things "
     "to do, then *Let's start with the first step:*, then forgets one sister: *a total of 20 signatures*, 100 - 20 = "
@@ -432,6 +432,10 @@ LOOKED_AT = (
     "two steps: the first leads to doubling, the second states the equation the wrong way round. Both are coding "
     "models and slip into Python; a blank line in a program is the end of a step, and what the program *outputs* is "
     "made up, once 35 where it would be 70, which happens to be the answer.",
+    "- `gsm8k/test-0813` (35 marshmallows, two children eat 9 each, 3 are dropped, what has each of the rest). The "
+    "small model forgets the 35: (9 + 9 - 3) / 2 = 7.5. Then it rounds down, with a long excuse, to 7, which is right "
+    "(14 / 2). In the place of the excuse the large model says 7.5, so that escalating there does harm as the trees "
+    "have it, where both are as wrong; alone it makes the same mistake and says 15.",
     "",
     "So the large model is better on average and not step by step. Its step is no repair of a mistake that stands, it "
     "may bring one in, and with one escalation the small model has the last word.",

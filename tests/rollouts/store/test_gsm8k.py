@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -48,6 +49,7 @@ def test_its_problems_are_the_first_of_one_shuffle_and_all_of_them(store):
     found = {problem.id: problem.split for problem in store.problems()}
     wanted = {f"gsm8k/test-{number:04d}": PATTERN[place % 10] for place, number in enumerate(order[: len(found)])}
     assert found == wanted
+    assert Counter(found.values()) == {"train": 110, "validation": 44, "test": 66}
     assert {problem.licence for problem in store.problems()} == {"MIT"}
 
 
@@ -56,14 +58,14 @@ def test_every_split_compiles_with_all_signals():
     for split in ("train", "validation", "test"):
         assert split_statistics(trees, split).trees > 10
     inside = trees.child[:, 0] != -2
-    for signal in ("small.min_logprob", "small.mean_logprob", "small.max_entropy"):
+    for signal in ("small.min_logprob", "small.mean_logprob", "small.max_entropy", "gsm8k-prm.score"):
         assert np.isfinite(trees.signals[signal][inside, 0]).all()
 
 
 def test_commands_take_it_by_name(capsys):
     assert main(["stats", "gsm8k"]) == 0
     printed = " ".join("".join(capsys.readouterr()).split())
-    assert "K = 1, scorer small, grader numeric; left out 0 trees" in printed
+    assert "K = 1, scorer gsm8k-prm, grader numeric; left out 0 trees" in printed
     assert main(["show", "gsm8k", "--most", "40"]) == 0
     assert "boxed" in "".join(capsys.readouterr())
     assert main(["verify", "gsm8k"]) == 0
