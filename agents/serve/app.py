@@ -8,19 +8,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 from agents.serve import api, responses
 from agents.serve.api import ApiError, Chat, ChatRequest
 from agents.serve.guard import Guard, refusal
 from agents.serve.passing import Passed
 from agents.serve.responses import Response as Answered
-from agents.serve.route import Route, Written
+from agents.serve.route import Route as Routed
+from agents.serve.route import Written
 from agents.serve.service import CLIENT_GONE, Service
 from agents.serve.shadow import MARK as SHADOW
 from agents.serve.tracing import Trace
@@ -40,7 +43,7 @@ def build(
     max_body_bytes: int = 1 << 18,
     cors_origins: Sequence[str] = (),
     trace: Callable[[Headers], Trace] = Trace,
-) -> FastAPI:
+) -> Starlette:
     """Return the application.
 
     Args:
@@ -54,24 +57,6 @@ def build(
     def count(path: str, status: int) -> None:
         if path in (_CHAT, _RESPONSES):
             service.metrics.requests.labels(str(status)).inc()
-
-    app = FastAPI(title="trim-routing", docs_url=None, redoc_url=None, redirect_slashes=False)
-    guarding: Any = {"api_key": api_key, "max_body_bytes": max_body_bytes, "count": count, "trace": trace}
-    app.add_middleware(Guard, **guarding)
-    if cors_origins:  # outermost: browsers ask without the key first
-        app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
-
-    async def failed(_: Request, error: Exception) -> Response:
-        if isinstance(error, _ClientGone):
-            return Response(status_code=CLIENT_GONE)
-        if isinstance(error, HTTPException):
-            error = ApiError(error.status_code, str(error.detail), HTTPStatus(error.status_code).phrase)
-        return refusal(error if isinstance(error, ApiError) else _internal())
-
-    for kind in (_ClientGone, ApiError, HTTPException, Exception):
-        app.add_exception_handler(kind, failed)
-
-    body = {"required": True, "content": {"application/json": {"schema": ChatRequest.model_json_schema()}}}
 
     async def answered(
         raw: Request, parse: Callable[[bytes], ChatRequest], shape: type[Chat] | type[Answered]
@@ -97,7 +82,6 @@ def build(
         await _unless_gone(raw, _exhaust(steps))
         return JSONResponse(answer.whole(route), headers=headers)
 
-    @app.post(_CHAT, openapi_extra={"requestBody": body})
     async def chat(raw: Request) -> Response:
         """Solve a problem step by step, each step by the model that the policy chooses."""
         otherwise = service.config.otherwise
@@ -111,7 +95,6 @@ def build(
             raise
         return await _unless_gone(raw, Passed(service, otherwise, *beyond).answer())
 
-    @app.post(_RESPONSES)
     async def response(raw: Request) -> Response:
         """Do the same, asked and answered as OpenAI's responses are."""
         try:
@@ -119,32 +102,59 @@ def build(
         except ApiError as error:
             raise responses.renamed(error) from None
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [service.card(name) for name in service.policies.names()]}
+    async def models(_: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [service.card(name) for name in service.policies.names()]})
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        return service.card(name)
+    async def model(raw: Request) -> Response:
+        return JSONResponse(service.card(raw.path_params["name"]))
 
-    @app.get("/health")
-    async def health() -> Response:
+    async def health(_: Request) -> Response:
         found = service.health()
         return JSONResponse(found, status_code=503 if found["status"] == "unavailable" else 200)
 
-    @app.get("/live")
-    async def live() -> dict[str, str]:
-        return {"status": "alive"}
+    async def live(_: Request) -> Response:
+        return JSONResponse({"status": "alive"})
 
-    @app.get("/ready")
-    async def ready() -> Response:
+    async def ready(_: Request) -> Response:
         status = "draining" if service.draining else service.health()["status"]
         return JSONResponse({"status": status}, status_code=503 if status in ("draining", "unavailable") else 200)
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(_: Request) -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    async def described(_: Request) -> Response:
+        body = {"required": True, "content": {"application/json": {"schema": ChatRequest.model_json_schema()}}}
+        answers = {"200": {"description": "The answer, or a stream of it."}}
+        chats = {_CHAT: {"post": {"summary": chat.__doc__, "requestBody": body, "responses": answers}}}
+        info = {"title": "trim-routing", "version": api.fingerprint().removeprefix("trim-routing-")}
+        return JSONResponse({"openapi": "3.1.0", "info": info, "paths": chats})
+
+    async def failed(_: Request, error: Exception) -> Response:
+        if isinstance(error, _ClientGone):
+            return Response(status_code=CLIENT_GONE)
+        if isinstance(error, HTTPException):
+            error = ApiError(error.status_code, str(error.detail), HTTPStatus(error.status_code).phrase)
+        return refusal(error if isinstance(error, ApiError) else _internal())
+
+    app = Starlette(
+        routes=[
+            Route(_CHAT, chat, methods=["POST"]),
+            Route(_RESPONSES, response, methods=["POST"]),
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),
+            Route("/health", health),
+            Route("/live", live),
+            Route("/ready", ready),
+            Route("/metrics", metrics),
+            Route("/openapi.json", described),
+        ],
+        exception_handlers=dict.fromkeys((_ClientGone, ApiError, HTTPException, Exception), failed),
+    )
+    app.router.redirect_slashes = False
+    guarding: Any = {"api_key": api_key, "max_body_bytes": max_body_bytes, "count": count, "trace": trace}
+    app.add_middleware(Guard, **guarding)
+    if cors_origins:  # outermost: browsers ask without the key first
+        app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
     return app
 
 
@@ -158,7 +168,7 @@ async def _exhaust(steps: AsyncIterator[Written]) -> None:
 
 
 async def _events(
-    answer: Chat | Answered, route: Route, first: Written, steps: AsyncIterator[Written]
+    answer: Chat | Answered, route: Routed, first: Written, steps: AsyncIterator[Written]
 ) -> AsyncIterator[str]:
     try:
         yield answer.first()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 
-from fastapi import FastAPI
-from fastapi.responses import HTMLResponse
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse
 
 from agents.report.render import SHARED, assembled, part
 from rollouts.tinymath import generate_problems
@@ -14,7 +15,7 @@ from rollouts.tinymath import generate_problems
 _PROBLEMS = 200  # of the validation split: the models and the shipped router were fitted on others
 
 
-def add_playground(app: FastAPI, *, tinymath: bool) -> None:
+def add_playground(app: Starlette, *, tinymath: bool) -> None:
     """Show the page at /.
 
     Args:
@@ -30,9 +31,10 @@ def add_playground(app: FastAPI, *, tinymath: bool) -> None:
         "Cache-Control": "no-cache",
     }
 
-    @app.get("/", include_in_schema=False)
-    async def playground() -> HTMLResponse:
+    async def playground(_: Request) -> HTMLResponse:
         return HTMLResponse(html, headers=headers)
+
+    app.add_route("/", playground)
 
 
 def render(*, tinymath: bool) -> str:

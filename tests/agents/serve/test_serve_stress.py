@@ -393,4 +393,6 @@ def test_the_schema_is_behind_the_key(made: Any, monkeypatch: pytest.MonkeyPatch
     router = made(api_key_env="TRIM_TEST_STRESS_KEY")
     for path, status in (("/openapi.json", 401), ("/v1/models/", 401), ("/health", 200), ("/ready/", 200)):
         assert router.client.get(path).status_code == status
-    assert router.client.get("/openapi.json", headers={"Authorization": "Bearer sk-1"}).status_code == 200
+    described = router.client.get("/openapi.json", headers={"Authorization": "Bearer sk-1"}).json()
+    asked = described["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert described["openapi"].startswith("3.") and {"messages", "budget"} <= {*asked["properties"]}
