@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import datetime
 import os
+import pickle
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +173,35 @@ def best_constant(tables: DecisionTables, lams: Sequence[float] = LAMS) -> float
     """Return the mean over λ of the return of the better constant."""
     both: list[Outcomes] = [run(Constant(action), tables) for action in (0, 1)]
     return float(np.mean([max(each.returns(lam).mean() for each in both) for lam in lams]))
+
+
+def kept(file: Path, make: Callable[[], Any], end: float = float("inf")) -> Any:
+    """Return what a file keeps; if it is not there make and keep it, or after the time `end` return None."""
+    if file.exists():
+        return pickle.loads(file.read_bytes())
+    if time.time() > end:
+        return None
+    found = make()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(pickle.dumps(found))
+    return found
+
+
+def all_kept(measure: Callable[..., Any], tasks: Sequence[Any], settings: Any) -> list[Any]:
+    """Return what ``measure(task, settings, end)`` gives for all tasks, side by side.
+
+    Raises:
+        SystemExit: ``settings.minutes`` were over before all were begun; what is kept is there the next time.
+    """
+    from rich.progress import track
+
+    end = time.time() + 60 * settings.minutes
+    with ProcessPoolExecutor(settings.processes, get_context("spawn")) as pool:
+        begun = [pool.submit(measure, task, settings, end) for task in tasks]
+        found = [each.result() for each in track(begun, "fitting")]
+    if left := sum(each is None for each in found):
+        raise SystemExit(f"{left} of {len(tasks)} are left; say the same again.")
+    return found
 
 
 def heading(title: str, command: str) -> list[str]:

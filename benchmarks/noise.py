@@ -13,16 +13,14 @@ training).
 
 from __future__ import annotations
 
-import multiprocessing
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from benchmarks.methods import LAMS, METHODS, Data, Fitted, best_constant, fit, heading, returns, write
+from benchmarks.methods import LAMS, METHODS, Data, Fitted, all_kept, best_constant, fit, heading, kept, returns, write
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, Trees
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
@@ -43,12 +41,16 @@ class Settings:
     Attributes:
         methods: Which routers.
         rollouts: The store.
+        kept: Folder in which what was measured is kept, and looked up.
+        minutes: Begin nothing more after so many.
         processes: Fits side by side.
         out: Report and picture, without suffix; default: print only.
     """
 
     methods: tuple[str, ...] = tuple(METHODS)
     rollouts: str = "quickstart"
+    kept: Path = Path("runs/noise")
+    minutes: float = float("inf")
     processes: int = 2
     out: Path | None = None
 
@@ -114,22 +116,21 @@ class Cell:
     surprised: float
 
 
-def measure(task: tuple[str, str]) -> list[Cell]:
-    """Fit one method on good scores and on all levels of one kind of damage."""
-    method, rollouts = task
-    good = compile_store(rollouts)
-    clean = fit(method, Data.of(good), 0)
-    cells = []
-    for kind, levels in LEVELS.items():
-        for level in levels:
-            trees = damaged(good, kind, level)
-            test = decision_tables(trees, "test")
-            own = clean if kind == "none" else fit(method, Data.of(trees), 0)
-            values = [
-                float(returns(each, test).mean()) if isinstance(each, Fitted) else np.nan for each in (own, clean)
-            ]
-            cells.append(Cell(method, kind, level, *values))
-    return cells
+def measure(task: tuple[str, str, float], settings: Settings, end: float) -> Cell | None:
+    """Fit one method on good scores and on one damage of them, unless that is kept or time is up."""
+    method, kind, level = task
+    good, name = compile_store(settings.rollouts), method.replace(" ", "-")
+    clean = kept(settings.kept / f"{name}.pickle", lambda: fit(method, Data.of(good), 0), end)
+
+    def made() -> Cell:
+        trees = damaged(good, kind, level)
+        own = clean if kind == "none" else fit(method, Data.of(trees), 0)
+        test = decision_tables(trees, "test")
+        values = [float(returns(each, test).mean()) if isinstance(each, Fitted) else np.nan for each in (own, clean)]
+        return Cell(method, kind, level, *values)
+
+    found: Cell | None = kept(settings.kept / f"{name}-{kind}-{level:g}.pickle", made, 0.0 if clean is None else end)
+    return found
 
 
 def report(settings: Settings, cells: list[Cell]) -> str:
@@ -178,14 +179,10 @@ def draw(settings: Settings, cells: list[Cell], path: Path) -> None:
 
 def main() -> None:
     """Run the study."""
-    from rich.progress import track
-
     settings = tyro.cli(Settings, description=__doc__)
     compile_store(settings.rollouts)
-    tasks = list(product(settings.methods, (settings.rollouts,)))
-    with multiprocessing.get_context("spawn").Pool(settings.processes) as pool:
-        found = list(track(pool.imap_unordered(measure, tasks), "fitting", total=len(tasks)))
-    cells = [cell for part in found for cell in part]
+    damages = [(kind, level) for kind, levels in LEVELS.items() for level in levels]
+    cells = all_kept(measure, [(method, *damage) for method in settings.methods for damage in damages], settings)
     write(report(settings, cells), settings.out and settings.out.with_suffix(".md"))
     if settings.out:
         draw(settings, cells, settings.out.with_suffix(".png"))

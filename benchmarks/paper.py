@@ -11,12 +11,9 @@ solutions take is `benchmarks.latency`.
 from __future__ import annotations
 
 import pickle
-import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +28,7 @@ from agents.evaluation.oracle import score_oracle, step_oracle
 from agents.evaluation.outcomes import Floats, Outcomes, Solutions
 from agents.evaluation.walk import references, run
 from agents.routers.base import Threshold
-from benchmarks.methods import Data, heading, write
+from benchmarks.methods import Data, all_kept, heading, kept, write
 from benchmarks.noise import damaged
 from benchmarks.rivals import RIVALS, fitted, with_splits
 from benchmarks.robustness import average
@@ -144,11 +141,13 @@ def trees_of(task: Task, trees: Trees) -> tuple[Trees, tuple[str, ...]]:
     return with_splits(trees, {**masks, "test": trees.splits == "test"}), ("held", "test")
 
 
-def measure(task: Task, settings: Settings, end: float) -> bool:
-    """Fit a method and keep what it comes to, unless that is there or time is up; whether it is there then."""
-    file = settings.kept / task.file
-    if file.exists() or time.time() > end:
-        return file.exists()
+def measure(task: Task, settings: Settings, end: float) -> Found | None:
+    """Fit a method and keep what it comes to, unless that is there or time is up."""
+    found: Found | None = kept(settings.kept / task.file, lambda: _made(task, settings), end)
+    return found
+
+
+def _made(task: Task, settings: Settings) -> Found:
     trees, splits = trees_of(task, compile_store(settings.rollouts))
     both = {split: references(decision_tables(trees, split)) for split in splits}
     if task.method in WHOLE:
@@ -158,15 +157,11 @@ def measure(task: Task, settings: Settings, end: float) -> bool:
         points = {
             split: [(each.knob, each.run(decision_tables(trees, split))) for each in whole.settings] for split in splits
         }
-        found = Found(validation, references(choosing), points, both, whole.seconds)
-    else:
-        chosen = fitted(task.method, Data.of(trees))
-        validation = [(each.knob.value, own) for each, own in chosen.points]
-        points = {split: [*chosen.on(trees, split).points] for split in splits}
-        found = Found(validation, chosen.choosing, points, both, chosen.seconds)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(pickle.dumps(found))
-    return True
+        return Found(validation, references(choosing), points, both, whole.seconds)
+    chosen = fitted(task.method, Data.of(trees))
+    validation = [(each.knob.value, own) for each, own in chosen.points]
+    points = {split: [*chosen.on(trees, split).points] for split in splits}
+    return Found(validation, chosen.choosing, points, both, chosen.seconds)
 
 
 @cache
@@ -404,16 +399,9 @@ def report(settings: Settings) -> str:
 
 def main() -> None:
     """Run the study."""
-    from rich.progress import track
-
     settings = tyro.cli(Settings, description=__doc__)
-    end = time.time() + 60 * settings.minutes
     compile_store(settings.rollouts)
-    with ProcessPoolExecutor(settings.processes, get_context("spawn")) as pool:
-        fits = [pool.submit(measure, task, settings, end) for task in TASKS]
-        left = sum(not fit.result() for fit in track(fits, "fitting"))
-    if left:
-        raise SystemExit(f"{left} of {len(TASKS)} fits are left; say the same again.")
+    all_kept(measure, TASKS, settings)
     write(report(settings), settings.out and settings.out.with_suffix(".md"))
 
 

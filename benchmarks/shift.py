@@ -8,7 +8,6 @@ problems (``ood``). Differences to TRIM-Thr are paired on problems, over the mea
 
 from __future__ import annotations
 
-import multiprocessing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -18,7 +17,7 @@ import tyro
 
 from agents.evaluation.bootstrap import paired_means, resample_weights
 from agents.evaluation.outcomes import Floats
-from benchmarks.methods import LAMS, METHODS, Data, Fitted, best_constant, fit, heading, returns, write
+from benchmarks.methods import LAMS, METHODS, Data, Fitted, all_kept, best_constant, fit, heading, kept, returns, write
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
@@ -33,6 +32,8 @@ class Settings:
         seeds: Trainings of each method; outcomes are averaged.
         methods: Which routers.
         rollouts: The store.
+        kept: Folder in which what was measured is kept, and looked up.
+        minutes: Begin nothing more after so many.
         processes: Fits side by side.
         out: Report and picture, without suffix; default: print only.
     """
@@ -40,17 +41,26 @@ class Settings:
     seeds: int = 2
     methods: tuple[str, ...] = tuple(METHODS)
     rollouts: str = "quickstart"
+    kept: Path = Path("runs/shift")
+    minutes: float = float("inf")
     processes: int = 2
     out: Path | None = None
 
 
-def measure(task: tuple[str, int, str]) -> tuple[str, dict[str, Floats]]:
+def measure(task: tuple[str, int], settings: Settings, end: float) -> tuple[str, dict[str, Floats]] | None:
     """Fit one method once; return the returns by problem of both splits."""
-    method, seed, rollouts = task
-    trees = compile_store(rollouts)
-    found = fit(method, Data.of(trees), seed)
-    assert isinstance(found, Fitted)  # the whole training split suffices for every method
-    return method, {split: returns(found, decision_tables(trees, split)) for split in SPLITS}
+    method, seed = task
+
+    def made() -> tuple[str, dict[str, Floats]]:
+        trees = compile_store(settings.rollouts)
+        found = fit(method, Data.of(trees), seed)
+        assert isinstance(found, Fitted)  # the whole training split suffices for every method
+        return method, {split: returns(found, decision_tables(trees, split)) for split in SPLITS}
+
+    found: tuple[str, dict[str, Floats]] | None = kept(
+        settings.kept / f"{method.replace(' ', '-')}-{seed}.pickle", made, end
+    )
+    return found
 
 
 def report(settings: Settings, found: dict[str, dict[str, Floats]]) -> str:
@@ -102,13 +112,9 @@ def draw(settings: Settings, found: dict[str, dict[str, Floats]], path: Path) ->
 
 def main() -> None:
     """Run the study."""
-    from rich.progress import track
-
     settings = tyro.cli(Settings, description=__doc__)
     compile_store(settings.rollouts)
-    tasks = list(product(settings.methods, range(settings.seeds), (settings.rollouts,)))
-    with multiprocessing.get_context("spawn").Pool(settings.processes) as pool:
-        parts = list(track(pool.imap_unordered(measure, tasks), "fitting", total=len(tasks)))
+    parts = all_kept(measure, list(product(settings.methods, range(settings.seeds))), settings)
     found = {
         method: {split: np.mean([each[split] for name, each in parts if name == method], axis=0) for split in SPLITS}
         for method in settings.methods

@@ -195,24 +195,15 @@ def run_whole(tables: DecisionTables, router: Whole) -> dict[str, Floats]:
 def attempts_of(tables: DecisionTables, schema: str | None = None) -> Attempts:
     """Return what the small model wrote alone, with what a schema tells of it."""
     trees, last = tables.trees, tables.alone.last[:, CONTINUE_SMALL]
-    problem = trees.problem[tables.indices]
+    problem, unknown = trees.problem[tables.indices], np.full((trees.nodes, 2), np.nan)
     return Attempts(
         problems=np.array(trees.problem_ids)[problem],
         questions=tuple(trees.questions[each] for each in problem),
         replicas=trees.replica[tables.indices],
         features=np.zeros((len(last), 0), np.float32) if schema is None else tables.in_schema(schema)[last],
         last=lambda position: trees.proposal(last[position], CONTINUE_SMALL),
-        told=lambda name: _told(tables, name)[last],
+        told=lambda name: trees.signals.get(name, unknown)[last, CONTINUE_SMALL].astype(np.float64),
     )
-
-
-def _told(tables: DecisionTables, name: str) -> Floats:
-    """Return the (N,) values of a column of a score table at the small model's proposals; NaN if there is no table."""
-    trees = tables.trees
-    found: Floats = np.asarray(trees.signals.get(name, np.full((trees.nodes, 2), np.nan)), np.float64)[
-        :, CONTINUE_SMALL
-    ]
-    return found
 
 
 def solutions(tables: DecisionTables, action: int) -> list[str]:
