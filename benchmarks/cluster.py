@@ -91,7 +91,8 @@ def grow(folder: Path, settings: Settings) -> dict[str, tuple[float, float]]:
 
 def write(folder: Path, grown: Path, settings: Settings) -> float:
     """Return how many rows the driver takes and writes in a second of processor time."""
-    rows = Store(grown).steps.read_shard(Store(grown).steps.shards()[0])
+    table = Store(grown).steps
+    rows = table.encode(table.read_shard(table.shards()[0]).to_pydict())
     sent = pickle.dumps((rows.slice(0, settings.part), Counter(requests_small=100)))
     store = Store.create(folder / "written", Store(grown).manifest["process"])
     buffer, taken, before = StepBuffer(store.steps), 0, time.process_time()

@@ -30,6 +30,7 @@ from rollouts.text.steps import ROLES, SMALL
 from rollouts.trees.annotate import IN_FLIGHT, grade_store, left, score_store
 from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, label_of, load_trees, replicas_of
 from rollouts.trees.grow import Progress as Counts
+from rollouts.trees.tree import RolloutTree
 from rollouts.trees.verifications import unverified, verify_solutions
 
 if TYPE_CHECKING:
@@ -204,52 +205,59 @@ class Generate:
         replicas: int | dict[str, int],
         cluster: Cluster | None,
     ) -> bool:
-        def load() -> Iterator[Any]:
+        def load() -> Iterator[RolloutTree]:
             return load_trees(store, problems, replicas, store.manifest["process"]["max_escalations"])
 
         total = sum(replicas_of(problem, replicas) for problem in problems)
         if not any(tree.wants() for tree in load()):
             screen.print(f"All {total:,} trees are there.")
             return True
-        counts = Counts(total=total)
-        buffer = StepBuffer(store.steps, label_of(store), seconds=self.flush_seconds)
-        with progress_bar("Growing", total, "trees") as advance:
+        return grow_trees(
+            store, family, load, Counts(total=total), cluster,
+            in_flight=self.in_flight, max_large_tokens=self.max_large_tokens,
+            sequential=self.sequential, flush_seconds=self.flush_seconds,
+        )  # fmt: skip
 
-            def show(now: Counts, workers: str = "") -> None:
-                tokens = ", ".join(f"{now.tokens[role]:,} {role}" for role in ROLES)
-                note = f"{now.steps:,} steps; tokens {tokens}; {now.under_way:,} requests under way"
-                advance(completed=now.trees, note=f"{note}; {workers}" if workers else note)
 
-            if cluster is not None:
-                from rollouts.cluster.growing import Growing
+def grow_trees(
+    store: Store,
+    family: Family,
+    load: Callable[[], Iterator[RolloutTree]],
+    counts: Counts,
+    cluster: Cluster | None,
+    *,
+    in_flight: int = _GROWN,
+    max_large_tokens: int | None = None,
+    sequential: bool = False,
+    flush_seconds: float = 10.0,
+) -> bool:
+    """Grow the trees that `load` reads, with a bar; return whether all are closed now."""
+    buffer = StepBuffer(store.steps, label_of(store), seconds=flush_seconds)
+    with progress_bar("Growing", counts.total or None, "trees") as advance, ExitStack() as stack:
 
-                job = cluster.job(store, family, writes=True, grows=self.in_flight)
-                with Growing(
-                    cluster, store, job, load, buffer,
-                    max_large_tokens=self.max_large_tokens, progress=counts, on_progress=show,
-                ) as growing:  # fmt: skip
-                    return growing.run() == 0
+        def show(now: Counts, workers: str = "") -> None:
+            tokens = ", ".join(f"{now.tokens[role]:,} {role}" for role in ROLES)
+            note = f"{now.steps:,} steps; tokens {tokens}; {now.under_way:,} requests under way"
+            advance(completed=now.trees, note=f"{note}; {workers}" if workers else note)
 
-            def opened(role: str) -> Any:
-                advance(0, note=f"loading the {role} model")
-                return family.open(role, store)
+        limits: dict[str, Any] = {"max_large_tokens": max_large_tokens, "progress": counts, "on_progress": show}
+        if cluster is not None:
+            from rollouts.cluster.growing import Growing
 
-            def grower(writers: Any) -> Grower:
-                counts.trees = 0
-                return Grower(
-                    writers,
-                    buffer,
-                    in_flight=self.in_flight,
-                    max_large_tokens=self.max_large_tokens,
-                    progress=counts,
-                    on_progress=show,
-                )
+            job = cluster.job(store, family, writes=True, grows=in_flight)
+            return stack.enter_context(Growing(cluster, store, job, load, buffer, **limits)).run() == 0
 
-            if self.sequential:
-                return grow_sequentially(opened, load, grower) == 0
-            with ExitStack() as stack:
-                writers = {role: stack.enter_context(opened(role)) for role in ROLES}
-                return grower(writers).run(load()) == 0
+        def opened(role: str) -> Any:
+            advance(0, note=f"loading the {role} model")
+            return family.open(role, store)
+
+        def grower(writers: Any) -> Grower:
+            counts.trees = 0
+            return Grower(writers, buffer, in_flight=in_flight, **limits)
+
+        if sequential:
+            return grow_sequentially(opened, load, grower) == 0
+        return grower({role: stack.enter_context(opened(role)) for role in ROLES}).run(load()) == 0
 
 
 def note_special_tokens(screen: Console, store: Store, family: Family, roles: Sequence[str] = ANY_ROLE) -> None:
@@ -424,21 +432,12 @@ class Expand:
 
     def _close(self, store: Store, family: Family, problems: Sequence[Problem], cluster: Cluster | None) -> int:
         """Grow what closure asks for in the trees that are there; return the number of steps."""
-        counts, buffer = Counts(), StepBuffer(store.steps, label_of(store))
+        counts = Counts()
 
-        def load() -> Iterator[Any]:
+        def load() -> Iterator[RolloutTree]:
             return load_trees(store, problems, None, store.manifest["process"]["max_escalations"])
 
-        with ExitStack() as stack:
-            if cluster is not None:
-                from rollouts.cluster.growing import Growing
-
-                job = cluster.job(store, family, writes=True, grows=_GROWN)
-                still = stack.enter_context(Growing(cluster, store, job, load, buffer, progress=counts)).run()
-            else:
-                writers = {role: stack.enter_context(family.open(role, store)) for role in ROLES}
-                still = Grower(writers, buffer, progress=counts).run(load())
-        if still == 0:
+        if grow_trees(store, family, load, counts, cluster):
             names = {problem.id for problem in problems}
             store.note_live((), closed={key for key in store.live if key[0] in names})
         return counts.steps

@@ -100,10 +100,10 @@ class Growing(Pool):
             return Orders(stop=True)
         if not hand.lent:
             hand.granted = hand.report.tokens[LARGE]  # what it has not used is there for all
-        room = self.job.grows + _AT_HAND - len(hand.lent)
-        left = self.progress.total - self._seen
-        fair = max(1, left // (2 * self.cluster.workers)) if self.progress.total else _AT_HAND
-        trees = list(self._next(min(room, fair)))
+        most, left = self.job.grows + _AT_HAND, self.progress.total - self._seen
+        if self.progress.total:
+            most = min(most, max(1, left // self.cluster.workers))
+        trees = list(self._next(most - len(hand.lent)))
         hand.lent.update((tree.key, tree.problem) for tree in trees)
         if not hand.lent:
             return None
