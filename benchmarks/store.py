@@ -182,6 +182,7 @@ def main(settings: Settings) -> None:
             steps, shards = make(settings, made, problems)
             print(f"{problems:,} problems: {steps:,} steps in {shards} shards", flush=True)
             for checkout in checkouts:
+                shutil.rmtree(Path(scratch) / "copy", ignore_errors=True)
                 copy = shutil.copytree(made, Path(scratch) / "copy")
                 for name, seconds, memory in measured(settings, checkout, copy):
                     print(f"{problems:,}: {name}, {checkout.name}: {seconds:.2f} s, {memory:.0f} MiB", flush=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from rollouts.cli.inspect import Repair, Show, Stats, StorePath, Verify
+from rollouts.cli.inspect import Merge, Repair, Show, Stats, StorePath, Verify
 from rollouts.cli.machines import Machines
 from rollouts.cli.prm import Labels, TrainPrm
 from rollouts.cli.progress import console, progress_bar
@@ -153,6 +153,7 @@ class Generate:
                 run_scoring(store, family, problems, cluster=cluster)
             if self.grade:
                 run_grading(store, grader, problems, cluster, self.grader)
+            store.tidy()
         if not closed:
             screen.print("The token budget is spent; the same command with a new budget goes on.")
         elif self.score and self.grade and store.signals():
@@ -404,6 +405,7 @@ class Expand:
                 if family.config.scorer is not None:
                     run_scoring(store, family, problems, cluster=cluster)
             run_grading(store, grader, problems, cluster, self.grader)
+            store.tidy()
         console().print(f"{added:,} steps added.")
 
     def _walk(
@@ -479,6 +481,7 @@ class Score:
                 run_verifying(store, family, give_up=self.give_up)
             else:
                 run_scoring(store, family, None, self.scorer, cluster, give_up=self.give_up)
+            store.tidy()
 
 
 @settings
@@ -501,6 +504,7 @@ class Grade:
         grader = make_grader(self.grader)
         with store.writing(), self.on.cluster() as cluster:
             run_grading(store, grader, None, cluster, self.grader)
+            store.tidy()
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -513,5 +517,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "stats": Stats,
     "show": Show,
     "verify": Verify,
+    "merge": Merge,
     "repair": Repair,
 }

@@ -139,6 +139,43 @@ class Verify:
 
 
 @settings
+class Merge:
+    """Add to a store what another store of the same process holds, such as one made on another machine.
+
+    Problems, steps, scores and grades are added; where both have a row of one key, that of the first stays. After an
+    interrupt the same command goes on. Splits in folders within stores are stores of their own.
+
+    Attributes:
+        store: Directory of the store.
+        other: Directory of the other one, which is only read.
+        into: Make a new store of both here, and change neither.
+    """
+
+    store: StorePath
+    other: StorePath
+    into: Path | None = None
+
+    def run(self) -> None:
+        """Run the command."""
+        from rollouts.store.merge import merge
+
+        target, others = Store(self.store), [Store(self.other)]
+        if self.into is not None:
+            target.refuse_unlike(others[0])
+            others = [target, *others]
+            target = Store.create(self.into, others[0].process, others[0].date)
+        out = Console(highlight=False)
+        with target.writing():
+            for other in others:
+                for name, rows in merge(target, other).items():
+                    out.print(f"{name}: {rows:,} rows added from {other.path}", markup=False)
+        dates = {str(store.date): str(store.path) for store in (target, *others)}
+        if len(dates) > 1:
+            told = ", ".join(f"{date} ({path})" for date, path in dates.items())
+            out.print(f"The dates of their prompts differ: {told}. Chat templates that print one made other prompts.")
+
+
+@settings
 class Repair:
     """Set unreadable shards aside and remove leftovers of crashes; `generate` then fills the gaps.
 

@@ -329,8 +329,8 @@ class Table:
 
     def keys(self, problems: Collection[str] | None = None) -> pa.Table:
         """Return the keys of all rows, or those of some problems, duplicates included."""
-        empty = _plain(self.schema.empty_table().select(self.key))
-        return pa.concat_tables([empty, *(_plain(part).cast(empty.schema) for part in self.read(problems, self.key))])
+        empty = plain(self.schema.empty_table().select(self.key))
+        return pa.concat_tables([empty, *(plain(part).cast(empty.schema) for part in self.read(problems, self.key))])
 
     def problems(self) -> Counter[str]:
         """Return the number of rows of each problem; all bytes are read, so that damage anywhere is found."""
@@ -348,7 +348,7 @@ class Table:
             found: Counter[tuple[Any, ...]] = Counter()
             for path in self._current():
                 for part in self.parts(path, None if whole else columns):
-                    table = _plain(part.select(columns)).group_by(columns).aggregate([([], "count_all")])
+                    table = plain(part.select(columns)).group_by(columns).aggregate([([], "count_all")])
                     found.update({row[:-1]: row[-1] for row in values_of(table, (*columns, "count_all"))})
             return found
 
@@ -385,15 +385,9 @@ class Table:
 
     def complete(self, content_of: Mapping[tuple[Any, ...], int]) -> None:
         """Give rows that have no `CONTENT` that of the step at their place, where one is known."""
-
-        def completed(table: pa.Table) -> pa.Table:
-            found = [content_of.get(key[:-1]) if key[-1] is None else key[-1] for key in values_of(table, self.key)]
-            column = pa.array(found, type=pa.uint64())
-            return table.set_column(table.column_names.index(CONTENT), _CONTENT_FIELD, column)
-
         for path in self.shards():
             if any(part[CONTENT].null_count for part in self.parts(path, [CONTENT])):
-                self._rewrite(path, completed)
+                self._rewrite(path, lambda part: with_contents(part, content_of))
 
     def drop(self, column: str, value: str) -> int:
         """Drop all rows with a value in a column; return how many there were."""
@@ -441,20 +435,20 @@ class Table:
             problems.update(dict.fromkeys(chain.from_iterable(self._problems_of(path))))
         together = max(1, len(problems) * _COMPACTED_TOGETHER // max(1, rows))
         merged = (self._merged(some, set(old)) for some in batched(problems, together))
-        self.write(chain.from_iterable(map(self._in_groups, merged)), counters, self.next_shard(), **mark)
+        self.write(chain.from_iterable(map(self.in_groups, merged)), counters, self.next_shard(), **mark)
         for path in old:
             path.unlink()
 
     def _merged(self, problems: Sequence[str], shards: Collection[Path]) -> pa.Table:
         """Return all rows of some problems, each once, problem by problem."""
         found = self._undisturbed(lambda: self._read_of(problems, None, shards))
-        table = pa.concat_tables([_plain(part, pa.large_string()) for part in found])
+        table = pa.concat_tables([plain(part, pa.large_string()) for part in found])
         order = pc.index_in(table["problem"], value_set=pa.array(problems, pa.large_string()))
         numbered = table.append_column("row", pa.array(range(table.num_rows), pa.int64())).append_column("order", order)
         first = numbered.group_by(self.key).aggregate([("row", "min"), ("order", "min")])
         return table.take(first.sort_by([(name, "ascending") for name in ("order_min", *self.key[1:])])["row_min"])
 
-    def _in_groups(self, table: pa.Table) -> Iterator[pa.Table]:
+    def in_groups(self, table: pa.Table) -> Iterator[pa.Table]:
         """Yield row groups of plain rows, each with dictionaries of its own: those of all would be in every one."""
         for start in range(0, table.num_rows, _GROUP_ROWS):
             group = table.slice(start, _GROUP_ROWS)
@@ -478,6 +472,14 @@ def _reading(path: Path) -> Iterator[None]:
             f"{path}: unreadable shard ({str(error).splitlines()[0][:160]}). "
             "`python -m rollouts repair` sets it aside; the same command then generates what is missing."
         ) from error
+
+
+def with_contents(table: pa.Table, content_of: Mapping[tuple[Any, ...], int]) -> pa.Table:
+    """Return rows of which those without `CONTENT` have that of the step at their place, where one is known."""
+    keys = values_of(table, (*KEY, CONTENT))
+    found = [content_of.get(key[:-1]) if key[-1] is None else key[-1] for key in keys]
+    column = pa.array(found, type=pa.uint64())
+    return table.set_column(table.column_names.index(CONTENT), _CONTENT_FIELD, column)
 
 
 def values_of(table: pa.Table, columns: Iterable[str]) -> Iterator[tuple[Any, ...]]:
@@ -525,7 +527,7 @@ def _stamp(status: os.stat_result) -> tuple[int, int]:
     return status.st_ino, status.st_mtime_ns
 
 
-def _plain(table: pa.Table, text: pa.DataType = _STRING) -> pa.Table:
+def plain(table: pa.Table, text: pa.DataType = _STRING) -> pa.Table:
     """Return a table with its texts as plain strings, so that shards can be joined."""
     texts = (pa.types.is_dictionary, pa.types.is_string)
     fields = [field.with_type(text) if any(kind(field.type) for kind in texts) else field for field in table.schema]

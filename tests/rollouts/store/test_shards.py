@@ -14,6 +14,7 @@ import pytest
 from made_stores import PROBLEMS, finished, grown
 
 from benchmarks import synthetic
+from rollouts.__main__ import main
 from rollouts.errors import StoreError
 from rollouts.store import shards
 from rollouts.store.rows import Rows
@@ -168,6 +169,101 @@ def test_what_a_compaction_that_was_cut_off_left_is_passed_over(table, monkeypat
     assert len(table.shards()) == 1 and len(rows_of(table)) == 7
 
 
+def shard_names(table: Table) -> list[str]:
+    return [path.stem for path in table.shards()]
+
+
+def test_many_new_shards_are_merged_and_those_merged_before_are_left(table):
+    everything = []
+    for turn in range(3):
+        for shard in range(5):
+            start = 100 * turn + 2 * shard
+            append(table, "p", f"q{shard}", start=start)
+            table.append({name: [] for name in table.schema.names}, {"asked": 1})
+            everything += [("p", 0, start, "small"), (f"q{shard}", 0, start + 1, "small")]
+        merged = shard_names(table)[:turn]
+        before = table.shards()[:turn]
+        stamps = [path.stat() for path in before]
+        table.compact(10)
+        assert len(table.shards()) == turn + 10  # not more than so many
+        append(table, "r", start=90 + turn)
+        everything.append(("r", 0, 90 + turn, "small"))
+        table.compact(10)
+        assert len(table.shards()) == turn + 1 and shard_names(table)[:turn] == merged
+        assert [path.stat() for path in before] == stamps
+        for reader in (table, Table(table.directory, SCORES)):
+            assert rows_of(reader) == sorted(everything) and reader.counters() == {"asked": 5 * (turn + 1)}
+            assert rows_of(reader, {"p"}) == sorted(row for row in everything if row[0] == "p")
+    table.compact()
+    assert len(table.shards()) == 1 and rows_of(table) == sorted(everything) and table.counters() == {"asked": 15}
+
+
+def test_a_merge_of_new_shards_that_was_cut_off_is_passed_over_and_cleared(table, monkeypatch):
+    for turn in range(2):
+        for shard in range(4):
+            append(table, "p", "q", start=100 * turn + 2 * shard)
+            table.append({name: [] for name in table.schema.names}, {"asked": 1})
+        everything, counters, there = rows_of(table), table.counters(), len(table.shards())
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Path, "unlink", interrupted)
+            table.compact(3)
+        assert len(table.shards()) == there + 1
+        assert table.drop("problem", "nobody") == 0 and table.drop("problem", "q") == 8  # of the old and the new ones
+        everything = [row for row in everything if row[0] != "q"]
+        for reader in (table, Table(table.directory, SCORES)):
+            assert rows_of(reader) == rows_of(reader, {"p", "q"}) == everything
+            assert reader.counters() == counters and reader.problems() == {"p": len(everything)}
+        table.compact(3)
+        assert len(table.shards()) == turn + 1 and rows_of(table) == everything and table.counters() == counters
+
+
+def test_the_millionth_shard_comes_after_those_before_it(table):
+    append(table, "a")
+    table.shards()[0].rename(table.directory / "part-999998.parquet")
+    for start in (1, 2, 0):  # the last has a key that is there
+        append(table, *"abc"[: start or 1], start=start)
+    assert shard_names(table) == ["part-999998", "part-999999", "part-1000000", "part-1000001"]
+    assert [row["problem"] for part in table.read() for row in part.to_pylist()] == ["a", "a", "a", "b", "a"]
+    assert list(table.read({"a"}))[0].num_rows == 1
+    table.compact()
+    assert shard_names(table) == ["part-1000002"] and len(rows_of(table)) == 4
+
+
+@pytest.mark.usefixtures("small_groups")
+def test_row_groups_of_a_compacted_shard_name_their_own_problems_alone(table):
+    """Dictionaries of all problems in every row group would make shards grow with the square of what is in them."""
+    for shard in range(3):
+        append(table, *(f"p{number}" for number in range(20)), start=20 * shard)
+    shards._COMPACTED_TOGETHER = 1000
+    table.compact()
+    file = pq.ParquetFile(table.shards()[0])
+    names = [file.read_row_group(group)["problem"].chunk(0).dictionary for group in range(file.num_row_groups)]
+    assert len(names) == 20 and max(map(len, names)) <= 3
+
+
+def test_a_shard_of_many_row_groups_is_opened_once_until_it_is_another(table, monkeypatch):
+    monkeypatch.setattr(shards, "_GROUP_ROWS", 1)
+    append(table, *(f"p{number}" for number in range(40)))
+    opened, plain = [], pq.ParquetFile
+    monkeypatch.setattr(pq, "ParquetFile", lambda *a, **options: opened.append(a) or plain(*a, **options))
+    for number in range(40):
+        assert rows_of(table, {f"p{number}"}) == [(f"p{number}", 0, number, "small")]
+    assert len(opened) == 1
+    assert Table(table.directory, SCORES).drop("problem", "p3") == 1
+    assert not rows_of(table, {"p3"}) and len(rows_of(table)) == 39
+
+
+def test_commands_that_add_rows_merge_new_shards(tmp_path, monkeypatch):
+    store = finished(tmp_path / "s", replicas=1)
+    grades = store.grades("exact")
+    for _ in range(3):
+        grades.append({name: [] for name in grades.schema.names})
+    monkeypatch.setattr("rollouts.store.store.MANY", 3)
+    before = compile_store(store, cache=False).meta["hash"]
+    assert main(["grade", str(store.path)]) == 0
+    assert len(grades.shards()) == 1 and compile_store(store, cache=False).meta["hash"] == before
+
+
 def interrupted(*_):
     raise KeyboardInterrupt
 
@@ -261,7 +357,7 @@ def test_compaction_holds_a_part_of_the_texts_at_once(tmp_path, monkeypatch):
 
 def test_texts_are_joined_as_large_strings(table):
     append(table, "p")
-    plain = shards._plain(table.read_shard(table.shards()[0]), pa.large_string())
+    plain = shards.plain(table.read_shard(table.shards()[0]), pa.large_string())
     assert plain.schema.field("problem").type == pa.large_string()
 
 

@@ -1,0 +1,109 @@
+"""Two stores of one process become one: what one lacks of the other is copied, a part at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from itertools import chain
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from rollouts.errors import StoreError
+from rollouts.store.rows import RowKey, contents_of
+from rollouts.store.shards import CONTENT, KEY, Table, batched, plain, values_of, with_contents
+from rollouts.store.store import Store
+
+_TOGETHER = 1000  # problems that are compared at once
+_UNDER_WAY = "merging"  # in the manifest: digest of the engine starts that were added
+
+
+def merge(store: Store, other: Store) -> dict[str, int]:
+    """Add to a store what another one holds; where both have a row of one key, the former's stays.
+
+    Of every table all new rows are one shard, with the other's counters, so that the same call goes on after an
+    interrupt. Engine starts come with numbers above those that are there. Splits in folders within stores are left out.
+
+    Args:
+        store: The store; its write lock must be held.
+        other: The other; it is not changed.
+
+    Returns:
+        Rows added, by table.
+
+    Raises:
+        StoreError: They, or tables of one name, were made by different processes, or problems of one id differ; what
+            differs is named, and nothing was changed.
+    """
+    if store.path.resolve() == other.path.resolve():
+        raise StoreError(f"{store.path}: a store cannot be merged into itself.")
+    store.refuse_unlike(other)
+    tables = {(kind, name): name in store.names(kind) for kind in ("scores", "grades") for name in other.names(kind)}
+    _attach(store, other, [table for table, there in tables.items() if there])
+    store.add_problems(other.problems())
+    _attach(store, other, [table for table, there in tables.items() if not there])
+    trees = store.steps.keys({problem for problem, _ in other.live})
+    closed = set(values_of(trees, KEY[:2])) - store.live
+    store.note_live(other.live - closed)
+    added = {"steps": _add(store, store.steps, other, other.steps)}
+    for kind, name in tables:
+        own, theirs = (each.scores(name) if kind == "scores" else each.grades(name) for each in (store, other))
+        added[f"{kind}/{name}"] = _add(store, own, other, theirs)
+    store.manifest.pop(_UNDER_WAY, None)
+    store.note()
+    return added
+
+
+def _attach(store: Store, other: Store, tables: Iterable[tuple[str, str]]) -> None:
+    for kind, name in tables:
+        manifest = other.table_manifest(kind, name)
+        shape = {part: manifest[part] for part in ("columns", "roles") if part in manifest}
+        store.attach(kind, name, {**manifest["process"], "identities": manifest.get("identities", {})}, **shape)
+
+
+def _add(store: Store, own: Table, other: Store, theirs: Table) -> int:
+    """Add the rows of a table that lack there, as one shard; return how many."""
+    parts = (part for part in _lacking(own, other, theirs) if part.num_rows)
+    if (first := next(parts, None)) is None:
+        return 0
+    if own is store.steps:
+        _take_engines(store, other)
+    rows = 0
+
+    def counted() -> Iterator[pa.Table]:
+        nonlocal rows
+        for part in chain([first], parts):
+            rows += part.num_rows
+            yield from own.in_groups(part)
+
+    own.write(counted(), theirs.counters(), own.next_shard())
+    return rows
+
+
+def _take_engines(store: Store, other: Store) -> None:
+    """Add the engine starts of another store, unless that was done before an interrupt; no two share a number."""
+    engines = list(other.manifest["engines"])
+    mark = hashlib.blake2b(json.dumps(engines, sort_keys=True).encode(), digest_size=8).hexdigest()
+    if store.manifest.get(_UNDER_WAY) != mark:
+        after = store.next_start()
+        taken = [{**each, "start": after + each.get("start", place)} for place, each in enumerate(engines)]
+        store.note(**{"engines": [*store.manifest["engines"], *taken], _UNDER_WAY: mark})
+
+
+def _lacking(own: Table, other: Store, theirs: Table) -> Iterator[pa.Table]:
+    """Yield the rows that a table has and the other's own lacks, each once, with `CONTENT`."""
+    for problems in batched(theirs.problems(), _TOGETHER):
+        table = pa.concat_tables(plain(part) for part in theirs.read(problems))
+        if CONTENT in theirs.key:
+            contents: dict[RowKey, int] = {}
+            for part in other.steps.read(problems, (*KEY, "text")) if theirs.by_place else ():
+                contents_of(part, contents)
+            table = with_contents(table, contents)
+            table = table.filter(pc.is_valid(table[CONTENT]))
+        held = set(values_of(own.keys(problems), own.key))
+        new = []
+        for key in values_of(table, own.key):
+            new.append(held.isdisjoint((key, (*key[: len(KEY)], None))))
+            held.add(key)
+        yield table.filter(pa.array(new, pa.bool_()))
