@@ -83,10 +83,11 @@ class Fitting:
     @cached_property
     def predictor(self) -> predict.Predictor:
         """Accuracies and costs of the two models and of the strategies."""
-        arms, price = predict.models(self.examples), references(self.train).large.cost.mean()
-        ran = {name: run(router, self.train) for name, router in self.strategies.items()}
-        arms |= {name: (outcomes.correct, outcomes.cost / price) for name, outcomes in ran.items()}
-        return predict.fit(self.examples.questions, arms, self.embed, self.seed)
+        both, price = alone(self.train), references(self.train).large.cost.mean()
+        arms = {predict.SMALL: both.small, predict.LARGE: both.large}
+        arms |= {name: run(router, self.train) for name, router in self.strategies.items()}
+        told = {name: (outcomes.correct, outcomes.cost / price) for name, outcomes in arms.items()}
+        return predict.fit(self.examples.questions, told, self.embed, self.seed)
 
 
 @dataclass(frozen=True)

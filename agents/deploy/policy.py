@@ -230,13 +230,15 @@ class Policy:
             knob = {"name": "lam", "low": router.low, "high": router.high, "default": self.default_lam}
         else:
             knob = {"name": router.knob.name, "value": router.knob.value}
+        parts = (router.first, router.second) if isinstance(router, Mixture) else (router,)
+        asks = list(dict.fromkeys(fact for part in parts if isinstance(part, Asking) for fact in part.facts))
         described: dict[str, Any] = {
             "name": self.name,
             "kind": self.kind,
             "schema": self.schema,
             "features": [feature.name for feature in schema_named(self.schema).features],
             "knob": knob,
-            **({"asks": list(router.facts)} if isinstance(router, Asking) else {}),
+            **({"asks": asks} if asks else {}),
             "budget_range": list(self.budget_range) if self.budget_range else None,
             "max_steps": self.max_steps,
             "max_escalations": self.max_escalations,

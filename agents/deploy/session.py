@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from agents.routers.asking import Asking
-from agents.routers.base import AnyRouter, Floats, Knob, Router, StatefulRouter, is_blind, told_cap
+from agents.routers.base import AnyRouter, Floats, Knob, Router, StatefulRouter, is_blind, refuse_undrafted, told_cap
 from agents.routers.whole import Cascade, QueryRouter
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.text.steps import SMALL, Step, StopReason, closes_box
@@ -57,7 +57,8 @@ class Session:
             thinks: Whether solutions begin with a thinking block.
 
         Raises:
-            ConfigError: The router decides once for a whole problem.
+            ConfigError: The router decides once for a whole problem, or is no router of steps.
+            ArtefactError: It decides before there are proposals.
         """
         if isinstance(router, QueryRouter | Cascade):
             raise ConfigError(
@@ -68,6 +69,9 @@ class Session:
                     else "A cascade starts again when the small model has solved the problem, so it cannot be streamed."
                 )
             )
+        if not isinstance(router, Router | StatefulRouter):
+            raise ConfigError(f"A {type(router).__name__} is no router of steps. Begin with agents.Policy.session.")
+        refuse_undrafted(router)
         self.router, self.knob = router, knob
         self.step, self.escalations, self.large_tokens, self.ended = 1, 0, 0, False
         self._schema = _NOTHING if is_blind(router) else schema_named(router.schema)

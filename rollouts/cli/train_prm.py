@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import date as Date
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from rollouts.scoring.prm import fitting_input
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
 from rollouts.text.prompts import STEP_TAG, RewardFormat
-from rollouts.text.splitting import BLANK_LINE, Splitting
+from rollouts.text.splitting import Splitting
 from rollouts.text.steps import SMALL
 from rollouts.text.tokenizer import transformers_tokenizer
 from rollouts.trees.compile import compile_store
@@ -42,10 +43,10 @@ def train(settings: TrainPrm, config: FamilyConfig, data: Sequence[tuple[Problem
     Raises:
         StoreError: Fewer than two problems with steps that fit into the window.
     """
-    trunk = config.generator(settings.trunk)
+    trunk, family = config.generator(settings.trunk), Family(config, store=Store(settings.store))
     made = scorer_of(trunk, settings.out)
-    prompts = reward_format(trunk, Splitting(config.steps))
-    window = Family(config).windows[settings.trunk]
+    prompts = reward_format(trunk, family.splitting, family.date)
+    window = family.windows[settings.trunk]
     told = prompts, window, settings.after
     paths = [[_valued(*told, problem.question, each) for each in solutions] for problem, solutions in data]
     problems = [found for some in paths if (found := [path for path in some if path.tags])]
@@ -75,7 +76,7 @@ def evaluate(store: Store, config: FamilyConfig, grader: str | None, split: str 
         model's solutions, for their being right. ``step``: the score of a step, for the small model's being right in
         the end if it goes on alone.
     """
-    family = Family(config, examples=self_test_examples(store.problems()))
+    family = Family(config, examples=self_test_examples(store.problems()), store=store)
     with store.writing():
         run_scoring(store, family, None)
     with progress_bar("Compiling", None, "trees") as advance:
@@ -90,11 +91,11 @@ def evaluate(store: Store, config: FamilyConfig, grader: str | None, split: str 
     }
 
 
-def reward_format(trunk: GeneratorConfig, splitting: Splitting = BLANK_LINE) -> RewardFormat:
+def reward_format(trunk: GeneratorConfig, splitting: Splitting, date: Date) -> RewardFormat:
     """Return how a model reads paths as the trunk of a reward model; its tokenizer learns the step tag."""
     tokenizer = transformers_tokenizer(trunk.tokenizer or trunk.model, trunk.revision)
     tokenizer.add_tokens([STEP_TAG], special_tokens=True)
-    return RewardFormat(tokenizer, trunk.system_prompt, splitting=splitting)
+    return RewardFormat(tokenizer, trunk.system_prompt, date=date, splitting=splitting)
 
 
 def scorer_of(trunk: GeneratorConfig, folder: Path) -> ScorerConfig:
