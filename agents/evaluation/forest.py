@@ -22,7 +22,7 @@ from agents.routers.mlp import MLP, Weights, at_lam
 from rollouts.errors import StoreError
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
 from trim_env.features import lam_feature, left_feature
-from trim_env.graph import Floats
+from trim_env.graph import Floats, States
 from trim_env.tables import DecisionTables, missing
 
 _STEEP = 30.0  # logits beyond are as good as certain
@@ -59,13 +59,15 @@ class Forest:
 
         whole = tables if schema is None else tables.charged(schema)
         tables = tables.charged(schema or tables.schema, ask) if ask else whole
-        self.graph = graph = tables.graph
-        taken = graph.moved.taken
+        graph, taken = tables.graph, tables.graph.moved.taken
+        self.graph = States(graph.child, graph.levels, graph.roots, graph.rows, graph.spent, graph.open)
         if graph.missing.any():
             raise StoreError(missing(tables, taken.place[graph.missing]))
         self.trees, self.problems = len(tables.indices), len(np.unique(tables.trees.problem[tables.indices]))
         self.seen = (tables.features if schema is None else tables.in_schema(schema))[graph.rows]
-        self.price = np.reshape(whole.cost - tables.cost, (-1, 2))[graph.rows] * graph.open[:, None]
+        self.price = np.zeros((len(graph.rows), 2))
+        if ask:
+            self.price = np.reshape(whole.cost - tables.cost, (-1, 2))[graph.rows] * graph.open[:, None]
         if tables.max_large_tokens is not None:
             left = left_feature(graph.spent.left, tables.max_large_tokens)
             self.seen = np.concatenate([self.seen, left[:, None]], axis=1)
@@ -147,8 +149,19 @@ class Forest:
         return means
 
 
+def forests(tables: DecisionTables, schema: str | None = None, ask: str = "") -> list[Forest]:
+    """Return the forests of the parts of some tables, arguments as of `Forest`: what is summed over them is bounded."""
+    return [Forest(part, schema, ask) for part in tables.parts()]
+
+
+def shares(parts: Sequence[Forest]) -> list[tuple[Forest, float]]:
+    """Return forests with their shares of the trees."""
+    total = sum(each.trees for each in parts)
+    return [(each, each.trees / total) for each in parts]
+
+
 class Rule(Protocol):
-    """A rule with w parameters, for some states and k values of λ.
+    """A rule with w parameters, for the states of some forests and k values of λ.
 
     Attributes:
         start: (w,) parameters to begin with.
@@ -158,30 +171,47 @@ class Rule(Protocol):
     start: Floats
     penalty: Floats
 
-    def logits(self, parameters: Floats) -> tuple[Floats, Callable[[Floats], Floats]]:
-        """Return the (n, k) logits, and what turns derivatives with respect to them into those to the parameters."""
+    def logits(self, parameters: Floats, part: int = 0) -> tuple[Floats, Callable[[Floats], Floats]]:
+        """Return the (n, k) logits, and what turns derivatives with respect to them into those to the parameters.
+
+        Args:
+            parameters: (w,).
+            part: Position of the forest whose n states they are of.
+        """
 
     def weights(self, parameters: Floats) -> Weights:
         """Return it as a perceptron (`agents.routers.mlp`) that is told λ as its last feature."""
 
 
 class Scale:
-    """Features of a forest and λ as features, to mean 0 and deviation 1.
+    """Features of the states of forests and λ as features, to mean 0 and deviation 1.
 
     Attributes:
-        seen: (n, d) the standardised features.
-        told: (k,) λ, likewise.
+        size: d, their number.
+        parts: How many forests there are.
+        told: (k,) λ, standardised.
     """
 
-    def __init__(self, forest: Forest, lams: Sequence[float]) -> None:
+    def __init__(self, forests: Sequence[Forest], lams: Sequence[float]) -> None:
         """Measure means and deviations."""
-        told = lam_feature(np.array(lams)).astype(np.float64)
-        values = forest.seen.astype(np.float64)
-        self._mean = np.append(values.mean(axis=0), told.mean())
-        deviation = np.append(values.std(axis=0), told.std())
+        self._plain = [forest.seen for forest in forests]
+        self.size, self.parts = self._plain[0].shape[1], len(forests)
+        count, told = sum(map(len, self._plain)), lam_feature(np.array(lams)).astype(np.float64)
+        mean = sum(each.astype(np.float64).sum(axis=0) for each in self._plain) / count
+        variance = sum(((each - mean) ** 2).sum(axis=0) for each in self._plain) / count
+        self._mean = np.append(mean, told.mean())
+        deviation = np.append(np.sqrt(variance), told.std())
         self._deviation = np.where(deviation > 1e-6, deviation, 1.0)
-        self.seen: Floats = (values - self._mean[:-1]) / self._deviation[:-1]
+        self._kept = [self._scaled(each) for each in self._plain] if self.parts == 1 else []
         self.told: Floats = (told - self._mean[-1]) / self._deviation[-1]
+
+    def _scaled(self, plain: NDArray[np.float32]) -> Floats:
+        values: Floats = (plain - self._mean[:-1]) / self._deviation[:-1]
+        return values
+
+    def seen(self, part: int) -> Floats:
+        """Return the (n, d) standardised features of one forest."""
+        return self._kept[part] if self._kept else self._scaled(self._plain[part])
 
     def unscaled(self, weight: Floats, bias: Floats) -> tuple[Floats, Floats]:
         """Return (h, d + 1) weights and (h,) biases for plain features, given those for standardised ones."""
@@ -205,38 +235,42 @@ class Polynomial:
 
     def __init__(self, scale: Scale, *, quadratic: bool) -> None:
         """Compute the terms in which λ does not stand, and those that stand beside it."""
-        self.scale, self._quadratic = scale, quadratic
-        n, d = scale.seen.shape
+        self.scale, self._quadratic, d = scale, quadratic, scale.size
         self._pairs = np.triu_indices(d if quadratic else 0)
-        products = scale.seen[:, self._pairs[0]] * scale.seen[:, self._pairs[1]]
-        self._terms = np.asfortranarray(np.concatenate([np.ones((n, 1)), scale.seen, products], axis=1))
-        self._beside = self._terms[:, : d + 1 if quadratic else 1]  # the terms that λ multiplies
+        self._kept = [self._made(0)] if scale.parts == 1 else []
         self._square = scale.told**2 if quadratic else 0 * scale.told
-        self._parts = np.cumsum([self._terms.shape[1], self._beside.shape[1]])
+        self._beside = d + 1 if quadratic else 1  # the first terms, which λ multiplies
+        self._parts = np.cumsum([1 + d + len(self._pairs[0]), self._beside])
         self.start: Floats = np.zeros(self._parts[-1] + 1)
         self.penalty: Floats = np.full(len(self.start), _PRODUCTS)
         self.penalty[: d + 1] = self.penalty[self._parts[0]] = _LINEAR
 
-    def logits(self, parameters: Floats) -> tuple[Floats, Callable[[Floats], Floats]]:
+    def _made(self, part: int) -> Floats:
+        seen = self.scale.seen(part)
+        products = seen[:, self._pairs[0]] * seen[:, self._pairs[1]]
+        return np.asfortranarray(np.concatenate([np.ones((len(seen), 1)), seen, products], axis=1))
+
+    def logits(self, parameters: Floats, part: int = 0) -> tuple[Floats, Callable[[Floats], Floats]]:
         """See `Rule`."""
         own, beside, square = np.split(parameters, self._parts)
-        told = self.scale.told
+        told, every = self.scale.told, self._kept[part] if self._kept else self._made(part)
+        some = every[:, : self._beside]
 
         def dot(terms: Floats, values: Floats, sums: str = "nt,t->n") -> Floats:
             found: Floats = np.einsum(sums, terms, values)  # BLAS would wake all cores for so little
             return found
 
         def back(slope: Floats) -> Floats:
-            every, by_lam = slope @ np.ones_like(told), dot(self._beside, slope @ told, "nt,n->t")
             square = slope.sum(axis=0) @ self._square
-            return np.concatenate([dot(self._terms, every, "nt,n->t"), by_lam, [square]])
+            by_lam = dot(some, slope @ told, "nt,n->t")
+            return np.concatenate([dot(every, slope @ np.ones_like(told), "nt,n->t"), by_lam, [square]])
 
-        return dot(self._terms, own)[:, None] + np.outer(dot(self._beside, beside), told) + square * self._square, back
+        return dot(every, own)[:, None] + np.outer(dot(some, beside), told) + square * self._square, back
 
     def weights(self, parameters: Floats) -> Weights:
         """See `Rule`: a quadratic form is a sum of squares of linear ones, with signs."""
         own, beside, square = np.split(parameters, self._parts)
-        d = self.scale.seen.shape[1]
+        d = self.scale.size
         linear = np.append(own[1 : d + 1], beside[0])
         if not self._quadratic:
             return layers(self.scale.unscaled(linear[None], own[:1]))
@@ -250,28 +284,31 @@ class Polynomial:
 
 
 def ascend(
-    forest: Forest, rule: Rule, lams: Sequence[float], parameters: Floats, entropy: float, iterations: int = 40
+    parts: Sequence[Forest], rule: Rule, lams: Sequence[float], parameters: Floats, entropy: float, iterations: int = 40
 ) -> Floats:
     """Return parameters with a greater expected return, by quasi-Newton steps on its exact gradient.
 
     Args:
-        forest: The states that the rule was made for.
+        parts: The forests that the rule was made for; the gradient is summed over them.
         rule: The rule.
         lams: Its k values of λ; the mean of the returns under each is what rises.
         parameters: To begin with.
         entropy: Weight of the entropy of the decisions.
         iterations: Most iterations.
     """
-    prices, penalty = np.array(lams), rule.penalty / forest.problems
+    prices, penalty = np.array(lams), rule.penalty / sum(each.problems for each in parts)
 
     def loss(at: Floats) -> tuple[float, Floats]:
-        logits, back = rule.logits(at)
-        z, p, doubt = chances(logits)
-        value, slope, visits = forest.gradient(p, prices)
-        disorder = (visits * doubt).sum()
-        slope -= entropy * visits * p * (1 - p) * z
-        total = (value.sum() + entropy * disorder) / len(lams) - penalty @ (at * at)
-        return -LARGE * total, LARGE * (2 * penalty * at - back(slope) / len(lams))
+        total, change = -penalty @ (at * at), 2 * penalty * at
+        for part, (forest, share) in enumerate(shares(parts)):
+            logits, back = rule.logits(at, part)
+            z, p, doubt = chances(logits)
+            value, slope, visits = forest.gradient(p, prices)
+            disorder = (visits * doubt).sum()
+            slope -= entropy * visits * p * (1 - p) * z
+            total += share * (value.sum() + entropy * disorder) / len(lams)
+            change -= share * back(slope) / len(lams)
+        return -LARGE * total, LARGE * change
 
     return least(loss, parameters, iterations)
 
@@ -296,8 +333,8 @@ def least(loss: Callable[[Floats], tuple[float, Floats]], parameters: Floats, it
 
 def linear_rule(forest: Forest, schema: str, lam: float, max_large_tokens: int | None) -> MLP:
     """Return a linear rule for one λ, fitted on the trees of a forest."""
-    rule = Polynomial(Scale(forest, [lam]), quadratic=False)
+    rule = Polynomial(Scale([forest], [lam]), quadratic=False)
     parameters = rule.start
     for entropy in ENTROPIES:
-        parameters = ascend(forest, rule, [lam], parameters, entropy)
+        parameters = ascend([forest], rule, [lam], parameters, entropy)
     return MLP("linear", schema, Knob("lam", lam), at_lam(rule.weights(parameters), lam), max_large_tokens)

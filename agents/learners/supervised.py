@@ -72,7 +72,7 @@ def fit_network(examples: Examples, held_out: Examples, loss: Loss, seed: int) -
         loss: `logistic` or `squared`.
         seed: Of the first parameters.
     """
-    rule = Perceptron(Scale(examples.forest, [_NO_LAM]), _HIDDEN, seed)
+    rule = Perceptron(Scale([examples.forest], [_NO_LAM]), _HIDDEN, seed)
     penalty, at = rule.penalty / examples.forest.problems, rule.start
 
     def total(parameters: Floats) -> tuple[float, Floats]:

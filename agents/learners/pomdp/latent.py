@@ -43,13 +43,6 @@ class Latent:
         return weight
 
 
-def rows_of(trees: Trees, indices: NDArray[np.int64]) -> Ints:
-    """Return the rows of the nodes of some trees, ascending."""
-    member = np.zeros(len(trees.root), bool)
-    member[indices] = True
-    return np.flatnonzero(member[trees.tree])
-
-
 def labelled(trees: Trees, rows: Ints) -> Latent:
     """Return what exact step labels say.
 
