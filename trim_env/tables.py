@@ -207,6 +207,7 @@ def decision_tables(
     """
     trees = rollouts if isinstance(rollouts, Trees) else compile_store(rollouts, split=split)
     schema, model = schema_named(schema, imports=imports), cost_model(cost, imports=imports)
+    others: dict[str, Any] = trees.by_parts(lambda part: {"accepted": _accepted(part, schema), **_counted(part)})
     checked_answers(trees.meta.get("splitting"), max_large_tokens)
     return DecisionTables(
         trees=trees,
@@ -218,7 +219,7 @@ def decision_tables(
         features=_features(trees, schema),
         child=np.asarray(trees.child).reshape(-1),
         cost=_costs(trees, model, sources_of(schema, trees.meta["scorer"])),
-        **trees.by_parts(lambda part: {"accepted": _accepted(part, schema), **_counted(part)}),
+        **others,
     )
 
 
@@ -256,7 +257,7 @@ def rollouts_hash(trees: Trees, schema: str | Schema) -> str:
     digest = hashlib.blake2b(digest_size=6)
     for name in read:
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(trees.signals[name]))
+        digest.update(np.ascontiguousarray(trees.signals[name]).data)
     return f"{trees.meta['hash']}+{digest.hexdigest()}" if read else str(trees.meta["hash"])
 
 

@@ -39,7 +39,7 @@ class Forest:
     Attributes:
         graph: The states.
         trees: How many trees there are.
-        problems: How many problems they belong to.
+        problem: Positions of the problems that they belong to, each once.
         seen: (n, d) what the policy is told in them: the features and, under a cap on large tokens, the share left.
         price: (n, 2) what asking costs before either action; 0 where nothing is asked.
     """
@@ -63,7 +63,7 @@ class Forest:
         self.graph = States(graph.child, graph.levels, graph.roots, graph.rows, graph.spent, graph.open)
         if graph.missing.any():
             raise StoreError(missing(tables, taken.place[graph.missing]))
-        self.trees, self.problems = len(tables.indices), len(np.unique(tables.trees.problem[tables.indices]))
+        self.trees, self.problem = len(tables.indices), np.unique(tables.trees.problem[tables.indices])
         self.seen = (tables.features if schema is None else tables.in_schema(schema))[graph.rows]
         self.price = np.zeros((len(graph.rows), 2))
         if ask:
@@ -158,6 +158,11 @@ def shares(parts: Sequence[Forest]) -> list[tuple[Forest, float]]:
     """Return forests with their shares of the trees."""
     total = sum(each.trees for each in parts)
     return [(each, each.trees / total) for each in parts]
+
+
+def problems_of(parts: Sequence[Forest]) -> int:
+    """Return how many problems there are in parts, which may share some."""
+    return len(np.unique(np.concatenate([each.problem for each in parts])))
 
 
 class Rule(Protocol):
@@ -296,17 +301,17 @@ def ascend(
         entropy: Weight of the entropy of the decisions.
         iterations: Most iterations.
     """
-    prices, penalty = np.array(lams), rule.penalty / sum(each.problems for each in parts)
+    prices, penalty = np.array(lams), rule.penalty / problems_of(parts)
 
     def loss(at: Floats) -> tuple[float, Floats]:
-        total, change = -penalty @ (at * at), 2 * penalty * at
+        total, change = -float(penalty @ (at * at)), 2 * penalty * at
         for part, (forest, share) in enumerate(shares(parts)):
             logits, back = rule.logits(at, part)
             z, p, doubt = chances(logits)
             value, slope, visits = forest.gradient(p, prices)
             disorder = (visits * doubt).sum()
             slope -= entropy * visits * p * (1 - p) * z
-            total += share * (value.sum() + entropy * disorder) / len(lams)
+            total += share * float(value.sum() + entropy * disorder) / len(lams)
             change -= share * back(slope) / len(lams)
         return -LARGE * total, LARGE * change
 

@@ -168,7 +168,9 @@ def evaluate(config: EvaluateConfig, others: Others | None = None) -> Evaluation
     trees = compile_store(config.rollouts, config.scorer, config.grader)
     agreed = _agreed(methods, trees, config)
     asked = compile_store(config.rollouts, config.scorer, config.grader, split=config.split)
-    split, validation = decision_tables(asked, config.split, **agreed), decision_tables(trees, "validation", **agreed)
+    tables = decision_tables(trees, None, **agreed)
+    same, validation = asked.meta["store"] == trees.meta["store"], tables.on(trees.select("validation"))
+    split = tables.on(trees.select(config.split)) if same else decision_tables(asked, config.split, **agreed)
     both, choosing = references(split), references(validation)
     candidates = Candidates(validation)
     curves = {
@@ -190,7 +192,7 @@ def evaluate(config: EvaluateConfig, others: Others | None = None) -> Evaluation
     }
     beside, lacking = list[Compared](), list[str]()
     if others is not None:
-        beside, lacking = others(decision_tables(trees, "train", **agreed), validation, split)
+        beside, lacking = others(tables.on(trees.select("train")), validation, split)
     found = [Compared(name, "step-level", method, True) for name, method in curves.items() if name != RANDOM]
     curves |= {each.name: each.method for each in beside if each.drawn}
     summaries = tuple(summarise(name, method, both, config.seed) for name, method in curves.items())

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.evaluation.forest import ENTROPIES, LARGE, Forest, Rule, Scale, chances, least, shares
+from agents.evaluation.forest import ENTROPIES, LARGE, Forest, Rule, Scale, chances, least, problems_of, shares
 from agents.learners.exact import NAME, RULES, folded, rounds_of
 from agents.learners.settings import ExactSettings
 from agents.routers.asking import HEADS, Asking
@@ -90,7 +90,7 @@ def fit_asking(
     told = [max(lam, floor) for lam in lams]
     fitted_on, judges = folded(tables, choice, seed, ask)
     hidden = np.append(schema.reading(facts), [False] * (tables.max_large_tokens is not None)).astype(bool)
-    problems = [sum(each.problems for each in judge) for judge in judges]
+    problems = [problems_of(judge) for judge in judges]
 
     def router(name: str, weights: Heads, lam: float) -> Asking:
         at = max(lam, floor)
@@ -202,12 +202,11 @@ def ascend(
         entropy: Weight of the entropy of asking and deciding.
         iterations: Most iterations.
     """
-    prices, problems = np.array(lams), sum(each.problems for each in parts)
-    penalty = np.concatenate([rule.penalty for rule in rules]) / problems
+    prices, penalty = np.array(lams), np.concatenate([rule.penalty for rule in rules]) / problems_of(parts)
     cuts = np.cumsum([len(rule.start) for rule in rules])[:-1]
 
     def loss(at: Floats) -> tuple[float, Floats]:
-        total, change = -penalty @ (at * at), 2 * penalty * at
+        total, change = -float(penalty @ (at * at)), 2 * penalty * at
         for part, (forest, weight) in enumerate(shares(parts)):
             told = [rule.logits(own, part) for rule, own in zip(rules, np.split(at, cuts), strict=True)]
             (z, ask, doubt), (z_free, free, doubt_free), (z_told, knowing, doubt_told) = (
@@ -224,7 +223,7 @@ def ascend(
                 visits * ask * knowing * (1 - knowing) * (gain - paid_large + paid_small - entropy * z_told),
             )
             slope = np.concatenate([back(each) for (_, back), each in zip(told, slopes, strict=True)])
-            total += weight * value.sum() / len(lams)
+            total += weight * float(value.sum()) / len(lams)
             change -= weight * slope / len(lams)
         return -LARGE * total, LARGE * change
 

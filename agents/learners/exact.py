@@ -13,7 +13,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from agents.evaluation.forest import ENTROPIES, Forest, Polynomial, Rule, Scale, ascend, forests, layers, shares
+from agents.evaluation.forest import (
+    ENTROPIES,
+    Forest,
+    Polynomial,
+    Rule,
+    Scale,
+    ascend,
+    forests,
+    layers,
+    problems_of,
+    shares,
+)
 from agents.learners.settings import ExactSettings
 from agents.routers.base import Floats, Knob
 from agents.routers.mlp import MLP, ConditionedMLP, Weights, at_lam
@@ -144,7 +155,7 @@ def fit(
     lams = sorted(max(lam, least) for lam in lams)
     some = [lams[place] for place in np.linspace(0, len(lams) - 1, min(_LAMS, len(lams))).round().astype(int)]
     fitted_on, judges = folded(tables, choice, seed)
-    problems = [sum(each.problems for each in judge) for judge in judges]
+    problems = [problems_of(judge) for judge in judges]
     found, rounds = dict[str, list[float]](), dict[str, list[Weights]]()
     for name in RULES if settings.rule == "auto" else (settings.rule,):
         fits = list[list[Weights]]()
@@ -170,7 +181,7 @@ def folded(
     """
     tables = tables.sample(_MOST, seed)
     fitted_on, judges = [forests(tables, ask=ask)], [forests(choice, ask=ask)]
-    if len(fitted_on[0]) == 1 or sum(each.problems for each in judges[0]) < _HELD_OUT:
+    if len(fitted_on[0]) == 1 or problems_of(judges[0]) < _HELD_OUT:
         for kept, left_out in folds(tables, seed):
             fitted_on.append(forests(kept, ask=ask))
             judges.append(forests(left_out, ask=ask))

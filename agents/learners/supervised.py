@@ -73,7 +73,7 @@ def fit_network(examples: Examples, held_out: Examples, loss: Loss, seed: int) -
         seed: Of the first parameters.
     """
     rule = Perceptron(Scale([examples.forest], [_NO_LAM]), _HIDDEN, seed)
-    penalty, at = rule.penalty / examples.forest.problems, rule.start
+    penalty, at = rule.penalty / len(examples.forest.problem), rule.start
 
     def total(parameters: Floats) -> tuple[float, Floats]:
         outputs, back = rule.logits(parameters)

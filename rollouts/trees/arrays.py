@@ -113,7 +113,7 @@ class Trees:
         return np.split(indices, cuts[1:-1])
 
     def between(self, first: int, last: int) -> Trees:
-        """Return the trees from one to before another as trees of their own; nothing but `child` and `tree` is copied."""
+        """Return the trees from one to before another as trees of their own; few of their arrays are copied."""
         begin, end = (int(self.sizes[:place].sum()) for place in (first, last))
         text = int(self.text_end[begin - 1, 1]) if begin else 0
         own = {name: getattr(self, name)[begin:end] for name in _PER_NODE}

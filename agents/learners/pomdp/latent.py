@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from agents.routers.pomdp.belief import RIGHT, WRONG, Floats, Ints
 from rollouts.trees.arrays import MISSING, Trees, graph_of
