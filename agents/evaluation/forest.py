@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from agents.routers.base import Knob
 from agents.routers.mlp import MLP, Weights, at_lam
 from rollouts.errors import StoreError
-from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, in_a_file
 from trim_env.features import lam_feature, left_feature
 from trim_env.graph import Floats, States
 from trim_env.tables import DecisionTables, missing
@@ -242,7 +242,7 @@ class Polynomial:
         """Compute the terms in which λ does not stand, and those that stand beside it."""
         self.scale, self._quadratic, d = scale, quadratic, scale.size
         self._pairs = np.triu_indices(d if quadratic else 0)
-        self._kept = [self._made(0)] if scale.parts == 1 else []
+        self._terms = [self._made(part) for part in range(scale.parts)]
         self._square = scale.told**2 if quadratic else 0 * scale.told
         self._beside = d + 1 if quadratic else 1  # the first terms, which λ multiplies
         self._parts = np.cumsum([1 + d + len(self._pairs[0]), self._beside])
@@ -253,12 +253,15 @@ class Polynomial:
     def _made(self, part: int) -> Floats:
         seen = self.scale.seen(part)
         products = seen[:, self._pairs[0]] * seen[:, self._pairs[1]]
-        return np.asfortranarray(np.concatenate([np.ones((len(seen), 1)), seen, products], axis=1))
+        terms = np.concatenate([np.ones((len(seen), 1)), seen, products], axis=1).T
+        place = np.empty(terms.shape) if self.scale.parts == 1 else in_a_file(terms.shape, np.float64)
+        place[:] = terms
+        return place.T
 
     def logits(self, parameters: Floats, part: int = 0) -> tuple[Floats, Callable[[Floats], Floats]]:
         """See `Rule`."""
         own, beside, square = np.split(parameters, self._parts)
-        told, every = self.scale.told, self._kept[part] if self._kept else self._made(part)
+        told, every = self.scale.told, self._terms[part]
         some = every[:, : self._beside]
 
         def dot(terms: Floats, values: Floats, sums: str = "nt,t->n") -> Floats:

@@ -36,7 +36,7 @@ NAME = "exact"
 _PENALTY = 0.01  # of a perceptron's parameters
 _APART = 20.0  # times the least λ of a group: its greatest
 _LAMS = 5  # of a frontier: a rule that is told λ needs no more
-_MOST = 16 * PART  # nodes that are learned from
+_MOST = 4 * PART  # nodes that are learned from: more problems tell rules of so few parameters nothing
 _FOLDS, _HELD_OUT = 4, 500  # folds of the problems; no more of them than make up so many problems
 
 

@@ -139,7 +139,7 @@ class Trees:
             for name, values in compute(own).items():
                 each = len(values) // own.nodes
                 if name not in found:
-                    found[name] = _in_a_file((each * self.nodes, *values.shape[1:]), values.dtype, self.child)
+                    found[name] = in_a_file((each * self.nodes, *values.shape[1:]), values.dtype, self.child)
                 found[name][each * done : each * (done + own.nodes)] = values
             done += own.nodes
         return found
@@ -176,8 +176,8 @@ class Trees:
         return chosen
 
 
-def _in_a_file(shape: tuple[int, ...], dtype: Any, beside: NDArray[Any]) -> NDArray[Any]:
-    """Return an array in a file that goes with it, beside a memory-mapped array or among temporary files."""
+def in_a_file(shape: tuple[int, ...], dtype: Any, beside: NDArray[Any] | None = None) -> NDArray[Any]:
+    """Return zeros in a file that goes with them, beside a memory-mapped array or among temporary files."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if not size:
         return np.zeros(shape, dtype)
