@@ -36,9 +36,9 @@ K, LENGTHS, CHUNK = 2, (4, 5, 6, 7, 8), 2000
 SPLITS = ("train",) * 8 + ("validation", "test")
 TOOLS = Path(__file__).resolve().parents[1]
 COMMANDS = {
-    "exact": ["train.py", "--agent", "exact"],
+    "exact": ["train.py", "--agent", "exact", "--tracking", "none"],
     "evaluate": ["evaluate.py"],
-    "ppo-agg": ["train.py", "--lam", "0.01", "--ppo.iterations", "10", "--attempts", "1"],
+    "ppo-agg": ["train.py", "--lam", "0.01", "--ppo.iterations", "10", "--attempts", "1", "--tracking", "none"],
 }
 
 
@@ -153,7 +153,9 @@ def make(path: Path, problems: int) -> int:
 def measured(command: list[str]) -> tuple[float, float, float]:
     """Run a command; return its processor time, s, its peak memory and how much of it was anonymous, MiB."""
     environment = {**os.environ, "PYTHONPATH": str(TOOLS), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, *command], cwd=TOOLS, env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=TOOLS, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     anonymous = 0.0
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
