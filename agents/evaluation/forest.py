@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from agents.routers.base import Knob
 from agents.routers.mlp import MLP, Weights, at_lam
 from rollouts.errors import StoreError
-from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, in_a_file
+from rollouts.trees.arrays import in_a_file
 from trim_env.features import lam_feature, left_feature
 from trim_env.graph import Floats, States
 from trim_env.tables import DecisionTables, missing
@@ -92,9 +92,9 @@ class Forest:
         other._cost = self._cost + self.price.T
         return other
 
-    def _now(self, lams: Floats) -> Floats:
-        """Return (2, n, k) rewards of both actions."""
-        now: Floats = self._solved[:, :, None] - np.multiply.outer(self._cost, lams)
+    def _now(self, level: Any, lams: Floats) -> Floats:
+        """Return (2, m, k) rewards of both actions in the m states of a level."""
+        now: Floats = self._solved[:, level, None] - self._cost[:, level, None] * lams
         return now
 
     def gradient(self, escalate: Floats, lams: Floats) -> tuple[Floats, Floats, Floats]:
@@ -109,9 +109,12 @@ class Forest:
             others.
         """
         values, visits, gain = self.passes(escalate, lams)
-        return values, visits * escalate * (1 - escalate) * gain, visits
+        slope = visits * escalate
+        slope *= 1 - escalate
+        slope *= gain
+        return values, slope, visits
 
-    def passes(self, escalate: Floats, lams: Floats, now: Floats | float = 0.0) -> tuple[Floats, Floats, Floats]:
+    def passes(self, escalate: Floats, lams: Floats, now: Floats | None = None) -> tuple[Floats, Floats, Floats]:
         """Return means as of `gradient`, visits, and (n, k) what escalating returns more than continuing.
 
         Args:
@@ -120,27 +123,27 @@ class Forest:
             now: (n, k) further rewards of states where the caps leave a choice.
         """
         graph, (n, k) = self.graph, escalate.shape
-        further = np.broadcast_to(now, (n, k)) * graph.open[:, None]
-        worth, value, reach = self._now(lams), np.zeros((n + 1, k)), np.empty((n, k))
+        value, reach, gain = np.zeros((n + 1, k)), np.empty((n, k)), np.empty((n, k))
         for level in reversed(graph.levels):
-            both = worth[:, level]
-            both += value.take(self._child[:, level], axis=0)
-            value[level] = both[0] + escalate[level] * (both[1] - both[0]) + further[level]
+            stay, go = self._now(level, lams) + value.take(self._child[:, level], axis=0)
+            gain[level] = go - stay
+            value[level] = stay + escalate[level] * gain[level]
+            if now is not None:
+                value[level] += now[level] * graph.open[level, None]
         reach[graph.levels[0]] = np.bincount(graph.roots)[:, None]
         for level, after, before in zip(graph.levels, graph.levels[1:], self._before, strict=False):
             going = reach[level] * escalate[level]
             reach[after] = before @ np.concatenate([reach[level] - going, going])
         visits = reach * (graph.open / self.trees)[:, None]
-        gain = worth[ESCALATE_LARGE] - worth[CONTINUE_SMALL]
         return value[graph.roots].mean(axis=0), visits, gain
 
     def returns(self, escalate: NDArray[np.bool_], lam: float, asked: NDArray[np.bool_] | None = None) -> Floats:
         """Return the (k,) mean returns of k policies that draw nothing, given (n, k) whether they escalate, and ask."""
-        graph, worth = self.graph, self._now(np.array([lam])).astype(np.float32)
-        escalate = escalate & graph.open[:, None]
+        graph, escalate = self.graph, escalate & self.graph.open[:, None]
         value = np.zeros((len(escalate) + 1, escalate.shape[1]), np.float32)
         for level in reversed(graph.levels):
-            stay, go = worth[:, level] + value.take(self._child[:, level], axis=0)
+            worth = self._now(level, np.array([lam])).astype(np.float32)
+            stay, go = worth + value.take(self._child[:, level], axis=0)
             value[level] = np.where(escalate[level], go, stay)
             if asked is not None:
                 price = np.where(escalate[level], self.price[level, 1:], self.price[level, :1])
@@ -324,9 +327,14 @@ def ascend(
 def chances(logits: Floats) -> tuple[Floats, Floats, Floats]:
     """Return logits within what is as good as certain, probabilities, and their entropies."""
     z = np.clip(logits, -_STEEP, _STEEP)
-    tail = np.exp(-np.abs(z))
-    p = np.where(z > 0, 1.0, tail) / (1 + tail)
-    return z, p, np.log1p(tail) + np.maximum(z, 0) - p * z
+    tail = np.abs(z)
+    np.exp(np.negative(tail, out=tail), out=tail)
+    p = np.where(z > 0, 1.0, tail)
+    p /= 1 + tail
+    doubt = np.log1p(tail, out=tail)
+    doubt += np.maximum(z, 0)
+    doubt -= p * z
+    return z, p, doubt
 
 
 def least(loss: Callable[[Floats], tuple[float, Floats]], parameters: Floats, iterations: int) -> Floats:
