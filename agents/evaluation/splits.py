@@ -190,7 +190,7 @@ class Candidates:
     @cached_property
     def _grown(self) -> tuple[DecisionTables, Forest] | None:
         """The training trees, if rules can be fitted on them: all that the caps allow was generated."""
-        tables = self._fitted_on and self._fitted_on().sample(PART)
+        tables = self._fitted_on and self._fitted_on().sample(PART // 4)  # rules of so few numbers
         return None if tables is None or tables.graph.missing.any() else (tables, Forest(tables, DEFAULT_SCHEMA))
 
     def _fitted(self, lam: float) -> list[Router]:
