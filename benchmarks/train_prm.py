@@ -30,7 +30,7 @@ VARIANTS: dict[str, tuple[Literal["small", "large"], dict[str, Any]]] = {
     "fresh-large": ("large", FRESH),
     "fresh-large-after": ("large", {**FRESH, "after": "large"}),
     "all-large": ("large", {**FRESH, "unfreeze": 4}),
-    "all-large-after": ("large", {**FRESH, "unfreeze": 4, "after": "large"}),
+    "all-large-after": ("large", {**FRESH, "unfreeze": 4, "after": "large", "epochs": 8, "batch_tokens": 1024}),
 }
 SPLIT = "validation"
 

@@ -1,4 +1,4 @@
-"""docs/scale.md: its snippets are scripts and manifests, its sizes those of the process; and the simulation behind it."""
+"""docs/scale.md: its snippets are scripts and manifests, its sizes those of the process; and its simulation."""
 
 import re
 import shlex
@@ -34,7 +34,8 @@ def test_the_slurm_script_is_one_and_starts_a_worker_for_each_gpu(tmp_path):
     stubs = 'scontrol() { echo one; echo two; }; ray() { :; }; srun() { printf "%s\\n" "$@"; }\n'
     asked = subprocess.run(
         ["bash", "-c", stubs + SLURM],
-        env={"SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": options["nodes"], "HOME": "/home/me", "PATH": "/usr/bin:/bin"},
+        env={"SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": options["nodes"]}
+        | {"HOME": "/home/me", "PATH": "/usr/bin:/bin"},
         capture_output=True, text=True, check=True,
     ).stdout.splitlines()  # fmt: skip
     assert asked[:6] == ["ray", "symmetric-run", "--address", "one:6379", "--min-nodes", options["nodes"]]

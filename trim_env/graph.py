@@ -68,7 +68,7 @@ def advance(tables: DecisionTables, rows: Ints, spent: Spent, actions: Ints) -> 
     accepted = taken.place - 2 * rows
     used = spent.escalations if tables.max_escalations is None else spent.escalations + accepted
     left = spent.left if tables.max_large_tokens is None else spent.left - taken.large_tokens
-    return Moved(taken, accepted, tables.child[taken.place], Spent(used, left))
+    return Moved(taken, accepted, tables.child[taken.place].astype(np.int64), Spent(used, left))
 
 
 class Decisions(NamedTuple):
@@ -135,19 +135,28 @@ def walk(tables: DecisionTables, decide: Decide, accept: Accept | None = None) -
 
 
 @dataclass(frozen=True, eq=False)
-class StateGraph(Graph):
+class States(Graph):
     """All n states that the caps let any policy reach.
 
     Attributes:
         rows: (n,) node of each state.
         spent: What was spent, (n,) arrays.
         open: (n,) whether the caps let the large model be called.
-        moved: What becomes of both actions, (n, 2) arrays.
     """
 
     rows: Ints
     spent: Spent
     open: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class StateGraph(States):
+    """The states with what is paid between them.
+
+    Attributes:
+        moved: What becomes of both actions, (n, 2) arrays.
+    """
+
     moved: Moved
 
     @property

@@ -56,7 +56,7 @@ class DecisionTables:
         max_large_tokens: M: most tokens that the large model decodes in an episode; None without a cap.
         features: (N, d) float32.
         accepted: (2N, h) what later observations tell of the proposal once it is accepted, in schemas with a history.
-        child: (2N,) row of the next node, -1 at an end, -2 if the proposal was not generated.
+        child: (2N,) row of the next node, -1 at an end, -2 if the proposal was not generated; those of the trees.
         cost: (2N,) cost of taking the proposal.
         solved: (2N,) 1 where the proposal ends a solution that is correct, else 0.
         large_tokens: (2N,) tokens that the large model decodes when the proposal is taken.
@@ -71,7 +71,7 @@ class DecisionTables:
     max_large_tokens: int | None
     features: NDArray[np.float32]
     accepted: NDArray[np.float32]
-    child: NDArray[np.int64]
+    child: NDArray[np.int32]
     cost: NDArray[np.float64]
     solved: NDArray[np.float64]
     large_tokens: NDArray[np.int64]
@@ -82,6 +82,24 @@ class DecisionTables:
     def roots(self) -> NDArray[np.int64]:
         """(R,) rows of the roots of the split's trees."""
         return np.array(self.trees.root[self.indices], np.int64)
+
+    def on(self, indices: NDArray[np.int64]) -> DecisionTables:
+        """Return the same tables for episodes in other trees."""
+        return replace(self, indices=indices)
+
+    def parts(self) -> list[DecisionTables]:
+        """Return the tables for parts of the trees, in their order (`Trees.parted`); of few nodes these alone."""
+        parts = self.trees.parted(self.indices)
+        return [self] if len(parts) == 1 else [self.on(each) for each in parts]
+
+    def sample(self, nodes: int, seed: int = 0) -> DecisionTables:
+        """Return the tables for trees of so many nodes at most, problems drawn at random; for all if these are few."""
+        sizes = self.trees.sizes[self.indices]
+        if sizes.sum() <= nodes:
+            return self
+        rank = np.random.default_rng(seed).permutation(len(self.trees.problem_ids))
+        order = np.argsort(rank[self.trees.problem[self.indices]], kind="stable")
+        return self.on(np.sort(self.indices[order[np.cumsum(sizes[order]) <= nodes]]))
 
     @cached_property
     def graph(self) -> StateGraph:
@@ -146,7 +164,7 @@ class DecisionTables:
         wanted -= {but}
         if wanted == own:
             return self
-        return replace(self, cost=np.nan_to_num(edge_costs(self.cost_model, self.trees, wanted).reshape(-1)))
+        return replace(self, cost=_costs(self.trees, self.cost_model, wanted))
 
     def in_schema(self, name: str) -> NDArray[np.float32]:
         """Return (N, d) features of the same nodes in another schema, given by its name or ``name/version``."""
@@ -189,11 +207,8 @@ def decision_tables(
     """
     trees = rollouts if isinstance(rollouts, Trees) else compile_store(rollouts, split=split)
     schema, model = schema_named(schema, imports=imports), cost_model(cost, imports=imports)
-    large = np.zeros((trees.nodes, 2), np.int64)
-    large[:, ESCALATE_LARGE] = trees.tokens[:, ESCALATE_LARGE]
-    large[:, CONTINUE_SMALL] = trees.tokens[:, ESCALATE_LARGE] * trees.large_alone
+    others: dict[str, Any] = trees.by_parts(lambda part: {"accepted": _accepted(part, schema), **_counted(part)})
     checked_answers(trees.meta.get("splitting"), max_large_tokens)
-    small = np.repeat(np.asarray(trees.tokens[:, :1], np.int64), 2, axis=1)
     return DecisionTables(
         trees=trees,
         indices=trees.select(split) if indices is None else np.asarray(indices, np.int64),
@@ -202,22 +217,36 @@ def decision_tables(
         max_escalations=checked_cap(trees.meta["max_escalations"], max_escalations),
         max_large_tokens=checked_token_cap(max_large_tokens),
         features=_features(trees, schema),
-        accepted=_accepted(trees, schema),
-        child=np.array(trees.child.reshape(-1), np.int64),
-        cost=np.nan_to_num(edge_costs(model, trees, sources_of(schema, trees.meta["scorer"])).reshape(-1)),
-        solved=np.array(trees.correct.reshape(-1) == 1, np.float64),
-        large_tokens=large.reshape(-1),
-        small_tokens=small.reshape(-1),
+        child=np.asarray(trees.child).reshape(-1),
+        cost=_costs(trees, model, sources_of(schema, trees.meta["scorer"])),
+        **others,
     )
+
+
+def _counted(trees: Trees) -> dict[str, NDArray[Any]]:
+    """Return what of the tables neither schema nor cost model decide."""
+    tokens = np.asarray(trees.tokens, np.int64)
+    large = tokens[:, ESCALATE_LARGE, None] * np.stack([trees.large_alone, np.ones(trees.nodes, bool)], axis=1)
+    small = np.repeat(tokens[:, CONTINUE_SMALL], 2)
+    solved = np.array(trees.correct.reshape(-1) == 1, np.float64)
+    return {"solved": solved, "large_tokens": large.reshape(-1), "small_tokens": small}
+
+
+def _costs(trees: Trees, model: CostModel, sources: frozenset[str]) -> NDArray[np.float64]:
+    return trees.by_parts(lambda part: {"": np.nan_to_num(edge_costs(model, part, sources).reshape(-1))})[""]
 
 
 def _features(trees: Trees, schema: Schema) -> NDArray[np.float32]:
     _check_signals(trees, schema)
-    features = schema(columns_of(trees, folds=schema.folds))
-    odd = np.isnan(features[trees.child[:, CONTINUE_SMALL] != MISSING]).any(axis=0)
-    if odd.any():
-        raise ConfigError(f"Feature {schema.features[int(odd.argmax())].name!r} is not a number at some decisions.")
-    return features
+
+    def computed(part: Trees) -> dict[str, NDArray[np.float32]]:
+        features = schema(columns_of(part, folds=schema.folds))
+        odd = np.isnan(features[part.child[:, CONTINUE_SMALL] != MISSING]).any(axis=0)
+        if odd.any():
+            raise ConfigError(f"Feature {schema.features[int(odd.argmax())].name!r} is not a number at some decisions.")
+        return {"": features}
+
+    return trees.by_parts(computed)[""]
 
 
 def rollouts_hash(trees: Trees, schema: str | Schema) -> str:
@@ -227,7 +256,8 @@ def rollouts_hash(trees: Trees, schema: str | Schema) -> str:
         return f"{trees.meta['hash']}, without {', '.join(read)}"
     digest = hashlib.blake2b(digest_size=6)
     for name in read:
-        digest.update(name.encode() + trees.signals[name].tobytes())
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(trees.signals[name]).data)
     return f"{trees.meta['hash']}+{digest.hexdigest()}" if read else str(trees.meta["hash"])
 
 

@@ -76,7 +76,7 @@ class TrimVectorEnv(EpisodesVectorEnv):
             if not any(bought):
                 raise ConfigError(f"ask is {ask!r}: schema {tables.schema.name} reads nothing that the {ask} tells.")
             tables = tables.charged(tables.schema, ask)
-        self.tables, self._prices = tables, whole.cost - tables.cost
+        self.tables, self._prices = tables, whole.cost - tables.cost if ask else whole.cost[:0]
         self._roots = np.array(tables.trees.root, np.int64)
         self.node = np.zeros(num_envs, np.int64)
         super().__init__(

@@ -20,25 +20,18 @@ class Examples:
     Attributes:
         questions: Their texts.
         correct: (P, 2) share of solutions that are right.
-        tokens: (P, 2) tokens of a whole solution.
     """
 
     questions: tuple[str, ...]
     correct: Floats
-    tokens: Floats
 
     @classmethod
     def of(cls, tables: DecisionTables) -> Examples:
         """Return those of the trees of a split."""
-        trees, alone = tables.trees, tables.alone
+        trees = tables.trees
         problems, place = np.unique(trees.problem[tables.indices], return_inverse=True)
-        count = np.bincount(place)
-
-        def mean(values: Floats) -> Floats:
-            return np.stack([np.bincount(place, each) / count for each in values.T], axis=1)
-
-        questions = tuple(trees.questions[problem] for problem in problems)
-        return cls(questions, mean(alone.correct), mean(alone.tokens))
+        correct = [np.bincount(place, each) / np.bincount(place) for each in tables.alone.correct.T]
+        return cls(tuple(trees.questions[problem] for problem in problems), np.stack(correct, axis=1))
 
     @property
     def gain(self) -> Floats:

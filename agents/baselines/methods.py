@@ -85,18 +85,21 @@ class Fitting:
     @cached_property
     def of_models(self) -> predict.Predictor:
         """Accuracies and costs of the two models."""
-        return predict.fit(self.examples.questions, predict.models(self.examples), self.embed, self.seed)
+        both = alone(self.train)
+        return self._predicting({predict.SMALL: both.small, predict.LARGE: both.large})
 
     @cached_property
     def predictor(self) -> predict.Predictor:
         """Accuracies and costs of the two models and of the strategies."""
-        price = references(self.train).large.cost.mean()
-        ran = {name: run(router, self.train) for name, router in self.strategies.items()}
-        arms = {name: (outcomes.correct, outcomes.cost / price) for name, outcomes in ran.items()}
-        own = predict.fit(self.examples.questions, arms, self.embed, self.seed)
+        own = self._predicting({name: run(router, self.train) for name, router in self.strategies.items()})
         return predict.Predictor(
             self.embed, {**self.of_models.weights, **own.weights}, (*self.of_models.arms, *own.arms)
         )
+
+    def _predicting(self, arms: dict[str, Outcomes]) -> predict.Predictor:
+        price = references(self.train).large.cost.mean()
+        told = {name: (outcomes.correct, outcomes.cost / price) for name, outcomes in arms.items()}
+        return predict.fit(self.examples.questions, told, self.embed, self.seed)
 
 
 @dataclass(frozen=True)

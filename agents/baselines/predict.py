@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.baselines.examples import Examples
 from agents.baselines.routellm import Features
 from agents.evaluation.outcomes import Calls, Outcomes
 from agents.routers.base import Floats, Knob
@@ -107,12 +106,6 @@ def _network(embedded: Floats, target: Floats, chance: bool, seed: int) -> dict[
             break
     names = ("0.weight", "0.bias", "1.weight", "1.bias")
     return {name: each.numpy().astype(np.float32) for name, each in zip(names, kept, strict=True)}
-
-
-def models(examples: Examples) -> dict[str, tuple[Floats, Floats]]:
-    """Return the two models as arms; the small one costs nothing, as the large model's tokens are what costs."""
-    large = examples.tokens[:, 1] / examples.tokens[:, 1].mean()
-    return {SMALL: (examples.correct[:, 0], 0 * large), LARGE: (examples.correct[:, 1], large)}
 
 
 def gain_over_cost(predictor: Predictor) -> TextRouter:

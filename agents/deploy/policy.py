@@ -242,6 +242,8 @@ class Policy:
             knob = {"name": "lam", "low": router.low, "high": router.high, "default": self.default_lam}
         else:
             knob = {"name": router.knob.name, "value": router.knob.value}
+        parts = (router.first, router.second) if isinstance(router, Mixture) else (router,)
+        asks = list(dict.fromkeys(fact for part in parts if isinstance(part, Asking) for fact in part.facts))
         described: dict[str, Any] = {
             "name": self.name,
             "kind": self.kind,
@@ -249,7 +251,7 @@ class Policy:
             "features": [] if self.decides_once else [each.name for each in schema_named(self.schema).features],
             "knob": knob,
             **({"decides": "once for a problem, from its text"} if self.decides_once else {}),
-            **({"asks": list(router.facts)} if isinstance(router, Asking) else {}),
+            **({"asks": asks} if asks else {}),
             "budget_range": list(self.budget_range) if self.budget_range else None,
             "max_steps": self.max_steps,
             "max_escalations": self.max_escalations,

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from agents.routers.asking import Asking
-from agents.routers.base import Floats, Knob, Router, StatefulRouter, is_blind, told_cap
+from agents.routers.base import Floats, Knob, Router, StatefulRouter, is_blind, refuse_undrafted, told_cap
 from agents.routers.whole import Cascade, QueryRouter
 from rollouts.errors import ConfigError, did_you_mean
 from rollouts.text.steps import SMALL, Step, StopReason, closes_box
@@ -59,17 +59,22 @@ class Session:
             thinks: Whether solutions begin with a thinking block.
 
         Raises:
-            ConfigError: The router is a cascade.
+            ConfigError: The router is a cascade, or no router.
+            ArtefactError: It decides before there are proposals.
         """
         if isinstance(router, Cascade):
             raise ConfigError(
                 f"{router.name} decides once for a whole problem, and when the small model has solved it: it cannot be "
                 "streamed, and has no session."
             )
-        self.router, self.knob = router, knob
+        if not isinstance(router, QueryRouter | Router | StatefulRouter):
+            raise ConfigError(f"A {type(router).__name__} is no router of steps. Begin with agents.Policy.session.")
+        refuse_undrafted(router)
+        self.router: Any = router
+        self.knob = knob
         self.decides_once = isinstance(router, QueryRouter)
         self.step, self.escalations, self.large_tokens, self.ended = 1, 0, 0, False
-        self._schema = _NOTHING if is_blind(router) else schema_named(router.schema)
+        self._schema = _NOTHING if is_blind(router) else schema_named(self.router.schema)
         self._bought = frozenset(router.facts if isinstance(router, Asking) else ())
         self._folded = Folded(fold for fold in self._schema.folds if fold.fact not in self._bought)
         self._asked_of = tuple(fold for fold in self._schema.folds if fold.fact in self._bought)

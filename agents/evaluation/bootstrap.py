@@ -14,9 +14,11 @@ import numpy as np
 from agents.evaluation.curves import CPT_TARGETS, TOLERANCE, Curve, Method, References, curve_metrics
 from agents.evaluation.outcomes import Floats, Outcomes
 from rollouts.errors import DataError
+from rollouts.trees.arrays import in_a_file
 
 RESAMPLES = 2000
 LEVELS = (0.025, 0.975)
+_AT_ONCE = 1 << 22  # weights that are drawn at once
 COUNTED = 12
 """Problems whose signs `sign_flips` counts out."""
 
@@ -63,12 +65,15 @@ def resample_weights(problems: int, resamples: int = RESAMPLES, seed: int = 0) -
         seed: Same seed, same resamples.
 
     Returns:
-        (R, P) share of each problem in each resample; rows sum to 1.
+        (R, P) share of each problem in each resample; rows sum to 1. Of many problems they lie in a file.
     """
-    draws = np.random.default_rng(seed).integers(0, problems, (resamples, problems))
-    draws += problems * np.arange(resamples)[:, None]
-    counts = np.bincount(draws.ravel(), minlength=resamples * problems)
-    return counts.reshape(resamples, problems) / problems
+    shape, generator = (resamples, problems), np.random.default_rng(seed)
+    weights = np.empty(shape) if resamples * problems <= _AT_ONCE else in_a_file(shape, np.float64)
+    for some in np.array_split(weights, -(-resamples * problems // _AT_ONCE)):
+        draws = generator.integers(0, problems, some.shape)
+        draws += problems * np.arange(len(some))[:, None]
+        some[:] = np.bincount(draws.ravel(), minlength=some.size).reshape(some.shape) / problems
+    return weights
 
 
 def estimate(value: Floats | float, samples: Floats) -> Estimate:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from agents.routers.base import Knob
 from agents.routers.mlp import MLP, Weights, at_lam
 from rollouts.errors import StoreError
-from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
+from rollouts.trees.arrays import in_a_file
 from trim_env.features import lam_feature, left_feature
-from trim_env.graph import Floats
+from trim_env.graph import Floats, States
 from trim_env.tables import DecisionTables, missing
 
 _STEEP = 30.0  # logits beyond are as good as certain
@@ -39,7 +39,7 @@ class Forest:
     Attributes:
         graph: The states.
         trees: How many trees there are.
-        problems: How many problems they belong to.
+        problem: Positions of the problems that they belong to, each once.
         seen: (n, d) what the policy is told in them: the features and, under a cap on large tokens, the share left.
         price: (n, 2) what asking costs before either action; 0 where nothing is asked.
     """
@@ -59,13 +59,15 @@ class Forest:
 
         whole = tables if schema is None else tables.charged(schema)
         tables = tables.charged(schema or tables.schema, ask) if ask else whole
-        self.graph = graph = tables.graph
-        taken = graph.moved.taken
+        graph, taken = tables.graph, tables.graph.moved.taken
+        self.graph = States(graph.child, graph.levels, graph.roots, graph.rows, graph.spent, graph.open)
         if graph.missing.any():
             raise StoreError(missing(tables, taken.place[graph.missing]))
-        self.trees, self.problems = len(tables.indices), len(np.unique(tables.trees.problem[tables.indices]))
+        self.trees, self.problem = len(tables.indices), np.unique(tables.trees.problem[tables.indices])
         self.seen = (tables.features if schema is None else tables.in_schema(schema))[graph.rows]
-        self.price = np.reshape(whole.cost - tables.cost, (-1, 2))[graph.rows] * graph.open[:, None]
+        self.price = np.zeros((len(graph.rows), 2))
+        if ask:
+            self.price = np.reshape(whole.cost - tables.cost, (-1, 2))[graph.rows] * graph.open[:, None]
         if tables.max_large_tokens is not None:
             left = left_feature(graph.spent.left, tables.max_large_tokens)
             self.seen = np.concatenate([self.seen, left[:, None]], axis=1)
@@ -90,9 +92,9 @@ class Forest:
         other._cost = self._cost + self.price.T
         return other
 
-    def _now(self, lams: Floats) -> Floats:
-        """Return (2, n, k) rewards of both actions."""
-        now: Floats = self._solved[:, :, None] - np.multiply.outer(self._cost, lams)
+    def _now(self, level: Any, lams: Floats) -> Floats:
+        """Return (2, m, k) rewards of both actions in the m states of a level."""
+        now: Floats = self._solved[:, level, None] - self._cost[:, level, None] * lams
         return now
 
     def gradient(self, escalate: Floats, lams: Floats) -> tuple[Floats, Floats, Floats]:
@@ -107,9 +109,12 @@ class Forest:
             others.
         """
         values, visits, gain = self.passes(escalate, lams)
-        return values, visits * escalate * (1 - escalate) * gain, visits
+        slope = visits * escalate
+        slope *= 1 - escalate
+        slope *= gain
+        return values, slope, visits
 
-    def passes(self, escalate: Floats, lams: Floats, now: Floats | float = 0.0) -> tuple[Floats, Floats, Floats]:
+    def passes(self, escalate: Floats, lams: Floats, now: Floats | None = None) -> tuple[Floats, Floats, Floats]:
         """Return means as of `gradient`, visits, and (n, k) what escalating returns more than continuing.
 
         Args:
@@ -118,27 +123,27 @@ class Forest:
             now: (n, k) further rewards of states where the caps leave a choice.
         """
         graph, (n, k) = self.graph, escalate.shape
-        further = np.broadcast_to(now, (n, k)) * graph.open[:, None]
-        worth, value, reach = self._now(lams), np.zeros((n + 1, k)), np.empty((n, k))
+        value, reach, gain = np.zeros((n + 1, k)), np.empty((n, k)), np.empty((n, k))
         for level in reversed(graph.levels):
-            both = worth[:, level]
-            both += value.take(self._child[:, level], axis=0)
-            value[level] = both[0] + escalate[level] * (both[1] - both[0]) + further[level]
+            stay, go = self._now(level, lams) + value.take(self._child[:, level], axis=0)
+            gain[level] = go - stay
+            value[level] = stay + escalate[level] * gain[level]
+            if now is not None:
+                value[level] += now[level] * graph.open[level, None]
         reach[graph.levels[0]] = np.bincount(graph.roots)[:, None]
         for level, after, before in zip(graph.levels, graph.levels[1:], self._before, strict=False):
             going = reach[level] * escalate[level]
             reach[after] = before @ np.concatenate([reach[level] - going, going])
         visits = reach * (graph.open / self.trees)[:, None]
-        gain = worth[ESCALATE_LARGE] - worth[CONTINUE_SMALL]
         return value[graph.roots].mean(axis=0), visits, gain
 
     def returns(self, escalate: NDArray[np.bool_], lam: float, asked: NDArray[np.bool_] | None = None) -> Floats:
         """Return the (k,) mean returns of k policies that draw nothing, given (n, k) whether they escalate, and ask."""
-        graph, worth = self.graph, self._now(np.array([lam])).astype(np.float32)
-        escalate = escalate & graph.open[:, None]
+        graph, escalate = self.graph, escalate & self.graph.open[:, None]
         value = np.zeros((len(escalate) + 1, escalate.shape[1]), np.float32)
         for level in reversed(graph.levels):
-            stay, go = worth[:, level] + value.take(self._child[:, level], axis=0)
+            worth = self._now(level, np.array([lam])).astype(np.float32)
+            stay, go = worth + value.take(self._child[:, level], axis=0)
             value[level] = np.where(escalate[level], go, stay)
             if asked is not None:
                 price = np.where(escalate[level], self.price[level, 1:], self.price[level, :1])
@@ -147,8 +152,24 @@ class Forest:
         return means
 
 
+def forests(tables: DecisionTables, schema: str | None = None, ask: str = "") -> list[Forest]:
+    """Return the forests of the parts of some tables, arguments as of `Forest`: what is summed over them is bounded."""
+    return [Forest(part, schema, ask) for part in tables.parts()]
+
+
+def shares(parts: Sequence[Forest]) -> list[tuple[Forest, float]]:
+    """Return forests with their shares of the trees."""
+    total = sum(each.trees for each in parts)
+    return [(each, each.trees / total) for each in parts]
+
+
+def problems_of(parts: Sequence[Forest]) -> int:
+    """Return how many problems there are in parts, which may share some."""
+    return len(np.unique(np.concatenate([each.problem for each in parts])))
+
+
 class Rule(Protocol):
-    """A rule with w parameters, for some states and k values of λ.
+    """A rule with w parameters, for the states of some forests and k values of λ.
 
     Attributes:
         start: (w,) parameters to begin with.
@@ -158,30 +179,47 @@ class Rule(Protocol):
     start: Floats
     penalty: Floats
 
-    def logits(self, parameters: Floats) -> tuple[Floats, Callable[[Floats], Floats]]:
-        """Return the (n, k) logits, and what turns derivatives with respect to them into those to the parameters."""
+    def logits(self, parameters: Floats, part: int = 0) -> tuple[Floats, Callable[[Floats], Floats]]:
+        """Return the (n, k) logits, and what turns derivatives with respect to them into those to the parameters.
+
+        Args:
+            parameters: (w,).
+            part: Position of the forest whose n states they are of.
+        """
 
     def weights(self, parameters: Floats) -> Weights:
         """Return it as a perceptron (`agents.routers.mlp`) that is told λ as its last feature."""
 
 
 class Scale:
-    """Features of a forest and λ as features, to mean 0 and deviation 1.
+    """Features of the states of forests and λ as features, to mean 0 and deviation 1.
 
     Attributes:
-        seen: (n, d) the standardised features.
-        told: (k,) λ, likewise.
+        size: d, their number.
+        parts: How many forests there are.
+        told: (k,) λ, standardised.
     """
 
-    def __init__(self, forest: Forest, lams: Sequence[float]) -> None:
+    def __init__(self, forests: Sequence[Forest], lams: Sequence[float]) -> None:
         """Measure means and deviations."""
-        told = lam_feature(np.array(lams)).astype(np.float64)
-        values = forest.seen.astype(np.float64)
-        self._mean = np.append(values.mean(axis=0), told.mean())
-        deviation = np.append(values.std(axis=0), told.std())
+        self._plain = [forest.seen for forest in forests]
+        self.size, self.parts = self._plain[0].shape[1], len(forests)
+        count, told = sum(map(len, self._plain)), lam_feature(np.array(lams)).astype(np.float64)
+        mean = sum(each.astype(np.float64).sum(axis=0) for each in self._plain) / count
+        variance = sum(((each - mean) ** 2).sum(axis=0) for each in self._plain) / count
+        self._mean = np.append(mean, told.mean())
+        deviation = np.append(np.sqrt(variance), told.std())
         self._deviation = np.where(deviation > 1e-6, deviation, 1.0)
-        self.seen: Floats = (values - self._mean[:-1]) / self._deviation[:-1]
+        self._kept = [self._scaled(each) for each in self._plain] if self.parts == 1 else []
         self.told: Floats = (told - self._mean[-1]) / self._deviation[-1]
+
+    def _scaled(self, plain: NDArray[np.float32]) -> Floats:
+        values: Floats = (plain - self._mean[:-1]) / self._deviation[:-1]
+        return values
+
+    def seen(self, part: int) -> Floats:
+        """Return the (n, d) standardised features of one forest."""
+        return self._kept[part] if self._kept else self._scaled(self._plain[part])
 
     def unscaled(self, weight: Floats, bias: Floats) -> tuple[Floats, Floats]:
         """Return (h, d + 1) weights and (h,) biases for plain features, given those for standardised ones."""
@@ -205,38 +243,45 @@ class Polynomial:
 
     def __init__(self, scale: Scale, *, quadratic: bool) -> None:
         """Compute the terms in which λ does not stand, and those that stand beside it."""
-        self.scale, self._quadratic = scale, quadratic
-        n, d = scale.seen.shape
+        self.scale, self._quadratic, d = scale, quadratic, scale.size
         self._pairs = np.triu_indices(d if quadratic else 0)
-        products = scale.seen[:, self._pairs[0]] * scale.seen[:, self._pairs[1]]
-        self._terms = np.asfortranarray(np.concatenate([np.ones((n, 1)), scale.seen, products], axis=1))
-        self._beside = self._terms[:, : d + 1 if quadratic else 1]  # the terms that λ multiplies
+        self._terms = [self._made(part) for part in range(scale.parts)]
         self._square = scale.told**2 if quadratic else 0 * scale.told
-        self._parts = np.cumsum([self._terms.shape[1], self._beside.shape[1]])
+        self._beside = d + 1 if quadratic else 1  # the first terms, which λ multiplies
+        self._parts = np.cumsum([1 + d + len(self._pairs[0]), self._beside])
         self.start: Floats = np.zeros(self._parts[-1] + 1)
         self.penalty: Floats = np.full(len(self.start), _PRODUCTS)
         self.penalty[: d + 1] = self.penalty[self._parts[0]] = _LINEAR
 
-    def logits(self, parameters: Floats) -> tuple[Floats, Callable[[Floats], Floats]]:
+    def _made(self, part: int) -> Floats:
+        seen = self.scale.seen(part)
+        products = seen[:, self._pairs[0]] * seen[:, self._pairs[1]]
+        terms = np.concatenate([np.ones((len(seen), 1)), seen, products], axis=1).T
+        place = np.empty(terms.shape) if self.scale.parts == 1 else in_a_file(terms.shape, np.float64)
+        place[:] = terms
+        return place.T
+
+    def logits(self, parameters: Floats, part: int = 0) -> tuple[Floats, Callable[[Floats], Floats]]:
         """See `Rule`."""
         own, beside, square = np.split(parameters, self._parts)
-        told = self.scale.told
+        told, every = self.scale.told, self._terms[part]
+        some = every[:, : self._beside]
 
         def dot(terms: Floats, values: Floats, sums: str = "nt,t->n") -> Floats:
             found: Floats = np.einsum(sums, terms, values)  # BLAS would wake all cores for so little
             return found
 
         def back(slope: Floats) -> Floats:
-            every, by_lam = slope @ np.ones_like(told), dot(self._beside, slope @ told, "nt,n->t")
             square = slope.sum(axis=0) @ self._square
-            return np.concatenate([dot(self._terms, every, "nt,n->t"), by_lam, [square]])
+            by_lam = dot(some, slope @ told, "nt,n->t")
+            return np.concatenate([dot(every, slope @ np.ones_like(told), "nt,n->t"), by_lam, [square]])
 
-        return dot(self._terms, own)[:, None] + np.outer(dot(self._beside, beside), told) + square * self._square, back
+        return dot(every, own)[:, None] + np.outer(dot(some, beside), told) + square * self._square, back
 
     def weights(self, parameters: Floats) -> Weights:
         """See `Rule`: a quadratic form is a sum of squares of linear ones, with signs."""
         own, beside, square = np.split(parameters, self._parts)
-        d = self.scale.seen.shape[1]
+        d = self.scale.size
         linear = np.append(own[1 : d + 1], beside[0])
         if not self._quadratic:
             return layers(self.scale.unscaled(linear[None], own[:1]))
@@ -250,28 +295,31 @@ class Polynomial:
 
 
 def ascend(
-    forest: Forest, rule: Rule, lams: Sequence[float], parameters: Floats, entropy: float, iterations: int = 40
+    parts: Sequence[Forest], rule: Rule, lams: Sequence[float], parameters: Floats, entropy: float, iterations: int = 40
 ) -> Floats:
     """Return parameters with a greater expected return, by quasi-Newton steps on its exact gradient.
 
     Args:
-        forest: The states that the rule was made for.
+        parts: The forests that the rule was made for; the gradient is summed over them.
         rule: The rule.
         lams: Its k values of λ; the mean of the returns under each is what rises.
         parameters: To begin with.
         entropy: Weight of the entropy of the decisions.
         iterations: Most iterations.
     """
-    prices, penalty = np.array(lams), rule.penalty / forest.problems
+    prices, penalty = np.array(lams), rule.penalty / problems_of(parts)
 
     def loss(at: Floats) -> tuple[float, Floats]:
-        logits, back = rule.logits(at)
-        z, p, doubt = chances(logits)
-        value, slope, visits = forest.gradient(p, prices)
-        disorder = (visits * doubt).sum()
-        slope -= entropy * visits * p * (1 - p) * z
-        total = (value.sum() + entropy * disorder) / len(lams) - penalty @ (at * at)
-        return -LARGE * total, LARGE * (2 * penalty * at - back(slope) / len(lams))
+        total, change = -float(penalty @ (at * at)), 2 * penalty * at
+        for part, (forest, share) in enumerate(shares(parts)):
+            logits, back = rule.logits(at, part)
+            z, p, doubt = chances(logits)
+            value, slope, visits = forest.gradient(p, prices)
+            disorder = (visits * doubt).sum()
+            slope -= entropy * visits * p * (1 - p) * z
+            total += share * float(value.sum() + entropy * disorder) / len(lams)
+            change -= share * back(slope) / len(lams)
+        return -LARGE * total, LARGE * change
 
     return least(loss, parameters, iterations)
 
@@ -279,9 +327,14 @@ def ascend(
 def chances(logits: Floats) -> tuple[Floats, Floats, Floats]:
     """Return logits within what is as good as certain, probabilities, and their entropies."""
     z = np.clip(logits, -_STEEP, _STEEP)
-    tail = np.exp(-np.abs(z))
-    p = np.where(z > 0, 1.0, tail) / (1 + tail)
-    return z, p, np.log1p(tail) + np.maximum(z, 0) - p * z
+    tail = np.abs(z)
+    np.exp(np.negative(tail, out=tail), out=tail)
+    p = np.where(z > 0, 1.0, tail)
+    p /= 1 + tail
+    doubt = np.log1p(tail, out=tail)
+    doubt += np.maximum(z, 0)
+    doubt -= p * z
+    return z, p, doubt
 
 
 def least(loss: Callable[[Floats], tuple[float, Floats]], parameters: Floats, iterations: int) -> Floats:
@@ -296,8 +349,8 @@ def least(loss: Callable[[Floats], tuple[float, Floats]], parameters: Floats, it
 
 def linear_rule(forest: Forest, schema: str, lam: float, max_large_tokens: int | None) -> MLP:
     """Return a linear rule for one λ, fitted on the trees of a forest."""
-    rule = Polynomial(Scale(forest, [lam]), quadratic=False)
+    rule = Polynomial(Scale([forest], [lam]), quadratic=False)
     parameters = rule.start
     for entropy in ENTROPIES:
-        parameters = ascend(forest, rule, [lam], parameters, entropy)
+        parameters = ascend([forest], rule, [lam], parameters, entropy)
     return MLP("linear", schema, Knob("lam", lam), at_lam(rule.weights(parameters), lam), max_large_tokens)

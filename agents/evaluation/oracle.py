@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.evaluation.curves import Points, References
-from agents.evaluation.outcomes import Outcomes
-from agents.evaluation.walk import always_trees, by_problem, outcomes_of, run_trees
+from agents.evaluation.outcomes import Floats, Outcomes
+from agents.evaluation.walk import always_trees, by_problem, joined, outcomes_of, run_trees
 from rollouts.errors import StoreError
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING
 from trim_env.tables import DecisionTables
@@ -30,6 +30,10 @@ def tree_oracle(tables: DecisionTables, lam: float) -> Outcomes:
         StoreError: A tree holds no whole path within the caps.
     """
     tables = tables.charged(None)
+    return by_problem(tables, joined([_best(part, lam) for part in tables.parts()]))
+
+
+def _best(tables: DecisionTables, lam: float) -> dict[str, Floats]:
     graph, own = tables.graph, outcomes_of(tables, tables.graph.moved)
     now = np.where(graph.missing, -np.inf, own["correct"] - lam * own["cost"])
     value = graph.backward(lambda level, later: (now[level] + later).max(axis=1))
@@ -40,7 +44,7 @@ def tree_oracle(tables: DecisionTables, lam: float) -> Outcomes:
     visited = np.flatnonzero(graph.reach(np.eye(2)[best])[:-1])
     tree, place = tables.trees.tree[graph.rows[visited]], (visited, best[visited])
     totals = {name: np.bincount(tree, each[place], len(tables.trees.root)).astype(float) for name, each in own.items()}
-    return by_problem(tables, {name: total[tables.indices] for name, total in totals.items()})
+    return {name: total[tables.indices] for name, total in totals.items()}
 
 
 def query_oracle(tables: DecisionTables, lam: float, *, per_draw: bool = False) -> Outcomes:
@@ -80,7 +84,7 @@ def scores_of_both(tables: DecisionTables) -> NDArray[np.float64]:
     score = np.where(trees.child == MISSING, np.nan, trees.score.astype(np.float64))
     told = [each for name, each in trees.signals.items() if scorer in (name, name.rpartition(".")[0])]
     unknown = np.isnan([trees.score, *told[:1]]).any(axis=(0, 2)) & (trees.child != MISSING).all(axis=1)
-    if lacking := int((unknown & np.isin(trees.tree, tables.indices)).sum()):
+    if lacking := int(unknown[trees.rows_of(tables.indices)].sum()):
         raise StoreError(
             f"{trees.meta['store']}: {lacking} decisions lack the score of a proposal by {scorer}, where those of both "
             "models are to be compared. Use a scorer that tells both."

@@ -19,7 +19,7 @@ from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.walk import Settings, references, run
 from agents.routers.base import Constant, Knob, Router, Threshold
 from rollouts.errors import StoreError
-from rollouts.trees.arrays import Trees
+from rollouts.trees.arrays import PART, Trees
 from trim_env.features import DEFAULT_SCHEMA, schema_named
 from trim_env.tables import DecisionTables
 
@@ -51,8 +51,7 @@ def _bit(problem: str) -> bool:
 
 def thresholds(tables: DecisionTables, count: int = CANDIDATES, schema: str = Threshold.schema) -> list[float]:
     """Return candidate thresholds: quantiles of the first feature, the proposals' score, and one above all."""
-    inside = np.isin(tables.trees.tree, tables.indices)
-    scores = tables.in_schema(schema)[inside, 0]
+    scores = tables.in_schema(schema)[tables.trees.rows_of(tables.indices), 0]
     levels = np.unique(np.quantile(scores[~np.isnan(scores)], np.linspace(0, 1, count)).astype(np.float32))
     return [*levels.tolist(), float(np.nextafter(np.float32(levels[-1]), np.float32(np.inf)))]
 
@@ -191,7 +190,7 @@ class Candidates:
     @cached_property
     def _grown(self) -> tuple[DecisionTables, Forest] | None:
         """The training trees, if rules can be fitted on them: all that the caps allow was generated."""
-        tables = self._fitted_on and self._fitted_on()
+        tables = self._fitted_on and self._fitted_on().sample(PART // 4)  # rules of so few numbers
         return None if tables is None or tables.graph.missing.any() else (tables, Forest(tables, DEFAULT_SCHEMA))
 
     def _fitted(self, lam: float) -> list[Router]:

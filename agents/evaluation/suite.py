@@ -169,7 +169,9 @@ def evaluate(config: EvaluateConfig, others: Others | None = None) -> Evaluation
     trees = compile_store(config.rollouts, config.scorer, config.grader)
     agreed = _agreed(methods, trees, config)
     asked = compile_store(config.rollouts, config.scorer, config.grader, split=config.split)
-    split, validation = decision_tables(asked, config.split, **agreed), decision_tables(trees, "validation", **agreed)
+    tables = decision_tables(trees, None, **agreed)
+    same, validation = asked.meta["store"] == trees.meta["store"], tables.on(trees.select("validation"))
+    split = tables.on(trees.select(config.split)) if same else decision_tables(asked, config.split, **agreed)
     both, choosing = references(split), references(validation)
     candidates = Candidates(validation)
     curves = {
@@ -191,7 +193,7 @@ def evaluate(config: EvaluateConfig, others: Others | None = None) -> Evaluation
     }
     beside, lacking = list[Compared](), list[str]()
     if others is not None:
-        beside, lacking = others(decision_tables(trees, "train", **agreed), validation, split)
+        beside, lacking = others(tables.on(trees.select("train")), validation, split)
     groups = {name: "query-level" for name, items in methods.items() if decides_once(items[0].router)}
     found = [
         Compared(name, groups.get(name, "step-level"), method, True)

@@ -108,16 +108,35 @@ def run_trees(tables: DecisionTables, policy: AnyRouter | Decide) -> dict[str, F
         blind = is_blind(policy.trigger if isinstance(policy, Takeover) else policy)
         tables = tables.charged(None if blind else policy.schema)
         read = int(not blind and bool(_sources(tables, policy.schema)))
-    count = len(tables.indices)
-    totals = {name: np.zeros(count) for name in (*Outcomes.columns(), *Calls._fields)}
-    for done, undrafted in walked(tables, policy):
-        values = outcomes_of(tables, done.moved) | _called(done.moved, np.full(len(done.rows), read))
-        if isinstance(policy, Undrafted):
-            own = _without_draft(tables, done.rows, policy.goes_on)
-            values |= {name: np.where(undrafted, each, values[name]) for name, each in own.items()}
-        for name, each in values.items():
-            totals[name] += np.bincount(done.tree, done.mass * each, minlength=count)
-    return totals
+
+    def told(part: DecisionTables) -> Iterator[tuple[Decisions, dict[str, Any]]]:
+        for done, undrafted in walked(part, policy):
+            values = outcomes_of(tables, done.moved) | _called(done.moved, np.full(len(done.rows), read))
+            if isinstance(policy, Undrafted):
+                own = _without_draft(tables, done.rows, policy.goes_on)
+                values |= {name: np.where(undrafted, each, values[name]) for name, each in own.items()}
+            yield done, values
+
+    return _summed(tables, told)
+
+
+def _summed(
+    tables: DecisionTables, told: Callable[[DecisionTables], Iterator[tuple[Decisions, dict[str, Any]]]]
+) -> dict[str, Floats]:
+    """Return (R,) sums over the decisions of each tree, walked part by part, of what is told of them."""
+    parts = []
+    for part in tables.parts():
+        totals, count = dict[str, Any](), len(part.indices)
+        for done, values in told(part):
+            for name, each in values.items():
+                totals[name] = totals.get(name, 0.0) + np.bincount(done.tree, done.mass * each, minlength=count)
+        parts.append(totals)
+    return joined(parts)
+
+
+def joined(parts: Sequence[dict[str, Floats]]) -> dict[str, Floats]:
+    """Return the outcomes of the trees of several parts, one part after the other."""
+    return {name: np.concatenate([each[name] for each in parts]) for name in parts[0]}
 
 
 def _uncapped(router: Takeover, tables: DecisionTables) -> DecisionTables:
@@ -251,16 +270,15 @@ def _run_asking(tables: DecisionTables, router: Asking) -> dict[str, Floats]:
     """As `run_trees`, of a router that pays where it asks, and how often it does: not where caps leave no choice."""
     whole, tables = tables.charged(router.schema), tables.charged(router.schema, router.source)
     price, seen = whole.cost - tables.cost, seen_by(router, tables)
-    totals = {name: np.zeros(len(tables.indices)) for name in (*Outcomes.columns(), *Calls._fields, "asked")}
-    for done in decisions(tables, router):
-        asked = router.asks(seen(done.rows, done.spent.left)) & done.spent.open(tables)
-        values = outcomes_of(tables, done.moved) | {"asked": asked} | _called(done.moved, asked.astype(np.int64))
-        values["cost"] = (
-            values["cost"] + asked * price[2 * done.rows + (done.moved.accepted | done.moved.taken.cut_off)]
-        )
-        for name, each in values.items():
-            totals[name] += np.bincount(done.tree, done.mass * each, minlength=len(tables.indices))
-    return totals
+
+    def told(part: DecisionTables) -> Iterator[tuple[Decisions, dict[str, Any]]]:
+        for done in decisions(part, router):
+            asked = router.asks(seen(done.rows, done.spent.left)) & done.spent.open(tables)
+            values = outcomes_of(tables, done.moved) | {"asked": asked} | _called(done.moved, asked.astype(np.int64))
+            paid = price[2 * done.rows + (done.moved.accepted | done.moved.taken.cut_off)]
+            yield done, values | {"cost": values["cost"] + asked * paid}
+
+    return _summed(tables, told)
 
 
 def decisions(tables: DecisionTables, policy: AnyRouter | Decide) -> Iterator[Decisions]:
@@ -275,10 +293,11 @@ def decision_shares(router: AnyRouter, tables: DecisionTables, bins: int = 20) -
         ``scores``, shares of `bins` equal parts of [0, 1], and ``escalated``.
     """
     counts, escalated = np.zeros(bins), 0.0
-    for done in decisions(tables, router):
-        place = np.clip((tables.trees.score[done.rows, CONTINUE_SMALL] * bins).astype(np.int64), 0, bins - 1)
-        counts += np.bincount(place, done.mass, minlength=bins)
-        escalated += float(done.mass @ (done.moved.accepted == ESCALATE_LARGE))
+    for part in tables.parts():
+        for done in decisions(part, router):
+            place = np.clip((tables.trees.score[done.rows, CONTINUE_SMALL] * bins).astype(np.int64), 0, bins - 1)
+            counts += np.bincount(place, done.mass, minlength=bins)
+            escalated += float(done.mass @ (done.moved.accepted == ESCALATE_LARGE))
     total = max(float(counts.sum()), 1e-12)
     return {"scores": [round(float(each), 6) for each in counts / total], "escalated": min(escalated / total, 1.0)}
 

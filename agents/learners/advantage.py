@@ -20,6 +20,7 @@ from agents.evaluation.forest import Forest
 from agents.learners.supervised import Examples, fit_network, output, squared
 from agents.routers.base import Floats, Knob
 from agents.routers.mlp import MLP, Weights
+from rollouts.trees.arrays import PART
 from trim_env.tables import DecisionTables
 
 NAME = "advantage"
@@ -77,7 +78,7 @@ def fit(tables: DecisionTables, choice: DecisionTables, seed: int) -> Advantage:
     Raises:
         StoreError: Proposals that the caps allow were not generated.
     """
-    forest, judge = Forest(tables), Forest(choice)
+    forest, judge = Forest(tables.sample(PART, seed)), Forest(choice.sample(PART, seed))
     (gain, cost), (gain_there, cost_there) = one_deviation(forest), one_deviation(judge)
     unit = float(np.abs(cost).mean()) or 1.0
     gains = Examples.of(forest, gain), Examples.of(judge, gain_there)

@@ -23,7 +23,7 @@ from agents.learners.supervised import Examples, fit_network, logistic, output
 from agents.routers.base import Floats, Knob
 from agents.routers.mlp import MLP, Weights
 from rollouts.errors import StoreError
-from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, PART
 from rollouts.trees.stats import auc
 from trim_env.tables import DecisionTables
 
@@ -87,7 +87,7 @@ def fit(tables: DecisionTables, choice: DecisionTables, seed: int) -> Arbitrage:
     Raises:
         StoreError: Proposals that the caps allow were not generated or have no score, or Δ > 0 is nowhere.
     """
-    examples, held_out = (_examples(each) for each in (tables, choice))
+    examples, held_out = (_examples(each.sample(PART, seed)) for each in (tables, choice))
     share = float((examples.target * examples.forest.graph.open).sum() / max(examples.forest.graph.open.sum(), 1))
     if share == 0:
         raise StoreError(

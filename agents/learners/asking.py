@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.evaluation.forest import ENTROPIES, LARGE, Forest, Rule, Scale, chances, least
-from agents.learners.exact import NAME, RULES, folds, rounds_of
+from agents.evaluation.forest import ENTROPIES, LARGE, Forest, Rule, Scale, chances, least, problems_of, shares
+from agents.learners.exact import NAME, RULES, folded, rounds_of
 from agents.learners.settings import ExactSettings
 from agents.routers.asking import HEADS, Asking
 from agents.routers.base import Floats, Knob
@@ -88,12 +88,9 @@ def fit_asking(
         raise ConfigError(f"--ask {ask}: schema {schema.name} reads nothing that the {ask} tells.")
     floor = min([lam for lam in lams if lam], default=1e-6) / 2
     told = [max(lam, floor) for lam in lams]
-    fitted_on, judges = [Forest(tables, ask=ask)], [Forest(choice, ask=ask)]
-    for kept, left_out in folds(tables, seed):
-        fitted_on.append(Forest(kept, ask=ask))
-        judges.append(Forest(left_out, ask=ask))
+    fitted_on, judges = folded(tables, choice, seed, ask)
     hidden = np.append(schema.reading(facts), [False] * (tables.max_large_tokens is not None)).astype(bool)
-    problems = [judge.problems for judge in judges]
+    problems = [problems_of(judge) for judge in judges]
 
     def router(name: str, weights: Heads, lam: float) -> Asking:
         at = max(lam, floor)
@@ -103,7 +100,7 @@ def fit_asking(
 
     best: tuple[float, str, dict[str, list[Heads]], dict[str, Floats]] | None = None
     for name in RULES if settings.rule == "auto" else (settings.rule,):
-        fits = [_fits(name, forest, hidden, told, settings, seed) for forest in fitted_on]
+        fits = [_fits(name, parts, hidden, told, settings, seed) for parts in fitted_on]
         weights, found = dict[str, list[Heads]](), dict[str, Floats]()
         for kind in KINDS:
             each = [
@@ -125,32 +122,41 @@ def fit_asking(
     return AskingFrontier(routers, name, chosen, held_out)
 
 
-def _reached(router: Asking, forest: Forest, lam: float) -> float:
+def _reached(router: Asking, parts: Sequence[Forest], lam: float) -> float:
     """Return the mean return over trees."""
-    escalate, asked = router.probability(forest.seen) > 0, router.asks(forest.seen)
-    return float(forest.returns(escalate[:, None], lam, asked[:, None])[0])
+    found = 0.0
+    for forest, share in shares(parts):
+        escalate, asked = router.probability(forest.seen) > 0, router.asks(forest.seen)
+        found += share * float(forest.returns(escalate[:, None], lam, asked[:, None])[0])
+    return found
 
 
 def _fits(
-    name: str, forest: Forest, hidden: NDArray[np.bool_], lams: Sequence[float], settings: ExactSettings, seed: int
+    name: str,
+    parts: Sequence[Forest],
+    hidden: NDArray[np.bool_],
+    lams: Sequence[float],
+    settings: ExactSettings,
+    seed: int,
 ) -> dict[str, list[Heads]]:
     """Return the rules of all kinds after each round."""
-    free = forest.seeing(hidden)
+    free = [forest.seeing(hidden) for forest in parts]
     form = {
         head: RULES[name].make(Scale(seen, lams), settings, seed)
-        for head, seen in zip(HEADS, (free, free, forest), strict=True)
+        for head, seen in zip(HEADS, (free, free, parts), strict=True)
     }
     entropies = (*ENTROPIES, ROUNDS[-1][1])  # no kind may be less resolute than another
+    paying = [forest.asking() for forest in parts]
     never, always = (
-        rounds_of(states, form[head], lams, entropies) for states, head in ((free, "free"), (forest.asking(), "told"))
+        rounds_of(states, form[head], lams, entropies) for states, head in ((free, "free"), (paying, "told"))
     )
-    parts = np.cumsum([len(rule.start) for rule in form.values()])[:-1]
+    cuts = np.cumsum([len(rule.start) for rule in form.values()])[:-1]
     at, asking = np.concatenate([form["ask"].start, never[0], always[0]]), list[Heads]()
     for share, entropy in ROUNDS:
-        at = ascend(forest, [*form.values()], lams, at, share, entropy)
-        own = zip(form.items(), np.split(at, parts), strict=True)
+        at = ascend(parts, [*form.values()], lams, at, share, entropy)
+        own = zip(form.items(), np.split(at, cuts), strict=True)
         asking.append({head: rule.weights(part) for (head, rule), part in own})
-    no, yes = (_constant(logit, free.seen.shape[1]) for logit in (-1.0, 1.0))
+    no, yes = (_constant(logit, free[0].seen.shape[1]) for logit in (-1.0, 1.0))
     found = {
         "never": [{"ask": no, "free": form["free"].weights(one)} for one in never],
         "always": [{"ask": yes, "free": no, "told": form["told"].weights(one)} for one in always],
@@ -177,7 +183,7 @@ def _constant(logit: float, size: int) -> Weights:
 
 
 def ascend(
-    forest: Forest,
+    parts: Sequence[Forest],
     rules: Sequence[Rule],
     lams: Sequence[float],
     parameters: Floats,
@@ -188,7 +194,7 @@ def ascend(
     """Return parameters with a greater expected return; see `agents.evaluation.forest.ascend`.
 
     Args:
-        forest: The states, with the prices of asking.
+        parts: The forests, with the prices of asking.
         rules: Those of `HEADS`.
         lams: k values of λ.
         parameters: Those of the rules, one after the other, to begin with.
@@ -196,24 +202,29 @@ def ascend(
         entropy: Weight of the entropy of asking and deciding.
         iterations: Most iterations.
     """
-    prices, penalty = np.array(lams), np.concatenate([rule.penalty for rule in rules]) / forest.problems
-    parts = np.cumsum([len(rule.start) for rule in rules])[:-1]
-    paid_small, paid_large = (np.multiply.outer(share * price, prices) for price in forest.price.T)
+    prices, penalty = np.array(lams), np.concatenate([rule.penalty for rule in rules]) / problems_of(parts)
+    cuts = np.cumsum([len(rule.start) for rule in rules])[:-1]
 
     def loss(at: Floats) -> tuple[float, Floats]:
-        told = [rule.logits(own) for rule, own in zip(rules, np.split(at, parts), strict=True)]
-        (z, ask, doubt), (z_free, free, doubt_free), (z_told, knowing, doubt_told) = (chances(each) for each, _ in told)
-        paid = paid_small + knowing * (paid_large - paid_small)
-        now = entropy * (doubt + doubt_free + ask * (doubt_told - doubt_free)) - ask * paid
-        value, visits, gain = forest.passes(free + ask * (knowing - free), prices, now)
-        worth = (knowing - free) * gain - paid + entropy * (doubt_told - doubt_free - z)
-        slopes = (
-            visits * ask * (1 - ask) * worth,
-            visits * (1 - ask) * free * (1 - free) * (gain - entropy * z_free),
-            visits * ask * knowing * (1 - knowing) * (gain - paid_large + paid_small - entropy * z_told),
-        )
-        slope = np.concatenate([back(each) for (_, back), each in zip(told, slopes, strict=True)])
-        total = value.sum() / len(lams) - penalty @ (at * at)
-        return -LARGE * total, LARGE * (2 * penalty * at - slope / len(lams))
+        total, change = -float(penalty @ (at * at)), 2 * penalty * at
+        for part, (forest, weight) in enumerate(shares(parts)):
+            told = [rule.logits(own, part) for rule, own in zip(rules, np.split(at, cuts), strict=True)]
+            (z, ask, doubt), (z_free, free, doubt_free), (z_told, knowing, doubt_told) = (
+                chances(each) for each, _ in told
+            )
+            paid_small, paid_large = (np.multiply.outer(share * price, prices) for price in forest.price.T)
+            paid = paid_small + knowing * (paid_large - paid_small)
+            now = entropy * (doubt + doubt_free + ask * (doubt_told - doubt_free)) - ask * paid
+            value, visits, gain = forest.passes(free + ask * (knowing - free), prices, now)
+            worth = (knowing - free) * gain - paid + entropy * (doubt_told - doubt_free - z)
+            slopes = (
+                visits * ask * (1 - ask) * worth,
+                visits * (1 - ask) * free * (1 - free) * (gain - entropy * z_free),
+                visits * ask * knowing * (1 - knowing) * (gain - paid_large + paid_small - entropy * z_told),
+            )
+            slope = np.concatenate([back(each) for (_, back), each in zip(told, slopes, strict=True)])
+            total += weight * float(value.sum()) / len(lams)
+            change -= weight * slope / len(lams)
+        return -LARGE * total, LARGE * change
 
     return least(loss, parameters, iterations)

@@ -13,10 +13,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from agents.evaluation.forest import ENTROPIES, Forest, Polynomial, Rule, Scale, ascend, layers
+from agents.evaluation.forest import (
+    ENTROPIES,
+    Forest,
+    Polynomial,
+    Rule,
+    Scale,
+    ascend,
+    forests,
+    layers,
+    problems_of,
+    shares,
+)
 from agents.learners.settings import ExactSettings
 from agents.routers.base import Floats, Knob
 from agents.routers.mlp import MLP, ConditionedMLP, Weights, at_lam
+from rollouts.trees.arrays import PART
 from trim_env.episodes import Lam
 from trim_env.tables import DecisionTables
 
@@ -24,6 +36,7 @@ NAME = "exact"
 _PENALTY = 0.01  # of a perceptron's parameters
 _APART = 20.0  # times the least λ of a group: its greatest
 _LAMS = 5  # of a frontier: a rule that is told λ needs no more
+_MOST = 4 * PART  # nodes that are learned from: more problems tell rules of so few parameters nothing
 _FOLDS, _HELD_OUT = 4, 500  # folds of the problems; no more of them than make up so many problems
 
 
@@ -32,7 +45,7 @@ class Perceptron:
 
     def __init__(self, scale: Scale, hidden: int, seed: int) -> None:
         """Draw the first parameters."""
-        self.scale, d = scale, scale.seen.shape[1]
+        self.scale, d = scale, scale.size
         self._shapes = ((hidden, d), (hidden,), (hidden,), (hidden,), (1,))  # features, λ, biases, and the last layer
         self._parts = np.cumsum([np.prod(shape) for shape in self._shapes])[:-1]
         draw = np.random.default_rng(seed)
@@ -44,17 +57,18 @@ class Perceptron:
         parts = np.split(parameters, self._parts)
         return [part.reshape(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
-    def logits(self, parameters: Floats) -> tuple[Floats, Callable[[Floats], Floats]]:
+    def logits(self, parameters: Floats, part: int = 0) -> tuple[Floats, Callable[[Floats], Floats]]:
         """See `agents.evaluation.forest.Rule`."""
         weight, column, bias, out, offset = self._split(parameters)
-        before = self.scale.seen @ weight.T + bias
+        seen = self.scale.seen(part)
+        before = seen @ weight.T + bias
         units = [np.tanh(before + told * column) for told in self.scale.told]
 
         def back(slope: Floats) -> Floats:
             inner = [np.outer(own, out) * (1 - unit**2) for own, unit in zip(slope.T, units, strict=True)]
             total, each = sum(inner), np.stack([own.sum(axis=0) for own in inner])
             last = sum(unit.T @ own for own, unit in zip(slope.T, units, strict=True))
-            parts = (total.T @ self.scale.seen, self.scale.told @ each, each.sum(axis=0), last, slope.sum())
+            parts = (total.T @ seen, self.scale.told @ each, each.sum(axis=0), last, slope.sum())
             return np.concatenate([np.reshape(part, -1) for part in parts])
 
         return np.stack([unit @ out for unit in units], axis=1) + offset, back
@@ -140,18 +154,14 @@ def fit(
     least = min([lam for lam in lams if lam], default=1e-6) / 2
     lams = sorted(max(lam, least) for lam in lams)
     some = [lams[place] for place in np.linspace(0, len(lams) - 1, min(_LAMS, len(lams))).round().astype(int)]
-    whole, judges = Forest(tables), [Forest(choice)]
-    fitted_on = [whole]
-    for kept, left_out in folds(tables, seed):
-        fitted_on.append(Forest(kept))
-        judges.append(Forest(left_out))
-    problems = [judge.problems for judge in judges]
+    fitted_on, judges = folded(tables, choice, seed)
+    problems = [problems_of(judge) for judge in judges]
     found, rounds = dict[str, list[float]](), dict[str, list[Weights]]()
     for name in RULES if settings.rule == "auto" else (settings.rule,):
         fits = list[list[Weights]]()
-        for forest in fitted_on:
-            form = RULES[name].make(Scale(forest, some), settings, seed)
-            fits.append([form.weights(parameters) for parameters in rounds_of(forest, form, some)])
+        for parts in fitted_on:
+            form = RULES[name].make(Scale(parts, some), settings, seed)
+            fits.append([form.weights(parameters) for parameters in rounds_of(parts, form, some)])
         each = [
             [_reached(name, weights, judge, some) for weights in fit] for fit, judge in zip(fits, judges, strict=True)
         ]
@@ -160,6 +170,22 @@ def fit(
     last = int(np.argmax(found[rule]))
     cap = tables.max_large_tokens
     return Frontier(rule, ENTROPIES[last], found, rounds[rule][last], least, tables.schema.id, cap)
+
+
+def folded(
+    tables: DecisionTables, choice: DecisionTables, seed: int, ask: str = ""
+) -> tuple[list[list[Forest]], list[list[Forest]]]:
+    """Return what fits are made on, the training trees first, and what each is judged on, the choice half first.
+
+    Many trees are worked through in parts, and fitted once if the choice half is large: folds are for few problems.
+    """
+    tables = tables.sample(_MOST, seed)
+    fitted_on, judges = [forests(tables, ask=ask)], [forests(choice, ask=ask)]
+    if len(fitted_on[0]) == 1 or problems_of(judges[0]) < _HELD_OUT:
+        for kept, left_out in folds(tables, seed):
+            fitted_on.append(forests(kept, ask=ask))
+            judges.append(forests(left_out, ask=ask))
+    return fitted_on, judges
 
 
 def folds(tables: DecisionTables, seed: int) -> Iterator[tuple[DecisionTables, DecisionTables]]:
@@ -173,24 +199,20 @@ def folds(tables: DecisionTables, seed: int) -> Iterator[tuple[DecisionTables, D
 
 
 def rounds_of(
-    forest: Forest, rule: Rule, lams: Sequence[float], entropies: Sequence[float] = ENTROPIES
+    parts: Sequence[Forest], rule: Rule, lams: Sequence[float], entropies: Sequence[float] = ENTROPIES
 ) -> list[Floats]:
     """Return the parameters of a rule after each round, of less entropy than the one before."""
     parameters, rounds = rule.start, []
     for entropy in entropies:
-        parameters = ascend(forest, rule, lams, parameters, entropy)
+        parameters = ascend(parts, rule, lams, parameters, entropy)
         rounds.append(parameters)
     return rounds
 
 
-def _reached(name: str, weights: Weights, forest: Forest, lams: Sequence[float]) -> float:
+def _reached(name: str, weights: Weights, parts: Sequence[Forest], lams: Sequence[float]) -> float:
     """Return the mean return of the rule's greater actions over trees and λ."""
-    networks = (MLP(NAME, "", Knob("lam", lam), at_lam(weights, lam), None, RULES[name].activation) for lam in lams)
-    return float(
-        np.mean(
-            [
-                forest.returns(network.probability(forest.seen)[:, None] > 0, lam)
-                for lam, network in zip(lams, networks, strict=True)
-            ]
-        )
+    told = [(lam, MLP(NAME, "", Knob("lam", lam), at_lam(weights, lam), None, RULES[name].activation)) for lam in lams]
+    return sum(
+        share * float(np.mean([forest.returns(net.probability(forest.seen)[:, None] > 0, lam) for lam, net in told]))
+        for forest, share in shares(parts)
     )

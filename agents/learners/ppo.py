@@ -19,7 +19,7 @@ from agents.learners.settings import PPOSettings
 from agents.routers.base import Router
 from agents.routers.mlp import MLP, ConditionedMLP, at, for_lam
 from agents.routers.sb3 import perceptron
-from rollouts.trees.arrays import CONTINUE_SMALL
+from rollouts.trees.arrays import CONTINUE_SMALL, PART
 from trim_env.episodes import EpisodesVectorEnv, Lam
 from trim_env.features import lam_feature, left_feature
 from trim_env.tables import DecisionTables
@@ -146,8 +146,9 @@ class PPOAgg:
         import torch
 
         policy, tables, draw = self.learner.policy, self.tables, np.random.default_rng(self.seed)
-        decided = ~np.isnan(tables.trees.score[:, CONTINUE_SMALL])  # on always-large's path small steps may be missing
-        rows = np.flatnonzero(np.isin(tables.trees.tree, tables.indices) & decided)
+        tables = tables.sample(PART, self.seed)
+        rows = tables.trees.rows_of(tables.indices)
+        rows = rows[~np.isnan(tables.trees.score[rows, CONTINUE_SMALL])]  # on always-large's path they may be missing
         seen, left = tables.observed(rows), np.zeros(len(rows), np.int64)
         if tables.max_large_tokens is not None:
             left = draw.integers(tables.max_large_tokens + 1, size=len(rows))

@@ -72,8 +72,8 @@ def fit_network(examples: Examples, held_out: Examples, loss: Loss, seed: int) -
         loss: `logistic` or `squared`.
         seed: Of the first parameters.
     """
-    rule = Perceptron(Scale(examples.forest, [_NO_LAM]), _HIDDEN, seed)
-    penalty, at = rule.penalty / examples.forest.problems, rule.start
+    rule = Perceptron(Scale([examples.forest], [_NO_LAM]), _HIDDEN, seed)
+    penalty, at = rule.penalty / len(examples.forest.problem), rule.start
 
     def total(parameters: Floats) -> tuple[float, Floats]:
         outputs, back = rule.logits(parameters)

@@ -163,7 +163,7 @@ def automatic_lams(trees: Trees, config: TrainConfig) -> tuple[float, ...]:
     """
     indices = _fitted_on(config, trees)
     split = trees.splits[trees.problem[indices[0]]]
-    both = references(_tables(config, trees, indices))
+    both = references(_tables(config, trees).on(indices))
     gap = both.large.correct.mean() - both.small.correct.mean()
     price = both.large.cost.mean() - both.small.cost.mean()
     if gap <= 0 or price <= 0:
@@ -182,9 +182,9 @@ def _fitted_on(config: TrainConfig, trees: Trees) -> NDArray[np.int64]:
     return trees.select("train")
 
 
-def _tables(config: TrainConfig, trees: Trees, indices: NDArray[Any]) -> DecisionTables:
+def _tables(config: TrainConfig, trees: Trees) -> DecisionTables:
     caps: dict[str, Any] = {name: getattr(config, name) for name in ("max_escalations", "max_large_tokens")}
-    return decision_tables(trees, schema=config.schema, cost=config.cost, indices=indices, **caps)
+    return decision_tables(trees, None, schema=config.schema, cost=config.cost, **caps)
 
 
 def _label(task: Lam) -> str:
@@ -207,7 +207,17 @@ class _Run:
         self.ended: list[str] = []
         self.episodes: Callable[..., EpisodesVectorEnv] | None = None
         self.config, self.trees, self.folder, self.listener = config, trees, folder, listener
-        self.validation = Validation(lambda indices: _tables(config, trees, indices), trees)
+        self.validation = Validation(lambda indices: self._tables.on(indices), trees)
+
+    @cached_property
+    def _tables(self) -> DecisionTables:
+        """Tables for all trees."""
+        return _tables(self.config, self.trees)
+
+    @cached_property
+    def _fitting(self) -> DecisionTables:
+        """Those for the training trees, or what a live training begins with."""
+        return self._tables.on(_fitted_on(self.config, self.trees))
 
     @cached_property
     def _candidates(self) -> Candidates:
@@ -223,7 +233,6 @@ class _Run:
 
     def _finish(self) -> Trained:
         config, validation, folder = self.config, self.validation, self.folder
-        tables = _tables(config, self.trees, _fitted_on(config, self.trees))
         routers: dict[float, AnyRouter] = {}
         health: dict[float, Health] = {}
         stored: list[artefact.Storable] = []
@@ -232,7 +241,7 @@ class _Run:
             place = folder / _label(task)
             place.mkdir(exist_ok=True)
             try:
-                router, own, attempts = self._finished(task, place) or self._made(tables, task, place)
+                router, own, attempts = self._finished(task, place) or self._made(task, place)
             except BudgetSpent as error:
                 if not stored:
                     raise
@@ -260,16 +269,14 @@ class _Run:
         router = artefact.load(place / "policy").router
         return router, self._assessed(router, task), 0
 
-    def _made(
-        self, tables: DecisionTables, task: Lam, place: Path
-    ) -> tuple[artefact.Storable, dict[float, Health], int]:
+    def _made(self, task: Lam, place: Path) -> tuple[artefact.Storable, dict[float, Health], int]:
         """Return a router that is stored in its place, with its health by λ and the number of attempts."""
         config, tracker = self.config, NoTracker()
         if config.tracking != "none":
             name = f"{config.agent} {_label(task)}"
             tracker = WandbTracker(place, name, self.folder.name, as_plain(config))
         try:
-            router, own, attempts, picture = self._fit(tables, task, place, tracker)
+            router, own, attempts, picture = self._fit(task, place, tracker)
         except BudgetSpent:
             tracker.stop()
             raise
@@ -283,10 +290,10 @@ class _Run:
         tracker.finish({**found[len(found) // 2], **about["held_out"][len(found) // 2]}, picture, place / "policy")
         return router, own, attempts
 
-    def _fit(self, tables: DecisionTables, task: Lam, place: Path, tracker: NoTracker) -> Fitted:
-        config = self.config
+    def _fit(self, task: Lam, place: Path, tracker: NoTracker) -> Fitted:
+        config, tables = self.config, self._fitting
         if config.agent in ("ppo-agg", "ppo-seq"):
-            return self._train(tables, task, place, tracker)
+            return self._train(task, place, tracker)
         router: Any
         if config.agent in ("exact", *_PREDICTING):
             found: Any = self._frontiers[task] if config.agent == "exact" else self._predictions
@@ -308,15 +315,13 @@ class _Run:
     @cached_property
     def _predictions(self) -> Any:
         """What those learners make that predict what the large model does for it, for all λ."""
-        train = _tables(self.config, self.trees, self.trees.select("train"))
         learner: Any = _PREDICTING[self.config.agent]
-        return learner.fit(train, self.validation.choice, self.config.seed)
+        return learner.fit(self._fitting, self.validation.choice, self.config.seed)
 
     @cached_property
     def _frontiers(self) -> dict[Lam, Frontier | AskingFrontier]:
         """What the exact learner makes for each task."""
-        config, choice = self.config, self.validation.choice
-        train = _tables(config, self.trees, self.trees.select("train"))
+        config, train, choice = self.config, self._fitting, self.validation.choice
         if config.lam_range:
             lams = np.geomspace(*config.lam_range, 5).tolist()
             return {config.lam_range: fit(train, choice, lams, config.exact, config.seed)}
@@ -331,8 +336,8 @@ class _Run:
     def _assessed(self, router: artefact.Storable, task: Lam) -> dict[float, Health]:
         return {lam: self.validation.assess(at(router, lam), lam, final=True) for lam in checked_at(task)}
 
-    def _train(self, tables: DecisionTables, lam: Lam, place: Path, tracker: NoTracker) -> Fitted:
-        config = self.config
+    def _train(self, lam: Lam, place: Path, tracker: NoTracker) -> Fitted:
+        config, tables = self.config, self._fitting
         if self.models and self.episodes is None:
             self.episodes = self._held.enter_context(self.models.opened(tables))
         training = Training(

@@ -87,11 +87,11 @@ def evaluate(store: Store, config: FamilyConfig, grader: str | None, split: str 
         trees = compile_store(store, family.scorer_name, grader, on_progress=advance)
     if split not in trees.splits[trees.problem]:
         return {}
-    indices, after = trees.select(split), small_outcomes(trees)
-    known = np.isin(trees.tree, indices)[:, None] & ~np.isnan(after)
+    rows, after = trees.rows_of(trees.select(split)), small_outcomes(trees)
+    known = ~np.isnan(after[rows])
     return {
         "solution": split_statistics(trees, split).min_score_auc,
-        "step": auc(trees.score[known], after[known] == 1),
+        "step": auc(trees.score[rows][known], after[rows][known] == 1),
     }
 
 

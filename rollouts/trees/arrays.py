@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,11 @@ CONTINUE_SMALL, ESCALATE_LARGE = 0, 1
 ASK = 2  # what it takes to choose between them; trees know it not
 TERMINAL, MISSING = -1, -2
 STOP_REASONS = tuple(StopReason)
+PART = 1 << 18  # most nodes that are worked on at once
+_PER_NODE = (
+    *("child", "tokens", "accepted_tokens", "prompt_tokens", "score", "correct", "stop_reason", "has_answer", "label"),
+    *("tree", "depth", "prefix_tokens", "min_score", "product_score", "text_end"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +92,58 @@ class Trees:
         """Number of decision nodes, N."""
         return len(self.tree)
 
+    @cached_property
+    def sizes(self) -> NDArray[np.int64]:
+        """(R,) nodes of each tree."""
+        return np.diff(np.asarray(self.root, np.int64), append=self.nodes)
+
+    def rows_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the rows of the nodes of some trees, ascending."""
+        indices = np.sort(indices)
+        sizes = self.sizes[indices]
+        rows: NDArray[np.int64] = np.repeat(self.root[indices] - (np.cumsum(sizes) - sizes), sizes)
+        return rows + np.arange(len(rows))
+
+    def parted(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Return some trees in parts, in their order, of `PART` nodes at most unless a single one has more."""
+        ends, cuts = np.cumsum(self.sizes[indices]), [0]
+        while cuts[-1] < len(indices):
+            before = ends[cuts[-1] - 1] if cuts[-1] else 0
+            cuts.append(max(cuts[-1] + 1, int(np.searchsorted(ends, before + PART, side="right"))))
+        return np.split(indices, cuts[1:-1])
+
+    def between(self, first: int, last: int) -> Trees:
+        """Return the trees from one to before another as trees of their own; few of their arrays are copied."""
+        begin, end = (int(self.sizes[:place].sum()) for place in (first, last))
+        text = int(self.text_end[begin - 1, 1]) if begin else 0
+        own = {name: getattr(self, name)[begin:end] for name in _PER_NODE}
+        own |= {name: getattr(self, name)[first:last] for name in ("root", "problem", "replica")}
+        own["child"] = np.where(own["child"] >= 0, own["child"] - begin, own["child"])
+        own |= {"tree": own["tree"] - first, "root": own["root"] - begin, "text_end": own["text_end"] - text}
+        signals = {name: values[begin:end] for name, values in self.signals.items()}
+        return replace(self, **own, text=self.text[text:], signals=signals)
+
+    def by_parts(self, compute: Callable[[Trees], Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+        """Return arrays of a row, or two, for each node.
+
+        Args:
+            compute: From trees to their arrays. Of many nodes it is given one part after the other, and what it returns
+                is put into files without a name beside the trees, so that memory holds what is in use.
+        """
+        parts = self.parted(np.arange(len(self.root)))
+        if len(parts) == 1:
+            return dict(compute(self))
+        found, done = dict[str, NDArray[Any]](), 0
+        for part in parts:
+            own = self.between(int(part[0]), int(part[-1]) + 1)
+            for name, values in compute(own).items():
+                each = len(values) // own.nodes
+                if name not in found:
+                    found[name] = in_a_file((each * self.nodes, *values.shape[1:]), values.dtype, self.child)
+                found[name][each * done : each * (done + own.nodes)] = values
+            done += own.nodes
+        return found
+
     @property
     def large_alone(self) -> NDArray[np.bool_]:
         """(N,) where the large model alone writes: its step is the proposal of both, at no tokens of the small one."""
@@ -113,6 +174,18 @@ class Trees:
         if not len(chosen):
             raise StoreError(f"No trees in split {split!r}; the store has {sorted(set(self.splits.tolist()))}.")
         return chosen
+
+
+def in_a_file(shape: tuple[int, ...], dtype: Any, beside: NDArray[Any] | None = None) -> NDArray[Any]:
+    """Return zeros in a file that goes with them, beside a memory-mapped array or among temporary files."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if not size:
+        return np.zeros(shape, dtype)
+    name = getattr(beside, "filename", None)
+    folder = Path(name).parent if name and os.access(Path(name).parent, os.W_OK) else None
+    with tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, and would be a crash later
+        return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from agents.learners.pomdp.dynamics import Dynamics, Rate, measure
 from agents.learners.pomdp.em import Agreement, agreement, em
-from agents.learners.pomdp.latent import CLASSES, labelled, rows_of
+from agents.learners.pomdp.latent import CLASSES, labelled
 from agents.learners.pomdp.observation import LEVELS, ObservationModel
 from agents.learners.pomdp.presets import measured, paper
 from agents.learners.pomdp.sample import observations, sample
@@ -105,7 +105,7 @@ def estimate(
     """
     if labels not in LABELS:
         raise ConfigError(f"Unknown kind of labels {labels!r}.{did_you_mean(labels, LABELS)}")
-    rows = rows_of(trees, trees.select(split) if indices is None else np.asarray(indices, np.int64))
+    rows = trees.rows_of(trees.select(split) if indices is None else np.asarray(indices, np.int64))
     seen = sample(trees, rows, levels=levels)
     exact = labelled(trees, rows)
     if labels == "exact" or (labels == "auto" and (trees.label[rows] >= 0).any()):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from agents.routers.pomdp.belief import RIGHT, WRONG, Floats, Ints
 from rollouts.trees.arrays import MISSING, Trees, graph_of
@@ -41,13 +40,6 @@ class Latent:
         """(M, 2) weights of a right and of a wrong prefix."""
         weight: Floats = self.weight.sum(axis=(2, 3))
         return weight
-
-
-def rows_of(trees: Trees, indices: NDArray[np.int64]) -> Ints:
-    """Return the rows of the nodes of some trees, ascending."""
-    member = np.zeros(len(trees.root), bool)
-    member[indices] = True
-    return np.flatnonzero(member[trees.tree])
 
 
 def labelled(trees: Trees, rows: Ints) -> Latent:

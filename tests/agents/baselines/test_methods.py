@@ -27,6 +27,7 @@ from agents.baselines.methods import (
     fit_all,
 )
 from agents.evaluation.curves import Method, mixture_at
+from agents.evaluation.walk import alone
 from agents.evaluation.walk import references as of_tables
 from rollouts.errors import ConfigError, DataError, StoreError
 from rollouts.trees.compile import compile_store
@@ -169,7 +170,18 @@ def test_a_hard_cap_refuses_them(fitting):
 
 def test_examples_are_averages_over_replicas(fitting):
     examples, both = Examples.of(fitting.choosing), of_tables(fitting.choosing)
-    assert np.allclose(examples.correct[:, 0], both.small.correct) and np.allclose(
-        examples.tokens[:, 1], both.large.cost
-    )
+    assert np.allclose(examples.correct, np.stack([both.small.correct, both.large.correct], axis=1))
     assert len(examples.questions) == len(both.small)
+
+
+def test_arms_cost_what_the_cost_model_says(fitting, monkeypatch):
+    """The small model is an arm like others: free only where its tokens are."""
+    told = {}
+    monkeypatch.setattr("agents.baselines.predict.fit", lambda _, arms, *others: told.update(arms))
+    for cost in ("decode-only", "prices:small_in=1,small_out=2,large_in=10,large_out=20"):
+        train = decision_tables(fitting.train.trees, "train", cost=cost)
+        _ = Fitting(train, fitting.choosing, features=lambda questions: np.zeros((len(questions), 1))).predictor
+        unit, both = of_tables(train).large.cost.mean(), alone(train)
+        for arm, want in (("small", both.small), ("large", both.large)):
+            assert (told[arm][0] == want.correct).all() and (told[arm][1] == want.cost / unit).all()
+        assert told["small"][1].any() == (cost != "decode-only") and (told["small"][1] < told["large"][1]).all()

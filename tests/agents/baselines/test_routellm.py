@@ -23,7 +23,7 @@ def planted(count, seed, shuffle=False, ties=0.3):
         draw.shuffle(wins)
     correct = np.stack([1 - wins, wins], axis=1)
     correct[draw.random(count) < ties] = 1.0
-    return Examples(tuple(texts), correct, np.full((count, 2), 20.0)), np.array(["%" in text for text in texts])
+    return Examples(tuple(texts), correct), np.array(["%" in text for text in texts])
 
 
 @pytest.mark.parametrize("method", [classifier, matrix_factorisation, ranking, neighbours])
@@ -47,7 +47,7 @@ def test_classifiers_do_with_two_outcomes():
     train, has = planted(300, 0, ties=0.0)
     found = classifier(train, CharTfidf.fit(train.questions)).preference(train.questions)
     assert (found[has] > 0.5).all() and (found[~has] < 0.5).all()
-    alike = Examples(train.questions, np.ones((300, 2)), train.tokens)
+    alike = Examples(train.questions, np.ones((300, 2)))
     for method in (classifier, matrix_factorisation):
         with pytest.raises(DataError):
             method(alike, CharTfidf.fit(train.questions))
@@ -60,7 +60,7 @@ def test_matrix_factorisation_ranks_as_a_regression_without_intercept_does():
     draw = np.random.default_rng(1)
     embedded = draw.normal(size=(400, 6))
     win = draw.random(400) < 1 / (1 + np.exp(-embedded @ [2, -1, 0.5, 0, 0, 1]))
-    examples = Examples(tuple(map(str, range(400))), np.stack([~win, win], axis=1).astype(float), train.tokens)
+    examples = Examples(tuple(map(str, range(400))), np.stack([~win, win], axis=1).astype(float))
 
     def features(texts):
         return embedded[[int(text) for text in texts]]
@@ -104,7 +104,7 @@ def test_ranking_without_similarities_is_the_base_rate():
 
 
 def test_neighbours_are_averaged():
-    examples = Examples(("0", "1", "2", "9"), np.array([[0, 1], [0, 1], [1, 1], [1, 0]], float), np.ones((4, 2)))
+    examples = Examples(("0", "1", "2", "9"), np.array([[0, 1], [0, 1], [1, 1], [1, 0]], float))
 
     def features(texts):
         return np.array([[np.cos(float(text) / 9), np.sin(float(text) / 9)] for text in texts])

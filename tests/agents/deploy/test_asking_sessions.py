@@ -10,7 +10,7 @@ from agents.deploy.session import decide_together
 from agents.evaluation.walk import run_trees
 from agents.routers import artefact
 from agents.routers.asking import HEADS, Asking
-from agents.routers.base import Constant, Knob, RandomRate
+from agents.routers.base import Constant, Knob, Mixture, RandomRate
 from rollouts.errors import ArtefactError, ConfigError
 from rollouts.trees.arrays import ASK
 from rollouts.trees.columns import columns_of
@@ -216,6 +216,10 @@ def test_it_is_stored_and_damage_is_named(tmp_path, trees):
     assert isinstance(policy.router, Asking) and (policy.router.asks(seen) == router.asks(seen)).all()
     assert (policy.router.probability(seen) == router.probability(seen)).all()
     assert policy.describe()["asks"] == ["score"]
+    for parts in ((Constant(0), router), (router, Constant(1)), (router, router)):
+        mixture = Policy(Mixture(*parts, 0.5, Knob("budget", 0.2)), {"max_steps": 9})
+        assert mixture.describe()["asks"] == ["score"]
+    assert "asks" not in Policy(Constant(0), {"max_steps": 9}).describe()
     with pytest.raises(ArtefactError, match="No feature of agg./1 reads small.min_logprob"):
         drawn(facts=("small.min_logprob",))
     lacking = {name: values for name, values in router.weights.items() if not name.startswith("told.0")}

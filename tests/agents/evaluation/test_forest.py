@@ -158,7 +158,7 @@ RULES = {
 
 @pytest.fixture(params=RULES)
 def rule(request, capped):
-    return RULES[request.param](Scale(Forest(capped), (1e-3, 1e-2, 3e-2)))
+    return RULES[request.param](Scale([Forest(capped)], (1e-3, 1e-2, 3e-2)))
 
 
 def test_derivatives_of_a_rule_are_those_of_finite_differences(rule):
@@ -187,10 +187,10 @@ def test_the_stored_form_of_a_rule_decides_as_the_rule(rule, capped):
 
 def test_what_ascends_returns_more_and_entropy_keeps_it_soft(tables):
     forest = Forest(tables)
-    rule = Polynomial(Scale(forest, [LAM]), quadratic=True)
+    rule = Polynomial(Scale([forest], [LAM]), quadratic=True)
     found = {}
     for entropy in (1.0, 0.1, 0.001):
-        z, _ = rule.logits(ascend(forest, rule, [LAM], rule.start, entropy))
+        z, _ = rule.logits(ascend([forest], rule, [LAM], rule.start, entropy))
         found[entropy] = forest.gradient(1 / (1 + np.exp(-z)), np.array([LAM]))[0][0], np.abs(z).mean()
     returns, steepness = zip(*found.values(), strict=True)
     assert list(returns) == sorted(returns) and list(steepness) == sorted(steepness)

@@ -104,11 +104,11 @@ def test_the_gradient_is_that_of_finite_differences(trees, caps, rule, monkeypat
     hidden = np.append(tables.schema.reading(["score"]), [False] * (tables.max_large_tokens is not None)).astype(bool)
     lams = (LAM, 0.01)
     free = forest.seeing(hidden)
-    rules = [RULES[rule].make(Scale(each, lams), ExactSettings(hidden=3), 0) for each in (free, free, forest)]
+    rules = [RULES[rule].make(Scale([each], lams), ExactSettings(hidden=3), 0) for each in (free, free, forest)]
     at = np.random.default_rng(0).normal(0, 0.3, sum(len(each.start) for each in rules))
     caught = []
     monkeypatch.setattr("agents.learners.asking.least", lambda loss, start, iterations: caught.append(loss) or start)
-    ascend(forest, rules, lams, at, 0.7, 0.05)
+    ascend([forest], rules, lams, at, 0.7, 0.05)
     _, gradient = caught[0](at)
     places = np.random.default_rng(1).choice(len(at), min(25, len(at)), replace=False)
     for place in places:

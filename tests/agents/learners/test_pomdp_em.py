@@ -10,7 +10,7 @@ from agents.learners.pomdp import em as em_module
 from agents.learners.pomdp.dynamics import ends_right
 from agents.learners.pomdp.em import em, first_guess
 from agents.learners.pomdp.fit import estimate
-from agents.learners.pomdp.latent import labelled, rows_of
+from agents.learners.pomdp.latent import labelled
 from agents.learners.pomdp.sample import sample
 from rollouts.trees.arrays import graph_of
 
@@ -27,7 +27,7 @@ def silent(trees):
 
 
 def test_the_first_guess_is_how_large_continuations_end(silent):
-    rows = rows_of(silent, np.arange(100))
+    rows = silent.rows_of(np.arange(100))
     seen = sample(silent, rows)
     guess = first_guess(seen)
     assert guess.weight.sum(axis=(1, 2, 3)) == pytest.approx(1)
@@ -52,7 +52,7 @@ def test_em_recovers_the_model(trees, silent):
 
 
 def test_em_improves_on_its_first_guess(trees, silent):
-    rows = rows_of(trees, trees.select(None))
+    rows = trees.rows_of(trees.select(None))
     exact = labelled(trees, rows)
     seen = sample(silent, rows)
     fitted = em(seen)
@@ -65,7 +65,7 @@ def test_em_improves_on_its_first_guess(trees, silent):
 def test_posteriors_equal_enumeration():
     """One tree of two steps: sum over all states of all proposals."""
     trees = made_trees(300, seed=1, depth=2)
-    rows = rows_of(trees, np.arange(300))
+    rows = trees.rows_of(np.arange(300))
     seen = sample(trees, rows)
     start = labelled(trees, rows)
     observed, dynamics = em_module.observations(seen, start), em_module.measure(seen, start)

@@ -9,7 +9,7 @@ from made_pomdps import made_trees
 
 from agents.learners.pomdp.dynamics import ends_right, wilson
 from agents.learners.pomdp.fit import estimate
-from agents.learners.pomdp.latent import labelled, rows_of
+from agents.learners.pomdp.latent import labelled
 from agents.learners.pomdp.observation import score_edges
 from agents.learners.pomdp.sample import sample
 from agents.routers.pomdp.model import as_feature, to_bins
@@ -46,7 +46,7 @@ def classes_by_walking(trees):
 
 
 def test_labels_along_paths_give_classes(trees):
-    rows = rows_of(trees, trees.select("train"))
+    rows = trees.rows_of(trees.select("train"))
     latent, truth = labelled(trees, rows), classes_by_walking(trees)
     for action in (0, 1):
         assert latent.classes(action).argmax(axis=1).tolist() == [truth[row, action] for row in rows]
@@ -61,7 +61,7 @@ def test_unknown_labels_hide_what_follows(trees):
     label[root] = [-1, 1]
     label[broken] = 0
     label[trees.child[broken, 0]] = -1
-    rows = rows_of(trees, apart)
+    rows = trees.rows_of(apart)
     weight = labelled(replace(trees, label=label), rows).weight.sum(axis=(1, 2, 3))
     place = {int(row): i for i, row in enumerate(rows)}
     assert weight[place[root]] == 0 and weight[place[child]] == 0 and weight[place[other]] == 1
@@ -71,7 +71,7 @@ def test_unknown_labels_hide_what_follows(trees):
 def test_dynamics_count_what_is_there(trees):
     found = estimate(trees, "train", labels="exact").dynamics
     truth = classes_by_walking(trees)
-    rows = rows_of(trees, trees.select("train"))
+    rows = trees.rows_of(trees.select("train"))
     prefix_right = [row for row in rows if truth[row, 0] != 1]
     right = [row for row in prefix_right if truth[row, 0] == 0]
     wrong = [row for row in prefix_right if truth[row, 0] == 2]
@@ -158,7 +158,7 @@ def test_ends_are_worth_what_they_were(trees):
 
 
 def test_contexts_are_levels_of_accepted_scores(trees):
-    rows = rows_of(trees, trees.select("train"))
+    rows = trees.rows_of(trees.select("train"))
     seen = sample(trees, rows)
     assert len(np.unique(seen.context)) == seen.level.max() + 2
     place = {int(row): i for i, row in enumerate(rows)}

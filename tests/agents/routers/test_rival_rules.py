@@ -8,6 +8,7 @@ from made_routers import Remembering, network
 from scripted_store import scripted_store
 
 from agents.deploy.policy import Policy
+from agents.deploy.session import Session
 from agents.evaluation.outcomes import Calls, Outcomes
 from agents.evaluation.walk import references, run, run_trees
 from agents.routers import artefact
@@ -16,7 +17,7 @@ from agents.routers.first_token import FirstToken
 from agents.routers.modes import Modes
 from agents.routers.takeover import Takeover
 from agents.routers.whole import OneModel
-from rollouts.errors import ArtefactError, ConfigError, StoreError
+from rollouts.errors import ArtefactError, ConfigError, StoreError, TrimError
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
@@ -138,6 +139,20 @@ def test_a_cap_on_tokens_is_refused(trees):
 def test_a_takeover_is_triggered_by_one_router_of_proposals(trigger):
     with pytest.raises(ConfigError, match="cannot be its trigger"):
         Takeover(trigger)
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        (Takeover(Threshold(0.5)), "cannot be stored or served"),
+        (FirstToken(1.0), "cannot be stored or served"),
+        (Mixture(Threshold(0.1), Threshold(0.2), 0.5, Knob("budget", 0.2)), "A Mixture is no router of steps"),
+        (OneModel(1), "decides once for a whole problem"),
+    ],
+)
+def test_sessions_are_of_routers_that_decide_on_proposals(router, message):
+    with pytest.raises(TrimError, match=message):
+        Session(router, router.knob, 9, (None, None), None)
 
 
 def test_the_first_token_is_enough(tables):

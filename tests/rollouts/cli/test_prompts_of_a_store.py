@@ -18,6 +18,7 @@ import rollouts.store.store
 import rollouts.text.prompts
 from rollouts.__main__ import main
 from rollouts.family import Family
+from rollouts.models.hf.fit import Fit
 from rollouts.store.store import Store
 from rollouts.tinymath import model_dir
 
@@ -102,6 +103,24 @@ def test_tomorrow_the_same_command_goes_on(tmp_path: Path, prompts: list[str], c
     assert Store(out).date == date(2026, 11, 26)
     assert main(["generate", str(tmp_path / "other"), *command]) == 0
     assert prompts[-1].startswith("01 January 2027\n")
+
+
+def test_a_reward_model_learns_and_reads_prompts_of_the_stores_day(
+    tmp_path: Path, prompts: list[str], command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned: list[str] = []
+
+    def make(trunk: Any, style: Any, problems: Any, recipe: Any, folder: Path, on_progress: Any) -> Fit:
+        learned.append(style.text("Q", []))
+        shutil.copytree(tmp_path / "prm", folder)
+        return Fit(4, 0.5, 0.5, 0.5)
+
+    monkeypatch.setattr("rollouts.cli.train_prm.make", make)
+    out = str(tmp_path / "s")
+    assert main(["generate", out, *command, "--no-score"]) == 0
+    Today.now = date(2027, 1, 1)
+    assert main(["train-prm", out, str(tmp_path / "own"), *command[2:], "--split", "test"]) == 0
+    assert all(each.startswith("26 November 2026\n") for each in (*learned, prompts[-1]))
 
 
 def test_statistics_count_special_tokens(tmp_path: Path, prompts: list[str], command: list[str], capsys: Any) -> None:
