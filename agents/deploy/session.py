@@ -74,7 +74,7 @@ class Session:
         self.knob = knob
         self.decides_once = isinstance(router, QueryRouter)
         self.step, self.escalations, self.large_tokens, self.ended = 1, 0, 0, False
-        self._schema = _NOTHING if is_blind(router) else schema_named(self.router.schema)
+        self._schema = _NOTHING if is_blind(router) else schema_named(cast(Any, router).schema)
         self._bought = frozenset(router.facts if isinstance(router, Asking) else ())
         self._folded = Folded(fold for fold in self._schema.folds if fold.fact not in self._bought)
         self._asked_of = tuple(fold for fold in self._schema.folds if fold.fact in self._bought)

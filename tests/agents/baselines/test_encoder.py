@@ -83,7 +83,7 @@ def test_a_head_on_a_bert_finds_a_sign_and_is_not_stored(bert, tmp_path):
 
     (texts, has), (new, there) = questions(300), questions(200)
     correct = np.stack([~has, np.ones(300)], axis=1).astype(float)
-    examples = Examples(tuple(texts), correct, np.ones((300, 2)))
+    examples = Examples(tuple(texts), correct)
     for method in (routellm.classifier, routellm.neighbours):
         router = method(examples, embed)
         assert auc(router.preference(new), there) > 0.95
