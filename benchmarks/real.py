@@ -399,8 +399,9 @@ def report(settings: Settings, left: int) -> tuple[str, Ground, dict[Rung, Measu
 WHAT = (
     "So no router is worth having here, and none comes with the package. With one escalation the cap is as tight as it "
     "can be (always-large is exempt from it), one step of the large model rescues little of what the small one goes on "
-    "with, signals tell little of where it would, and 42 problems show large effects only. `test` was looked at once, "
-    "when all choices were made; afterwards sentences were rewritten, and the shares of steps that pay were added.",
+    "with, signals tell little of where it would (the learned reward model, from 110 problems with one rollout at each "
+    "step, nothing), and 66 problems show large effects only. 42 of the test problems were looked at when the store "
+    "had 140 problems, all of them once now, when all choices were made.",
     "",
     "Qwen2.5-Coder-0.5B-Instruct proposes, Qwen2.5-Coder-1.5B-Instruct is the large model, problems are of GSM8K's "
     "test set, as one shuffle ordered them; [the card of the data](../rollouts/datasets/README.md#gsm8k) says how they "
@@ -413,7 +414,7 @@ MONEY = (
     "them on 2026-11-26 (`--prices`), one number for input and output alike. Input is not in the table: a router's "
     "requests read the prefix at every step, so that without a cache of prefixes a step of 45 tokens costs some 300 "
     "of input, several times what routing saves; with one, or on machines of one's own, each token is read once. "
-    "Seconds are processor time of the two engines while the last 40 problems were grown on a machine busy with other "
+    "Seconds are processor time of the two engines while 40 of the problems were grown on a machine busy with other "
     "things, 389 s for 44,076 tokens of the small and 390 s for 19,744 of the large model, prefill included "
     "(`--milliseconds`).",
 )
