@@ -36,7 +36,7 @@ K, LENGTHS, CHUNK = 2, (4, 5, 6, 7, 8), 2000
 SPLITS = ("train",) * 8 + ("validation", "test")
 TOOLS = Path(__file__).resolve().parents[1]
 COMMANDS = {
-    "exact": ["train.py", "--agent", "exact", "--tracking", "none"],
+    "exact": ["train.py", "--agent", "exact", "--lam", "0.005", "0.01", "--tracking", "none"],
     "evaluate": ["evaluate.py"],
     "ppo-agg": ["train.py", "--lam", "0.01", "--ppo.iterations", "10", "--attempts", "1", "--tracking", "none"],
 }
