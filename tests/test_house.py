@@ -203,7 +203,7 @@ def test_serving_loads_no_training_stack() -> None:
     prompts = "from rollouts.family import Family; from rollouts.config import load_family\n"
     prompts += "family = Family(load_family('tinymath')); family.formats['small'].ids('x', ['y'])\n"
     prompts += "from rollouts.models.hf.load import native_window; assert native_window(family.config.small.model)"
-    others = ("pandas", "sympy", "math_verify", "rich", "sklearn", "opentelemetry")
+    others = ("pandas", "sympy", "math_verify", "rich", "sklearn", "opentelemetry", "fastapi")
     assert not loaded(f"{SERVING}\n{prompts}", *HEAVY, *others)
 
 

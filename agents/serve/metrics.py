@@ -114,9 +114,7 @@ class Metrics:
             usage: As its answer tells it.
             share: Large-token share of the answer; None if there is no whole answer.
         """
-        self.under_way -= 1
-        self.in_flight.set(self.under_way)
-        self.requests.labels(status).inc()
+        self._left(status)
         self.seconds.observe(seconds)
         self.spent(usage["models"])
         if share is not None:
@@ -161,10 +159,13 @@ class Metrics:
 
     def passed(self, role: str, status: str) -> None:
         """Count a request out that was passed on to one model."""
+        self._left(status)
+        self.passed_on.labels(role).inc()
+
+    def _left(self, status: str) -> None:
         self.under_way -= 1
         self.in_flight.set(self.under_way)
         self.requests.labels(status).inc()
-        self.passed_on.labels(role).inc()
 
     def text(self) -> bytes:
         """Return everything in Prometheus' text format."""

@@ -178,6 +178,16 @@ class Service:
         if self.metrics.under_way >= self.config.max_concurrent:
             raise ApiError(429, "Too many requests are under way; try again.", "RateLimitError")
 
+    def _enter(self, one: Route | Cut) -> None:
+        """Count in what begins now, or its refusal."""
+        try:
+            self._check_open()
+        except ApiError as error:
+            self.metrics.requests.labels(str(error.status)).inc()
+            raise
+        self.metrics.began()
+        self._routes.add(one)
+
     async def steps(self, route: Route, ask: ChatRequest) -> AsyncGenerator[Written, None]:
         """Yield the steps of a route, counted in before the first one and out with the status that its end has.
 
@@ -186,13 +196,7 @@ class Service:
                 what there is.
         """
         metrics, ledger = self.metrics, route.ledger
-        try:
-            self._check_open()
-        except ApiError as error:
-            metrics.requests.labels(str(error.status)).inc()
-            raise
-        metrics.began()
-        self._routes.add(route)
+        self._enter(route)
         status, share = CLIENT_GONE, None
         began = now = time.monotonic()
         waited = ledger.waited
@@ -311,19 +315,13 @@ class Service:
         Raises:
             ApiError: Too many are under way.
         """
-        try:
-            self._check_open()
-        except ApiError as error:
-            self.metrics.requests.labels(str(error.status)).inc()
-            raise
+        self._enter(cut)
         status = CLIENT_GONE
 
         def note(value: int) -> None:
             nonlocal status
             status = value
 
-        self.metrics.began()
-        self._routes.add(cut)
         try:
             yield note
         finally:

@@ -279,9 +279,8 @@ def test_the_key_is_asked_for_and_kept(guarded: Router, caplog: pytest.LogCaptur
     assert answer.status_code == 200
     everything = answer.text + caplog.text + guarded.client.get("/metrics").text + guarded.client.get("/v1/models").text
     assert KEY not in everything and "sk-of-upstreams" not in everything
-    assert {
-        upstream._connection._headers["Authorization"] for upstream in guarded.server.models.upstreams.values()
-    } == {"Bearer sk-of-upstreams"}
+    each = [server for upstream in guarded.server.models.upstreams.values() for server in upstream.each]
+    assert {server._connection._headers["Authorization"] for server in each} == {"Bearer sk-of-upstreams"}
 
 
 def test_lam_is_a_setting_of_each_request(guarded: Router) -> None:
