@@ -12,7 +12,7 @@ traffic  Training problems are asked of a service that records (``--record``); `
          that nobody took, and ``train.py`` trains on them. Beside it a router is trained on trees that
          ``rollouts generate`` makes of the same problems. Both are evaluated on bundled problems.
 
-What is done is kept in --work, and not done again.
+What is done is kept in --work, and not done again; begin with an empty one.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ import json
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -44,11 +43,13 @@ from benchmarks.methods import LAMS, RANGE, best_constant, heading, write
 from benchmarks.stage import DEMO, Running, Stage, connected
 from rollouts.config import load_family
 from rollouts.family import Family
-from rollouts.models.base import Completion, Finish
+from rollouts.models.base import Completion, CompletionRequest
+from rollouts.scoring.base import self_test_examples
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
 from rollouts.tasks.problems import Problem
 from rollouts.text.steps import DELIMITER, ROLES
+from rollouts.tinymath import model_dir
 from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
 
@@ -69,6 +70,7 @@ class Settings:
         live: Likewise, answers being drawn.
         budget: Of the demo's router, that watches.
         recorded: Training problems that are recorded.
+        fresh: Whether the embedded models draw anew for them, in place of the bundled trees.
         threshold: Of the policy that serves them.
         clients: Requests under way at once.
         work: Folder in which what was done is kept.
@@ -80,6 +82,7 @@ class Settings:
     live: int = 100
     budget: float = 0.25
     recorded: int = 200
+    fresh: bool = False
     threshold: float = 0.5
     clients: int = 16
     work: Path = Path("runs/trust")
@@ -87,32 +90,33 @@ class Settings:
 
 
 class _Replay:
-    """A backend that knows the bundled trees by heart: proposals by prompt, scores by path."""
+    """A backend that knows bundled trees by heart: steps and whole paths by prompt, scores by path."""
 
     window = 1024
 
     def __init__(self, indices: Ints) -> None:
-        trees, family = compile_store("quickstart"), Family(load_family("tinymath"))
-        reward, formats = family.reward_prompts, family.formats
+        self._trees, family = compile_store("quickstart"), Family(load_family("tinymath"))
+        trees, reward = self._trees, family.reward_prompts
         assert reward is not None
-        self._written: dict[tuple[str, tuple[int, ...]], Completion] = {}
+        self._formats, self._tag = family.formats, reward.reading.tag
+        self._rows: dict[tuple[str, tuple[int, ...]], int] = {}
         self._scores: dict[tuple[int, ...], list[float]] = {}
-        self._tag = reward.reading.tag
         for index in indices:
             question = trees.questions[trees.problem[index]]
             left: list[tuple[int, tuple[str, ...], list[float]]] = [(int(trees.root[index]), (), [])]
             while left:
                 row, steps, scores = left.pop()
                 for action, role in enumerate(ROLES):
-                    text, tokens = trees.proposal(row, action), int(trees.tokens[row, action])
-                    finish: Finish = "stop" if text.endswith(DELIMITER) else "eos"
-                    self._written[role, formats[role].ids(question, steps)] = Completion(
-                        text, tokens, (5,) * tokens, finish
-                    )
-                    path, known = (*steps, text), [*scores, float(trees.score[row, action])]
+                    self._rows[role, self._formats[role].ids(question, steps)] = row
+                    path = (*steps, trees.proposal(row, action))
+                    known = [*scores, float(trees.score[row, action])]
                     self._scores[reward.ids(question, path)] = known
                     if (child := int(trees.child[row, action])) >= 0:
                         left.append((child, path, known))
+        for example in self_test_examples([Problem("", "test", trees.questions[0], "", "", "")]):
+            for steps, last in ((example.right, 0.9), (example.wrong, 0.1)):  # a scorer is tested on these first
+                self._scores[reward.ids(example.question, steps[:-1])] = [0.9] * (len(steps) - 1)
+                self._scores[reward.ids(example.question, steps)] = [*[0.9] * (len(steps) - 1), last]
 
     def submit(self, asked: tuple[str, Any]) -> Future[Any]:
         """Answer a request to a role."""
@@ -122,8 +126,21 @@ class _Replay:
         if len(ids) < 6:  # a probe
             done.set_result([0.5] * len(request.positions) if role == "prm" else Completion("1", 1, (5,), "length"))
         else:
-            done.set_result(self._scores[ids] if role == "prm" else self._written[role, ids])
+            done.set_result(self._scores[ids] if role == "prm" else self._written(role, request))
         return done
+
+    def _written(self, role: str, request: CompletionRequest) -> Completion:
+        """Return the step of a model, or all that it writes until the end where nothing is to stop it."""
+        row, action, text, ids = self._rows[role, request.prompt_ids], ROLES.index(role), "", list[int]()
+        while True:
+            step = self._trees.proposal(row, action)
+            text, ids = text + step, [*ids, *self._formats[role].encode(step)]
+            row = int(self._trees.child[row, action])
+            if step.endswith(DELIMITER) and (row < 0 or DELIMITER in request.stop):
+                return Completion(text, len(ids), tuple(ids), "stop" if DELIMITER in request.stop else "length")
+            if not step.endswith(DELIMITER):
+                ids.append(self._formats[role].tokenizer.eos_token_id)
+                return Completion(text, len(ids), tuple(ids), "eos")
 
     def describe(self) -> dict[str, Any]:
         """Say where scores are read."""
@@ -182,10 +199,10 @@ def _watched(settings: Settings, part: Part, model: str, problems: Sequence[Prob
     return [told[problem.id] for problem in problems]
 
 
-def _firsts(problems: Sequence[Problem]) -> Ints:
-    """Return the first tree of each test problem, in their order."""
+def _firsts(problems: Sequence[Problem], split: str = "test") -> Ints:
+    """Return the first tree of each problem, in their order."""
     trees = compile_store("quickstart")
-    found = {trees.problem_ids[trees.problem[i]]: i for i in reversed(trees.select("test"))}
+    found = {trees.problem_ids[trees.problem[i]]: i for i in reversed(trees.select(split))}
     return np.array([found[problem.id] for problem in problems])
 
 
@@ -279,41 +296,31 @@ def shadow(settings: Settings, part: Part) -> list[str]:
 # ---------------------------------------------------------------- traffic
 
 
-def _record(settings: Settings, problems: Sequence[Problem]) -> tuple[Path, dict[str, Any]]:
-    """Return a store of recorded requests, grown, and how many steps were recorded and grown in how many seconds."""
-    store, kept = (settings.work / f"traffic-{len(problems)}{suffix}" for suffix in ("", ".json"))
-    told: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-    if not told:
-        with load() as backend, _before(backend, settings.work) as on:
-            policy = on.policy(Threshold(settings.threshold), max_escalations=_CAP)
-            with on.service("--record", store, *_PATIENT, policy=policy) as service:
-                asyncio.run(_ask(service, problems, settings.clients))
-                service.process.terminate()
-                service.process.wait(60)
-        told["recorded"] = Store(store).steps.keys().num_rows
-        kept.write_text(json.dumps(told), encoding="utf-8")
-    if "grown" not in told:
-        told["seconds"] = _command("rollouts", "expand", store, "--models", "tinymath:transformers")
-        told["grown"] = Store(store).steps.keys().num_rows - told["recorded"]
-        kept.write_text(json.dumps(told), encoding="utf-8")
-    return store, told
+def _grown(settings: Settings, problems: Sequence[Problem], models: str, on: Stage) -> tuple[Path, dict[str, Any]]:
+    """Return a store of recorded requests, grown, and how many steps were recorded and grown."""
+    store = settings.work / "traffic"
+    policy = on.policy(Threshold(settings.threshold), max_escalations=_CAP)
+    with on.service("--record", store, *_PATIENT, policy=policy) as service:
+        asyncio.run(_ask(service, problems, settings.clients))
+        service.process.terminate()
+        service.process.wait(60)
+    recorded = Store(store).steps.keys().num_rows
+    _command("rollouts", "expand", store, "--models", models)
+    return store, {"recorded": recorded, "grown": Store(store).steps.keys().num_rows - recorded}
 
 
-def _generate(settings: Settings, problems: Sequence[Problem], seed: int) -> Path:
-    """Return a store of trees of the same problems."""
-    file, store = settings.work / "problems.jsonl", settings.work / f"trees-{len(problems)}-{seed}"
+def _generated(settings: Settings, problems: Sequence[Problem], models: str, name: str) -> Path:
+    """Return a store of trees of some problems."""
+    file, store = settings.work / f"{name}.jsonl", settings.work / name
     rows = [{"id": each.id, "question": each.question, "answer": each.answer} for each in problems]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    flags = ("--models", "tinymath:transformers", "--max-escalations", _CAP, "--seed", seed)
-    _command("rollouts", "generate", store, "--problems", file, *flags)
+    _command("rollouts", "generate", store, "--problems", file, "--models", models, "--max-escalations", _CAP)
     return store
 
 
-def _command(*arguments: object) -> float:
-    """Run a module of this project; return how long it took, seconds."""
-    began = time.monotonic()
+def _command(*arguments: object) -> None:
+    """Run a module of this project."""
     subprocess.run([sys.executable, "-m", *map(str, arguments)], check=True, stdout=sys.stderr)
-    return time.monotonic() - began
 
 
 def _returns(store: Path, tables: DecisionTables, work: Path) -> Floats:
@@ -334,24 +341,36 @@ def _returns(store: Path, tables: DecisionTables, work: Path) -> Floats:
 
 def traffic(settings: Settings) -> list[str]:
     """Return the report of what recorded requests are worth."""
-    problems = _problems("train", settings.recorded)
-    recorded, told = _record(settings, problems)
-    stores = {"traffic": recorded, **{f"trees, seed {seed}": _generate(settings, problems, seed) for seed in (0, 1)}}
+    count = settings.recorded
+    every = _problems("train", 2 * count)
+    backend = load() if settings.fresh else nullcontext(_Replay(_firsts(every, "train")))
+    with backend as loaded, _before(loaded, settings.work) as on:
+        models = "tinymath:transformers"
+        if not settings.fresh:
+            models = str(settings.work / "models.toml")
+            Path(models).write_text(_models(on.urls), encoding="utf-8")
+        recorded, told = _grown(settings, every[:count], models, on)
+        stores = {
+            "traffic": recorded,
+            "trees of the same problems": _generated(settings, every[:count], models, "same"),
+        }
+        stores["trees of other problems"] = _generated(settings, every[count:], models, "others")
     tables = decision_tables("quickstart", "validation", max_escalations=_CAP)
     values = {name: _returns(store, tables, settings.work) for name, store in stores.items()}
     splits = Counter(problem.split for problem in Store(recorded).problems())
-    count = len(values["traffic"])
-    weights = np.concatenate([np.full((1, count), 1 / count), resample_weights(count)])
+    judged = len(values["traffic"])
+    weights = np.concatenate([np.full((1, judged), 1 / judged), resample_weights(judged)])
+    draws = "the embedded models draw anew" if settings.fresh else "the first bundled tree of each is what models draw"
     lines = [
         "## Recorded traffic against trees",
         "",
-        f"{len(problems)} training problems of `quickstart`, asked once of a service with a threshold of "
+        f"{count} training problems of `quickstart` ({draws}), asked once of a service with a threshold of "
         f"{settings.threshold:g} and at most {_CAP} escalations (`--record`), with their answers: {told['recorded']:,} "
-        f"steps. `rollouts expand` grew {told['grown']:,} more in {told['seconds']:.0f} s. `train.py --agent exact "
-        f"--lam-range {RANGE[0]:g} {RANGE[1]:g}` was given that store, and two that `rollouts generate "
-        f"--max-escalations {_CAP}` made of the same problems ({splits['train']} train).",
+        f"steps. `rollouts expand` grew {told['grown']:,} more. `train.py --agent exact --lam-range {RANGE[0]:g} "
+        f"{RANGE[1]:g}` was given that store ({splits['train']} to train on, {splits['validation']} that choose) and "
+        f"those that `rollouts generate --max-escalations {_CAP}` made of the same and of {count} other problems.",
         "",
-        f"Mean return over λ = {', '.join(f'{lam:g}' for lam in LAMS)} on {count} validation problems of `quickstart`, "
+        f"Mean return over λ = {', '.join(f'{lam:g}' for lam in LAMS)} on {judged} bundled validation problems, "
         f"K = {_CAP}; the better constant for each λ: {best_constant(tables):.4f}. Differences are paired on problems.",
         "",
         "| trained on | steps | return | traffic less it |",
@@ -362,8 +381,18 @@ def traffic(settings: Settings) -> list[str]:
         lines.append(
             f"| {name} | {Store(store).steps.keys().num_rows:,} | {_told(weights @ values[name], '.4f')} | {apart} |"
         )
-    one, other = (values[f"trees, seed {seed}"] for seed in (0, 1))
-    return [*lines, "", f"One draw of trees less the other: {_told(weights @ (one - other), '+.4f')}.", ""]
+    return [*lines, ""]
+
+
+def _models(urls: Mapping[str, str]) -> str:
+    """Return a models file of the embedded family behind servers."""
+    sections = [("small", 'system_prompt = ""'), ("large", 'system_prompt = ""'), ("prm", "")]
+    lines = ["[scorer]", 'kind = "prm"', 'name = "tinymath-prm"', 'system_prompt = ""', "[limits]", "max_steps = 16"]
+    for role, more in sections:
+        lines += [f"[{'scorer.model' if role == 'prm' else role}]", more]
+        lines += [f'model = "tinymath-{role}"', f'tokenizer = "{model_dir(role)}"', "max_length = 1024"]
+        lines += ['backend = "server"', f'url = "{urls[role]}"', 'licence = "MIT"']
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:
