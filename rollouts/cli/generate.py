@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -285,14 +286,15 @@ def run_scoring(
     if total == 0:
         return
     with progress_bar("Scoring", total, "steps") as advance, ExitStack() as stack:
-        if cluster is not None:
-            from rollouts.cluster.asking import remote_scorer
-
-            opened: Any = remote_scorer(cluster, store, family, role or SCORER, lambda note: advance(0, note=note))
-        else:
-            opened = family.open_statistics(role, store) if role else family.open_scorer(store)
         in_flight = IN_FLIGHT * (cluster.workers if cluster is not None else 1)
-        scorer = stack.enter_context(opened)
+        if cluster is not None:
+            from rollouts.cluster.asking import Asking, RemoteScorer
+
+            job = cluster.job(store, family, scores=role or SCORER)
+            scorer: Scorer = RemoteScorer(stack.enter_context(Asking(cluster, store, job, partial(advance, 0))))
+        else:
+            opened: Any = family.open_statistics(role, store) if role else family.open_scorer(store)
+            scorer = stack.enter_context(opened)
         report = score_store(store, scorer, problems, in_flight=in_flight, give_up=give_up, on_progress=advance)
     tell_notes(store)
     if report.spent:
@@ -345,8 +347,7 @@ def run_grading(
         if cluster is not None:
             from rollouts.cluster.asking import RemoteGrader
 
-            note = lambda workers: advance(0, note=workers)  # noqa: E731
-            grader = stack.enter_context(RemoteGrader(cluster, store, grader, name, note))
+            grader = stack.enter_context(RemoteGrader(cluster, store, grader, name, partial(advance, 0)))
         report = grade_store(store, grader, problems, workers=_workers(), on_progress=advance)
     if report.errors:
         console().print(f"The grader failed on {report.errors} answers; they are graded wrong.")
@@ -419,10 +420,11 @@ class Expand:
             writers: Mapping[str, Any]
             scorer: Scorer
             if cluster is not None:
-                from rollouts.cluster.asking import remote_models
+                from rollouts.cluster.asking import Asking, RemoteScorer, RemoteWriter
 
-                opened = remote_models(cluster, store, family, scores, lambda note: advance(0, note=note))
-                writers, scorer = stack.enter_context(opened)
+                job = cluster.job(store, family, writes=True, scores=scores)
+                pool = stack.enter_context(Asking(cluster, store, job, partial(advance, 0)))
+                writers, scorer = {role: RemoteWriter(pool, role) for role in ROLES}, RemoteScorer(pool)
             else:
                 writers = {role: stack.enter_context(family.open(role, store)) for role in ROLES}
                 scorer = stack.enter_context(family.scoring(scores, store, writers))

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Self
 
 from rollouts.cluster.pool import Cluster, Hand, Pool, Tell
 from rollouts.cluster.worker import GRADER, SCORER, Job, Orders, Report
 from rollouts.errors import ConfigError
-from rollouts.family import Family
 from rollouts.models.stepwise import Generation
 from rollouts.scoring.base import Scores
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grade, Grader
-from rollouts.text.steps import ROLES, Prefix
+from rollouts.text.steps import Prefix
 from rollouts.trees.annotate import IN_FLIGHT
 
 _PAIRS = 50  # solutions that are graded as one request
@@ -115,12 +114,11 @@ class RemoteScorer:
 
     def __init__(self, pool: Asking) -> None:
         """Take the workers."""
-        facts = pool.facts["scorer"]
-        self.name: str = facts["name"]
-        self.tolerance: float = facts["tolerance"]
-        self.columns: tuple[str, ...] = facts["columns"]
-        self.roles: tuple[str, ...] = facts["roles"]
-        self._pool, self._process = pool, facts["process"]
+        self._pool, self._facts = pool, pool.facts["scorer"]
+        self.name: str = self._facts["name"]
+        self.tolerance: float = self._facts["tolerance"]
+        self.columns: tuple[str, ...] = self._facts["columns"]
+        self.roles: tuple[str, ...] = self._facts["roles"]
 
     @property
     def spent(self) -> Counter[str]:
@@ -133,8 +131,7 @@ class RemoteScorer:
 
     def process(self) -> Mapping[str, Any]:
         """Return what decides the scores."""
-        found: Mapping[str, Any] = self._process
-        return found
+        return dict(self._facts["process"])
 
 
 class RemoteGrader(AbstractContextManager["RemoteGrader"]):
@@ -176,19 +173,3 @@ class RemoteWriter:
     def submit(self, prefix: Prefix, *, whole: bool) -> Future[Generation]:
         """Ask for the next step of `prefix`, or for the whole rest."""
         return self._pool.submit(self.role, prefix, whole)
-
-
-@contextmanager
-def remote_models(
-    cluster: Cluster, store: Store, family: Family, scores: str, on_step: Tell
-) -> Iterator[tuple[dict[str, RemoteWriter], RemoteScorer]]:
-    """Open both models and what scores (`Job.scores`) on workers."""
-    with Asking(cluster, store, cluster.job(store, family, writes=True, scores=scores), on_step) as pool:
-        yield {role: RemoteWriter(pool, role) for role in ROLES}, RemoteScorer(pool)
-
-
-@contextmanager
-def remote_scorer(cluster: Cluster, store: Store, family: Family, scores: str, on_step: Tell) -> Iterator[RemoteScorer]:
-    """Open what scores (`Job.scores`) on workers."""
-    with Asking(cluster, store, cluster.job(store, family, scores=scores), on_step) as pool:
-        yield RemoteScorer(pool)

@@ -19,7 +19,7 @@ from threads_as_ray import Threads
 from rollouts.cli.machines import Machines
 from rollouts.cluster import pool as pools
 from rollouts.cluster import worker as workers
-from rollouts.cluster.asking import RemoteGrader, remote_models, remote_scorer
+from rollouts.cluster.asking import Asking, RemoteGrader, RemoteScorer, RemoteWriter
 from rollouts.cluster.growing import Growing
 from rollouts.cluster.pool import Cluster, connected
 from rollouts.cluster.worker import Desk, Job, package
@@ -295,7 +295,8 @@ def test_scores_grades_and_walks_are_those_of_one_process(cluster, ray, whole, t
         pool.run()
     family = Models(embedded_family("transformers"), seed=0, examples=(), store=None)
     notes = []
-    with remote_scorer(cluster, store, family, "scorer", notes.append) as scorer:
+    with Asking(cluster, store, cluster.job(store, family, scores="scorer"), notes.append) as pool:
+        scorer = RemoteScorer(pool)
         threading.Timer(0.02, ray.actors[-1].die).start()
         assert score_store(store, scorer, in_flight=4).rows > 0
     with RemoteGrader(cluster, store, make_grader("exact"), "exact", notes.append) as grader:
@@ -308,8 +309,9 @@ def test_scores_grades_and_walks_are_those_of_one_process(cluster, ray, whole, t
     def router(columns):
         return columns["step"] % 2
 
-    with remote_models(cluster, store, family, "scorer", notes.append) as (writers, scorer):
-        added = expand_on_policy(store, writers, scorer, router, PROBLEMS)
+    with Asking(cluster, store, cluster.job(store, family, writes=True, scores="scorer"), notes.append) as pool:
+        writers = {role: RemoteWriter(pool, role) for role in ROLES}
+        added = expand_on_policy(store, writers, RemoteScorer(pool), router, PROBLEMS)
     here = {role: ScriptedWriter(role) for role in ROLES}
     assert added == expand_on_policy(whole, here, ScriptedScorer(), router, PROBLEMS) > 0
     assert all_steps(store) == all_steps(whole)

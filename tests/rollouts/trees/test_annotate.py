@@ -148,7 +148,7 @@ class Interrupt:
 def test_an_interrupt_anywhere_between_append_and_clear_loses_and_doubles_no_row(tmp_path):
     """At each place of `put`, `flush` and what they call, once: afterwards all is there, in one process or the next."""
     table = grown(tmp_path / "s", replicas=1).scores("mine")
-    watched = (Rows.flush, Rows.flush_if_due, type(table).append, type(table)._write, write_atomically)
+    watched = (Rows.flush, Rows.flush_if_due, Rows._encoded, type(table).encode, type(table).write, write_atomically)
     number, seen = 0, True
     while seen:
         number += 1
