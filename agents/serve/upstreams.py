@@ -444,9 +444,11 @@ class Upstreams:
         return f"{'up' if up else 'DOWN'}{f' ({up} of {all_})' if up < all_ > 1 else ''}"
 
     def health(self) -> dict[str, Any]:
-        """Return who is up, as far as is known, by place among the URLs, and in a word why not."""
-        servers = [{"up": each.trouble is None, **({"why": each.why} if each.why else {})} for each in self.each]
-        return {"up": self.up, **({} if self.up else {"why": self.each[0].why}), "servers": servers}
+        """Return whether they are up, as far as is known, and in a word why not; of several in the order of the URLs."""
+        each = [{"up": one.trouble is None, **({"why": one.why} if one.why else {})} for one in self.each]
+        if len(each) == 1:
+            return each[0]
+        return {"up": self.up, **({} if self.up else {"why": each[0]["why"]}), "servers": each}
 
     async def start(self) -> None:
         """Ask each once; go on asking in the background those that do not answer.

@@ -159,7 +159,8 @@ def test_it_asks_about_each_new_step_once_side_by_side(server: FakeServer, tmp_p
         process = scorer.process()
         assert process["kind"] == "judge" and process["model"] == "fake" and process["reads"] == "words"
     start = store.manifest["engines"][-1]
-    assert start["role"] == "scorer" and start["engine"] == "judge" and "url" in start
+    assert start["role"] == "scorer" and start["engine"] == "judge"
+    assert start["servers"] == 1 and "127.0.0.1" not in str(store.manifest["engines"])  # whose machine it was
 
 
 def test_a_judge_that_prefers_wrong_steps_is_refused_unless_it_need_not_know(
