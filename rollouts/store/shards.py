@@ -129,6 +129,7 @@ class Table:
         self.values = tuple(values) or (schema.names[len(self.key)],)
         self.by_place = by_place
         self._listed: tuple[int, dict[Path, tuple[int, int]]] = (-1, {})
+        self._valued: dict[str, tuple[dict[Path, tuple[int, int]], bool]] = {}
         self._open: dict[Path, tuple[tuple[int, int], pq.ParquetFile]] = {}
         self._indexed: dict[Path, tuple[int, int]] = {}
         self._groups: dict[str, list[tuple[Path, int]]] = {}  # row groups by problem
@@ -180,7 +181,7 @@ class Table:
         """Return the shards without those that compaction is about to remove, or has left after a crash."""
         found: list[Path] = []
         for path in self.shards():
-            since = _since(_metadata_of(path))
+            since = _since(self._about(path))
             while found and since is not None and _number(found[-1]) >= since:
                 found.pop()
             found.append(path)
@@ -256,24 +257,21 @@ class Table:
 
     @contextmanager
     def _opened(self, path: Path) -> Iterator[pq.ParquetFile]:
-        """Open a shard; one of many row groups, whose metadata take longer to read than a few groups, stays open."""
+        """Open a shard; the last one stays open, and those of many row groups, whose metadata take long to read."""
         with _reading(path):
             stamp = _stamp(path.stat())
-            if path in self._open and self._open[path][0] == stamp:
-                yield self._open[path][1]
-                return
-            file = pq.ParquetFile(path, page_checksum_verification=True)
-            if file.num_row_groups > _GROUPS_TOGETHER:
-                self._open[path] = stamp, file
-                yield file
-                return
-            with file:
-                yield file
+            if path not in self._open or self._open[path][0] != stamp:
+                many = {key: kept for key, kept in self._open.items() if kept[1].num_row_groups > _GROUPS_TOGETHER}
+                self._open = {**many, path: (stamp, pq.ParquetFile(path, page_checksum_verification=True))}
+            yield self._open[path][1]
+
+    def _about(self, path: Path) -> pq.FileMetaData:
+        with self._opened(path) as file:
+            return file.metadata
 
     def parts(self, path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """Yield one shard in parts that fit into memory, at least one; all of its columns by default."""
-        with self._opened(path) as file:
-            groups = range(file.num_row_groups)
+        groups = range(self._about(path).num_row_groups)
         for start in range(0, max(1, len(groups)), _GROUPS_TOGETHER):
             yield self.read_shard(path, columns, groups[start : start + _GROUPS_TOGETHER])
 
@@ -309,7 +307,7 @@ class Table:
         if any(now.get(path) != stamp for path, stamp in self._indexed.items()):
             self._indexed, self._groups, self._open = {}, {}, {}
         for path in sorted(now.keys() - self._indexed.keys(), key=_number):
-            since = _since(_metadata_of(path))
+            since = _since(self._about(path))
             for places in self._groups.values() if since is not None else ():
                 places[:] = (place for place in places if _number(place[0]) < since)  # type: ignore[operator]
             for group, problems in enumerate(self._problems_of(path)):
@@ -319,8 +317,8 @@ class Table:
 
     def _problems_of(self, path: Path) -> Iterator[list[str]]:
         """Yield the problems of each row group, in the order in which they came."""
-        with self._opened(path) as file:
-            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        about = self._about(path)
+        sizes = [about.row_group(group).num_rows for group in range(about.num_row_groups)]
         for part, own in zip(self.parts(path, ["problem"]), batched(sizes, _GROUPS_TOGETHER), strict=False):
             column, start = pc.cast(part["problem"], _STRING), 0
             for rows in own:
@@ -365,21 +363,24 @@ class Table:
 
     def has_values(self, column: str) -> bool:
         """Whether any row has a value in a column; shards that cannot be read count as having none."""
-        for path in self.shards():
-            with suppress(pa.ArrowException, OSError):
-                found = pq.read_metadata(path)
-                place = found.schema.names.index(column) if column in found.schema.names else None
-                groups = (
-                    [] if place is None else [found.row_group(i).column(place) for i in range(found.num_row_groups)]
-                )
-                if any(group.statistics is None or group.statistics.null_count < group.num_values for group in groups):
-                    return True
+        now = self._stamps()
+        if column not in self._valued or self._valued[column][0] != now:
+            self._valued[column] = now, any(self._has_values(path, column) for path in now)
+        return self._valued[column][1]
+
+    def _has_values(self, path: Path, column: str) -> bool:
+        with suppress(StoreError):
+            about = self._about(path)
+            if column in about.schema.names:
+                place = about.schema.names.index(column)
+                groups = (about.row_group(group).column(place) for group in range(about.num_row_groups))
+                return any(each.statistics is None or each.statistics.null_count < each.num_values for each in groups)
         return False
 
     def counters(self) -> dict[str, int]:
         """Return the shards' counters, summed."""
         totals: Counter[str] = Counter()
-        for about in self._of_all(_metadata_of):
+        for about in self._of_all(self._about):
             totals.update(_counters_in(about))
         return dict(totals)
 
@@ -400,7 +401,7 @@ class Table:
         return dropped
 
     def _rewrite(self, path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
-        about = _metadata_of(path)
+        about = self._about(path)
         marks = {name: value for name, value in _texts(about).items() if name in (_COMPACTED, _MERGED)}
         self.write(map(change, self.parts(path)), _counters_in(about), path, **marks)
 
@@ -419,7 +420,7 @@ class Table:
             path.unlink()
         mark = {_COMPACTED: ""}
         if many is not None:
-            seen = [place for place, path in enumerate(old) if _since(_metadata_of(path)) is not None]
+            seen = [place for place, path in enumerate(old) if _since(self._about(path)) is not None]
             old = old[seen[-1] + 1 :] if seen else old
         if len(old) <= (many or 0):
             return
@@ -429,7 +430,7 @@ class Table:
         problems: dict[str, None] = {}  # in the order in which they came
         rows = 0
         for path in old:
-            about = _metadata_of(path)
+            about = self._about(path)
             rows += about.num_rows
             counters.update(_counters_in(about))
             problems.update(dict.fromkeys(chain.from_iterable(self._problems_of(path))))
@@ -495,11 +496,6 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
         else:
             found += chunk.to_pylist()  # twenty times as slow for dictionaries
     return found
-
-
-def _metadata_of(path: Path) -> pq.FileMetaData:
-    with _reading(path):
-        return pq.read_metadata(path)
 
 
 def _texts(about: pq.FileMetaData) -> dict[str, str]:
