@@ -110,14 +110,17 @@ def _network(embedded: Floats, target: Floats, chance: bool, seed: int) -> dict[
 
 def gain_over_cost(predictor: Predictor) -> TextRouter:
     """Return the router of the two models: argmax of w * accuracy - (1 - w) * cost, threshold (1 - w) / w."""
-    return TextRouter(
-        "gain over cost", Knob("threshold", 0.0), Preference("gain", predictor.features, predictor.weights)
-    )
+    return _of_models("gain over cost", "gain", predictor)
 
 
 def doubt(predictor: Predictor) -> TextRouter:
     """Return SATER's refusal: the small model declines where it would be right with less than some confidence."""
-    return TextRouter("refusal", Knob("threshold", 0.0), Preference("doubt", predictor.features, predictor.weights))
+    return _of_models("refusal", "doubt", predictor)
+
+
+def _of_models(name: str, head: str, predictor: Predictor) -> TextRouter:
+    own = {key: each for key, each in predictor.weights.items() if key.startswith((f"{SMALL}.", f"{LARGE}."))}
+    return TextRouter(name, Knob("threshold", 0.0), Preference(head, predictor.features, own))
 
 
 def best_arm(right: Floats, cost: Floats, weight: float) -> NDArray[np.int64]:

@@ -67,14 +67,12 @@ class Session:
                 f"{router.name} decides once for a whole problem, and when the small model has solved it: it cannot be "
                 "streamed, and has no session."
             )
-        if not isinstance(router, QueryRouter | Router | StatefulRouter):
+        if not any(isinstance(router, kind) for kind in (QueryRouter, Router, StatefulRouter)):
             raise ConfigError(f"A {type(router).__name__} is no router of steps. Begin with agents.Policy.session.")
         refuse_undrafted(router)
-        self.router: Any = router
-        self.knob = knob
-        self.decides_once = isinstance(router, QueryRouter)
+        self.router, self.knob, self.decides_once = router, knob, isinstance(router, QueryRouter)
         self.step, self.escalations, self.large_tokens, self.ended = 1, 0, 0, False
-        self._schema = _NOTHING if is_blind(router) else schema_named(cast(Any, router).schema)
+        self._schema = _NOTHING if is_blind(router) else schema_named(router.schema)
         self._bought = frozenset(router.facts if isinstance(router, Asking) else ())
         self._folded = Folded(fold for fold in self._schema.folds if fold.fact not in self._bought)
         self._asked_of = tuple(fold for fold in self._schema.folds if fold.fact in self._bought)

@@ -444,7 +444,7 @@ class Upstreams:
         return f"{'up' if up else 'DOWN'}{f' ({up} of {all_})' if up < all_ > 1 else ''}"
 
     def health(self) -> dict[str, Any]:
-        """Return whether they are up, as far as is known, and in a word why not; of several in the order of the URLs."""
+        """Return whether they are up, as far as is known, and in a word why not; several in the order of the URLs."""
         each = [{"up": one.trouble is None, **({"why": one.why} if one.why else {})} for one in self.each]
         if len(each) == 1:
             return each[0]
