@@ -7,6 +7,7 @@ import pytest
 from made_routers import Remembering, network
 from scripted_store import scripted_store
 
+from agents.baselines.vote import Vote
 from agents.deploy.policy import Policy
 from agents.deploy.session import Session
 from agents.evaluation.outcomes import Calls, Outcomes
@@ -147,7 +148,7 @@ def test_a_takeover_is_triggered_by_one_router_of_proposals(trigger):
         (Takeover(Threshold(0.5)), "cannot be stored or served"),
         (FirstToken(1.0), "cannot be stored or served"),
         (Mixture(Threshold(0.1), Threshold(0.2), 0.5, Knob("budget", 0.2)), "A Mixture is no router of steps"),
-        (OneModel(1), "decides once for a whole problem"),
+        (Vote(0.5), "decides once for a whole problem"),
     ],
 )
 def test_sessions_are_of_routers_that_decide_on_proposals(router, message):
