@@ -164,8 +164,8 @@ class Router:
 class Process:
     """``python -m agents serve`` with what it printed."""
 
-    def __init__(self, *arguments: Any, first: str = "") -> None:
-        program = f"{first}; import sys; from agents.__main__ import main; sys.exit(main())"
+    def __init__(self, *arguments: Any, first: str = "pass") -> None:
+        program = f"import sys; {first}; from agents.__main__ import main; sys.exit(main())"
         command = [sys.executable, "-c", program, "serve", *map(str, arguments)]
         self.log = Path(tempfile.mkstemp(prefix="serve-", suffix=".log")[1])
         with self.log.open("wb") as output:
