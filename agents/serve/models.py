@@ -18,8 +18,9 @@ from types import MappingProxyType
 from typing import Any
 
 from agents.serve.metrics import SCORER, Metrics
+from agents.serve.several import Upstreams
 from agents.serve.sources import Sources, Told
-from agents.serve.upstreams import Probe, Unavailable, Upstreams
+from agents.serve.upstreams import Probe, Unavailable
 from rollouts.config import FamilyConfig, GeneratorConfig, Limits, ModelConfig, Sampling, ScorerConfig
 from rollouts.errors import BackendError, ConfigError
 from rollouts.family import Family

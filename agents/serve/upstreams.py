@@ -1,4 +1,4 @@
-"""Exchanges with upstream servers: shared connections, time limits, who is there, and who is asked instead.
+"""Exchanges with one upstream server: shared connections, time limits, and whether it is there.
 
 Knows neither prompts nor routing. Made for serving, where waiting is what must not happen; generating rollouts has the
 opposite needs and its own client (`rollouts.models.server.http`).
@@ -22,7 +22,7 @@ from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError, did_you_mean
 from rollouts.models.server.connection import Answer, Broken, Connection, patience
 from rollouts.models.server.dialects import wire_of
-from rollouts.models.server.pool import NobodyThere, Pool, another, told_of
+from rollouts.models.server.pool import another, told_of
 from rollouts.models.server.wire import Wire
 
 T = TypeVar("T")
@@ -211,7 +211,7 @@ class Upstream:
         lost: Callable[[], bool],
         tokens: int,
     ) -> T:
-        """Do as `Upstreams.post` does, once."""
+        """Do as `agents.serve.several.Upstreams.post` does, once."""
         began = time.monotonic()
         try:
             timeout = patience(self._timeout, tokens)
@@ -396,146 +396,6 @@ async def _all(first: bytes, others: AsyncIterator[bytes]) -> AsyncIterator[byte
     yield first
     async for each in others:
         yield each
-
-
-class Upstreams:
-    """The upstream servers of one role, which all have one model and share its requests (`Pool`).
-
-    Attributes:
-        role: ``small``, ``large`` or ``scorer``.
-        each: The servers.
-    """
-
-    def __init__(self, role: str, model: ModelConfig, probe: Probe, timeout_s: float, metrics: Metrics) -> None:
-        """Prepare the connections; nothing is sent before `start`. The arguments are those of `Upstream`.
-
-        Raises:
-            ConfigError: A URL is none, or the variable with the key is not set.
-        """
-        self.role, self.each = role, list[Upstream]()
-        for url in model.url:
-            Upstream(role, model, url, probe, timeout_s, metrics, self.each)
-        self._pool = Pool(self.each, model.concurrency, patient=False)
-        for upstream in self.each:
-            upstream.changed = self._pool.changed
-
-    @property
-    def up(self) -> bool:
-        """Whether requests are sent at all."""
-        return any(each.trouble is None for each in self.each)
-
-    @property
-    def _speaker(self) -> Upstream:
-        return next((each for each in self.each if each.well), self.each[0])
-
-    @property
-    def window(self) -> int | None:
-        """The window in tokens, as far as it was told."""
-        return self._speaker.window
-
-    @property
-    def wire(self) -> Wire:
-        """How they are asked."""
-        return self._speaker.wire
-
-    def __str__(self) -> str:
-        """Say who is up."""
-        up, all_ = sum(each.trouble is None for each in self.each), len(self.each)
-        return f"{'up' if up else 'DOWN'}{f' ({up} of {all_})' if up < all_ > 1 else ''}"
-
-    def health(self) -> dict[str, Any]:
-        """Return whether they are up, as far as is known, and in a word why not; several in the order of the URLs."""
-        each = [{"up": one.trouble is None, **({"why": one.why} if one.why else {})} for one in self.each]
-        if len(each) == 1:
-            return each[0]
-        return {"up": self.up, **({} if self.up else {"why": each[0]["why"]}), "servers": each}
-
-    async def start(self) -> None:
-        """Ask each once; go on asking in the background those that do not answer.
-
-        Raises:
-            ConfigError: Somebody answers, but it is not the server that is needed, or of another model than the others.
-        """
-        for upstream in self.each:
-            await upstream.start()
-
-    async def close(self) -> None:
-        """Disconnect."""
-        for upstream in self.each:
-            await upstream.close()
-
-    async def post(
-        self,
-        path: str,
-        payload: Mapping[str, Any],
-        parse: Callable[[Any], T],
-        lost: Callable[[], bool] = lambda: True,
-        tokens: int = 0,
-        about: str = "",
-    ) -> T:
-        """Send a request and return what `parse` makes of the answer.
-
-        Where no answer comes that is one, it is sent to another server, if that is safe and there is one; else once
-        more to the same one if the connection broke or it was busy.
-
-        Args:
-            path: Below the base URL; below the root if it begins with a slash.
-            payload: The body, but for the model's name.
-            parse: May raise ValueError, LookupError, TypeError or BackendError for an answer that makes no sense.
-            lost: Called when an upstream may have worked on a request in vain, one that is cancelled included; returns
-                whether it may be sent once more.
-            tokens: Most tokens that it decodes, hidden ones too; it has as much more time as they are more than 512.
-            about: What it is about, as `Pool.one` has it.
-
-        Raises:
-            Unavailable: There was no usable answer, or all upstreams are down.
-        """
-        tried: list[Upstream] = []
-        fault = self._down
-        while True:
-            try:
-                async with self._pool.one(about, tried) as upstream:
-                    tried.append(upstream)
-                    return await upstream.post(path, payload, parse, lost, tokens)
-            except NobodyThere:
-                raise fault from None
-            except Unavailable as found:
-                fault = found
-            if not (fault.elsewhere and self._pool.others(tried)):
-                if fault.pause is None or len(tried) > len(self.each):
-                    raise fault
-                await asyncio.sleep(fault.pause)
-
-    @contextlib.asynccontextmanager
-    async def open(self, path: str, payload: Mapping[str, Any]) -> AsyncIterator[Opened]:
-        """Send a request as it is, but for the model's name, and give the answer if it is about the request.
-
-        Where none comes, or a stream breaks before its first byte, it is sent to another server, if there is one.
-
-        Raises:
-            Unavailable: There is no such answer, or all upstreams are down.
-        """
-        tried: list[Upstream] = []
-        fault = self._down
-        while not tried or (fault.elsewhere and self._pool.others(tried)):
-            async with contextlib.AsyncExitStack() as stack:
-                try:
-                    upstream = await stack.enter_async_context(self._pool.one("", tried))
-                    tried.append(upstream)
-                    opened = await stack.enter_async_context(upstream.open(path, payload))
-                except NobodyThere:
-                    break
-                except Unavailable as found:
-                    fault = found
-                    upstream.failed(fault)
-                else:
-                    yield opened
-                    return
-        raise fault
-
-    @property
-    def _down(self) -> Unavailable:
-        return Unavailable(self.role, "down", self._speaker.trouble or "its model is not known")
 
 
 def _names(model: ModelConfig) -> list[str]:

@@ -11,7 +11,6 @@ from typing import Any
 from rollouts.config import GeneratorConfig, Limits, Sampling
 from rollouts.errors import BackendError, ConfigError, did_you_mean
 from rollouts.models.server.http import RequestFailed, Server, Servers
-from rollouts.models.server.pool import cards_of, told_of
 from rollouts.models.stepwise import Fits, Generation, close_step
 from rollouts.text.prompts import Turns, chat_messages
 from rollouts.text.steps import DELIMITER, Prefix, Segment, Step, StopReason, closes_box, normalise
@@ -274,34 +273,19 @@ class ChatWriter:
         self._limits = limits
         self._fits = fits
         self._chat = StepChat(role, model)
-        self._listed: set[str] = set()
         self._http = Servers(role, model)
         try:
             self._known = self._http.meet(self._identify)
         except BackendError as error:
-            self._http.close()
-            name = model.model
-            known = did_you_mean(name, self._listed) if self._listed and name not in self._listed else ""
+            listed, name = self._http.listed, model.model
+            known = did_you_mean(name, listed) if listed and name not in listed else ""
             raise BackendError(f"{error}{known}") from None
-        except BaseException:
-            self._http.close()
-            raise
 
     async def _identify(self, server: Server) -> dict[str, Any]:
         """Ask something trivial, leaving out one refused field after the other."""
-        name = self._chat.model.model
-        cards = cards_of(await server.peek("models"))
-        self._listed.update(cards)
-        while True:
-            payload = self._chat.probe()
-            server.heartbeat = (self._chat.path, payload)
-            try:
-                self._chat.check(await server.ask(self._chat.path, payload, read_said))
-                break
-            except RequestFailed as error:
-                if not self._chat.leave_out(str(error), payload):
-                    raise ConfigError(f"{self.role}: {server.url} refuses a chat with {name}: {error}") from None
-        return {**told_of(cards.get(name, {})), "version": await server.version()}
+        said, told = await server.chat(self._chat.probe, read_said, self._chat.leave_out)
+        self._chat.check(said)
+        return told
 
     def submit(self, prefix: Prefix, *, whole: bool) -> Future[Generation]:
         """Ask for the next step; `whole` makes no difference. Raises BackendError if the server is gone."""

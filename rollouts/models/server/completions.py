@@ -51,11 +51,7 @@ class ServerBackend(Backend):
         self.role = role
         self._model, self._max_length, self._reading = model.model, model.max_length, reading
         self._http = Servers(role, model)
-        try:
-            known = dict(self._http.meet(self._identify))
-        except BaseException:
-            self._http.close()
-            raise
+        known = dict(self._http.meet(self._identify))
         self.capabilities = Capabilities(**{each.name: known.pop(each.name) for each in fields(Capabilities)})
         self._wire, self.window = wire_of(known), known.pop("window")
         self._description = {**known, "servers": len(model.url), "seed": None}

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from rollouts.config import ModelConfig
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.server.connection import Answer, Broken, Connection, patience
-from rollouts.models.server.pool import Pool, another
+from rollouts.models.server.pool import Pool, another, cards_of, told_of
 
 T = TypeVar("T")
 _log = logging.getLogger("trim.rollouts")
@@ -61,6 +61,7 @@ class Server:
     Attributes:
         url: Base URL without credentials.
         heartbeat: Path and payload (None: GET) of the smallest request.
+        cards: Its entries of models by name, once it was asked to chat.
         busy: Requests that it has.
         gone: Why it is sent none; None while it is well.
         lost: Whether it has been gone for so long, or for such a reason, that nobody should wait for it.
@@ -68,9 +69,11 @@ class Server:
 
     def __init__(self, role: str, model: ModelConfig, url: str) -> None:
         """Check the configuration; nothing is sent. Raises as `Connection` does."""
+        self.role, self.name = role, model.model
         self.connection = Connection(role, model, url)
         self.url, self.address = self.connection.url, self.connection.address
         self.heartbeat: tuple[str, Any] = ("models", None)
+        self.cards: Mapping[str, Mapping[str, Any]] = {}
         self.gone: str | None = "was not asked yet."
         self.busy, self.lost = 0, False
         self.attempts, self.failures = 0, 0  # in a row: heartbeats without an answer, requests that failed
@@ -100,6 +103,30 @@ class Server:
                 if trouble.final or attempts > self._retries:
                     raise RequestFailed(str(trouble)) from None
             await asyncio.sleep(_back_off(attempts))
+
+    async def chat(
+        self, body: Callable[[], Mapping[str, Any]], read: Callable[[Any], T], adapt: Callable[[str, Any], bool]
+    ) -> tuple[T, dict[str, Any]]:
+        """Ask for a first chat, and return what is read of the answer, and what is told of the model.
+
+        Args:
+            body: Returns the payload as it is to be now.
+            read: As `parse` of `Servers.post`.
+            adapt: Takes the server's words and the payload where it is refused; returns whether to ask again.
+
+        Raises:
+            ConfigError: It refuses, and there is nothing more to adapt.
+        """
+        self.cards = cards_of(await self.peek("models"))
+        while True:
+            self.heartbeat = "chat/completions", body()
+            try:
+                found = await self.ask(*self.heartbeat, read)
+            except RequestFailed as error:
+                if not adapt(str(error), self.heartbeat[1]):
+                    raise ConfigError(f"{self.role}: {self.url} refuses a chat with {self.name}: {error}") from None
+            else:
+                return found, {**told_of(self.cards.get(self.name, {})), "version": await self.version()}
 
     async def beat(self) -> None:
         """Send the heartbeat; `_Trouble` if it is not answered."""
@@ -224,7 +251,7 @@ class Servers:
             await server.connection.close()
 
     def meet(self, identify: Callable[[Server], Awaitable[Mapping[str, Any]]]) -> Mapping[str, Any]:
-        """Find out who is there; return what the first of them tells of its model.
+        """Find out who is there; return what the first of them tells of its model. Disconnects if that fails.
 
         Servers that do not answer are left alone until they do, as long as another one answers.
 
@@ -237,9 +264,18 @@ class Servers:
             BackendError: None is there, or all refuse us.
         """
         self._identify = identify
-        self.submit(self._met).result()
+        try:
+            self.submit(self._met).result()
+        except BaseException:
+            self.close()
+            raise
         assert self._known is not None
         return self._known[1]
+
+    @property
+    def listed(self) -> list[str]:
+        """Names of models that servers list, as far as they were asked to chat."""
+        return [name for server in self._members for name in server.cards]
 
     async def _met(self) -> None:
         for server in self._members:

@@ -10,10 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rollouts.config import ModelConfig
-from rollouts.errors import ConfigError
 from rollouts.models.server.chat import decoded, text_of
-from rollouts.models.server.http import RequestFailed, Server, Servers
-from rollouts.models.server.pool import cards_of, told_of
+from rollouts.models.server.http import Server, Servers
 from rollouts.text.likelihood import TOP
 from rollouts.text.prompts import chat_messages
 
@@ -190,11 +188,7 @@ class Judge:
         self.system_prompt = system_prompt
         self._model, self._max_tokens = model, max_tokens
         self._http, self._probe = Servers(role, model), probe
-        try:
-            self._known = self._http.meet(self._identify)
-        except BaseException:
-            self._http.close()
-            raise
+        self._known = self._http.meet(self._identify)
         self.tells = bool(self._known["logprobs"])
 
     def _payload(self, content: str) -> dict[str, Any]:
@@ -202,20 +196,13 @@ class Judge:
         return {"model": self._model.model, **asked}
 
     async def _identify(self, server: Server) -> dict[str, Any]:
-        name = self._model.model
-        while True:
-            terms, payload = self.terms, self._payload(self._probe)
-            server.heartbeat = ("chat/completions", payload)
-            try:
-                tells = await server.ask("chat/completions", payload, tells_logprobs)
-                break
-            except RequestFailed as error:
-                yielded = terms.yielding(str(error))
-                if yielded is None:
-                    raise ConfigError(f"{self.role}: {server.url} refuses a chat with {name}: {error}") from None
-                self.terms = yielded
-        told = told_of(cards_of(await server.peek("models")).get(name, {}))
-        return {**told, "logprobs": tells, "version": await server.version()}
+        def adapt(refusal: str, _: Any) -> bool:
+            yielded = self.terms.yielding(refusal)
+            self.terms = yielded or self.terms
+            return yielded is not None
+
+        tells, told = await server.chat(lambda: self._payload(self._probe), tells_logprobs, adapt)
+        return {**told, "logprobs": tells}
 
     async def ask(self, content: str) -> Verdict:
         """Ask a question; raises RequestFailed if it failed on a server that is well, BackendError if that is gone."""
