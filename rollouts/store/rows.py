@@ -182,9 +182,10 @@ class Rows:
         """
         while self._begun or self._new or self._parts:
             if self._begun is None:
-                begun = (self.table.next_shard(), self._unwritten), [], [], Counter()  # type: ignore[var-annotated]
-                self._begun, self._parts, self._new, self._counters = begun
+                self._begun = self.table.next_shard(), self._unwritten
             path, new = self._begun
+            if self._new is new[1]:  # else they were let go of before the interrupt
+                self._parts, self._counters, self._new = [], Counter(), []
             if not path.exists():  # else it was written before the interrupt
                 self.table.write(self._encoded(new), new[2], path)
             self._begun = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -211,3 +212,38 @@ def test_rows_that_another_has_encoded_go_into_the_same_shard(tmp_path):
     near.flush()
     assert len(near.table.shards()) == 1 and near.table.counters() == {"asked": 7}
     assert {(row[0], row[-1]) for row in stored(near.table)} == {("p", 0.25), ("q", 0.5), ("r", 0.75)}
+
+
+def test_an_interrupt_at_any_point_of_writing_neither_loses_nor_doubles_a_row(tmp_path):
+    """At each bytecode of `Rows.flush` in turn."""
+    for point in range(1000):
+        table, left = Table(tmp_path / str(point), SCORES), point
+        rows, other = Rows(table), Rows(table)
+        other.put(key("q"), score=1.0)
+        rows.receive(other.taken()[0], {"n": 1})
+        rows.put(key(), score=0.5)
+
+        def trace(frame, event, _):
+            nonlocal left
+            if frame.f_code is not Rows.flush.__code__:
+                return None
+            frame.f_trace_opcodes = True
+            left -= event == "opcode"
+            if left < 0:
+                raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            rows.flush()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        rows.flush()
+        assert len(stored(table)) == 2 and table.counters() == {"n": 1}, point
+        if left >= 0:
+            assert point > 50
+            return
+    raise AssertionError("flush never ended")
