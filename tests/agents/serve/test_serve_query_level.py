@@ -147,7 +147,7 @@ def test_a_policy_has_sessions_of_one_decision(fitted: TextRouter, tmp_path: Pat
 
 
 def test_what_cannot_be_served_is_refused_by_name(fitted: TextRouter, tmp_path: Path) -> None:
-    hidden = neighbours(Examples(("a", "b"), np.eye(2), np.ones((2, 2))), lambda texts: np.ones((len(texts), 3)))
+    hidden = neighbours(Examples(("a", "b"), np.eye(2)), lambda texts: np.ones((len(texts), 3)))
     with pytest.raises(
         ArtefactError, match="50 neighbours reads questions with a model of its own.*not there in serving"
     ):
