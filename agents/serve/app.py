@@ -123,17 +123,20 @@ def build(
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def described(_: Request) -> Response:
-        body = {"required": True, "content": {"application/json": {"schema": ChatRequest.model_json_schema()}}}
+        schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+        parts = {"schemas": schema.pop("$defs")}
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
         answers = {"200": {"description": "The answer, or a stream of it."}}
         chats = {_CHAT: {"post": {"summary": chat.__doc__, "requestBody": body, "responses": answers}}}
         info = {"title": "trim-routing", "version": api.fingerprint().removeprefix("trim-routing-")}
-        return JSONResponse({"openapi": "3.1.0", "info": info, "paths": chats})
+        return JSONResponse({"openapi": "3.1.0", "info": info, "paths": chats, "components": parts})
 
     async def failed(_: Request, error: Exception) -> Response:
         if isinstance(error, _ClientGone):
             return Response(status_code=CLIENT_GONE)
         if isinstance(error, HTTPException):
-            error = ApiError(error.status_code, str(error.detail), HTTPStatus(error.status_code).phrase)
+            told = ApiError(error.status_code, str(error.detail), HTTPStatus(error.status_code).phrase)
+            return refusal(told, error.headers)
         return refusal(error if isinstance(error, ApiError) else _internal())
 
     app = Starlette(

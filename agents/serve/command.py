@@ -251,7 +251,10 @@ def _spans() -> Spans:
         from agents.serve.spans import Spans
     except ModuleNotFoundError as error:
         raise missing(error, "otel") from None
-    return Spans()
+    try:
+        return Spans()
+    except ValueError as error:
+        raise ConfigError(f"--otel: OpenTelemetry cannot be set up as its OTEL_* variables say: {error}") from error
 
 
 def _key(variable: str | None) -> str | None:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -142,6 +142,6 @@ def _hash(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def refusal(error: ApiError) -> JSONResponse:
+def refusal(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Return the response that an error becomes."""
-    return JSONResponse(error.body(), status_code=error.status, headers=_HEADERS.get(error.status))
+    return JSONResponse(error.body(), status_code=error.status, headers=headers or _HEADERS.get(error.status))

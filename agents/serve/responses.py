@@ -27,8 +27,19 @@ _NAMES = {
     "text.format": "response_format",
     "reasoning.effort": "reasoning_effort",
 }
-# What is sent without being asked for, and is so here anyway.
-_USUAL = {"background": False, "include": [], "truncation": "disabled", "reasoning.summary": "auto"}
+# What chats do not have, by what is so here anyway; None: there is nothing like it.
+_ONLY = {
+    "background": False,
+    "include": [],
+    "truncation": "disabled",
+    "reasoning.summary": "auto",
+    "text.verbosity": "medium",
+    "previous_response_id": None,
+    "conversation": None,
+    "prompt": None,
+    "max_tool_calls": None,
+}
+_KEPT = ("previous_response_id", "conversation")
 _KINDS = {"message": "output_text", "reasoning": "reasoning_text"}
 
 
@@ -44,15 +55,25 @@ def parse(body: bytes) -> ChatRequest:
         asked = None
     if not isinstance(asked, dict):
         return parse_request(body)  # says what it is
+    for name, chat in _NAMES.items():
+        if chat in asked:
+            raise bad_request(f'"{chat}" is of chat completions; here it is `{name}`.', name)
     for name in ("text", "reasoning"):
-        if isinstance(asked.get(name), dict):
-            asked |= {f"{name}.{key}": value for key, value in asked.pop(name).items()}
+        if not isinstance(parts := asked.pop(name, None), dict | None):
+            raise bad_request(f"`{name}` must be an object.", name)
+        asked |= {f"{name}.{key}": value for key, value in (parts or {}).items()}
     instructions = asked.pop("instructions", None)
     if not isinstance(instructions, str | None):
         raise bad_request("`instructions` must be a text.", "instructions")
+    for name, usual in _ONLY.items():
+        if asked.pop(name, None) not in (None, usual):
+            hint = " Nothing is kept: send what came before in `input`." if name in _KEPT else ""
+            raise bad_request(f"`{name}` is not supported here.{hint}", name)
+    metadata = asked.get("metadata") or {}
+    if not isinstance(metadata, dict) or not all(isinstance(each, str) for each in metadata.values()):
+        raise bad_request("`metadata` must be an object of texts.", "metadata")
     asked["input"] = _messages(asked.get("input"))
-    asked = {_NAMES.get(name, name): value for name, value in asked.items() if _USUAL.get(name, _USUAL) != value}
-    ask = parse_request(json.dumps(asked).encode())
+    ask = parse_request(json.dumps({_NAMES.get(name, name): value for name, value in asked.items()}).encode())
     if instructions is not None:
         ask.messages.insert(0, Message(role="system", content=instructions))
     return ask
@@ -62,7 +83,7 @@ def renamed(error: ApiError) -> ApiError:
     """Return an error about a chat in the words of the request for a response."""
     words, param = str(error), error.param or ""
     for name, other in _NAMES.items():
-        pattern = rf"(?:^|(?<=`)){other}\b(\.\d+)?"  # places are not those of the input
+        pattern = rf"(?:^|(?<=[`'])|(?<=, )){other}\b(\.\d+)?"  # places are not those of the input
         words, param = re.sub(pattern, name, words), re.sub(pattern, name, param)
     return ApiError(error.status, words, error.kind, param or None, **error.more)
 

@@ -13,6 +13,7 @@ from serve_harness import QUESTION, Router, Upstreams
 from agents.serve.api import ApiError
 from agents.serve.responses import parse
 
+KEPT = ("previous_response_id", "conversation")
 TURN = [{"role": "user", "content": "Let a=1+2. Find a."}]
 
 
@@ -127,6 +128,11 @@ def test_a_stream_that_fails_says_so_in_an_event(client: openai.OpenAI, router: 
         ({"text": 5}, "text"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
         ({"colour": 1}, "colour"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "input"),
+        ({"max_completion_tokens": 5}, "max_output_tokens"),
+        ({"metadata": {"a": [1]}}, "metadata"),
+        ({"metadata": "x"}, "metadata"),
+        ({"conversation": "conv_1"}, "conversation"),
     ],
 )
 def test_what_is_more_than_a_chat_is_refused_by_its_own_name(router: Router, more: Any, param: str) -> None:
@@ -134,13 +140,16 @@ def test_what_is_more_than_a_chat_is_refused_by_its_own_name(router: Router, mor
     answer = router.client.post("/v1/responses", json={"input": QUESTION, **more})
     error = answer.json()["error"]
     assert answer.status_code == 400 and param in error["param"] and "messages.0" not in error["message"]
+    assert param == "colour" or "Unknown" not in error["message"]
+    assert ", messages" not in error["message"] and ("in `input`" in error["message"]) == (param in KEPT)
     assert router.metric("trim_requests_total", status="400") == before + 1
 
 
 def test_what_clients_send_without_being_asked_is_no_matter() -> None:
     usual = {"background": False, "include": [], "store": True, "truncation": "disabled", "tools": [], "user": None}
     usual |= {"text": {"format": {"type": "text"}}, "reasoning": {"effort": "none", "summary": "auto"}, "metadata": {}}
+    usual |= dict.fromkeys((*KEPT, "prompt", "max_tool_calls"))
     assert parse(json.dumps({"input": QUESTION, **usual}).encode()).problem() == (QUESTION, None, ())
-    for body in (b"", b"[]", b"{}", b'{"input": "\\ud800"}', b"[" * 100_000, b'{"input":' * 150 + b"1" + b"}" * 150):
+    for body in (b'{"input": "x", "metadata": {"a": NaN}}', b"", b"[]", b"{}", b'{"input": "\\ud800"}', b"[" * 100_000, b'{"input":' * 150 + b"1" + b"}" * 150):
         with pytest.raises(ApiError):
             parse(body)

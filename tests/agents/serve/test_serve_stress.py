@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import operator
 import random
+import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -396,3 +399,7 @@ def test_the_schema_is_behind_the_key(made: Any, monkeypatch: pytest.MonkeyPatch
     described = router.client.get("/openapi.json", headers={"Authorization": "Bearer sk-1"}).json()
     asked = described["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert described["openapi"].startswith("3.") and {"messages", "budget"} <= {*asked["properties"]}
+    for place in set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(described))):
+        assert reduce(operator.getitem, place.split("/"), described)
+    refused = router.client.put("/v1/models", headers={"Authorization": "Bearer sk-1"})
+    assert refused.status_code == 405 and "GET" in refused.headers["Allow"]

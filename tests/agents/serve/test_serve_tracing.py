@@ -19,6 +19,7 @@ from test_serve_upstreams import Trio
 
 from agents.serve import upstreams as probing
 from agents.serve.tracing import Trace
+from rollouts.errors import ConfigError
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 PARENT, STATE = f"00-{TRACE}-{SPAN}-01", "rojo=00f067aa0ba902b7,congo=t61rcWkgMzE"
@@ -270,6 +271,14 @@ def test_the_end_waits_for_no_collector_but_sends_what_there_is(
     began = time.monotonic()
     router.stop()
     assert time.monotonic() - began < 8
+
+
+def test_an_environment_that_opentelemetry_refuses_is_one_line(
+    trio: Longer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "1")
+    with pytest.raises(ConfigError, match="--otel: .* OTEL_.*max_queue_size"):
+        next(started(trio, folder))
 
 
 def started(trio: Trio, folder: Path) -> Iterator[Router]:
