@@ -150,6 +150,14 @@ def test_what_clients_send_without_being_asked_is_no_matter() -> None:
     usual |= {"text": {"format": {"type": "text"}}, "reasoning": {"effort": "none", "summary": "auto"}, "metadata": {}}
     usual |= dict.fromkeys((*KEPT, "prompt", "max_tool_calls"))
     assert parse(json.dumps({"input": QUESTION, **usual}).encode()).problem() == (QUESTION, None, ())
-    for body in (b'{"input": "x", "metadata": {"a": NaN}}', b"", b"[]", b"{}", b'{"input": "\\ud800"}', b"[" * 100_000, b'{"input":' * 150 + b"1" + b"}" * 150):
+    for body in (
+        b'{"input": "x", "metadata": {"a": NaN}}',
+        b"",
+        b"[]",
+        b"{}",
+        b'{"input": "\\ud800"}',
+        b"[" * 100_000,
+        b'{"input":' * 150 + b"1" + b"}" * 150,
+    ):
         with pytest.raises(ApiError):
             parse(body)
