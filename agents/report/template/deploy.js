@@ -6,7 +6,10 @@ function startDeploy() {
   const [method, goal, value, volume, largePrice, smallPrice] = ["method", "goal", "value", "volume", "large-price", "small-price"].map((name) => byId(`deploy-${name}`));
   method.append(...methods.map(({ name }) => el("option", { value: name }, name)));
 
-  const money = (x) => `$\u00a0${x.toLocaleString("en-US", { maximumFractionDigits: x < 100 ? 2 : 0, minimumFractionDigits: x < 100 ? 2 : 0 })}`;
+  const money = (x) => {
+    const digits = Math.abs(x) < 100 ? 2 : 0;
+    return `${x < 0 ? "\u2212" : ""}$\u00a0${Math.abs(x).toLocaleString("en-US", { maximumFractionDigits: digits, minimumFractionDigits: digits })}`;
+  };
   const shown = (input, text) => {
     byId(`${input.id}-is`).textContent = text;
     input.setAttribute("aria-valuetext", text);

@@ -1,6 +1,7 @@
 """The page in a real browser: by mouse, by keyboard, at the width of a phone, with texts that try to break it."""
 
 import json
+import re
 import shlex
 import time
 
@@ -215,6 +216,10 @@ def test_a_goal_and_prices_are_moved_by_keyboard(page, made):
     alone = made.content["alone"]["large"]["large"]
     assert rows[0][2] == f"$ {0.03 * alone:.2f}" and rows[1][2] == f"$ {0.03 * most['large_tokens']:.2f}"
     assert f"$ {0.03 * (alone - most['large_tokens']):.2f} of" in facts(page, "#deploy-result")[4]
+    one(page, "#deploy-large-price").send_keys(Keys.HOME)
+    one(page, "#deploy-small-price").send_keys(Keys.END)  # then nothing is saved
+    saved, of = facts(page, "#deploy-result")[4].split(" of ")
+    assert re.fullmatch(r"\u2212\$ [\d,.]+", saved) and of == "$ 0.00"
     one(page, "#deploy-show").click()
     assert focused(page) == "problem-list"
 
