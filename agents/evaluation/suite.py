@@ -170,7 +170,7 @@ def evaluate(config: EvaluateConfig, others: Others | None = None) -> Evaluation
     agreed = _agreed(methods, trees, config)
     asked = compile_store(config.rollouts, config.scorer, config.grader, split=config.split)
     tables = decision_tables(trees, None, **agreed)
-    same, validation = asked.meta["store"] == trees.meta["store"], tables.on(trees.select("validation"))
+    same, validation = asked.meta["hash"] == trees.meta["hash"], tables.on(trees.select("validation"))
     split = tables.on(trees.select(config.split)) if same else decision_tables(asked, config.split, **agreed)
     both, choosing = references(split), references(validation)
     candidates = Candidates(validation)

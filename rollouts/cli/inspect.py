@@ -161,6 +161,8 @@ class Merge:
 
         target, others = Store(self.store), [Store(self.other)]
         if self.into is not None:
+            if self.into.resolve() in (target.path.resolve(), others[0].path.resolve()):
+                raise StoreError(f"--into {self.into} is one of the two; leave it out to add to the first.")
             target.refuse_unlike(others[0])
             others = [target, *others]
             target = Store.create(self.into, others[0].process, others[0].date)

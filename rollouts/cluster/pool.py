@@ -31,6 +31,7 @@ LOCAL, AUTO = "local", "auto"
 _CONNECT_SECONDS, STOP_SECONDS, _CLOSE_SECONDS = 180.0, 15.0, 30.0
 _PATIENCE = 0.5  # seconds that a step waits for news
 _LISTED = 8  # workers
+_MOST_LOST = 4  # workers that are lost with the same tree or request before it is taken for the cause
 _OBJECTS = 80 * 2**20  # bytes: only rows and trees are sent
 _DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -188,6 +189,7 @@ class Pool(ABC):
         self.facts: dict[str, Any] = {}  # what the first worker said of its scorer and grader
         self._opened = False
         self._losses = 0  # without anything done in between
+        self._lost_with: Counter[Any] = Counter()  # workers, by the key of what they had been lent
         self._number = 0
         self._next_start = store.next_start()
 
@@ -308,7 +310,11 @@ class Pool(ABC):
         self.gone.done += hand.report.done
         self.gone.tokens.update(hand.report.tokens)
         self.gone.spent.update(hand.report.spent)
+        self._lost_with.update(hand.lent.keys())
+        often = max((self._lost_with[key] for key in hand.lent), default=0)
         self.lost(hand)
+        if often > _MOST_LOST:
+            raise BackendError(f"{often} workers were lost with the same work, the last: {why}")
         if self._losses > 2 * self.cluster.workers + 1:
             raise BackendError(f"{self._losses} workers were lost one after the other, the last: {why}")
         self.cluster.tell(f"Worker {hand.number} is lost ({why}); another one goes on.")

@@ -42,6 +42,8 @@ def merge(store: Store, other: Store) -> dict[str, int]:
     tables = {(kind, name): name in store.names(kind) for kind in ("scores", "grades") for name in other.names(kind)}
     _attach(store, other, [table for table, there in tables.items() if there])
     store.add_problems(other.problems())
+    for role, model in other.manifest.get("identities", {}).items():
+        store.identify(role, model)
     _attach(store, other, [table for table, there in tables.items() if not there])
     trees = store.steps.keys({problem for problem, _ in other.live})
     closed = set(values_of(trees, KEY[:2])) - store.live

@@ -274,6 +274,7 @@ class ChatWriter:
         self._fits = fits
         self._chat = StepChat(role, model)
         self._http = Servers(role, model)
+        self._known: Mapping[str, Any] = {}
         try:
             self._known = self._http.meet(self._identify)
         except BackendError as error:
@@ -282,8 +283,12 @@ class ChatWriter:
             raise BackendError(f"{error}{known}") from None
 
     async def _identify(self, server: Server) -> dict[str, Any]:
-        """Ask something trivial, leaving out one refused field after the other."""
-        said, told = await server.chat(self._chat.probe, read_said, self._chat.leave_out)
+        """Ask something trivial, leaving out one refused field after the other; later ones must take what is sent."""
+
+        def adapt(refusal: str, payload: Mapping[str, Any]) -> bool:
+            return not self._known and self._chat.leave_out(refusal, payload)
+
+        said, told = await server.chat(self._chat.probe, read_said, adapt)
         self._chat.check(said)
         return told
 

@@ -188,6 +188,7 @@ class Judge:
         self.system_prompt = system_prompt
         self._model, self._max_tokens = model, max_tokens
         self._http, self._probe = Servers(role, model), probe
+        self._known: Mapping[str, Any] = {}  # till then requests are adapted to what servers take
         self._known = self._http.meet(self._identify)
         self.tells = bool(self._known["logprobs"])
 
@@ -197,7 +198,7 @@ class Judge:
 
     async def _identify(self, server: Server) -> dict[str, Any]:
         def adapt(refusal: str, _: Any) -> bool:
-            yielded = self.terms.yielding(refusal)
+            yielded = None if self._known else self.terms.yielding(refusal)
             self.terms = yielded or self.terms
             return yielded is not None
 

@@ -255,6 +255,29 @@ def test_workers_that_are_lost_one_after_the_other_end_the_run(cluster, ray, tmp
         pool.run()
 
 
+def test_a_request_that_takes_worker_after_worker_with_it_ends_the_run(cluster, ray, whole, monkeypatch):
+    deadly = []
+
+    class Deadly(ScriptedScorer):
+        def submit(self, question, steps):
+            future, answer, path = Future(), super().submit(question, steps).result(), (question, *steps)
+            deadly.extend([] if deadly else [path])
+            if path == deadly[0]:
+                threading.Timer(0.02, future.set_exception, [BackendError("the engine died")]).start()
+            else:
+                threading.Timer(0.01, future.set_result, [answer]).start()
+            return future
+
+    monkeypatch.setattr(Models, "scoring", lambda self, name, store, writers=(): nullcontext(Deadly()))
+    family = Models(embedded_family("transformers"), seed=0, examples=(), store=None)
+    with (
+        pytest.raises(BackendError, match="5 workers were lost with the same work, the last: the engine died"),
+        Asking(cluster, whole, cluster.job(whole, family, scores="scorer"), lambda note: None) as pool,
+    ):
+        score_store(whole, RemoteScorer(pool), in_flight=4)
+    assert len(ray.actors) <= 2 + 5
+
+
 def test_what_no_worker_could_open_is_said_at_once(cluster, ray, tmp_path, monkeypatch):
     def broken():
         raise BackendError("small: out of memory")

@@ -301,6 +301,23 @@ def test_reward_models_judges_and_chats_may_have_several_too(pair: Any) -> None:
             build()
 
 
+@pytest.mark.parametrize("role", ["scorer", "large"])
+def test_one_that_comes_later_and_takes_less_changes_nothing_for_the_others(pair: Any, role: str) -> None:
+    settings = chat_config(pair[0], url=[server.url for server in pair])
+    pair[1].fault = lambda *_: DROP
+    made: Any = Judge(role, settings, None, 8, "?") if role == "scorer" else ChatWriter(role, settings, None, None)  # type: ignore[arg-type]
+    before, other = str(made.describe()), made._http._members[1]
+    refused = "logprobs" if role == "scorer" else "top_k"
+    pair[1].fault = lambda path, body, *_: (
+        error_reply(400, f"unknown field {refused}") if refused in (body or {}) else None
+    )
+    end = time.monotonic() + 20
+    while "refuses a chat" not in str(other.gone) and not other.well and time.monotonic() < end:
+        time.sleep(0.05)
+    assert str(made.describe()) == before and not other.well
+    made.close()
+
+
 def test_a_manifest_has_no_addresses(pair: Any) -> None:
     with ServerBackend("large", of(pair)) as backend:
         told = backend.describe()

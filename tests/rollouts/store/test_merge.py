@@ -136,6 +136,20 @@ def test_a_store_is_not_merged_into_itself(two, capsys):
     assert "into itself" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", "ab")
+def test_one_of_the_two_is_not_the_new_store(two, capsys, name):
+    before = [bytes_of(store) for store in two]
+    assert main(["merge", *(str(store.path) for store in two), "--into", str(two[0].path / ".." / name)]) == 2
+    assert "is one of the two" in capsys.readouterr().err and [bytes_of(store) for store in two] == before
+
+
+def test_what_the_other_knows_of_the_models_is_known_then(two):
+    a, b = two
+    b.note(identities={"small": {"weights": "two"}})
+    merged(a, Store(b.path))
+    assert Store(a.path).manifest["identities"] == {"small": {"weights": "two"}}
+
+
 def test_live_trees_stay_live_and_closed_ones_closed(two):
     a, b = two
     b.note_live([("p2", 0), ("p5", 1)])
