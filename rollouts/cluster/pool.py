@@ -72,8 +72,12 @@ class Cluster:
 
 def _anywhere(model: _Model) -> _Model:
     """Return a model whose folders are named from the root on: workers run in directories of their own."""
-    folders = {name: getattr(model, name) for name in ("model", "tokenizer")}
-    folders = {name: os.path.abspath(path) for name, path in folders.items() if path and Path(path).is_dir()}
+    served = model.backend == "server"  # it knows the model by its name, which a folder here may have, too
+    named = {
+        "model": None if served else model.model,
+        "tokenizer": model.tokenizer or (model.model if served else None),
+    }
+    folders = {name: os.path.abspath(path) for name, path in named.items() if path and Path(path).is_dir()}
     return model.model_copy(update=folders)
 
 

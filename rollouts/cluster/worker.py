@@ -341,8 +341,10 @@ class _Answering:
         while not self._came.empty():
             number, future = self._came.get()
             result = CancelledError() if future.cancelled() else future.exception() or future.result()
-            if isinstance(result, BackendError | CancelledError):
-                found.error = BackendError(str(result) or "a request was dropped")  # others can answer it
+            if isinstance(result, CancelledError):
+                result = BackendError("a request was dropped")
+            if isinstance(result, BackendError):
+                found.error = result  # others can answer it
             else:
                 found.answers.append((number, result))
                 self._answered += 1

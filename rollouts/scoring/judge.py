@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from rollouts.errors import BackendError
+from rollouts.errors import RequestsFailed
 from rollouts.models.server.http import RequestFailed
 from rollouts.models.server.judge import Judge
 from rollouts.scoring.base import Failed, Scores
@@ -116,7 +116,7 @@ class JudgeScorer:
             why = verdict.why
         self._answered[False] += 1
         if _FIRST <= self._answered.total() <= _LAST and 2 * self._answered[False] >= self._answered.total():
-            raise BackendError(
+            raise RequestsFailed(
                 f"scorer: {self._answered[False]} of the first {self._answered.total()} questions failed, the last "
                 f"one so: {why}."
             )

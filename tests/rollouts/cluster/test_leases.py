@@ -21,10 +21,10 @@ from rollouts.cluster import pool as pools
 from rollouts.cluster import worker as workers
 from rollouts.cluster.asking import Asking, RemoteGrader, RemoteScorer, RemoteWriter
 from rollouts.cluster.growing import Growing
-from rollouts.cluster.pool import Cluster, connected
+from rollouts.cluster.pool import Cluster, _anywhere, connected
 from rollouts.cluster.worker import Desk, Job, package
-from rollouts.config import embedded_family
-from rollouts.errors import BackendError, ConfigError, StoreError
+from rollouts.config import GeneratorConfig, embedded_family
+from rollouts.errors import BackendError, ConfigError, RequestsFailed, StoreError
 from rollouts.family import Family
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
@@ -278,6 +278,22 @@ def test_a_request_that_takes_worker_after_worker_with_it_ends_the_run(cluster, 
     assert len(ray.actors) <= 2 + 5
 
 
+def test_a_judge_that_answers_nothing_ends_the_run_with_the_first_worker(cluster, ray, whole, monkeypatch):
+    class Silent(ScriptedScorer):
+        def submit(self, question, steps):
+            (future := Future()).set_exception(RequestsFailed("scorer: 20 of the first 20 questions failed"))
+            return future
+
+    monkeypatch.setattr(Models, "scoring", lambda self, name, store, writers=(): nullcontext(Silent()))
+    family = Models(embedded_family("transformers"), seed=0, examples=(), store=None)
+    with (
+        pytest.raises(RequestsFailed, match="20 of the first 20 questions failed"),
+        Asking(cluster, whole, cluster.job(whole, family, scores="scorer"), lambda note: None) as pool,
+    ):
+        score_store(whole, RemoteScorer(pool), in_flight=4)
+    assert len(ray.actors) == 2 and cluster.said == []
+
+
 def test_what_no_worker_could_open_is_said_at_once(cluster, ray, tmp_path, monkeypatch):
     def broken():
         raise BackendError("small: out of memory")
@@ -372,6 +388,8 @@ def test_folders_of_models_are_named_from_the_root_on(tmp_path, monkeypatch):
     relative = config.model_copy(update={"small": config.small.model_copy(update={"model": "small"})})
     job = Cluster(None, 1).job(made(tmp_path / "s"), Family(relative))
     assert job.config.small.model == config.small.model and job.config.date is not None
+    served = _anywhere(GeneratorConfig(model="small", backend="server", url=("http://a/v1",)))  # a name, and a folder
+    assert (served.model, served.tokenizer) == ("small", config.small.model)
 
 
 @pytest.mark.parametrize(

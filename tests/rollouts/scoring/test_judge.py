@@ -15,7 +15,7 @@ from made_stores import PROBLEMS, grown
 from rollouts.__main__ import main
 from rollouts.cli.generate import run_scoring
 from rollouts.config import parse_family
-from rollouts.errors import BackendError, ConfigError, StoreError
+from rollouts.errors import BackendError, ConfigError, RequestsFailed, StoreError
 from rollouts.family import Family
 from rollouts.models.server.judge import Terms, read_verdict_of, verdict_in
 from rollouts.scoring.base import EXAMPLES, Failed, score_paths
@@ -240,7 +240,7 @@ class TestFailures:
     def test_a_judge_most_of_whose_answers_say_nothing_ends_the_run(self, server: FakeServer, tmp_path: Path) -> None:
         with opened(family_of(server), tmp_path)[1] as scorer:
             server.fault = lambda path, body, count: said("Hm.") if path.endswith("chat/completions") else None
-            with pytest.raises(BackendError, match=r"scorer: \d+ of the first \d+ questions failed.*Hm"):
+            with pytest.raises(RequestsFailed, match=r"scorer: \d+ of the first \d+ questions failed.*Hm"):
                 score_paths(scorer, [(f"Q{number}", STEPS) for number in range(30)])
 
     def test_a_server_that_is_gone_ends_the_run(self, server: FakeServer, tmp_path: Path) -> None:
