@@ -406,7 +406,9 @@ def _explain(item: Any) -> str:
         }
         known |= {field.name for section in (Sampling, Limits) for field in dataclasses.fields(section)}
         return f"{place}: unknown key.{did_you_mean(key, known)}"
-    found = "" if item["type"] == "missing" else f" (found {item['input']!r})"
+    # URLs may hold passwords, and a whole section says nothing.
+    hidden = item["type"] == "missing" or "url" in item["loc"] or isinstance(item["input"], dict)
+    found = "" if hidden else f" (found {item['input']!r})"
     return f"{place}: {item['msg'].removeprefix('Value error, ')}{found}"
 
 

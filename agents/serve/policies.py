@@ -53,7 +53,9 @@ class Policies:
                 shares[name] = float(text)
             if name not in list(each)[1:]:
                 raise ConfigError(f"--ab {name}={text}: no policy of --also.{did_you_mean(name, list(each)[1:])}")
-        if len(shares) < len(config.ab) or min(shares.values(), default=0) < 0 or sum(shares.values()) > 1:
+        if len(shares) < len(config.ab) or not all(
+            0 <= share <= sum(shares.values()) <= 1 for share in shares.values()
+        ):
             raise ConfigError(f"--ab {' '.join(config.ab)}: expected shares that sum up to at most 1, each name once.")
         ranges = any(policy.lam_range for policy in each.values())
         usual = {

@@ -213,3 +213,11 @@ def test_what_a_model_asked_by_chat_cannot_tell_is_refused_by_name(tmp_path: Pat
         family.open_statistics("large", made(tmp_path / "s", family)),
     ):
         pass
+
+
+@pytest.mark.parametrize("more", [["http://user:secret@host:1/v1"] * 2, ["http://user:secret@host:1/v1", 5], []])
+def test_errors_tell_no_password_of_a_server(more: Any) -> None:
+    roles = {role: {"backend": "server", "model": "m", "url": "http://host:2/v1"} for role in ("small", "large")}
+    with pytest.raises(ConfigError, match="small.*url") as error:
+        parse_family({**roles, "small": {**roles["small"], "url": more}})
+    assert "secret" not in str(error.value) and len(str(error.value)) < 300

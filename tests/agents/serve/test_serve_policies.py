@@ -49,6 +49,7 @@ def test_requests_are_split_by_a_hash_and_names_are_theirs(folders: dict[str, Pa
         ({"also": ("b={large}",), "ab": ("b=x",)}, "expected shares"),
         ({"also": ("b={large}",), "ab": ("b=0.7", "b=0.7")}, "expected shares"),
         ({"also": ("b={large}",), "ab": ("b=1.5",)}, "expected shares"),
+        ({"also": ("b={large}",), "ab": ("b=nan",)}, "expected shares"),
         ({"also": ("b={large}",), "budget": 0.2}, "budget is 0.2"),
     ],
 )
