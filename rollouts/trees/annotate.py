@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby, islice
@@ -302,7 +303,8 @@ def ask_all(
         nonlocal error
         while len(under_way) > most:
             number = next(iter(under_way)) if in_flight is None else come.get()
-            wait([under_way[number][1]])  # an interrupt finds it still among those that are under way
+            with suppress(Exception):
+                under_way[number][1].result()  # an interrupt finds it still among those that are under way
             item, future = under_way.pop(number)
             try:
                 take(item, future.result())
