@@ -40,12 +40,7 @@ class ArtefactError(TrimError):
 
 
 def missing(error: ModuleNotFoundError, extra: str) -> ConfigError:
-    """Return what to say of a package that is not installed; raises `error` again if it is a module of this project.
-
-    Args:
-        error: What importing it raised.
-        extra: The extra that brings it.
-    """
+    """Return what to say of a package that is not installed; raises `error` again if it is a module of this project."""
     name = (error.name or "").partition(".")[0]
     if name in ("", "rollouts", "trim_env", "agents"):
         raise error

@@ -369,8 +369,7 @@ def draw(seeds: NDArray[np.uint64], episodes: NDArray[np.uint64], count: int) ->
 def _finish(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * _MIX[1]
     z = (z ^ (z >> np.uint64(27))) * _MIX[2]
-    result: NDArray[np.uint64] = z ^ (z >> np.uint64(31))
-    return result
+    return z ^ (z >> np.uint64(31))
 
 
 __all__ = ["CONTINUE_SMALL", "ESCALATE_LARGE", "DecisionTables", "Rollouts", "decision_tables", "draw", "missing"]

@@ -56,7 +56,6 @@ class Fitting:
         train: Training problems.
         choosing: Problems on which settings are laid out and chosen; what is fitted reads no outcome of theirs.
         features: Features of questions, fitted on the training ones; default: `CharTfidf`.
-        seed: Seed of everything that is drawn.
     """
 
     train: DecisionTables
@@ -107,7 +106,6 @@ class Baseline:
     """A method of the field.
 
     Attributes:
-        name: As in tables and plots.
         group: One of `GROUPS`.
         fit: From what there is to fit on to settings.
         note: What a reader must know to take its row for what it is.
@@ -124,8 +122,6 @@ class Fitted:
     """A method with at most 16 settings that validation spread over the cost, and what they come to there.
 
     Attributes:
-        baseline: The method.
-        settings: Its settings.
         choosing: Their outcomes where they were chosen.
         seconds: Processor time that fitting and trying settings took.
     """

@@ -31,9 +31,7 @@ class Predictor:
     """Predictions for named arms.
 
     Attributes:
-        features: Of questions.
         weights: Of both perceptrons of each arm: ``ARM.accuracy.0.weight``, ``ARM.cost.0.weight``, ...
-        arms: Their names.
     """
 
     features: Features

@@ -75,7 +75,6 @@ class Exported:
     """An artefact that was written.
 
     Attributes:
-        folder: Its folder.
         policy: What `agents.load` reads from it.
         notes: What its user should know.
     """
@@ -207,6 +206,3 @@ def run(config: ExportConfig) -> int:
     told = "question=..." if exported[0].policy.decides_once else "..."
     print(f"use it: agents.load(DIR).session().decide({told}), see docs/deployment.md for what it is told")
     return 0
-
-
-__all__ = ["ExportConfig", "Exported", "export", "run"]

@@ -67,8 +67,7 @@ def average(columns: Sequence[Floats], weights: Floats | None = None) -> Floats:
         (n,) means, or (R, n) with weights.
     """
     stacked = np.stack(columns, axis=-1)
-    means: Floats = stacked.mean(axis=0) if weights is None else weights @ stacked
-    return means
+    return stacked.mean(axis=0) if weights is None else weights @ stacked
 
 
 def per_cost(values: Floats, cost: Floats) -> Floats:
@@ -203,8 +202,7 @@ class Curve:
 
     def pgr(self, accuracy: Floats) -> Floats:
         """Return the performance gap recovered, (r - r_w) / (r_s - r_w), by (..., L) accuracies."""
-        recovered: Floats = (accuracy - self.small_accuracy[..., None]) / self.gap[..., None]
-        return recovered
+        return (accuracy - self.small_accuracy[..., None]) / self.gap[..., None]
 
     def accuracy_at(self, c: Floats) -> Floats:
         """Return (..., L) accuracies at (L,) costs; NaN at costs below the cheapest knot."""

@@ -94,8 +94,7 @@ class Forest:
 
     def _now(self, level: Any, lams: Floats) -> Floats:
         """Return (2, m, k) rewards of both actions in the m states of a level."""
-        now: Floats = self._solved[:, level, None] - self._cost[:, level, None] * lams
-        return now
+        return self._solved[:, level, None] - self._cost[:, level, None] * lams
 
     def gradient(self, escalate: Floats, lams: Floats) -> tuple[Floats, Floats, Floats]:
         """Return mean expected returns, their derivatives with respect to the logits, and expected visits.

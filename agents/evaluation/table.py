@@ -87,10 +87,6 @@ class MethodSummary:
     """Everything that tables and plots say of one method on one set of problems.
 
     Attributes:
-        name: The method.
-        problems: Number of problems.
-        resamples: Bootstrap resamples.
-        seed: Seed of the bootstrap.
         small: `curves.point_metrics` of always-small.
         large: The same of always escalating.
         large_cost: Mean cost per problem of always escalating, in the unit of the cost model.
@@ -123,9 +119,7 @@ class FieldRow:
     """A method among those of others.
 
     Attributes:
-        name: The method.
         group: ``step-level``, ``cascade`` or ``query-level``.
-        metrics: Metrics of its curve.
         by_mixing: The ``cpt_..`` that it reaches only by mixing with always-large.
         takes: Means per problem where it recovers 80 % of the gap (`TAKES`); None if it never does.
     """
@@ -376,12 +370,3 @@ def to_csv(summaries: Sequence[MethodSummary]) -> str:
             numbers = ["" if math.isnan(x) else f"{x:.6g}" for x in (each.value, each.low, each.high, each.undefined)]
             writer.writerow([csv_cell(summary.name), name, *numbers, str(name in _marked(summary)).lower()])
     return text.getvalue()
-
-
-def as_plain(value: Any) -> Any:
-    """Return dataclasses' dicts as JSON can hold them: NaN becomes None."""
-    if isinstance(value, dict):
-        return {key: as_plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -120,10 +120,7 @@ class Training:
         return len(self.records) + self.learner.settings.iterations - self.learner.iteration
 
     def run(self, on_iteration: Callable[[Record], None] | None = None) -> Result:
-        """Train to the end.
-
-        Args:
-            on_iteration: Called with the record of each iteration.
+        """Train to the end; `on_iteration` is called with the record of each iteration.
 
         Raises:
             BudgetSpent: No more may be generated, and not one iteration is done; later than that, it ends the training.

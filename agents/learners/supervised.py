@@ -97,5 +97,4 @@ def fit_network(examples: Examples, held_out: Examples, loss: Loss, seed: int) -
 
 def output(weights: Weights, forest: Forest) -> Floats:
     """Return the (n,) logits of escalating in all states."""
-    logits: Floats = MLP("", "", Knob("lam", 0.0), weights).logits(forest.seen)[:, 1]
-    return logits
+    return MLP("", "", Knob("lam", 0.0), weights).logits(forest.seen)[:, 1]

@@ -30,7 +30,6 @@ class Shown:
         method: Name of its method, as in the tables.
         knob: The value of the operating point that it belongs to; None for a constant.
         label: What tells it from the method's other settings.
-        router: The router.
     """
 
     method: str

@@ -74,7 +74,6 @@ class Artefact:
         about: Where it comes from: models, scorer, rollouts hash, cost model, cap, metrics, package version.
         kind: How it is stored: ``mlp``, ``mlp-lam``, ``seq``, ``threshold``, ``constant``, ``random``, ``pomdp``,
             ``ask``, ``mixture``, ``query`` and ``alone`` (of whole problems), or others' ``module:Class``.
-        place: Its folder.
     """
 
     router: Storable
@@ -99,13 +98,11 @@ class _Stored:
 
     @property
     def name(self) -> str:
-        name: str = self.described["name"]
-        return name
+        return str(self.described["name"])
 
     @property
     def schema(self) -> str:
-        schema: str = self.described["schema"]
-        return schema
+        return str(self.described["schema"])
 
     @property
     def knob(self) -> Knob:
@@ -117,8 +114,7 @@ class _Stored:
 
     @property
     def told_cap(self) -> int | None:
-        cap: int | None = self.described.get("max_large_tokens")
-        return cap
+        return self.described.get("max_large_tokens")
 
     @property
     def network(self) -> tuple[dict[str, NDArray[np.float32]], int | None, str]:

@@ -109,11 +109,7 @@ class LamCosts:
         return (float(self.shares[0]), 1.0) if len(self.shares) else None
 
     def lam(self, budget: float, name: str) -> float:
-        """Return the λ at which a budget is spent.
-
-        Args:
-            budget: Share of always-large's cost.
-            name: The policy's, for messages.
+        """Return the λ at which a share of always-large's cost is spent; `name` is the policy's, for messages.
 
         Raises:
             ConfigError: Nothing is known, or the budget is out of range.

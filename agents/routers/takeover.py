@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agents.routers.asking import Asking
-from agents.routers.base import Floats, Knob, Router, StatefulRouter, Undrafted, told_cap
+from agents.routers.base import Floats, Ints, Knob, Router, Scores, StatefulRouter, Tokens, Undrafted, told_cap
 from rollouts.errors import ConfigError
 
 
@@ -77,13 +76,7 @@ class Takeover:
             chance, own = self.trigger.probability(features), state[:, 1:]
         return np.where(self.undrafted(features, state), 1.0, chance), np.concatenate([state[:, :1], own], axis=1)
 
-    def accept(
-        self,
-        state: Floats,
-        actions: NDArray[np.int64],
-        scores: NDArray[np.floating[Any]],
-        tokens: NDArray[np.integer[Any]],
-    ) -> Floats:
+    def accept(self, state: Floats, actions: Ints, scores: Scores, tokens: Tokens) -> Floats:
         """Return the state after accepted steps."""
         own = state[:, 1:]
         if isinstance(self.trigger, StatefulRouter):
@@ -92,5 +85,4 @@ class Takeover:
 
     def undrafted(self, features: NDArray[np.float32], state: Floats) -> NDArray[np.bool_]:
         """Return where the large model has taken over."""
-        taken: NDArray[np.bool_] = state[:, 0] > 0
-        return taken
+        return state[:, 0] > 0

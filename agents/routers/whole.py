@@ -116,7 +116,6 @@ class OneModel:
 
     Attributes:
         action: 0 for the small model, 1 for the large one.
-        schema: As of all routers that read no steps.
     """
 
     action: int

@@ -90,11 +90,7 @@ class Models:
 
     @contextmanager
     def opened(self, tables: DecisionTables) -> Iterator[Callable[..., live.LiveVectorEnv]]:
-        """Load the models; yields what makes an environment over the training split from a number of episodes and λ.
-
-        Args:
-            tables: Whose schema, cost model and caps it has.
-        """
+        """Load the models; yields what makes environments of the training split, with schema and caps of `tables`."""
         with live.open_models(
             self.store,
             self.family,

@@ -234,6 +234,3 @@ def splitting_of(described: Mapping[str, Any] | None) -> Splitting:
             f"Steps are split by version {version!r} of {name!r}; here that is version {VERSIONS[str(name)]}."
         )
     return found
-
-
-__all__ = ["BLANK_LINE", "Marks", "Splitter", "Splitting", "splitting_of"]

@@ -73,10 +73,7 @@ class Prefix:
     """A partial solution that a model is asked to continue.
 
     Attributes:
-        problem: Problem id.
-        question: Problem text.
         replica: Index of the sample.
-        steps: Accepted steps.
         used_tokens: Tokens of the accepted steps, against the solution's limit.
     """
 

@@ -29,9 +29,7 @@ class Sample:
     """M nodes with what is seen at them.
 
     Attributes:
-        trees: The trees.
         rows: (M,) rows of the nodes, ascending.
-        kinds: How proposals are sorted.
         edges: Edges of the bins of scores.
         kind: (M,) kind of the small model's proposal.
         step: (M,) step number minus 1, 0..T-1.
