@@ -18,7 +18,6 @@ class Examples:
     """P problems, averaged over replicas; a column for the small and for the large model.
 
     Attributes:
-        questions: Their texts.
         correct: (P, 2) share of solutions that are right.
     """
 

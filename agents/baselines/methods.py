@@ -40,7 +40,6 @@ class Setting(NamedTuple):
     """One setting of a method, as something that runs.
 
     Attributes:
-        knob: Value of its knob.
         run: From the tables of a split to what it comes to there.
     """
 
@@ -53,7 +52,6 @@ class Fitting:
     """What methods are fitted on.
 
     Attributes:
-        train: Training problems.
         choosing: Problems on which settings are laid out and chosen; what is fitted reads no outcome of theirs.
         features: Features of questions, fitted on the training ones; default: `CharTfidf`.
     """
@@ -106,7 +104,6 @@ class Baseline:
     """A method of the field.
 
     Attributes:
-        group: One of `GROUPS`.
         fit: From what there is to fit on to settings.
         note: What a reader must know to take its row for what it is.
     """

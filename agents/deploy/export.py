@@ -72,12 +72,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Exported:
-    """An artefact that was written.
-
-    Attributes:
-        policy: What `agents.load` reads from it.
-        notes: What its user should know.
-    """
+    """An artefact that was written."""
 
     folder: Path
     policy: deployed.Policy

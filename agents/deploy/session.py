@@ -28,10 +28,7 @@ class Session:
 
     Attributes:
         router: Who decides; of a mixture, the part that was drawn.
-        knob: The setting in use.
         step: Number of the step that is decided next, from 1.
-        escalations: Steps that the large model wrote.
-        large_tokens: Tokens that it decoded.
         ended: Whether the solution is complete: a terminal step was accepted, or `max_steps` steps.
         chance: Probability of escalating in the last decision; None before the first.
         decides_once: Whether it decides for the whole problem: ``decide(question=...)`` says who writes all of it, and

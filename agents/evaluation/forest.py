@@ -37,8 +37,6 @@ class Forest:
     """All n states of some trees that the caps let a policy reach.
 
     Attributes:
-        graph: The states.
-        trees: How many trees there are.
         problem: Positions of the problems that they belong to, each once.
         seen: (n, d) what the policy is told in them: the features and, under a cap on large tokens, the share left.
         price: (n, 2) what asking costs before either action; 0 where nothing is asked.
@@ -191,13 +189,7 @@ class Rule(Protocol):
 
 
 class Scale:
-    """Features of the states of forests and λ as features, to mean 0 and deviation 1.
-
-    Attributes:
-        size: d, their number.
-        parts: How many forests there are.
-        told: (k,) λ, standardised.
-    """
+    """Features of the states of forests, and k values of λ as features (`told`), to mean 0 and deviation 1."""
 
     def __init__(self, forests: Sequence[Forest], lams: Sequence[float]) -> None:
         """Measure means and deviations."""

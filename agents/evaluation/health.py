@@ -24,7 +24,6 @@ class Health:
             resamples of so few say nothing.
         sentence: The verdict in plain words, with figures.
         over: Return minus that of each simple rule, by what the rule is called.
-        escalation_rate: Share of the decisions that escalate.
     """
 
     verdict: str

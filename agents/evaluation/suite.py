@@ -109,7 +109,6 @@ class AtLam:
     """A trained router against the best threshold for its λ, on paired problems.
 
     Attributes:
-        method: Name of the router's method.
         threshold: The threshold with the greatest return on validation.
         difference: Return of the router minus that of the threshold.
         holm: p-value, corrected for all λ and methods of the evaluation.
@@ -127,13 +126,10 @@ class Evaluation:
     """Everything that was found.
 
     Attributes:
-        methods: Summaries: the trained ones, TRIM-Thr, random.
-        oracle: Summary of the tree oracle.
         query_oracle: Summary of the query-level oracle that chooses once for a problem.
         query_oracle_per_draw: Of the one that chooses for each draw.
         at_lam: Paired comparisons with the best threshold at each λ.
         sentences: What was gained, in plain words.
-        subject: Rollouts, split, caps.
         field: Methods of others, and the trained ones beside them, by group.
     """
 

@@ -52,11 +52,8 @@ class PointSummary:
         knob: λ, threshold or budget.
         on_curve: Whether it is on the hull that validation chose, with 0 < c <= 1; others are reported only.
         metrics: ``accuracy``, ``c``, ``pgr``, ``ibc_gain`` (see `curves.point_metrics`).
-        large_tokens: Tokens that the large model decoded.
         total_tokens: Tokens that both models decoded, discarded ones included.
         discarded_tokens: Tokens of the small model that escalations threw away.
-        escalations: Steps that the large model wrote.
-        steps: Accepted steps.
         gain_by_escalations: Accuracy gained over always-small, by a solution's number of escalations; empty where
             a router draws.
     """
@@ -87,8 +84,6 @@ class MethodSummary:
     """Everything that tables and plots say of one method on one set of problems.
 
     Attributes:
-        small: `curves.point_metrics` of always-small.
-        large: The same of always escalating.
         large_cost: Mean cost per problem of always escalating, in the unit of the cost model.
         metrics: Metrics of the curve (see `curves.curve_metrics`); for a method with one operating point also
             those of the point.
@@ -96,7 +91,6 @@ class MethodSummary:
         mixing_from: c beyond which the curve is such a mixture.
         knots: (c, accuracy) of the curve's corners; always-large is one of them if it is on the hull.
         band: The curve with its 95 % band.
-        points: Operating points by ascending cost.
     """
 
     name: str

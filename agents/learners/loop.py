@@ -41,8 +41,6 @@ class Result:
             is chosen: the best of many on a few hundred problems is the luckiest (results/retraining.md).
         health: Verdict on the other half, by λ.
         records: What was logged, by iteration, of all attempts.
-        baselines: Simple rules, by λ.
-        attempts: How many attempts it took.
     """
 
     router: Trainable

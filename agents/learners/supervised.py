@@ -38,8 +38,6 @@ class Examples:
     """States with what is to be predicted of them.
 
     Attributes:
-        forest: n states.
-        target: (n,) numbers.
         weight: (n,) shares of the loss, 0 of states that do not count; the sum is 1.
     """
 

@@ -87,8 +87,6 @@ class _Stored:
     """What a kind of router is built from.
 
     Attributes:
-        folder: Its folder.
-        described: Contents of ``policy.json``.
         files: Contents of the files that it names, as verified.
     """
 
@@ -127,7 +125,6 @@ class _Kind:
     """How routers of one class are stored.
 
     Attributes:
-        router: The class.
         plain: Its own entries of ``policy.json``.
         build: Back from what is stored, as checked.
         network: Whether it has ``weights``, float32 arrays, which go into ``policy.safetensors``.

@@ -21,7 +21,6 @@ class Measured:
     """A setting on problems that it was not fitted on.
 
     Attributes:
-        router: The router with its knob set.
         share: Its cost as a share of always-large's.
         accuracy: Share of the problems that it solves.
     """

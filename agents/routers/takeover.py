@@ -19,9 +19,6 @@ class Takeover:
     On trees it is exempt from a cap on escalations, as always-large is: what follows the first is no decision. The
     large model's path from there must have been generated, which in trees that are closed under K it mostly is not:
     that is an error there (``rollouts expand``).
-
-    Attributes:
-        trigger: Who decides until then.
     """
 
     trigger: Router | StatefulRouter

@@ -212,11 +212,7 @@ def _found(preference: Preference, questions: tuple[str, ...]) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class TextRouter:
-    """Sends a question to the large model if it is worth at least the threshold.
-
-    Attributes:
-        preference: What it is worth.
-    """
+    """Sends a question to the large model if it is worth at least the threshold."""
 
     name: str
     knob: Knob

@@ -25,11 +25,7 @@ from trim_env.tables import DecisionTables
 
 
 class Models:
-    """The models that made a store, loaded only while they are used.
-
-    Attributes:
-        generated: What they have written so far.
-    """
+    """The models that made a store, loaded only while they are used."""
 
     def __init__(self, config: TrainConfig, listener: Listener) -> None:
         """Check what can be checked without loading a model.

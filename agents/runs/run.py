@@ -65,7 +65,6 @@ class Trained:
 
     Attributes:
         routers: The router for each λ; of a range, for some that span it.
-        health: Their verdicts.
         sentence: What a budget or an accuracy that was asked for comes to, and what a budget of tokens ended; else
             empty.
         generated: What the models of a live training have written; None without them.

@@ -22,7 +22,6 @@ class Policies:
     """Policies by the names that clients ask for; the first is that of requests that name none.
 
     Attributes:
-        each: The policies.
         sources: What each reads, and from where.
         shares: Shares of the requests that name none and that others than the first get.
         usual: λ and budget of requests that name neither, as ``--lam`` and ``--budget`` say; of several policies those

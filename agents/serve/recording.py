@@ -50,7 +50,6 @@ class Seen:
     """One request as it is written.
 
     Attributes:
-        question: The problem.
         answer: Its right answer, if the request told one.
         paths: Of each route through its tree the accepted texts, and the draws: place, author, step, score, and of
             small ones with a decision its probability of escalating and the action.

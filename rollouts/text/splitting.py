@@ -153,9 +153,6 @@ class Splitting:
 
     With ``thinking`` a solution is a thinking block and then the answer. Steps of the block are told by `CLOSE`, which
     stands in the last of them; nothing before it is an answer.
-
-    Attributes:
-        steps: The settings.
     """
 
     steps: StepsConfig = StepsConfig()

@@ -30,11 +30,9 @@ class Episode:
     """One walk through a tree.
 
     Attributes:
-        tree: The tree.
         node: Where it stands; None when it has ended.
         last: The proposal that was accepted last, (node, role); None at the start.
         folded: Folds over the accepted steps that `observe` has seen.
-        escalations: Escalations so far.
         large_tokens: Tokens of the accepted large steps.
     """
 

@@ -21,13 +21,10 @@ _Z = 1.959963984540054
 
 @dataclass(frozen=True)
 class Rate:
-    """A probability measured as a share.
+    """A probability measured as a share, with its 95 % interval (Wilson).
 
     Attributes:
-        value: The share.
         count: (Expected) number of cases behind it.
-        low: Lower end of its 95 % interval (Wilson).
-        high: Upper end.
     """
 
     value: float
@@ -67,7 +64,6 @@ class Dynamics:
         end_value: (2, 2) P(correct | trajectory right or wrong, proposal with or without an answer that ends it).
         token_line: (T, K, 2) intercept and slope of E[large tokens | step, kind, small tokens].
         small_tokens: (K,) mean tokens of the small model's proposals of a kind.
-        mean_large_tokens: Mean tokens of a large step.
     """
 
     small_right: Rate

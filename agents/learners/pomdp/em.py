@@ -153,7 +153,6 @@ class Agreement:
     """How posteriors agree with exact labels, over the small model's proposals whose class is labelled.
 
     Attributes:
-        steps: Their number.
         share: Share of them whose likeliest class is the labelled one.
         always_s0: What calling all of them S0 would reach.
         by_class: For each class the share of its steps that are recognised; NaN where it has none.

@@ -32,8 +32,6 @@ class Estimates:
     """Everything that a model is made of.
 
     Attributes:
-        labels: ``exact`` or ``em``.
-        nodes: Number of decision nodes behind them.
         agreement: How EM agrees with exact labels, where it was used and there are any.
     """
 
