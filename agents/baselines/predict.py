@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from agents.baselines.routellm import Features
 from agents.evaluation.outcomes import Calls, Outcomes
 from agents.routers.base import Floats, Knob
-from agents.routers.text import Preference, TextRouter, Weights, layers, softmax
+from agents.routers.mlp import Weights
+from agents.routers.text import Preference, TextRouter, layers, softmax
 from rollouts.errors import DataError
 
 HIDDEN, EPOCHS, PATIENCE, BATCH = 256, 100, 5, 32

@@ -160,7 +160,7 @@ def _is_for(found: Artefact, name: str, value: float) -> bool:
     if name == "budget":
         return calibration.get("target") == "budget" and math.isclose(calibration["value"], value, rel_tol=1e-6)
     if isinstance(router, ConditionedMLP):
-        return router.low * (1 - 1e-9) <= value <= router.high * (1 + 1e-9)
+        return router.holds(value)
     if isinstance(router, Mixture) or calibration:
         return False
     trained = [each.get("lam") for each in found.about.get("held_out", [])]

@@ -149,9 +149,9 @@ class Forest:
         return means
 
 
-def forests(tables: DecisionTables, schema: str | None = None, ask: str = "") -> list[Forest]:
+def forests(tables: DecisionTables, ask: str = "") -> list[Forest]:
     """Return the forests of the parts of some tables, arguments as of `Forest`: what is summed over them is bounded."""
-    return [Forest(part, schema, ask) for part in tables.parts()]
+    return [Forest(part, ask=ask) for part in tables.parts()]
 
 
 def shares(parts: Sequence[Forest]) -> list[tuple[Forest, float]]:

@@ -209,9 +209,9 @@ def two_numbers(tables: DecisionTables, forest: Forest, lam: float) -> TwoNumber
 class Validation:
     """Both halves of the validation split, with what simple rules reach on them."""
 
-    def __init__(self, tables: Callable[[Any], DecisionTables], trees: Trees, split: str = "validation") -> None:
+    def __init__(self, tables: Callable[[Any], DecisionTables], trees: Trees) -> None:
         """Prepare the halves; `tables` makes those of given tree indices."""
-        choice, verdict = halves(trees, split)
+        choice, verdict = halves(trees)
         self.choice, self.verdict = tables(choice), tables(verdict)
         self.references: tuple[References, References] = (references(self.choice), references(self.verdict))
         fitting = "train" in trees.splits[trees.problem]  # else it is generated while a router is trained

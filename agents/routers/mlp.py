@@ -140,13 +140,17 @@ class ConditionedMLP:
         if not 0 < self.low < self.high < np.inf:
             raise ArtefactError(f"The policy's range of λ is {self.low:g} to {self.high:g}.")
 
+    def holds(self, lam: float) -> bool:
+        """Return whether it was trained for a λ."""
+        return self.low * (1 - 1e-9) <= lam <= self.high * (1 + 1e-9)
+
     def at(self, lam: float) -> MLP:
         """Return the router for one λ: as λ is constant then, its column becomes part of the first bias.
 
         Raises:
             ConfigError: It was not trained for this λ.
         """
-        if not self.low * (1 - 1e-9) <= lam <= self.high * (1 + 1e-9):
+        if not self.holds(lam):
             raise ConfigError(
                 f"lam is {lam:g}; this policy was trained for {self.low:g} to {self.high:g}. "
                 "Choose one in that range, or train over a wider one (--lam-range)."

@@ -40,7 +40,7 @@ class Fitted:
     log_likelihood: list[float]
 
 
-def em(seen: Sample, iterations: int = ITERATIONS) -> Fitted:
+def em(seen: Sample) -> Fitted:
     """Fit the model without labels, on all nodes of some trees.
 
     Raises:
@@ -51,7 +51,7 @@ def em(seen: Sample, iterations: int = ITERATIONS) -> Fitted:
     history: list[float] = []
     while True:
         scores, dynamics = observations(seen, latent), measure(seen, latent)
-        if len(history) >= iterations or (len(history) > 1 and history[-1] - history[-2] < TOLERANCE):
+        if len(history) >= ITERATIONS or (len(history) > 1 and history[-1] - history[-2] < TOLERANCE):
             return Fitted(latent, scores, dynamics, history)
         latent, likelihood = posterior(seen, graph, scores, dynamics, agreement_rates(seen, latent))
         history.append(likelihood)

@@ -108,14 +108,7 @@ def native_window(name: str, revision: str | None = None) -> int | None:
         from transformers import AutoConfig
 
         return _window_of(AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
-    except (
-        ImportError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):
+    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return _named_window(config)
 
 
