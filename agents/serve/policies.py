@@ -141,6 +141,3 @@ def _joined(one: Sources, other: Sources) -> Sources:
         raise ConfigError(f"The policies read scores of {one.table} and of {other.table}; serve them apart.")
     table = other.table if other.scorer and not one.scorer else one.table
     return Sources(table, one.scorer or other.scorer, one.small or other.small, one.large or other.large)
-
-
-__all__ = ["Policies"]

@@ -251,6 +251,3 @@ def recorder_of(
     if scorer is not None and scorer.model is not None and prompts is not None:
         scored = family.scorer_name, process_of(prompts, scorer.model.display_name)
     return Recorder(folder, process, metrics, date=family.date, scorer=scored, redact=redact)
-
-
-__all__ = ["Recorder", "Seen", "recorder_of", "seen_of"]
