@@ -29,7 +29,7 @@ import tyro
 from agents.escape import terminal
 from agents.runs.config import Resume, TrainConfig
 from agents.runs.listener import Listener
-from rollouts.errors import TrimError, missing
+from rollouts.errors import TrimError, said
 
 if TYPE_CHECKING:
     from agents.evaluation.health import Health
@@ -138,11 +138,8 @@ def main(arguments: list[str] | None = None) -> int:
                 trained = resume(given.resume, listener, given.imports)
             else:
                 trained = train(given, listener)
-    except ModuleNotFoundError as error:
-        print(f"error: {missing(error, 'train')}", file=sys.stderr)
-        return 2
-    except (TrimError, OSError) as error:
-        print(f"error: {terminal(error)}", file=sys.stderr)
+    except (ModuleNotFoundError, TrimError, OSError) as error:
+        print(f"error: {terminal(said(error, 'train'))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Stopped; what was finished is kept. Go on with --resume and the run's folder.", file=sys.stderr)

@@ -47,6 +47,11 @@ def missing(error: ModuleNotFoundError, extra: str) -> ConfigError:
     return ConfigError(f"This needs {name}, which is not installed: pip install 'trim-routing[{extra}]'.")
 
 
+def said(error: Exception, extra: str) -> Exception:
+    """Return what a command says of an error: itself, or as of `missing`."""
+    return missing(error, extra) if isinstance(error, ModuleNotFoundError) else error
+
+
 def require(extra: str, *modules: str) -> None:
     """Raise a `ConfigError` unless these are installed; nothing is imported."""
     for name in modules:

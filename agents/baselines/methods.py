@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from agents.baselines import automix, predict, routellm, smoothie
-from agents.baselines.examples import Examples, needs_sklearn
+from agents.baselines.examples import Examples
 from agents.baselines.vote import Vote
 from agents.evaluation.curves import Method, References
 from agents.evaluation.outcomes import Outcomes
@@ -24,7 +24,7 @@ from agents.evaluation.walk import alone, references, run
 from agents.routers.base import AnyRouter, Knob, Threshold
 from agents.routers.text import CharTfidf, TextRouter
 from agents.routers.whole import Whole
-from rollouts.errors import ConfigError, DataError, StoreError
+from rollouts.errors import ConfigError, DataError, StoreError, require
 from trim_env.tables import DecisionTables
 
 STEP, CASCADE, QUERY, REFERENCE = "step-level", "cascade", "query-level", "reference"
@@ -180,7 +180,7 @@ def field_beside(
     Raises:
         ConfigError: There is a cap on large tokens, which they cannot keep, or scikit-learn is not installed.
     """
-    needs_sklearn()
+    require("baselines", "sklearn")
     if split.max_large_tokens is not None:
         raise ConfigError(
             f"--baselines: routers of whole problems cannot keep a cap of {split.max_large_tokens} large tokens for a "
