@@ -25,7 +25,7 @@ from agents.deploy.session import Session, decide_together
 from agents.escape import finite
 from agents.routers import artefact
 from agents.routers.asking import Asking
-from agents.routers.base import AnyRouter, Mixture, refuse_undrafted, told_cap
+from agents.routers.base import AnyRouter, Mixture, parts_of, refuse_undrafted, told_cap
 from agents.routers.budgets import LamCosts
 from agents.routers.mlp import MLP, ConditionedMLP
 from agents.routers.whole import QueryRouter, decides_once
@@ -236,12 +236,9 @@ class Policy:
 
     def describe(self) -> dict[str, Any]:
         """Return what users may know of it, as JSON holds it."""
-        if isinstance(router := self.router, ConditionedMLP):
-            knob = {"name": "lam", "low": router.low, "high": router.high, "default": self.default_lam}
-        else:
-            knob = {"name": router.knob.name, "value": router.knob.value}
-        parts = (router.first, router.second) if isinstance(router, Mixture) else (router,)
-        asks = list(dict.fromkeys(fact for part in parts if isinstance(part, Asking) for fact in part.facts))
+        knob = artefact.knob_of(self.router) | ({"default": self.default_lam} if self.lam_range else {})
+        asking = (part for part in parts_of(self.router) if isinstance(part, Asking))
+        asks = list(dict.fromkeys(fact for part in asking for fact in part.facts))
         described: dict[str, Any] = {
             "name": self.name,
             "kind": self.kind,

@@ -144,14 +144,7 @@ FIELD_NOTE = (
 def field_rows(rows: Sequence[FieldRow]) -> list[list[str]]:
     """Return the table of the field as text, the first row a header."""
     shown = [row for row in ROWS if row[0] in ("cpt_50", "cpt_80", "cpt_95", "delta_ibc", "accuracy_at_20")]
-    table = [
-        [
-            "Group",
-            "Method",
-            *(label.replace("Accuracy at ", "acc @ ").replace(" cost, %", "") for _, label, _ in shown),
-            *TAKES,
-        ]
-    ]
+    table = [["Group", "Method", *(_short(label) for _, label, _ in shown), *TAKES]]
     for row in rows:
         cells = [
             _cell(row.metrics[name], style, f" {MIXING_MARK}" if name in row.by_mixing else "")
@@ -250,6 +243,10 @@ ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 HEADLINES = ("cpt_50", "cpt_80", "cpt_95", "delta_ibc", "accuracy_at_10", "accuracy_at_20", "accuracy_at_30")
 
 
+def _short(label: str) -> str:
+    return label.replace("Accuracy at ", "acc @ ").replace(" cost, %", "")
+
+
 def _cell(each: Estimate | None, style: Callable[[float], str] = _percent, mark: str = "") -> str:
     """Write an estimate: value, interval, marks."""
     if each is None:
@@ -277,8 +274,7 @@ def method_rows(summaries: Sequence[MethodSummary]) -> list[list[str]]:
 def headline_rows(summaries: Sequence[MethodSummary]) -> list[list[str]]:
     """Return a table that fits a terminal: a row for each method, the interval below each value."""
     rows = [row for row in ROWS if row[0] in HEADLINES]
-    short = [label.replace("Accuracy at ", "acc @ ").replace(" cost, %", "") for _, label, _ in rows]
-    table = [["", *short]]
+    table = [["", *(_short(label) for _, label, _ in rows)]]
     for summary in summaries:
         cells = (_metric_cell(summary, metric, style) for metric, _, style in rows)
         table.append([summary.name, *(cell.replace(" [", "\n[") for cell in cells)])

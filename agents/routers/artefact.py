@@ -31,6 +31,7 @@ from agents.routers.base import (
     RandomRate,
     Threshold,
     checked,
+    parts_of,
     refuse_undrafted,
     told_cap,
 )
@@ -246,9 +247,8 @@ def _kind_named(name: str) -> _Kind:
 
 def has_network(router: Storable) -> bool:
     """Return whether a router, or a part of a mixture, is a network that has an ONNX form."""
-    if isinstance(router, Mixture):
-        return has_network(router.first) or has_network(router.second)
-    return any(isinstance(router, kind.router) for kind in _KINDS.values() if kind.graph)
+    networks = tuple(kind.router for kind in _KINDS.values() if kind.graph)
+    return any(isinstance(part, networks) for part in parts_of(router))
 
 
 def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx: bool = False) -> Path:
@@ -283,7 +283,7 @@ def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx
         "kind": name,
         "name": router.name,
         "schema": router.schema,
-        "knob": _knob(router),
+        "knob": knob_of(router),
         "about": dict(about),
         **kind.plain(router),
         **own,
@@ -323,7 +323,8 @@ def _network_files(router: Any, onnx: bool) -> dict[str, bytes]:
     return files
 
 
-def _knob(router: Storable) -> dict[str, Any]:
+def knob_of(router: Storable) -> dict[str, Any]:
+    """Return name and value, or range, of what was set to trade accuracy for cost."""
     if isinstance(router, ConditionedMLP):
         return {"name": "lam", "low": router.low, "high": router.high}
     return {"name": router.knob.name, "value": router.knob.value}

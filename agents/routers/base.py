@@ -205,9 +205,14 @@ class Mixture:
         return self.second if uniform < self.share else self.first
 
 
+def parts_of(router: Any) -> tuple[Any, ...]:
+    """Return both parts of a mixture, or the router itself."""
+    return (router.first, router.second) if isinstance(router, Mixture) else (router,)
+
+
 def schemas_of(router: Any) -> set[str]:
     """Return the schemas of a router, of a mixture those of both parts."""
-    return {router.first.schema, router.second.schema} if isinstance(router, Mixture) else {router.schema}
+    return {part.schema for part in parts_of(router)}
 
 
 def is_end(router: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.routers.base import Floats, Knob, Mixture, Named
+from agents.routers.base import Floats, Knob, Named, parts_of
 
 
 @runtime_checkable
@@ -93,9 +93,7 @@ Whole = QueryRouter | Cascade
 
 def decides_once(router: Any) -> bool:
     """Whether a router, or a part of a mixture, decides before anything is generated, and then never again."""
-    if isinstance(router, Mixture):
-        return decides_once(router.first) or decides_once(router.second)
-    return isinstance(router, QueryRouter)
+    return any(isinstance(part, QueryRouter) for part in parts_of(router))
 
 
 @dataclass(frozen=True)
