@@ -151,7 +151,7 @@ class Forest:
 
 def forests(tables: DecisionTables, ask: str = "") -> list[Forest]:
     """Return the forests of the parts of some tables, arguments as of `Forest`: what is summed over them is bounded."""
-    return [Forest(part, ask=ask) for part in tables.parts()]
+    return [Forest(part, None, ask) for part in tables.parts()]
 
 
 def shares(parts: Sequence[Forest]) -> list[tuple[Forest, float]]:
