@@ -21,7 +21,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", 
 import tyro
 
 from agents.escape import terminal
-from rollouts.errors import ConfigError, TrimError, missing
+from rollouts.errors import ConfigError, TrimError, require, said
 
 if TYPE_CHECKING:
     from agents.evaluation.suite import Evaluation, Others
@@ -46,21 +46,16 @@ def main(arguments: list[str] | None = None) -> int:
                 from agents.report.render import write
 
                 files.append(write(gather(config, evaluation), (config.out or Path()) / config.report))
-    except ModuleNotFoundError as error:
-        print(f"error: {missing(error, 'train')}", file=sys.stderr)
-        return 2
-    except (TrimError, OSError) as error:
-        print(f"error: {terminal(error)}", file=sys.stderr)
+    except (ModuleNotFoundError, TrimError, OSError) as error:
+        print(f"error: {terminal(said(error, 'train'))}", file=sys.stderr)
         return 2
     show(evaluation, files)
     return 0
 
 
 def _others() -> Others:
-    from agents.baselines.examples import needs_sklearn
+    require("baselines", "sklearn")  # said before anything is computed
     from agents.baselines.methods import field_beside
-
-    needs_sklearn()  # said before anything is computed
 
     return field_beside
 

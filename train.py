@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))  # more only wait for each other
@@ -28,7 +29,7 @@ import tyro
 from agents.escape import terminal
 from agents.runs.config import Resume, TrainConfig
 from agents.runs.listener import Listener
-from rollouts.errors import TrimError, missing
+from rollouts.errors import TrimError, said
 
 if TYPE_CHECKING:
     from agents.evaluation.health import Health
@@ -128,32 +129,21 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     resuming = any(each == "--resume" or each.startswith("--resume=") for each in arguments)
-    listener: ProgressBar | None = None
     try:
         given = tyro.cli(Resume if resuming else TrainConfig, args=arguments, description=__doc__)
-        listener = ProgressBar()
-        from agents.runs.run import resume, train  # not for --help: it takes seconds
+        with closing(ProgressBar()) as listener:
+            from agents.runs.run import resume, train  # not for --help: it takes seconds
 
-        if isinstance(given, Resume):
-            trained = resume(given.resume, listener, given.imports)
-        else:
-            trained = train(given, listener)
-    except ModuleNotFoundError as error:
-        if listener:
-            listener.close()
-        print(f"error: {missing(error, 'train')}", file=sys.stderr)
-        return 2
-    except (TrimError, OSError) as error:
-        if listener:
-            listener.close()
-        print(f"error: {terminal(error)}", file=sys.stderr)
+            if isinstance(given, Resume):
+                trained = resume(given.resume, listener, given.imports)
+            else:
+                trained = train(given, listener)
+    except (ModuleNotFoundError, TrimError, OSError) as error:
+        print(f"error: {terminal(said(error, 'train'))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if listener:
-            listener.close()
         print("Stopped; what was finished is kept. Go on with --resume and the run's folder.", file=sys.stderr)
         return 130
-    listener.close()
     report(trained)
     return 0
 

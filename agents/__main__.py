@@ -6,7 +6,7 @@ import importlib
 import sys
 
 from agents.escape import terminal
-from rollouts.errors import TrimError, did_you_mean, missing
+from rollouts.errors import TrimError, did_you_mean, said
 
 # by name: a module, imported when it is called, with run(config) -> int; its settings' class; what it does
 COMMANDS = {
@@ -39,11 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         rest = getattr(module, "with_file", list)(rest)
         config = tyro.cli(getattr(module, settings), prog=f"python -m agents {name}", args=rest)
         return int(module.run(config))
-    except ModuleNotFoundError as error:
-        print(f"error: {missing(error, 'rollouts')}", file=sys.stderr)
-        return 2
-    except (TrimError, OSError) as error:
-        print(f"error: {terminal(error)}", file=sys.stderr)
+    except (ModuleNotFoundError, TrimError, OSError) as error:
+        print(f"error: {terminal(said(error, 'rollouts'))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

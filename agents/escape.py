@@ -6,7 +6,9 @@ The page of the report needs none of this: there text stays data (`agents.report
 from __future__ import annotations
 
 import html
+import math
 import re
+from typing import Any
 
 
 def terminal(text: object) -> str:
@@ -27,10 +29,16 @@ def markdown(text: object) -> str:
     return html.escape(re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", terminal(text)), quote=False)
 
 
+def finite(value: Any) -> Any:
+    """Return what JSON can hold of nested values: numbers that are not finite become None."""
+    if isinstance(value, dict):
+        return {str(name): finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def plot(text: object) -> str:
     """Return a label that matplotlib draws as it is: neither maths nor, by a leading underscore, hidden."""
     plain = terminal(text).replace("$", r"\$")
     return f"\N{ZERO WIDTH SPACE}{plain}" if plain.startswith("_") else plain
-
-
-__all__ = ["csv_cell", "markdown", "plot", "terminal"]

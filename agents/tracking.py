@@ -91,11 +91,7 @@ def push(folder: Path, name: str, described: Mapping[str, Any], where: Path) -> 
 
 
 def pull(name: str, folder: Path) -> Path:
-    """Fetch the files of an artifact into a folder; return it.
-
-    Args:
-        name: ENTITY/PROJECT/ARTIFACT:VERSION.
-        folder: Where to.
+    """Fetch the files of ENTITY/PROJECT/ARTIFACT:VERSION into a folder; return it.
 
     Raises:
         ConfigError: The name is none, nobody is logged in, or there is no such artifact.

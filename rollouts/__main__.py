@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from rollouts.errors import TrimError, missing
+from rollouts.errors import TrimError, said
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,15 +19,12 @@ def main(arguments: list[str] | None = None) -> int:
             COMMANDS, prog="python -m rollouts", description=__doc__, args=arguments
         )
         command.run()
-    except ModuleNotFoundError as error:
-        print(f"error: {missing(error, 'rollouts')}", file=sys.stderr)
-        return 2
-    except (TrimError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ModuleNotFoundError, TrimError, OSError) as error:
+        print(f"error: {said(error, 'rollouts')}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        said = str(interrupt) or "interrupted; everything so far is kept, the same command goes on from here"
-        print(said, file=sys.stderr)
+        told = str(interrupt) or "interrupted; everything so far is kept, the same command goes on from here"
+        print(told, file=sys.stderr)
         return 130
     return 0
 

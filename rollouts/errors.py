@@ -40,16 +40,16 @@ class ArtefactError(TrimError):
 
 
 def missing(error: ModuleNotFoundError, extra: str) -> ConfigError:
-    """Return what to say of a package that is not installed; raises `error` again if it is a module of this project.
-
-    Args:
-        error: What importing it raised.
-        extra: The extra that brings it.
-    """
+    """Return what to say of a package that is not installed; raises `error` again if it is a module of this project."""
     name = (error.name or "").partition(".")[0]
     if name in ("", "rollouts", "trim_env", "agents"):
         raise error
     return ConfigError(f"This needs {name}, which is not installed: pip install 'trim-routing[{extra}]'.")
+
+
+def said(error: Exception, extra: str) -> Exception:
+    """Return what a command says of an error: itself, or as of `missing`."""
+    return missing(error, extra) if isinstance(error, ModuleNotFoundError) else error
 
 
 def require(extra: str, *modules: str) -> None:

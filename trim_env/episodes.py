@@ -43,12 +43,8 @@ class Steps(NamedTuple):
 
     Attributes:
         action: Who wrote the accepted step, 0 or 1.
-        cost: What it cost.
-        large_tokens: Tokens that the large model decoded.
-        small_tokens: Tokens of the small model's proposal.
         cut_off: Whether the large model was cut off by the cap on its tokens.
         solved: 1 where a right solution has ended, else 0.
-        done: Whether the episode has ended.
     """
 
     action: Array

@@ -42,7 +42,6 @@ class Feature:
     """One number that a router is given.
 
     Attributes:
-        name: Its name.
         low: Least value; what falls below is raised to it.
         high: Greatest value, likewise.
         columns: What it is computed from: names of columns, or folds of one's own over the accepted steps.

@@ -47,10 +47,8 @@ class Moved(NamedTuple):
     """What becomes of the actions of n walks; arrays of shape (n,), or any other.
 
     Attributes:
-        taken: What was accepted and paid.
         accepted: 0 where the small model's step was accepted, 1 where the large model's.
         child: Row of the next node, -1 at an end, -2 if the proposal was not generated.
-        spent: What is spent then.
     """
 
     taken: Taken
@@ -77,9 +75,7 @@ class Decisions(NamedTuple):
     Attributes:
         tree: Position of the tree in the split.
         rows: Node.
-        spent: What was spent before.
         mass: Probability of getting there and acting so.
-        moved: What becomes of it.
         walk: Position of the walk among those whom `Decide` was asked about.
     """
 
@@ -139,8 +135,6 @@ class States(Graph):
     """All n states that the caps let any policy reach.
 
     Attributes:
-        rows: (n,) node of each state.
-        spent: What was spent, (n,) arrays.
         open: (n,) whether the caps let the large model be called.
     """
 
@@ -151,11 +145,7 @@ class States(Graph):
 
 @dataclass(frozen=True, eq=False)
 class StateGraph(States):
-    """The states with what is paid between them.
-
-    Attributes:
-        moved: What becomes of both actions, (n, 2) arrays.
-    """
+    """The states with what is paid between them."""
 
     moved: Moved
 
@@ -199,15 +189,7 @@ def reachable(tables: DecisionTables) -> StateGraph:
 
 
 class Alone(NamedTuple):
-    """What either model comes to that writes the whole solution of each of R trees in one request; arrays (R, 2).
-
-    Attributes:
-        correct: Whether it is right.
-        tokens: Tokens decoded.
-        prompt_tokens: Tokens of the question's prompt.
-        steps: Steps.
-        last: Node of the last step.
-    """
+    """What either model comes to that writes the whole solution of each of R trees in one request; arrays (R, 2)."""
 
     correct: Floats
     tokens: Floats

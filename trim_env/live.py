@@ -257,11 +257,7 @@ class LiveVectorEnv(EpisodesVectorEnv):
 
 
 def family_of(store: Store, models: str = "tinymath") -> Family:
-    """Return the models that made a store; none is loaded yet.
-
-    Args:
-        store: The store.
-        models: TOML file of the roles, or ``tinymath`` / ``tinymath:transformers`` for the embedded family.
+    """Return the models that made a store, of a TOML file or ``tinymath[:transformers]``; none is loaded yet.
 
     Raises:
         StoreError: The store was made by other models; the fields that differ are named.
@@ -327,11 +323,6 @@ def open_models(
 @contextmanager
 def open_live(store: str | Path, models: str = "tinymath", **options: Any) -> Iterator[LiveVectorEnv]:
     """Open a store with the models that made it, and an environment over both; closes all at the end.
-
-    Args:
-        store: Path of the store.
-        models: As of `family_of`.
-        options: Arguments of `LiveVectorEnv` from `grader` on.
 
     Raises:
         StoreError: The store was made by other models (the fields that differ are named), or is being written to.

@@ -32,8 +32,6 @@ class Taken(NamedTuple):
 
     Attributes:
         place: ``2 * row + action`` of the proposal that is accepted: the small model's where the large one was cut off.
-        cost: What it costs.
-        large_tokens: Tokens that the large model decodes.
         cut_off: Whether the large model was cut off by the cap on its tokens.
     """
 
@@ -48,10 +46,7 @@ class DecisionTables:
     """Tables over the N nodes of compiled trees; a proposal is addressed by ``2 * row + action``.
 
     Attributes:
-        trees: The trees.
         indices: (R,) the trees that episodes are drawn from.
-        schema: Feature schema.
-        cost_model: Cost model.
         max_escalations: K: most escalations of an episode; None without a cap.
         max_large_tokens: M: most tokens that the large model decodes in an episode; None without a cap.
         features: (N, d) float32.
@@ -369,8 +364,7 @@ def draw(seeds: NDArray[np.uint64], episodes: NDArray[np.uint64], count: int) ->
 def _finish(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * _MIX[1]
     z = (z ^ (z >> np.uint64(27))) * _MIX[2]
-    result: NDArray[np.uint64] = z ^ (z >> np.uint64(31))
-    return result
+    return z ^ (z >> np.uint64(31))
 
 
 __all__ = ["CONTINUE_SMALL", "ESCALATE_LARGE", "DecisionTables", "Rollouts", "decision_tables", "draw", "missing"]

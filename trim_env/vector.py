@@ -21,7 +21,6 @@ class TrimVectorEnv(EpisodesVectorEnv):
     Seeds, options of `reset`, and what is told of episodes that end: `trim_env.episodes.EpisodesVectorEnv`.
 
     Attributes:
-        tables: What it steps through.
         node: (E,) rows of the nodes where episodes stand, negative once one has ended.
     """
 

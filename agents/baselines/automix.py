@@ -69,8 +69,7 @@ class Bins:
 
     def __call__(self, v: Floats) -> Floats:
         """Return (n,) gains."""
-        found: Floats = self.gain[np.searchsorted(self.edges, v, side="right")]
-        return found
+        return self.gain[np.searchsorted(self.edges, v, side="right")]
 
 
 @dataclass(frozen=True, eq=False)

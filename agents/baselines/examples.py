@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.routers.base import Floats
-from rollouts.errors import ConfigError
 from trim_env.tables import DecisionTables
 
 
@@ -18,7 +17,6 @@ class Examples:
     """P problems, averaged over replicas; a column for the small and for the large model.
 
     Attributes:
-        questions: Their texts.
         correct: (P, 2) share of solutions that are right.
     """
 
@@ -47,13 +45,3 @@ class Examples:
 def as_float32(**weights: Floats | float | Sequence[float]) -> dict[str, NDArray[np.float32]]:
     """Return weights as they are stored; names have dots for their double underscores."""
     return {name.replace("__", "."): np.asarray(each, np.float32) for name, each in weights.items()}
-
-
-def needs_sklearn() -> None:
-    """Raise `ConfigError` where scikit-learn is not installed."""
-    try:
-        import sklearn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "Fitting a classifier needs scikit-learn. Install it: pip install 'trim-routing[baselines]'."
-        ) from error

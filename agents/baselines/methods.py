@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from agents.baselines import automix, predict, routellm, smoothie
-from agents.baselines.examples import Examples, needs_sklearn
+from agents.baselines.examples import Examples
 from agents.baselines.vote import Vote
 from agents.evaluation.curves import Method, References
 from agents.evaluation.outcomes import Outcomes
@@ -24,7 +24,7 @@ from agents.evaluation.walk import alone, references, run
 from agents.routers.base import AnyRouter, Knob, Threshold
 from agents.routers.text import CharTfidf, TextRouter
 from agents.routers.whole import Whole
-from rollouts.errors import ConfigError, DataError, StoreError
+from rollouts.errors import ConfigError, DataError, StoreError, require
 from trim_env.tables import DecisionTables
 
 STEP, CASCADE, QUERY, REFERENCE = "step-level", "cascade", "query-level", "reference"
@@ -40,7 +40,6 @@ class Setting(NamedTuple):
     """One setting of a method, as something that runs.
 
     Attributes:
-        knob: Value of its knob.
         run: From the tables of a split to what it comes to there.
     """
 
@@ -53,10 +52,8 @@ class Fitting:
     """What methods are fitted on.
 
     Attributes:
-        train: Training problems.
         choosing: Problems on which settings are laid out and chosen; what is fitted reads no outcome of theirs.
         features: Features of questions, fitted on the training ones; default: `CharTfidf`.
-        seed: Seed of everything that is drawn.
     """
 
     train: DecisionTables
@@ -107,8 +104,6 @@ class Baseline:
     """A method of the field.
 
     Attributes:
-        name: As in tables and plots.
-        group: One of `GROUPS`.
         fit: From what there is to fit on to settings.
         note: What a reader must know to take its row for what it is.
     """
@@ -124,8 +119,6 @@ class Fitted:
     """A method with at most 16 settings that validation spread over the cost, and what they come to there.
 
     Attributes:
-        baseline: The method.
-        settings: Its settings.
         choosing: Their outcomes where they were chosen.
         seconds: Processor time that fitting and trying settings took.
     """
@@ -187,7 +180,7 @@ def field_beside(
     Raises:
         ConfigError: There is a cap on large tokens, which they cannot keep, or scikit-learn is not installed.
     """
-    needs_sklearn()
+    require("baselines", "sklearn")
     if split.max_large_tokens is not None:
         raise ConfigError(
             f"--baselines: routers of whole problems cannot keep a cap of {split.max_large_tokens} large tokens for a "

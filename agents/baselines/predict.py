@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from agents.baselines.routellm import Features
 from agents.evaluation.outcomes import Calls, Outcomes
 from agents.routers.base import Floats, Knob
-from agents.routers.text import Preference, TextRouter, Weights, layers, softmax
+from agents.routers.mlp import Weights
+from agents.routers.text import Preference, TextRouter, layers, softmax
 from rollouts.errors import DataError
 
 HIDDEN, EPOCHS, PATIENCE, BATCH = 256, 100, 5, 32
@@ -31,9 +32,7 @@ class Predictor:
     """Predictions for named arms.
 
     Attributes:
-        features: Of questions.
         weights: Of both perceptrons of each arm: ``ARM.accuracy.0.weight``, ``ARM.cost.0.weight``, ...
-        arms: Their names.
     """
 
     features: Features

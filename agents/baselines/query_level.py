@@ -38,12 +38,7 @@ class QueryLevel:
 
 
 def fit(tables: DecisionTables, choice: DecisionTables, seed: int) -> QueryLevel:
-    """Fit all methods.
-
-    Args:
-        tables: Training trees.
-        choice: The choice half of validation.
-        seed: Of what is drawn.
+    """Fit all methods on training trees; their settings are tried on the choice half of validation.
 
     Raises:
         ConfigError: There is a cap on large tokens, which they cannot keep.

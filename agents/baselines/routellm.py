@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from agents.baselines.examples import Examples, as_float32, needs_sklearn
+from agents.baselines.examples import Examples, as_float32
 from agents.routers.base import Floats, Knob
 from agents.routers.text import Preference, TextRouter
-from rollouts.errors import DataError
+from rollouts.errors import DataError, require
 
 Features = Callable[[Sequence[str]], Floats]
 START = Knob("threshold", 0.5)
@@ -25,7 +25,7 @@ def classifier(examples: Examples, features: Features) -> TextRouter:
 
     RouteLLM fine-tunes BERT for the same labels; here it is a logistic regression on the features.
     """
-    needs_sklearn()
+    require("baselines", "sklearn")
     from sklearn.linear_model import LogisticRegression
 
     classes = np.unique(examples.outcome)

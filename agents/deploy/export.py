@@ -72,13 +72,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Exported:
-    """An artefact that was written.
-
-    Attributes:
-        folder: Its folder.
-        policy: What `agents.load` reads from it.
-        notes: What its user should know.
-    """
+    """An artefact that was written."""
 
     folder: Path
     policy: deployed.Policy
@@ -166,7 +160,7 @@ def _is_for(found: Artefact, name: str, value: float) -> bool:
     if name == "budget":
         return calibration.get("target") == "budget" and math.isclose(calibration["value"], value, rel_tol=1e-6)
     if isinstance(router, ConditionedMLP):
-        return router.low * (1 - 1e-9) <= value <= router.high * (1 + 1e-9)
+        return router.holds(value)
     if isinstance(router, Mixture) or calibration:
         return False
     trained = [each.get("lam") for each in found.about.get("held_out", [])]
@@ -207,6 +201,3 @@ def run(config: ExportConfig) -> int:
     told = "question=..." if exported[0].policy.decides_once else "..."
     print(f"use it: agents.load(DIR).session().decide({told}), see docs/deployment.md for what it is told")
     return 0
-
-
-__all__ = ["ExportConfig", "Exported", "export", "run"]

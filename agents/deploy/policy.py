@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from agents.deploy.session import Session, decide_together
+from agents.escape import finite
 from agents.routers import artefact
 from agents.routers.asking import Asking
-from agents.routers.base import AnyRouter, Mixture, refuse_undrafted, told_cap
+from agents.routers.base import AnyRouter, Mixture, parts_of, refuse_undrafted, told_cap
 from agents.routers.budgets import LamCosts
 from agents.routers.mlp import MLP, ConditionedMLP
 from agents.routers.whole import QueryRouter, decides_once
@@ -64,7 +65,6 @@ class Policy:
         router: The router; of a range of λ, the one that makes a router for each (`at`).
         about: What its artefact says: models, scorer, rollouts, cap, held-out metrics.
         kind: How it is stored (`agents.routers.artefact.Artefact`).
-        place: Where it comes from, for messages.
     """
 
     router: artefact.Storable
@@ -134,14 +134,12 @@ class Policy:
     @property
     def max_escalations(self) -> int | None:
         """Most escalations of a solution; None without a cap."""
-        cap: int | None = self.about.get("max_escalations")
-        return cap
+        return self.about.get("max_escalations")
 
     @property
     def max_large_tokens(self) -> int | None:
         """Most tokens that the large model may decode for a solution; None without a cap."""
-        cap: int | None = self.about.get("max_large_tokens")
-        return cap
+        return self.about.get("max_large_tokens")
 
     @property
     def lam_range(self) -> tuple[float, float] | None:
@@ -238,12 +236,9 @@ class Policy:
 
     def describe(self) -> dict[str, Any]:
         """Return what users may know of it, as JSON holds it."""
-        if isinstance(router := self.router, ConditionedMLP):
-            knob = {"name": "lam", "low": router.low, "high": router.high, "default": self.default_lam}
-        else:
-            knob = {"name": router.knob.name, "value": router.knob.value}
-        parts = (router.first, router.second) if isinstance(router, Mixture) else (router,)
-        asks = list(dict.fromkeys(fact for part in parts if isinstance(part, Asking) for fact in part.facts))
+        knob = artefact.knob_of(self.router) | ({"default": self.default_lam} if self.lam_range else {})
+        asking = (part for part in parts_of(self.router) if isinstance(part, Asking))
+        asks = list(dict.fromkeys(fact for part in asking for fact in part.facts))
         described: dict[str, Any] = {
             "name": self.name,
             "kind": self.kind,
@@ -258,17 +253,8 @@ class Policy:
             "max_large_tokens": self.max_large_tokens,
             **{name: self.about[name] for name in _TOLD if name in self.about},
         }
-        plain: dict[str, Any] = _finite(described)
+        plain: dict[str, Any] = finite(described)
         return plain
-
-
-def _finite(value: Any) -> Any:
-    """Return the same without numbers that JSON does not know."""
-    if isinstance(value, dict):
-        return {str(name): _finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _whole(value: Any) -> int:

@@ -28,10 +28,7 @@ class Session:
 
     Attributes:
         router: Who decides; of a mixture, the part that was drawn.
-        knob: The setting in use.
         step: Number of the step that is decided next, from 1.
-        escalations: Steps that the large model wrote.
-        large_tokens: Tokens that it decoded.
         ended: Whether the solution is complete: a terminal step was accepted, or `max_steps` steps.
         chance: Probability of escalating in the last decision; None before the first.
         decides_once: Whether it decides for the whole problem: ``decide(question=...)`` says who writes all of it, and
@@ -298,10 +295,6 @@ class Session:
 def decide_together(sessions: Sequence[Session], proposals: Sequence[Mapping[str, Any]]) -> list[int]:
     """Return the actions of n sessions, one proposal each: what `Session.decide` returns, faster.
 
-    Args:
-        sessions: The sessions.
-        proposals: The arguments of `Session.decide` by name.
-
     Raises:
         ConfigError: As of `Session.decide`, or there are not as many proposals as sessions, each once.
     """
@@ -387,6 +380,3 @@ def _read(text: str, ended: bool = False, thinking: bool = False, **given: Any) 
     stop = StopReason.BOXED if boxed else StopReason.EOS if ended else StopReason.DELIMITER
     read = facts_of(Step(text, 0, stop, thinking=thinking), 0.0)
     return {name: value for name, value in read.items() if name not in _STATE} | given
-
-
-__all__ = ["Session", "decide_together"]

@@ -76,14 +76,14 @@ def resample_weights(problems: int, resamples: int = RESAMPLES, seed: int = 0) -
     return weights
 
 
-def estimate(value: Floats | float, samples: Floats) -> Estimate:
-    """Combine a value and its (R,) resampled values, NaN where undefined, into an estimate.
+def estimate(value: Floats | float, samples: Floats, levels: tuple[float, float] = LEVELS) -> Estimate:
+    """Combine a value and its (R,) resampled values, NaN where undefined, into an estimate with such quantiles.
 
     Where the value itself is undefined so is its interval, whatever some resamples say.
     """
     defined = samples[np.isfinite(samples)]
     usable = len(defined) > 0 and bool(np.isfinite(value))
-    low, high = np.quantile(defined, LEVELS) if usable else (np.nan, np.nan)
+    low, high = np.quantile(defined, levels) if usable else (np.nan, np.nan)
     return Estimate(float(value), float(low), float(high), 1 - len(defined) / len(samples))
 
 

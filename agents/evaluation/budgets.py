@@ -8,14 +8,14 @@ those of its curve in an evaluation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from agents.evaluation.bootstrap import Estimate, resample_weights
-from agents.evaluation.curves import References, per_cost
+from agents.evaluation.bootstrap import Estimate, estimate, resample_weights
+from agents.evaluation.curves import References
 from agents.evaluation.outcomes import Floats, Outcomes
 from agents.evaluation.splits import Validation, spread
 from agents.evaluation.walk import run
@@ -34,11 +34,7 @@ LEVEL = 0.9
 
 def measure(router: AnyRouter, outcomes: Outcomes, references: References) -> Measured:
     """Return a setting with what its outcomes come to."""
-    return Measured(router, _share(outcomes, references), float(outcomes.correct.mean()))
-
-
-def _share(outcomes: Outcomes, references: References) -> float:
-    return float(per_cost(outcomes.cost.sum(), references.large.cost.sum()))
+    return Measured(router, references.share(outcomes), float(outcomes.correct.mean()))
 
 
 def operating_points(found: Sequence[tuple[AnyRouter, Outcomes]], references: References) -> list[Measured]:
@@ -86,7 +82,7 @@ def falling_costs(lams: Floats, found: Sequence[Outcomes], references: Reference
     """
     from scipy.optimize import isotonic_regression
 
-    shares = isotonic_regression([_share(each, references) for each in found], increasing=False).x
+    shares = isotonic_regression([references.share(each) for each in found], increasing=False).x
     rows = zip(lams.tolist(), shares.tolist(), (float(each.correct.mean()) for each in found), strict=True)
     return [{"lam": lam, "share": share, "accuracy": accuracy} for lam, share, accuracy in rows]
 
@@ -102,14 +98,13 @@ def reached(outcomes: Outcomes, references: References, seed: int = 0) -> tuple[
     weights = resample_weights(count, seed=seed)
     wider = (2 * count / max(count - 1, 1)) ** 0.5
 
-    def widened(value: float, samples: NDArray[Any]) -> Estimate:
-        defined = samples[np.isfinite(samples)]
-        ends = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        low, high = (float(value + wider * (end - value)) for end in ends)
-        return Estimate(value, low, high, 1 - len(defined) / len(samples))
+    def widened(value: float, samples: Floats) -> Estimate:
+        found = estimate(value, samples, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+        low, high = (value + wider * (end - value) for end in (found.low, found.high))
+        return replace(found, low=low, high=high)
 
     shares = (weights @ outcomes.cost) / (weights @ references.large.cost)
-    share, solved = _share(outcomes, references), float(outcomes.correct.mean())
+    share, solved = references.share(outcomes), float(outcomes.correct.mean())
     return widened(share, shares), widened(solved, weights @ outcomes.correct)
 
 

@@ -50,6 +50,10 @@ class References:
         if not len(self.small):
             raise DataError("References: there are no problems to evaluate on. Choose a split that has some.")
 
+    def share(self, outcomes: Outcomes) -> float:
+        """Return a cost as a share of always-large's, on whatever problems."""
+        return float(per_cost(outcomes.cost.sum(), self.large.cost.sum()))
+
     def check(self, points: Points) -> None:
         """Check that operating points are on the problems of the references; raises DataError if not."""
         for _, outcomes in points:
@@ -67,8 +71,7 @@ def average(columns: Sequence[Floats], weights: Floats | None = None) -> Floats:
         (n,) means, or (R, n) with weights.
     """
     stacked = np.stack(columns, axis=-1)
-    means: Floats = stacked.mean(axis=0) if weights is None else weights @ stacked
-    return means
+    return stacked.mean(axis=0) if weights is None else weights @ stacked
 
 
 def per_cost(values: Floats, cost: Floats) -> Floats:
@@ -203,8 +206,7 @@ class Curve:
 
     def pgr(self, accuracy: Floats) -> Floats:
         """Return the performance gap recovered, (r - r_w) / (r_s - r_w), by (..., L) accuracies."""
-        recovered: Floats = (accuracy - self.small_accuracy[..., None]) / self.gap[..., None]
-        return recovered
+        return (accuracy - self.small_accuracy[..., None]) / self.gap[..., None]
 
     def accuracy_at(self, c: Floats) -> Floats:
         """Return (..., L) accuracies at (L,) costs; NaN at costs below the cheapest knot."""
@@ -317,11 +319,14 @@ def gain_by_escalations(outcomes: Outcomes, small: Outcomes) -> tuple[Escalation
     )
 
 
+def _settings(method: Method, references: References) -> list[Outcomes]:
+    return [references.small, *(outcomes for _, outcomes in method.points), references.large]
+
+
 def knots(method: Method, references: References) -> list[int]:
     """Return the knots of a method's curve by cost: positions in always-small, the points, always-large."""
-    own = [references.small, *(outcomes for _, outcomes in method.points), references.large]
-    c = [float(per_cost(each.cost.sum(), references.large.cost.sum())) for each in own]
-    on_curve = [0, *(i + 1 for i in method.hull if 0 < c[i + 1] < 1 + TOLERANCE), len(own) - 1]
+    c = [references.share(each) for each in _settings(method, references)]
+    on_curve = [0, *(i + 1 for i in method.hull if 0 < c[i + 1] < 1 + TOLERANCE), len(c) - 1]
     return sorted(on_curve, key=lambda i: c[i])
 
 
@@ -337,12 +342,10 @@ def mixture_at(
         told: The same settings under other prices, always-small before and always-large after them: what is mixed in
             their place.
     """
-    own = [references.small, *(outcomes for _, outcomes in method.points), references.large]
-    curve = Curve.of(method, references)
-    at = float(curve.cpt(percent))
+    own, at = _settings(method, references), float(Curve.of(method, references).cpt(percent))
     if not np.isfinite(at):
         return None
-    c = [float(per_cost(each.cost.sum(), references.large.cost.sum())) for each in own]
+    c = [references.share(each) for each in own]
     on_curve = knots(method, references)
     after = next(place for place, i in enumerate(on_curve) if c[i] >= at - TOLERANCE)
     last, first = on_curve[after], on_curve[max(after - 1, 0)]

@@ -37,8 +37,6 @@ class Forest:
     """All n states of some trees that the caps let a policy reach.
 
     Attributes:
-        graph: The states.
-        trees: How many trees there are.
         problem: Positions of the problems that they belong to, each once.
         seen: (n, d) what the policy is told in them: the features and, under a cap on large tokens, the share left.
         price: (n, 2) what asking costs before either action; 0 where nothing is asked.
@@ -94,8 +92,7 @@ class Forest:
 
     def _now(self, level: Any, lams: Floats) -> Floats:
         """Return (2, m, k) rewards of both actions in the m states of a level."""
-        now: Floats = self._solved[:, level, None] - self._cost[:, level, None] * lams
-        return now
+        return self._solved[:, level, None] - self._cost[:, level, None] * lams
 
     def gradient(self, escalate: Floats, lams: Floats) -> tuple[Floats, Floats, Floats]:
         """Return mean expected returns, their derivatives with respect to the logits, and expected visits.
@@ -152,9 +149,9 @@ class Forest:
         return means
 
 
-def forests(tables: DecisionTables, schema: str | None = None, ask: str = "") -> list[Forest]:
+def forests(tables: DecisionTables, ask: str = "") -> list[Forest]:
     """Return the forests of the parts of some tables, arguments as of `Forest`: what is summed over them is bounded."""
-    return [Forest(part, schema, ask) for part in tables.parts()]
+    return [Forest(part, None, ask) for part in tables.parts()]
 
 
 def shares(parts: Sequence[Forest]) -> list[tuple[Forest, float]]:
@@ -192,13 +189,7 @@ class Rule(Protocol):
 
 
 class Scale:
-    """Features of the states of forests and λ as features, to mean 0 and deviation 1.
-
-    Attributes:
-        size: d, their number.
-        parts: How many forests there are.
-        told: (k,) λ, standardised.
-    """
+    """Features of the states of forests, and k values of λ as features (`told`), to mean 0 and deviation 1."""
 
     def __init__(self, forests: Sequence[Forest], lams: Sequence[float]) -> None:
         """Measure means and deviations."""

@@ -24,7 +24,6 @@ class Health:
             resamples of so few say nothing.
         sentence: The verdict in plain words, with figures.
         over: Return minus that of each simple rule, by what the rule is called.
-        escalation_rate: Share of the decisions that escalate.
     """
 
     verdict: str
@@ -39,15 +38,7 @@ class Health:
 
 
 def assess(router: Outcomes, rules: Mapping[str, Outcomes], large: Outcomes, lam: float, weights: Floats) -> Health:
-    """Compare a router with simple rules, paired on problems.
-
-    Args:
-        router: Its outcomes.
-        rules: Outcomes of the rules by name, the best one first.
-        large: Outcomes of always-large, for shares.
-        lam: λ.
-        weights: (R, P) from `agents.evaluation.bootstrap.resample_weights`.
-    """
+    """Compare a router with simple rules, the best one first, on resamples (R, P) of the problems."""
     over = {name: paired_returns(router, outcomes, lam, weights) for name, outcomes in rules.items()}
     rate = float(router.escalations.sum() / router.steps.sum())
     ahead = [name for name, difference in over.items() if difference.high < 0]

@@ -111,22 +111,21 @@ def _knowing(tables: DecisionTables, escalates: NDArray[np.bool_]) -> Outcomes:
     return by_problem(tables, totals)
 
 
-def spread_oracle(oracle: Callable[[float], Outcomes], references: References, points: int = SPREAD) -> Points:
+def spread_oracle(oracle: Callable[[float], Outcomes], references: References) -> Points:
     """Return an oracle's points for values of λ that spread over its cost, found by bisection.
 
     λ is halved, on a logarithmic scale, where neighbouring points are farthest apart in cost, until they are no
-    farther than the range of its costs over `points`, or cannot be told apart.
+    farther than the range of its costs over `SPREAD`, or cannot be told apart.
 
     Args:
         oracle: From λ to outcomes.
         references: Always-small and always-large, which say what a gain may cost.
-        points: Steps that the range of costs is cut into.
     """
     price = max(float(references.large.cost.mean() - references.small.cost.mean()), 1e-9)
     first, last = LOWEST / price, HIGHEST / price
     found = {lam: oracle(lam) for lam in (first, last)}
     cost = {lam: float(outcomes.cost.sum()) for lam, outcomes in found.items()}
-    step = (cost[first] - cost[last]) / points
+    step = (cost[first] - cost[last]) / SPREAD
     while True:
         gaps = [(cost[low] - cost[high], low, high) for low, high in pairwise(sorted(found)) if high > low * 1.001]
         widest, low, high = max(gaps, default=(0.0, 0.0, 0.0))

@@ -115,13 +115,7 @@ class TwoNumbers:
 
 @dataclass(frozen=True)
 class Baselines:
-    """Simple rules for one λ.
-
-    Attributes:
-        constant: The better constant.
-        threshold: The best threshold.
-        best: The best of all.
-    """
+    """Simple rules for one λ."""
 
     constant: Constant
     threshold: Threshold
@@ -215,15 +209,9 @@ def two_numbers(tables: DecisionTables, forest: Forest, lam: float) -> TwoNumber
 class Validation:
     """Both halves of the validation split, with what simple rules reach on them."""
 
-    def __init__(self, tables: Callable[[Any], DecisionTables], trees: Trees, split: str = "validation") -> None:
-        """Prepare the halves.
-
-        Args:
-            tables: From tree indices to tables.
-            trees: Compiled trees.
-            split: The split.
-        """
-        choice, verdict = halves(trees, split)
+    def __init__(self, tables: Callable[[Any], DecisionTables], trees: Trees) -> None:
+        """Prepare the halves; `tables` makes those of given tree indices."""
+        choice, verdict = halves(trees)
         self.choice, self.verdict = tables(choice), tables(verdict)
         self.references: tuple[References, References] = (references(self.choice), references(self.verdict))
         fitting = "train" in trees.splits[trees.problem]  # else it is generated while a router is trained

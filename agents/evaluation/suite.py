@@ -13,13 +13,14 @@ import numpy as np
 import tyro
 from pydantic import Field
 
+from agents.escape import finite
 from agents.evaluation.bootstrap import Difference, curve_estimates, holm, paired_returns, resample_weights
 from agents.evaluation.budgets import SETTINGS
 from agents.evaluation.compare import HEADLINE, compare_curves
 from agents.evaluation.curves import CPT_TARGETS, Curve, Method, References, mixture_at
 from agents.evaluation.oracle import query_oracle, spread_oracle, tree_oracle
 from agents.evaluation.splits import Candidates, spread
-from agents.evaluation.table import FieldRow, MethodSummary, as_plain, limits, means_of, summarise
+from agents.evaluation.table import FieldRow, MethodSummary, limits, means_of, summarise
 from agents.evaluation.walk import Settings, alone, measured, references, run
 from agents.routers import artefact
 from agents.routers.base import Mixture, RandomRate, schemas_of, told_cap
@@ -87,7 +88,6 @@ class Compared:
     """A method of others on the split.
 
     Attributes:
-        name: The method.
         group: ``step-level``, ``cascade`` or ``query-level``.
         method: Its operating points; validation has chosen its hull.
         drawn: Whether it is one of the curves; else it is in the table of the field alone.
@@ -109,8 +109,6 @@ class AtLam:
     """A trained router against the best threshold for its λ, on paired problems.
 
     Attributes:
-        method: Name of the router's method.
-        lam: λ.
         threshold: The threshold with the greatest return on validation.
         difference: Return of the router minus that of the threshold.
         holm: p-value, corrected for all λ and methods of the evaluation.
@@ -128,13 +126,10 @@ class Evaluation:
     """Everything that was found.
 
     Attributes:
-        methods: Summaries: the trained ones, TRIM-Thr, random.
-        oracle: Summary of the tree oracle.
         query_oracle: Summary of the query-level oracle that chooses once for a problem.
         query_oracle_per_draw: Of the one that chooses for each draw.
         at_lam: Paired comparisons with the best threshold at each λ.
         sentences: What was gained, in plain words.
-        subject: Rollouts, split, caps.
         field: Methods of others, and the trained ones beside them, by group.
     """
 
@@ -372,7 +367,7 @@ def save(evaluation: Evaluation, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     everything = [*evaluation.methods, *evaluation.oracles]
     texts = {
-        "results.json": json.dumps(as_plain(asdict(evaluation)), indent=1, allow_nan=False) + "\n",
+        "results.json": json.dumps(finite(asdict(evaluation)), indent=1, allow_nan=False) + "\n",
         "results.csv": to_csv(everything),
         "results.md": to_markdown(everything, limits(evaluation.subject), evaluation.field),
     }

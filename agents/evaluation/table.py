@@ -52,11 +52,8 @@ class PointSummary:
         knob: λ, threshold or budget.
         on_curve: Whether it is on the hull that validation chose, with 0 < c <= 1; others are reported only.
         metrics: ``accuracy``, ``c``, ``pgr``, ``ibc_gain`` (see `curves.point_metrics`).
-        large_tokens: Tokens that the large model decoded.
         total_tokens: Tokens that both models decoded, discarded ones included.
         discarded_tokens: Tokens of the small model that escalations threw away.
-        escalations: Steps that the large model wrote.
-        steps: Accepted steps.
         gain_by_escalations: Accuracy gained over always-small, by a solution's number of escalations; empty where
             a router draws.
     """
@@ -87,12 +84,6 @@ class MethodSummary:
     """Everything that tables and plots say of one method on one set of problems.
 
     Attributes:
-        name: The method.
-        problems: Number of problems.
-        resamples: Bootstrap resamples.
-        seed: Seed of the bootstrap.
-        small: `curves.point_metrics` of always-small.
-        large: The same of always escalating.
         large_cost: Mean cost per problem of always escalating, in the unit of the cost model.
         metrics: Metrics of the curve (see `curves.curve_metrics`); for a method with one operating point also
             those of the point.
@@ -100,7 +91,6 @@ class MethodSummary:
         mixing_from: c beyond which the curve is such a mixture.
         knots: (c, accuracy) of the curve's corners; always-large is one of them if it is on the hull.
         band: The curve with its 95 % band.
-        points: Operating points by ascending cost.
     """
 
     name: str
@@ -123,9 +113,7 @@ class FieldRow:
     """A method among those of others.
 
     Attributes:
-        name: The method.
         group: ``step-level``, ``cascade`` or ``query-level``.
-        metrics: Metrics of its curve.
         by_mixing: The ``cpt_..`` that it reaches only by mixing with always-large.
         takes: Means per problem where it recovers 80 % of the gap (`TAKES`); None if it never does.
     """
@@ -156,14 +144,7 @@ FIELD_NOTE = (
 def field_rows(rows: Sequence[FieldRow]) -> list[list[str]]:
     """Return the table of the field as text, the first row a header."""
     shown = [row for row in ROWS if row[0] in ("cpt_50", "cpt_80", "cpt_95", "delta_ibc", "accuracy_at_20")]
-    table = [
-        [
-            "Group",
-            "Method",
-            *(label.replace("Accuracy at ", "acc @ ").replace(" cost, %", "") for _, label, _ in shown),
-            *TAKES,
-        ]
-    ]
+    table = [["Group", "Method", *(_short(label) for _, label, _ in shown), *TAKES]]
     for row in rows:
         cells = [
             _cell(row.metrics[name], style, f" {MIXING_MARK}" if name in row.by_mixing else "")
@@ -262,6 +243,10 @@ ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 HEADLINES = ("cpt_50", "cpt_80", "cpt_95", "delta_ibc", "accuracy_at_10", "accuracy_at_20", "accuracy_at_30")
 
 
+def _short(label: str) -> str:
+    return label.replace("Accuracy at ", "acc @ ").replace(" cost, %", "")
+
+
 def _cell(each: Estimate | None, style: Callable[[float], str] = _percent, mark: str = "") -> str:
     """Write an estimate: value, interval, marks."""
     if each is None:
@@ -289,8 +274,7 @@ def method_rows(summaries: Sequence[MethodSummary]) -> list[list[str]]:
 def headline_rows(summaries: Sequence[MethodSummary]) -> list[list[str]]:
     """Return a table that fits a terminal: a row for each method, the interval below each value."""
     rows = [row for row in ROWS if row[0] in HEADLINES]
-    short = [label.replace("Accuracy at ", "acc @ ").replace(" cost, %", "") for _, label, _ in rows]
-    table = [["", *short]]
+    table = [["", *(_short(label) for _, label, _ in rows)]]
     for summary in summaries:
         cells = (_metric_cell(summary, metric, style) for metric, _, style in rows)
         table.append([summary.name, *(cell.replace(" [", "\n[") for cell in cells)])
@@ -376,12 +360,3 @@ def to_csv(summaries: Sequence[MethodSummary]) -> str:
             numbers = ["" if math.isnan(x) else f"{x:.6g}" for x in (each.value, each.low, each.high, each.undefined)]
             writer.writerow([csv_cell(summary.name), name, *numbers, str(name in _marked(summary)).lower()])
     return text.getvalue()
-
-
-def as_plain(value: Any) -> Any:
-    """Return dataclasses' dicts as JSON can hold them: NaN becomes None."""
-    if isinstance(value, dict):
-        return {key: as_plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

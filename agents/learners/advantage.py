@@ -34,7 +34,6 @@ class Advantage:
         gain: Of the perceptron whose second logit is the expected gain in solved problems.
         cost: Of that whose second logit is the expected cost, in units of `unit`.
         unit: A cost.
-        schema: Feature schema with version.
         max_large_tokens: Cap M, of which they are told the share left.
         explained: Shares of the variance of gain and of cost that they explain on the choice half of validation.
     """
@@ -68,12 +67,7 @@ _PARTS = ("weight", "bias")
 
 
 def fit(tables: DecisionTables, choice: DecisionTables, seed: int) -> Advantage:
-    """Fit both networks.
-
-    Args:
-        tables: Training trees.
-        choice: The choice half of validation.
-        seed: Of the first parameters.
+    """Fit both networks on training trees; they are judged on the choice half of validation.
 
     Raises:
         StoreError: Proposals that the caps allow were not generated.

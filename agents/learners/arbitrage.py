@@ -36,9 +36,7 @@ class Arbitrage:
 
     Attributes:
         weights: Of the perceptron whose second logit is the log-odds of Δ > 0.
-        schema: Feature schema with version.
         max_large_tokens: Cap M, of which it is told the share left.
-        held_out: The choice half of validation.
         share: Share of the training states in which Δ > 0.
     """
 
@@ -77,12 +75,7 @@ class Arbitrage:
 
 
 def fit(tables: DecisionTables, choice: DecisionTables, seed: int) -> Arbitrage:
-    """Fit the network.
-
-    Args:
-        tables: Training trees.
-        choice: The choice half of validation.
-        seed: Of the first parameters.
+    """Fit the network on training trees; it is judged on the choice half of validation.
 
     Raises:
         StoreError: Proposals that the caps allow were not generated or have no score, or Δ > 0 is nowhere.

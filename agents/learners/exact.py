@@ -101,7 +101,6 @@ class Frontier:
         held_out: Mean return on problems that fits had not seen, by rule and by round.
         weights: A perceptron that is told λ as its last feature.
         least: Least λ that it is told; 0 is as good as that.
-        schema: Feature schema with version.
         max_large_tokens: Cap M, of which it is told the share left.
     """
 
@@ -139,14 +138,7 @@ def neighbours(lams: Sequence[float]) -> list[list[float]]:
 def fit(
     tables: DecisionTables, choice: DecisionTables, lams: Sequence[float], settings: ExactSettings, seed: int
 ) -> Frontier:
-    """Fit a rule.
-
-    Args:
-        tables: Training trees.
-        choice: The choice half of validation.
-        lams: λ that it is for; two or more span a range.
-        settings: Settings.
-        seed: Of folds and first parameters.
+    """Fit a rule on training trees for some λ (two or more span a range), judged on the choice half of validation.
 
     Raises:
         StoreError: Proposals that the caps allow were not generated.

@@ -41,8 +41,6 @@ class Result:
             is chosen: the best of many on a few hundred problems is the luckiest (results/retraining.md).
         health: Verdict on the other half, by λ.
         records: What was logged, by iteration, of all attempts.
-        baselines: Simple rules, by λ.
-        attempts: How many attempts it took.
     """
 
     router: Trainable
@@ -120,10 +118,7 @@ class Training:
         return len(self.records) + self.learner.settings.iterations - self.learner.iteration
 
     def run(self, on_iteration: Callable[[Record], None] | None = None) -> Result:
-        """Train to the end.
-
-        Args:
-            on_iteration: Called with the record of each iteration.
+        """Train to the end; `on_iteration` is called with the record of each iteration.
 
         Raises:
             BudgetSpent: No more may be generated, and not one iteration is done; later than that, it ends the training.

@@ -40,13 +40,7 @@ class Block(nn.Module):
         self.expand, self.contract = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, queries: Tensor, values: Tensor, known: Tensor) -> Tensor:
-        """Return (n, q, w) queries after the block.
-
-        Args:
-            queries: (n, q, w).
-            values: (n, l, w) what they attend to.
-            known: (n, l) bool, False at padding.
-        """
+        """Return (n, q, w) queries that have attended to (n, l, w) values where these are known, (n, l)."""
         asked, given = self.attend_norm(queries), self.attend_norm(values)
         query, key, value = (
             layer(part).unflatten(2, (self.heads, -1)).transpose(1, 2)

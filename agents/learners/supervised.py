@@ -38,8 +38,6 @@ class Examples:
     """States with what is to be predicted of them.
 
     Attributes:
-        forest: n states.
-        target: (n,) numbers.
         weight: (n,) shares of the loss, 0 of states that do not count; the sum is 1.
     """
 
@@ -97,5 +95,4 @@ def fit_network(examples: Examples, held_out: Examples, loss: Loss, seed: int) -
 
 def output(weights: Weights, forest: Forest) -> Floats:
     """Return the (n,) logits of escalating in all states."""
-    logits: Floats = MLP("", "", Knob("lam", 0.0), weights).logits(forest.seen)[:, 1]
-    return logits
+    return MLP("", "", Knob("lam", 0.0), weights).logits(forest.seen)[:, 1]

@@ -46,12 +46,7 @@ TRACE_BYTES = 2_300_000
 
 
 def gather(config: EvaluateConfig, evaluation: Evaluation, trace_bytes: int = TRACE_BYTES) -> dict[str, Any]:
-    """Return the page of an evaluation as JSON holds it.
-
-    Args:
-        config: Settings of the evaluation.
-        evaluation: What was found.
-        trace_bytes: Bytes of traces as JSON, at most.
+    """Return the page of an evaluation as JSON holds it, with at most so many bytes of traces.
 
     Raises:
         TrimError: As `agents.evaluation.suite.evaluate`.

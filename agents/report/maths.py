@@ -52,6 +52,3 @@ def _plain(element: Element) -> list[Any]:
     if element.tag not in TAGS or "\\" in text or "&" in text:
         raise ValueError(element.tag)
     return ["boxed" if element.tag == "menclose" else element.tag, *([text] if text else []), *map(_plain, element)]
-
-
-__all__ = ["PATTERN", "formulas"]

@@ -30,7 +30,6 @@ class Shown:
         method: Name of its method, as in the tables.
         knob: The value of the operating point that it belongs to; None for a constant.
         label: What tells it from the method's other settings.
-        router: The router.
     """
 
     method: str
@@ -97,14 +96,11 @@ def setting(items: Sequence[Artefact], knob: float, scorer: str) -> dict[str, st
 
 def _stored(items: Sequence[Artefact], knob: float) -> Artefact | None:
     """Return the stored router of an operating point."""
-    for item in items:
-        router = item.router
-        if isinstance(router, ConditionedMLP):
-            if router.low * (1 - 1e-9) <= knob <= router.high * (1 + 1e-9):
-                return item
-        elif float(router.knob.value) == knob:
-            return item
-    return None
+
+    def fits(router: Any) -> bool:
+        return router.holds(knob) if isinstance(router, ConditionedMLP) else float(router.knob.value) == knob
+
+    return next((item for item in items if fits(item.router)), None)
 
 
 def _trained(method: str, items: Sequence[Artefact], knob: float) -> list[Shown]:

@@ -34,16 +34,7 @@ def flags(paths: Paths, small: Paths) -> dict[str, NDArray[np.bool_]]:
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """The paths of some routers through the same R trees.
-
-    Attributes:
-        trees: The trees.
-        indices: (R,) which of them.
-        paths: Paths of each router.
-        marks: `flags` of each router.
-        small: Paths of always-small.
-        large: Paths of always-large.
-    """
+    """The paths of some routers through the same R trees."""
 
     trees: Trees
     indices: NDArray[np.integer[Any]]

@@ -31,6 +31,7 @@ from agents.routers.base import (
     RandomRate,
     Threshold,
     checked,
+    parts_of,
     refuse_undrafted,
     told_cap,
 )
@@ -74,7 +75,6 @@ class Artefact:
         about: Where it comes from: models, scorer, rollouts hash, cost model, cap, metrics, package version.
         kind: How it is stored: ``mlp``, ``mlp-lam``, ``seq``, ``threshold``, ``constant``, ``random``, ``pomdp``,
             ``ask``, ``mixture``, ``query`` and ``alone`` (of whole problems), or others' ``module:Class``.
-        place: Its folder.
     """
 
     router: Storable
@@ -88,8 +88,6 @@ class _Stored:
     """What a kind of router is built from.
 
     Attributes:
-        folder: Its folder.
-        described: Contents of ``policy.json``.
         files: Contents of the files that it names, as verified.
     """
 
@@ -99,13 +97,11 @@ class _Stored:
 
     @property
     def name(self) -> str:
-        name: str = self.described["name"]
-        return name
+        return str(self.described["name"])
 
     @property
     def schema(self) -> str:
-        schema: str = self.described["schema"]
-        return schema
+        return str(self.described["schema"])
 
     @property
     def knob(self) -> Knob:
@@ -117,8 +113,7 @@ class _Stored:
 
     @property
     def told_cap(self) -> int | None:
-        cap: int | None = self.described.get("max_large_tokens")
-        return cap
+        return self.described.get("max_large_tokens")
 
     @property
     def network(self) -> tuple[dict[str, NDArray[np.float32]], int | None, str]:
@@ -131,7 +126,6 @@ class _Kind:
     """How routers of one class are stored.
 
     Attributes:
-        router: The class.
         plain: Its own entries of ``policy.json``.
         build: Back from what is stored, as checked.
         network: Whether it has ``weights``, float32 arrays, which go into ``policy.safetensors``.
@@ -253,9 +247,8 @@ def _kind_named(name: str) -> _Kind:
 
 def has_network(router: Storable) -> bool:
     """Return whether a router, or a part of a mixture, is a network that has an ONNX form."""
-    if isinstance(router, Mixture):
-        return has_network(router.first) or has_network(router.second)
-    return any(isinstance(router, kind.router) for kind in _KINDS.values() if kind.graph)
+    networks = tuple(kind.router for kind in _KINDS.values() if kind.graph)
+    return any(isinstance(part, networks) for part in parts_of(router))
 
 
 def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx: bool = False) -> Path:
@@ -290,7 +283,7 @@ def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx
         "kind": name,
         "name": router.name,
         "schema": router.schema,
-        "knob": _knob(router),
+        "knob": knob_of(router),
         "about": dict(about),
         **kind.plain(router),
         **own,
@@ -330,7 +323,8 @@ def _network_files(router: Any, onnx: bool) -> dict[str, bytes]:
     return files
 
 
-def _knob(router: Storable) -> dict[str, Any]:
+def knob_of(router: Storable) -> dict[str, Any]:
+    """Return name and value, or range, of what was set to trade accuracy for cost."""
     if isinstance(router, ConditionedMLP):
         return {"name": "lam", "low": router.low, "high": router.high}
     return {"name": router.knob.name, "value": router.knob.value}

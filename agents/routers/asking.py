@@ -23,14 +23,9 @@ class Asking:
     whoever is asked reads the whole path, and so tells its accepted steps, too.
 
     Attributes:
-        name: As in tables and plots.
-        schema: Feature schema with version, of all features.
-        knob: λ that it was trained for.
         source: Who is asked: ``scorer`` or ``large`` (`trim_env.costs`).
         facts: What is told then (`rollouts.trees.columns`): ``score``, columns of score tables.
         weights: As of `MLP`, of each perceptron (`HEADS`), after its name: ``ask.0.weight``.
-        max_large_tokens: As of `MLP`.
-        activation: As of `MLP`.
     """
 
     name: str
@@ -66,8 +61,7 @@ class Asking:
 
     def asks(self, features: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Return (n,) whether it asks, given (n, d) features; those that it would buy are not read."""
-        asks: NDArray[np.bool_] = self._heads["ask"].probability(self._free(features)) > 0
-        return asks
+        return self._heads["ask"].probability(self._free(features)) > 0
 
     def probability(self, features: NDArray[np.float32]) -> Floats:
         """Return (n,) of 0 and 1: whether it escalates, having asked where it asks."""

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from rollouts.errors import ArtefactError, ConfigError
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Scores = NDArray[np.floating[Any]]
+Tokens = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,7 @@ class StatefulRouter(Named, Protocol):
     def decide(self, features: NDArray[np.float32], state: Floats) -> tuple[Floats, Floats]:
         """Return the (n,) probabilities of `ESCALATE_LARGE` given (n, d) features, and the (n, s) state after them."""
 
-    def accept(
-        self,
-        state: Floats,
-        actions: NDArray[np.int64],
-        scores: NDArray[np.floating[Any]],
-        tokens: NDArray[np.integer[Any]],
-    ) -> Floats:
+    def accept(self, state: Floats, actions: Ints, scores: Scores, tokens: Tokens) -> Floats:
         """Return the (n, s) state once steps were accepted.
 
         Args:
@@ -196,23 +193,26 @@ class Mixture:
     @property
     def name(self) -> str:
         """The name of the second: the first may be always-small."""
-        name: str = self.second.name if is_end(self.first) else self.first.name
-        return name
+        return str((self.second if is_end(self.first) else self.first).name)
 
     @property
     def schema(self) -> str:
         """The schema of the first; the second may have another."""
-        schema: str = self.first.schema
-        return schema
+        return str(self.first.schema)
 
     def pick(self, uniform: float) -> Any:
         """Return the router of one problem, given a number that was drawn uniformly from [0, 1) for it."""
         return self.second if uniform < self.share else self.first
 
 
+def parts_of(router: Any) -> tuple[Any, ...]:
+    """Return both parts of a mixture, or the router itself."""
+    return (router.first, router.second) if isinstance(router, Mixture) else (router,)
+
+
 def schemas_of(router: Any) -> set[str]:
     """Return the schemas of a router, of a mixture those of both parts."""
-    return {router.first.schema, router.second.schema} if isinstance(router, Mixture) else {router.schema}
+    return {part.schema for part in parts_of(router)}
 
 
 def is_end(router: Any) -> bool:
@@ -229,8 +229,7 @@ def told_cap(router: Any) -> int | None:
     """Return M if a router takes the share of M large tokens that is left as its last feature, None if it does not."""
     if isinstance(router, Mixture):
         return told_cap(router.first) or told_cap(router.second)
-    cap: int | None = getattr(router, "max_large_tokens", None)
-    return cap
+    return getattr(router, "max_large_tokens", None)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ class Measured:
     """A setting on problems that it was not fitted on.
 
     Attributes:
-        router: The router with its knob set.
         share: Its cost as a share of always-large's.
         accuracy: Share of the problems that it solves.
     """
@@ -109,11 +108,7 @@ class LamCosts:
         return (float(self.shares[0]), 1.0) if len(self.shares) else None
 
     def lam(self, budget: float, name: str) -> float:
-        """Return the λ at which a budget is spent.
-
-        Args:
-            budget: Share of always-large's cost.
-            name: The policy's, for messages.
+        """Return the λ at which a share of always-large's cost is spent; `name` is the policy's, for messages.
 
         Raises:
             ConfigError: Nothing is known, or the budget is out of range.

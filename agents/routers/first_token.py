@@ -46,8 +46,7 @@ class FirstToken:
         return False
 
     def _doubtful(self, features: NDArray[np.float32]) -> NDArray[np.bool_]:
-        doubtful: NDArray[np.bool_] = features[:, 0] <= np.float32(nats(np.array(self.entropy, np.float32)))
-        return doubtful
+        return features[:, 0] <= np.float32(nats(np.array(self.entropy, np.float32)))
 
     def probability(self, features: NDArray[np.float32]) -> Floats:
         """Return (n,) of 0 and 1."""

@@ -18,8 +18,7 @@ Weights = Mapping[str, NDArray[np.float32]]
 
 
 def _sigmoid(x: Floats) -> Floats:
-    result: Floats = 0.5 * (1 + np.tanh(x / 2))
-    return result
+    return 0.5 * (1 + np.tanh(x / 2))
 
 
 def _erf(x: Floats) -> Floats:
@@ -67,9 +66,6 @@ class MLP:
     """A perceptron over one schema's features; escalates where that logit is the greater one.
 
     Attributes:
-        name: As in tables and plots.
-        schema: Feature schema with version.
-        knob: λ that it was trained for.
         weights: ``0.weight`` (h, d), ``0.bias`` (h,), ``1.weight``, ... up to the two logits, float32.
         max_large_tokens: Cap M on large tokens that it was trained under; it then takes one feature more than the
             schema has, the share of M that is left.
@@ -106,8 +102,7 @@ class MLP:
         activate = ACTIVATIONS[self.activation]
         for inner, offset in hidden:
             values = activate(values @ inner + offset)
-        result: Floats = values @ weight + bias
-        return result
+        return values @ weight + bias
 
     def probability(self, features: NDArray[np.float32]) -> Floats:
         """Return (n,) of 0 and 1: the argmax action."""
@@ -123,16 +118,12 @@ def at(router: Any, lam: float) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class ConditionedMLP:
-    """A perceptron for every λ in a range: it takes λ as one more feature, after those of the schema.
+    """A perceptron for every λ in a range: it takes λ as one more feature, after those of the schema; else as `MLP`.
 
     Attributes:
-        name: As in tables and plots.
-        schema: Feature schema with version, without λ.
         low: Least λ that it was trained for.
         high: Greatest.
         weights: As of `MLP`; the first layer has one column more, the last.
-        max_large_tokens: As of `MLP`.
-        activation: As of `MLP`.
     """
 
     name: str
@@ -149,13 +140,17 @@ class ConditionedMLP:
         if not 0 < self.low < self.high < np.inf:
             raise ArtefactError(f"The policy's range of λ is {self.low:g} to {self.high:g}.")
 
+    def holds(self, lam: float) -> bool:
+        """Return whether it was trained for a λ."""
+        return self.low * (1 - 1e-9) <= lam <= self.high * (1 + 1e-9)
+
     def at(self, lam: float) -> MLP:
         """Return the router for one λ: as λ is constant then, its column becomes part of the first bias.
 
         Raises:
             ConfigError: It was not trained for this λ.
         """
-        if not self.low * (1 - 1e-9) <= lam <= self.high * (1 + 1e-9):
+        if not self.holds(lam):
             raise ConfigError(
                 f"lam is {lam:g}; this policy was trained for {self.low:g} to {self.high:g}. "
                 "Choose one in that range, or train over a wider one (--lam-range)."

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.routers.base import Floats, Knob
+from agents.routers.base import Floats, Ints, Knob, Scores, Tokens
 
 COMPLEX, MEDIUM, SIMPLE = 0, 1, 2
 
@@ -47,13 +46,7 @@ class Modes:
         asked = np.array([np.inf, self.bad, self.rejected], np.float32)[state[:, 0].astype(int)]
         return (features[:, 0] < asked).astype(np.float64), state
 
-    def accept(
-        self,
-        state: Floats,
-        actions: NDArray[np.int64],
-        scores: NDArray[np.floating[Any]],
-        tokens: NDArray[np.integer[Any]],
-    ) -> Floats:
+    def accept(self, state: Floats, actions: Ints, scores: Scores, tokens: Tokens) -> Floats:
         """Return the modes after accepted steps, by their scores."""
         simpler = np.minimum(state[:, 0] + (scores >= np.float32(self.good)), SIMPLE)
         return np.where(scores < np.float32(self.bad), float(COMPLEX), simpler)[:, None]

@@ -97,10 +97,6 @@ def check_onnx(data: bytes, router: MLP | ConditionedMLP) -> None:
 
     Decisions are compared on features that are drawn, for a range of λ also at λ that are.
 
-    Args:
-        data: Contents of a ``policy.onnx``.
-        router: The router that it is to be.
-
     Raises:
         ArtefactError: It is no graph, keeps data outside, or decides otherwise.
     """
@@ -187,6 +183,3 @@ def _activated(graph: _Graph, values: str, activation: str) -> str:
     scaled = graph.add("Div", values, graph.constant(2**0.5, np.float64))
     error = graph.cast(graph.add("Erf", graph.cast(scaled, np.float32)), np.float64)
     return graph.add("Mul", graph.add("Div", values, graph.constant(2, np.float64)), graph.add("Add", one, error))
-
-
-__all__ = ["check_onnx", "to_onnx"]

@@ -8,18 +8,16 @@ needed (`agents.learners.ppo_seq` trains it).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.routers.base import Floats, Knob
+from agents.routers.base import Floats, Ints, Knob, Scores, Tokens
+from agents.routers.mlp import Weights
 from rollouts.errors import ArtefactError
 from trim_env.features import schema_named
 
-Weights = Mapping[str, NDArray[np.float32]]
 SCHEMA = "seq/1"
 _EPS = 1e-5  # of layer norms, as torch has it
 _ROWS = 4096  # sequences computed together
@@ -73,13 +71,9 @@ class SeqPolicy:
     """A router with state (`agents.routers.base.StatefulRouter`); escalates where that logit is the greater one.
 
     Attributes:
-        name: As in tables and plots.
         schema: Feature schema with version, one with a history.
-        knob: λ that it was trained for.
         weights: As `agents.learners.ppo_seq.SeqExtractor` names them, and ``head.0``, ``head.1``, ``head.2``; float32.
         heads: Attention heads.
-        max_large_tokens: Cap M on large tokens that it was trained under; it then takes one feature more than the
-            schema has, the share of M that is left.
     """
 
     name: str
@@ -88,7 +82,7 @@ class SeqPolicy:
     weights: Weights
     heads: int
     max_large_tokens: int | None = None
-    _exact: Mapping[str, Floats] = field(init=False, repr=False)
+    _exact: dict[str, Floats] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check that the weights fit together."""
@@ -111,13 +105,7 @@ class SeqPolicy:
         logits = self.logits(schema.observed(np.asarray(features, np.float32), past, self._position(state)))
         return (logits[:, 1] > logits[:, 0]).astype(np.float64), state
 
-    def accept(
-        self,
-        state: Floats,
-        actions: NDArray[np.int64],
-        scores: NDArray[np.floating[Any]],
-        tokens: NDArray[np.integer[Any]],
-    ) -> Floats:
+    def accept(self, state: Floats, actions: Ints, scores: Scores, tokens: Tokens) -> Floats:
         """Return the state with the pairs of the accepted steps added."""
         schema, position, after = schema_named(self.schema), self._position(state), state.copy()
         rows = np.arange(len(state))
@@ -170,8 +158,7 @@ class SeqPolicy:
         return values.reshape(*values.shape[:2], self.heads, -1).swapaxes(1, 2)
 
     def _linear(self, name: str, values: Floats) -> Floats:
-        result: Floats = values @ self._exact[f"{name}.weight"].T + self._exact[f"{name}.bias"]
-        return result
+        return values @ self._exact[f"{name}.weight"].T + self._exact[f"{name}.bias"]
 
     def _norm(self, name: str, values: Floats) -> Floats:
         centred = values - values.mean(axis=-1, keepdims=True)

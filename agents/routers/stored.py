@@ -248,11 +248,7 @@ _OTHERS: dict[str, Check] = {**_ONE_KNOB, "router": _ANY}
 
 
 def check(described: Any, network: bool) -> None:
-    """Check the contents of a ``policy.json``, whose version and kind are known.
-
-    Args:
-        described: The contents.
-        network: Whether weights belong to it.
+    """Check the contents of a ``policy.json``, whose version and kind are known, and with `network` has weights.
 
     Raises:
         ValueError: Something is missing, unknown or of another type; the message names it.
@@ -266,17 +262,3 @@ def check(described: Any, network: bool) -> None:
         weights = WEIGHTS if network and described["kind"] in _OWN else f"{WEIGHTS}?"
         named |= {"files": _entries({weights: _HASH, f"{ONNX}?": _HASH}, noun="a file"), "digest": _HASH}
     _entries(named)(described, "its contents")
-
-
-__all__ = [
-    "MOST_JSON",
-    "MOST_WEIGHTS",
-    "NAME",
-    "ONNX",
-    "WEIGHTS",
-    "check",
-    "read_file",
-    "read_json",
-    "read_safetensors",
-    "shown",
-]

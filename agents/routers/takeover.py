@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agents.routers.asking import Asking
-from agents.routers.base import Floats, Knob, Router, StatefulRouter, Undrafted, told_cap
+from agents.routers.base import Floats, Ints, Knob, Router, Scores, StatefulRouter, Tokens, Undrafted, told_cap
 from rollouts.errors import ConfigError
 
 
@@ -20,9 +19,6 @@ class Takeover:
     On trees it is exempt from a cap on escalations, as always-large is: what follows the first is no decision. The
     large model's path from there must have been generated, which in trees that are closed under K it mostly is not:
     that is an error there (``rollouts expand``).
-
-    Attributes:
-        trigger: Who decides until then.
     """
 
     trigger: Router | StatefulRouter
@@ -77,13 +73,7 @@ class Takeover:
             chance, own = self.trigger.probability(features), state[:, 1:]
         return np.where(self.undrafted(features, state), 1.0, chance), np.concatenate([state[:, :1], own], axis=1)
 
-    def accept(
-        self,
-        state: Floats,
-        actions: NDArray[np.int64],
-        scores: NDArray[np.floating[Any]],
-        tokens: NDArray[np.integer[Any]],
-    ) -> Floats:
+    def accept(self, state: Floats, actions: Ints, scores: Scores, tokens: Tokens) -> Floats:
         """Return the state after accepted steps."""
         own = state[:, 1:]
         if isinstance(self.trigger, StatefulRouter):
@@ -92,5 +82,4 @@ class Takeover:
 
     def undrafted(self, features: NDArray[np.float32], state: Floats) -> NDArray[np.bool_]:
         """Return where the large model has taken over."""
-        taken: NDArray[np.bool_] = state[:, 0] > 0
-        return taken
+        return state[:, 0] > 0

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.routers.base import Floats, Knob
+from agents.routers.mlp import Weights
 from rollouts.errors import ArtefactError, did_you_mean
 
-Weights = Mapping[str, NDArray[np.float32]]
 IDF = "idf"
 LONGEST = 4
 """Most characters of an n-gram."""
@@ -212,14 +212,7 @@ def _found(preference: Preference, questions: tuple[str, ...]) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class TextRouter:
-    """Sends a question to the large model if it is worth at least the threshold.
-
-    Attributes:
-        name: As in tables and plots.
-        knob: ``threshold``.
-        preference: What it is worth.
-        schema: As of all routers that read no steps.
-    """
+    """Sends a question to the large model if it is worth at least the threshold."""
 
     name: str
     knob: Knob

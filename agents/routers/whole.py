@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.routers.base import Floats, Knob, Mixture
+from agents.routers.base import Floats, Knob, Named, parts_of
 
 
 @runtime_checkable
@@ -59,26 +59,14 @@ class Attempts:
 
 
 @runtime_checkable
-class Cascade(Protocol):
+class Cascade(Named, Protocol):
     """Lets the small model solve the problem; then keeps the solution, or has the large model start from scratch.
 
     The small model's solution is paid in any case, and so is whoever reads it for the cascade, once and as a whole.
 
-    Attributes:
-        name: As in tables and plots.
-        schema: Feature schema with version of what it sees of the last step; ``least(...)`` and its like are of the
-            steps before (`trim_env.features`).
-        knob: What was set to trade accuracy for cost.
+    Its schema is of what it sees of the last step; ``least(...)`` and its like are of the steps before
+    (`trim_env.features`).
     """
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-
-    @property
-    def schema(self) -> str: ...  # noqa: D102
-
-    @property
-    def knob(self) -> Knob: ...  # noqa: D102
 
     def retries(self, attempts: Attempts) -> Floats:
         """Return the (R,) probabilities of starting again with the large model."""
@@ -105,9 +93,7 @@ Whole = QueryRouter | Cascade
 
 def decides_once(router: Any) -> bool:
     """Whether a router, or a part of a mixture, decides before anything is generated, and then never again."""
-    if isinstance(router, Mixture):
-        return decides_once(router.first) or decides_once(router.second)
-    return isinstance(router, QueryRouter)
+    return any(isinstance(part, QueryRouter) for part in parts_of(router))
 
 
 @dataclass(frozen=True)
@@ -116,7 +102,6 @@ class OneModel:
 
     Attributes:
         action: 0 for the small model, 1 for the large one.
-        schema: As of all routers that read no steps.
     """
 
     action: int

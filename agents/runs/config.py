@@ -14,7 +14,7 @@ from pydantic import Field
 
 from agents.learners.settings import PAPER, ExactSettings, PPOSettings, SeqSettings
 from rollouts.config import Count, Imports, NotNegative, Positive, settings
-from rollouts.errors import ConfigError, did_you_mean
+from rollouts.errors import ConfigError, did_you_mean, require
 from rollouts.plugins import is_plugin, load_plugin
 from trim_env.costs import SOURCES, cost_model
 from trim_env.features import DEFAULT_SCHEMA, schema_named
@@ -160,9 +160,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
     """
     cost, told = cost_model(config.cost, imports=True), bool(schema_named(config.schema, imports=True).history)
     if config.agent == "query-level":
-        from agents.baselines.examples import needs_sklearn
-
-        needs_sklearn()
+        require("baselines", "sklearn")
         if config.schema != DEFAULT_SCHEMA or config.max_large_tokens is not None:
             given = "--max-large-tokens" if config.schema == DEFAULT_SCHEMA else "--schema"
             raise ConfigError(f"{given}: query-level reads the question alone and sends whole problems. Leave it out.")

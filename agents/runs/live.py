@@ -25,11 +25,7 @@ from trim_env.tables import DecisionTables
 
 
 class Models:
-    """The models that made a store, loaded only while they are used.
-
-    Attributes:
-        generated: What they have written so far.
-    """
+    """The models that made a store, loaded only while they are used."""
 
     def __init__(self, config: TrainConfig, listener: Listener) -> None:
         """Check what can be checked without loading a model.
@@ -90,11 +86,7 @@ class Models:
 
     @contextmanager
     def opened(self, tables: DecisionTables) -> Iterator[Callable[..., live.LiveVectorEnv]]:
-        """Load the models; yields what makes an environment over the training split from a number of episodes and λ.
-
-        Args:
-            tables: Whose schema, cost model and caps it has.
-        """
+        """Load the models; yields what makes environments of the training split, with schema and caps of `tables`."""
         with live.open_models(
             self.store,
             self.family,

@@ -64,9 +64,7 @@ class Trained:
     """A finished run.
 
     Attributes:
-        folder: Its folder.
         routers: The router for each λ; of a range, for some that span it.
-        health: Their verdicts.
         sentence: What a budget or an accuracy that was asked for comes to, and what a budget of tokens ended; else
             empty.
         generated: What the models of a live training have written; None without them.
@@ -406,6 +404,3 @@ class _Run:
             "sentence": health.sentence,
             **({} if decides_once(router) else {"decisions": decision_shares(router, self.validation.verdict)}),
         }
-
-
-__all__ = ["Trained", "automatic_lams", "resume", "train"]

@@ -108,13 +108,7 @@ def _settings(splitting: Mapping[str, Any]) -> str:
 
 
 class Server:
-    """The service, listening; `run` serves until `stop` or a signal.
-
-    Attributes:
-        url: Base URL for clients.
-        models: The upstreams.
-        service: What does the work.
-    """
+    """The service, listening; `run` serves until `stop` or a signal."""
 
     def __init__(self, config: ServeConfig) -> None:
         """Load policy and tokenizers, and listen; nothing is answered yet.

@@ -78,6 +78,3 @@ class Drift:
         else:
             return
         self._windows[lam].saw(score, action)
-
-
-__all__ = ["Drift"]

@@ -81,18 +81,6 @@ class Metrics:
         self.upstream_up = gauge("trim_upstream_up", "Whether an upstream answers.", by_server)
         self._steps = {author: self.steps.labels(author) for author in (SMALL, LARGE)}
 
-    def upstream_answered(self, role: str, server: int, seconds: float) -> None:
-        """Count an answer of an upstream."""
-        self.upstream_seconds.labels(role, server).observe(seconds)
-
-    def upstream_failed(self, role: str, server: int, kind: str) -> None:
-        """Count a failed attempt."""
-        self.upstream_errors.labels(role, server, kind).inc()
-
-    def upstream_state(self, role: str, server: int, up: bool) -> None:
-        """Note whether an upstream is there."""
-        self.upstream_up.labels(role, server).set(up)
-
     def step(self, author: str, escalated: bool, fallback: bool, overhead: float) -> None:
         """Count an accepted step; `overhead` in seconds."""
         self._steps[author].inc()

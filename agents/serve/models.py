@@ -79,7 +79,6 @@ class Ledger:
     """What one request has spent.
 
     Attributes:
-        roles: By role.
         waited: Seconds that the request waited for upstreams.
         prompt_tokens: Tokens of the problem's prompt, as the small model reads it.
     """
@@ -103,14 +102,8 @@ class Task:
     """What is asked of the models for one request.
 
     Attributes:
-        question: The problem.
-        formats: Prompt formats by generating role.
-        sampling: Sampling parameters by generating role.
-        limits: Token and step limits.
         reward: Input format of the reward model, if it is asked.
         chat: The large model's settings for this request, where it is asked by chat.
-        turns: Earlier turns of the chat.
-        splitting: How solutions are cut into steps.
     """
 
     question: str

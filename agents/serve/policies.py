@@ -22,7 +22,6 @@ class Policies:
     """Policies by the names that clients ask for; the first is that of requests that name none.
 
     Attributes:
-        each: The policies.
         sources: What each reads, and from where.
         shares: Shares of the requests that name none and that others than the first get.
         usual: λ and budget of requests that name neither, as ``--lam`` and ``--budget`` say; of several policies those
@@ -142,6 +141,3 @@ def _joined(one: Sources, other: Sources) -> Sources:
         raise ConfigError(f"The policies read scores of {one.table} and of {other.table}; serve them apart.")
     table = other.table if other.scorer and not one.scorer else one.table
     return Sources(table, one.scorer or other.scorer, one.small or other.small, one.large or other.large)
-
-
-__all__ = ["Policies"]

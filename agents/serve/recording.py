@@ -50,7 +50,6 @@ class Seen:
     """One request as it is written.
 
     Attributes:
-        question: The problem.
         answer: Its right answer, if the request told one.
         paths: Of each route through its tree the accepted texts, and the draws: place, author, step, score, and of
             small ones with a decision its probability of escalating and the action.
@@ -252,6 +251,3 @@ def recorder_of(
     if scorer is not None and scorer.model is not None and prompts is not None:
         scored = family.scorer_name, process_of(prompts, scorer.model.display_name)
     return Recorder(folder, process, metrics, date=family.date, scorer=scored, redact=redact)
-
-
-__all__ = ["Recorder", "Seen", "recorder_of", "seen_of"]

@@ -60,9 +60,7 @@ class Written:
 
     Attributes:
         step: Number, from 1.
-        author: ``small`` or ``large``.
         action: What the policy decided: 0 continue, 1 escalate; None if it was not asked, or asked in vain.
-        chance: Its probability of escalating.
         asked: Whether the policy asked for what it buys (`agents.routers.asking.Asking`); None if it buys nothing.
         asked_tokens: Tokens that were read for the answer; None if it did not ask.
         score: Score of the small model's proposal; None if there is none, or not yet.
@@ -72,8 +70,6 @@ class Written:
         large_tokens: Tokens that the large model decoded; None if it was not asked.
         late_scores: Scores of the steps just before this one that had none yet.
         fallback: What happened instead of what should have; None normally.
-        stop_reason: Why the step ended.
-        text: Its text.
         rejected: Text of the small model's proposal, where the large model's step took its place.
         thinking: Whether it is part of the thinking block.
     """
@@ -115,8 +111,6 @@ class _Owed:
     """An accepted step that the policy's session has not been told of, as its score is not known yet.
 
     Attributes:
-        step: The step.
-        author: Who wrote it.
         decided: Whether the policy's session knows its proposal.
         same: The small model's proposal, where it is of the same text.
     """
@@ -140,13 +134,10 @@ class Route:
         only: The model that writes all steps, without proposals, scores and decisions; None: the policy decides.
         policy: Name of the policy.
         author: Who writes all steps, where the policy has decided for the whole problem; None: it decides step by step.
-        ledger: What it has spent.
         questions: What of it went into questions of the policy that were answered.
         written: The accepted steps, and how they came about.
         accepted: The same as their author wrote them.
         drawn: Whole steps that a model wrote, accepted or not: the place that each was written for, and its author.
-        used: Their tokens.
-        stops: The request's stop texts.
         said: What of each accepted step is given to the client once the step is there.
         ended: Why it ended: a stop reason of the last step, ``stop`` (a stop text of the request), ``time``, ``cap``
             (of the policy, spent while the small model was away), or None while it is under way.

@@ -36,9 +36,7 @@ class Shadow(Route):
     """The policy's route beside a served one.
 
     Attributes:
-        served: What the client gets.
         news: Set whenever there is another step of that, or its end.
-        traced: Whether its steps are told.
         refused: Places of steps that the large model would have written, and was not asked for.
     """
 

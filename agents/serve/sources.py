@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from agents.deploy.policy import Policy
 from agents.routers.asking import Asking
-from agents.routers.base import Mixture, StatefulRouter, is_blind
+from agents.routers.base import StatefulRouter, is_blind, parts_of
 from rollouts.errors import ConfigError
 from rollouts.text.likelihood import STATISTICS, UNSCORED, as_score, first_of
 from rollouts.text.steps import LARGE, ROLES, SMALL, Step
@@ -66,8 +66,7 @@ def sources_of(policy: Policy) -> Sources:
     Raises:
         ConfigError: It reads something that no upstream of this service can tell.
     """
-    router = policy.router
-    parts = (router.first, router.second) if isinstance(router, Mixture) else (router,)
+    parts = parts_of(policy.router)
     schemas = [schema_named(part.schema) for part in parts if not is_blind(part)]
     scored = any(isinstance(part, StatefulRouter) for part in parts) or any("score" in each.facts for each in schemas)
     told, column = str(policy.about.get("scorer") or "scorer"), None

@@ -139,7 +139,7 @@ class Upstream:
         self._watcher: asyncio.Task[None] | None = None
         self._broken, self._broken_at = 0, -math.inf  # connections in a row, and when the last one broke
         self._answered_at = self._timed_out_at = -math.inf
-        metrics.upstream_state(role, self.number, False)
+        metrics.upstream_up.labels(role, self.number).set(0)
 
     @property
     def well(self) -> bool:
@@ -196,7 +196,7 @@ class Upstream:
 
     def failed(self, fault: Unavailable) -> None:
         """Count a failure, and ask whether the upstream is there if that is in question."""
-        self._metrics.upstream_failed(self.role, self.number, fault.kind)
+        self._metrics.upstream_errors.labels(self.role, self.number, fault.kind).inc()
         _log.warning("%s", fault)
         if fault.kind == "timeout":
             self._timed_out_at = time.monotonic()
@@ -224,7 +224,7 @@ class Upstream:
         except asyncio.CancelledError:
             lost()
             raise
-        self._metrics.upstream_answered(self.role, self.number, time.monotonic() - began)
+        self._metrics.upstream_seconds.labels(self.role, self.number).observe(time.monotonic() - began)
         self._answered_at = time.monotonic()
         return answer
 
@@ -368,7 +368,7 @@ class Upstream:
         self.changed()
         if (trouble is None) == (before is None) and before != _UNASKED:
             return
-        self._metrics.upstream_state(self.role, self.number, trouble is None)
+        self._metrics.upstream_up.labels(self.role, self.number).set(trouble is None)
         if trouble is None:
             _log.warning("%s: %s answers", self.role, self.url)
         else:

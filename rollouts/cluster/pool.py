@@ -44,13 +44,7 @@ _Model = TypeVar("_Model", bound=ModelConfig)
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster that this process is connected to.
-
-    Attributes:
-        ray: The module.
-        workers: How many workers a pool has.
-        tell: Prints a line.
-    """
+    """A cluster that this process is connected to."""
 
     ray: Any
     workers: int
@@ -84,11 +78,6 @@ def _anywhere(model: _Model) -> _Model:
 @contextmanager
 def connected(address: str, workers: int, tell: Tell) -> Iterator[Cluster]:
     """Connect to a cluster; one of this machine is started, and ended with the context.
-
-    Args:
-        address: ``local``, ``auto`` or ``HOST:PORT``.
-        workers: How many workers a pool has.
-        tell: Prints a line.
 
     Raises:
         ConfigError: Ray is not installed, or there is no cluster at that address.
@@ -144,13 +133,10 @@ class Hand:
     """A worker, as the driver knows it.
 
     Attributes:
-        number: Its number, for messages.
-        actor: The actor.
         state: ``starting`` until it said who it is, ``opening`` until its models are loaded, ``working``, ``ended``.
         pending: What it was asked last, if the answer is not there yet.
         lent: What it has, by key: trees or requests.
         granted: Tokens that its large model may decode.
-        report: What it said last of itself.
         since: When its models were loaded.
     """
 

@@ -58,9 +58,6 @@ class Job:
 
     Attributes:
         path: The store's directory, for messages; it need not exist on the worker's machine.
-        manifest: The store's manifest.
-        config: The models.
-        seed: Run seed.
         examples: Known paths for a scorer's self-test.
         writes: Whether both generating models are opened.
         grows: How many trees grow at once; 0: requests are answered.

@@ -42,7 +42,6 @@ class CompletionRequest:
     Attributes:
         prompt_ids: The prompt as token ids of the role's tokenizer.
         max_tokens: Most tokens to decode.
-        sampling: All sampling parameters.
         stop: Strings that end the completion; they are part of its text and tokens.
         seed: 63-bit seed of this draw; only reproducible backends use it.
         likelihood: Whether it is wanted what the model makes of the tokens that it decodes.
@@ -100,7 +99,6 @@ class LogprobRequest:
     """What the model makes of ``ids[start:]``, each given what precedes it; result: `Likelihood`.
 
     Attributes:
-        ids: The tokens.
         start: The first that is asked about, at least 1.
         entropies: Whether entropies are wanted too.
     """
@@ -131,7 +129,6 @@ class Backend(AbstractContextManager["Backend"]):
 
     Attributes:
         role: What the model is used for (``small``, ``large``, ``scorer``); errors name it.
-        capabilities: What it can do.
         window: Most tokens of prompt and completion together.
         identity: What tells its model from another (`rollouts.models.identity`), where that is known.
     """

@@ -29,7 +29,6 @@ class Engine(Protocol):
     """What runs inside the process: a queue of requests that is worked off in steps.
 
     Attributes:
-        capabilities: What the engine can do.
         window: Most tokens of prompt and completion together.
         description: Engine, version, seed and the like, for the manifest.
     """

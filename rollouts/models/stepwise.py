@@ -59,7 +59,6 @@ class StepWriter(Protocol):
     """Anything that continues prefixes step by step; the interface that trees are grown through.
 
     Attributes:
-        role: ``small`` or ``large``.
         whole_paths: Whether `submit` with ``whole`` may return more than one step.
     """
 
@@ -130,15 +129,10 @@ class StepRules:
     """What decides how one model continues prefixes, wherever it runs.
 
     Attributes:
-        role: ``small`` or ``large``.
-        prompts: Prompt format of the model.
         window: Most tokens of prompt and completion together.
-        sampling: Sampling parameters.
-        limits: Token and step limits.
         fits: Whether a prefix leaves room in every role's window.
         seed: Run seed, for backends whose draws depend on the request only.
         likelihood: Whether steps get statistics of their tokens.
-        splitting: How solutions are cut into steps.
     """
 
     role: str

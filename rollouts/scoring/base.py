@@ -73,6 +73,12 @@ class Scorer(Protocol):
         """
 
 
+def described(kind: str, scorer: Any, **more: Any) -> dict[str, Any]:
+    """Return what decides the scores of a scorer that asks one model: that, its prompts, and more."""
+    backend, told = scorer.backend, {"model": scorer.model, "template_hash": scorer.prompts.template_hash}
+    return {"kind": kind, **told, **more, "identities": {backend.role: dict(backend.identity)}}
+
+
 def columns_of(scorer: Scorer) -> tuple[str, ...]:
     """Return the columns of a scorer's table."""
     return tuple(getattr(scorer, "columns", ("score",)))

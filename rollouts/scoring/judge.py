@@ -14,6 +14,7 @@ from rollouts.errors import RequestsFailed
 from rollouts.models.server.http import RequestFailed
 from rollouts.models.server.judge import Judge
 from rollouts.scoring.base import Failed, Scores
+from rollouts.text.prompts import hash_of
 from rollouts.text.splitting import BLANK_LINE, Splitting
 
 PROMPT = """\
@@ -74,7 +75,7 @@ class JudgeScorer:
         return {
             "kind": "judge",
             "model": self._model,
-            "template_hash": hashlib.blake2b(said.encode(), digest_size=8).hexdigest(),
+            "template_hash": hash_of(said),
             "reads": "probabilities" if self._judge.tells else "words",
             "identities": {self._judge.role: self._identity},
         }

@@ -10,7 +10,7 @@ from typing import Any
 from rollouts.errors import ConfigError
 from rollouts.models.base import Backend, LogprobRequest
 from rollouts.models.futures import forward, settled
-from rollouts.scoring.base import Scores
+from rollouts.scoring.base import Scores, described
 from rollouts.text.likelihood import STATISTICS, WORTHLESS, Likelihood, as_score
 from rollouts.text.prompts import PromptFormat
 from rollouts.text.steps import ROLES
@@ -47,12 +47,7 @@ class LikelihoodScorer:
 
     def process(self) -> Mapping[str, Any]:
         """Return model and prompt format."""
-        return {
-            "kind": "likelihood",
-            "model": self.model,
-            "template_hash": self.prompts.template_hash,
-            "identities": {self.backend.role: dict(self.backend.identity)},
-        }
+        return described("likelihood", self)
 
     def submit(self, question: str, steps: Sequence[str], known: int = 0) -> Future[Scores]:
         """Score one path, but for its first `known` steps, with one prefill pass over the steps that fit."""

@@ -12,7 +12,7 @@ from rollouts.config import Sampling
 from rollouts.errors import ConfigError
 from rollouts.models.base import Backend, Completion, CompletionRequest
 from rollouts.models.futures import forward, settled
-from rollouts.scoring.base import Scores
+from rollouts.scoring.base import Scores, described
 from rollouts.text.prompts import PromptFormat
 
 _INSTRUCTION = (
@@ -42,20 +42,12 @@ class SelfEvaluationScorer:
         try:
             self.prompts = PromptFormat(tokenizer, _INSTRUCTION, name=backend.role, date=date)
         except ConfigError:  # a template that knows no system message, or one that says here what else is wrong
-            self.prompts, self._told = (
-                PromptFormat(tokenizer, None, name=backend.role, date=date),
-                _INSTRUCTION + "\n\n",
-            )
+            self.prompts, self._told = PromptFormat(tokenizer, name=backend.role, date=date), _INSTRUCTION + "\n\n"
         self.model = model
 
     def process(self) -> Mapping[str, Any]:
         """Return model, instruction and template."""
-        return {
-            "kind": "self-evaluation",
-            "model": self.model,
-            "template_hash": self.prompts.template_hash,
-            "identities": {self.backend.role: dict(self.backend.identity)},
-        }
+        return described("self-evaluation", self)
 
     def _question(self, question: str, steps: Sequence[str]) -> str:
         listed = "\n\n".join(f"Step {number}: {step.strip()}" for number, step in enumerate(steps, 1))

@@ -16,8 +16,8 @@ from rollouts.config import Sampling
 from rollouts.models.base import Backend, Completion, CompletionRequest
 from rollouts.models.futures import forward, settled
 from rollouts.models.server.judge import verdict_in
-from rollouts.scoring.base import Failed
-from rollouts.text.prompts import PromptFormat
+from rollouts.scoring.base import Failed, described
+from rollouts.text.prompts import PromptFormat, hash_of
 from rollouts.text.steps import SMALL
 
 PROMPT = """\
@@ -62,14 +62,7 @@ class Verifier:
 
     def process(self) -> Mapping[str, Any]:
         """Return model, prompt, template and number of samples."""
-        return {
-            "kind": self.name,
-            "model": self.model,
-            "template_hash": self.prompts.template_hash,
-            "prompt_hash": hashlib.blake2b(PROMPT.encode(), digest_size=8).hexdigest(),
-            "samples": self.samples,
-            "identities": {self.backend.role: dict(self.backend.identity)},
-        }
+        return described(self.name, self, prompt_hash=hash_of(PROMPT), samples=self.samples)
 
     def submit(self, question: str, solution: str) -> Future[Verified | Failed]:
         """Draw the verdicts on a solution: no samples if it does not fit into the window, `Failed` if one failed."""

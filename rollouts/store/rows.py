@@ -27,11 +27,9 @@ class Rows:
     the same place is none.
 
     Attributes:
-        table: The table.
         columns: The columns that values are of.
         of_solutions: Whether only terminal proposals have rows.
         beside: Where the values of the steps of the role that the table is named after are looked up besides.
-        added: Rows put so far.
     """
 
     def __init__(

@@ -47,7 +47,6 @@ class Store:
     """A rollout dataset on disk (docs/design.md, section 3); readable by any Parquet tool.
 
     Attributes:
-        path: Its directory.
         manifest: What was agreed when it was made; see `Store.create`.
         steps: Table of generated steps.
         notes: What whoever goes on with it should be told.

@@ -61,7 +61,6 @@ class Row:
     """A row and where it stands, for messages.
 
     Attributes:
-        path: The file.
         number: The line, or the row, from 1.
         values: What was read: of a good file, a mapping of keys to values.
         written: The line as it stands in a file of JSON lines, else empty.

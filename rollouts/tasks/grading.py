@@ -238,10 +238,7 @@ class AnswerGrader:
 
 
 def make_grader(name: str) -> Grader:
-    """The grader of that name with its default limits.
-
-    Args:
-        name: ``exact``, ``numeric`` or ``module:object``.
+    """The grader ``exact``, ``numeric`` or ``module:object`` with its default limits.
 
     Raises:
         ConfigError: The name is unknown, or what it stands for is no `Grader`.

@@ -249,10 +249,6 @@ def reward_layout(
 def layout_of(model: str, revision: str | None = None) -> str:
     """Return the layout that the configuration of a reward model tells.
 
-    Args:
-        model: Folder or hub name.
-        revision: Revision on the hub.
-
     Raises:
         ConfigError: It tells none: language models look alike, whatever they were tuned for.
     """

@@ -25,7 +25,6 @@ class Likelihood:
     """Consecutive tokens, each given all before it, as the model has them at temperature 1, whatever it was sampled at.
 
     Attributes:
-        logprobs: Log-probabilities of the tokens.
         entropies: Entropies of the distributions that they come from (`top_entropy`); empty if nobody asked for them.
     """
 

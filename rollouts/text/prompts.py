@@ -160,7 +160,6 @@ class PromptFormat:
     or this that adds it, and steps are rendered with this model's own marks, whoever wrote them.
 
     Attributes:
-        encode: From text to token ids.
         special: The tokenizer's special tokens, those of its template, and its marks; in questions they are made plain
             text.
         marks: What opens and closes its thinking block; None where it does not think.
@@ -329,8 +328,6 @@ class RewardLayout(ABC):
 
     Attributes:
         layout: Its name in models files.
-        reading: How a score is read.
-        encode: From text to token ids.
         special: The tokenizer's special tokens, those of its template and step tags; in questions they are made plain.
         template_hash: Hash of how a known path is rendered.
         dated: Whether the layout prints the date.

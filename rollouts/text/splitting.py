@@ -153,9 +153,6 @@ class Splitting:
 
     With ``thinking`` a solution is a thinking block and then the answer. Steps of the block are told by `CLOSE`, which
     stands in the last of them; nothing before it is an answer.
-
-    Attributes:
-        steps: The settings.
     """
 
     steps: StepsConfig = StepsConfig()
@@ -234,6 +231,3 @@ def splitting_of(described: Mapping[str, Any] | None) -> Splitting:
             f"Steps are split by version {version!r} of {name!r}; here that is version {VERSIONS[str(name)]}."
         )
     return found
-
-
-__all__ = ["BLANK_LINE", "Marks", "Splitter", "Splitting", "splitting_of"]

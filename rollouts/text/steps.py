@@ -70,15 +70,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """A partial solution that a model is asked to continue.
-
-    Attributes:
-        problem: Problem id.
-        question: Problem text.
-        replica: Index of the sample.
-        steps: Accepted steps.
-        used_tokens: Tokens of the accepted steps, against the solution's limit.
-    """
+    """A partial solution that a model is asked to continue."""
 
     problem: str
     question: str
@@ -112,10 +104,8 @@ class Segment:
     """A step cut out of a longer generation.
 
     Attributes:
-        text: Normalised text.
         start: Index of its first token in the generation.
         end: Index one past its last token.
-        complete: Whether a delimiter completed it.
     """
 
     text: str

@@ -59,12 +59,10 @@ class ChatTokenizer:
     @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
         """Tokens that are cut out of texts first, by id."""
-        found: dict[int, AddedToken] = self.backend_tokenizer.get_added_tokens_decoder()
-        return found
+        return self.backend_tokenizer.get_added_tokens_decoder()
 
     def _id(self, name: str) -> int | None:
-        number: int | None = self.backend_tokenizer.token_to_id(self.special_tokens_map.get(name, ""))
-        return number
+        return self.backend_tokenizer.token_to_id(self.special_tokens_map.get(name, ""))
 
     @property
     def eos_token_id(self) -> int | None:
@@ -174,13 +172,7 @@ def transformers_tokenizer(name: str, revision: str | None = None) -> Any:
 
 
 def model_file(name: str, file: str, revision: str | None = None) -> Path | None:
-    """Return a small file of a model, from a folder or the hub's local cache, or fetched; None if it has none.
-
-    Args:
-        name: Folder or hub name.
-        file: Its name.
-        revision: Revision on the hub.
-    """
+    """Return a small file of a model, from a folder or the hub's local cache, or fetched; None if it has none."""
     if Path(name).exists():
         found = Path(name) / file
         return found if found.is_file() else None

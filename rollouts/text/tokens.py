@@ -94,11 +94,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        """Find out where the tokenizer cuts.
-
-        Args:
-            tokenizer: As of `rollouts.text.prompts.PromptFormat`, without truncation and padding.
-        """
+        """Find out where the tokenizer cuts."""
         self._backend = tokenizer.backend_tokenizer
         self._piece = Remembered(self.whole, _REMEMBERED)
         added = self._backend.get_added_tokens_decoder()

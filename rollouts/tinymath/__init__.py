@@ -36,10 +36,7 @@ STEP_TAG = "<extra_0>"
 
 
 def model_dir(role: str) -> Path:
-    """The folder with a model's weights, configuration and tokenizer, in Hugging Face format.
-
-    Args:
-        role: ``small``, ``large`` or ``prm``.
+    """The folder of ``small``, ``large`` or ``prm`` with its weights and tokenizer, in Hugging Face format.
 
     Raises:
         ConfigError: The role does not exist, or its weights are not installed.

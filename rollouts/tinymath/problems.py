@@ -233,13 +233,13 @@ def _stream(owner: str, draw: Callable[[], Program]) -> Iterator[Program]:
             yield program
 
 
-def training_programs(generator: random.Random, long_share: float = 0.08) -> Iterator[Program]:
+def training_programs(generator: random.Random) -> Iterator[Program]:
     """Endless programs to train the models on, none of which can occur in a split.
 
     A small share is as long as those of the ``ood`` split, so that those lengths lie in the range of
     positions that the models have seen.
     """
-    return _stream("model", lambda: draw_program(generator, long=generator.random() < long_share))
+    return _stream("model", lambda: draw_program(generator, long=generator.random() < 0.08))
 
 
 def generate_problems(split: str, count: int | None = None) -> list[TinyProblem]:

@@ -37,7 +37,6 @@ class Report:
     """What an annotation pass did.
 
     Attributes:
-        rows: Rows added.
         skipped: Scores that do not exist because the input exceeds the scorer's window.
         failed: Why scores failed that were asked for, with how often. There are no rows for them, so that they are
             asked for again the next time.

@@ -308,15 +308,7 @@ class _Part:
         self.nodes, self._actions, self._roots, self._told, self._text = [], [], [], [], bytearray()
 
     def add(self, tree: RolloutTree, problem: int, signals: Signals, tables: Sequence[Rows], counts: _Counts) -> None:
-        """Take a tree, unless it cannot be used.
-
-        Args:
-            tree: The tree.
-            problem: Position of its problem.
-            signals: All score tables.
-            tables: Grades and perhaps labels.
-            counts: Counts to add to.
-        """
+        """Take a tree, unless it cannot be used."""
         grades, *labels = tables
         counts.orphans += tree.orphans
         counts.incomplete += tree.missing() > 0

@@ -51,7 +51,6 @@ class Progress:
         total: Trees in this pass.
         steps: Steps generated in this run.
         tokens: Tokens decoded in this run, by role.
-        under_way: Requests that are under way.
     """
 
     trees: int = 0

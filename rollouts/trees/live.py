@@ -31,7 +31,6 @@ class Generated:
     """What live episodes have had generated so far.
 
     Attributes:
-        steps: Steps.
         requests: Requests that they took.
         tokens: Tokens decoded, by role.
         needed: Proposals that episodes needed, whether they were there or not.
@@ -59,9 +58,6 @@ class LiveTrees:
 
     New rows are kept until `flush`, or for about ten seconds. When a model fails, what the others (or its own
     earlier requests) gave is taken before its error is raised.
-
-    Attributes:
-        generated: What was generated so far.
     """
 
     def __init__(

@@ -30,11 +30,9 @@ class Episode:
     """One walk through a tree.
 
     Attributes:
-        tree: The tree.
         node: Where it stands; None when it has ended.
         last: The proposal that was accepted last, (node, role); None at the start.
         folded: Folds over the accepted steps that `observe` has seen.
-        escalations: Escalations so far.
         large_tokens: Tokens of the accepted large steps.
     """
 
@@ -132,7 +130,6 @@ def expand_on_policy(
     scorer: Scorer,
     router: Router,
     problems: Sequence[Problem],
-    replicas: int | Mapping[str, int] | None = None,
     *,
     episodes: int = 1,
     batch: int = 128,
@@ -147,7 +144,6 @@ def expand_on_policy(
         scorer: The scorer; its table gets the new scores.
         router: From named columns (see `observe`) to actions; decides by what it could see, never by correctness.
         problems: Problems to walk.
-        replicas: Replicas to walk; default those that the store has.
         episodes: Walks per tree; more than 1 for routers that draw at random.
         batch: Trees walked together.
         labeller: Exact labels of steps, where the problems have them.
@@ -157,7 +153,7 @@ def expand_on_policy(
         Steps generated.
     """
     live = LiveTrees(store, writers, scorer, labeller=labeller)
-    source = iter(load_trees(store, problems, replicas, store.manifest["process"]["max_escalations"], chunk=batch))
+    source = iter(load_trees(store, problems, None, store.manifest["process"]["max_escalations"], chunk=batch))
     try:
         while trees := list(islice(source, batch)):
             live.add(trees)

@@ -33,9 +33,7 @@ class SplitStatistics:
     """Statistics of the trees of one split.
 
     Attributes:
-        problems: Problems.
         trees: Trees (problems x replicas).
-        nodes: Decision nodes.
         merged: Nodes at which both models wrote the same step.
         small_accuracy: Of always continuing.
         large_accuracy: Of always escalating.

@@ -18,7 +18,6 @@ class Node:
 
     Attributes:
         key: Hash of the list of accepted steps.
-        steps: The accepted steps' texts.
         used_tokens: Their tokens, each counted as features count it (`accepted_tokens`).
         escalations: Least number of escalations on a path to here.
         all_large: Whether the always-large path passes here.

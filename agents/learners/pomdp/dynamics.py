@@ -21,13 +21,10 @@ _Z = 1.959963984540054
 
 @dataclass(frozen=True)
 class Rate:
-    """A probability measured as a share.
+    """A probability measured as a share, with its 95 % interval (Wilson).
 
     Attributes:
-        value: The share.
         count: (Expected) number of cases behind it.
-        low: Lower end of its 95 % interval (Wilson).
-        high: Upper end.
     """
 
     value: float
@@ -67,7 +64,6 @@ class Dynamics:
         end_value: (2, 2) P(correct | trajectory right or wrong, proposal with or without an answer that ends it).
         token_line: (T, K, 2) intercept and slope of E[large tokens | step, kind, small tokens].
         small_tokens: (K,) mean tokens of the small model's proposals of a kind.
-        mean_large_tokens: Mean tokens of a large step.
     """
 
     small_right: Rate
@@ -98,8 +94,8 @@ def measure(seen: Sample, latent: Latent) -> Dynamics:
     small, large = pair.sum(axis=2), pair.sum(axis=1) * seen.present[:, [ESCALATE_LARGE]]
     small = small * seen.present[:, [CONTINUE_SMALL]]
     joint = pair * _both(seen)[:, None, None]
-    _need(small.sum(axis=0), "the small model's", LEAST_STEPS)
-    _need(large.sum(axis=0), "the large model's", LEAST_STEPS)
+    _need(small.sum(axis=0), "the small model's")
+    _need(large.sum(axis=0), "the large model's")
     everywhere = np.ones(len(pair), bool)
     right, whole = (_cells(seen, everywhere, each) for each in (small[:, RIGHT], small.sum(axis=1)))
     overall = right.sum() / max(whole.sum(), 1e-12)
@@ -132,12 +128,12 @@ def _both(seen: Sample) -> NDArray[np.bool_]:
     return seen.present[:, CONTINUE_SMALL] & seen.present[:, ESCALATE_LARGE]
 
 
-def _need(found: Floats, whose: str, least: int) -> None:
-    if found.sum() < least:
+def _need(found: Floats, whose: str) -> None:
+    if found.sum() < LEAST_STEPS:
         raise DataError(
             f"Too few steps with known correctness to measure the dynamics: {found.sum():.0f} of {whose} steps below "
-            f"right prefixes ({found[RIGHT]:.0f} right, {found[WRONG]:.0f} wrong), expected at least {least}. Label "
-            "more solutions, or generate rollouts of more problems."
+            f"right prefixes ({found[RIGHT]:.0f} right, {found[WRONG]:.0f} wrong), expected at least {LEAST_STEPS}. "
+            "Label more solutions, or generate rollouts of more problems."
         )
 
 

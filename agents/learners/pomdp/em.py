@@ -31,8 +31,6 @@ class Fitted:
 
     Attributes:
         latent: Posterior of what is hidden, at all nodes of the sample.
-        observed: What scores tell.
-        dynamics: How trajectories go on.
         log_likelihood: Mean per node, by iteration; the shrinking of finer estimates ends its rise.
     """
 
@@ -42,12 +40,8 @@ class Fitted:
     log_likelihood: list[float]
 
 
-def em(seen: Sample, iterations: int = ITERATIONS) -> Fitted:
-    """Fit the model without labels.
-
-    Args:
-        seen: All nodes of some trees.
-        iterations: At most so many.
+def em(seen: Sample) -> Fitted:
+    """Fit the model without labels, on all nodes of some trees.
 
     Raises:
         DataError: Too few steps of a class are expected.
@@ -57,7 +51,7 @@ def em(seen: Sample, iterations: int = ITERATIONS) -> Fitted:
     history: list[float] = []
     while True:
         scores, dynamics = observations(seen, latent), measure(seen, latent)
-        if len(history) >= iterations or (len(history) > 1 and history[-1] - history[-2] < TOLERANCE):
+        if len(history) >= ITERATIONS or (len(history) > 1 and history[-1] - history[-2] < TOLERANCE):
             return Fitted(latent, scores, dynamics, history)
         latent, likelihood = posterior(seen, graph, scores, dynamics, agreement_rates(seen, latent))
         history.append(likelihood)
@@ -91,15 +85,7 @@ def agreement_rates(seen: Sample, latent: Latent) -> Floats:
 def posterior(
     seen: Sample, graph: Graph, observed: ObservationModel, dynamics: Dynamics, same: Floats
 ) -> tuple[Latent, float]:
-    """Return the posterior of what is hidden and the mean log-likelihood per node.
-
-    Args:
-        seen: All nodes of some trees.
-        graph: Their graph.
-        observed: What scores tell.
-        dynamics: How trajectories go on.
-        same: (3,) from `agreement_rates`.
-    """
+    """Return the posterior of what is hidden and the mean log-likelihood per node; `same` is of `agreement_rates`."""
     local, ends = _local(seen, dynamics, same), _ends(seen, dynamics)
     likelihood = observed.small[seen.context, seen.kind, :, seen.bin[:, 0]]  # (M, 3)
     likelihood = np.where(seen.present[:, [0]], likelihood, 1.0)
@@ -151,8 +137,7 @@ def _local(seen: Sample, dynamics: Dynamics, same: Floats) -> Floats:
     told[0] = 1.0
     for rate, (prefix, both_are) in zip(same, ((RIGHT, RIGHT), (RIGHT, WRONG), (WRONG, WRONG)), strict=True):
         told[:, prefix, both_are, both_are] = 1 - rate, rate
-    result: Floats = np.where(both[:, None, None, None], local * told[seen.same.astype(int)], local)
-    return result
+    return np.where(both[:, None, None, None], local * told[seen.same.astype(int)], local)
 
 
 def _ends(seen: Sample, dynamics: Dynamics) -> Floats:
@@ -160,8 +145,7 @@ def _ends(seen: Sample, dynamics: Dynamics) -> Floats:
     chance = np.clip(dynamics.end_value, 1e-4, 1 - 1e-4)[:, 1 - seen.answered.astype(int)]  # (trajectory, M, action)
     chance = np.moveaxis(chance, 0, 2)
     correct = (seen.trees.correct[seen.rows] == 1)[:, :, None]
-    result: Floats = np.where(seen.ends[:, :, None], np.where(correct, chance, 1 - chance), 1.0)
-    return result
+    return np.where(seen.ends[:, :, None], np.where(correct, chance, 1 - chance), 1.0)
 
 
 @dataclass(frozen=True)
@@ -169,7 +153,6 @@ class Agreement:
     """How posteriors agree with exact labels, over the small model's proposals whose class is labelled.
 
     Attributes:
-        steps: Their number.
         share: Share of them whose likeliest class is the labelled one.
         always_s0: What calling all of them S0 would reach.
         by_class: For each class the share of its steps that are recognised; NaN where it has none.

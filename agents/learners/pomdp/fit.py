@@ -32,11 +32,6 @@ class Estimates:
     """Everything that a model is made of.
 
     Attributes:
-        observed: What scores tell.
-        dynamics: How trajectories go on.
-        kinds: How proposals are sorted.
-        labels: ``exact`` or ``em``.
-        nodes: Number of decision nodes behind them.
         agreement: How EM agrees with exact labels, where it was used and there are any.
     """
 

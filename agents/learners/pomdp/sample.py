@@ -29,21 +29,15 @@ class Sample:
     """M nodes with what is seen at them.
 
     Attributes:
-        trees: The trees.
         rows: (M,) rows of the nodes, ascending.
-        kinds: How proposals are sorted.
-        edges: Edges of the bins of scores.
         kind: (M,) kind of the small model's proposal.
         step: (M,) step number minus 1, 0..T-1.
-        level: (B,) level of each bin.
         context: (M,) level of the score of the last accepted step; the number of levels at a root.
         bin: (M, 2) bin of the score of each model's proposal; 0 where there is none.
-        present: (M, 2) whether it was generated.
         ends: (M, 2) whether accepting it ends the episode.
         answered: (M, 2) whether it states an answer.
         same: (M,) whether both models wrote the same step.
         tokens: (M, 2) tokens of the proposals.
-        max_steps: T.
     """
 
     trees: Trees

@@ -46,13 +46,6 @@ def solve(model: Model, lams: Sequence[float] | Floats, points: int = POINTS) ->
 def routers(
     model: Model, lams: Sequence[float] | Floats, *, price: float = 1.0, points: int = POINTS
 ) -> list[PomdpRouter]:
-    """Return the router for each λ.
-
-    Args:
-        model: The model.
-        lams: λ, return lost per unit of cost.
-        price: Cost of a large token (`agents.learners.pomdp.fit.price_of`).
-        points: As of `solve`.
-    """
+    """Return the router for each λ, return lost per unit of cost; `price` is that of a large token."""
     values = solve(model, price * np.asarray(lams, np.float64), points)
     return [PomdpRouter(model, float(lam), np.round(value, 9), price) for lam, value in zip(lams, values, strict=True)]

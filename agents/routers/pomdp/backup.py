@@ -26,8 +26,7 @@ class _Places(NamedTuple):
     def of(self, values: Floats) -> Floats:
         """Interpolate (L, C * n) values: (L, *shape of the places)."""
         left: Floats = values.take(self.left, axis=1)
-        result: Floats = left + self.share * (values.take(self.left + 1, axis=1) - left)
-        return result
+        return left + self.share * (values.take(self.left + 1, axis=1) - left)
 
 
 def places(g: Floats, context: NDArray[np.int64] | int, points: int) -> _Places:

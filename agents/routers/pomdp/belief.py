@@ -51,5 +51,4 @@ def scored(g: Floats, likelihood: Floats) -> Floats:
     """Return g given the score of the large model's step; `likelihood` is (..., 2), of right and wrong."""
     right, wrong = g * likelihood[..., RIGHT], (1 - g) * likelihood[..., WRONG]
     total = right + wrong
-    result: Floats = np.where(total > 0, right / np.where(total > 0, total, 1.0), g)
-    return result
+    return np.where(total > 0, right / np.where(total > 0, total, 1.0), g)

@@ -176,5 +176,4 @@ def to_bins(edges: NDArray[np.float32], values: NDArray[np.float32]) -> Ints:
 
 def expected_tokens(line: Floats, small: Floats | NDArray[Any]) -> Floats:
     """Return E[large tokens], at least 1, from (..., 2) intercepts and slopes and (...) small tokens."""
-    result: Floats = np.maximum(line[..., 0] + line[..., 1] * small, 1.0)
-    return result
+    return np.maximum(line[..., 0] + line[..., 1] * small, 1.0)

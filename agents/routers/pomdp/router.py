@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.routers.base import Knob
+from agents.routers.base import Ints, Knob, Scores, Tokens
 from agents.routers.pomdp.backup import after_score, backup
 from agents.routers.pomdp.belief import S0, Floats, after_large, corrected, predicted, scored
 from agents.routers.pomdp.model import SCHEMA, SCORE, Model, as_feature, expected_tokens, to_bins, tokens_in
@@ -27,8 +27,6 @@ class PomdpRouter:
         value: (T + 1, C, n) greatest expected return before the proposal of a step is seen
             (`agents.learners.pomdp.solver`).
         price: Cost of a large token: λ times this is what it costs in return.
-        name: As in tables and plots.
-        schema: Feature schema.
     """
 
     model: Model
@@ -81,13 +79,7 @@ class PomdpRouter:
         after[:, _KIND], after[:, _BIN], after[:, _CLASSES] = kind, bins, classes
         return escalate, after
 
-    def accept(
-        self,
-        state: Floats,
-        actions: NDArray[np.int64],
-        scores: NDArray[np.floating[Any]],
-        tokens: NDArray[np.integer[Any]],
-    ) -> Floats:
+    def accept(self, state: Floats, actions: Ints, scores: Scores, tokens: Tokens) -> Floats:
         """Return the state before the next proposal: the score of a step of the large model is taken in."""
         kind, context = state[:, _KIND].astype(np.int64), state[:, _CONTEXT].astype(np.int64)
         classes, large = state[:, _CLASSES], actions == ESCALATE_LARGE

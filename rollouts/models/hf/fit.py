@@ -50,9 +50,6 @@ class ValuedPath:
     """A path as the reward model reads it, with what is known of its steps.
 
     Attributes:
-        ids: Token ids.
-        start: Position of the first step.
-        tags: Positions of the step tags.
         values: Target at each of them, from 0 to 1.
         weights: Weight of each, such as the rollouts behind it.
     """
@@ -73,7 +70,6 @@ class Fit:
     """What came out.
 
     Attributes:
-        layers: Blocks that were kept.
         frozen: Cross-entropy of the head alone on held-out problems, nats a step.
         loss: The same at the end.
         constant: The same of the best constant.

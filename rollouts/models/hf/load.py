@@ -69,10 +69,6 @@ def cpu_threads(model: str, revision: str | None) -> int:
 def load(kind: Any, model: ModelConfig) -> tuple[Any, Any]:
     """Load a model in inference mode onto its GPUs, or the CPU if it names none.
 
-    Args:
-        kind: Class of transformers.
-        model: What to load.
-
     Returns:
         The model and transformers' report of missing and unexpected weights.
 
@@ -103,12 +99,7 @@ def load(kind: Any, model: ModelConfig) -> tuple[Any, Any]:
 
 
 def native_window(name: str, revision: str | None = None) -> int | None:
-    """Return the window that a model's configuration names, in tokens, or None.
-
-    Args:
-        name: Folder or hub name.
-        revision: Revision on the hub.
-    """
+    """Return the window that a model's configuration names, in tokens, or None."""
     config = model_settings(name, revision)
     plain = next((config[key] for key in _TEXT_CONFIGS if isinstance(config.get(key), Mapping)), config)
     if own := _named_window({_WINDOWS[0]: plain.get(_WINDOWS[0])}):
@@ -117,14 +108,7 @@ def native_window(name: str, revision: str | None = None) -> int | None:
         from transformers import AutoConfig
 
         return _window_of(AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False))
-    except (
-        ImportError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):
+    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return _named_window(config)
 
 

@@ -69,13 +69,7 @@ PACKED_TOKENS = 2048  # of one pass over sequences that begin alike: its mask ha
 
 
 def most_packed(config: Any, longest: int, most: int = PACKED_TOKENS) -> int:
-    """Return how many tokens a pack may have: 1 where a window of attention would cut paths off, else `most`.
-
-    Args:
-        config: Of the model.
-        longest: Tokens of the longest sequence.
-        most: Tokens.
-    """
+    """Return how many tokens a pack may have: 1 where a window of attention would cut paths off, else `most`."""
     text = config.get_text_config()
     window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
     sliding = window is not None if kinds is None else "sliding_attention" in kinds

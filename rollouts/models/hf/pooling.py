@@ -16,11 +16,7 @@ from rollouts.text.prompts import Reading
 
 
 class TransformersPooling:
-    """Scores at given tokens; inputs that begin alike are read in one pass, each shared token once.
-
-    Attributes:
-        tokens: Tokens computed so far.
-    """
+    """Scores at given tokens; inputs that begin alike are read in one pass, each shared token once."""
 
     def __init__(self, model: Any, head: Any, reading: Reading, window: int, description: dict[str, Any]) -> None:
         """Take over a loaded model; use `pooling` to load one.

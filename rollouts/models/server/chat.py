@@ -91,11 +91,9 @@ class Said:
     """What an answer to a chat holds.
 
     Attributes:
-        text: The message.
         tokens: Decoded tokens as billed, hidden ones included.
         hidden: Those of reasoning that is not shown, as far as they are told.
         prompt_tokens: Tokens of the prompt; 0 if they are not told.
-        reason: Finish reason.
     """
 
     text: str
@@ -126,7 +124,6 @@ class StepChat:
     without a step, such as one whose tokens all went into hidden reasoning, is a failed step.
 
     Attributes:
-        model: Its configuration.
         unsent: Fields that it refuses, and is not sent.
         path: Where chats are asked for, below the base URL.
     """
@@ -249,9 +246,6 @@ class ChatWriter:
     """Asks for one step at a time; the manifest records this as another process than continuing a prefix.
 
     Such an API takes no prompt of token ids (`StepChat`).
-
-    Attributes:
-        role: Named in errors.
     """
 
     whole_paths = False

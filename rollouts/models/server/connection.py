@@ -44,13 +44,7 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """A complete answer.
-
-    Attributes:
-        status: HTTP status.
-        headers: Without regard to case.
-        body: As it came.
-    """
+    """A complete answer."""
 
     status: int
     headers: Mapping[str, str]
@@ -150,10 +144,6 @@ class Connection:
 
     async def request(self, path: str, payload: Mapping[str, Any] | None) -> Answer:
         """Send one request and return the answer, however it reads. Redirections are not followed.
-
-        Args:
-            path: As of `address`.
-            payload: Body; None sends a GET.
 
         Raises:
             Broken: There is no complete answer.

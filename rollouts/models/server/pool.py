@@ -46,9 +46,6 @@ class Pool(Generic[M]):
 
     A request goes to the least busy that is well. Its problem's own server is chosen as long as that is hardly busier:
     its prefix cache knows how the prompt begins.
-
-    Attributes:
-        members: The servers.
     """
 
     def __init__(self, members: Sequence[M], most: int, *, patient: bool) -> None:

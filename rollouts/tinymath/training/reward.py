@@ -56,14 +56,12 @@ def routed_solutions(
     return [*rescued, *sample_solutions(small, [program for program, _, _ in back], prefixes, **sampling)]
 
 
-def reward_documents(
-    encoder: Encoder, solved: list[Solved], generator: random.Random, corrupted_share: float = 0.2
-) -> Iterator[Document]:
+def reward_documents(encoder: Encoder, solved: list[Solved], generator: random.Random) -> Iterator[Document]:
     """Endless labelled solutions: the sampled ones in random order, again and again, and corrupted ones."""
     drawn = training_programs(generator)
     while True:
         for program, steps in generator.sample(solved, len(solved)):
-            if generator.random() < corrupted_share:
+            if generator.random() < 0.2:
                 other = next(drawn)
                 yield reward_document(encoder, other, corrupted_solution(other, generator)[0])
             document = reward_document(encoder, program, steps)

@@ -122,7 +122,7 @@ def test_what_cannot_be_measured_on_a_split_is_named_and_the_others_are_measured
 
     short = Baseline("short of money", own.group, lambda _: [Setting(1.0, budget)])
     monkeypatch.setattr("agents.baselines.methods.BASELINES", (own, short))
-    monkeypatch.setattr("agents.baselines.methods.needs_sklearn", lambda: None)
+    monkeypatch.setattr("agents.baselines.methods.require", lambda *_: None)
     test = decision_tables(fitting.train.trees, "test")
     found, lacking = field_beside(fitting.train, fitting.choosing, test)
     assert [each.name for each in found] == [own.name]

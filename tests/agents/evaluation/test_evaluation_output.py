@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from made_outcomes import level, outcomes, references, simulated
 
+from agents.escape import finite
 from agents.evaluation.bootstrap import resample_weights
 from agents.evaluation.compare import compare_curves, number
 from agents.evaluation.curves import Method, References
 from agents.evaluation.plots import cost_accuracy, training_curve
 from agents.evaluation.suite import EvaluateConfig, evaluate
 from agents.evaluation.table import (
-    as_plain,
     method_rows,
     point_rows,
     rich_table,
@@ -59,7 +59,7 @@ def test_summary_holds_points_by_cost_and_flags(summaries):
 
 
 def to_json(summaries):
-    return json.dumps([as_plain(asdict(summary)) for summary in summaries], allow_nan=False)
+    return json.dumps([finite(asdict(summary)) for summary in summaries], allow_nan=False)
 
 
 def test_same_seed_same_summary(summaries):
