@@ -303,6 +303,8 @@ class Family:
     def open_verifier(self, store: Store) -> Iterator[Verifier]:
         """Load the small model to verify what it wrote by itself; raises `ConfigError` as of `open_statistics`."""
         refuse_other_thinking(store, self.splitting)
+        if self.config.small.chat_only:
+            raise ConfigError("small: verification continues prompts, which a model with chat_only does not.")
         with self._backend(SMALL, self.config.small, store) as backend:
             yield Verifier(backend, self.prompts(SMALL).tokenizer, self.config.small.display_name, self.date)
 

@@ -96,25 +96,28 @@ def connected(address: str, workers: int, tell: Tell) -> Iterator[Cluster]:
     import ray
 
     failure: list[BaseException] = []
+    there, over = threading.Event(), threading.Event()
 
     def connect() -> None:  # outside of the main thread, where it would take SIGTERM for itself
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
         except BaseException as error:
             failure.append(error)
+        there.set()
+        over.wait()  # the system ends what a thread has started with that thread, a cluster of this machine too
 
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(_CONNECT_SECONDS)
+    threading.Thread(target=connect, daemon=True).start()
+    there.wait(_CONNECT_SECONDS)
     try:
-        if thread.is_alive() or failure:
+        if failure or not there.is_set():
             why = _last_line(failure[0]) if failure else f"no answer within {_CONNECT_SECONDS:.0f} s"
             raise ConfigError(f"--ray {address}: no connection ({why}). Start a cluster with `ray start --head`, "
                               "or use --ray local.")  # fmt: skip
         yield Cluster(ray, workers, tell)
     finally:
-        if not thread.is_alive():
+        if there.is_set():
             ray.shutdown()
+        over.set()
 
 
 def _refuse_absent(address: str) -> None:

@@ -223,7 +223,6 @@ class Servers:
         self._timeout, self._retries, self._concurrency = model.timeout_s, model.retries, model.concurrency
         self._members = [Server(role, model, url) for url in model.url]
         self.url = ", ".join(server.url for server in self._members)
-        self.address = self._members[0].address
         self._lock = threading.Lock()
         self._failure: str | None = None
         self._closed = False

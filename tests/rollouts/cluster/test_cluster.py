@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -143,6 +144,17 @@ def test_scores_grades_and_expansion_on_workers(whole, models, one, tmp_path):
         assert main(["expand", str(folder), "--models", str(models), "--router", "threshold:0.5", *where]) == 0
     same(many, here)
     assert len(rows_of(many)) > len(rows_of(one))
+
+
+def test_a_cluster_of_this_machine_is_there_as_long_as_the_command(one, tmp_path):
+    many = Path(shutil.copytree(one, tmp_path / "many"))
+    shutil.rmtree(many / "grades")
+    graded = subprocess.run(
+        [sys.executable, "-m", "rollouts", "grade", str(many), "--ray", "local"],
+        cwd=ROOT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert graded.returncode == 0, graded.stderr
+    same(many, one)
 
 
 @pytest.mark.usefixtures("slow")

@@ -415,7 +415,7 @@ class Module(Threads):
         self.pause, self.settings, self.ended = pause, {}, False
 
     def init(self, **settings):
-        self.settings = settings
+        self.settings, self.thread = settings, threading.current_thread()
         time.sleep(self.pause)
 
     def shutdown(self):
@@ -429,7 +429,14 @@ def test_connecting_has_defaults_and_is_ended(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", module := Module())
     with connected("local", 3, print) as cluster:
         assert cluster.workers == 3 and module.settings["num_cpus"] >= 3
-    assert module.ended and module.settings["log_to_driver"] is module.settings["include_dashboard"] is False
+        module.thread.join(0.2)
+        assert module.thread.is_alive()  # what it has started would end with it
+    module.thread.join(5)
+    assert (
+        not module.thread.is_alive()
+        and module.ended
+        and module.settings["log_to_driver"] is module.settings["include_dashboard"] is False
+    )
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == os.environ["RAY_worker_niceness"] == "0"
     assert os.environ["OMP_NUM_THREADS"] == "1"
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from concurrent.futures import Future
 
 import pytest
+from handmade import process
 from made_whole import WRITTEN, three_problems
 
+from rollouts.config import GeneratorConfig, embedded_family
+from rollouts.errors import ConfigError
+from rollouts.family import Family
 from rollouts.models.base import Completion
 from rollouts.scoring.base import Failed
 from rollouts.scoring.verification import MOST_TOKENS, PROMPT, SAMPLES, Verifier
@@ -63,6 +67,14 @@ def test_what_does_not_fit_is_not_asked_and_what_fails_is_asked_again(tokenizer)
     assert verifier.submit("q", "s").result() == (0, 0, 0, 0) and not verifier.backend.requests
     found = Verifier(Asked(tokenizer, lambda _, number: RIGHT if number else None), tokenizer, "m").submit("q", "s")
     assert found.result() == Failed("gone")
+
+
+def test_a_small_model_that_is_asked_by_chat_is_refused(tmp_path):
+    chat = GeneratorConfig(model="x", backend="server", url=("http://127.0.0.1:9/v1",), chat_only=True)
+    family = Family(embedded_family("transformers").model_copy(update={"small": chat}))
+    store = Store.create(tmp_path / "s", process())
+    with pytest.raises(ConfigError, match="small: .*chat_only"), family.open_verifier(store):
+        pass
 
 
 def test_examples_have_both_verdicts():
