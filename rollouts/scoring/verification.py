@@ -66,7 +66,7 @@ class Verifier:
 
     def submit(self, question: str, solution: str) -> Future[Verified | Failed]:
         """Draw the verdicts on a solution: no samples if it does not fit into the window, `Failed` if one failed."""
-        ids = self.prompts.ids(PROMPT.replace("{question}", question).replace("{solution}", solution.strip()))
+        ids = self.prompts.ids(PROMPT.format(question=question, solution=solution.strip()))
         if len(ids) + MOST_TOKENS > self.backend.window:
             return settled(UNSAMPLED)
         result: Future[Verified | Failed] = Future()

@@ -1,6 +1,6 @@
 // Which setting to deploy: for a budget or an accuracy, what it costs in money, and the command that serves it.
 function startDeploy() {
-  const methods = data.methods.filter((method) => ["trained", "threshold"].includes(method.kind) && method.points.some((point) => point.on_curve));
+  const methods = data.methods.filter(({ kind, points }) => points.some((point) => point.on_curve && (point.serve || kind === "threshold")));
   if (!methods.length) return byId("deploy").remove();
   const [small, large] = Object.values(data.references);
   const [method, goal, value, volume, largePrice, smallPrice] = ["method", "goal", "value", "volume", "large-price", "small-price"].map((name) => byId(`deploy-${name}`));

@@ -11,6 +11,8 @@ from made_reports import HOSTILE, made_page
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
+from agents.report.render import render
+
 __all__ = ["driver"]
 FLAGS = ("wrong", "rescued", "wasted", "spoiled")
 
@@ -222,6 +224,18 @@ def test_a_goal_and_prices_are_moved_by_keyboard(page, made):
     assert re.fullmatch(r"\u2212\$ [\d,.]+", saved) and of == "$ 0.00"
     one(page, "#deploy-show").click()
     assert focused(page) == "problem-list"
+
+
+def test_whatever_can_be_served_is_offered(page, made):
+    methods = [
+        {**each, "kind": "query-level"} if place == 0 else each for place, each in enumerate(made.content["methods"])
+    ]
+    file = made.file.with_name("field.html")
+    file.write_text(render({**made.content, "methods": methods}))
+    page.get(file.as_uri())
+    offered = page.execute_script("return [...document.querySelectorAll('#deploy-method option')].map(e => e.value)")
+    assert offered == [each["name"] for each in methods if each["kind"] in ("query-level", "threshold")]
+    assert f"{made.run}/lam-" in texts(page, "#deploy-command")[0]
 
 
 def test_two_routers_are_compared_on_a_problem(page, made):

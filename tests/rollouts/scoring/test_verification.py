@@ -62,6 +62,13 @@ def test_verdicts_are_counted(tokenizer):
     assert "1 + 1?" in shown and "It is 2." in shown
 
 
+def test_braces_of_problems_stand_for_themselves(tokenizer):
+    backend = Asked(tokenizer, lambda *_: RIGHT)
+    Verifier(backend, tokenizer, "m").submit("What is {solution} {0}?", "It is {question}.").result()
+    shown = tokenizer.decode(backend.requests[0].prompt_ids)
+    assert "What is {solution} {0}?" in shown and "It is {question}." in shown
+
+
 def test_what_does_not_fit_is_not_asked_and_what_fails_is_asked_again(tokenizer):
     verifier = Verifier(Asked(tokenizer, lambda *_: RIGHT, window=MOST_TOKENS), tokenizer, "m")
     assert verifier.submit("q", "s").result() == (0, 0, 0, 0) and not verifier.backend.requests
