@@ -180,7 +180,7 @@ def test_arms_cost_what_the_cost_model_says(fitting, monkeypatch):
     monkeypatch.setattr("agents.baselines.predict.fit", lambda _, arms, *others: told.update(arms))
     for cost in ("decode-only", "prices:small_in=1,small_out=2,large_in=10,large_out=20"):
         train = decision_tables(fitting.train.trees, "train", cost=cost)
-        _ = Fitting(train, fitting.choosing, features=lambda questions: np.zeros((len(questions), 1))).predictor
+        _ = Fitting(train, fitting.choosing, features=lambda questions: np.zeros((len(questions), 1))).of_models
         unit, both = of_tables(train).large.cost.mean(), alone(train)
         for arm, want in (("small", both.small), ("large", both.large)):
             assert (told[arm][0] == want.correct).all() and (told[arm][1] == want.cost / unit).all()
