@@ -34,7 +34,7 @@ MAINS = {
     ("-m", "rollouts"): rollouts_main,
     ("-m", "agents"): agents_main,
 }
-OTHERS = {"pip", "docker", "vllm", "ray", "curl", "wandb", "git", "cd", "export", "ruff", "pytest"}
+OTHERS = {"pip", "docker", "vllm", "ray", "aws", "curl", "wandb", "git", "cd", "export", "ruff", "pytest"}
 MODELS = f"""
 [small]
 backend = "transformers"

@@ -31,7 +31,7 @@ def test_the_router_serves_what_compose_tells_it():
     mounted = {volume.split(":")[1] for volume in service["volumes"]}
     assert {config.policy, config.models} <= mounted
     for role in ("small", "large", "prm"):
-        assert getattr(config, role) == f"http://{role}:8000/v1" and role in COMPOSE["services"]
+        assert getattr(config, role) == (f"http://{role}:8000/v1",) and role in COMPOSE["services"]
     assert service["build"]["target"] in re.findall(r"^FROM \S+ AS (\w+)$", DOCKERFILE, re.MULTILINE)
     assert set(service["expose"]) == {str(config.port)} and "ports" not in service
 
