@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -100,8 +101,9 @@ def test_recorded_traffic_is_grown_trained_on_and_loads(tmp_path: Path, monkeypa
     first = decisions[tree.row_key(tree.root, "small")]
     assert first == (routes[0].written[0].chance, routes[0].written[0].action)
     before = store.steps.keys().num_rows
+    family = SimpleNamespace(open=lambda role, _: contextlib.nullcontext(AbleLarge(role)))
     with store.writing():  # as `rollouts expand` does, with models that cost nothing
-        added = Expand._close(Expand(tmp_path / "s"), store, {role: AbleLarge(role) for role in ROLES}, problems)
+        added = Expand._close(Expand(tmp_path / "s"), store, family, problems, None)
         score_store(store, ScriptedScorer())
         grade_store(store, make_grader("exact"))
     assert added > 0 and store.steps.keys().num_rows == before + added and not store.live
