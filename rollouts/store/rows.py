@@ -96,9 +96,8 @@ class Rows:
 
     def get(self, key: RowKey, default: Any = None) -> Any:
         """Return the value of a proposal of a tree at hand, or a default if there is no row."""
-        held = self._values[key[:2]]
-        found = held.get(key, ...)
-        if found is ... and (found := held.get(key[: len(KEY)], ...)) is ...:
+        found = self._values[key[:2]].get(self._found(key), ...)
+        if found is ...:
             found = self._beside(key)
             return default if found is None else found
         return found
