@@ -144,7 +144,7 @@ def test_what_a_lost_worker_had_goes_to_another_and_nothing_is_doubled(cluster, 
     killed = []
 
     def kill(now, note):
-        if now.steps > 30 * (1 + len(killed)) and len(killed) < 3:
+        if now.steps > 5 * (1 + len(killed)) and len(killed) < 3:
             killed.append(next(actor for actor in ray.actors if not actor.dead))
             killed[-1].die()
 
