@@ -176,7 +176,7 @@ class Trial:
             if self.generator.random() < 0.5:
                 content = content[: -self.generator.randrange(1, 100)]
             else:
-                content[self.generator.randrange(4, len(content) // 2)] ^= 0xFF
+                content[self.generator.randrange(4, len(content))] ^= 0xFF
             shard.write_bytes(content)
         with contextlib.redirect_stdout(io.StringIO()):
             if command(["repair", str(self.path)]):

@@ -12,7 +12,7 @@ from pathlib import Path
 from agents.runs.config import TrainConfig
 from agents.runs.listener import Listener
 from rollouts.errors import ConfigError, StoreError
-from rollouts.store.shards import write_atomically
+from rollouts.store.files import write_atomically
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
 from rollouts.text.steps import SMALL

@@ -46,7 +46,7 @@ from agents.tracking import NoTracker, WandbTracker, wandb_mode
 from rollouts.config import as_plain
 from rollouts.errors import BudgetSpent, ConfigError, StoreError
 from rollouts.plugins import import_module, loaded_plugin
-from rollouts.store.shards import write_atomically
+from rollouts.store.files import write_atomically
 from rollouts.text.splitting import BLANK_LINE
 from rollouts.trees.arrays import Trees
 from rollouts.trees.compile import compile_store

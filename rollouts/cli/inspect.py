@@ -13,8 +13,8 @@ from rich.console import Console
 from rollouts.cli.progress import progress_bar
 from rollouts.config import Count, settings
 from rollouts.errors import StoreError, did_you_mean
+from rollouts.store.files import write_atomically
 from rollouts.store.rows import Rows
-from rollouts.store.shards import write_atomically
 from rollouts.store.store import Store
 from rollouts.trees.grow import load_trees
 from rollouts.trees.signals import Signals

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rollouts.errors import StoreError
+from rollouts.store.files import open_parquet, reading, write_parquet
 from rollouts.text.likelihood import STATISTICS
 from rollouts.text.steps import ROLES
 
@@ -67,30 +68,13 @@ def scores_of(columns: Sequence[str]) -> pa.Schema:
 SCORES = scores_of(("score",))
 # In the metadata of shards: counters; that all shards before are in this one; the first of those before that are.
 _OURS, _COUNTER, _COMPACTED, _MERGED = "trim", "trim.", "trim-compacted", "trim-merged"
+_REMEDY = " `python -m rollouts repair` sets it aside; the same command then generates what is missing."
 _SHARD = re.compile(r"part-(\d{6,})\.parquet")
 _SAME_TIME_NS = 2_000_000_000  # two changes so close may leave a directory the same time
 _GROUP_ROWS = 10_000  # rows that are read together for a few problems
 _GROUPS_TOGETHER = 25  # that are in memory when all are looked at
 _COMPACTED_TOGETHER = 250_000  # rows, of whole problems
 MANY = 64  # shards beyond which those that no compaction has seen are merged
-
-
-def write_atomically(path: Path, write: Any) -> None:
-    """Call ``write(temporary)``, flush it to the disk and rename it to `path`."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def batched(items: Iterable[T], most: int) -> Iterator[list[T]]:
@@ -225,14 +209,7 @@ class Table:
         counted = {f"{_COUNTER}{name}": str(value) for name, value in counters.items()}
         schema = self.schema.with_metadata(counted | metadata)
 
-        def write(target: Path) -> None:
-            with pq.ParquetWriter(
-                target, schema, compression="zstd", compression_level=12, write_page_checksum=True
-            ) as file:
-                for part in parts:
-                    file.write_table(part.replace_schema_metadata(schema.metadata), row_group_size=_GROUP_ROWS)
-
-        write_atomically(path, write)
+        write_parquet(path, schema, parts, _GROUP_ROWS)
 
     def read_shard(
         self, path: Path, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None
@@ -248,6 +225,7 @@ class Table:
             some = [name for name in wanted if name in there]
             groups = range(file.num_row_groups) if groups is None else groups
             table = file.read_row_groups(groups, some if columns else None)
+            table.validate(full=True)  # a header of a page, too, may be damaged
         for name in _LATER.intersection(wanted).difference(there):
             field = self.schema.field(name)
             table = table.append_column(field, pa.nulls(table.num_rows, field.type))
@@ -258,11 +236,11 @@ class Table:
     @contextmanager
     def _opened(self, path: Path) -> Iterator[pq.ParquetFile]:
         """Open a shard; the last one stays open, and those of many row groups, whose metadata take long to read."""
-        with _reading(path):
+        with reading(path, _REMEDY):
             stamp = _stamp(path.stat())
             if path not in self._open or self._open[path][0] != stamp:
                 many = {key: kept for key, kept in self._open.items() if kept[1].num_row_groups > _GROUPS_TOGETHER}
-                self._open = {**many, path: (stamp, pq.ParquetFile(path, page_checksum_verification=True))}
+                self._open = {**many, path: (stamp, open_parquet(path))}
             yield self._open[path][1]
 
     def _about(self, path: Path) -> pq.FileMetaData:
@@ -462,17 +440,6 @@ class Table:
     def leftovers(self) -> list[Path]:
         """Return temporary files that a crash left behind."""
         return sorted(self.directory.glob(".*.tmp")) if self.directory.is_dir() else []
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise StoreError(
-            f"{path}: unreadable shard ({str(error).splitlines()[0][:160]}). "
-            "`python -m rollouts repair` sets it aside; the same command then generates what is missing."
-        ) from error
 
 
 def with_contents(table: pa.Table, content_of: Mapping[tuple[Any, ...], int]) -> pa.Table:

@@ -15,11 +15,11 @@ from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rollouts.errors import StoreError, did_you_mean
+from rollouts.store.files import open_parquet, reading, write_atomically, write_parquet
 from rollouts.store.rows import RowKey, Rows, TreeKey, contents_of
-from rollouts.store.shards import GRADES, KEY, MANY, STEPS, Table, scores_of, values_of, write_atomically
+from rollouts.store.shards import GRADES, KEY, MANY, STEPS, Table, scores_of, values_of
 from rollouts.tasks.problems import Problem
 from rollouts.text.likelihood import LOOKED_AT, STATISTICS, as_score, first_of
 from rollouts.text.splitting import BLANK_LINE, Splitting, splitting_of
@@ -188,10 +188,8 @@ class Store:
         file = self.path / "problems.parquet"
         if not file.is_file():
             return []
-        try:
-            problems = [Problem(*row) for row in values_of(pq.read_table(file), _PROBLEMS.names)]
-        except (pa.ArrowException, OSError, KeyError) as error:
-            raise StoreError(f"{file}: unreadable ({str(error).splitlines()[0][:160]}).") from error
+        with reading(file), open_parquet(file) as opened:
+            problems = [Problem(*row) for row in values_of(opened.read(), _PROBLEMS.names)]
         if split is None:
             return problems
         chosen = [problem for problem in problems if problem.split == split]
@@ -252,9 +250,7 @@ class Store:
             return
         rows = (*known.values(), *dict.fromkeys(new))
         table = pa.table({name: [getattr(row, name) for row in rows] for name in _PROBLEMS.names}, _PROBLEMS)
-        write_atomically(
-            self.path / "problems.parquet", lambda target: pq.write_table(table, target, compression="zstd")
-        )
+        write_parquet(self.path / "problems.parquet", _PROBLEMS, [table])
 
     def scores(self, name: str) -> Table:
         """Return the score table of a scorer (perhaps still empty)."""

@@ -20,8 +20,8 @@ from rollouts.__main__ import main
 from rollouts.cli.generate import run_grading, run_scoring
 from rollouts.errors import BackendError, ConfigError, StoreError
 from rollouts.scoring.base import Failed
+from rollouts.store.files import write_atomically, write_parquet
 from rollouts.store.rows import Rows
-from rollouts.store.shards import write_atomically
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
 from rollouts.text.steps import ROLES
@@ -148,7 +148,8 @@ class Interrupt:
 def test_an_interrupt_anywhere_between_append_and_clear_loses_and_doubles_no_row(tmp_path):
     """At each place of `put`, `flush` and what they call, once: afterwards all is there, in one process or the next."""
     table = grown(tmp_path / "s", replicas=1).scores("mine")
-    watched = (Rows.flush, Rows.flush_if_due, Rows._encoded, type(table).encode, type(table).write, write_atomically)
+    watched = (Rows.flush, Rows.flush_if_due, Rows._encoded)
+    watched += (type(table).encode, type(table).write, write_parquet, write_atomically)
     number, seen = 0, True
     while seen:
         number += 1
