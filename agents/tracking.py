@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from agents.escape import terminal
 from rollouts.errors import ConfigError, did_you_mean
+from rollouts.files.sealed import refusing_damage
 
 MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # WANDB_MODE
 _ARTIFACT = "policy"  # the type of our artifacts
@@ -49,7 +50,8 @@ class WandbTracker(NoTracker):
     def __init__(self, folder: Path, name: str, group: str, config: Mapping[str, Any]) -> None:
         """Start the run, or go on with the one that the folder has begun."""
         note = folder / "wandb-run.txt"
-        identity = note.read_text(encoding="utf-8").strip() if note.is_file() else None
+        with refusing_damage(note, ConfigError, "name of a Weights & Biases run", "Delete it: another run is begun."):
+            identity = note.read_text(encoding="ascii").strip() if note.exists() else None
         resumed = {"id": identity, "resume": "allow"} if identity else {}
         self._run = _begin(folder, name=name, group=group, config=dict(config), **resumed)
         note.write_text(self._run.id + "\n", encoding="utf-8")

@@ -9,7 +9,6 @@ back to the system as pages of files can; the peak beside it counts these, too.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from benchmarks.methods import heading, write
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
 from rollouts.trees.arrays import MISSING, TERMINAL
-from rollouts.trees.compile import _TYPES, _cache_folders
+from rollouts.trees.compile import _TYPES, _cache_folders, _describe
 
 K, LENGTHS, CHUNK = 2, (4, 5, 6, 7, 8), 2000
 SPLITS = ("train",) * 8 + ("validation", "test")
@@ -105,7 +104,7 @@ def drawn(count: int, length: int, draw: np.random.Generator) -> dict[str, NDArr
         "correct": np.where(ends, right[:, :, None] & step, -1),
         "stop_reason": np.broadcast_to(np.where(there, 0, -1), shape),
         "has_answer": ends, "label": np.where(there, step, -1),
-        "depth": np.broadcast_to([len(word) for word in words], shape[:2]), "prefix_tokens": prefix,
+        "depth": np.broadcast_to([len(word) for word in words], shape[:2]),
         "min_score": least, "product_score": whole,
     }  # fmt: skip
 
@@ -144,9 +143,9 @@ def make(path: Path, problems: int) -> int:
     np.save(folder / "splits.npy", np.array(splits))
     named = dict.fromkeys(("scorer", "grader", "small", "large"), "made-up")
     meta = named | {"store": str(path), "max_escalations": K, "max_steps": 30, "hash": f"made-up-{problems}"}
-    text = [f"p-{i:07d}" for i in range(problems)]
-    described = {"problem_ids": text, "questions": text, "signals": [], "meta": meta}
-    (folder / "meta.json").write_text(json.dumps(described), encoding="utf-8")
+    for array in arrays.values():
+        array.flush()
+    _describe(folder, store.problems(), [], meta)
     return nodes
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -25,6 +26,7 @@ import tyro
 
 from agents.evaluation.bootstrap import resample_weights
 from benchmarks.methods import LAMS, METHODS, Data, Fitted, best_constant, fit, heading, returns, write
+from rollouts.files.sealed import read_sealed, sealed
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
@@ -83,12 +85,14 @@ Task = tuple[str, int, int, str, str]
 def kept(task: Task, cells: Path, end: float) -> Cell | None:
     """Return a cell that is kept, or fit it and keep it; None if time is up."""
     file = cells / ("-".join(map(str, task)).replace("/", "_") + ".json")
-    if not file.exists():
-        if time.time() > end:
-            return None
-        cells.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(asdict(measure(task))), encoding="utf-8")
-    return Cell(**json.loads(file.read_text(encoding="utf-8")))
+    with suppress(FileNotFoundError, ValueError):  # not there, or damaged
+        return Cell(**read_sealed(file))
+    if time.time() > end:
+        return None
+    cells.mkdir(parents=True, exist_ok=True)
+    cell = measure(task)
+    file.write_text(json.dumps(sealed(asdict(cell))), encoding="utf-8")
+    return cell
 
 
 def measure(task: Task) -> Cell:

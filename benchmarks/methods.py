@@ -7,8 +7,10 @@ import os
 import pickle
 import subprocess
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,6 +34,7 @@ from rollouts.errors import DataError
 from rollouts.trees.arrays import Trees
 from trim_env.tables import DecisionTables, decision_tables
 
+_CHECKSUM = b"\ncrc-32 "  # between what is kept and its checksum
 LAMS = (7.5e-4, 1.7e-3, 3.8e-3, 8.5e-3)
 RANGE = (4e-4, 1.2e-2)
 TOKENS = 134.4
@@ -176,15 +179,30 @@ def best_constant(tables: DecisionTables, lams: Sequence[float] = LAMS) -> float
 
 
 def kept(file: Path, make: Callable[[], Any], end: float = float("inf")) -> Any:
-    """Return what a file keeps; if it is not there make and keep it, or after the time `end` return None."""
-    if file.exists():
-        return pickle.loads(file.read_bytes())
+    """Return what a file keeps; if it is not there or damaged make and keep it, or after `end` return None."""
+    with suppress(FileNotFoundError, DataError):
+        return read_kept(file)
     if time.time() > end:
         return None
     found = make()
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(pickle.dumps(found))
+    data = pickle.dumps(found)
+    file.write_bytes(data + _CHECKSUM + zlib.crc32(data).to_bytes(4))
     return found
+
+
+def read_kept(file: Path) -> Any:
+    """Return what a file keeps, which in earlier versions had no checksum; raises `DataError` if it is damaged."""
+    whole = file.read_bytes()
+    data, mark, told = whole.rpartition(_CHECKSUM)
+    if not mark or len(told) != 4:
+        data = whole
+    elif zlib.crc32(data) != int.from_bytes(told):
+        raise DataError(f"{file}: damaged. Delete it.")
+    try:
+        return pickle.loads(data)
+    except Exception as error:  # pickles raise anything
+        raise DataError(f"{file}: damaged ({error}). Delete it.") from error
 
 
 def all_kept(measure: Callable[..., Any], tasks: Sequence[Any], settings: Any) -> list[Any]:

@@ -10,7 +10,6 @@ solutions take is `benchmarks.latency`.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +27,7 @@ from agents.evaluation.oracle import score_oracle, step_oracle
 from agents.evaluation.outcomes import Floats, Outcomes, Solutions
 from agents.evaluation.walk import references, run
 from agents.routers.base import Threshold
-from benchmarks.methods import Data, all_kept, heading, kept, write
+from benchmarks.methods import Data, all_kept, heading, kept, read_kept, write
 from benchmarks.noise import damaged
 from benchmarks.rivals import RIVALS, fitted, with_splits
 from benchmarks.robustness import average
@@ -166,7 +165,7 @@ def _made(task: Task, settings: Settings) -> Found:
 
 @cache
 def _read(file: Path) -> Found:
-    found: Found = pickle.loads(file.read_bytes())
+    found: Found = read_kept(file)
     return found
 
 

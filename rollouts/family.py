@@ -223,13 +223,13 @@ class Family:
     ) -> Iterator[Backend]:
         digest = hashlib.blake2b(f"{self.seed}|{role}|{store.next_start()}".encode(), digest_size=4).digest()
         seed = int.from_bytes(digest, "little") >> 1  # no two starts of a store share one
-        sized = model.model_copy(update={"max_length": self.windows[role]})
+        sized, known = model.model_copy(update={"max_length": self.windows[role]}), self.identity(model)
         with open_backend(role, sized, seed=seed, reading=reading) as backend:
             if backend.window < self.windows[role]:
                 raise ConfigError(
                     f"{role}: its window is {backend.window} tokens, the configuration says {self.windows[role]}."
                 )
-            backend.identity = {**self.identity(model), **served(backend.describe())}
+            backend.identity = {**known, **served(backend.describe())}
             if writes:
                 store.identify(role, backend.identity)
             self._record(store, {"role": role, "seed": seed, **backend.describe()})

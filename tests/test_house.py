@@ -14,15 +14,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rollouts", "trim_env", "agents")
-GROUND = {"rollouts.errors", "rollouts.plugins", "rollouts.config"}
+GROUND = {"rollouts.errors", "rollouts.files", "rollouts.plugins", "rollouts.config"}
 DATA = GROUND | {"rollouts.tinymath", "rollouts.tasks", "rollouts.text"}
 TREES = DATA | {"rollouts.models", "rollouts.scoring", "rollouts.store", "rollouts.trees"}
 # Room -> the rooms that it may import; imports within functions count as well.
 MAY_IMPORT: dict[str, set[str]] = {
     "rollouts": {"rollouts.errors"},
     "rollouts.errors": set(),
+    "rollouts.files": {"rollouts.errors"},
     "rollouts.plugins": {"rollouts.errors"},
-    "rollouts.tinymath": {"rollouts.errors"},
+    "rollouts.tinymath": {"rollouts.errors", "rollouts.files"},
     "rollouts.tinymath.training": DATA | {"rollouts.models"},
     "rollouts.config": {"rollouts.errors", "rollouts.plugins", "rollouts.tinymath"},
     "rollouts.tasks": GROUND | {"rollouts.tinymath"},

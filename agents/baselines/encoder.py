@@ -30,7 +30,7 @@ def encoder(folder: str | Path) -> Callable[[Sequence[str]], Floats]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers and safetensors raise nothing narrower
         raise ConfigError(f"{folder}: no encoder can be loaded ({error}).") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -53,6 +53,7 @@ from agents.routers.stored import (
 from agents.routers.text import TextRouter
 from agents.routers.whole import Cascade, OneModel, QueryRouter
 from rollouts.errors import ArtefactError, ConfigError
+from rollouts.files.sealed import digest_of
 from rollouts.plugins import is_plugin, loaded_plugin
 from rollouts.text.steps import USUAL_SPLIT
 
@@ -291,7 +292,7 @@ def save(router: Storable, folder: str | Path, about: Mapping[str, Any], *, onnx
     }
     try:
         described = read_json(json.dumps(described).encode())
-        described["digest"] = _digest(described)
+        described["digest"] = digest_of(described)
         check(described, kind.network)
     except (ValueError, TypeError) as error:
         raise ArtefactError(f"The router {router.name} cannot be stored: {error}.") from error
@@ -330,12 +331,6 @@ def knob_of(router: Storable) -> dict[str, Any]:
     return {"name": router.knob.name, "value": router.knob.value}
 
 
-def _digest(described: dict[str, Any]) -> str:
-    """Return the SHA-256 of the contents of ``policy.json`` but for the digest itself, however it is laid out."""
-    plain = {name: value for name, value in described.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 def load(folder: str | Path, *, allow_old: bool = False) -> Artefact:
     """Read a router.
 
@@ -355,7 +350,7 @@ def load(folder: str | Path, *, allow_old: bool = False) -> Artefact:
         described = read_json(data)
         kind = _checked_kind(file, described, allow_old)
         check(described, kind.network)
-        if described["version"] > 1 and described["digest"] != _digest(described):
+        if described["version"] > 1 and described["digest"] != digest_of(described):
             raise ArtefactError(
                 f"{file}: damaged policy: its contents are not those that were written (its digest differs). "
                 "Export the run again; settings are changed there, not in the file."

@@ -12,6 +12,7 @@ from pathlib import Path
 from agents.runs.config import TrainConfig
 from agents.runs.listener import Listener
 from rollouts.errors import ConfigError, StoreError
+from rollouts.files.sealed import read_sealed, refusing_damage, sealed
 from rollouts.store.files import write_atomically
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
@@ -70,18 +71,16 @@ class Models:
             ConfigError: It is damaged.
         """
         self._file = file
-        try:
-            told = json.loads(file.read_text(encoding="utf-8"))
+        if not file.exists():
+            return
+        with refusing_damage(file, ConfigError, "counts", "Delete it to count from 0, or start a new run."):
+            told = read_sealed(file)
             self.generated = Generated(**{**told, "tokens": Counter(told["tokens"])})
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file}: damaged counts ({type(error).__name__}: {error}).") from error
 
     def _tell(self, generated: Generated) -> None:
         self.listener.generating(generated)
         if self._file is not None:
-            told = json.dumps({**vars(generated), "tokens": dict(generated.tokens)}) + "\n"
+            told = json.dumps(sealed({**vars(generated), "tokens": dict(generated.tokens)})) + "\n"
             write_atomically(self._file, lambda file: file.write_text(told, encoding="utf-8"))
 
     @contextmanager

@@ -45,6 +45,7 @@ from agents.runs.pictures import draw_curve, draw_training
 from agents.tracking import NoTracker, WandbTracker, wandb_mode
 from rollouts.config import as_plain
 from rollouts.errors import BudgetSpent, ConfigError, StoreError
+from rollouts.files.sealed import read_sealed, refusing_damage, sealed
 from rollouts.plugins import import_module, loaded_plugin
 from rollouts.store.files import write_atomically
 from rollouts.text.splitting import BLANK_LINE
@@ -97,7 +98,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> Trained:
     folder.mkdir(parents=True, exist_ok=True)
     rollouts = {**trees.meta, "hash": rollouts_hash(trees, new.config.schema)}
     described = {"config": as_plain(new.config), "versions": settings.versions(), "rollouts": rollouts}
-    (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(sealed(described), indent=1) + "\n", encoding="utf-8")
     return new.finish()
 
 
@@ -117,14 +118,12 @@ def resume(folder: Path, listener: Listener | None = None, imports: Sequence[str
     file = folder / "config.json"
     for module in imports:
         import_module(module)
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
+    if not file.exists():
+        raise ConfigError(f"{folder}: no run to resume here (no config.json).")
+    with refusing_damage(file, ConfigError, "settings", "Start a new run."):
+        described = read_sealed(file)
         config = settings.from_plain(described["config"], folder)
         recorded = described["rollouts"]["hash"]
-    except FileNotFoundError as error:
-        raise ConfigError(f"{folder}: no run to resume here (no config.json).") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: damaged settings ({type(error).__name__}: {error}).") from error
     models, trees = _opened(config, listener)
     now = rollouts_hash(trees, config.schema)
     if recorded not in (now, trees.meta["hash"]):  # earlier versions noted no columns

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 from rollouts.config import ModelConfig
 from rollouts.errors import ConfigError
+from rollouts.files.sealed import check, checksums, read_sealed, refusing_damage, sealed
 
 _READ, _BLOCK = 512 << 20, 64 << 10  # bytes of a model that are read, and at once
 _LONGEST_HEADER = 100_000_000  # bytes, as the format has it
@@ -22,6 +23,7 @@ _WEIGHTS = (  # what engines look for, in this order
     *("model.safetensors.index.json", "model.safetensors", "*.safetensors", "pytorch_model.bin.index.json"),
     *("pytorch_model*.bin", "*.gguf", "*.bin", "*.pt", "*.pth"),
 )
+_CHECKSUMS = "checksums.json"  # in model folders that this package has written
 _PASSING = ("_name_or_path", "name_or_path", "transformers_version")  # in JSON files: what each saving changes
 _SERVED = {"name": "model", "root": "root", "owner": "owned_by", "window": "max_model_len"}
 
@@ -38,13 +40,23 @@ def identity(model: ModelConfig) -> dict[str, Any]:
             ``revision`` that the local cache has for it, a server its tokenizer alone (see `served`).
 
     Raises:
-        ConfigError: A file cannot be read.
+        ConfigError: A file cannot be read, or is not what was written (`note_checksums`).
     """
+    if (file := Path(model.model) / _CHECKSUMS).is_file() and model.backend != "server":
+        remedy = f"Restore its folder from a copy; if you changed it on purpose, delete {_CHECKSUMS}."
+        with refusing_damage(file.parent, ConfigError, "model", remedy):
+            check(file.parent, read_sealed(file)["checksums"])
     try:
         found = _parts(model)
     except OSError as error:
         raise ConfigError(f"{model.model}: cannot be read ({error}).") from error
     return {part: value for part, value in found.items() if value is not None}
+
+
+def note_checksums(folder: Path) -> None:
+    """Write into a model's folder what tells `identity` whether a file was damaged since."""
+    text = json.dumps(sealed({"checksums": checksums(folder)}))
+    (folder / _CHECKSUMS).write_text(text, encoding="utf-8")
 
 
 def _parts(model: ModelConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from rollouts.errors import StoreError, did_you_mean
+from rollouts.files.sealed import read_sealed, refusing_damage, sealed
 from rollouts.store.files import open_parquet, reading, write_atomically, write_parquet
 from rollouts.store.rows import RowKey, Rows, TreeKey, contents_of
 from rollouts.store.shards import GRADES, KEY, MANY, STEPS, Table, scores_of, values_of
@@ -34,6 +35,7 @@ _PROBLEMS = pa.schema([(name, pa.string()) for name in ("id", "split", "question
 
 
 _LOCK, _LIVE, _SET_ASIDE = ".lock", "live.json", "set-aside"
+_RESTORE = "Restore it from a copy."
 BUNDLED = Path(__file__).parents[1] / "datasets"
 
 
@@ -142,11 +144,9 @@ class Store:
     def live(self) -> set[TreeKey]:
         """Trees that live episodes grow, as far as they go, and `generate` has not closed; as it is on disk now."""
         file = self.path / _LIVE
-        try:
-            listed = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{file}: unreadable ({error}).") from error
-        return {(problem, int(replica)) for replica, problems in listed.items() for problem in problems}
+        with refusing_damage(file, StoreError, "list of open trees", _RESTORE):
+            listed = read_sealed(file) if file.exists() else {}
+            return {(problem, int(replica)) for replica, problems in listed.items() for problem in problems}
 
     def note_live(self, trees: Collection[TreeKey], closed: Collection[TreeKey] = ()) -> None:
         """Note trees that live episodes grow, and those that are closed by now; its write lock must be held."""
@@ -477,15 +477,13 @@ def _locked(directory: Path, how: int) -> Iterator[None]:
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    with refusing_damage(file, StoreError, "manifest", _RESTORE):
+        manifest = read_sealed(file)
         return {**manifest, "schema_version": manifest["schema_version"], "process": dict(manifest["process"])}
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise StoreError(f"{file}: missing or damaged manifest ({error!r}). Restore it from a copy.") from error
 
 
 def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    text = json.dumps(sealed(value), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
 
 

@@ -9,7 +9,7 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,10 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from rollouts.errors import StoreError
+from rollouts.files.sealed import check, checksums, read_sealed, sealed
 from rollouts.store.rows import Rows
 from rollouts.store.store import Store, score_command
+from rollouts.tasks.problems import Problem
 from rollouts.text.splitting import BLANK_LINE
 from rollouts.text.steps import ROLES
 from rollouts.trees.arrays import MISSING, STOP_REASONS, TERMINAL, Trees
@@ -29,22 +31,23 @@ from rollouts.trees.grow import load_trees
 from rollouts.trees.signals import Signals
 from rollouts.trees.tree import RolloutTree
 
-_FORMAT = 4  # of the compiled files
+_FORMAT = 5  # of the compiled files
 
 _TYPES = {  # of the arrays
     name: get_args(get_args(hint)[1])[0]
     for name, hint in get_type_hints(Trees).items()
     if get_origin(hint) is np.ndarray
 }
+_HASHED_ALONE = "prefix_tokens"  # tokens of the accepted steps: in the hash, which artefacts name, and in no array
 
 
 def _row_of(names: str) -> np.dtype[np.void]:
-    return np.dtype([(name, _TYPES[name]) for name in names.split()])
+    return np.dtype([(name, (_TYPES | {_HASHED_ALONE: np.int32})[name]) for name in names.split()])
 
 
 _PER_ACTION = _row_of("child tokens accepted_tokens prompt_tokens score correct stop_reason has_answer label text_end")
 _ABSENT = (MISSING, 0, 0, 0, np.nan, -1, -1, False, -1)  # all but where its text ends
-_PER_NODE = _row_of("tree depth prefix_tokens min_score product_score")
+_PER_NODE = _row_of(f"tree depth {_HASHED_ALONE} min_score product_score")
 _PER_TREE = _row_of("root problem replica")
 _HASHED = {*_PER_ACTION.names, *_PER_NODE.names, *_PER_TREE.names} - {"text_end"}  # type: ignore[misc]
 _PART = 20_000  # nodes that are in memory before they are written
@@ -76,13 +79,14 @@ def compile_store(
     scorer, grader = store.choose("scores", scorer), store.choose("grades", grader)
     folders = _cache_folders(store, scorer, grader) if cache else []
     for folder in folders:
-        with suppress(OSError):  # not there, or another process removes it at this moment
-            return _load(folder)
+        if (kept := _kept(folder)) is not None:
+            return kept
     for folder in folders:
         with suppress(OSError), _scratch(folder.parent) as scratch:
             _compile(store, scorer, grader, scratch / folder.name, on_progress)
             _keep(scratch, folder)
-            return _load(folder)
+            if (kept := _kept(folder)) is not None:
+                return kept
     with tempfile.TemporaryDirectory() as place:
         _compile(store, scorer, grader, Path(place) / "arrays", on_progress)
         return _load(Path(place) / "arrays")
@@ -141,19 +145,31 @@ def _flocked(folder: Path) -> Iterator[None]:
 
 def _keep(scratch: Path, folder: Path) -> None:
     """Move what was compiled to its place, and what its owner had there out of it."""
-    try:
-        os.replace(scratch / folder.name, folder)
-    except OSError:
-        if not (folder / "meta.json").is_file():  # another process may have been first
-            raise
     for old in folder.parent.glob(f"{folder.name.partition('-')[0]}-*"):
-        if old != folder:
+        if old != folder or _kept(old) is None:
             with suppress(OSError):  # it goes as a whole, and another process may be removing it too
                 old.rename(scratch / f"old-{old.name}")
+    with suppress(OSError):  # another process was first
+        os.replace(scratch / folder.name, folder)
+
+
+def _kept(folder: Path) -> Trees | None:
+    """Return what a folder holds; None if it is not there, damaged, or being removed."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return _load(folder)
+    return None
+
+
+def _describe(folder: Path, problems: Sequence[Problem], signals: Sequence[str], meta: Mapping[str, Any]) -> None:
+    """Write what is no array, with what tells whether a file was damaged."""
+    described = {"problem_ids": [item.id for item in problems], "questions": [item.question for item in problems]}
+    text = json.dumps(sealed({**described, "signals": signals, "meta": meta, "checksums": checksums(folder)}))
+    (folder / "meta.json").write_text(text, encoding="utf-8")
 
 
 def _load(folder: Path) -> Trees:
-    described = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    described = read_sealed(folder / "meta.json")
+    check(folder, described["checksums"])
     arrays: dict[str, Any] = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _TYPES}
     ids, questions = tuple(described["problem_ids"]), tuple(described["questions"])
     signals = {
@@ -235,6 +251,7 @@ def _compile(store: Store, scorer: str, grader: str, folder: Path, on_progress: 
         values = np.load(folder / f"{name}.npy", mmap_mode="r")
         for start in range(0, len(values), _PART):
             digest.update(values[start : start + _PART].tobytes())
+    (folder / f"{_HASHED_ALONE}.npy").unlink()
     for item in problems:
         digest.update(f"{item.id}|{item.split}\n".encode())
     meta = {
@@ -251,9 +268,7 @@ def _compile(store: Store, scorer: str, grader: str, folder: Path, on_progress: 
         "unclaimed_rows": counts.unclaimed,
         "hash": digest.hexdigest(),
     }
-    described = {"problem_ids": [item.id for item in problems], "questions": [item.question for item in problems]}
-    text = json.dumps({**described, "signals": signals.names, "meta": meta})
-    (folder / "meta.json").write_text(text, encoding="utf-8")
+    _describe(folder, problems, signals.names, meta)
 
 
 def _refuse(store: Store, counts: _Counts, scorer: str, grader: str, trees: int) -> None:

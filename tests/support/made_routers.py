@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agents.routers import artefact
 from agents.routers.base import Knob
 from agents.routers.mlp import MLP
+from rollouts.files.sealed import digest_of
 
 QUICK = ["--ppo.iterations", "2", "--ppo.num-envs", "64", "--ppo.n-steps", "8", "--ppo.hidden", "8", "--attempts", "1"]
 
@@ -47,5 +47,5 @@ class Remembering:
 def sealed(described):
     """Return a policy.json whose digest is right, whatever it says: what only its author could write."""
     if isinstance(described, dict) and "digest" in described:
-        described = {**described, "digest": artefact._digest(described)}
+        described = {**described, "digest": digest_of(described)}
     return json.dumps(described)

@@ -32,8 +32,10 @@ from rollouts.models.hf.load import load
 from rollouts.models.hf.packing import Pack, common, pack_first
 from rollouts.models.hf.recipe import Recipe
 from rollouts.models.hf.reward_model import ProcessRewardModel
+from rollouts.models.identity import note_checksums
 from rollouts.text.prompts import RewardFormat
 from rollouts.text.steps import DELIMITER
+from rollouts.text.tokenizer import model_settings
 
 _PATHS, _HEAD_STEPS = 256, 256  # most of one batch
 _WARM_UP = 0.05  # share of the training
@@ -125,7 +127,7 @@ def reward_model(model: ModelConfig, tag: int, delimiter: Sequence[int], *, exac
     Raises:
         ConfigError: There is no such model, or it is no Qwen2, the only kind that vLLM serves in this layout.
     """
-    kind = AutoConfig.from_pretrained(model.model, revision=model.revision).model_type
+    kind = model_settings(model.model, model.revision).get("model_type")
     if kind != "qwen2":
         raise ConfigError(f"{model.model}: a {kind!r} model; the layout of Qwen2ForProcessRewardModel needs a 'qwen2' "
                           "one (Qwen2, Qwen2.5).")  # fmt: skip
@@ -410,6 +412,7 @@ def save(model: ProcessRewardModel, trunk: ModelConfig, tokenizer: Any, folder: 
         config = json.loads((made / "config.json").read_text(encoding="utf-8"))
         config |= {"architectures": ["Qwen2ForProcessRewardModel"], "dtype": str(stored).removeprefix("torch.")}
         (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        note_checksums(made)
         for file in made.iterdir():
             file.chmod(0o644)  # safetensors writes files that only their owner can read
         os.rename(made, folder)

@@ -6,6 +6,7 @@ vocabulary of 261 tokens (the byte-level alphabet, the step delimiter, four mark
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from rollouts.files.sealed import checksums, sealed
 from rollouts.models.hf.reward_model import ProcessRewardModel
+from rollouts.tinymath import CHECKSUMS, ROLES
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
@@ -41,6 +44,12 @@ def save_model(model: torch.nn.Module, role: str, folder: Path) -> None:
     save_file(state, written, metadata={"format": "pt"})
     written.chmod(0o644)  # safetensors writes files that only their owner can read
     os.replace(written, folder / "model.safetensors")
+
+
+def note_checksums(folder: Path) -> None:
+    """Write down, beside the models' folders, what tells whether a file was damaged since."""
+    found = {role: checksums(folder / role) for role in ROLES}
+    (folder / CHECKSUMS).write_text(json.dumps(sealed(found), indent=1) + "\n", encoding="utf-8")
 
 
 def load_model(role: str, folder: Path) -> Qwen2ForCausalLM | ProcessRewardModel:

@@ -28,7 +28,7 @@ from rollouts.errors import TrimError
 from rollouts.tinymath.problems import training_programs
 from rollouts.tinymath.training.batches import Encoder, language_documents, pack
 from rollouts.tinymath.training.fit import Schedule, fit
-from rollouts.tinymath.training.folders import WEIGHTS, load_model, new_model, save_model
+from rollouts.tinymath.training.folders import WEIGHTS, load_model, new_model, note_checksums, save_model
 from rollouts.tinymath.training.results import measure_family, render_results
 from rollouts.tinymath.training.reward import reward_documents, reward_model_from, routed_solutions
 from rollouts.tinymath.training.sampling import MAX_NEW_TOKENS, Solved, sample_solutions
@@ -103,6 +103,7 @@ def main(settings: TrainSettings) -> None:
     solved += routed_solutions(models["small"], models["large"], solved[:routed], **sampling)
     print(f"{len(solved)} solutions sampled after {time.monotonic() - started:.0f} s", flush=True)
     train_reward_model(models["large"], solved, settings)
+    note_checksums(settings.output)
     minutes = (time.monotonic() - started) / 60
     text = render_results(*measure_family(settings.output, limit=4 if settings.quick else None, **sampling), minutes)
     own = settings.output == WEIGHTS and not settings.quick

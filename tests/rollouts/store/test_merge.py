@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from made_stores import PROBLEMS, LatexWriter, finished
 
 from rollouts.__main__ import main
 from rollouts.errors import StoreError
+from rollouts.files.sealed import sealed
 from rollouts.store.merge import merge
 from rollouts.store.shards import CONTENT
 from rollouts.store.store import Store
@@ -121,7 +123,8 @@ def test_what_differs_is_named_and_nothing_is_changed(two, change, message):
 
 def other_table(store: Store) -> None:
     manifest = store.path / "scores" / "scripted" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"kind": "', '"kind": "other '))
+    changed = json.loads(manifest.read_text().replace('"kind": "', '"kind": "other '))
+    manifest.write_text(json.dumps(sealed(changed)))
 
 
 def other_question(store: Store) -> None:

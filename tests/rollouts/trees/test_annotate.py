@@ -19,6 +19,7 @@ from test_safety import MoodyWriter, grow, rows_of, truncate
 from rollouts.__main__ import main
 from rollouts.cli.generate import run_grading, run_scoring
 from rollouts.errors import BackendError, ConfigError, StoreError
+from rollouts.files.sealed import sealed
 from rollouts.scoring.base import Failed
 from rollouts.store.files import write_atomically, write_parquet
 from rollouts.store.rows import Rows
@@ -275,7 +276,7 @@ def test_a_store_with_grades_of_older_rules_says_what_to_do(tmp_path, capsys):
     file = store.path / "grades" / "exact" / "manifest.json"
     manifest = json.loads(file.read_text())
     manifest["process"]["rules"] = 1
-    file.write_text(json.dumps(manifest))
+    file.write_text(json.dumps(sealed(manifest)))
     assert main(["grade", str(store.path)]) == 2
     told = capsys.readouterr().err
     assert "rules is 1 there and 2 here" in told and f"Remove the folder {file.parent}" in told

@@ -1,0 +1,1 @@
+"""How a file is kept so that damage is told instead of read."""
