@@ -24,12 +24,14 @@ from agents.report.maths import PATTERN, formulas
 from agents.report.positions import positions
 from agents.report.reliability import reliability, scorer_reliability
 from agents.report.render import embedded, render, write
+from agents.report.routers import setting as setting_of
 from agents.report.routers import shown_routers, spread_out
 from agents.report.traces import Traced, choose, flags, problem_record
 from agents.report.walks import ANSWERED, CUT_OFF, Paths, follow
 from agents.routers import artefact
 from agents.routers.artefact import Artefact
 from agents.routers.base import Constant, Knob, Mixture, RandomRate, Threshold
+from agents.routers.mlp import ConditionedMLP
 from rollouts.errors import ConfigError
 from rollouts.text.steps import LARGE, SMALL
 from rollouts.trees.compile import compile_store
@@ -370,6 +372,15 @@ def test_formulas_are_read_and_other_dollars_are_not():
     assert not [formula for formula in found if "5" in formula or "nonsense" in formula]
     assert "javascript" not in json.dumps(list(found.values()))
     assert found[r"$\frac12$"] == ["math", ["mrow", ["mfrac", ["mn", "1"], ["mn", "2"]]]]
+
+
+@pytest.mark.parametrize("high", [0.01234567, 0.012])
+def test_the_command_for_the_end_of_a_range_stays_in_it(high):
+    """Before, six digits of it could lie beyond, which the service refuses."""
+    weights = {"0.weight": np.zeros((2, 5), np.float32), "0.bias": np.zeros(2, np.float32)}
+    router = ConditionedMLP("r", "agg/1", 4e-4, high, weights)
+    command = setting_of([Artefact(router, {}, "mlp", "place")], high, "scorer")["serve"].split()
+    assert router.holds(float(command[command.index("--lam") + 1]))
 
 
 def test_thresholds_of_ones_own_are_no_baseline(page, tmp_path):
