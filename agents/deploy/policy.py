@@ -232,7 +232,8 @@ class Policy:
             assert generator is not None
             router = router.pick(float(generator.random()))
         caps = (None, None) if self.decides_once else (self.max_escalations, self.max_large_tokens)
-        return Session(router, knob, self.max_steps, caps, generator, thinks=self.thinks)
+        by = (self.about.get("splitting") or {}).get("answer_by") if self.thinks else None
+        return Session(router, knob, self.max_steps, caps, generator, thinks=self.thinks, answer_by=by)
 
     def describe(self) -> dict[str, Any]:
         """Return what users may know of it, as JSON holds it."""

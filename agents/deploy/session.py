@@ -12,7 +12,7 @@ from agents.routers.asking import Asking
 from agents.routers.base import Floats, Knob, Router, StatefulRouter, is_blind, refuse_undrafted, told_cap
 from agents.routers.whole import Cascade, QueryRouter
 from rollouts.errors import ConfigError, did_you_mean
-from rollouts.text.steps import SMALL, Step, StopReason, closes_box
+from rollouts.text.steps import ROLES, SMALL, Step, StopReason, closes_box
 from rollouts.trees.arrays import ASK, CONTINUE_SMALL, ESCALATE_LARGE
 from rollouts.trees.columns import FACTS, Folded, checked_signal, facts_of, is_signal
 from trim_env.features import Schema, left_feature, schema_named
@@ -44,6 +44,7 @@ class Session:
         generator: np.random.Generator | None,
         *,
         thinks: bool = False,
+        answer_by: str | None = None,
     ) -> None:
         """Begin.
 
@@ -54,6 +55,7 @@ class Session:
             caps: Most escalations, and most tokens of the large model; None for no cap.
             generator: For routers that draw; None: one from entropy, once it is needed.
             thinks: Whether solutions begin with a thinking block.
+            answer_by: Role that alone writes what follows the block; None: the router decides there, too.
 
         Raises:
             ConfigError: The router is a cascade, or no router.
@@ -80,6 +82,8 @@ class Session:
         )
         self._max_steps, (self._cap, self._token_cap), self._generator = max_steps, caps, generator
         self._thinks = thinks
+        self._author = ROLES.index(answer_by) if answer_by in ROLES else None
+        self._alone: int | None = None  # who writes instead of a proposal of an answer that one model alone writes
         self._state = router.start(1) if isinstance(router, StatefulRouter) else None
         self._proposal: dict[str, float] | None = None
         self._action, self._told = CONTINUE_SMALL, False
@@ -117,7 +121,8 @@ class Session:
             ended: With a text: whether the model stopped by itself after it, or a limit was hit. A step that closes a
                 ``\boxed{...}`` ends the solution anyway.
             thinking: With a text, of policies whose solutions begin with a thinking block: whether it is part of that,
-                where nothing is an answer.
+                where nothing is an answer. Where one model alone writes the answer (``answer_by``), False is that
+                model's turn, which is no escalation.
             facts: What else the router's features read (`rollouts.trees.columns.FACTS`): ``terminal``, whether
                 accepting the proposal ends the solution (at the last step that is allowed it always does);
                 ``has_answer``, whether it states a final answer; columns of score tables,
@@ -132,8 +137,8 @@ class Session:
         facts |= {name: value for name, value in (("score", score), ("tokens", tokens)) if value is not ...}
         if text is not None:
             facts["text"], facts["ended"] = text, ended
-            if thinking is not None:
-                facts["thinking"] = thinking
+        if thinking is not None:
+            facts["thinking"] = thinking
         return self._decided(float(_chances([self], [self._take(facts)])[0]))
 
     def _take(self, proposal: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +152,10 @@ class Session:
             raise ConfigError("The last proposal is still open: call accept() before the next decide().")
         accepted = proposal.get("accepted", ())
         proposal = {name: value for name, value in proposal.items() if name != "accepted"}
-        if "text" in proposal:
+        self._alone = self._author if proposal.get("thinking") is False else None
+        if "text" not in proposal:
+            proposal.pop("thinking", None)
+        else:
             if self._thinks and "thinking" not in proposal:
                 raise ConfigError("decide() got a text: say whether it is part of the thinking block (thinking=True).")
             proposal = _read(**proposal)
@@ -196,6 +204,9 @@ class Session:
 
     def _decided(self, chance: float) -> int:
         """Turn the probability of escalating, or `ASK`, into an action."""
+        if self._alone is not None:
+            self.chance, self._action = float(self._alone), self._alone
+            return self._alone
         if chance == ASK:
             self._action = ASK
             return ASK
@@ -286,7 +297,7 @@ class Session:
             router = cast(StatefulRouter, self.router)
             self._state = router.accept(self._state, *told, np.array([step["tokens"]], np.int64))
         self._folded.add(step)
-        self.escalations += self._action
+        self.escalations += self._action * (self._alone is None)
         self.ended = bool(step.get("terminal")) or self.step == self._max_steps
         self.step += 1
         self._proposal = None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agents.evaluation.bootstrap import Estimate, resample_weights
 from agents.evaluation.suite import RANDOM, TRIM_THR, EvaluateConfig, Evaluation, load_methods
@@ -29,15 +30,16 @@ from agents.evaluation.table import (
     method_rows,
     point_rows,
 )
-from agents.evaluation.walk import alone
 from agents.report.maths import PATTERN, formulas
 from agents.report.positions import positions
 from agents.report.reliability import scorer_reliability
 from agents.report.routers import setting, shown_routers
 from agents.report.traces import FLAGS, Traced, choose, flags, problem_record
-from agents.report.walks import follow
+from agents.report.walks import ANSWERED, Paths, follow
 from agents.routers.artefact import Artefact
 from rollouts.store.store import Store
+from rollouts.text.steps import ROLES
+from rollouts.trees.arrays import Trees
 from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
 
@@ -86,7 +88,7 @@ def gather(config: EvaluateConfig, evaluation: Evaluation, trace_bytes: int = TR
             _method(each, _kind(each, evaluation, trained), trained, trees.meta["scorer"]) for each in everything
         ],
         "references": {"always-small": everything[0].small, "always-large": everything[0].large},
-        "alone": _alone(tables),
+        "alone": {"small": _alone(trees, small, problem), "large": _alone(trees, large, problem)},
         "tables": {  # as text, the first row a header
             "headline": headline_rows(everything),
             "all": method_rows(everything),
@@ -132,13 +134,14 @@ def _texts(problems: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield from (each["text"] for node in problem["nodes"] for each in node if each is not None)
 
 
-def _alone(tables: DecisionTables) -> dict[str, dict[str, float]]:
-    """Return the mean tokens of a problem that either model decodes alone, by model that is asked and that decodes."""
-    both = alone(tables)
-    return {
-        "small": {"small": float(both.small.small_tokens.mean()), "large": 0.0},
-        "large": {"small": 0.0, "large": float(both.large.large_tokens.mean())},
-    }
+def _alone(trees: Trees, paths: Paths, problem: NDArray[np.integer[Any]]) -> dict[str, float]:
+    """Return the mean tokens of a problem that each model decodes on a path of its own; accepted steps alone."""
+    tokens, count = trees.tokens[paths.rows], np.bincount(problem)
+    found = {}
+    for author, role in enumerate(ROLES):
+        own = (tokens[:, :, author] * np.isin(paths.actions, (author, ANSWERED))).sum(axis=1)
+        found[role] = float((np.bincount(problem, own) / count).mean())
+    return found
 
 
 def _first(settings: Sequence[Mapping[str, Any]]) -> int:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from agents.evaluation.bootstrap import Estimate, estimate
 from agents.evaluation.outcomes import Floats
-from agents.report.walks import Paths
+from agents.report.walks import ANSWERED, Paths
 from rollouts.trees.arrays import ESCALATE_LARGE
 
 PARTS = 10
@@ -24,7 +24,7 @@ def positions(paths: Paths, problem: NDArray[np.integer[Any]], weights: Floats) 
         problem: (R,) position of each tree's problem, 0..P-1.
         weights: (S, P) bootstrap resamples of the problems, from `bootstrap.resample_weights`.
     """
-    reached = paths.rows >= 0
+    reached = (paths.rows >= 0) & (paths.actions != ANSWERED)
     escalated = paths.actions == ESCALATE_LARGE
     steps = np.maximum(paths.steps, 1)
     part = (PARTS * (np.arange(reached.shape[1]) + 0.5) / steps[:, None]).astype(int).clip(0, PARTS - 1)

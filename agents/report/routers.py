@@ -81,7 +81,8 @@ def setting(items: Sequence[Artefact], knob: float, scorer: str) -> dict[str, st
     flags = ["--policy", item.place]
     if isinstance(item.router, ConditionedMLP):
         name = "lam"
-        flags += ["--lam", f"{knob:.6g}"]
+        short = f"{knob:.6g}"
+        flags += ["--lam", short if item.router.holds(float(short)) else repr(knob)]
     else:
         name = item.router.knob.name
     if not str(item.about.get("small", "")).startswith("tinymath-"):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.report.walks import Paths
+from agents.report.walks import ANSWERED, CUT_OFF, Paths
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, STOP_REASONS, Trees
 
 FLAGS = {
@@ -23,7 +23,7 @@ FLAGS = {
 
 def flags(paths: Paths, small: Paths) -> dict[str, NDArray[np.bool_]]:
     """Return for each of `FLAGS` an (R,) array, given a router's paths and those of always-small in the same trees."""
-    helped = (paths.actions > 0).any(axis=1)
+    helped = np.isin(paths.actions, (ESCALATE_LARGE, CUT_OFF)).any(axis=1)
     return {
         "wrong": ~paths.correct,
         "rescued": ~small.correct & paths.correct & helped,
@@ -61,7 +61,7 @@ def problem_record(traced: Traced, position: int, answers: Mapping[str, str]) ->
         pairs = zip(paths.rows[position][going].tolist(), paths.actions[position][going].tolist(), strict=True)
         for row, action in pairs:
             order.setdefault(row, len(order))
-            shown |= {(row, CONTINUE_SMALL), (row, int(action == ESCALATE_LARGE))}
+            shown |= {(row, CONTINUE_SMALL), (row, int(action in (ESCALATE_LARGE, ANSWERED)))}
     problem = int(trees.problem[tree])
     return {
         "id": trees.problem_ids[problem],

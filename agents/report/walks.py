@@ -10,11 +10,14 @@ from numpy.typing import NDArray
 from agents.evaluation.walk import decisions
 from agents.routers.base import AnyRouter
 from rollouts.errors import ConfigError
+from rollouts.text.steps import ROLES
+from rollouts.trees.arrays import Trees
 from trim_env.tables import DecisionTables
 
 Ints = NDArray[np.int64]
-CUT_OFF = 2
-"""An action that `Paths` knows besides the two: the large model was called, and a cap on its tokens cut it off."""
+CUT_OFF, ANSWERED = 2, 3
+"""Actions that `Paths` knows besides the two: the large model was called, and a cap on its tokens cut it off; nothing
+was decided, as one model alone writes the answer (``answer_by``)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +26,7 @@ class Paths:
 
     Attributes:
         rows: (R, T) node at which each decision was taken; -1 after the end.
-        actions: (R, T) whose step was accepted, 0 or 1, or `CUT_OFF`; -1 after the end.
+        actions: (R, T) whose step was accepted, 0 or 1, or `CUT_OFF` or `ANSWERED`; -1 after the end.
         correct: (R,) whether the solution is right.
         large_tokens: (R,) tokens that the large model decoded.
     """
@@ -54,10 +57,21 @@ def follow(router: AnyRouter, tables: DecisionTables) -> Paths:
             raise ConfigError(f"{router.name} draws its actions: it has no one path through a tree to show.")
         found = done.moved.taken
         visited.append(_column(count, done.tree, done.rows))
-        taken.append(_column(count, done.tree, np.where(found.cut_off, CUT_OFF, done.moved.accepted)))
+        actions = np.where(found.cut_off, CUT_OFF, done.moved.accepted)
+        taken.append(_column(count, done.tree, np.where(_answered(tables.trees, done.rows), ANSWERED, actions)))
         large[done.tree] += found.large_tokens
         correct[done.tree] = tables.solved[found.place] == 1
     return Paths(np.stack(visited, axis=1), np.stack(taken, axis=1).astype(np.int8), correct, large)
+
+
+def _answered(trees: Trees, rows: Ints) -> NDArray[np.bool_]:
+    """Return (n,) at which of n nodes one model alone writes: its step is the proposal of both, and costs once."""
+    by = (trees.meta.get("splitting") or {}).get("answer_by")
+    if by not in ROLES:
+        return np.zeros(len(rows), bool)
+    tokens, reasons, author = trees.tokens[rows], trees.stop_reason[rows], ROLES.index(by)
+    found: NDArray[np.bool_] = (tokens[:, author] > 0) & (tokens[:, 1 - author] == 0) & (reasons[:, 0] == reasons[:, 1])
+    return found
 
 
 def _column(count: int, tree: Ints, values: Ints) -> Ints:

@@ -89,6 +89,11 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, "BadRequestError", param)
 
 
+def internal_error() -> ApiError:
+    """Return the error of what should not happen."""
+    return ApiError(500, "Internal error; the service's log has it.", "InternalServerError")
+
+
 class _Part(BaseModel):
     type: Literal["text"]
     text: str

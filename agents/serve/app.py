@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Any, TypeVar
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.datastructures import Headers
@@ -17,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from agents.serve import api, responses
+from agents.serve import api, openapi, responses
 from agents.serve.api import ApiError, Chat, ChatRequest
 from agents.serve.guard import Guard, refusal
 from agents.serve.passing import Passed
@@ -66,8 +67,8 @@ def build(
                 raise ApiError(400, "Unsupported Media Type: Only 'application/json' is allowed.", "Bad Request")
             ask = parse(await raw.body())
             route = await service.begin(ask)
-        except ApiError as error:
-            count(raw.url.path, error.status)
+        except Exception as error:
+            count(raw.url.path, error.status if isinstance(error, ApiError) else 500)
             raise
         steps, answer = service.steps(route, ask), shape(ask.model or service.name, ask)
         headers = {SHADOW: service.config.shadow} if service.config.shadow and not ask.only else {}
@@ -96,40 +97,41 @@ def build(
         return await _unless_gone(raw, Passed(service, otherwise, *beyond).answer())
 
     async def response(raw: Request) -> Response:
-        """Do the same, asked and answered as OpenAI's responses are."""
+        """Solve a problem as chats do, asked and answered as OpenAI's responses are."""
         try:
             return await answered(raw, responses.parse, Answered)
         except ApiError as error:
             raise responses.renamed(error) from None
 
     async def models(_: Request) -> Response:
+        """Return the names that requests may ask for, each with what its policy is."""
         return JSONResponse({"object": "list", "data": [service.card(name) for name in service.policies.names()]})
 
     async def model(raw: Request) -> Response:
+        """Return the entry of one name."""
         return JSONResponse(service.card(raw.path_params["name"]))
 
     async def health(_: Request) -> Response:
+        """Return which upstreams answer, as far as is known; nobody is asked."""
         found = service.health()
         return JSONResponse(found, status_code=503 if found["status"] == "unavailable" else 200)
 
     async def live(_: Request) -> Response:
+        """Return at once, as long as the process runs."""
         return JSONResponse({"status": "alive"})
 
     async def ready(_: Request) -> Response:
+        """Return whether requests should be sent here."""
         status = "draining" if service.draining else service.health()["status"]
         return JSONResponse({"status": status}, status_code=503 if status in ("draining", "unavailable") else 200)
 
     async def metrics(_: Request) -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+        """Return counters for Prometheus."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    async def described(_: Request) -> Response:
-        schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-        parts = {"schemas": schema.pop("$defs")}
-        body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        answers = {"200": {"description": "The answer, or a stream of it."}}
-        chats = {_CHAT: {"post": {"summary": chat.__doc__, "requestBody": body, "responses": answers}}}
-        info = {"title": "trim-routing", "version": api.fingerprint().removeprefix("trim-routing-")}
-        return JSONResponse({"openapi": "3.1.0", "info": info, "paths": chats, "components": parts})
+    async def description(_: Request) -> Response:
+        """Return this description."""
+        return JSONResponse(openapi.described(app.routes, key=api_key is not None))
 
     async def failed(_: Request, error: Exception) -> Response:
         if isinstance(error, _ClientGone):
@@ -137,7 +139,8 @@ def build(
         if isinstance(error, HTTPException):
             told = ApiError(error.status_code, str(error.detail), HTTPStatus(error.status_code).phrase)
             return refusal(told, error.headers)
-        return refusal(error if isinstance(error, ApiError) else _internal())
+        assert isinstance(error, ApiError)
+        return refusal(error)
 
     app = Starlette(
         routes=[
@@ -149,9 +152,9 @@ def build(
             Route("/live", live),
             Route("/ready", ready),
             Route("/metrics", metrics),
-            Route("/openapi.json", described),
+            Route("/openapi.json", description),
         ],
-        exception_handlers=dict.fromkeys((_ClientGone, ApiError, HTTPException, Exception), failed),
+        exception_handlers=dict.fromkeys((_ClientGone, ApiError, HTTPException), failed),
     )
     app.router.redirect_slashes = False
     guarding: Any = {"api_key": api_key, "max_body_bytes": max_body_bytes, "count": count, "trace": trace}
@@ -183,12 +186,8 @@ async def _events(
         yield answer.failed(error)
     except Exception:
         _log.exception("a stream failed")
-        yield answer.failed(_internal())
+        yield answer.failed(api.internal_error())
     yield answer.last
-
-
-def _internal() -> ApiError:
-    return ApiError(500, "Internal error; the service's log has it.", "InternalServerError")
 
 
 async def _unless_gone(raw: Request, work: Awaitable[T]) -> T:

@@ -145,10 +145,10 @@ class Server:
         self.service = Service(policies, self.models, metrics, config, recorder)
         key = _key(config.api_key_env)
         trace = Trace if self._spans is None else self._spans.trace
-        app = build(self.service, key, config.max_body_bytes, config.cors_origins, trace)
+        self.app = build(self.service, key, config.max_body_bytes, config.cors_origins, trace)
         if config.playground:
-            add_playground(app, tinymath=str(policy.about.get("small", "")).startswith(f"{_EMBEDDED}-"))
-        self._listener = Listener(app, self.service)
+            add_playground(self.app, tinymath=str(policy.about.get("small", "")).startswith(f"{_EMBEDDED}-"))
+        self._listener = Listener(self.app, self.service)
         self._listening = listen(config.host, config.port)
         self.url = f"http://{address(*self._listening.getsockname()[:2])}/v1"
         if key is None and not (config.host in ("localhost", "::1") or config.host.startswith("127.")):

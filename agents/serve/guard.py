@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
+import logging
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agents.serve import logs, tracing
-from agents.serve.api import ApiError
+from agents.serve.api import ApiError, internal_error
 
-# For machines that watch the service, and the playground's page, which asks for the key; so does the rest.
-_OPEN = ("/health", "/live", "/ready", "/metrics", "/")
+OPEN = ("/health", "/live", "/ready", "/metrics", "/")
+"""Paths that need no key: for machines that watch the service, and the playground's page, which asks for it."""
+_log = logging.getLogger("trim.serve")
 _BODY_S = 10.0  # a body that takes longer is not coming
 _DRAINED_S, _DRAINED_BYTES = 2.0, 1 << 24  # of a body that is too big, before it is refused
 LARGE, _LARGE_AT_ONCE = 1 << 14, 16  # bytes; larger bodies are read a few at a time, so that many take no more memory
@@ -58,8 +61,11 @@ class Guard:
         scope["path"] = scope["path"].rstrip("/") or "/"
         headers = Headers(scope=scope)
         own, trace = logs.begin(headers.get(logs.HEADER)), tracing.begin(self._trace(headers))
+        begun = False
 
         async def answer(message: Message) -> None:
+            nonlocal begun
+            begun = True
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[logs.HEADER] = own
                 trace.told |= {"request_id": own, "http.response.status_code": message["status"]}
@@ -75,10 +81,17 @@ class Guard:
             return
         if body is not None:
             with trace.request() if scope["method"] == "POST" else nullcontext():
-                await self.app(scope, _replay(body, receive), answer)
+                try:
+                    await self.app(scope, _replay(body, receive), answer)
+                except Exception:
+                    _log.exception("a request failed")
+                    if begun:
+                        raise
+                    trace.told["status"] = 500
+                    await refusal(internal_error())(scope, receive, answer)
 
     def _check_key(self, path: str, headers: Headers) -> None:
-        if self._key is None or path in _OPEN:
+        if self._key is None or path in OPEN:
             return
         scheme, _, offered = headers.get("Authorization", "").partition(" ")
         if not secrets.compare_digest(_hash(offered), self._key) or scheme.lower() != "bearer":
@@ -142,6 +155,7 @@ def _hash(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def refusal(error: ApiError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """Return the response that an error becomes."""
-    return JSONResponse(error.body(), status_code=error.status, headers=headers or _HEADERS.get(error.status))
+def refusal(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+    """Return the response that an error becomes, in ASCII: it may repeat half a surrogate pair of the request."""
+    content, headers = json.dumps(error.body()), headers or _HEADERS.get(error.status)
+    return Response(content, error.status, headers, media_type="application/json")

@@ -294,7 +294,7 @@ class Models:
                 return most is None
 
             with ledger.waiting():
-                said = await self.upstreams[LARGE].post(chat.path, payload, read_said, lost, budget, task.question)
+                said = await self.upstreams[LARGE].post(chat.path, payload, _said, lost, budget, task.question)
             spent.add(said.prompt_tokens, said.tokens)
             spent.reasoning_tokens += said.hidden
             return said
@@ -431,8 +431,20 @@ def _checked(read: Callable[[Any], Any], most: int, body: Any) -> Any:
         return found
     if not 1 <= found.tokens <= most:
         raise ValueError(f"{found.tokens} tokens, expected 1 to {most}")
-    # JSON may hold halves of pairs
-    return replace(found, text=found.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return replace(found, text=_whole(found.text))
+
+
+def _said(body: Any) -> Said:
+    """Return what a chat's answer says, if its tokens can be counted."""
+    said = read_said(body)
+    if min(said.tokens, said.prompt_tokens, said.hidden) < 0:
+        raise ValueError(f"{said.prompt_tokens}, {said.tokens} and {said.hidden} tokens, expected at least 0")
+    return replace(said, text=_whole(said.text))
+
+
+def _whole(text: str) -> str:
+    """Return a text without halves of surrogate pairs, which JSON may hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _generates(likelihood: bool, looks: bool = False) -> Probe:
@@ -483,6 +495,6 @@ class _Judge:
     @staticmethod
     def read(body: Any) -> Verdict:
         verdict = read_verdict_of(body)
-        if verdict.score is None:
-            raise ValueError(verdict.why)
+        if verdict.score is None or min(verdict.spent) < 0:
+            raise ValueError(verdict.why or f"{verdict.spent} tokens, expected at least 0")
         return verdict

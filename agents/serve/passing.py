@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from starlette.background import BackgroundTask
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from agents.serve import api
 from agents.serve.api import OURS, ApiError
@@ -89,14 +89,14 @@ class Passed:
                 background=BackgroundTask(self._stack.aclose),  # if the client left between two chunks
             )
         try:
-            response = JSONResponse({**json.loads(opened.content), "trim": self.mark}, opened.status, headers)
+            content = json.dumps({**json.loads(opened.content), "trim": self.mark})
         except (ValueError, TypeError, RecursionError):
             fault = Unavailable(self.role, "malformed", f"an answer that cannot be read: {opened.content[:80]!r}")
             opened.upstream.failed(fault)
             raise self._failed(str(fault)) from None
         self._note(opened.status)
         await self._stack.aclose()
-        return response
+        return Response(content, opened.status, headers, media_type="application/json")
 
     async def _events(self, upstream: Upstream, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Give the events as they come, with the mark in the first that has data."""

@@ -79,6 +79,24 @@ def parse(body: bytes) -> ChatRequest:
     return ask
 
 
+def schema(chat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of what `parse` reads, from that of chats."""
+    known = {name: each for name, each in chat["properties"].items() if name not in _NAMES.values()}
+    text, messages = {"type": "string"}, chat["properties"]["messages"]
+    known |= {
+        "input": {"anyOf": [text, messages]},
+        "instructions": {"anyOf": [text, {"type": "null"}]},
+        "max_output_tokens": chat["properties"]["max_completion_tokens"],
+    }
+    return {
+        **chat,
+        "title": "ResponseRequest",
+        "description": parse.__doc__,
+        "properties": known,
+        "required": ["input"],
+    }
+
+
 def renamed(error: ApiError) -> ApiError:
     """Return an error about a chat in the words of the request for a response."""
     words, param = str(error), error.param or ""

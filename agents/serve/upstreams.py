@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -175,24 +175,54 @@ class Upstream:
         Raises:
             Unavailable: There is none.
         """
-        began = time.monotonic()
+        tokens = payload.get("max_completion_tokens") or payload.get("max_tokens") or self.window
+        patient = patience(self._timeout, tokens if isinstance(tokens, int) and not payload.get("stream") else 0)
+        began, stack = time.monotonic(), contextlib.AsyncExitStack()
         try:
-            async with self._connection.open(path, {**payload, "model": self.model}) as answer:
-                if answer.status == 200 and answer.headers.get("Content-Type", "").startswith("text/event-stream"):
-                    chunks = answer.content.iter_any()
-                    yield Opened(self, answer.status, b"", _all(await anext(chunks, b""), chunks))
+            async with stack:
+                with self._expected(patient):
+                    opening = self._connection.open(path, {**payload, "model": self.model})
+                    answer = await stack.enter_async_context(opening)
+                    streams = answer.headers.get("Content-Type", "").startswith("text/event-stream")
+                    chunks = answer.content.iter_any() if answer.status == 200 and streams else None
+                    content = await answer.read() if chunks is None else await anext(chunks, b"")
+                self._broken = 0
+                if chunks is not None:
+                    self._answered_at = time.monotonic()
+                    yield Opened(self, answer.status, b"", self._in_time(content, chunks))
                     return
-                whole = Answer(answer.status, answer.headers, await answer.read())
         except Broken as error:
             raise self._broke(error, began) from None
-        except asyncio.CancelledError:
-            if time.monotonic() - began >= self._timeout:  # nobody was as patient
-                self._timed_out_at = time.monotonic()
-                self._watch()
-            raise
+        whole = Answer(answer.status, answer.headers, content)
         if not whole.ok and (fault := self._refusal(whole)).kind != "refused":
             raise fault
+        self._answered_at = time.monotonic()
         yield Opened(self, whole.status, whole.body)
+
+    async def _in_time(self, first: bytes, others: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Yield the chunks of a stream, each of which is as good as an answer."""
+        yield first
+        while True:
+            with self._expected(self._timeout):
+                chunk = await anext(others, None)
+            if chunk is None:
+                return
+            self._answered_at = time.monotonic()
+            yield chunk
+
+    @contextlib.contextmanager
+    def _expected(self, patient: float) -> Iterator[None]:
+        """Look whether the server is there if what is waited for inside takes longer; it may come all the same."""
+
+        def overdue() -> None:
+            self._timed_out_at = time.monotonic()
+            self._watch()
+
+        late = asyncio.get_running_loop().call_later(patient, overdue)
+        try:
+            yield
+        finally:
+            late.cancel()
 
     def failed(self, fault: Unavailable) -> None:
         """Count a failure, and ask whether the upstream is there if that is in question."""
@@ -390,12 +420,6 @@ class Opened:
     status: int
     content: bytes
     chunks: AsyncIterator[bytes] | None = None
-
-
-async def _all(first: bytes, others: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield first
-    async for each in others:
-        yield each
 
 
 def _names(model: ModelConfig) -> list[str]:

@@ -15,8 +15,9 @@ function stepsOf(problem, run) {
   for (const action of run.actions) {
     const [small, large] = problem.nodes[at];
     const escalated = action === "1";
-    const accepted = escalated ? large : small;
-    steps.push({ accepted, author: escalated ? LARGE : SMALL, rejected: escalated ? small : null, cut: action === "2" });
+    const byLarge = escalated || (action === "3" && large.tokens > 0); // 3: one model alone writes the answer
+    const accepted = byLarge ? large : small;
+    steps.push({ accepted, author: byLarge ? LARGE : SMALL, escalated, rejected: escalated ? small : null, cut: action === "2" });
     at = accepted.next;
   }
   return steps;
@@ -120,7 +121,7 @@ function startBrowser() {
   function runItem(problem, index, parting) {
     const run = problem.runs[index];
     const steps = stepsOf(problem, run);
-    const escalations = steps.filter((step) => step.author === LARGE).length;
+    const escalations = steps.filter((step) => step.escalated).length;
     const { method, label } = data.settings[index];
     return el("div", { class: "run" },
       el("dl", { class: "facts" },

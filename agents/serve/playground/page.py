@@ -32,6 +32,7 @@ def add_playground(app: Starlette, *, tinymath: bool) -> None:
     }
 
     async def playground(_: Request) -> HTMLResponse:
+        """Return the playground's page."""
         return HTMLResponse(html, headers=headers)
 
     app.add_route("/", playground)

@@ -4,13 +4,15 @@ import base64
 import hashlib
 import json
 import re
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from handmade import ScriptedScorer
-from made_reports import HOSTILE, made_page, score_router
+from handmade import ScriptedScorer, problem
+from made_reports import HOSTILE, made_page, saved_run, score_router
 from made_stores import PROBLEMS, finished
+from scripted_thinking import ThinkingWriter, splitting
 
 import evaluate as evaluate_command
 from agents.evaluation.bootstrap import Estimate
@@ -18,16 +20,18 @@ from agents.evaluation.suite import EvaluateConfig, evaluate
 from agents.evaluation.table import MethodSummary
 from agents.evaluation.walk import run
 from agents.report.gather import gather
-from agents.report.maths import formulas
+from agents.report.maths import PATTERN, formulas
 from agents.report.positions import positions
 from agents.report.reliability import reliability, scorer_reliability
 from agents.report.render import embedded, render, write
+from agents.report.routers import setting as setting_of
 from agents.report.routers import shown_routers, spread_out
 from agents.report.traces import Traced, choose, flags, problem_record
-from agents.report.walks import CUT_OFF, Paths, follow
+from agents.report.walks import ANSWERED, CUT_OFF, Paths, follow
 from agents.routers import artefact
 from agents.routers.artefact import Artefact
 from agents.routers.base import Constant, Knob, Mixture, RandomRate, Threshold
+from agents.routers.mlp import ConditionedMLP
 from rollouts.errors import ConfigError
 from rollouts.text.steps import LARGE, SMALL
 from rollouts.trees.compile import compile_store
@@ -67,6 +71,12 @@ def trees(store):
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     return made_page(tmp_path_factory.mktemp("page"))
+
+
+def by_trees(tables):
+    """The problem of each tree, and one resample."""
+    _, problems = np.unique(tables.trees.problem[tables.indices], return_inverse=True)
+    return problems, np.ones((1, problems.max() + 1))
 
 
 def by_hand(store, decide):
@@ -124,6 +134,28 @@ def test_paths_agree_with_the_evaluation_under_every_cap(trees, router, caps):
         assert (paths.actions == CUT_OFF).any() and (paths.large_tokens <= 6).all()
     if "max_escalations" in caps:
         assert escalations.max() == 1
+
+
+@pytest.mark.parametrize("by", [SMALL, LARGE])
+def test_where_one_model_writes_every_answer_nothing_is_decided_there(tmp_path, by):
+    """Before, whoever answers was asked in vain as an escalation, and no page could be made."""
+    problems = [problem(f"p{i}", ("validation", "test")[i % 2]) for i in range(40)]
+    store = finished(tmp_path / "s", kind=ThinkingWriter, problems=problems, splitting=splitting(answer_by=by))
+    trees = compile_store(store)
+    tables = decision_tables(trees, "test")
+    for router in (Constant(0), Constant(1), Threshold(0.5)):
+        paths = follow(router, tables)
+        for rows, actions in zip(paths.rows, paths.actions, strict=True):
+            for row, action in zip(rows[rows >= 0], actions[rows >= 0], strict=True):
+                assert (action == ANSWERED) == ((trees.tokens[row] == 0).any()), router.name
+    assert positions(follow(Constant(0), tables), *by_trees(tables))["escalations"] == [0] * paths.rows.shape[1]
+    config = EvaluateConfig((saved_run(tmp_path / "run", store, (0.5,)),), str(store.path))
+    page = gather(config, evaluate(config))
+    assert page["alone"]["small"]["large"] == pytest.approx(follow(Constant(0), tables).large_tokens.mean())
+    for record in page["problems"]:
+        always_small, always_large = record["runs"][-2:]
+        assert "3" in always_small["actions"] and "3" in always_large["actions"]
+        assert "wasted" not in always_small["flags"]
 
 
 def test_a_router_that_draws_has_no_path(trees):
@@ -319,6 +351,15 @@ def test_traces_that_do_not_fit_are_left_out_and_counted(page):
         replace(config, report_problems=-1)
 
 
+@pytest.mark.parametrize("unit", [r"\[", r"\(", "$", r"$\$", r"\$", "$$a", r"\boxed{", r"\boxed{{a}", r"\[a\\[2pt]"])
+def test_formulas_that_never_end_cost_no_more_than_their_length(unit):
+    """Before, 16,000 characters took more than a second."""
+    began = time.process_time()
+    re.findall(PATTERN, "$" + unit * (200_000 // len(unit)))
+    assert time.process_time() - began < 1.0
+    assert re.findall(PATTERN, unit * 9 + r"\[ a \\[2pt] b \] \(c\)")[-2:] == [r"\[ a \\[2pt] b \]", r"\(c\)"]
+
+
 def test_formulas_are_read_and_other_dollars_are_not():
     pytest.importorskip("latex2mathml")
     texts = [
@@ -331,6 +372,15 @@ def test_formulas_are_read_and_other_dollars_are_not():
     assert not [formula for formula in found if "5" in formula or "nonsense" in formula]
     assert "javascript" not in json.dumps(list(found.values()))
     assert found[r"$\frac12$"] == ["math", ["mrow", ["mfrac", ["mn", "1"], ["mn", "2"]]]]
+
+
+@pytest.mark.parametrize("high", [0.01234567, 0.012])
+def test_the_command_for_the_end_of_a_range_stays_in_it(high):
+    """Before, six digits of it could lie beyond, which the service refuses."""
+    weights = {"0.weight": np.zeros((2, 5), np.float32), "0.bias": np.zeros(2, np.float32)}
+    router = ConditionedMLP("r", "agg/1", 4e-4, high, weights)
+    command = setting_of([Artefact(router, {}, "mlp", "place")], high, "scorer")["serve"].split()
+    assert router.holds(float(command[command.index("--lam") + 1]))
 
 
 def test_thresholds_of_ones_own_are_no_baseline(page, tmp_path):

@@ -132,6 +132,22 @@ def test_a_vendor_that_always_refuses_is_down_and_proposals_are_kept(
     assert not served.chat().json()["trim"]["fallbacks"]
 
 
+def test_an_answer_that_cannot_be_written_or_counted_is_none(served: Router, vendor: Vendor) -> None:
+    """Before, half a surrogate pair and counts below zero made the service fail."""
+
+    def said(text: str, **usage: int) -> Any:
+        body = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": usage}
+        return lambda path, *_: (200, {}, body) if "chat" in path else None
+
+    vendor.fault = said("Step 1: a\ud800=1", completion_tokens=5)
+    answer = served.chat(trace=True)
+    assert answer.status_code == 200 and "a\ufffd=1" in answer.json()["choices"][0]["message"]["content"]
+    for usage in ({"prompt_tokens": -5, "completion_tokens": 5}, {"completion_tokens": -5}):
+        vendor.fault = said("Step 1: a=1", **usage)
+        answer = served.chat(trace=True)
+        assert answer.status_code == 200 and "large (malformed)" in answer.json()["trim"]["fallbacks"][0]
+
+
 def test_an_answer_that_may_take_many_tokens_has_more_time(
     upstreams: Upstreams, vendor: Vendor, tmp_path: Path
 ) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_server import DROP, FakeServer, error_reply
+from fake_server import DROP, HANG, Begun, FakeServer, error_reply
 from serve_harness import Router, UpstreamProcess, Upstreams, policy, streamed
 
 from agents.routers.base import Threshold
+from agents.serve import upstreams as probing
 from agents.serve.command import ServeConfig, Server, family_of
 from agents.serve.config import with_file
 from rollouts.errors import ConfigError
@@ -182,6 +183,50 @@ def test_one_that_fails_what_is_passed_on_is_noticed(passing: Router, fakes: Any
     before = [len(fake.seen) for fake in fakes]
     assert passing.chat(tools=TOOLS).status_code == 503
     assert not any("chat" in path for fake, n in zip(fakes, before, strict=True) for path, _ in fake.seen[n:])
+
+
+@pytest.mark.parametrize("reply", [HANG, Begun(EVENTS), Begun(EVENTS + b'data: {"choices": [1]}\n\n')])
+def test_one_that_leaves_what_is_passed_on_without_an_answer_is_down(
+    upstreams: Upstreams, fakes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reply: Any
+) -> None:
+    """Before, it was noticed when a client had waited for all of the longest time of a request."""
+    monkeypatch.setattr(probing, "_PROBE_S", 0.3)
+    urls: dict[str, Any] = {**upstreams.urls(), "large": fakes[0].url}
+    router = Router(policy(tmp_path, Threshold(0.0)), urls, otherwise="large", upstream_timeout=0.5)
+    asking = threading.Thread(target=router.chat, kwargs={"tools": TOOLS, "stream": True})
+    try:
+        fakes[0].fault = lambda path, *_: reply if "chat" in path else HANG
+        asking.start()
+        router.wait_down("large", within=20)
+    finally:
+        fakes[0].released.set()
+        asking.join(20)
+        router.stop()
+
+
+def test_one_that_is_slow_about_what_is_passed_on_is_not_down(
+    upstreams: Upstreams, fakes: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    urls: dict[str, Any] = {**upstreams.urls(), "large": fakes[0].url}
+    router = Router(policy(tmp_path, Threshold(0.0)), urls, otherwise="large", upstream_timeout=0.3)
+    try:
+        fakes[0].fault = lambda path, *_: time.sleep(1.0) if "chat" in path else None  # type: ignore[func-returns-value]
+        assert router.chat(tools=TOOLS, max_tokens=8).status_code == 200
+        assert sum(body is not None and "prompt" in body for _, body in fakes[0].seen) == 2, "nobody looked"
+        assert "is down" not in caplog.text
+    finally:
+        router.stop()
+
+
+def test_half_a_surrogate_pair_is_passed_on_and_named(passing: Router, fakes: Any) -> None:
+    """Before, it made the service fail: UTF-8 has none."""
+    for fake in fakes:
+        fake.fault = chats((200, {}, {"choices": [{"message": {"content": "\ud800"}}]}))
+    assert passing.chat(tools=TOOLS).json()["choices"][0]["message"]["content"] == "\ud800"
+    body = json.dumps({"model": "\ud800", "tools": TOOLS, "messages": [{"role": "user", "content": "x"}]})
+    headers = {"Content-Type": "application/json"}
+    answer = passing.client.post("/v1/chat/completions", content=body, headers=headers)
+    assert answer.status_code == 404 and "\ud800" in answer.json()["error"]["message"]
 
 
 # ---------------------------------------------------------------- who they are

@@ -397,9 +397,49 @@ def test_the_schema_is_behind_the_key(made: Any, monkeypatch: pytest.MonkeyPatch
     for path, status in (("/openapi.json", 401), ("/v1/models/", 401), ("/health", 200), ("/ready/", 200)):
         assert router.client.get(path).status_code == status
     described = router.client.get("/openapi.json", headers={"Authorization": "Bearer sk-1"}).json()
-    asked = described["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert described["openapi"].startswith("3.") and {"messages", "budget"} <= {*asked["properties"]}
-    for place in set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(described))):
-        assert reduce(operator.getitem, place.split("/"), described)
+    assert described["paths"]["/v1/models"]["get"]["security"] and "security" not in described["paths"]["/live"]["get"]
     refused = router.client.put("/v1/models", headers={"Authorization": "Bearer sk-1"})
     assert refused.status_code == 405 and "GET" in refused.headers["Allow"]
+
+
+def test_every_route_is_described_as_it_answers(made: Any) -> None:
+    """Before, chats alone were."""
+    router = made(playground=True)
+    described = router.client.get("/openapi.json").json()
+    routes = {re.sub(r":\w+", "", route.path): route.methods for route in router.server.app.routes}
+    told = {path: {method.upper() for method in methods} for path, methods in described["paths"].items()}
+    assert told == {path: methods - {"HEAD"} for path, methods in routes.items()}
+    assert described["openapi"].startswith("3.") and "/v1/responses" in told and "/" in told
+    for place in set(re.findall(r'"\$ref": "#/([^"]+)"', json.dumps(described))):
+        assert reduce(operator.getitem, place.split("/"), described)
+    for path, methods in described["paths"].items():
+        for method, entry in methods.items():
+            asked = {"messages": [{"role": "user", "content": QUESTION}]} if "chat" in path else {"input": QUESTION}
+            for name, body in (("trim-thr", asked), ("nobody", {})):
+                body = {} if method == "get" else {"json": body}
+                answer = router.client.request(method, path.replace("{name}", name), **body)
+                content = entry["responses"][str(answer.status_code)]["content"]
+                assert answer.headers["content-type"].partition(";")[0] in content and entry["summary"], path
+    chat, response = (
+        described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        for path in ("/v1/chat/completions", "/v1/responses")
+    )
+    assert {"messages", "budget"} <= {*chat["properties"]} and chat["required"] == ["messages"]
+    assert {"input", "budget"} <= {*response["properties"]} and "messages" not in response["properties"]
+
+
+def test_what_should_not_happen_is_an_answer_like_others(
+    made: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before, it had neither the request's id nor a word for pages of elsewhere, and no metric counted it."""
+    router = made(cors_origins=("https://a.example",))
+    monkeypatch.setattr(router.server.service, "begin", lambda ask: 1 / 0)
+    answer = router.client.post(
+        "/v1/chat/completions",
+        json={"messages": [{"role": "user", "content": QUESTION}]},
+        headers={"X-Request-ID": "my-id", "Origin": "https://a.example"},
+    )
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "InternalServerError"
+    assert answer.headers["X-Request-ID"] == "my-id"
+    assert answer.headers["Access-Control-Allow-Origin"] == "https://a.example"
+    assert router.metric("trim_requests_total", status="500") == 1 and "ZeroDivisionError" in caplog.text

@@ -208,6 +208,20 @@ def test_sessions_want_to_know_what_is_thinking(tmp_path: Path) -> None:
     assert session.ended
 
 
+@pytest.mark.parametrize(("by", "router"), [("small", Constant(1)), ("large", Constant(0))])
+@pytest.mark.parametrize("text", [{"text": "It is \\boxed{3}"}, {"terminal": True, "has_answer": True}])
+def test_sessions_leave_the_answer_to_whoever_writes_it_alone(tmp_path: Path, by: str, router: Any, text: Any) -> None:
+    """Before, the large model was called where it had no say in training, which counted as an escalation."""
+    splitting = Splitting(StepsConfig(split="thinking", answer_by=by)).described()  # type: ignore[arg-type]
+    session = load(policy(tmp_path, router, splitting=splitting, max_escalations=1)).session()
+    thought, action = int(by == "small"), int(by == "large")
+    assert session.decide(score=0.9, tokens=3, text="so\n\n", thinking=True) == thought
+    session.accept(**({"score": 0.5, "tokens": 4} if thought else {}))  # type: ignore[arg-type]
+    assert session.decide(score=0.9, tokens=3, **text, thinking=False) == action
+    session.accept(**({"score": 0.5, "tokens": 4, "terminal": True} if action else {}))  # type: ignore[arg-type]
+    assert session.ended and session.escalations == thought and session.large_tokens == 4
+
+
 # ---------------------------------------------------------------- without a model
 
 

@@ -170,7 +170,7 @@ class Side {
     const large = this.steps.filter((step) => step.author === LARGE).length;
     if (this.key === "router") {
       tiles.push(tile("Saved", ended ? percent(saved, 0) : "…", against, ended ? (saved < 0 ? "dear" : "saved") : ""));
-      tiles.push(tile("Escalated", `${large} of ${this.steps.length}`, `${plural(this.thrown, "small token")} wasted`));
+      tiles.push(tile("Large steps", `${large} of ${this.steps.length}`, `${plural(this.thrown, "small token")} wasted`));
       const asked = this.steps.filter((step) => known(step.asked));
       if (card.trim.asks) tiles.push(tile("Asked", `${asked.length} of ${this.steps.length}`, `${plural(asked.reduce((sum, step) => sum + step.asked, 0), "token")} read`));
     } else tiles.push(tile("Steps", whole(this.steps.length), "all by the large model"));
