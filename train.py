@@ -158,9 +158,18 @@ def report(trained: Trained) -> None:
         print(f"added to the store: {steps:,} steps ({tokens['small']:,} small and {tokens['large']:,} large tokens)")
     print(f"routers:  {trained.folder}/lam-*/policy")
     print(f"picture:  {trained.folder}/curve.png")
-    print(f"evaluate: python evaluate.py {shlex.quote(str(trained.folder))}")
+    print(f"evaluate: {evaluation(trained)}")
     if flagged:
         print(f"Not to be used: λ = {', '.join(f'{lam:g}' for lam in flagged)}; see {trained.folder}/report.txt.")
+
+
+def evaluation(trained: Trained) -> str:
+    """Return the command that evaluates a run on the rollouts that it was trained on."""
+    command = ["python", "evaluate.py", str(trained.folder)]
+    for setting, usual in (("rollouts", TrainConfig.rollouts), ("scorer", None), ("grader", None)):
+        if (value := getattr(trained.config, setting)) != usual:
+            command += [f"--{setting}", value]
+    return shlex.join(command)
 
 
 if __name__ == "__main__":

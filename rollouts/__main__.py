@@ -1,4 +1,4 @@
-"""The command line of rollouts: ``python -m rollouts generate --problems tinymath:test --limit 20 --out my-trees``."""
+"""The command line of rollouts: ``python -m rollouts generate my-trees --problems tinymath:test --limit 20``."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from rollouts.errors import ConfigError, StoreError, did_you_mean
 from rollouts.store.store import score_command
-from rollouts.text.steps import LARGE
+from rollouts.text.likelihood import STATISTICS
+from rollouts.text.steps import LARGE, ROLES
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Trees
 from rollouts.trees.columns import columns_of
 from rollouts.trees.compile import compile_store
@@ -260,15 +261,18 @@ def _check_signals(trees: Trees, schema: Schema) -> None:
     """Raise `StoreError` if a small proposal lacks a column of a score table that a schema reads."""
     there = trees.child[:, CONTINUE_SMALL] != MISSING
     for name in schema.signals:
-        remedy = f"Run `{score_command(trees.meta['store'], name.rpartition('.')[0])}`."
+        table, _, column = name.rpartition(".")
+        remedy = f" Run `{score_command(trees.meta['store'], table)}`."
         if name not in trees.signals:
             known = did_you_mean(name, trees.signals) if trees.signals else ""
-            raise StoreError(f"Schema {schema.name} reads {name}, which these rollouts do not have.{known} {remedy}")
+            if table in ROLES and column not in STATISTICS:
+                remedy = ""  # no command makes such a column
+            raise StoreError(f"Schema {schema.name} reads {name}, which these rollouts do not have.{known}{remedy}")
         lacking = int(np.isnan(trees.signals[name][there, CONTINUE_SMALL]).sum())
         if lacking:
             raise StoreError(
                 f"{lacking} of {int(there.sum())} proposals of the small model have no {name}, which schema "
-                f"{schema.name} reads. {remedy}"
+                f"{schema.name} reads.{remedy}"
             )
 
 

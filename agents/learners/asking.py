@@ -27,7 +27,7 @@ from agents.routers.asking import HEADS, Asking
 from agents.routers.base import Floats, Knob
 from agents.routers.mlp import Weights, at_lam
 from rollouts.errors import ConfigError
-from trim_env.costs import source_of
+from trim_env.costs import SCORER, source_of
 from trim_env.tables import DecisionTables
 
 ROUNDS = ((0.0, 0.1), (0.5, 0.01), (0.75, 0.003), (1.0, 0.003))
@@ -85,7 +85,8 @@ def fit_asking(
     schema = tables.schema
     facts = tuple(sorted(fact for fact in schema.facts if source_of(fact, tables.trees.meta["scorer"]) == ask))
     if not facts:
-        raise ConfigError(f"--ask {ask}: schema {schema.name} reads nothing that the {ask} tells.")
+        told = "the scorer" if ask == SCORER else "the large model"
+        raise ConfigError(f"--ask {ask}: schema {schema.name} reads nothing that {told} tells.")
     floor = min([lam for lam in lams if lam], default=1e-6) / 2
     told = [max(lam, floor) for lam in lams]
     fitted_on, judges = folded(tables, choice, seed, ask)

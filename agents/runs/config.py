@@ -56,7 +56,7 @@ class TrainConfig:
             model), prefill (and what the large model does), all (and the score); columns of score tables, such as
             agg+,small.min_logprob; of ppo-seq seq, perhaps with such columns. Your own: module:MY_SCHEMA, or
             agg+,module:my_feature (`trim_env.features`).
-        cost: Cost model: decode-only, prefill-20, prefill-full:PRICE, prices:large_out=15,... or your own,
+        cost: Cost model: decode-only, prefill-20, prefill-full:PRICE, calls:PRICE, prices:large_out=15,... or your own,
             module:my_cost (`trim_env.costs.CostModel`).
         max_escalations: Cap K on escalations per solution; default: what the store supports.
         max_large_tokens: Hard cap on the large model's tokens for a problem, in training, validation and, by default,

@@ -71,6 +71,7 @@ class Trained:
         generated: What the models of a live training have written; None without them.
     """
 
+    config: TrainConfig
     folder: Path
     routers: dict[float, AnyRouter]
     health: dict[float, Health]
@@ -257,7 +258,7 @@ class _Run:
         lines += [sentence] * bool(sentence)
         (folder / "report.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         draw_curve(routers, validation, config.rollouts, folder)
-        return Trained(folder, routers, health, sentence, self.models.generated if self.models else None)
+        return Trained(config, folder, routers, health, sentence, self.models.generated if self.models else None)
 
     def _finished(self, task: Lam, place: Path) -> tuple[artefact.Storable, dict[float, Health], int] | None:
         """Return what `_made` did, without attempts, if that was finished before the run was stopped."""

@@ -66,8 +66,9 @@ class Store:
         self.path = locate(path)
         file = self.path / "manifest.json"
         if not file.is_file():
+            bundled = did_you_mean(str(path), (each.parent.name for each in BUNDLED.glob("*/manifest.json")))
             raise StoreError(f"{self.path}: no rollout store here (no manifest.json). Make one with "
-                             "`python -m rollouts generate`.")  # fmt: skip
+                             f"`python -m rollouts generate`, or name a bundled one.{bundled}")  # fmt: skip
         self.manifest = _read_manifest(file)
         version = self.manifest["schema_version"]
         if not isinstance(version, int) or version > SCHEMA_VERSION:

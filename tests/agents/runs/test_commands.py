@@ -54,7 +54,7 @@ def test_training_says_what_to_do_next(store, tmp_path, capsys):
     arguments = ["--rollouts", str(store), "--lam", "0.02", "--out", str(out), "--tracking", "none", *QUICK]
     assert train_command.main(arguments) == 0
     printed = capsys.readouterr()
-    assert f"python evaluate.py '{out}'\n" in printed.out
+    assert f"python evaluate.py '{out}' --rollouts {store}\n" in printed.out
     assert "λ = 0.02" in printed.err and "of always-large's cost" in " ".join(printed.err.split())
     assert train_command.main(arguments) == 2
     assert re.fullmatch(r"error: .*nothing was overwritten.*\n", capsys.readouterr().err)
@@ -79,6 +79,7 @@ def test_mistakes_are_one_line_without_a_traceback(store, tmp_path, capsys):
         (["--agent", "ppo-ag"], "Did you mean 'ppo-agg'"),
         (["--schema", "agg++"], "Did you mean 'agg"),
         (["--rollouts", str(tmp_path)], "no rollout store here"),
+        (["--rollouts", "gsmk8"], "bundled one. Did you mean 'gsm8k'? Known: gsm8k, quickstart."),
         (["--resume", str(tmp_path)], "no run to resume"),
         (["--lam", "nan"], "--lam is nan, expected a finite number"),
         (["--ppo.num-envs", "0"], "--ppo.num-envs is 0, expected at least 1"),

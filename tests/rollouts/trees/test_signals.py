@@ -158,6 +158,8 @@ def test_what_a_schema_reads_and_is_not_there_is_refused_with_the_remedy(store):
         decision_tables(compile_store(finished(store.path.parent / "bare")), None, schema="free")
     with pytest.raises(StoreError, match=r"reads prm\.doubt, which these .*Known.*rollouts score [^ ]*/s`"):
         decision_tables(compile_store(store), None, schema="agg+,prm.doubt")
+    with pytest.raises(StoreError, match=r"reads small\.entropy, which these .*'small.max_entropy'\? Known: [^`]*\.$"):
+        decision_tables(compile_store(store), None, schema="agg+,small.entropy")
     part = finished(store.path.parent / "part")
     score_store(part, Statistician(LARGE), PROBLEMS[:2])
     with pytest.raises(
