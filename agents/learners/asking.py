@@ -85,8 +85,8 @@ def fit_asking(
     schema = tables.schema
     facts = tuple(sorted(fact for fact in schema.facts if source_of(fact, tables.trees.meta["scorer"]) == ask))
     if not facts:
-        told = "the scorer" if ask == SCORER else "the large model"
-        raise ConfigError(f"--ask {ask}: schema {schema.name} reads nothing that {told} tells.")
+        asked = "the scorer" if ask == SCORER else "the large model"
+        raise ConfigError(f"--ask {ask}: schema {schema.name} reads nothing that {asked} tells.")
     floor = min([lam for lam in lams if lam], default=1e-6) / 2
     told = [max(lam, floor) for lam in lams]
     fitted_on, judges = folded(tables, choice, seed, ask)
