@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,14 +15,15 @@ from rollouts.store.shards import CONTENT, KEY, Table, batched, plain, values_of
 from rollouts.store.store import Store
 
 _TOGETHER = 1000  # problems that are compared at once
-_UNDER_WAY = "merging"  # in the manifest: digest of the engine starts that were added
+_TAKEN = "merged"  # in the manifest, by store: how many of its engine starts were taken, and of each table its counters
 
 
 def merge(store: Store, other: Store) -> dict[str, int]:
     """Add to a store what another one holds; where both have a row of one key, the former's stays.
 
-    Of every table all new rows are one shard, with the other's counters, so that the same call goes on after an
-    interrupt. Engine starts come with numbers above those that are there. Splits in folders within stores are left out.
+    Of every table all new rows are one shard, with what the other's counters have become since it was merged last, so
+    that the same call goes on after an interrupt. Engine starts come with numbers above those that are there. Splits in
+    folders within stores are left out.
 
     Args:
         store: The store; its write lock must be held.
@@ -48,11 +48,12 @@ def merge(store: Store, other: Store) -> dict[str, int]:
     trees = store.steps.keys({problem for problem, _ in other.live})
     closed = set(values_of(trees, KEY[:2])) - store.live
     store.note_live(other.live - closed)
-    added = {"steps": _add(store, store.steps, other, other.steps)}
-    for kind, name in tables:
-        own, theirs = (each.scores(name) if kind == "scores" else each.grades(name) for each in (store, other))
-        added[f"{kind}/{name}"] = _add(store, own, other, theirs)
-    store.manifest.pop(_UNDER_WAY, None)
+    name = other.manifest.get("id") or str(other.path.resolve())  # earlier versions gave none
+    taken = store.manifest.setdefault(_TAKEN, {}).setdefault(name, {})
+    added = {"steps": _add(store, store.steps, other, other.steps, "steps", taken)}
+    for kind, table in tables:
+        own, theirs = (each.scores(table) if kind == "scores" else each.grades(table) for each in (store, other))
+        added[f"{kind}/{table}"] = _add(store, own, other, theirs, f"{kind}/{table}", taken)
     store.note()
     return added
 
@@ -64,14 +65,10 @@ def _attach(store: Store, other: Store, tables: Iterable[tuple[str, str]]) -> No
         store.attach(kind, name, {**manifest["process"], "identities": manifest.get("identities", {})}, **shape)
 
 
-def _add(store: Store, own: Table, other: Store, theirs: Table) -> int:
+def _add(store: Store, own: Table, other: Store, theirs: Table, name: str, taken: dict[str, Any]) -> int:
     """Add the rows of a table that lack there, as one shard; return how many."""
     parts = (part for part in _lacking(own, other, theirs) if part.num_rows)
-    if (first := next(parts, None)) is None:
-        return 0
-    if own is store.steps:
-        _take_engines(store, other)
-    rows = 0
+    before, counters, rows = taken.get(name, {}), theirs.counters(), 0
 
     def counted() -> Iterator[pa.Table]:
         nonlocal rows
@@ -79,18 +76,22 @@ def _add(store: Store, own: Table, other: Store, theirs: Table) -> int:
             rows += part.num_rows
             yield from own.in_groups(part)
 
-    own.write(counted(), theirs.counters(), own.next_shard())
+    if (first := next(parts, None)) is not None:
+        if own is store.steps:
+            _take_engines(store, other, taken)
+        grown = {each: max(0, count - before.get(each, 0)) for each, count in counters.items()}
+        own.write(counted(), grown, own.next_shard())
+    taken[name] = counters
     return rows
 
 
-def _take_engines(store: Store, other: Store) -> None:
-    """Add the engine starts of another store, unless that was done before an interrupt; no two share a number."""
-    engines = list(other.manifest["engines"])
-    mark = hashlib.blake2b(json.dumps(engines, sort_keys=True).encode(), digest_size=8).hexdigest()
-    if store.manifest.get(_UNDER_WAY) != mark:
-        after = store.next_start()
-        taken = [{**each, "start": after + each.get("start", place)} for place, each in enumerate(engines)]
-        store.note(**{"engines": [*store.manifest["engines"], *taken], _UNDER_WAY: mark})
+def _take_engines(store: Store, other: Store, taken: dict[str, Any]) -> None:
+    """Add the engine starts of another store that were not taken yet; no two share a number."""
+    engines = other.manifest["engines"]
+    if new := engines[taken.get("engines", 0) :]:
+        taken["engines"] = len(engines)
+        numbered = [{**each, "start": start} for start, each in enumerate(new, store.next_start())]
+        store.note(engines=[*store.manifest["engines"], *numbered])
 
 
 def _lacking(own: Table, other: Store, theirs: Table) -> Iterator[pa.Table]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from datetime import date as Date
 from itertools import chain
 from pathlib import Path
+from secrets import token_hex
 from types import MappingProxyType
 from typing import Any
 
@@ -101,7 +102,8 @@ class Store:
             path.mkdir(parents=True, exist_ok=True)
             with _locked(path, fcntl.LOCK_EX):
                 if not file.exists():  # else another process was first
-                    _write_json(file, {**_manifest(process), "date": str(date or Date.today()), "engines": []})
+                    made = {"date": str(date or Date.today()), "engines": [], "id": token_hex(8)}
+                    _write_json(file, {**_manifest(process), **made})
         store = cls(path)
         store.refuse_other(process)
         store.notes += _unknown(path, store.manifest, _manifest(process))

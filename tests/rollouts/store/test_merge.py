@@ -82,6 +82,30 @@ def test_what_both_hold_is_there_once(made, two, tmp_path, capsys, into):
     assert bytes_of(b) == before[1] and (not into or bytes_of(a) == before[0])
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["", "without an id"])
+def test_a_store_that_has_grown_is_counted_once_when_it_is_merged_again(made, tmp_path, named):
+    a, b = Store(shutil.copytree(made / "a", tmp_path / "a")), finished(tmp_path / "b", problems=PROBLEMS[4:5])
+    if not named:
+        del b.manifest["id"]
+    b.record_engine({"role": "small", "seed": 1})
+    merged(a, b)
+    between = a.steps.counters()
+    finished(b.path, problems=PROBLEMS[4:])
+    b.record_engine({"role": "small", "seed": 2})
+    for _ in range(2):
+        merged(a, Store(b.path))
+        own, theirs = Store(made / "a").steps.counters(), b.steps.counters()
+        assert a.steps.counters() == {name: own[name] + theirs[name] for name in own} != between
+        seeds = [each["seed"] for each in Store(a.path).manifest["engines"]]
+        assert seeds == [0, 1, 1, 2] and Store(a.path).next_start() == 4
+    other = finished(tmp_path / "c", problems=PROBLEMS[5:], replicas=3)  # another one, where b has been
+    b.path.rename(tmp_path / "gone")
+    if named:
+        other.path.rename(b.path)
+    merged(a, Store(b.path if named else other.path))
+    assert a.steps.counters()["requests_small"] > own["requests_small"] + theirs["requests_small"]
+
+
 def test_of_two_rows_with_one_key_the_first_stays(tmp_path):
     a, b = finished(tmp_path / "a"), finished(tmp_path / "b", kind=LatexWriter)
     before, others = contents(a), contents(b)
@@ -200,7 +224,7 @@ def test_a_merge_that_was_killed_goes_on(made, tmp_path):
     assert set(codes) == {0, 9} and len(codes) > 3
     found = Store(store.path)
     assert contents(found) == whole and not [table.leftovers() for table in found.tables() if table.leftovers()]
-    assert [each["start"] for each in found.manifest["engines"]] == [0, 1, 2, 3] and "merging" not in found.manifest
+    assert [each["start"] for each in found.manifest["engines"]] == [0, 1, 2, 3]
     both = [Store(made / name).steps.counters()["requests_small"] for name in "ab"]
     assert found.steps.counters()["requests_small"] == sum(both)
 
