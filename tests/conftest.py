@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import random
 import signal
 import tempfile
 from collections.abc import Generator, Iterator
@@ -17,6 +19,9 @@ from xdist.scheduler import LoadScopeScheduling
 
 # Before torch is imported. There are as many workers as cores: further threads of one wait for those of the other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Until all modules are imported there is no garbage, and looking for it takes a quarter of the time.
+gc.disable()
 
 from thread_engine import engines_in_threads  # noqa: E402
 from vllm_server import vllm_servers  # noqa: E402
@@ -35,6 +40,22 @@ def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> Iterator[None]:
+    """What a shell starts in the background ignores SIGINT, and so does all that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def seed() -> int:
+    """Another one in each run, told where the test fails; ``TRIM_TEST_SEED`` gives it again."""
+    value = int(os.environ.get("TRIM_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"TRIM_TEST_SEED={value}")
+    return value
+
+
 @cache
 def needs_vllm(file: Path) -> bool:
     return "pytest.mark.vllm" in file.read_text(encoding="utf-8")
@@ -43,6 +64,13 @@ def needs_vllm(file: Path) -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that need vLLM come first, as they take longest by far; nothing else changes."""
     items.sort(key=lambda item: not needs_vllm(item.path))
+
+
+def pytest_collection_finish() -> None:
+    """Modules, classes and tests stay: no collection goes through them again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 class ByFile(LoadScopeScheduling):

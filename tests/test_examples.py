@@ -5,13 +5,12 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from forked import Command
 
 from rollouts.store.store import BUNDLED
 
@@ -39,11 +38,9 @@ def run(line, place, fails=False):
     if words[1] == "train.py":
         words += ["--tracking", "none"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "400"}
-    ended = subprocess.run(
-        [sys.executable, *words[1:]], cwd=place, env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert (ended.returncode == 0) != fails, f"{line}\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}"
-    return ended.stdout + ended.stderr
+    ended = Command(words[1:], place, environment)
+    assert (ended.wait(400) == 0) != fails, f"{line}\n{ended.output[-4000:]}"
+    return ended.output
 
 
 def test_examples_are_short_and_none_is_forgotten():

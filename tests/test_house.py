@@ -186,13 +186,6 @@ def test_routers_need_numpy_alone() -> None:
     assert not loaded(f"import {', '.join(modules)}", *HEAVY)
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
-def test_help_comes_without_torch(script: str) -> None:
-    run = f"import runpy\nsys.argv = [{script!r}, '--help']\n"
-    run += f"try: runpy.run_path({script!r}, run_name='__main__')\nexcept SystemExit as end: assert not end.code"
-    assert not loaded(run, "torch", "transformers", "vllm", "wandb", "stable_baselines3")
-
-
 SERVING = (
     "import agents.serve.command, agents.serve.app, agents.serve.listen, agents.serve.models, agents.serve.service"
 )

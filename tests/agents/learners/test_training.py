@@ -4,14 +4,13 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import Command
 from made_trees import telling
 from scripted_store import scripted_store
 
@@ -292,27 +291,26 @@ def test_resuming_on_changed_rollouts_is_refused(configured, tmp_path):
 
 def command(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "COLUMNS": "200"}
-    line = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return Command([str(ROOT / "train.py"), *map(str, arguments)], ROOT, environment)
 
 
 def test_a_killed_run_resumes_to_the_same_end(store, tmp_path):
     plain = ["--rollouts", store, "--lam", "0.01", "--tracking", "none", "--ppo.num-envs", "64", "--ppo.n-steps", "8"]
     plain += ["--ppo.iterations", "40", "--ppo.hidden", "16", "--attempts", "1"]
     whole = command(*plain, "--out", tmp_path / "whole")
-    assert whole.wait(200) == 0, whole.stderr.read()
+    assert whole.wait(200) == 0, whole.output
     killed = command(*plain, "--out", tmp_path / "killed")
     lines = tmp_path / "killed" / "lam-0.01" / "metrics.jsonl"
     for target in (5, 17):
         deadline = time.monotonic() + 100
         while not lines.exists() or lines.read_text().count("\n") < target:
-            assert time.monotonic() < deadline and killed.poll() is None
+            assert time.monotonic() < deadline and killed.process.is_alive()
             time.sleep(0.005)
-        killed.send_signal(signal.SIGKILL)
-        killed.wait()
+        killed.process.kill()
+        assert killed.wait(60) == -signal.SIGKILL
         assert not (tmp_path / "killed" / "lam-0.01" / "policy").exists()
         killed = command("--resume", tmp_path / "killed")
-    assert killed.wait(200) == 0, killed.stderr.read()
+    assert killed.wait(200) == 0, killed.output
     assert lines.read_text() == (tmp_path / "whole" / "lam-0.01" / "metrics.jsonl").read_text()
     ends = [artefact.load(tmp_path / name / "lam-0.01" / "policy") for name in ("whole", "killed")]
     assert all((ends[0].router.weights[name] == ends[1].router.weights[name]).all() for name in ends[0].router.weights)

@@ -39,10 +39,11 @@ def test_help_is_quick_and_light(call, arguments):
     code = CODE.format(call=call, arguments=arguments, heavy=HEAVY)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     command = [sys.executable, "-c", code]
-    found = []
     for _ in range(2):  # the better of two: others may share the machine
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    assert found[0][1] == []
-    assert min(each[0] for each in found) < 1.0  # seconds of processor time
-    assert not arguments or "--help" in done.stdout or "usage" in done.stdout
+        seconds, heavy = json.loads(done.stdout.strip().splitlines()[-1])
+        assert heavy == []
+        assert not arguments or "--help" in done.stdout or "usage" in done.stdout
+        if seconds < 1.0:  # of processor time
+            return
+    raise AssertionError(f"{seconds} s")

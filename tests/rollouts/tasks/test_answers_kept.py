@@ -99,11 +99,14 @@ def exact():
     grader.close()
 
 
-def _sets():
-    yield pytest.param(MADE, id="made")
-    folder = os.environ.get("TRIM_PROBLEM_FILES")
-    for path in sorted(Path(folder).glob("*.jsonl")) if folder else []:
-        yield pytest.param([problem.answer for problem in load_problems(path)], id=path.stem)
+FOLDER = os.environ.get("TRIM_PROBLEM_FILES")
+SETS = [
+    pytest.param(MADE, id="made"),
+    *(
+        pytest.param([problem.answer for problem in load_problems(path)], id=path.stem)
+        for path in (sorted(Path(FOLDER).glob("*.jsonl")) if FOLDER else ())
+    ),
+]
 
 
 def _wrong(exact, pairs, box="boxed"):
@@ -112,7 +115,7 @@ def _wrong(exact, pairs, box="boxed"):
     return [pair for pair, grade in zip(pairs, grades, strict=True) if not grade.correct]
 
 
-@pytest.mark.parametrize("answers", _sets())
+@pytest.mark.parametrize("answers", SETS)
 def test_an_answer_equals_itself(exact, answers):
     assert not _wrong(exact, [(answer, answer) for answer in answers])
     assert not _wrong(exact, [(answer, answer) for answer in answers], box="fbox")
@@ -123,14 +126,14 @@ def _same(one, other):
     return bare[0] == bare[1]
 
 
-@pytest.mark.parametrize("answers", _sets())
+@pytest.mark.parametrize("answers", SETS)
 def test_an_answer_is_none_of_its_neighbours(exact, answers):
     pairs = [(one, other) for n, one in enumerate(answers) for other in answers[n + 1 : n + 4] if not _same(one, other)]
     assert set(pairs) - set(_wrong(exact, pairs)) == set()
 
 
 @pytest.mark.parametrize("rewriting", REWRITINGS)
-@pytest.mark.parametrize("answers", _sets())
+@pytest.mark.parametrize("answers", SETS)
 def test_an_answer_stays_right_however_it_is_written(exact, answers, rewriting):
     pairs = [(answer, REWRITINGS[rewriting](answer)) for answer in answers]
     assert not _wrong(exact, pairs)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
-
 from benchmarks.crashes import Settings, crash
 from rollouts.store.rows import Rows
 
 
-def test_after_kills_and_repairs_with_other_draws_everything_is_of_its_own_text(tmp_path):
-    figures = crash(Settings(kills=4, repairs=2, seed=random.randrange(1000)), tmp_path / "s")
+def test_after_kills_and_repairs_with_other_draws_everything_is_of_its_own_text(tmp_path, seed):
+    figures = crash(Settings(kills=4, repairs=2, seed=seed), tmp_path / "s")
     assert figures.faults == 0, figures
     assert figures.kills.total() == 4 and figures.repairs == 2
     assert figures.compared > 1000 and figures.unclaimed > 0

@@ -53,10 +53,10 @@ def shards(folder: Path) -> int:
     return sum(1 for table in ("steps", "scores", "grades") for _ in (folder / table).rglob("part-*.parquet"))
 
 
-def test_sigkill_at_random_moments_and_resume_gives_the_uninterrupted_store(tmp_path):
+def test_sigkill_at_random_moments_and_resume_gives_the_uninterrupted_store(tmp_path, seed):
     scripted_run.run(tmp_path / "whole", 10)
     command = [sys.executable, scripted_run.__file__, str(tmp_path / "cut"), "0.05"]
-    generator = random.Random(os.getpid())
+    generator = random.Random(seed)
     committed: dict = {}
     kills = 0
     for _ in range(8):
@@ -98,7 +98,6 @@ def test_a_real_run_keeps_everything_at_ctrl_c_says_so_and_goes_on(tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job inherits "ignored"
     )
     while process.poll() is None and not shards(cut):
         time.sleep(0.05)
