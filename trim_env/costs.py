@@ -126,8 +126,18 @@ def source_of(fact: str, scorer: str) -> str | None:
 def cost_of(
     model: CostModel, tokens: NDArray[Any], prompt_tokens: NDArray[Any], sources: frozenset[str]
 ) -> NDArray[np.float64]:
-    """Return what both actions cost at n decisions, an array of shape (n, 2), with what is read to decide."""
+    """Return what both actions cost at n decisions, an array of shape (n, 2), with what is read to decide.
+
+    Raises:
+        ConfigError: The model gives no such array, or costs that are no numbers of at least 0.
+    """
     cost = np.array(model.of(tokens, prompt_tokens), np.float64)
+    if cost.shape != tokens.shape or not (np.isfinite(cost) & (cost >= 0)).all():
+        found = f", with values from {cost.min():g} to {cost.max():g}" if cost.size else ""
+        raise ConfigError(
+            f"Cost model {model.name!r} gave an array of shape {cost.shape} for {len(tokens):,} decisions{found}; "
+            "expected finite numbers of at least 0, two for each decision."
+        )
     if not sources or not charges_signals(model):
         return cost
     assert isinstance(model, TokenPrices)
@@ -142,17 +152,8 @@ def charges_signals(model: CostModel) -> bool:
 
 
 def edge_costs(model: CostModel, trees: Trees, sources: frozenset[str] = frozenset()) -> NDArray[np.float64]:
-    """Return the (N, 2) cost of taking each action at each node; NaN where the proposal was not generated.
-
-    Raises:
-        ConfigError: The model gives no such array, or costs that are no numbers of at least 0.
-    """
+    """Return the (N, 2) cost of taking each action at each node; NaN where the proposal was not generated."""
     cost = cost_of(model, trees.tokens, trees.prompt_tokens, sources)
-    if cost.shape != trees.tokens.shape or not (np.isfinite(cost) & (cost >= 0)).all():
-        raise ConfigError(
-            f"Cost model {model.name!r} gave an array of shape {cost.shape} for {trees.nodes:,} decisions, with values "
-            f"from {cost.min():g} to {cost.max():g}; expected finite numbers of at least 0, two for each decision."
-        )
     alone = trees.large_alone
     cost[alone, CONTINUE_SMALL] = cost[alone, ESCALATE_LARGE]
     cost[trees.child == MISSING] = np.nan
@@ -205,13 +206,15 @@ def cost_model(spec: str | CostModel, *, imports: bool = False) -> CostModel:
     if name == "calls":
         return TokenPrices(spec, call=_price(spec, argument))
     if name == "prices":
-        prices: dict[str, Any] = {"large_decode": 0.0, "unit": "US dollars"}
+        prices: dict[str, Any] = {}
         for item in argument.split(","):
             key, _, value = item.partition("=")
             if key not in _PRICES:
                 raise ConfigError(f"Cost model {spec!r}: unknown price {key!r}.{did_you_mean(key, _PRICES)}")
+            if _PRICES[key] in prices:
+                raise ConfigError(f"Cost model {spec!r}: the price {key!r} is there twice.")
             prices[_PRICES[key]] = _price(spec, value) / 1e6
-        return TokenPrices(spec, **prices)
+        return TokenPrices(spec, **{"large_decode": 0.0, "unit": "US dollars", **prices})
     if is_plugin(spec):
         own = (load_plugin if imports else loaded_plugin)(spec, "Cost model")
         if not isinstance(own, CostModel) or isinstance(own, type):

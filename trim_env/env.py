@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from rollouts.errors import ConfigError, did_you_mean
-from rollouts.trees.arrays import ASK, CONTINUE_SMALL, Trees, graph_of
+from rollouts.trees.arrays import ASK, CONTINUE_SMALL, Trees, actions_of, graph_of
 from trim_env.costs import CostModel
 from trim_env.episodes import EPISODE_INFO, Lam, UnknownRenderMode
 from trim_env.features import DEFAULT_SCHEMA, Schema
@@ -89,10 +89,11 @@ class TrimEnv(gymnasium.Env[Any, Any]):
 
     ## Information
     Always: ``problem``, ``replica``, ``node`` (row in the compiled trees), ``partial_solution``, ``proposal`` (empty
-    at the end), ``escalations``, ``action_mask`` (whether each action is possible). At the end also ``correct``,
-    ``return``, ``cost``, ``large_tokens``, ``small_tokens`` (accepted or not), ``masked`` (escalations asked for
-    beyond a cap), ``cut_off`` (large steps cut off by M, 0 or 1) and ``steps``. ``escalations`` counts the steps that
-    the large model wrote; with M, ``large_tokens_left`` is always there, with ``ask`` ``asked``: how often it was.
+    at the end), ``escalations``, ``action_mask`` (which actions are possible: what ``action_space.sample`` takes). At
+    the end also ``correct``, ``return``, ``cost``, ``large_tokens``, ``small_tokens`` (accepted or not), ``masked``
+    (escalations asked for beyond a cap), ``cut_off`` (large steps cut off by M, 0 or 1) and ``steps``. ``escalations``
+    counts the steps that the large model wrote; with M, ``large_tokens_left`` is always there, with ``ask`` ``asked``:
+    how often it was.
 
     ## Arguments
     ``rollouts``: compiled trees, the path of a rollout store, or a bundled one's name (``"quickstart"``); ``split``;
@@ -203,11 +204,12 @@ class TrimEnv(gymnasium.Env[Any, Any]):
         """
         if self._row < 0:
             raise ConfigError("No episode is running: call reset() before the next step().")
-        if not 0 <= int(action) < self._vector.single_action_space.n:
+        taken = actions_of(action)
+        if taken.size != 1 or not 0 <= taken.item() < self._vector.single_action_space.n:
             asking = ", 2 (ASK)" if self._vector.single_action_space.n > ASK else ""
             raise ConfigError(f"The action is {action!r}, expected 0 (CONTINUE_SMALL) or 1 (ESCALATE_LARGE){asking}.")
         # not `step`, which would check again
-        observations, rewards, _, _, ended = self._vector._step(np.array([int(action)]))
+        observations, rewards, _, _, ended = self._vector._step(taken.reshape(1))
         if not self._vector.asked[0]:
             accepted = self._row, int(self._vector.taken[0])
             self._accepted.append(accepted)
@@ -237,7 +239,7 @@ class TrimEnv(gymnasium.Env[Any, Any]):
             "partial_solution": self._text,
             "proposal": self._proposal,
             "escalations": int(totals["escalations"][0]),
-            "action_mask": self.action_masks(),
+            "action_mask": self.action_masks().astype(np.int8),
             **told,
         }
 

@@ -16,7 +16,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from rollouts.errors import ConfigError, did_you_mean
-from rollouts.trees.arrays import ASK, CONTINUE_SMALL, ESCALATE_LARGE
+from rollouts.trees.arrays import ASK, CONTINUE_SMALL, ESCALATE_LARGE, actions_of
 from trim_env.features import LAM_BOUND, Schema, lam_feature, left_feature
 from trim_env.tables import draw
 
@@ -129,15 +129,14 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         mode = _checked_mode(autoreset_mode)
         self.metadata = {"autoreset_mode": mode, "render_modes": []}
         self.num_envs = num_envs
-        lam = (float(lam[0]), float(lam[1])) if isinstance(lam, Sequence) else lam
-        self.lam_range = checked_range(lam) if isinstance(lam, tuple) else None
-        self._lam = np.full(num_envs, lam[0]) if isinstance(lam, tuple) else checked_lam(lam)
+        self.lam_range = checked_range(lam) if np.ndim(lam) else None
+        self._lam = np.full(num_envs, self.lam_range[0]) if self.lam_range else checked_lam(lam)
         self.lam_share = 1.0
         low, high = schema.bounds(max_steps)
         if bought is not None:
             if schema.history:
                 raise ConfigError(f"Schema {schema.name} tells of earlier steps; with ask, choose another.")
-            low, high = np.append(np.minimum(low, 0 * low), np.float32(0)), np.append(high, np.float32(1))
+            low, high = np.append(np.minimum(low, 0), np.float32(0)), np.append(np.maximum(high, 0), np.float32(1))
         if max_large_tokens is not None:
             low, high = np.append(low, np.float32(0)), np.append(high, np.float32(1))
         if self.lam_range:
@@ -238,8 +237,8 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
                 default 0) to start given ones.
 
         Raises:
-            ConfigError: Unknown options, no such problem or replica, or seeds that are negative or not one for each
-                environment.
+            ConfigError: Unknown options, no such problem or replica, or seeds that are no whole numbers of at least 0
+                (of environments, of 64 bits) or not one for each environment.
         """
         chosen = self._chosen(options) if options else []
         if seed is None and self._started:
@@ -261,10 +260,13 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
     def _seeds_from(self, seed: int | Sequence[int] | None) -> NDArray[np.uint64]:
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
-        given = np.atleast_1d(np.asarray(seed, object)).tolist()
-        if (np.ndim(seed) and len(given) != self.num_envs) or min(given) < 0:
-            raise ConfigError(f"reset got seeds {seed} for {self.num_envs} environments: one each, none negative.")
-        return np.asarray(given if np.ndim(seed) else spawn_seeds(given[0], self.num_envs), np.uint64)
+        given, each = np.atleast_1d(np.asarray(seed, object)).tolist(), np.ndim(seed)
+        whole = all(isinstance(one, int | np.integer) and 0 <= one and (one < 2**64 or not each) for one in given)
+        if (each and len(given) != self.num_envs) or not whole:
+            raise ConfigError(
+                f"reset got seeds {seed} for {self.num_envs} environments: one each, none negative, of 64 bits."
+            )
+        return np.asarray(given if each else spawn_seeds(int(given[0]), self.num_envs), np.uint64)
 
     def _chosen(self, options: dict[str, Any]) -> list[tuple[int, int]]:
         """Return (episode, number of its tree) for each episode that has one chosen for it."""
@@ -281,9 +283,9 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         for index, (name, replica) in enumerate(zip(names, replicas, strict=True)):
             if name is not None:
                 trees = self._replicas(str(name))
-                if int(replica) not in trees:
+                if replica not in trees:
                     raise ConfigError(f"Problem {name!r} has no replica {replica}; it has {sorted(trees)}.")
-                found.append((index, trees[int(replica)]))
+                found.append((index, trees[replica]))
         return found
 
     def _replicas(self, problem: str) -> dict[int, int]:
@@ -316,13 +318,12 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         return self._step(self._checked(actions))
 
     def _checked(self, actions: Array) -> NDArray[np.int64]:
-        action = np.array(actions, np.int64)
+        action = actions_of(actions)
         if not self._started:
             raise ConfigError("No episodes yet: call reset() before the first step().")
         if action.shape != (self.num_envs,) or ((action < 0) | (action >= self.single_action_space.n)).any():
-            found = f"values in {action.min()}..{action.max()}" if action.size else "none"
             raise ConfigError(
-                f"step got actions of shape {action.shape}, {found}; expected ({self.num_envs},) of 0 "
+                f"step got actions {actions!r:.80} of shape {action.shape}; expected ({self.num_envs},) of 0 "
                 "(CONTINUE_SMALL) and 1 (ESCALATE_LARGE)" + (" and 2 (ASK)." if self._bought is not None else ".")
             )
         return action
@@ -409,12 +410,11 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
 
 
 def _checked_mode(mode: str | AutoresetMode) -> AutoresetMode:
-    offered = {each: each for each in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP)}
-    offered |= {name: each for each in [*offered] for name in (each.name, each.value)}
-    if mode not in offered:
-        names = [each.name for each in set(offered.values())]
-        raise ConfigError(f"autoreset_mode is {mode!r}.{did_you_mean(str(mode), names)}")
-    return offered[mode]
+    offered = (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP)
+    for each in offered:
+        if mode in (each, each.name, each.value):
+            return each
+    raise ConfigError(f"autoreset_mode is {mode!r}.{did_you_mean(str(mode), [each.name for each in offered])}")
 
 
 def unknown_problem(name: str, known: Collection[str]) -> ConfigError:
@@ -424,26 +424,29 @@ def unknown_problem(name: str, known: Collection[str]) -> ConfigError:
     return ConfigError(f"No problem {name!r} in these rollouts. {hint}")
 
 
-def checked_range(lam: tuple[float, float]) -> tuple[float, float]:
+def checked_range(lam: Any) -> tuple[float, float]:
     """Return a range of λ.
 
     Raises:
         ConfigError: It is empty, or its lower end is not above 0.
     """
-    low, high = (checked_lam(value) for value in lam)
-    if not 0 < low < high:
-        raise ConfigError(
-            f"The range of lam is {low:g} to {high:g}, expected two numbers above 0, the lower one first."
-        )
-    return low, high
+    ends = tuple(checked_lam(value) for value in lam)
+    if len(ends) != 2 or not 0 < ends[0] < ends[1]:
+        told = " to ".join(f"{end:g}" for end in ends)
+        raise ConfigError(f"The range of lam is {told}, expected two numbers above 0, the lower one first.")
+    return ends
 
 
-def checked_lam(lam: float) -> float:
+def checked_lam(lam: Any) -> float:
     """Return λ as a float.
 
     Raises:
         ConfigError: It is negative or no number.
     """
-    if not (np.isfinite(lam) and lam >= 0):
+    try:
+        value = float(lam)
+    except (TypeError, ValueError):
+        value = np.nan
+    if not (np.isfinite(value) and value >= 0):
         raise ConfigError(f"lam is {lam}, expected a number of at least 0: the reward lost per unit of cost.")
-    return float(lam)
+    return value

@@ -159,7 +159,11 @@ class Schema:
     def bounds(self, max_steps: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return least and greatest values of observations, in the layout of `observed` where there is a history."""
         told = self.history
-        low, high = (np.concatenate([np.tile(each[:told], max_steps), each[told:]]) for each in self._bounds)
+        beyond = np.minimum, np.maximum  # where no step is there are zeros
+        low, high = (
+            np.concatenate([np.tile(further(each[:told], 0), max_steps), each[told:]])
+            for each, further in zip(self._bounds, beyond, strict=True)
+        )
         return low, high
 
     def accepted(self, score: NDArray[Any], tokens: NDArray[Any]) -> NDArray[np.float32]:
@@ -189,9 +193,24 @@ class Schema:
     def _bounds(self) -> NDArray[np.float32]:
         return np.array([[each.low for each in self.features], [each.high for each in self.features]], np.float32)
 
-    def __call__(self, columns: Columns) -> NDArray[np.float32]:
-        """Return the (n, d) features, within the bounds."""
-        return self._values(columns, len(columns["step"]), self.size)
+    def __call__(self, columns: Columns, there: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:
+        """Return the (n, d) features, within the bounds.
+
+        Args:
+            columns: What they are computed from.
+            there: (n,) where there is a proposal; others' features may be NaN. None: everywhere.
+
+        Raises:
+            ConfigError: A feature is no number at some decision.
+        """
+        return self._numbers(self._values(columns, len(columns["step"]), self.size), there)
+
+    def _numbers(self, values: NDArray[np.float32], there: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:
+        odd = np.isnan(values if there is None else values[there])
+        if odd.any():
+            name = self.features[int(odd.any(axis=0).argmax())].name
+            raise ConfigError(f"Feature {name!r} is not a number at some decisions.")
+        return values
 
     def _values(self, columns: Columns, count: int, size: int) -> NDArray[np.float32]:
         values = np.empty((count, size), np.float32)
@@ -202,12 +221,14 @@ class Schema:
     def single(self, columns: Columns) -> NDArray[np.float32]:
         """Return the (1, d) features of one decision from columns that are plain numbers: the same, faster."""
         values = np.array([[compute(read(columns)) for compute, read in self._computed]], np.float32)
-        return _within(self._bounds, values)
+        return self._numbers(_within(self._bounds, values))
 
     def together(self, decisions: Sequence[Columns]) -> NDArray[np.float32]:
-        """Return the (n, d) features of n decisions from the columns of each, plain numbers."""
-        rows = np.array(list(map(itemgetter(*self.reads), decisions)), np.float64)
-        return self(dict(zip(self.reads, np.atleast_2d(rows.T), strict=True)))
+        """Return the (n, d) features of n decisions from the columns of each, plain numbers; all have one max_steps."""
+        names = [name for name in self.reads if name != "max_steps"]
+        rows = np.array(list(map(itemgetter(*names), decisions)), np.float64)
+        columns: dict[str, Any] = dict(zip(names, np.atleast_2d(rows.T), strict=True))
+        return self(columns | {"max_steps": decisions[0].get("max_steps")})
 
 
 def _spread(compute: Callable[..., Any], values: tuple[Any, ...]) -> Any:

@@ -105,11 +105,18 @@ def walk(tables: DecisionTables, decide: Decide, accept: Accept | None = None) -
 
     Raises:
         StoreError: A proposal that the policy needs was not generated.
+        ConfigError: The policy gives something else than a probability for each decision.
     """
     rows, spent = starts(tables)
     tree, mass = np.arange(len(rows)), np.ones(len(rows))
     while len(rows):
-        escalate = np.where(spent.open(tables), decide(rows, spent), 0.0)
+        chance = np.asarray(decide(rows, spent), np.float64)
+        if chance.shape != rows.shape or not ((chance >= 0) & (chance <= 1)).all():
+            raise ConfigError(
+                f"A router gave an array of shape {chance.shape} for {len(rows)} decisions, with values from "
+                f"{chance.min():g} to {chance.max():g}; expected the probability of escalating for each."
+            )
+        escalate = np.where(spent.open(tables), chance, 0.0)
         share = np.concatenate([1 - escalate, escalate])
         likely = np.flatnonzero(share > 0)
         action, at = np.divmod(likely, len(rows))

@@ -53,7 +53,7 @@ class DecisionTables:
         features: (N, d) float32.
         accepted: (2N, h) what later observations tell of the proposal once it is accepted, in schemas with a history.
         child: (2N,) row of the next node, -1 at an end, -2 if the proposal was not generated; those of the trees.
-        cost: (2N,) cost of taking the proposal.
+        cost: (2N,) cost of taking the proposal, with what `sources` charge for reading it.
         solved: (2N,) 1 where the proposal ends a solution that is correct, else 0.
         large_tokens: (2N,) tokens that the large model decodes when the proposal is taken.
         small_tokens: (2N,) tokens that the small model has decoded for its own proposal at that node.
@@ -72,6 +72,7 @@ class DecisionTables:
     solved: NDArray[np.float64]
     large_tokens: NDArray[np.int64]
     small_tokens: NDArray[np.int64]
+    sources: frozenset[str]
     _others: dict[str, NDArray[np.float32]] = field(default_factory=dict, repr=False)
 
     @property
@@ -153,14 +154,11 @@ class DecisionTables:
         """
         if not charges_signals(self.cost_model):
             return self
-        wanted, own = (
-            frozenset[str]() if each is None else sources_of(schema_named(each), self.trees.meta["scorer"])
-            for each in (schema, self.schema)
-        )
+        wanted = frozenset[str]() if schema is None else sources_of(schema_named(schema), self.trees.meta["scorer"])
         wanted -= {but}
-        if wanted == own:
+        if wanted == self.sources:
             return self
-        return replace(self, cost=_costs(self.trees, self.cost_model, wanted))
+        return replace(self, cost=_costs(self.trees, self.cost_model, wanted), sources=wanted)
 
     def in_schema(self, name: str) -> NDArray[np.float32]:
         """Return (N, d) features of the same nodes in another schema, given by its name or ``name/version``."""
@@ -203,6 +201,7 @@ def decision_tables(
     """
     trees = rollouts if isinstance(rollouts, Trees) else compile_store(rollouts, split=split)
     schema, model = schema_named(schema, imports=imports), cost_model(cost, imports=imports)
+    sources = sources_of(schema, trees.meta["scorer"])
     others: dict[str, Any] = trees.by_parts(lambda part: {"accepted": _accepted(part, schema), **_counted(part)})
     checked_answers(trees.meta.get("splitting"), max_large_tokens)
     return DecisionTables(
@@ -214,7 +213,8 @@ def decision_tables(
         max_large_tokens=checked_token_cap(max_large_tokens),
         features=_features(trees, schema),
         child=np.asarray(trees.child).reshape(-1),
-        cost=_costs(trees, model, sources_of(schema, trees.meta["scorer"])),
+        cost=_costs(trees, model, sources),
+        sources=sources,
         **others,
     )
 
@@ -236,11 +236,7 @@ def _features(trees: Trees, schema: Schema) -> NDArray[np.float32]:
     _check_signals(trees, schema)
 
     def computed(part: Trees) -> dict[str, NDArray[np.float32]]:
-        features = schema(columns_of(part, folds=schema.folds))
-        odd = np.isnan(features[part.child[:, CONTINUE_SMALL] != MISSING]).any(axis=0)
-        if odd.any():
-            raise ConfigError(f"Feature {schema.features[int(odd.argmax())].name!r} is not a number at some decisions.")
-        return {"": features}
+        return {"": schema(columns_of(part, folds=schema.folds), part.child[:, CONTINUE_SMALL] != MISSING)}
 
     return trees.by_parts(computed)[""]
 
@@ -369,6 +365,3 @@ def _finish(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * _MIX[1]
     z = (z ^ (z >> np.uint64(27))) * _MIX[2]
     return z ^ (z >> np.uint64(31))
-
-
-__all__ = ["CONTINUE_SMALL", "ESCALATE_LARGE", "DecisionTables", "Rollouts", "decision_tables", "draw", "missing"]

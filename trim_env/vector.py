@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode
 from rollouts.errors import ConfigError, StoreError, did_you_mean
 from rollouts.trees.arrays import MISSING
 from trim_env.costs import SOURCES, CostModel, source_of
-from trim_env.episodes import EPISODE_INFO, FINISHED, Array, EpisodesVectorEnv, Lam, Steps, unknown_problem
+from trim_env.episodes import Array, EpisodesVectorEnv, Lam, Steps, unknown_problem
 from trim_env.features import DEFAULT_SCHEMA, Schema
 from trim_env.tables import DecisionTables, Rollouts, decision_tables, missing
 
@@ -43,7 +43,7 @@ class TrimVectorEnv(EpisodesVectorEnv):
 
         Args:
             rollouts: Compiled trees, the path of a store or the name of a bundled one, or tables that were built
-                before (`split`, `schema`, `cost` and both caps are then theirs).
+                before, for which `split`, `schema`, `cost` and both caps are left out: they have their own.
             split: Split that episodes are drawn from; None for all.
             num_envs: E.
             lam: Reward per unit of cost, λ; with (low, high) every episode draws its own, log-uniformly, and sees it
@@ -62,9 +62,14 @@ class TrimVectorEnv(EpisodesVectorEnv):
             StoreError: The store cannot be used, or the split is empty.
             ConfigError: An argument is out of range or unknown.
         """
+        caps: dict[str, Any] = {"max_escalations": max_escalations, "max_large_tokens": max_large_tokens}
         if not isinstance(rollouts, DecisionTables):
-            caps: dict[str, Any] = {"max_escalations": max_escalations, "max_large_tokens": max_large_tokens}
             rollouts = decision_tables(rollouts, split, schema=schema, cost=cost, imports=True, **caps)
+        elif (split, schema, cost, *caps.values()) != ("train", DEFAULT_SCHEMA, "decode-only", None, None):
+            raise ConfigError(
+                "Tables that were built before have a split, a schema, a cost model and caps of their own: name what "
+                "is to be another where they are built (decision_tables)."
+            )
         whole = tables = rollouts
         bought = None
         if ask is not None:
@@ -77,7 +82,6 @@ class TrimVectorEnv(EpisodesVectorEnv):
             tables = tables.charged(tables.schema, ask)
         self.tables, self._prices = tables, whole.cost - tables.cost if ask else whole.cost[:0]
         self._roots = np.array(tables.trees.root, np.int64)
-        self.node = np.zeros(num_envs, np.int64)
         super().__init__(
             num_envs,
             tables.indices,
@@ -90,6 +94,7 @@ class TrimVectorEnv(EpisodesVectorEnv):
             autoreset_mode=autoreset_mode,
             render_mode=render_mode,
         )
+        self.node = np.zeros(num_envs, np.int64)
 
     def _take(self, which: Any, action: Array) -> Steps:
         tables, rows = self.tables, self.node[which]
@@ -122,6 +127,3 @@ class TrimVectorEnv(EpisodesVectorEnv):
             raise unknown_problem(problem, trees.problem_ids)
         found = np.flatnonzero(trees.problem == trees.problem_ids.index(problem)).tolist()
         return {int(trees.replica[tree]): tree for tree in found}
-
-
-__all__ = ["EPISODE_INFO", "FINISHED", "TrimVectorEnv"]

@@ -131,7 +131,8 @@ def show_tree(
         for role in ROLES[:1] if same else ROLES:
             if role in node.proposals:
                 key, step = tree.row_key(node, role), node.proposals[role]
-                score = scores.known(scores.of((tree, node, role))) if scores else math.nan
+                score, values = scores.of((tree, node, role)) if scores else (math.nan, [])
+                score = math.nan if scores and math.isnan(values[scores.place]) else score
                 line = _line("both" if same else role, step, score, grades.get(key), reasons.get(key))
                 twig = branch.add(line)
                 child = tree.child(node, role)

@@ -174,6 +174,17 @@ class Trees:
         return chosen
 
 
+def actions_of(given: Any) -> NDArray[np.int64]:
+    """Return actions as whole numbers; -1, which is none, for what is not one, such as a probability."""
+    try:
+        values = np.asarray(given)
+        with np.errstate(invalid="ignore"):
+            whole = values.astype(np.int64)
+    except (TypeError, ValueError, OverflowError):
+        return np.array(-1)
+    return np.where(whole == values, whole, -1)
+
+
 def in_a_file(shape: tuple[int, ...], dtype: Any, beside: NDArray[Any] | None = None) -> NDArray[Any]:
     """Return zeros in a file that goes with them, beside a memory-mapped array or among temporary files."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize

@@ -148,9 +148,8 @@ def _greatest(so_far: Any, value: Any) -> Any:
 
 
 FOLDERS = {"least": _least, "greatest": _greatest}
-_DOMAINS = {  # of facts, by what their names end with: least and greatest value
-    "_logprob": (-math.inf, 0.0), "_entropy": (0.0, math.inf), "tokens": (0.0, math.inf),
-    "score": (0.0, 1.0), "terminal": (0.0, 1.0), "has_answer": (0.0, 1.0),
+_DOMAINS = {  # of facts, by what they are called in their tables: least and greatest value
+    r".*_logprob": (-math.inf, 0.0), r".*_entropy|.*tokens": (0.0, math.inf), "score|terminal|has_answer": (0.0, 1.0),
 }  # fmt: skip
 
 
@@ -163,7 +162,7 @@ def fold_named(name: str) -> Fold | None:
     if how not in FOLDERS or not name.endswith(")"):
         return None
     own = fact.rpartition(".")[2]
-    domain = next((ends for kind, ends in _DOMAINS.items() if own.endswith(kind)), (-math.inf, math.inf))
+    domain = next((ends for called, ends in _DOMAINS.items() if re.fullmatch(called, own)), (-math.inf, math.inf))
     return Fold(name, fact, domain[how == "least"], FOLDERS[how])
 
 

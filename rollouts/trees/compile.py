@@ -346,8 +346,8 @@ class _Part:
                     told.append(signals.absent)
                     continue
                 key = tree.row_key(node, role)
-                told.append(signals.of((tree, node, role)))
-                score = signals.score((tree, node, role), told[-1])
+                score, values = signals.of((tree, node, role))
+                told.append(values)
                 grade = grades.get(key, ...) if step.terminal else -1
                 counts.ungraded += grade is ...
                 if score is None:

@@ -245,11 +245,8 @@ class LiveTrees:
             left = [*self._unscored[name], *(place for place in wanted if is_left(rows, place))]
             score_paths(scorer, rows, paths(rows, left))
             self._unscored[name] = []
-        found = ((place, self._signals.of(place)) for place in wanted)
-        return [
-            (self._signals.score(place, values), dict(zip(self._signals.names, values, strict=True)))
-            for place, values in found
-        ]
+        names = self._signals.names
+        return [(score, dict(zip(names, values, strict=True))) for score, values in map(self._signals.of, wanted)]
 
     def grade(self) -> None:
         """Grade the new solutions."""

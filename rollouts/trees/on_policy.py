@@ -17,6 +17,7 @@ from rollouts.scoring.base import Scorer
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
 from rollouts.text.steps import LARGE, ROLES, SMALL, Step
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, actions_of
 from rollouts.trees.columns import FOLDS, Columns, Folded, facts_of
 from rollouts.trees.grow import load_trees
 from rollouts.trees.live import LiveTrees
@@ -160,7 +161,7 @@ def expand_on_policy(
             for _ in range(episodes):
                 running = leave_out_unscored(live, [Episode(tree, tree.root) for tree in trees])
                 while running:
-                    act(live, running, np.asarray(router(observe(live, running))))
+                    act(live, running, _asked(router(observe(live, running)), len(running)))
                     running = leave_out_unscored(live, running)
             live.score(())  # of last steps
             live.forget(0)
@@ -169,6 +170,14 @@ def expand_on_policy(
     finally:
         live.flush()
     return live.generated.steps
+
+
+def _asked(given: Any, count: int) -> NDArray[np.int64]:
+    """Return what a router of somebody's own gave if that is an action for each episode."""
+    actions = actions_of(given)
+    if actions.shape != (count,) or not np.isin(actions, (CONTINUE_SMALL, ESCALATE_LARGE)).all():
+        raise ConfigError(f"The router gave {given!r:.80} for {count} decisions, expected 0 or 1 for each.")
+    return actions
 
 
 def load_router(spec: str, seed: int = 0) -> Router:
@@ -187,8 +196,10 @@ def load_router(spec: str, seed: int = 0) -> Router:
         return router
     try:
         level = float(argument)
-    except ValueError as error:
-        raise ConfigError(f"--router {spec!r}: expected a number after the colon.") from error
+    except ValueError:
+        level = np.nan
+    if not np.isfinite(level) or (kind == "random" and not 0 <= level <= 1):
+        raise ConfigError(f"--router {spec!r}: expected a number after the colon, of random a probability.")
     if kind == "threshold":
         return lambda columns: columns["score"] < level
     generator = np.random.default_rng(seed)

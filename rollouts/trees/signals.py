@@ -19,6 +19,7 @@ class Signals:
     Attributes:
         names: ``TABLE.COLUMN`` of all columns.
         tables: The tables' rows, by name.
+        place: Of the score's column among the names.
     """
 
     def __init__(self, tables: Sequence[Rows], scorer: tuple[str, str]) -> None:
@@ -27,10 +28,13 @@ class Signals:
         self.names = [f"{name}.{column}" for name, rows in self.tables.items() for column in rows.columns]
         self.absent = [math.nan] * len(self.names)
         main, self._column = scorer
-        self._place, self._main = self.names.index(f"{main}.{self._column}"), self.tables[main]
+        self.place, self._main = self.names.index(f"{main}.{self._column}"), self.tables[main]
 
-    def of(self, place: Place) -> list[float]:
-        """Return the values of all columns for a proposal; NaN for what is not known."""
+    def of(self, place: Place) -> tuple[Any, list[float]]:
+        """Return the score of a proposal, None if it can have none, ``...`` if it lacks one, and its columns' values.
+
+        Values that are not known are NaN.
+        """
         tree, node, role = place
         key = tree.row_key(node, role)
         found: list[float] = []
@@ -41,22 +45,11 @@ class Signals:
                 found += [math.nan if each is None else each for each in value]
             else:
                 found += [math.nan if value is None else value] * len(rows.columns)
-        return found
-
-    def score(self, place: Place, values: Sequence[float]) -> Any:
-        """Return the score of a proposal with these values; None if it can have none, ``...`` if it lacks one."""
-        tree, node, role = place
-        if math.isnan(values[self._place]):
-            row = self._main.get(tree.row_key(node, role), ...)
-            if row is None or row is ...:
-                return row if role in self._main.table.roles else UNSCORED
-        return self.known(values)
-
-    def known(self, values: Sequence[float]) -> float:
-        """Return the score of a proposal with these values; NaN if it is not known."""
-        score = as_score(self._column, values[self._place])
+        if math.isnan(found[self.place]) and (row := self._main.get(key, ...)) in (None, ...):
+            return row if role in self._main.table.roles else UNSCORED, found
+        score = as_score(self._column, found[self.place])
         assert score is not None  # `Store.scored_by` sees to it
-        return float(np.float32(score))
+        return float(np.float32(score)), found
 
 
 def _from_text(rows: Rows, tree: RolloutTree, node: Node, role: str) -> Any:

@@ -19,10 +19,11 @@ from rollouts.trees.compile import compile_store
 from rollouts.trees.verify import verify_store
 from trim_env.costs import cost_model
 from trim_env.env import TrimEnv
+from trim_env.episodes import EPISODE_INFO
 from trim_env.live import LiveVectorEnv
 from trim_env.sb3 import SB3VecEnv
 from trim_env.tables import decision_tables
-from trim_env.vector import EPISODE_INFO, TrimVectorEnv
+from trim_env.vector import TrimVectorEnv
 
 LAM = 0.013
 

@@ -16,11 +16,11 @@ from stable_baselines3.common.env_checker import check_env as check_env_sb3
 from rollouts.errors import ConfigError, StoreError
 from rollouts.trees.compile import compile_store
 from trim_env.env import TrimEnv
-from trim_env.episodes import spawn_seeds
+from trim_env.episodes import EPISODE_INFO, FINISHED, spawn_seeds
 from trim_env.features import SCHEMAS
 from trim_env.sb3 import SB3VecEnv
 from trim_env.tables import decision_tables
-from trim_env.vector import EPISODE_INFO, FINISHED, TrimVectorEnv
+from trim_env.vector import TrimVectorEnv
 
 
 @pytest.fixture(scope="module")

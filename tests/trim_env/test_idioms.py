@@ -23,10 +23,10 @@ from test_live import idle
 
 from rollouts.errors import ConfigError
 from trim_env.env import TrimEnv
-from trim_env.episodes import spawn_seeds
+from trim_env.episodes import EPISODE_INFO, spawn_seeds
 from trim_env.sb3 import SB3VecEnv
 from trim_env.tables import decision_tables
-from trim_env.vector import EPISODE_INFO, TrimVectorEnv
+from trim_env.vector import TrimVectorEnv
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def sample(
     token_bins: int = TOKEN_BINS,
 ) -> Sample:
     """Gather what is seen at some rows; edges of scores are quantiles of the scores there unless given."""
-    features = schema_named(SCHEMA)(columns_of(trees, rows))
+    features = schema_named(SCHEMA)(columns_of(trees, rows), trees.child[rows, CONTINUE_SMALL] != MISSING)
     child, scores = trees.child[rows], trees.score[rows]
     present = child != MISSING
     inner = (child[:, CONTINUE_SMALL] >= 0)[:, None] & np.array([True, False])
