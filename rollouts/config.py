@@ -39,7 +39,13 @@ SPLITTINGS: dict[str, tuple[str, ...]] = {
     "sentence": _CUTS,
 }
 """What solutions can be cut by, and the settings that each knows."""
-SCORER_KINDS = ("prm", "judge", "likelihood", "self-evaluation")
+_SCORERS: dict[str, tuple[str, ...]] = {
+    "prm": ("layout", "system_prompt", "step_tag", "informed"),
+    "judge": ("prompt", "max_tokens", "system_prompt", "informed"),
+    "likelihood": ("under",),
+    "self-evaluation": ("under",),
+}
+"""Scorers of ours, and the settings that each knows besides its name and model."""
 LAYOUTS = ("qwen2.5-math-prm", "skywork-o1", "math-shepherd", "rlhflow")
 """Kinds of reward models, by how they are read (`rollouts.text.layouts`)."""
 _TAGGED = ("qwen2.5-math-prm", "math-shepherd")
@@ -60,6 +66,9 @@ Urls = Annotated[tuple[str, ...], BeforeValidator(_urls)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+_AnySection = TypeVar("_AnySection", bound=_Section)
 
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -192,6 +201,11 @@ class ModelConfig(_Section):
             raise ValueError("`url` belongs to backend 'server', and that backend needs it")
         if len({url.rstrip("/") for url in self.url}) < len(self.url):
             raise ValueError("`url` names a server twice")
+        if self.tensor_parallel > 1 and self.backend != "vllm":
+            raise ValueError("`tensor_parallel` is for backend 'vllm'; transformers spreads over `devices`")
+        if self.backend == "vllm" and self.devices and len(self.devices) != self.tensor_parallel:
+            raise ValueError(f"`devices` names {len(self.devices)} GPU(s), and `tensor_parallel` has the layers on "
+                             f"{self.tensor_parallel}: the two must agree")  # fmt: skip
         if self.dtype == "float64" and self.backend != "transformers":
             raise ValueError("dtype 'float64' is for the transformers backend")
         return self
@@ -200,6 +214,12 @@ class ModelConfig(_Section):
     def display_name(self) -> str:
         """Name in manifests and tables."""
         return self.name or (Path(self.model).name if Path(self.model).is_dir() else self.model)
+
+    @property
+    def tokenizer_source(self) -> tuple[str, str | None]:
+        """Folder or hub name of its tokenizer, and the revision there; another repository has revisions of its own."""
+        own = self.tokenizer in (None, self.model) or self.backend == "server"
+        return self.tokenizer or self.model, self.revision if own else None
 
 
 class GeneratorConfig(ModelConfig):
@@ -225,6 +245,8 @@ class GeneratorConfig(ModelConfig):
     def _chat_needs_server(self) -> GeneratorConfig:
         if self.chat_only and self.backend != "server":
             raise ValueError("`chat_only` is for backend 'server'")
+        if self.chat_only and self.logprobs:
+            raise ValueError("`logprobs` are not had of a model that is asked by chat (`chat_only`)")
         return self
 
 
@@ -275,31 +297,32 @@ class ScorerConfig(_Section):
     @field_validator("kind")
     @classmethod
     def _known(cls, kind: str) -> str:
-        if kind not in SCORER_KINDS and not is_plugin(kind):
-            raise ValueError(f"Input should be {', '.join(map(repr, SCORER_KINDS))} or 'module:object'")
+        if kind not in _SCORERS and not is_plugin(kind):
+            raise ValueError(f"Input should be {', '.join(map(repr, _SCORERS))} or 'module:object'")
         return kind
 
     @model_validator(mode="after")
     def _consistent(self) -> ScorerConfig:
         if (self.kind in ("prm", "judge")) != (self.model is not None):
             raise ValueError("kinds 'prm' and 'judge' need a section [scorer.model]; the other kinds take none")
+        if self.options and self.kind in _SCORERS:
+            raise ValueError("`options` are for a scorer of your own, kind 'module:object'")
+        fields, known = type(self).model_fields, ("kind", "name", "model", "options", *_SCORERS.get(self.kind, ()))
+        for name in (each for each in fields if each not in known):
+            if getattr(self, name) not in (fields[name].default, None):
+                of = " or ".join(repr(kind) for kind, settings in _SCORERS.items() if name in settings)
+                raise ValueError(f"`{name}` is for kind {of}")
         if self.layout is not None:
             self._check_layout(self.layout)
         if self.kind == "judge" and self.model is not None and self.model.backend != "server":
             raise ValueError("a judge is asked through backend 'server'; its [scorer.model] has another")
-        if self.prompt is not None and (
-            self.kind != "judge" or not all(map(self.prompt.count, ("{question}", "{step}")))
-        ):
-            raise ValueError("`prompt` is for kind 'judge', and needs {question} and {step}")
-        if self.options and self.kind in SCORER_KINDS:
-            raise ValueError("`options` are for a scorer of your own, kind 'module:object'")
+        if self.prompt is not None and not all(map(self.prompt.count, ("{question}", "{step}"))):
+            raise ValueError("`prompt` needs {question} and {step}")
         return self
 
     def _check_layout(self, layout: str) -> None:
         if layout not in LAYOUTS:
             raise ValueError(f"layout should be one of the known ones.{did_you_mean(layout, LAYOUTS)}")
-        if self.kind != "prm":
-            raise ValueError("`layout` is for kind 'prm'")
         for name, having in (("step_tag", _TAGGED), ("system_prompt", _SPOKEN_TO)):
             if getattr(self, name) is not None and layout not in having:
                 raise ValueError(f"layout {layout!r} has no `{name}`")
@@ -381,13 +404,18 @@ def load_family(path: str | Path) -> FamilyConfig:
 
 
 def parse_family(values: dict[str, Any]) -> FamilyConfig:
-    """Check a nested mapping and return it as a `FamilyConfig`.
+    """Check a nested mapping and return it as a `FamilyConfig`; raises as `checked` does."""
+    return checked(FamilyConfig, values)
+
+
+def checked(section: type[_AnySection], values: dict[str, Any]) -> _AnySection:
+    """Check a nested mapping and return it as a section of a models file, or the whole of it.
 
     Raises:
         ConfigError: One line per wrong key, with its place, the value found and what was expected.
     """
     try:
-        return FamilyConfig.model_validate(values)
+        return section.model_validate(values)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(item) for item in error.errors())) from error
 

@@ -23,6 +23,10 @@ class BackendError(TrimError):
     """Raised when a model or scorer cannot be started or stopped answering."""
 
 
+class RequestFailed(BackendError):
+    """Raised when one request failed on its own, on a backend that is well; the message has the backend's words."""
+
+
 class RequestsFailed(BackendError):
     """Raised when so many requests fail that going on would fill a store with failures."""
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rollouts.config import FamilyConfig, GeneratorConfig, ModelConfig, ScorerConfig
-from rollouts.errors import ConfigError
+from rollouts.errors import ConfigError, StoreError
 from rollouts.models.base import Backend
 from rollouts.models.hf.load import native_window
 from rollouts.models.identity import identity, served
@@ -24,12 +24,12 @@ from rollouts.plugins import build_plugin, is_plugin
 from rollouts.scoring.base import EXAMPLES, Example, Scorer, self_test
 from rollouts.scoring.judge import PROMPT, JudgeScorer, judge_question
 from rollouts.scoring.likelihood import LikelihoodScorer
-from rollouts.scoring.prm import RewardScorer
+from rollouts.scoring.prm import RewardScorer, rounding
 from rollouts.scoring.self_evaluation import SelfEvaluationScorer
 from rollouts.scoring.verification import Verifier
 from rollouts.tasks.problems import Problem
 from rollouts.text.layouts import reward_layout
-from rollouts.text.likelihood import LOOKED_AT, STATISTICS
+from rollouts.text.likelihood import LOOKED_AT, STATISTICS, TOP
 from rollouts.text.prompts import PromptFormat, Reading, RewardLayout, has_room
 from rollouts.text.splitting import Marks, Splitting
 from rollouts.text.steps import DELIMITER, ROLES, SMALL
@@ -101,7 +101,7 @@ class Family:
     def _prompts(self, role: str) -> PromptFormat:
         """Return the prompt format of a generating role."""
         model = self.config.generator(role)
-        tokenizer = load_tokenizer(model.tokenizer or model.model, model.revision)
+        tokenizer = load_tokenizer(*model.tokenizer_source)
         return PromptFormat(tokenizer, model.system_prompt, name=role, date=self.date, marks=self.marks(role))
 
     def marks(self, role: str) -> Marks | None:
@@ -114,8 +114,7 @@ class Family:
         scorer, model = self.config.scorer, self._reward_model
         if scorer is None or model is None:
             return None
-        tokenizer = load_tokenizer(model.tokenizer or model.model, model.revision)
-        return reward_layout(scorer, tokenizer, date=self.date, splitting=self.splitting)
+        return reward_layout(scorer, load_tokenizer(*model.tokenizer_source), date=self.date, splitting=self.splitting)
 
     @property
     def _reward_model(self) -> ModelConfig | None:
@@ -126,7 +125,9 @@ class Family:
     def _window(self, role: str, model: ModelConfig) -> int:
         if model.max_length is not None:
             return model.max_length
-        native = native_window(model.tokenizer or model.model, model.revision)
+        own = () if model.backend == "server" else ((model.model, model.revision),)
+        places = dict.fromkeys([*own, model.tokenizer_source])  # its folder may be on the machines of workers alone
+        native = next(filter(None, (native_window(*place) for place in places)), None)
         if native is None:
             raise ConfigError(f"{role}: its window is unknown; set max_length in its section.")
         return min(native, self.limits.solution_tokens + _ROOM_BEYOND_SOLUTION)
@@ -209,13 +210,17 @@ class Family:
         with self._backend(role, model, store, writes=True) as backend:
             window, sampling = backend.window, model.sampling
             rules = StepRules(role, self.prompts(role), window, sampling, self.limits, self.fits, self.seed)
-            told = model.logprobs and backend.capabilities.logprobs
+            if model.logprobs and not backend.capabilities.logprobs:
+                raise ConfigError(
+                    f"{role}: its server tells no log-probabilities of what it decodes, which `logprobs` asks for. "
+                    f"Leave that out, or have the server tell them (vLLM: --max-logprobs {TOP})."
+                )
             if rules.prompts.hidden and not backend.capabilities.token_ids:
                 raise ConfigError(
                     f"{role}: {model.think[1]!r}, which closes its thinking block, has special tokens, which its "
                     "server leaves out of texts; it would have to tell token ids, as vLLM's does."
                 )
-            yield StepModel(backend, replace(rules, likelihood=told, splitting=self.splitting))
+            yield StepModel(backend, replace(rules, likelihood=model.logprobs, splitting=self.splitting))
 
     @contextmanager
     def _backend(
@@ -282,8 +287,19 @@ class Family:
         refuse_other_thinking(store, self.splitting)
         if self.config.generator(role).chat_only:
             self.statistics(role, None)
+        self._refuse_another(role, store)
         with self._backend(role, self.config.generator(role), store) as backend:
             yield self.statistics(role, backend)
+
+    def _refuse_another(self, role: str, store: Store) -> None:
+        """Raise a StoreError unless a role's model, and its prompts, are those that the store was made with."""
+        model, made = self.config.generator(role), store.manifest["process"][role]
+        here = {"model": model.display_name, "template_hash": self.prompts(role).template_hash}
+        if differing := [name for name, value in here.items() if made.get(name, value) != value]:
+            told = ", ".join(f"{name} is {made[name]} there, {here[name]} here" for name in differing)
+            raise StoreError(f"{store.path} was made by another {role} model or other prompts: {told}. Name the models "
+                             "file that it was made with (--models).")  # fmt: skip
+        store.identify(role, self.identity(model))
 
     def statistics(self, role: str, backend: Backend | None) -> LikelihoodScorer:
         """Return what looks at steps with a generating model that is loaded.
@@ -305,6 +321,7 @@ class Family:
         refuse_other_thinking(store, self.splitting)
         if self.config.small.chat_only:
             raise ConfigError("small: verification continues prompts, which a model with chat_only does not.")
+        self._refuse_another(SMALL, store)
         with self._backend(SMALL, self.config.small, store) as backend:
             yield Verifier(backend, self.prompts(SMALL).tokenizer, self.config.small.display_name, self.date)
 
@@ -332,7 +349,8 @@ class Family:
                 prompts = self.reward_prompts
                 assert prompts is not None
                 backend = stack.enter_context(self._backend("scorer", scorer.model, store, prompts.reading))
-                built = RewardScorer(name, backend, prompts, scorer.model.display_name)
+                tolerance = rounding(backend.describe())
+                built = RewardScorer(name, backend, prompts, scorer.model.display_name, tolerance)
             else:
                 under, model = self.prompts(scorer.under), self.config.generator(scorer.under)
                 backend = stack.enter_context(self._backend(scorer.under, model, store))

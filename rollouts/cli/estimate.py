@@ -5,9 +5,10 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -18,7 +19,8 @@ from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
 from rollouts.text.splitting import BLANK_LINE
 from rollouts.text.steps import ROLES
-from rollouts.trees.grow import Grower, StepBuffer, load_trees, replicas_of
+from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, load_trees, replicas_of
+from rollouts.trees.tree import RolloutTree
 
 _SAMPLE = 8
 
@@ -30,6 +32,8 @@ def estimate(
     replicas: int | dict[str, int],
     max_escalations: int | None,
     in_flight: int,
+    *,
+    sequential: bool = False,
 ) -> None:
     """Generate a few trees into a temporary store and print what all of them would take.
 
@@ -43,12 +47,30 @@ def estimate(
     with tempfile.TemporaryDirectory() as scratch:
         store = Store.create(Path(scratch) / "sample", family.process(max_escalations))
         store.add_problems(sample)
-        with ExitStack() as stack:
-            writers = {role: stack.enter_context(family.open(role, store)) for role in ROLES}
-            grower = Grower(writers, StepBuffer(store.steps), in_flight=in_flight)
-            start = time.monotonic()
-            grower.run(load_trees(store, sample, 1, max_escalations))
-            seconds = time.monotonic() - start
+        start, buffer, loading = time.monotonic(), StepBuffer(store.steps), 0.0
+
+        @contextmanager
+        def opened(role: str) -> Iterator[Any]:
+            nonlocal loading
+            loading -= time.monotonic()
+            with family.open(role, store) as writer:
+                loading += time.monotonic()
+                yield writer
+                loading -= time.monotonic()
+            loading += time.monotonic()
+
+        def load() -> Iterator[RolloutTree]:
+            return load_trees(store, sample, 1, max_escalations)
+
+        def grower(writers: Any) -> Grower:
+            return Grower(writers, buffer, in_flight=in_flight)
+
+        if sequential:
+            grow_sequentially(opened, load, grower)
+        else:
+            with ExitStack() as stack:
+                grower({role: stack.enter_context(opened(role)) for role in ROLES}).run(load())
+        seconds = time.monotonic() - start - loading
         counters = store.steps.counters()
         prompts: Counter[str] = Counter()
         endings: Counter[str] = Counter()

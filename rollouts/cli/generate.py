@@ -24,10 +24,11 @@ from rollouts.errors import ConfigError, DataError, did_you_mean
 from rollouts.family import Family
 from rollouts.scoring.base import Scorer, self_test_examples
 from rollouts.scoring.verification import Verifier
-from rollouts.store.store import Store
+from rollouts.store.store import Store, score_command
 from rollouts.tasks.grading import Grader, make_grader, unreadable_answers
-from rollouts.tasks.problems import EMBEDDED, SPLITS, Problem, load_problems
+from rollouts.tasks.problems import EMBEDDED, SPLITS, Problem, combined, load_problems
 from rollouts.text.steps import ROLES, SMALL
+from rollouts.tinymath.problems import parse_question
 from rollouts.trees.annotate import IN_FLIGHT, grade_store, left, score_store
 from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, label_of, load_trees, replicas_of
 from rollouts.trees.grow import Progress as Counts
@@ -131,14 +132,14 @@ class Generate:
             raise ConfigError(f"Temperature 0 ({greedy[0]}) makes all replicas the same; use --replicas 1.")
         problems = self._that_fit(screen, family, problems)
         self._warn_of_unreadable_answers(screen, grader, problems)
-        labelled = all(problem.source == EMBEDDED for problem in problems)
+        labelled = all(problem.source == EMBEDDED and parse_question(problem.question) for problem in problems)
         most_escalations = self._most_escalations(screen, there, complete=labelled)
         if dated := [role for role, prompts in family.formats.items() if prompts.dated]:
             screen.print(f"The chat templates of {', '.join(dated)} print a date; in every prompt it is {family.date}.")
         if self.dry_run:
             from rollouts.cli.estimate import estimate
 
-            estimate(screen, family, problems, replicas, most_escalations, self.in_flight)
+            estimate(screen, family, problems, replicas, most_escalations, self.in_flight, sequential=self.sequential)
             return
         store = Store.create(self.out, family.process(most_escalations, labels=labelled), family.date)
         tell_notes(store)
@@ -178,6 +179,8 @@ class Generate:
             found.extend(loaded)
             if loaded.skipped or loaded.repeated:
                 screen.print(f"{spec}: {loaded.skipped} identical rows left out, {loaded.repeated} repeated questions.")
+        stores = [path for path in (self.out, self.out.parent) if (path / "manifest.json").is_file()]
+        found = combined(found, [problem for path in stores for problem in Store(path).problems()])
         if self.limit is not None:
             numbers: defaultdict[str, Iterator[int]] = defaultdict(count)
             found = [problem for problem in found if next(numbers[problem.split]) < self.limit]
@@ -303,14 +306,16 @@ def run_scoring(
         what = (
             "remain without a score, and their trees are left out"
             if give_up
-            else "have no score yet; the same command asks about them again, with --give-up for the last time"
+            else f"have no score yet; `{score_command(store.path, role or '')}` with the same --models asks about them "
+            "again, with --give-up for the last time"
         )
         console().print(f"{report.failed.total():,} steps {what}:")
     for line in reason_lines(report.failed):
         console().print(line, markup=False)
     if report.skipped:
         console().print(
-            f"{report.skipped} steps exceed the scorer's window and have no score; their trees are left out."
+            f"{report.skipped} steps cannot be scored, as those that exceed the scorer's window; their trees are left "
+            "out."
         )
 
 

@@ -97,7 +97,7 @@ def evaluate(store: Store, config: FamilyConfig, grader: str | None, split: str 
 
 def reward_format(trunk: GeneratorConfig, splitting: Splitting, date: Date) -> RewardFormat:
     """Return how a model reads paths as the trunk of a reward model; its tokenizer learns the step tag."""
-    tokenizer = transformers_tokenizer(trunk.tokenizer or trunk.model, trunk.revision)
+    tokenizer = transformers_tokenizer(*trunk.tokenizer_source)
     tokenizer.add_tokens([STEP_TAG], special_tokens=True)
     return RewardFormat(tokenizer, trunk.system_prompt, date=date, splitting=splitting)
 

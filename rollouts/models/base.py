@@ -144,8 +144,8 @@ class Backend(AbstractContextManager["Backend"]):
 
         Returns:
             A future of `Completion`, `Likelihood` or ``list[float]``. A request that failed on its own (refused, timed
-            out) is a `Completion` with finish ``failed``; it raises `rollouts.errors.BackendError`, naming role and
-            process or URL, when the backend itself is gone.
+            out) is a `Completion` with finish ``failed``, or raises `rollouts.errors.RequestFailed`; it raises another
+            `rollouts.errors.BackendError`, naming role and process or URL, when the backend itself is gone.
         """
 
     @abstractmethod

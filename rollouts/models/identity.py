@@ -69,9 +69,9 @@ def _parts(model: ModelConfig) -> dict[str, Any]:
         else:
             found["revision"] = _cached_revision(model.model, model.revision, "config.json")
     if model.tokenizer or place.is_dir():
-        tokenizer = model.tokenizer or model.model
+        tokenizer, revision = model.tokenizer_source
         local = Path(tokenizer).is_dir()
-        cached = None if local else _cached_revision(tokenizer, model.revision, "tokenizer_config.json")
+        cached = None if local else _cached_revision(tokenizer, revision, "tokenizer_config.json")
         found["tokenizer"] = _files(Path(tokenizer), _TOKENIZER) if local else cached
     return found
 

@@ -59,8 +59,6 @@ def _open_transformers(role: str, model: ModelConfig, seed: int, reading: Readin
     from rollouts.models.hf.pooling import pooling
     from rollouts.models.process import EngineProcess
 
-    if model.tensor_parallel > 1:
-        raise ConfigError(f"{role}: tensor_parallel is for backend 'vllm'; transformers spreads over `devices`.")
     if reading is None:
         return EngineProcess(role, generator, _environment(model), model=model, seed=seed)
     return EngineProcess(role, pooling, _environment(model), model=model, seed=seed, reading=reading)

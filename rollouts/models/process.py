@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from rollouts.errors import BackendError
+from rollouts.errors import BackendError, RequestFailed
 from rollouts.models.base import Backend, Capabilities, Completion, CompletionRequest, Request
 
 _START_TIMEOUT_S = 1800.0
@@ -141,7 +141,7 @@ class EngineProcess(Backend):
         if not future.set_running_or_notify_cancel():
             return  # the caller gave up on it
         if isinstance(result, BackendError):
-            future.set_exception(BackendError(f"{self.role}: the engine refused a request. {result}"))
+            future.set_exception(RequestFailed(f"{self.role}: the engine refused a request. {result}"))
         else:
             future.set_result(result)
 

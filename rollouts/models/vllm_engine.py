@@ -63,11 +63,12 @@ def _load(model: ModelConfig, seed: int, **settings: Any) -> Any:
         # Compiling costs minutes and wins nothing at these sizes. Prompts of one problem differ by a step of
         # some ten tokens: the default blocks of 128 tokens would hardly ever be shared.
         settings |= {"block_size": 32, "enforce_eager": True}
+    tokenizer, tokenizer_revision = model.tokenizer_source
     return LLM(
         model=model.model,
         revision=model.revision,
-        tokenizer=model.tokenizer or model.model,
-        tokenizer_revision=model.revision if model.tokenizer is None else None,
+        tokenizer=tokenizer,
+        tokenizer_revision=tokenizer_revision,
         tensor_parallel_size=model.tensor_parallel,
         max_model_len=model.max_length,
         dtype=model.dtype,

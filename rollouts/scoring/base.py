@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from rollouts.errors import ConfigError
+from rollouts.models.base import Backend, Request
+from rollouts.models.futures import forward
 from rollouts.tasks.problems import Problem
 from rollouts.text.likelihood import first_of
 from rollouts.text.steps import ROLES
@@ -95,6 +97,29 @@ def submitted(scorer: Scorer, question: str, steps: Sequence[str], known: int) -
         (question, steps, known) if getattr(scorer, "incremental", False) else (question, steps)
     )
     return scorer.submit(*arguments)
+
+
+def asked(
+    backend: Backend, request: Request, read: Callable[[Any], Scores], told: Scores, wanted: int, unread: Scores
+) -> Future[Scores]:
+    """Ask a backend about some steps of a path, between those that are not asked about.
+
+    Args:
+        backend: What is asked.
+        request: About `wanted` steps, which are `Failed` if the request fails on its own.
+        read: From its answer to their scores.
+        told: What is given for the steps before them.
+        wanted: How many they are.
+        unread: What is given for the steps behind them.
+    """
+    result: Future[Scores] = Future()
+
+    def put(scores: Scores) -> None:
+        result.set_result([*told, *scores, *unread])
+
+    refused = lambda error: put([Failed(str(error))] * wanted)  # noqa: E731
+    forward(backend.submit(request), lambda answer: put(read(answer)), result, refused)
+    return result
 
 
 def score_paths(scorer: Scorer, paths: Sequence[tuple[str, Sequence[str]]]) -> list[Scores]:

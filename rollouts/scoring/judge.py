@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from rollouts.errors import RequestsFailed
-from rollouts.models.server.http import RequestFailed
+from rollouts.errors import RequestFailed
 from rollouts.models.server.judge import Judge
 from rollouts.scoring.base import Failed, Scores
 from rollouts.text.prompts import hash_of
@@ -35,7 +34,6 @@ Answer with one word, Yes or No."""
 _PLACES = re.compile(r"\{(question|before|step)\}")
 _TRIES = 2  # of an answer that says nothing
 _REMEMBERED = 1 << 16  # questions
-_FIRST, _LAST = 20, 200  # a judge half of whose first answers fail is none
 
 
 class JudgeScorer:
@@ -66,7 +64,6 @@ class JudgeScorer:
         self._splitting = splitting
         self.spent = Counter(dict.fromkeys(("requests_scorer", "prompt_scorer", "decoded_scorer"), 0))
         self._judge, self._prompt, self._model, self._identity = judge, prompt, model, dict(identity)
-        self._answered: Counter[bool] = Counter()
         self._asked: OrderedDict[bytes, asyncio.Task[float | Failed]] = OrderedDict()
 
     def process(self) -> Mapping[str, Any]:
@@ -112,15 +109,8 @@ class JudgeScorer:
                 break
             self.spent.update(requests_scorer=1, prompt_scorer=verdict.spent[0], decoded_scorer=verdict.spent[1])
             if verdict.score is not None:
-                self._answered[True] += 1
                 return verdict.score
             why = verdict.why
-        self._answered[False] += 1
-        if _FIRST <= self._answered.total() <= _LAST and 2 * self._answered[False] >= self._answered.total():
-            raise RequestsFailed(
-                f"scorer: {self._answered[False]} of the first {self._answered.total()} questions failed, the last "
-                f"one so: {why}."
-            )
         return Failed(why)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from rollouts.errors import ConfigError
 from rollouts.models.base import Backend, LogprobRequest
-from rollouts.models.futures import forward, settled
-from rollouts.scoring.base import Scores, described
+from rollouts.models.futures import settled
+from rollouts.scoring.base import Scores, asked, described
 from rollouts.text.likelihood import STATISTICS, WORTHLESS, Likelihood, as_score
 from rollouts.text.prompts import PromptFormat
 from rollouts.text.steps import ROLES
@@ -60,16 +60,13 @@ class LikelihoodScorer:
         first = positions[len(told)]
         if positions[kept] == first:
             return settled([*told, *[self._told(WORTHLESS)] * (kept - len(told)), *unread])
-        result: Future[Scores] = Future()
 
-        def take(found: Likelihood) -> None:
+        def read(found: Likelihood) -> Scores:
             spans = zip(positions[len(told) : kept], positions[len(told) + 1 : kept + 1], strict=True)
-            scores = [self._told(found.statistics(start - first, end - first)) for start, end in spans]
-            result.set_result(told + scores + unread)
+            return [self._told(found.statistics(start - first, end - first)) for start, end in spans]
 
         request = LogprobRequest(ids[: positions[kept]], first, self.columns == STATISTICS)
-        forward(self.backend.submit(request), take, result)
-        return result
+        return asked(self.backend, request, read, told, kept - len(told), unread)
 
     def _told(self, statistics: tuple[float, ...]) -> Any:
         return statistics if self.columns == STATISTICS else as_score(STATISTICS[0], statistics[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from datetime import date as Date
@@ -12,7 +13,7 @@ from rollouts.config import Sampling
 from rollouts.errors import ConfigError
 from rollouts.models.base import Backend, Completion, CompletionRequest
 from rollouts.models.futures import forward, settled
-from rollouts.scoring.base import Scores, described
+from rollouts.scoring.base import Failed, Scores, described
 from rollouts.text.prompts import PromptFormat
 
 _INSTRUCTION = (
@@ -22,13 +23,14 @@ _INSTRUCTION = (
 )
 _GREEDY = Sampling(temperature=0.0)
 _MOST_TOKENS = 8
+_DIGIT = re.compile(r"(?<![0-9.,])[0-9](?![0-9]|[.,][0-9])")
 
 
 class SelfEvaluationScorer:
     """One short question per step, answered greedily; the digit divided by 9 is the score.
 
-    It costs one request per step rather than one pass per path. A reply without a digit, and a step that does
-    not fit into the window, has no score.
+    It costs one request per step rather than one pass per path. A reply without such a digit, and a step that does
+    not fit into the window, has no score; one whose request failed can be asked about again.
     """
 
     tolerance = 0.12  # one digit
@@ -67,7 +69,8 @@ class SelfEvaluationScorer:
         missing = set(asked)
 
         def take(place: int, completion: Completion) -> None:
-            scores[place] = read_digit(completion.text)
+            failed = completion.finish == "failed"
+            scores[place] = Failed(completion.detail) if failed else read_digit(completion.text)
             missing.remove(place)
             if not missing:
                 result.set_result(scores)
@@ -79,6 +82,6 @@ class SelfEvaluationScorer:
 
 
 def read_digit(reply: str) -> float | None:
-    """Return the first digit of a reply divided by 9, or None."""
-    digit = next((character for character in reply if character in "0123456789"), None)
-    return None if digit is None else int(digit) / 9.0
+    """Return the first digit of a reply that stands alone divided by 9, or None: "10" and "0.9" have other scales."""
+    digit = _DIGIT.search(reply)
+    return None if digit is None else int(digit[0]) / 9.0

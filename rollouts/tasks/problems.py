@@ -17,7 +17,7 @@ import hashlib
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -52,8 +52,8 @@ class Problem:
         split: ``train``, ``validation``, ``test``, ``ood`` or ``test2`` (drawn after all choices were made).
         question: The text, as it was read.
         answer: The final answer only, as it was read (thousands separators, units and LaTeX included).
-        source: Where it comes from: a file's name without suffix, unless said otherwise.
-        licence: As stated by whoever loaded it.
+        source: Where it comes from: a file's name without suffix.
+        licence: As its row states it in ``licence`` or ``license``, else ``unknown``.
     """
 
     id: str
@@ -81,9 +81,6 @@ def load_problems(
     *,
     split: str | None = None,
     limit: int | None = None,
-    source: str | None = None,
-    licence: str = "unknown",
-    fractions: tuple[float, float, float] = FRACTIONS,
 ) -> ProblemSet:
     """Read problems.
 
@@ -92,9 +89,6 @@ def load_problems(
         split: Of a file: the split that all its problems belong to, or ``hash``. Of the embedded set: the one
             split that is wanted.
         limit: Most problems, the first ones (of ``tinymath`` without a split: of each split).
-        source: Name that goes into the ids; default: the file's name without suffix.
-        licence: Licence of the problems; default: a row's own ``licence`` or ``license``, else ``unknown``.
-        fractions: Shares of train, validation and test for rows that are split by hash.
 
     Raises:
         DataError: The file or a row of it cannot be used; names file, line, what was found and what to do.
@@ -103,14 +97,15 @@ def load_problems(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit on problems is {limit}; expected 1 or more")
     if isinstance(spec, str) and spec.partition(":")[0] == EMBEDDED:
-        return _embedded(spec.partition(":")[2], split, limit, source or EMBEDDED, licence)
-    _check(split, fractions)
+        return _embedded(spec.partition(":")[2], split, limit)
+    if split is not None and split not in (*SPLITS, BY_HASH):
+        raise ConfigError(f"unknown split {split!r}.{did_you_mean(split, (*SPLITS, BY_HASH))}")
     path = Path(spec)
     problems = ProblemSet()
     by_id: dict[str, tuple[int, str, Problem]] = {}
     by_question: dict[str, tuple[int, Problem]] = {}
     for row in read_rows(path):
-        problem = _problem(row, split, source or bare_name(path), licence, fractions)
+        problem = _problem(row, split)
         text = normalise_question(problem.question)
         if problem.id in by_id:
             earlier_number, earlier_text, earlier = by_id[problem.id]
@@ -135,21 +130,48 @@ def load_problems(
     return problems
 
 
+def combined(problems: Iterable[Problem], known: Iterable[Problem] = ()) -> list[Problem]:
+    """Return the problems of several files, identical ones once.
+
+    Args:
+        problems: The problems.
+        known: Others, in whose splits they may be, too.
+
+    Raises:
+        DataError: Two have the same id and differ, or one question is in two splits.
+    """
+    by_id: dict[str, Problem] = {}
+    by_question = {normalise_question(item.question): item for item in known}
+    for item in problems:
+        if (other := by_id.setdefault(item.id, item)) != item:
+            raise DataError(
+                f"the id {item.id!r} stands for two problems, {shown(other.question)} and {shown(item.question)}: ids "
+                "begin with the name of the file; rename one of two files of one name"
+            )
+        first = by_question.setdefault(normalise_question(item.question), item)
+        if first.split != item.split:
+            raise DataError(
+                f"{first.id!r} of {first.split!r} and {item.id!r} of {item.split!r} are the same question; a question "
+                "belongs to one split: remove one of the rows"
+            )
+    return list(by_id.values())
+
+
 def normalise_question(question: str) -> str:
     """The text that is hashed: NFC, case folded, runs of blanks as one space."""
     return " ".join(unicodedata.normalize("NFC", question).casefold().split())
 
 
-def split_of(question: str, fractions: tuple[float, float, float] = FRACTIONS) -> str:
+def split_of(question: str) -> str:
     """The split a question belongs to: a SHA-256 of `normalise_question`, as a number in [0, 1)."""
     digest = hashlib.sha256(normalise_question(question).encode()).digest()
     position = int.from_bytes(digest[:8], "big") / 2**64
-    if position < fractions[0]:
+    if position < FRACTIONS[0]:
         return "train"
-    return "validation" if position < fractions[0] + fractions[1] else "test"
+    return "validation" if position < FRACTIONS[0] + FRACTIONS[1] else "test"
 
 
-def _embedded(named: str, split: str | None, limit: int | None, source: str, licence: str) -> ProblemSet:
+def _embedded(named: str, split: str | None, limit: int | None) -> ProblemSet:
     from rollouts.tinymath import FRESH, generate_problems
     from rollouts.tinymath import SPLITS as EMBEDDED_SPLITS
 
@@ -159,17 +181,10 @@ def _embedded(named: str, split: str | None, limit: int | None, source: str, lic
     if wanted and wanted not in (known := (*EMBEDDED_SPLITS, *FRESH)):
         raise ConfigError(f"unknown split {wanted!r} of {EMBEDDED}.{did_you_mean(wanted, known)}")
     return ProblemSet(
-        Problem(tiny.id, name, tiny.question, tiny.answer, source, "MIT" if licence == "unknown" else licence)
+        Problem(tiny.id, name, tiny.question, tiny.answer, EMBEDDED, "MIT")
         for name in ([wanted] if wanted else EMBEDDED_SPLITS)
         for tiny in generate_problems(name, limit)
     )
-
-
-def _check(split: str | None, fractions: tuple[float, float, float]) -> None:
-    if split is not None and split not in (*SPLITS, BY_HASH):
-        raise ConfigError(f"unknown split {split!r}.{did_you_mean(split, (*SPLITS, BY_HASH))}")
-    if len(fractions) != 3 or min(fractions) < 0 or not math.isclose(sum(fractions), 1.0, abs_tol=1e-9):
-        raise ConfigError(f"fractions of train, validation and test are {fractions}; expected three that sum to 1")
 
 
 def _by_name(row: Row) -> dict[str, tuple[str, object]]:
@@ -198,7 +213,7 @@ def _text(row: Row, key: str, value: object) -> str:
     return text.strip()
 
 
-def _problem(row: Row, split: str | None, source: str, licence: str, fractions: tuple[float, float, float]) -> Problem:
+def _problem(row: Row, split: str | None) -> Problem:
     values = _by_name(row)
 
     def text(name: str) -> str:
@@ -232,15 +247,14 @@ def _problem(row: Row, split: str | None, source: str, licence: str, fractions: 
                 f"split {named!r}",
                 f"one of {', '.join(SPLITS)}, or a split given for the whole file ({BY_HASH!r} or one)",
             )
-    if licence == "unknown":
-        licence = text("licence") or text("license") or licence
+    source = bare_name(row.path)
     return Problem(
         id=f"{source}/{own_id}",
-        split=split_of(question, fractions) if split == BY_HASH else split,
+        split=split_of(question) if split == BY_HASH else split,
         question=question,
         answer=answer,
         source=source,
-        licence=licence,
+        licence=text("licence") or text("license") or "unknown",
     )
 
 

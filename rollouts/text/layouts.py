@@ -9,12 +9,11 @@ from datetime import date as Date
 from itertools import accumulate
 from typing import Any
 
-from rollouts.config import LAYOUTS, ScorerConfig
+from rollouts.config import LAYOUTS, ScorerConfig, checked
 from rollouts.errors import ConfigError
 from rollouts.text.prompts import (
     PROBE,
     REMEMBERED,
-    STEP_TAG,
     STEPS,
     ChatLayout,
     Reading,
@@ -29,21 +28,7 @@ SHEPHERD_TAG = "\u043a\u0438"  # of Math-Shepherd: two letters that no English t
 _NUMBERED = re.compile(r"step\s+\d+\s*[:.]", re.IGNORECASE)
 
 
-class _Undated(RewardLayout):
-    """A layout without a chat template."""
-
-    dated = False
-
-    def _sealed(self) -> None:
-        """Take the hash of a known path."""
-        self.template_hash = self.hash_on()
-
-    def hash_on(self, date: Date | None = None) -> str:
-        """Return what `template_hash` is on any date."""
-        return hash_of(self.text(PROBE, STEPS))
-
-
-class SkyworkFormat(_Undated):
+class SkyworkFormat(RewardLayout):
     r"""The layout of Skywork-o1-Open-PRM: a value head, read at the line break after each step.
 
     The beginning-of-sequence token, the question and a line break are followed by the lines of the steps. Each line is
@@ -57,16 +42,9 @@ class SkyworkFormat(_Undated):
 
     layout = "skywork-o1"
 
-    def __init__(self, tokenizer: Any, *, remembered: int = REMEMBERED, splitting: Splitting = BLANK_LINE) -> None:
-        """Check that a line break is one token.
-
-        Raises:
-            ConfigError: It is not.
-        """
-        super().__init__(tokenizer, remembered=remembered, splitting=splitting)
-        self.reading = Reading(labels=1)
+    def _find_reading(self) -> Reading:
         self._break = self.one_token("\n", "a line break")
-        self._sealed()
+        return Reading(labels=1)
 
     def _head(self, question: str) -> str:
         return f"{self.tokenizer.special_tokens_map.get('bos_token', '')}{self.special.plain(question)}\n"
@@ -85,7 +63,7 @@ class SkyworkFormat(_Undated):
         return tuple(ids), tuple(places)
 
 
-class ShepherdFormat(_Undated):
+class ShepherdFormat(RewardLayout):
     r"""The layout of Math-Shepherd: a language model, whose next token after a step tag is ``+`` or ``-``.
 
     The question and the steps, which are numbered (``Step 1: ...``), each followed by a blank, the step tag and a line
@@ -95,24 +73,19 @@ class ShepherdFormat(_Undated):
     """
 
     layout = "math-shepherd"
+    step_tag = SHEPHERD_TAG
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        step_tag: str = SHEPHERD_TAG,
-        *,
-        remembered: int = REMEMBERED,
-        splitting: Splitting = BLANK_LINE,
-    ) -> None:
-        """Find the tokens of the step tag and of both verdicts.
+    def __init__(self, tokenizer: Any, step_tag: str = SHEPHERD_TAG, **kept: Any) -> None:
+        """Find the tokens of the step tag, around which blanks do not count, and of both verdicts.
 
         Raises:
             ConfigError: Another number of tokens than one for each, or a tag that is not found again in an input.
         """
-        step_tag = step_tag.strip()
-        super().__init__(tokenizer, step_tag, remembered=remembered, splitting=splitting)
-        self.step_tag = step_tag
-        backend = tokenizer.backend_tokenizer
+        super().__init__(tokenizer, step_tag=step_tag.strip(), **kept)
+        self.marked(PROBE, STEPS)
+
+    def _find_reading(self) -> Reading:
+        backend, step_tag = self.tokenizer.backend_tokenizer, self.step_tag
         whole, bare = backend.encode("+").ids, backend.encode("+", add_special_tokens=False).ids
         self._begin = tuple(whole[: whole.index(bare[0])])
         verdicts = self.encode("+ -")
@@ -123,9 +96,7 @@ class ShepherdFormat(_Undated):
         if tagged[: len(alone)] != alone or len(tagged) != len(alone) + 1:
             raise ConfigError(f"scorer: step tag {step_tag!r} after a blank is not one token of its tokenizer.")
         self.step_tag_id = tagged[-1]
-        self.reading = Reading(0, (verdicts[1], verdicts[0]), self.step_tag_id)
-        self.marked(PROBE, STEPS)
-        self._sealed()
+        return Reading(0, (verdicts[1], verdicts[0]), self.step_tag_id)
 
     def text(self, question: str, steps: Sequence[str]) -> str:
         """Return the input that scores each of `steps`, without the beginning-of-sequence token."""
@@ -158,30 +129,18 @@ class TurnsFormat(ChatLayout):
 
     layout = "rlhflow"
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        system_prompt: str | None = None,
-        *,
-        date: Date | None = None,
-        remembered: int = REMEMBERED,
-        splitting: Splitting = BLANK_LINE,
-    ) -> None:
-        """Check the template and the verdicts; arguments as of `rollouts.text.prompts.PromptFormat`.
+    def _find_reading(self) -> Reading:
+        return Reading(0, (self.one_token("-", "verdict"), self.one_token("+", "verdict")))
 
-        Raises:
-            ConfigError: The chat template cannot be used, or a verdict is not one token.
-        """
-        super().__init__(tokenizer, remembered=remembered, splitting=splitting)
-        self.reading = Reading(0, (self.one_token("-", "verdict"), self.one_token("+", "verdict")))
-        self._open(system_prompt, date, remembered)
+    def _open(self, system_prompt: str | None, date: Date | None, remembered: int) -> None:
+        super()._open(system_prompt, date, remembered)
         _, ask, turn, again, _ = self._chat.around(PROBE, 4, joined=True)
         if ask != again:
             raise self._chat.refusal("opens the assistant's messages in two ways. Name a `tokenizer` with another one.")
         if self.encode(self.text(PROBE, STEPS)) != self.ids(PROBE, STEPS):
             raise self._chat.refusal("does not divide a verdict from what is before it. Name another `tokenizer`.")
 
-    def hash_on(self, date: Date) -> str:
+    def hash_on(self, date: Date | None) -> str:
         """Return what `template_hash` is on a date."""
         return hash_of("+".join(self._render(PROBE, date)))
 
@@ -206,6 +165,7 @@ class TurnsFormat(ChatLayout):
         return tuple(token for piece in pieces for token in piece), tuple(end - 1 for end in ends)
 
 
+_LAYOUTS = {each.layout: each for each in (RewardFormat, SkyworkFormat, ShepherdFormat, TurnsFormat)}
 _OF_ARCHITECTURE = {"Qwen2ForProcessRewardModel": RewardFormat.layout, "Qwen2ForPrmModel": SkyworkFormat.layout}
 
 
@@ -230,20 +190,17 @@ def reward_layout(
         ConfigError: Nobody says which layout it is, or the tokenizer is not one for it.
     """
     assert scorer.model is not None
-    layout, told = scorer.layout, scorer.step_tag
-    kept: dict[str, Any] = {"remembered": remembered, "splitting": splitting}
+    layout = scorer.layout
     if layout is None and scorer.model.backend == "server":  # which serves what vLLM can, under any name
         with suppress(ConfigError):
-            layout = layout_of(scorer.model.tokenizer or scorer.model.model, scorer.model.revision)
+            layout = layout_of(*scorer.model.tokenizer_source)
         layout = layout or RewardFormat.layout
     layout = layout or layout_of(scorer.model.model, scorer.model.revision)
-    if layout == SkyworkFormat.layout:
-        return SkyworkFormat(tokenizer, **kept)
-    if layout == ShepherdFormat.layout:
-        return ShepherdFormat(tokenizer, told or SHEPHERD_TAG, **kept)
-    if layout == TurnsFormat.layout:
-        return TurnsFormat(tokenizer, scorer.system_prompt, date=date, **kept)
-    return RewardFormat(tokenizer, scorer.system_prompt, told or STEP_TAG, date=date, **kept)
+    scorer = checked(ScorerConfig, {**scorer.model_dump(exclude_unset=True), "layout": layout})  # which knows the rest
+    kept: dict[str, Any] = {"step_tag": scorer.step_tag} if scorer.step_tag else {}
+    kept |= {"date": date, "remembered": remembered, "splitting": splitting}
+    made: RewardLayout = _LAYOUTS[layout](tokenizer, system_prompt=scorer.system_prompt, **kept)
+    return made
 
 
 def layout_of(model: str, revision: str | None = None) -> str:

@@ -328,32 +328,61 @@ class RewardLayout(ABC):
 
     Attributes:
         layout: Its name in models files.
+        step_tag: Text of the token at which it is read; empty where that is no token of its own.
         special: The tokenizer's special tokens, those of its template and step tags; in questions they are made plain.
         template_hash: Hash of how a known path is rendered.
         dated: Whether the layout prints the date.
     """
 
     layout: ClassVar[str]
+    step_tag: str = ""
     reading: Reading
     template_hash: str
-    dated: bool
+    dated = False
 
     def __init__(
-        self, tokenizer: Any, *tags: str, remembered: int = REMEMBERED, splitting: Splitting = BLANK_LINE
+        self,
+        tokenizer: Any,
+        system_prompt: str | None = None,
+        step_tag: str = "",
+        *,
+        date: Date | None = None,
+        remembered: int = REMEMBERED,
+        splitting: Splitting = BLANK_LINE,
     ) -> None:
-        """Take a tokenizer and the layout's step tags.
+        """Check that the tokenizer has what the layout needs.
 
         Args:
             tokenizer: The model's tokenizer.
-            tags: What is made plain text in questions and steps besides its special tokens.
+            system_prompt: System message, in a layout that has one; None sends none.
+            step_tag: Another step tag than the layout's own, if it has one.
+            date: What chat templates take for today; default: the day on which this is called.
             remembered: Most bytes of questions and steps that are kept.
             splitting: How solutions are cut.
+
+        Raises:
+            ConfigError: A step tag or verdict is not one token, or the chat template cannot be used.
         """
         self.tokenizer = tokenizer
         self.encode = encoder_of(tokenizer)
-        self.special = SpecialTokens(tokenizer, *tags, markers=True)
-        self._plain = Remembered(SpecialTokens(tokenizer, *tags).plain, remembered)
+        self.step_tag = step_tag or self.step_tag
+        self.special = SpecialTokens(tokenizer, self.step_tag, markers=True)
+        self._plain = Remembered(SpecialTokens(tokenizer, self.step_tag).plain, remembered)
         self._splitting = splitting
+        self.reading = self._find_reading()
+        self._open(system_prompt, date, remembered)
+
+    @abstractmethod
+    def _find_reading(self) -> Reading:
+        """Return how a score is read, by the tokenizer."""
+
+    def _open(self, system_prompt: str | None, date: Date | None, remembered: int) -> None:
+        """Render what manifests hold."""
+        self.template_hash = self.hash_on(date)
+
+    def hash_on(self, date: Date | None) -> str:
+        """Return what `template_hash` is on a date."""
+        return hash_of(self.text(PROBE, STEPS))
 
     def said(self, step: str) -> str:
         """Return a step as it is written down: stripped, plain, and without what closes a thinking block."""
@@ -402,10 +431,6 @@ class ChatLayout(RewardLayout):
     def _render(self, question: str, date: Date | None = None) -> tuple[str, ...]:
         """Return what is around the steps of a question."""
 
-    @abstractmethod
-    def hash_on(self, date: Date) -> str:
-        """Return what `template_hash` is on a date."""
-
     def within(self, turns: Turns) -> Self:
         """Return the same for a question after earlier turns, as of `PromptFormat.within`."""
         other = copy(self)
@@ -422,29 +447,13 @@ class RewardFormat(ChatLayout):
     """
 
     layout = "qwen2.5-math-prm"
+    step_tag = STEP_TAG
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        system_prompt: str | None,
-        step_tag: str = STEP_TAG,
-        *,
-        date: Date | None = None,
-        remembered: int = REMEMBERED,
-        splitting: Splitting = BLANK_LINE,
-    ) -> None:
-        """Check the step tag and the template; arguments as of `PromptFormat`, and how solutions are cut.
+    def _find_reading(self) -> Reading:
+        self.step_tag_id = self.one_token(self.step_tag, "step tag")
+        return Reading(tag=self.step_tag_id)
 
-        Raises:
-            ConfigError: The tag is not one token of the tokenizer, or the chat template cannot be used.
-        """
-        super().__init__(tokenizer, step_tag, remembered=remembered, splitting=splitting)
-        self.step_tag = step_tag
-        self.step_tag_id = self.one_token(step_tag, "step tag")
-        self.reading = Reading(tag=self.step_tag_id)
-        self._open(system_prompt, date, remembered)
-
-    def hash_on(self, date: Date) -> str:
+    def hash_on(self, date: Date | None) -> str:
         """Return what `template_hash` is on a date."""
         head, tail = self._render(PROBE, date)
         return hash_of(f"{head}One.{self.step_tag}{tail}")

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rollouts.errors import BackendError, ConfigError
+from rollouts.errors import BackendError, ConfigError, RequestsFailed
 from rollouts.scoring.base import Failed, Scorer, Scores, columns_of, roles_of, submitted
 from rollouts.store.rows import RowKey, Rows
+from rollouts.store.shards import KEY
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader
 from rollouts.tasks.problems import Problem
@@ -28,6 +29,7 @@ from rollouts.trees.tree import Node, Place, RolloutTree
 Path = tuple[RolloutTree, list[tuple[Node, str]]]  # consecutive proposals
 _ROWS = 50_000  # of a shard
 IN_FLIGHT = 512  # paths that are scored at once
+_FIRST, _LAST = 20, 200  # a scorer half of whose first scores fail is none
 _What = TypeVar("_What")
 _Answer = TypeVar("_Answer")
 
@@ -103,10 +105,11 @@ def score_store(
 
     Raises:
         BackendError: The scorer is gone; what came back before is kept.
+        RequestsFailed: Half of the first scores of the table fail, and nobody has said to give up on them.
     """
     attach(store, scorer)
     rows = store.score_rows(scorer.name, rows=_ROWS)
-    report = Report()
+    report, tried = Report(), sum(part.num_rows for part in islice(rows.table.read(columns=KEY[1:2]), _LAST))
     by_tree = (places for _, places in groupby(left(store, rows, problems), lambda place: place[0]))
 
     def charge() -> None:
@@ -116,6 +119,8 @@ def score_store(
         report.spent = now
 
     def took(scores: Scores) -> None:
+        nonlocal tried
+        tried += len(scores)
         report.skipped += scores.count(None)
         if rows.due:
             charge()
@@ -123,6 +128,10 @@ def score_store(
         if on_progress:
             on_progress(rows.added - report.rows)
         report.rows = rows.added
+        failed = report.failed.total()
+        if not give_up and _FIRST <= tried <= _LAST and 2 * failed >= tried:
+            why = [*report.failed][-1]
+            raise RequestsFailed(f"scorer: {failed} of the first {tried} questions failed, the last one so: {why}.")
 
     try:
         found = chain.from_iterable(paths(rows, places) for places in by_tree)

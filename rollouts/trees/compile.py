@@ -274,7 +274,8 @@ def _compile(store: Store, scorer: str, grader: str, folder: Path, on_progress: 
 def _refuse(store: Store, counts: _Counts, scorer: str, grader: str, trees: int) -> None:
     if counts.unscored:
         remedy = score_command(store.path, store.scored_by(scorer)[0])
-        raise StoreError(f"{store.path}: {counts.unscored} proposals have no score by {scorer!r} yet. Run `{remedy}`.")
+        raise StoreError(f"{store.path}: {counts.unscored} proposals have no score by {scorer!r} yet. Run `{remedy}` "
+                         "with its --models, and with --give-up if asking about them always fails.")  # fmt: skip
     if counts.not_numbers:
         raise StoreError(f"{store.path}: {counts.not_numbers} scores by {scorer!r} are not in [0, 1] (NaN counts as "
                          "such). Delete that score table and run `python -m rollouts score` again.")  # fmt: skip

@@ -221,3 +221,72 @@ def test_errors_tell_no_password_of_a_server(more: Any) -> None:
     with pytest.raises(ConfigError, match="small.*url") as error:
         parse_family({**roles, "small": {**roles["small"], "url": more}})
     assert "secret" not in str(error.value) and len(str(error.value)) < 300
+
+
+ROLES_OF: dict[str, Any] = {role: {"backend": "vllm", "model": "m", "max_length": 64} for role in ("small", "large")}
+SERVED = {"backend": "server", "model": "m", "url": "http://127.0.0.1:9/v1"}
+
+
+@pytest.mark.parametrize(
+    ("section", "more", "message"),
+    [
+        ("scorer", {"kind": "likelihood", "step_tag": "x"}, "scorer: `step_tag` is for kind 'prm'"),
+        ("scorer", {"kind": "likelihood", "informed": False}, "scorer: `informed` is for kind 'prm' or 'judge'"),
+        ("scorer", {"kind": "self-evaluation", "max_tokens": 9}, "scorer: `max_tokens` is for kind 'judge'"),
+        ("scorer", {"kind": "judge", "model": SERVED, "under": "small"}, "scorer: `under` is for kind 'likelihood' or"),
+        ("scorer", {"kind": "a:B", "system_prompt": "Be kind."}, "scorer: `system_prompt` is for kind 'prm' or"),
+        ("large", {**SERVED, "chat_only": True, "logprobs": True}, "large: `logprobs` are not had"),
+        (
+            "large",
+            {**ROLES_OF["large"], "devices": [0, 1]},
+            r"large: `devices` names 2 GPU\(s\), and `tensor_parallel`",
+        ),
+        (
+            "large",
+            {**ROLES_OF["large"], "backend": "transformers", "tensor_parallel": 2},
+            "large: `tensor_parallel` is",
+        ),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(section: str, more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_family({**ROLES_OF, section: more})
+
+
+def test_so_are_those_that_the_layout_of_a_reward_model_lacks_whoever_names_it(tmp_path: Path) -> None:
+    models = config(tmp_path, reward="llama3_2")
+    file = Path(models.scorer.model.model) / "config.json"  # type: ignore[union-attr]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": ["Qwen2ForPrmModel"]}))
+    assert Family(models).reward_prompts.layout == "skywork-o1"  # type: ignore[union-attr]
+    values = models.model_dump(exclude_unset=True)
+    with pytest.raises(ConfigError, match="layout 'skywork-o1' has no `step_tag`"):
+        _ = Family(parse_family({**values, "scorer": {**values["scorer"], "step_tag": "<extra_0>"}})).reward_prompts
+
+
+def test_the_window_is_the_models_own_and_a_revision_not_that_of_another_tokenizer(tmp_path: Path) -> None:
+    own, other = Path(model(tmp_path, "small")), Path(model(tmp_path, "large"))
+    for folder, window_of in ((own, 700), (other, 300)):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": window_of}))
+    role = {"backend": "transformers", "model": str(own), "tokenizer": str(other), "revision": "abc"}
+    models = parse_family({"small": role, "large": {**role, "model": str(tmp_path / "elsewhere")}})
+    assert models.small.tokenizer_source == (str(other), None)
+    assert Family(models).windows == {"small": 700, "large": 300}  # of what is not on this machine the tokenizer's
+    served = parse_family({**ROLES_OF, "small": {**SERVED, "tokenizer": "hub/name", "revision": "abc"}})
+    assert served.small.tokenizer_source == ("hub/name", "abc")
+
+
+@pytest.mark.parametrize("change", ["name", "prompt", "weights"])
+def test_statistics_are_of_the_models_that_the_store_was_made_with(tmp_path: Path, change: str) -> None:
+    family = Family(config(tmp_path))
+    store = made(tmp_path / "s", family)
+    values = family.config.model_dump(exclude_unset=True)
+    if change == "weights":
+        file = Path(values["small"]["model"]) / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 0.5}))
+    more = {"name": {"name": "another"}, "prompt": {"system_prompt": "Be brief."}, "weights": {}}[change]
+    other = Family(parse_family({**values, "small": {**values["small"], **more}}), store=store)
+    message = "configuration differs" if change == "weights" else "another small model or other prompts"
+    for opened in (other.open_statistics("small", store), other.open_verifier(store)):
+        with pytest.raises(StoreError, match=message), opened:
+            pass

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from rollouts.errors import BackendError
+from rollouts.errors import BackendError, RequestFailed
 from rollouts.models import process
 from rollouts.models.base import Backend, Request
 from rollouts.models.process import Engine
@@ -100,7 +100,7 @@ class EngineThread(Backend):
         if not future.set_running_or_notify_cancel():
             return
         if isinstance(result, BackendError):
-            future.set_exception(BackendError(f"{self.role}: the engine refused a request. {result}"))
+            future.set_exception(RequestFailed(f"{self.role}: the engine refused a request. {result}"))
         else:
             future.set_result(result)
 

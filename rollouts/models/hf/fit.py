@@ -132,7 +132,7 @@ def reward_model(model: ModelConfig, tag: int, delimiter: Sequence[int], *, exac
         raise ConfigError(f"{model.model}: a {kind!r} model; the layout of Qwen2ForProcessRewardModel needs a 'qwen2' "
                           "one (Qwen2, Qwen2.5).")  # fmt: skip
     where = {"devices": ()} | ({"dtype": "float32"} if exact else {})  # this process sees GPUs under their own numbers
-    made: ProcessRewardModel = load(ProcessRewardModel, model.model_copy(update=where))[0]
+    made: ProcessRewardModel = load(ProcessRewardModel, model.model_copy(update=where), fresh="score.")
     made.score.float()  # a head that transformers makes anew has the trunk's format
     if model.devices:
         made.to(torch.device("cuda", model.devices[0]))

@@ -323,11 +323,9 @@ def generator(model: ModelConfig, seed: int) -> TransformersGenerator:
     """Load a language model; runs in the engine's process. `seed` is recorded only: requests bring their own."""
     from transformers import AutoModelForCausalLM
 
-    loaded, _ = load(AutoModelForCausalLM, model)
+    loaded = load(AutoModelForCausalLM, model)
     kinds = set(getattr(loaded.config.get_text_config(), "layer_types", None) or ())
     if kinds - {"full_attention", "sliding_attention"}:
         raise ConfigError(f"{model.model}: layers of kind {', '.join(sorted(kinds))} need backend 'vllm'.")
-    tokenizer = model.tokenizer or model.model
-    words = load_tokenizer(tokenizer, model.revision if tokenizer == model.model else None)  # the one that prompts have
-    limit = window(loaded.config, model.max_length)
+    words, limit = load_tokenizer(*model.tokenizer_source), window(loaded.config, model.max_length)
     return TransformersGenerator(loaded, words, limit, model.max_batch, describe(loaded, seed))

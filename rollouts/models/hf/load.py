@@ -66,14 +66,18 @@ def cpu_threads(model: str, revision: str | None) -> int:
     return 1 if width < 512 else torch.get_num_threads()
 
 
-def load(kind: Any, model: ModelConfig) -> tuple[Any, Any]:
+def load(kind: Any, model: ModelConfig, *, fresh: str = "", layout: str = "a whole language model") -> Any:
     """Load a model in inference mode onto its GPUs, or the CPU if it names none.
 
-    Returns:
-        The model and transformers' report of missing and unexpected weights.
+    Args:
+        kind: Its class.
+        model: Where it is.
+        fresh: What the names of weights that are made anew begin with; by default all must be there.
+        layout: What is expected, for messages.
 
     Raises:
-        ConfigError: There is no such model, or no such GPU.
+        ConfigError: There is no such model, weights are missing, for which transformers would draw random ones, or
+            there is no such GPU.
     """
     import torch
     from transformers.utils import logging
@@ -93,9 +97,11 @@ def load(kind: Any, model: ModelConfig) -> tuple[Any, Any]:
         )
     except Exception as error:  # safetensors raises nothing narrower
         raise ConfigError(f"{model.model}: the model cannot be loaded ({error}).") from error
+    if missing := sorted(name for name in report["missing_keys"] if not fresh or not name.startswith(fresh)):
+        raise ConfigError(f"{model.model}: no weight {', '.join(missing[:4])}. Expected {layout}, in safetensors.")
     if gpus == 1:
         loaded.to("cuda:0")
-    return loaded.eval(), report
+    return loaded.eval()
 
 
 def native_window(name: str, revision: str | None = None) -> int | None:

@@ -92,7 +92,7 @@ def pooling(model: ModelConfig, seed: int, reading: Reading) -> TransformersPool
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     if reading.labels == 0:
-        loaded, _ = load(AutoModelForCausalLM, model)
+        loaded = load(AutoModelForCausalLM, model)
         limit = window(loaded.config, model.max_length)
         return TransformersPooling(loaded, None, reading, limit, describe(loaded, seed))
 
@@ -104,12 +104,8 @@ def pooling(model: ModelConfig, seed: int, reading: Reading) -> TransformersPool
         raise ConfigError(
             f"{model.model}: a {config.model_type!r} model; the transformers backend scores with heads on Qwen2 ones."
         )
-    loaded, report = load(ProcessRewardModel if reading.labels == 2 else ValueRewardModel, model)
-    if report["missing_keys"]:
-        raise ConfigError(
-            f"{model.model}: no weight {', '.join(sorted(report['missing_keys'])[:4])}. Expected the layout of "
-            f"{_EXPECTED[reading.labels]}, in safetensors."
-        )
+    kind = ProcessRewardModel if reading.labels == 2 else ValueRewardModel
+    loaded = load(kind, model, layout=f"the layout of {_EXPECTED[reading.labels]}")
     trunk = loaded.model
     head = loaded.score.to(torch.float64 if trunk.dtype == torch.float64 else torch.float32)
     return TransformersPooling(trunk, head, reading, window(config, model.max_length), describe(trunk, seed))

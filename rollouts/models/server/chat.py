@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rollouts.config import GeneratorConfig, Limits, Sampling
-from rollouts.errors import BackendError, ConfigError, did_you_mean
-from rollouts.models.server.http import RequestFailed, Server, Servers
+from rollouts.errors import BackendError, ConfigError, RequestFailed, did_you_mean
+from rollouts.models.server.http import Server, Servers
 from rollouts.models.stepwise import Fits, Generation, close_step
 from rollouts.text.prompts import Turns, chat_messages
 from rollouts.text.steps import DELIMITER, Prefix, Segment, Step, StopReason, closes_box, normalise

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from rollouts.config import ModelConfig
-from rollouts.errors import BackendError, ConfigError, did_you_mean
+from rollouts.errors import BackendError, ConfigError, RequestFailed, did_you_mean
 from rollouts.models.base import (
     Backend,
     Capabilities,
@@ -21,7 +21,7 @@ from rollouts.models.base import (
     Request,
 )
 from rollouts.models.server.dialects import wire_of
-from rollouts.models.server.http import RequestFailed, Server, Servers
+from rollouts.models.server.http import Server, Servers
 from rollouts.models.server.wire import SMALLEST, Exchange, Send, Wire, score_exchanges, serve_prm, smallest_input
 from rollouts.text.prompts import Reading
 
@@ -147,7 +147,7 @@ class ServerBackend(Backend):
         except RequestFailed as error:
             if isinstance(request, CompletionRequest):
                 return Completion("", 0, None, "failed", str(error))
-            raise BackendError(f"{self.role}: {self._http.url} did not answer a request: {error}") from None
+            raise RequestFailed(f"{self.role}: {self._http.url} did not answer a request: {error}") from None
 
     async def _scores(self, request: PoolingRequest) -> list[float]:
         assert self._reading is not None

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from typing import Any, NoReturn, TypeVar
 
 from rollouts.config import ModelConfig
-from rollouts.errors import BackendError, ConfigError
+from rollouts.errors import BackendError, ConfigError, RequestFailed
 from rollouts.models.server.connection import Answer, Broken, Connection, patience
 from rollouts.models.server.pool import Pool, another, cards_of, told_of
 
@@ -31,10 +31,6 @@ _REMEDY = {
     404: "Check that `url` ends in /v1 (or whatever the server's base path is) and that it serves `model`",
 }
 _LONGEST_BACK_OFF_S = 30.0
-
-
-class RequestFailed(Exception):
-    """Raised when one request failed on its own, on a server that is well; the message has the server's words."""
 
 
 class _Trouble(Exception):
@@ -430,7 +426,7 @@ class Servers:
                 await self._recognise(server)
             except _Trouble as trouble:
                 self._leave(server, trouble)
-            except (ConfigError, BackendError, RequestFailed) as error:
+            except (ConfigError, BackendError) as error:
                 words = str(error).removeprefix(f"{self.role}: ").removeprefix(f"{server.url} ")
                 self._leave(server, _Trouble(words, lasting=words))
         if len(self._members) > 1:

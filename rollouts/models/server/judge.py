@@ -16,7 +16,11 @@ from rollouts.text.likelihood import TOP
 from rollouts.text.prompts import chat_messages
 
 _YES, _NO = ("yes", "right", "correct", "true"), ("no", "wrong", "incorrect", "false")
-_WORD = re.compile(rf"(?P<not>(?:\bnot|n't)\s+)?\b(?P<word>{'|'.join((*_YES, *_NO))})\b", re.IGNORECASE)
+_FAULTS = r"\s+(?:\w+\s+)?(?:error|mistake|issue|problem|fault|flaw)s?\b"  # "no errors" is no "no"
+_WORD = re.compile(
+    rf"(?P<not>(?:\b(?:not|nothing|never)|n't)\s+)?\b(?P<word>{'|'.join((*_YES, *_NO))})\b(?<!\bno(?={_FAULTS}))",
+    re.IGNORECASE,
+)
 _NUMBER = re.compile(r"(?<![\w.])(?P<value>\d+(?:\.\d+)?)(?:\s*(?P<percent>%)|\s*/\s*(?P<of>\d+(?:\.\d+)?))?(?![\w])")
 _DECORATION = " \t\r\n*_#`\"'.:"
 _FEW = 5  # log-probabilities that some vendors give at most

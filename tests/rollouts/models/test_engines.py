@@ -183,6 +183,18 @@ class TestEnds:
         assert described["version"] and described["torch"] and described["dtype"].startswith("float")
 
 
+def test_a_model_without_all_of_its_weights_is_refused(tmp_path):
+    """Transformers draws those that it does not find at random."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tinymath.model_dir("small"), tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="no weight model.norm.weight. Expected a whole language model"):
+        hf_generator(ModelConfig(backend="transformers", model=str(tmp_path)), 0)
+
+
 def test_draws_depend_on_the_seed_alone(generators, prompts):
     backend = generators("transformers")
     sampling = Sampling(0.9, top_p=0.95, top_k=50, min_p=0.001)

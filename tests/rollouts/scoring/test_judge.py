@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_server import HANG, FakeServer, chat_reply, error_reply, fake
+from handmade import problem
 from made_stores import PROBLEMS, grown
 
 from rollouts.__main__ import main
@@ -92,6 +94,9 @@ class TestAnswers:
             ("The sum is wrong at first sight, but 2 + 2 = 4. So: yes", 1.0),
             ("It looks right.\n\nAnswer: No", 0.0),
             ("This isn't correct", 0.0),
+            *[(text, 1.0) for text in ("No errors: 6 * 7 = 42, correct.", "There is nothing wrong with it")],
+            ("No, there is an error", 0.0),
+            ("No arithmetic mistakes.", None),
             ("<think>Yes? No? yes</think>\n\nNo", 0.0),
             *[("0.8", 0.8), ("80%", 0.8), ("8/10", 0.8), ("`0.25`", 0.25), ("1", 1.0), ("0", 0.0)],
             ("Score: 0.9", 0.9),
@@ -238,10 +243,35 @@ class TestFailures:
             assert isinstance(third, Failed) and "I cannot tell" in third.reason and answers["Step 3: c=3"] == 2
 
     def test_a_judge_most_of_whose_answers_say_nothing_ends_the_run(self, server: FakeServer, tmp_path: Path) -> None:
-        with opened(family_of(server), tmp_path)[1] as scorer:
-            server.fault = lambda path, body, count: said("Hm.") if path.endswith("chat/completions") else None
-            with pytest.raises(RequestsFailed, match=r"scorer: \d+ of the first \d+ questions failed.*Hm"):
-                score_paths(scorer, [(f"Q{number}", STEPS) for number in range(30)])
+        before, store = server.fault, grown(tmp_path / "s")
+        server.fault = lambda path, body, count: (
+            said("Hm.") if body and any(each.question in str(body) for each in PROBLEMS) else before(path, body, count)
+        )
+        with pytest.raises(RequestsFailed, match=r"scorer: \d+ of the first \d+ questions failed.*Hm"):
+            run_scoring(store, family_of(server), None)
+        run_scoring(store, family_of(server), None, give_up=True)  # who knows better says so
+        assert not any("unscored" in line for line in verify_store(store).problems)
+
+    def test_what_always_fails_ends_no_run_of_a_judge_that_answers(self, server: FakeServer, tmp_path: Path) -> None:
+        """When the others are scored, all that is asked fails, and that may be more than the first questions."""
+        store, before = grown(tmp_path / "s", problems=[problem(f"p{number}") for number in range(16)]), server.fault
+        asked: dict[str, bool] = {}
+
+        def fault(path: str, body: Any, count: int) -> Any:
+            if not body or probe(body) or any(each.question in str(body) for each in EXAMPLES):
+                return before(path, body, count)
+            content = body["messages"][-1]["content"]
+            asked[content] = zlib.crc32(content.encode()) % 4 == 0
+            return error_reply(400, "the filter says no") if asked[content] else before(path, body, count)
+
+        server.fault = fault
+        run_scoring(store, family_of(server), None)
+        assert 20 < sum(asked.values()) < len(asked) / 2
+        asked.clear()
+        run_scoring(store, family_of(server), None)
+        assert len(asked) > 20 and all(asked.values())
+        run_scoring(store, family_of(server), None, give_up=True)
+        assert not any("unscored" in line for line in verify_store(store).problems)
 
     def test_a_server_that_is_gone_ends_the_run(self, server: FakeServer, tmp_path: Path) -> None:
         with opened(family_of(server, model={"timeout_s": 0.2, "retries": 0}), tmp_path)[1] as scorer:

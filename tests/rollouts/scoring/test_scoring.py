@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import Future
+from contextlib import nullcontext
 
 import pytest
 
-from rollouts.errors import BackendError, ConfigError
+from rollouts.errors import BackendError, ConfigError, RequestFailed
 from rollouts.models.base import Capabilities, Completion, LogprobRequest, PoolingRequest
-from rollouts.scoring.base import EXAMPLES, score_paths, self_test
+from rollouts.scoring.base import EXAMPLES, Failed, score_paths, self_test
 from rollouts.scoring.likelihood import LikelihoodScorer
-from rollouts.scoring.prm import RewardScorer
+from rollouts.scoring.prm import RewardScorer, rounding
 from rollouts.scoring.self_evaluation import SelfEvaluationScorer, read_digit
 from rollouts.text.likelihood import Likelihood
 from rollouts.text.prompts import PromptFormat, RewardFormat
@@ -63,6 +64,16 @@ def test_wrong_scorers_are_found(scorer, message):
         self_test(scorer)
 
 
+def test_a_reward_model_in_half_precision_may_round_more_than_one_in_single_precision(tokenizer):
+    """As a real one did; one that looks ahead gives itself away all the same."""
+    for format_of, shift, passes in (("float32", 0.02, False), ("bfloat16", 0.02, True), ("bfloat16", 0.1, False)):
+        rule = Stub(lambda steps, i, by=shift: (0.9 if steps[i] in RIGHT else 0.4) - by * (len(steps) > i + 1))  # noqa: B023
+        rule.tolerance = rounding({"dtype": format_of})
+        with nullcontext() if passes else pytest.raises(ConfigError, match="must not depend on later steps"):
+            self_test(rule)
+    assert rounding({}) == rounding({"dtype": "bfloat16"}) == 5e-2
+
+
 class Answers:
     """A backend that answers at once."""
 
@@ -76,7 +87,10 @@ class Answers:
     def submit(self, request):
         self.requests.append(request)
         future: Future = Future()
-        future.set_result(self.answer(request))
+        try:
+            future.set_result(self.answer(request))
+        except RequestFailed as error:
+            future.set_exception(error)
         return future
 
 
@@ -141,4 +155,23 @@ def test_self_evaluation_asks_about_every_step(tokenizer):
     assert all(request.sampling.temperature == 0 for request in backend.requests)
     shown = tokenizer.decode(backend.requests[1].prompt_ids)
     assert "Step 2: b=2" in shown and "c=3" not in shown
-    assert read_digit("") is None
+    assert [read_digit(reply) for reply in ("", "10", "0.9", "7,5", "10/10")] == [None] * 5
+    assert [read_digit(reply) for reply in ("9/9", "9.", "It is 0", "10? no, 9")] == [1.0, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["prm", "likelihood", "self-evaluation"])
+def test_what_fails_on_a_backend_that_is_well_can_be_asked_again(tokenizer, kind):
+    """It is no score of a step that none can be had of, and no reason to end a run."""
+
+    def refuse(request):
+        if kind == "self-evaluation":
+            return Completion("", 0, None, "failed", "HTTP 400: no")
+        raise RequestFailed("HTTP 400: no")
+
+    backend = Answers(refuse, pooling=True, prompt_logprobs=True)
+    scorer = {
+        "prm": lambda: RewardScorer("s", backend, RewardFormat(tokenizer, None, "<extra_0>"), "m"),
+        "likelihood": lambda: LikelihoodScorer("s", backend, PromptFormat(tokenizer), "m"),
+        "self-evaluation": lambda: SelfEvaluationScorer("s", backend, tokenizer, "m"),
+    }[kind]()
+    assert scorer.submit("q", STEPS, 1).result() == [None, *[Failed("HTTP 400: no")] * 2]

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollouts.errors import ConfigError, DataError
-from rollouts.tasks.problems import Problem, load_problems, split_of
+from rollouts.tasks.problems import Problem, combined, load_problems, split_of
 from rollouts.tinymath import SPLITS, generate_problems
 
 
@@ -92,7 +92,9 @@ def test_the_answer_of_every_dialect(write, row, answer):
 def test_ids_carry_their_source(write, key, value, expected):
     path = write({"question": "Q", "answer": "1", key: value})
     assert load_problems(path)[0].id == expected
-    (problem,) = load_problems(path, source="pears", licence="MIT")
+    (problem,) = load_problems(
+        write({"question": "Q", "answer": "1", key: value, "License": "MIT"}, name="pears.jsonl")
+    )
     assert problem.id == "pears" + expected.removeprefix("apples")
     assert (problem.source, problem.licence) == ("pears", "MIT")
 
@@ -292,8 +294,7 @@ def test_hashing_gives_the_shares_asked_for(write):
     path = write(*_questions(2000))
     shares = Counter(problem.split for problem in load_problems(path))
     assert abs(shares["train"] - 1400) < 100 and abs(shares["validation"] - 300) < 75
-    halves = Counter(problem.split for problem in load_problems(path, fractions=(0.0, 0.5, 0.5)))
-    assert halves["train"] == 0 and abs(halves["test"] - 1000) < 100
+    assert abs(shares["test"] - 300) < 75
 
 
 @given(
@@ -338,6 +339,18 @@ def test_a_rows_own_split_is_respected_unless_overruled(write):
     assert own == ["train", "validation", "validation", "test", "validation", hashed[5], "ood"]
     assert [problem.split for problem in load_problems(path, split="hash")] == hashed
     assert {problem.split for problem in load_problems(path, split="test")} == {"test"}
+
+
+def test_files_that_clash_are_refused(write):
+    first = load_problems(write({"question": "Q one", "answer": "1", "id": 1, "split": "train"}))
+    assert combined([*first, *first], first) == first
+    same_id = load_problems(write({"question": "Q two", "answer": "1", "id": 1, "split": "train"}))
+    with pytest.raises(DataError, match="'apples/1' stands for two problems, 'Q one' and 'Q two'"):
+        combined([*first, *same_id])
+    same_question = load_problems(write({"question": " q  ONE", "answer": "1", "split": "test"}, name="pears.jsonl"))
+    for problems, known in (([*first, *same_question], ()), (same_question, first)):
+        with pytest.raises(DataError, match="'apples/1' of 'train' and 'pears/q-.* of 'test' are the same question"):
+            combined(problems, known)
 
 
 def test_a_question_in_two_named_splits_is_refused(write):
@@ -411,8 +424,6 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path):
         ({"spec": "tinymath:test", "split": "train"}, "name one of the two"),
         ({"split": "tset"}, "Did you mean 'test'"),
         ({"limit": 0}, "expected 1 or more"),
-        ({"fractions": (0.7, 0.2, 0.2)}, "sum to 1"),
-        ({"fractions": (1.2, -0.1, -0.1)}, "sum to 1"),
     ],
 )
 def test_impossible_settings_are_refused(write, settings, message):
