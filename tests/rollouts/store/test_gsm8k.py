@@ -58,7 +58,8 @@ def test_every_split_compiles_with_all_signals():
     for split in ("train", "validation", "test"):
         assert split_statistics(trees, split).trees > 10
     inside = trees.child[:, 0] != -2
-    for signal in ("small.min_logprob", "small.max_entropy", "large.min_logprob", "large.max_entropy", "gsm8k-prm.score"):
+    signals = [f"{role}.{name}" for role in ("small", "large") for name in ("min_logprob", "mean_logprob", "max_entropy")]
+    for signal in (*signals, "gsm8k-prm.score"):
         assert np.isfinite(trees.signals[signal][inside, 0]).all()
 
 
