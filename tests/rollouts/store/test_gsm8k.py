@@ -58,7 +58,9 @@ def test_every_split_compiles_with_all_signals():
     for split in ("train", "validation", "test"):
         assert split_statistics(trees, split).trees > 10
     inside = trees.child[:, 0] != -2
-    signals = [f"{role}.{name}" for role in ("small", "large") for name in ("min_logprob", "mean_logprob", "max_entropy")]
+    signals = [
+        f"{role}.{name}" for role in ("small", "large") for name in ("min_logprob", "mean_logprob", "max_entropy")
+    ]
     for signal in (*signals, "gsm8k-prm.score"):
         assert np.isfinite(trees.signals[signal][inside, 0]).all()
 
