@@ -401,7 +401,8 @@ WHAT = (
     "can be (always-large is exempt from it), one step of the large model rescues little of what the small one goes on "
     "with, signals tell little of where it would (the learned reward model, from 110 problems with one rollout at each "
     "step, nothing), and 66 problems show large effects only. 42 of the test problems were looked at when the store "
-    "had 140 problems, all of them once now, when all choices were made.",
+    "had 140 problems, all of them twice since (the second time with the large model's table), when all choices were "
+    "made.",
     "",
     "Qwen2.5-Coder-0.5B-Instruct proposes, Qwen2.5-Coder-1.5B-Instruct is the large model, problems are of GSM8K's "
     "test set, as one shuffle ordered them; [the card of the data](../rollouts/datasets/README.md#gsm8k) says how they "
