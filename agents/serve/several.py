@@ -74,8 +74,12 @@ class Upstreams:
         Raises:
             ConfigError: Somebody answers, but it is not the server that is needed, or of another model than the others.
         """
-        for upstream in self.each:
-            await upstream.start()
+        there = [True]
+        if len(self.each) > 1:  # who is not there is met at once, the others one after the other
+            there = await asyncio.gather(*(upstream.answers() for upstream in self.each))
+        for upstream, answers in zip(self.each, there, strict=True):
+            if answers:
+                await upstream.start()
 
     async def close(self) -> None:
         """Disconnect."""

@@ -151,6 +151,17 @@ class Upstream:
         """Whether it has asked for a pause."""
         return self._resume_at > time.monotonic()
 
+    async def answers(self) -> bool:
+        """Whether anything comes back at all; else go on asking in the background."""
+        try:
+            await self._exchange("models", None, lambda body: None, _PROBE_S)
+        except Unavailable as fault:
+            if fault.kind in ("connection", "timeout"):
+                self._set(str(fault).removeprefix(f"{self.role}: "), fault.kind)
+                self._watch()
+                return False
+        return True
+
     async def start(self) -> None:
         """Ask once; go on asking in the background if there is no answer.
 

@@ -85,6 +85,14 @@ class FakeServer(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
 
+@contextlib.contextmanager
+def silent(number: int) -> Iterator[list[str]]:
+    """URLs at which connections are taken and nothing is said."""
+    with contextlib.ExitStack() as stack:
+        listening = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
+        yield [f"http://127.0.0.1:{each.getsockname()[1]}/v1" for each in listening]
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: FakeServer

@@ -147,13 +147,7 @@ class Server:
         """Send once; `_Trouble` or RequestFailed if no answer comes of it."""
         while (pause := self._resume_at - time.monotonic()) > 0:
             await asyncio.sleep(pause)
-        try:
-            async with asyncio.timeout(timeout):
-                answer = await self.connection.request(path, payload)
-        except TimeoutError:
-            raise _Trouble(f"no answer within {timeout:g} s", final=True) from None
-        except Broken as error:
-            raise _Trouble(str(error)) from None
+        answer = await self._answer(path, payload, timeout)
         if not answer.ok:
             self._refuse(answer)
         try:
@@ -161,6 +155,23 @@ class Server:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             said = self.connection.clean(answer.text)[:80]
             raise _Trouble(f"an answer that cannot be read: {said!r}, {type(error).__name__}: {error}") from None
+
+    async def _answer(self, path: str, payload: Any, timeout: float) -> Answer:
+        try:
+            async with asyncio.timeout(timeout):
+                return await self.connection.request(path, payload)
+        except TimeoutError:
+            raise _Trouble(f"no answer within {timeout:g} s", final=True) from None
+        except Broken as error:
+            raise _Trouble(str(error)) from None
+
+    async def silence(self) -> _Trouble | None:
+        """Return what is wrong if nothing at all comes back, soon; None if something does."""
+        try:
+            await self._answer("models", None, min(self._timeout, _HEARTBEAT_S))
+        except _Trouble as trouble:
+            return trouble
+        return None
 
     def _refuse(self, answer: Answer) -> NoReturn:
         """Raise what an error status means."""
@@ -273,8 +284,13 @@ class Servers:
         return [name for server in self._members for name in server.cards]
 
     async def _met(self) -> None:
-        for server in self._members:
+        silent: list[_Trouble | None] = [None]
+        if len(self._members) > 1:  # who is not there is met at once, the others one after the other
+            silent = await asyncio.gather(*(server.silence() for server in self._members))
+        for server, silence in zip(self._members, silent, strict=True):
             try:
+                if silence is not None:
+                    raise silence
                 await self._recognise(server)
             except _Trouble as trouble:
                 self._leave(server, trouble)

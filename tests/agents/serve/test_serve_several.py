@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -10,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_server import DROP, HANG, Begun, FakeServer, error_reply
+from fake_server import DROP, HANG, Begun, FakeServer, error_reply, silent
 from serve_harness import Router, UpstreamProcess, Upstreams, policy, streamed
 
 from agents.routers.base import Threshold
+from agents.serve import several
 from agents.serve import upstreams as probing
 from agents.serve.command import ServeConfig, Server, family_of
 from agents.serve.config import with_file
+from agents.serve.metrics import Metrics
+from agents.serve.upstreams import Probe
+from rollouts.config import ModelConfig
 from rollouts.errors import ConfigError
 
 TOOLS = [{"type": "function", "function": {"name": "add"}}]
@@ -230,6 +235,25 @@ def test_half_a_surrogate_pair_is_passed_on_and_named(passing: Router, fakes: An
 
 
 # ---------------------------------------------------------------- who they are
+
+
+def test_those_that_are_not_there_at_the_start_are_met_at_once(fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agents.serve.upstreams._PROBE_S", 1.0)
+
+    async def started(urls: list[str]) -> tuple[float, dict[str, Any]]:
+        probe = Probe(lambda wire: ("completions", {"prompt": [1]}), lambda wire, body: None)
+        model = ModelConfig(backend="server", model="tinymath-large", url=urls)
+        made = several.Upstreams("large", model, probe, 5.0, Metrics())
+        began = time.monotonic()
+        await made.start()
+        took, health = time.monotonic() - began, made.health()
+        await made.close()
+        return took, health
+
+    with silent(6) as urls:
+        took, health = asyncio.run(started([*urls, fakes[0].url]))
+    assert took < 4  # one after the other they take 6 s
+    assert [each["up"] for each in health["servers"]] == [*[False] * 6, True] and health["up"]
 
 
 def test_one_of_another_model_is_refused_by_name(upstreams: Upstreams, fakes: Any, folder: Path) -> None:

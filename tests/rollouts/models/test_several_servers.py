@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import step_server
-from fake_server import DROP, HANG, TAG, FakeServer, ask, chat_config, config, error_reply, real
+from fake_server import DROP, HANG, TAG, FakeServer, ask, chat_config, config, error_reply, real, silent
 
 from rollouts.__main__ import main
 from rollouts.config import ModelConfig, parse_family
@@ -223,6 +223,13 @@ def test_one_that_is_not_there_at_the_start_is_gone_without(pair: Any) -> None:
     with ServerBackend("large", of(pair)) as backend:
         assert backend.submit(ask()).result(10).finish == "stop"
         assert backend.describe()["servers"] == 2
+
+
+def test_those_that_are_not_there_at_the_start_are_met_at_once(pair: Any) -> None:
+    began = time.monotonic()
+    with silent(4) as urls, ServerBackend("large", of(pair, url=[*urls, pair[0].url], timeout_s=1.0)) as backend:
+        assert time.monotonic() - began < 5  # one after the other they take 8 s
+        assert backend.submit(ask()).result(10).finish == "stop"
 
 
 def test_a_request_that_is_too_slow_is_not_tried_elsewhere(pair: Any) -> None:
