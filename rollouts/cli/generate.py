@@ -113,6 +113,8 @@ class Generate:
     def run(self) -> None:
         """Run the command."""
         screen = console()
+        if self.dry_run and self.on.ray is not None:
+            raise ConfigError("--dry-run generates a few problems in this process: leave out --ray.")
         if self.sequential and self.on.ray is not None:
             raise ConfigError("--sequential is for one machine; a worker of --ray has both models in memory.")
         problems = self._load_problems(screen)

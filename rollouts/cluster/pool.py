@@ -30,6 +30,7 @@ from rollouts.text.steps import ROLES
 LOCAL, AUTO = "local", "auto"
 _CONNECT_SECONDS, STOP_SECONDS, _CLOSE_SECONDS = 180.0, 15.0, 30.0
 _PATIENCE = 0.5  # seconds that a step waits for news
+_SOON = 5.0  # seconds after which it is said what workers wait for
 _LISTED = 8  # workers
 _MOST_LOST = 4  # workers that are lost with the same tree or request before it is taken for the cause
 _OBJECTS = 80 * 2**20  # bytes: only rows and trees are sent
@@ -185,6 +186,7 @@ class Pool(ABC):
         self._lost_with: Counter[Any] = Counter()  # workers, by the key of what they had been lent
         self._number = 0
         self._next_start = store.next_start()
+        self._began = 0.0
 
     @abstractmethod
     def orders(self, hand: Hand) -> Orders | None:
@@ -199,7 +201,13 @@ class Pool(ABC):
         """Lend to others what a lost worker had."""
 
     def __enter__(self) -> Self:
-        """Start the workers."""
+        """Start the workers.
+
+        Raises:
+            ConfigError: No machine of the cluster has the GPUs that each takes.
+        """
+        self._refuse_small_machines()
+        self._began = time.monotonic()
         self.store.note(distributed={"ray": self.cluster.ray.__version__, "workers": self.cluster.workers})
         for _ in range(self.cluster.workers):
             self._start()
@@ -213,6 +221,15 @@ class Pool(ABC):
         for hand in self.hands:
             self.cluster.ray.kill(hand.actor)
         self.hands.clear()
+
+    def _refuse_small_machines(self) -> None:
+        if not (needed := self.job.gpus):
+            return
+        machines = [node["Resources"] for node in self.cluster.ray.nodes() if node["Alive"]]
+        if (most := max((each.get("GPU", 0.0) for each in machines), default=0.0)) < needed:
+            raise ConfigError(f"Each worker takes {_counted(needed, 'GPU')} of one machine, as `devices` in the models "
+                              f"file says; the cluster's machines have at most {most:g}. Name fewer, or add a machine "
+                              "that has them.")  # fmt: skip
 
     def _start(self) -> None:
         # Never `max_restarts`: Ray would construct it again with the seeds that it had.
@@ -317,15 +334,28 @@ class Pool(ABC):
         """Return the sum of what all workers have reported, lost ones included."""
         return sum((of(hand.report) for hand in self.hands), Counter(of(self.gone)))
 
+    def _free(self) -> str:
+        """Say what of the cluster is free, where workers wait for it."""
+        there, free = self.cluster.ray.cluster_resources(), self.cluster.ray.available_resources()
+        kinds = {"core": "CPU", **({"GPU": "GPU"} if self.job.gpus else {})}
+        told = [f"{free.get(key, 0):g} of {_counted(there.get(key, 0), noun)}" for noun, key in kinds.items()]
+        return f"; free are {' and '.join(told)}"
+
     def note(self) -> str:
         """Say how many workers there are and what each does in a second."""
         rates = sorted((hand.rate for hand in self.hands if hand.state in ("working", "ended")), reverse=True)
         said = f"{len(rates)} of {self.cluster.workers} workers"
         if not rates:
-            return f"{said}: each takes a core" + (f" and {self.job.gpus} GPUs" if self.job.gpus else "")
+            needed = f"{said}: each takes a core" + (f" and {_counted(gpus, 'GPU')}" if (gpus := self.job.gpus) else "")
+            waits = all(hand.state == "starting" for hand in self.hands)
+            return needed + self._free() if waits and time.monotonic() > self._began + _SOON else needed
         shown = [f"{rate:.1f}" for rate in rates]
         listed = ", ".join(shown) if len(shown) <= _LISTED else f"{shown[-1]} to {shown[0]}"
         return f"{said}: {listed} {self.unit} a second"
+
+
+def _counted(number: float, noun: str) -> str:
+    return f"{number:g} {noun}" + ("" if number == 1 else "s")
 
 
 def _told(about: Mapping[str, str]) -> str:

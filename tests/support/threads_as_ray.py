@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import queue
 import threading
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +71,8 @@ class Threads:
     def __init__(self) -> None:
         self.actors: list[Actor] = []
         self.options: list[dict[str, Any]] = []
+        self.machines: list[dict[str, float]] = [{"CPU": 8.0}]
+        self.taken: dict[str, float] = {}
 
     def remote(self, made: Any) -> Any:
         def start(**options: Any) -> Any:
@@ -89,6 +92,15 @@ class Threads:
 
     def get(self, ref: Future[Any]) -> Any:
         return ref.result()
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": each} for each in self.machines]
+
+    def cluster_resources(self) -> dict[str, float]:
+        return dict(sum(map(Counter, self.machines), Counter()))
+
+    def available_resources(self) -> dict[str, float]:
+        return {name: each - self.taken.get(name, 0) for name, each in self.cluster_resources().items()}
 
     def kill(self, actor: Actor) -> None:
         actor.die()

@@ -16,12 +16,13 @@ import pytest
 from handmade import ScriptedScorer, ScriptedWriter, problem
 from threads_as_ray import Threads
 
+from rollouts.__main__ import main
 from rollouts.cli.machines import Machines
 from rollouts.cluster import pool as pools
 from rollouts.cluster import worker as workers
 from rollouts.cluster.asking import Asking, RemoteGrader, RemoteScorer, RemoteWriter
 from rollouts.cluster.growing import Growing
-from rollouts.cluster.pool import Cluster, _anywhere, connected
+from rollouts.cluster.pool import Cluster, Pool, _anywhere, connected
 from rollouts.cluster.worker import Desk, Job, package
 from rollouts.config import GeneratorConfig, embedded_family
 from rollouts.errors import BackendError, ConfigError, RequestsFailed, StoreError
@@ -383,6 +384,36 @@ def test_gpus_of_a_worker_are_those_that_its_models_name():
     assert Job("s", {}, config, writes=True, scores=SMALL).opens == [SMALL, LARGE]
 
 
+def needing_gpus(store, count):
+    config = embedded_family("transformers")
+    scorer = config.scorer.model.model_copy(update={"devices": tuple(range(count))})
+    config = config.model_copy(update={"scorer": config.scorer.model_copy(update={"model": scorer})})
+    return Job(str(store.path), store.manifest, config, scores="scorer")
+
+
+@pytest.mark.parametrize("machines", [[{"CPU": 8.0}], [{"CPU": 8.0, "GPU": 1.0}] * 4, []])
+def test_a_worker_that_no_machine_has_the_gpus_of_is_refused_before_any_starts(cluster, ray, tmp_path, machines):
+    ray.machines, store = machines, made(tmp_path / "s")
+    most = max((int(each.get("GPU", 0)) for each in machines), default=0)
+    before = store.manifest.copy()
+    with pytest.raises(ConfigError, match=f"takes 2 GPUs of one machine.*at most {most}. Name fewer"):
+        Asking(cluster, store, needing_gpus(store, 2), print).__enter__()
+    assert not ray.actors and store.manifest == before
+
+
+def test_what_workers_wait_for_is_said(cluster, ray, tmp_path, monkeypatch):
+    ray.machines, ray.taken = [{"CPU": 4.0, "GPU": 2.0}] * 2, {"GPU": 3.0}
+    store = made(tmp_path / "s")
+    pool = Asking(cluster, store, needing_gpus(store, 2), print)
+    monkeypatch.setattr(pool, "_start", lambda: pool.hands.append(pools.Hand(0, None)))
+    Pool.__enter__(pool)
+    assert pool.note() == "0 of 2 workers: each takes a core and 2 GPUs"
+    monkeypatch.setattr(pools, "_SOON", -1.0)
+    assert pool.note().endswith("and 2 GPUs; free are 8 of 8 cores and 1 of 4 GPUs")
+    pool.hands[0].state = "opening"
+    assert pool.note() == "0 of 2 workers: each takes a core and 2 GPUs"
+
+
 def test_folders_of_models_are_named_from_the_root_on(tmp_path, monkeypatch):
     config = embedded_family("transformers")
     monkeypatch.chdir(Path(config.small.model).parent)
@@ -459,3 +490,9 @@ def test_ray_is_named_where_it_is_missing(monkeypatch):
 def test_workers_without_a_cluster_are_refused():
     with pytest.raises(ConfigError, match="--ray local"):
         Machines(workers=2)
+
+
+@pytest.mark.parametrize("flag", ["--sequential", "--dry-run"])
+def test_what_runs_in_one_process_is_refused_with_a_cluster(tmp_path, capsys, flag):
+    assert main(["generate", str(tmp_path / "s"), flag, "--ray", "local"]) == 2
+    assert flag in capsys.readouterr().err and not (tmp_path / "s").exists()
