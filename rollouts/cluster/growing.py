@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 from rollouts.cluster.pool import STOP_SECONDS, Cluster, Hand, Pool
 from rollouts.cluster.worker import Job, Orders, Report
@@ -118,17 +119,16 @@ class Growing(Pool):
             self._source, self._lost = None, {}
         if self._lost:
             lost, self._lost = self._lost, {}
-            self._source = _chained(self._again(lost), self._source)
+            self._source = chain(self._again(lost), self._source or ())
         while most > 0 and self._source is not None:
-            tree = next(self._source, None)
-            if tree is None:
+            if (tree := next(self._source, None)) is None:
                 self._source = None
-            elif tree.wants():
-                self._seen += 1
+                return
+            self._seen += 1
+            if tree.wants():
                 most -= 1
                 yield tree
             else:
-                self._seen += 1
                 self.progress.trees += 1
 
     def _again(self, lost: dict[TreeKey, Problem]) -> Iterator[RolloutTree]:
@@ -177,9 +177,3 @@ class Growing(Pool):
         now.under_way = sum(hand.report.under_way for hand in self.hands)
         if self.on_progress:
             self.on_progress(now, self.note())
-
-
-def _chained(first: Iterable[RolloutTree], then: Iterator[RolloutTree] | None) -> Iterator[RolloutTree]:
-    yield from first
-    if then is not None:
-        yield from then

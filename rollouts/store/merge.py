@@ -50,12 +50,14 @@ def merge(store: Store, other: Store) -> dict[str, int]:
     store.note_live(other.live - closed)
     name = other.manifest.get("id") or str(other.path.resolve())  # earlier versions gave none
     taken = store.manifest.setdefault(_TAKEN, {}).setdefault(name, {})
-    added = {"steps": _add(store, store.steps, other, other.steps, "steps", taken)}
-    for kind, table in tables:
-        own, theirs = (each.scores(table) if kind == "scores" else each.grades(table) for each in (store, other))
-        added[f"{kind}/{table}"] = _add(store, own, other, theirs, f"{kind}/{table}", taken)
+    own, theirs = ({_name(table, each): table for table in each.tables()} for each in (store, other))
+    added = {name: _add(store, own[name], other, table, taken) for name, table in theirs.items()}  # steps first
     store.note()
     return added
+
+
+def _name(table: Table, store: Store) -> str:
+    return table.directory.relative_to(store.path).as_posix()
 
 
 def _attach(store: Store, other: Store, tables: Iterable[tuple[str, str]]) -> None:
@@ -65,10 +67,10 @@ def _attach(store: Store, other: Store, tables: Iterable[tuple[str, str]]) -> No
         store.attach(kind, name, {**manifest["process"], "identities": manifest.get("identities", {})}, **shape)
 
 
-def _add(store: Store, own: Table, other: Store, theirs: Table, name: str, taken: dict[str, Any]) -> int:
+def _add(store: Store, own: Table, other: Store, theirs: Table, taken: dict[str, Any]) -> int:
     """Add the rows of a table that lack there, as one shard; return how many."""
     parts = (part for part in _lacking(own, other, theirs) if part.num_rows)
-    before, counters, rows = taken.get(name, {}), theirs.counters(), 0
+    name, counters, rows = _name(own, store), theirs.counters(), 0
 
     def counted() -> Iterator[pa.Table]:
         nonlocal rows
@@ -79,6 +81,7 @@ def _add(store: Store, own: Table, other: Store, theirs: Table, name: str, taken
     if (first := next(parts, None)) is not None:
         if own is store.steps:
             _take_engines(store, other, taken)
+        before = taken.get(name, {})
         grown = {each: max(0, count - before.get(each, 0)) for each, count in counters.items()}
         own.write(counted(), grown, own.next_shard())
     taken[name] = counters

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 from datetime import date
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from bundled_part import bundled_part
 
 from rollouts.__main__ import main
 from rollouts.cli.train_prm import evaluate
-from rollouts.config import ScorerConfig, load_family
+from rollouts.config import ModelConfig, ScorerConfig, load_family
+from rollouts.errors import ConfigError
 from rollouts.files.sealed import sealed
 from rollouts.models.hf import fit
+from rollouts.models.identity import identity
 from rollouts.store.store import Store
 from rollouts.text.prompts import RewardFormat
 from rollouts.text.tokenizer import load_tokenizer, transformers_tokenizer
@@ -114,6 +118,16 @@ def test_the_trunk_is_kept_and_the_head_is_new(trained):
     rows = (made["model.embed_tokens.weight"] != small["model.embed_tokens.weight"]).any(1).nonzero().flatten().tolist()
     style = RewardFormat(load_tokenizer(str(trained)), None, "<extra_0>")
     assert rows == [style.step_tag_id]  # which now means the end of a step
+
+
+def test_a_model_that_was_damaged_since_is_refused(trained, tmp_path):
+    folder = Path(shutil.copytree(trained, tmp_path / "copy"))
+    model = ModelConfig(backend="transformers", model=str(folder))
+    assert identity(model) == identity(model.model_copy(update={"model": str(trained)}))
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-99] + bytes([whole[-99] ^ 1]) + whole[-98:])
+    with pytest.raises(ConfigError, match="copy: damaged model .*model.safetensors is not what was written.* delete "):
+        identity(model)
 
 
 def test_blocks_learn_if_asked(trees, tmp_path):
