@@ -72,7 +72,7 @@ def draw(settings: Settings, found: dict[str, dict[str, Floats]], path: Path) ->
     """Draw the gains over TRIM-Thr, side by side."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
     others = [method for method in settings.methods if method != "TRIM-Thr"]
     for number, split in enumerate(SPLITS):
@@ -84,7 +84,7 @@ def draw(settings: Settings, found: dict[str, dict[str, Floats]], path: Path) ->
         ends = np.abs(np.array([[each.low, each.high] for each in gains]).T - middle)
         axes.errorbar(np.arange(len(others)) + 0.15 * number, middle, ends, fmt="o", capsize=4, label=split)
     axes.axhline(0, color="grey", ls=":")
-    axes.set_xticks(np.arange(len(others)) + 0.075, others)
+    axes.set_xticks(np.arange(len(others)) + 0.075, others, fontsize=8.5)
     axes.set_ylabel("return above TRIM-Thr")
     axes.legend()
     figure.savefig(path, dpi=130)

@@ -59,9 +59,12 @@ def all_kept(make: Callable[[Any, Any], Any], tasks: Mapping[str, Any], settings
     end = time.time() + 60 * settings.minutes
     folder = settings.kept / _plain(settings.rollouts)
     each = [(make, folder / f"{_plain(name)}.pickle", task, settings, end) for name, task in tasks.items()]
-    with ProcessPoolExecutor(settings.processes, get_context("spawn")) as pool:
-        begun = [pool.submit(_keep, *one) for one in each]
-        found = [one.result() for one in track(begun, "fitting")]
+    if settings.processes == 1:
+        found = [_keep(*one) for one in track(each, "fitting")]
+    else:
+        with ProcessPoolExecutor(settings.processes, get_context("spawn")) as pool:
+            begun = [pool.submit(_keep, *one) for one in each]
+            found = [one.result() for one in track(begun, "fitting")]
     if left := sum(one is None for one in found):
         raise SystemExit(f"{left} of {len(tasks)} are left; say the same again.")
     return found
