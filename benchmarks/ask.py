@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from agents.evaluation.bootstrap import Difference, paired_returns, resample_weights
+from agents.evaluation.bootstrap import paired_returns, resample_weights
 from agents.evaluation.splits import halves
 from agents.evaluation.walk import run
 from agents.learners.asking import fit_asking
 from agents.learners.settings import ExactSettings
-from benchmarks.methods import heading, write
+from benchmarks.study import heading, shown, write
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
@@ -73,13 +73,10 @@ def rows(settings: Settings, schema: str, ask: str) -> Iterator[str]:
             weights = resample_weights(len(own))
             assert own.asked is not None
             returns = " | ".join(f"{each.returns(lam).mean():.4f}" for each in (never, always, own))
-            over = " | ".join(_text(paired_returns(own, other, lam, weights)) for other in (never, always))
+            gains = (paired_returns(own, other, lam, weights) for other in (never, always))
+            over = " | ".join(shown(each) if each.value else "same" for each in gains)
             asked = 100 * own.asked.sum() / own.steps.sum()
             yield f"| {price:g} | {lam:g} | {returns} | {asked:.1f} | {over} | {frontier.kind[lam]} | {seconds:.0f} |"
-
-
-def _text(each: Difference) -> str:
-    return f"{each.value + 0.0:+.4f} [{each.low:+.4f}, {each.high:+.4f}]" if each.value else "same"
 
 
 def report(settings: Settings) -> str:
@@ -111,7 +108,7 @@ def report(settings: Settings) -> str:
 def main() -> None:
     """Run the study."""
     settings = tyro.cli(Settings, description=__doc__)
-    write(report(settings), settings.out and settings.out.with_suffix(".md"))
+    write(report(settings), settings.out)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from agents.learners.settings import PPOSettings
 from agents.routers.base import AnyRouter, Constant, Mixture, Threshold
 from agents.routers.budgets import LamCosts, calibrate
 from agents.routers.mlp import ConditionedMLP
-from benchmarks.methods import RANGE, Data, heading, write
+from benchmarks.methods import RANGE, Data
+from benchmarks.study import heading, table, write
 from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
 
@@ -173,20 +174,18 @@ def report(settings: Settings, found: list[Trial]) -> str:
         f"{PART} other problems, held what was realised on a set of {PART} new ones ({found[0].parts} sets for each). "
         "Rows share their draws of problems, so that their errors and coverages go up and down together.",
         "",
-        "| method | target | realised, median (least to greatest) | median error | typical error | covered |",
-        "|---|---:|---:|---:|---:|---:|",
     ]
+    rows = []
     for method, target, value in dict.fromkeys((each.method, each.target, each.value) for each in found):
         own = [each for each in found if (each.method, each.target, each.value) == (method, target, value)]
         realised = np.array([each.realised for each in own])
         error = 100 * (realised / value - 1)
         covered = sum(each.covered for each in own) / sum(each.parts for each in own)
-        lines.append(
-            f"| {method} | {target} {100 * value:g} % | {100 * np.median(realised):.1f} % "
-            f"({100 * realised.min():.1f} to {100 * realised.max():.1f}) | {np.median(error):+.1f} % | "
-            f"{np.median(np.abs(error)):.1f} % | {100 * covered:.0f} % |"
-        )
-    return "\n".join([*lines, ""])
+        span = f"{100 * np.median(realised):.1f} % ({100 * realised.min():.1f} to {100 * realised.max():.1f})"
+        errors = [f"{np.median(error):+.1f} %", f"{np.median(np.abs(error)):.1f} %"]
+        rows.append([method, f"{target} {100 * value:g} %", span, *errors, f"{100 * covered:.0f} %"])
+    head = ["method", "target", "realised, median (least to greatest)", "median error", "typical error", "covered"]
+    return "\n".join([*lines, *table(head, rows), ""])
 
 
 def draw(settings: Settings, found: list[Trial], path: Path) -> None:
@@ -221,7 +220,7 @@ def main() -> None:
     """Run the study."""
     settings = tyro.cli(Settings, description=__doc__)
     found = trials(settings)
-    write(report(settings, found), settings.out and settings.out.with_suffix(".md"))
+    write(report(settings, found), settings.out)
     if settings.out:
         draw(settings, found, settings.out.with_suffix(".png"))
 

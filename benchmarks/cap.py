@@ -1,6 +1,6 @@
 """What a cap on escalations costs: test curves on complete trees and on the same trees cut to K = 1, 2, 3.
 
-    python -m benchmarks.cap --out results/cap.md --picture results/cap
+    python -m benchmarks.cap --out results/cap --picture results/cap
 
 For each cap routers are trained under it (the environment masks escalations beyond K) and evaluated under it;
 always-large is exempt, so all curves have the same ends.
@@ -15,11 +15,12 @@ import tyro
 
 from agents.evaluation.plots import cost_accuracy
 from agents.evaluation.splits import Candidates, Validation
-from agents.evaluation.table import MethodSummary, summarise
+from agents.evaluation.table import MIXING_MARK, MethodSummary, summarise
 from agents.evaluation.walk import measured, references, run
 from agents.learners.loop import Training
 from agents.learners.settings import PPOSettings
 from agents.routers.mlp import at
+from benchmarks.study import percent, table, write
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
@@ -34,7 +35,7 @@ class Settings:
         caps: Caps to compare with none.
         lams: λ of the routers.
         rollouts: A store of complete trees.
-        out: Where to write the table.
+        out: Where to write the table, without suffix.
         picture: Where to draw the curves, without suffix.
     """
 
@@ -67,18 +68,12 @@ def main() -> None:
         summaries.append(summarise(f"TRIM-Agg, {name}", measured(own, choosing, test), both))
         thresholds.append(summarise(f"TRIM-Thr, {name}", measured(simple, choosing, test), both))
         print(f"{name}: done")
-    lines = ["| | " + " | ".join(METRICS) + " |", "|---" + "|---:" * len(METRICS) + "|"]
+    rows = []
     for summary in [*summaries, *thresholds]:
-        cells = []
-        for name in METRICS:
-            each = summary.metrics[name]
-            mark = " †" if name in summary.by_mixing else ""
-            cells.append(f"{100 * each.value:.1f} [{100 * each.low:.1f}, {100 * each.high:.1f}]{mark}")
-        lines.append(f"| {summary.name} | " + " | ".join(cells) + " |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if settings.out:
-        settings.out.write_text(text, encoding="utf-8")
+        marks = (f" {MIXING_MARK}" if name in summary.by_mixing else "" for name in METRICS)
+        cells = (percent(summary.metrics[name]) + mark for name, mark in zip(METRICS, marks, strict=True))
+        rows.append([summary.name, *cells])
+    write("\n".join([*table(["", *METRICS], rows), ""]), settings.out)
     if settings.picture:
         cost_accuracy(summaries, f"{settings.rollouts}, test", settings.picture)
 

@@ -34,14 +34,15 @@ from agents.baselines.methods import (
     Setting,
     fit_all,
 )
-from agents.evaluation.bootstrap import Estimate, curve_band, curve_estimates, holm, paired_means, resample_weights
-from agents.evaluation.curves import CPT_TARGETS, Curve, Method, knots, mixture_at
+from agents.evaluation.bootstrap import curve_band, holm, paired_means, resample_weights
+from agents.evaluation.curves import Curve, Method, knots, mixture_at
 from agents.evaluation.oracle import query_oracle, score_oracle, spread_oracle, step_oracle, tree_oracle
 from agents.evaluation.outcomes import Floats, Outcomes
 from agents.evaluation.walk import alone, run
-from benchmarks.methods import RANGE, Data, heading, scaled, write
+from benchmarks.methods import RANGE, Data, scaled
 from benchmarks.rivals import RIVALS
 from benchmarks.robustness import LAMS
+from benchmarks.study import CURVE, curve_cells, heading, percent, shown, table, write
 from rollouts.errors import StoreError
 from rollouts.store.store import locate
 from rollouts.trees.compile import compile_store
@@ -181,43 +182,29 @@ class Ground:
         return mixture_at(row.method, self.both, AT, [ends.small, *row.priced[price], ends.large])
 
 
-def _cell(each: Estimate, form: str = "{:.1f}", scale: float = 100) -> str:
-    if not np.isfinite(each.value):
-        return "–"
-    return "{} [{}, {}]".format(*(form.format(scale * value) for value in (each.value, each.low, each.high)))
-
-
 def curves(ground: Ground, rows: Sequence[Row], weights: Floats) -> list[str]:
     """Return the table of what is read off the curves, and of returns against the baseline's."""
     own = {row.name: row.returns for row in rows if row.returns is not None}
     others = [name for name in own if name != BASELINE] if BASELINE in own else []
     over = {name: paired_means(own[name], own[BASELINE], weights) for name in others}
     p = dict(zip(others, holm([over[name].p_value for name in others]), strict=True))
-    names = [
-        *(f"CPT({x} %)" for x in CPT_TARGETS),
-        "ΔIBC",
-        "accuracy at 20 %",
-        f"return minus {BASELINE}'s",
-        "p (Holm)",
-    ]
-    lines = [f"| group | method | {' | '.join(names)} |", "|---|---|" + "---:|" * len(names)]
+    lines = []
     for row in rows:
-        metrics, curve = curve_estimates(row.method, ground.both, weights), Curve.of(row.method, ground.both)
-        cells = [_cell(metrics[f"cpt_{x}"]) + (" †" if curve.by_mixing(x) else "") for x in CPT_TARGETS]
-        cells += [_cell(metrics["delta_ibc"], "{:.2f}", 1)]
-        cells += [_cell(each) for each in curve_band(row.method, ground.both, weights, SPENT)]
+        cells = curve_cells(row.method, ground.both, weights)
+        cells += map(percent, curve_band(row.method, ground.both, weights, SPENT))
         gain = over.get(row.name)
-        cells += [_cell(gain, "{:+.4f}", 1), f"{p[row.name]:.2g}"] if gain else ["", ""]
+        cells += [shown(gain), f"{p[row.name]:.2g}"] if gain else ["", ""]
         name = f"**{row.name}**" if row.name in (BASELINE, *ENVELOPES.values()) else row.name
-        lines.append(f"| {row.group} | {name} | {' | '.join(cells)} |")
-    return lines
+        lines.append([row.group, name, *cells])
+    names = [*CURVE, "accuracy at 20 %", f"return minus {BASELINE}'s", "p (Holm)"]
+    return table(["group", "method", *names], lines, left=2)
 
 
 def taken(ground: Ground, rows: Sequence[Row]) -> list[str]:
     """Return the table of what recovering `AT` % of the gap takes, per problem."""
     names = ["large tokens", "small tokens", "discarded", "scorer calls", "serial calls"]
     names += [f"US$ per 1,000 problems, {name} (% of always-large's)" for name in PRICES]
-    lines = [f"| group | method | {' | '.join(names)} |", "|---|---|" + "---:|" * len(names)]
+    lines = []
     found = [
         (row.group, row.name, ground.takes(row), [ground.takes(row, price) for price in PRICES])
         for row in rows
@@ -234,8 +221,8 @@ def taken(ground: Ground, rows: Sequence[Row]) -> list[str]:
             for price, paid in zip(PRICES, dollars, strict=True):
                 share = 100 * paid.cost.mean() / ground.dollars[price].large.cost.mean()
                 cells.append(f"{1000 * paid.cost.mean():.3f} ({share:.0f})")
-        lines.append(f"| {group} | {name} | {' | '.join(cells)} |")
-    return lines
+        lines.append([group, name, *cells])
+    return table(["group", "method", *names], lines, left=2)
 
 
 def _knowing(ground: Ground) -> str:
@@ -379,7 +366,7 @@ def main() -> None:
     """Run the study."""
     settings = tyro.cli(Settings, description=__doc__)
     text, shown = report(settings)
-    write(text, settings.out and settings.out.with_suffix(".md"))
+    write(text, settings.out)
     if settings.out:
         draw(shown, settings.out.with_suffix(".png"))
 

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import tyro
 
-from agents.evaluation.bootstrap import Estimate, curve_band, curve_estimates, holm, paired_means, resample_weights
+from agents.evaluation.bootstrap import Estimate, curve_band, estimate, holm, paired_means, resample_weights
 from agents.evaluation.curves import Curve
 from agents.evaluation.outcomes import Floats
-from benchmarks.methods import heading, write
 from benchmarks.robustness import LAMS
 from benchmarks.rungs import CLASS, DEFAULT, KNOWING, PRM, SIGNALS, Ground, Ladder, Measured, Rung, keep
+from benchmarks.study import CURVE, curve_cells, heading, percent, shown, table, write
 from rollouts.trees.arrays import CONTINUE_SMALL
 from rollouts.trees.compile import compile_store
 from rollouts.trees.stats import auc
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SPENT = np.array([0.05, 0.1, 0.2, 0.3])
-CPTS = (50, 80, 95)
 SEEDED = ("exact", "ppo", "paper")
 LEARNED = (*SEEDED, "pomdp")
 
@@ -66,12 +65,9 @@ class Settings:
     out: Path | None = None
 
 
-def _interval(each: Estimate, form: str = "{:+.4f}") -> str:
-    return "{} [{}, {}]".format(*(form.format(value) for value in (each.value, each.low, each.high)))
-
-
-def _row(rung: Rung, cells: Sequence[str]) -> str:
-    return f"| {f'**{rung.name}**' if rung == DEFAULT else rung.name} | {rung.reads} | {' | '.join(cells)} |"
+def _table(head: Sequence[str], rows: Mapping[Rung, Sequence[str]]) -> list[str]:
+    named = ([f"**{rung.name}**" if rung == DEFAULT else rung.name, rung.reads, *row] for rung, row in rows.items())
+    return table(["rule", "reads", *head], named, left=2)
 
 
 def returns(found: dict[Rung, Measured], baseline: Rung, weights: Floats) -> list[str]:
@@ -79,47 +75,31 @@ def returns(found: dict[Rung, Measured], baseline: Rung, weights: Floats) -> lis
     others = [rung for rung in found if rung != baseline]
     over = {rung: paired_means(found[rung].returns, found[baseline].returns, weights) for rung in others}
     corrected = dict(zip(others, holm([over[rung].p_value for rung in others]), strict=True))
-    lines = [f"| rule | reads | mean return | minus {baseline.told} | p (Holm) |", "|---|---|---:|---:|---:|"]
+    rows = {}
     for rung, own in found.items():
-        mean = paired_means(own.returns, 0 * own.returns, weights)
-        cells = [_interval(mean, "{:.4f}"), "", ""]
-        if rung in over:
-            cells[1:] = [_interval(over[rung]), f"{corrected[rung]:.2g}"]
-        lines.append(_row(rung, cells))
-    return lines
+        mean = shown(paired_means(own.returns, 0 * own.returns, weights), ".4f")
+        rows[rung] = [mean, *([shown(over[rung]), f"{corrected[rung]:.2g}"] if rung in over else ["", ""])]
+    return _table(["mean return", f"minus {baseline.told}", "p (Holm)"], rows)
 
 
 def curves(ground: Ground, found: dict[Rung, Measured], weights: Floats) -> list[str]:
     """Return the table of what is read off the curves, in %."""
-    names = [*(f"CPT({x} %)" for x in CPTS), *(f"accuracy at {100 * c:g} %" for c in SPENT)]
-    lines = [f"| rule | reads | {' | '.join(names)} |", "|---|---|" + "---:|" * len(names)]
+    rows = {}
     for rung, own in found.items():
-        curve, metrics = Curve.of(own.method, ground.both), curve_estimates(own.method, ground.both, weights)
-        cells = []
-        for x in CPTS:
-            cost = _percent(metrics[f"cpt_{x}"])
-            cells.append(f"{cost} †" if curve.by_mixing(x) else cost)
-        cells += map(_percent, curve_band(own.method, ground.both, weights, SPENT))
-        lines.append(_row(rung, cells))
-    return lines
-
-
-def _percent(each: Estimate) -> str:
-    return f"{100 * each.value:.1f} [{100 * each.low:.1f}, {100 * each.high:.1f}]"
+        *costs, _ = curve_cells(own.method, ground.both, weights)
+        rows[rung] = [*costs, *map(percent, curve_band(own.method, ground.both, weights, SPENT))]
+    return _table([*CURVE[:-1], *(f"accuracy at {100 * c:g} %" for c in SPENT)], rows)
 
 
 def by_lam(found: dict[Rung, Measured]) -> list[str]:
     """Return a table of returns by λ, and how far seeds differ."""
     lams = next(iter(found.values())).lams
-    lines = [
-        "| rule | reads | " + " | ".join(f"{lam:g}" for lam in lams) + " | seeds |",
-        "|---|---|" + "---:|" * (len(lams) + 1),
-    ]
+    rows = {}
     for rung, own in found.items():
         values = [f"{each.returns(lam).mean():.4f}" for each, lam in zip(own.by_lam, lams, strict=True)]
         seeds = f"{min(own.seeds):.4f} to {max(own.seeds):.4f} ({len(own.seeds)})" if rung.kind in SEEDED else ""
-        lines.append(_row(rung, [*values, seeds]))
-    return lines
+        rows[rung] = [*values, seeds]
+    return _table([*(f"{lam:g}" for lam in lams), "seeds"], rows)
 
 
 def way(found: dict[Rung, Measured], rung: Rung, weights: Floats) -> Estimate:
@@ -131,8 +111,7 @@ def way(found: dict[Rung, Measured], rung: Rung, weights: Floats) -> Estimate:
         return values
 
     columns = np.stack([low, high, own], axis=-1)
-    samples = share(weights @ columns)
-    return Estimate(float(share(columns.mean(axis=0))), *map(float, np.quantile(samples, [0.025, 0.975])), 0.0)
+    return estimate(share(columns.mean(axis=0)), share(weights @ columns))
 
 
 def named(found: dict[Rung, Measured], group: str, kinds: Sequence[str]) -> Rung:
@@ -150,7 +129,7 @@ def conclusions(found: dict[Rung, Measured], priced: dict[Rung, Measured], weigh
 
     def gain(group: str) -> str:
         learned, simple = (named(found, group, kinds) for kinds in (LEARNED, ("threshold",)))
-        return _interval(paired_means(found[learned].returns, found[simple].returns, weights), "{:+.3f}")
+        return shown(paired_means(found[learned].returns, found[simple].returns, weights), "+.3f")
 
     best = named(found, "all", LEARNED)
     share = way(found, best, weights)
@@ -342,7 +321,7 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     left = fit_all(Ladder(settings.rollouts, settings.fits, settings.seeds), settings.minutes, settings.processes)
     text, ground, found = report(settings, left)
-    write(text, settings.out and settings.out.with_suffix(".md"))
+    write(text, settings.out)
     if settings.out:
         draw(ground, found, settings.split, settings.out.with_suffix(".png"))
 

@@ -1,6 +1,6 @@
 """Training and evaluation on large stores: processor time and memory by number of problems.
 
-    python -m benchmarks.large --problems 1000 10000 100000 --out results/large.md
+    python -m benchmarks.large --problems 1000 10000 100000 --out results/large
 
 Compiled trees are made up: right and wrong steps, scores that tell them apart with noise, trees closed under K = 2 of
 some 50 nodes. The commands are those of a user, in processes of their own. *Anonymous* memory is what cannot be given
@@ -25,7 +25,7 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from benchmarks import synthetic
-from benchmarks.methods import heading, write
+from benchmarks.study import heading, write
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
 from rollouts.trees.arrays import MISSING, TERMINAL
@@ -49,7 +49,7 @@ class Settings:
         problems: Sizes of the stores; 8 in 10 problems are for training, one for validation, one to test.
         commands: Which commands.
         place: Folder for the stores; default: a temporary one.
-        out: Report; default: print only.
+        out: Report, without suffix; default: print only.
     """
 
     problems: tuple[int, ...] = (1000, 10_000, 100_000)

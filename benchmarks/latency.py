@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.walk import references, run, walked
 from agents.routers.base import AnyRouter, Threshold
-from benchmarks.methods import Data, heading, write
+from benchmarks.methods import Data
 from benchmarks.rivals import fitted
 from benchmarks.stage import body, chunks, connected, stage
+from benchmarks.study import heading, table, write
 from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
 
@@ -139,19 +140,17 @@ def _checks(found: dict[float, Requests], settings: Settings) -> list[str]:
         "the same count of calls: the rest is the service, its connections, and waiting for the processors, on which "
         "other jobs ran.",
         "",
-        "| threshold | steps | escalations | seconds, measured | predicted | error | thinking |",
-        "|---|---:|---:|---:|---:|---:|---:|",
     ]
+    rows = []
     for threshold, own in sorted(found.items()):
         said, mean = float((own.calls @ times).mean()), float(own.seconds.mean())
         note = " (fitted)" if threshold in FITTED else ""
         spread = 1.96 * own.seconds.std(ddof=1) / len(own.seconds) ** 0.5
-        lines.append(
-            f"| {threshold:g}{note} | {own.calls[:, 1].mean():.2f} | {own.calls[:, 2].mean():.2f} | "
-            f"{mean:.3f} ± {spread:.3f} | {said:.3f} | {100 * (said / mean - 1):+.1f} % | "
-            f"{float((own.calls @ stated).mean()):.3f} |"
-        )
-    return [*lines, ""]
+        counts = [f"{own.calls[:, 1].mean():.2f}", f"{own.calls[:, 2].mean():.2f}"]
+        times_ = [f"{mean:.3f} ± {spread:.3f}", f"{said:.3f}", f"{100 * (said / mean - 1):+.1f} %"]
+        rows.append([f"{threshold:g}{note}", *counts, *times_, f"{float((own.calls @ stated).mean()):.3f}"])
+    head = ["threshold", "steps", "escalations", "seconds, measured", "predicted", "error", "thinking"]
+    return [*lines, *table(head, rows), ""]
 
 
 def _read_off(settings: Settings) -> list[str]:
@@ -168,20 +167,19 @@ def _read_off(settings: Settings) -> list[str]:
         "assumed, not measured. Routers at the operating point that solves nearest to 80 % of the gap on validation; "
         "models alone write in one call.",
         "",
-        "| router | solves | cost | seconds | of always-large |",
-        "|---|---:|---:|---:|---:|",
     ]
 
-    def row(name: str, outcomes: Outcomes, seconds: float) -> str:
+    def row(name: str, outcomes: Outcomes, seconds: float) -> list[str]:
         share = 100 * outcomes.cost.sum() / both.large.cost.sum()
-        return f"| {name} | {100 * outcomes.correct.mean():.1f} | {share:.1f} | {seconds:.2f} | {seconds / large:.2f} |"
+        solves = f"{100 * outcomes.correct.mean():.1f}"
+        return [name, solves, f"{share:.1f}", f"{seconds:.2f}", f"{seconds / large:.2f}"]
 
-    lines += [row("always-small", both.small, small), row("always-large", both.large, large)]
+    rows = [row("always-small", both.small, small), row("always-large", both.large, large)]
     for threshold in (0.1, 0.4, 0.7):
         router = Threshold(threshold)
         paper = f" (paper: {PAPER[threshold] / PAPER['always-large']:.2f} of always-large)"
         seconds = solution_seconds(router, tables, settings, reads_scorer=True)
-        lines.append(row(f"TRIM-Thr, k = {threshold:g}{paper}", run(router, tables), seconds))
+        rows.append(row(f"TRIM-Thr, k = {threshold:g}{paper}", run(router, tables), seconds))
     for name, reads in (("TRIM-Thr (RSD)", True), ("takeover", True), ("GlimpRouter", False), ("exact", True),
                         ("Arbitrage", True), ("Arbitrage, free", False),
                         ("one-deviation advantage", True), ("one-deviation advantage, free", False)):  # fmt: skip
@@ -189,8 +187,8 @@ def _read_off(settings: Settings) -> list[str]:
         gap = [chosen.choosing.small.correct.mean(), chosen.choosing.large.correct.mean()]
         wanted = gap[0] + 0.8 * (gap[1] - gap[0])
         router, _ = min(chosen.points, key=lambda point: abs(point[1].correct.mean() - wanted))
-        lines.append(row(name, run(router, tables), solution_seconds(router, tables, settings, reads_scorer=reads)))
-    return [*lines, ""]
+        rows.append(row(name, run(router, tables), solution_seconds(router, tables, settings, reads_scorer=reads)))
+    return [*lines, *table(["router", "solves", "cost", "seconds", "of always-large"], rows), ""]
 
 
 def main() -> None:
@@ -204,7 +202,7 @@ def main() -> None:
         "and 0.7 (two H100, vLLM, prefix caching; arXiv 2601.10245).",
         "",
     ]
-    write("\n".join(lines), settings.out and settings.out.with_suffix(".md"))
+    write("\n".join(lines), settings.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How many problems does a router need? Learning curves on the bundled rollouts.
 
     python -m benchmarks.little_data --out results/little_data
-    python -m benchmarks.little_data --minutes 4 ...       # a slice: what is fitted is kept in --cells
+    python -m benchmarks.little_data --minutes 4 ...       # a slice: what is fitted is kept in --kept
 
 For each size, some training problems are drawn and a fifth as many validation problems (20 at least), for choosing
 thresholds and restarts; every method is fitted on them as `train.py` would, and evaluated on the test split, or with
@@ -11,12 +11,7 @@ over four λ; the first method's is compared with the others', paired on problem
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import time
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -24,9 +19,9 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from agents.evaluation.bootstrap import resample_weights
-from benchmarks.methods import LAMS, METHODS, Data, Fitted, best_constant, fit, heading, returns, write
-from rollouts.files.sealed import read_sealed, sealed
+from agents.evaluation.bootstrap import estimate, resample_weights
+from benchmarks.methods import LAMS, METHODS, Data, Fitted, best_constant, fit, returns
+from benchmarks.study import Study, all_kept, heading, shown, table, write
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
@@ -37,7 +32,7 @@ _OTHERS = (
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Study):
     """Settings of the study.
 
     Attributes:
@@ -45,22 +40,13 @@ class Settings:
         seeds: Draws of each size.
         methods: Which routers.
         split: What they are evaluated on.
-        rollouts: The store.
-        processes: Fits side by side.
-        cells: Folder in which figures are kept, and looked up.
-        minutes: Begin no further fit after so many, and report what there is once all are there.
-        out: Folder for report and picture; default: print only.
     """
 
     sizes: tuple[int, ...] = (50, 150, 500, 2000)
     seeds: int = 3
     methods: tuple[str, ...] = tuple(METHODS)
     split: Literal["test", "validation"] = "test"
-    rollouts: str = "quickstart"
-    processes: int = 2
-    cells: Path = Path("runs/little_data")
-    minutes: float = float("inf")
-    out: Path | None = None
+    kept: Path = Path("runs/little_data")
 
 
 @dataclass(frozen=True)
@@ -79,26 +65,10 @@ class Cell:
         return float(np.mean(list(self.returns.values()))) if self.returns else float("nan")
 
 
-Task = tuple[str, int, int, str, str]
-
-
-def kept(task: Task, cells: Path, end: float) -> Cell | None:
-    """Return a cell that is kept, or fit it and keep it; None if time is up."""
-    file = cells / ("-".join(map(str, task)).replace("/", "_") + ".json")
-    with suppress(FileNotFoundError, ValueError):  # not there, or damaged
-        return Cell(**read_sealed(file))
-    if time.time() > end:
-        return None
-    cells.mkdir(parents=True, exist_ok=True)
-    cell = measure(task)
-    file.write_text(json.dumps(sealed(asdict(cell))), encoding="utf-8")
-    return cell
-
-
-def measure(task: Task) -> Cell:
+def measure(task: tuple[str, int, int, str], settings: Settings) -> Cell:
     """Fit one method on one draw."""
-    method, size, seed, rollouts, split = task
-    trees = compile_store(rollouts)
+    method, size, seed, split = task
+    trees = compile_store(settings.rollouts)
     data = Data.of(trees, size, seed)
     found = fit(method, data, seed)
     if not isinstance(found, Fitted):
@@ -116,8 +86,7 @@ def paired(ours: list[Cell], others: list[Cell]) -> str:
         for problem in one.returns.keys() & other.returns.keys():
             differences.setdefault(problem, []).append(one.returns[problem] - other.returns[problem])
     each = np.array([np.mean(differences[problem]) for problem in sorted(differences)])
-    low, high = np.quantile(resample_weights(len(each)) @ each, [0.025, 0.975])
-    return f"{each.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
+    return shown(estimate(each.mean(), resample_weights(len(each)) @ each))
 
 
 def report(settings: Settings, cells: list[Cell]) -> str:
@@ -131,17 +100,17 @@ def report(settings: Settings, cells: list[Cell]) -> str:
         f"constant for each λ: {best_constant(tables):.4f}.",
         *(["", _OTHERS] if settings.split == "validation" else []),
         "",
-        "| training problems | " + " | ".join(settings.methods) + " |",
-        "|---:|" + "---:|" * len(settings.methods),
     ]
+    rows = []
     for size in settings.sizes:
-        row = []
+        row = [f"{size:,}"]
         for method in settings.methods:
             own = [cell for cell in cells if (cell.method, cell.size) == (method, size)]
             good = [cell.value for cell in own if not cell.refused]
             text = f"{np.mean(good):.4f} ({min(good):.4f} to {max(good):.4f})" if good else "-"
             row.append(text + (f", {len(own) - len(good)} of {len(own)} refused" if len(good) < len(own) else ""))
-        lines.append(f"| {size:,} | " + " | ".join(row) + " |")
+        rows.append(row)
+    lines += table(["training problems", *settings.methods], rows, left=0)
     first, *others = settings.methods
     lines += ["", f"`{first}` minus another, paired on problems, 95 % (of problems, not of draws):", ""]
     for size, method in product(settings.sizes, others):
@@ -179,22 +148,14 @@ def draw(settings: Settings, cells: list[Cell], path: Path) -> None:
 
 def main() -> None:
     """Run the study."""
-    from rich.progress import track
-
     settings = tyro.cli(Settings, description=__doc__)
     compile_store(settings.rollouts)
     tasks = [
-        (method, size, seed, settings.rollouts, settings.split)
+        (method, size, seed, settings.split)
         for size, seed, method in product(settings.sizes, range(settings.seeds), settings.methods)
     ]
-    fitting = partial(kept, cells=settings.cells, end=time.time() + 60 * settings.minutes)
-    with multiprocessing.get_context("spawn").Pool(settings.processes) as pool:
-        found = list(track(pool.imap(fitting, tasks), "fitting", total=len(tasks)))
-    cells = [cell for cell in found if cell]
-    if len(cells) < len(found):
-        print(f"{len(found) - len(cells)} of {len(found)} fits are left; the same command goes on.")
-        return
-    write(report(settings, cells), settings.out and settings.out.with_suffix(".md"))
+    cells = all_kept(measure, {"-".join(map(str, task)): task for task in tasks}, settings)
+    write(report(settings, cells), settings.out)
     if settings.out:
         draw(settings, cells, settings.out.with_suffix(".png"))
 

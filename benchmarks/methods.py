@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
-import os
-import pickle
-import subprocess
 import time
-import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +25,6 @@ from rollouts.errors import DataError
 from rollouts.trees.arrays import Trees
 from trim_env.tables import DecisionTables, decision_tables
 
-_CHECKSUM = b"\ncrc-32 "  # between what is kept and its checksum
 LAMS = (7.5e-4, 1.7e-3, 3.8e-3, 8.5e-3)
 RANGE = (4e-4, 1.2e-2)
 TOKENS = 134.4
@@ -176,63 +166,3 @@ def best_constant(tables: DecisionTables, lams: Sequence[float] = LAMS) -> float
     """Return the mean over λ of the return of the better constant."""
     both: list[Outcomes] = [run(Constant(action), tables) for action in (0, 1)]
     return float(np.mean([max(each.returns(lam).mean() for each in both) for lam in lams]))
-
-
-def kept(file: Path, make: Callable[[], Any], end: float = float("inf")) -> Any:
-    """Return what a file keeps; if it is not there or damaged make and keep it, or after `end` return None."""
-    with suppress(FileNotFoundError, DataError):
-        return read_kept(file)
-    if time.time() > end:
-        return None
-    found = make()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    data = pickle.dumps(found)
-    file.write_bytes(data + _CHECKSUM + zlib.crc32(data).to_bytes(4))
-    return found
-
-
-def read_kept(file: Path) -> Any:
-    """Return what a file keeps, which in earlier versions had no checksum; raises `DataError` if it is damaged."""
-    whole = file.read_bytes()
-    data, mark, told = whole.rpartition(_CHECKSUM)
-    if not mark or len(told) != 4:
-        data = whole
-    elif zlib.crc32(data) != int.from_bytes(told):
-        raise DataError(f"{file}: damaged. Delete it.")
-    try:
-        return pickle.loads(data)
-    except Exception as error:  # pickles raise anything
-        raise DataError(f"{file}: damaged ({error}). Delete it.") from error
-
-
-def all_kept(measure: Callable[..., Any], tasks: Sequence[Any], settings: Any) -> list[Any]:
-    """Return what ``measure(task, settings, end)`` gives for all tasks, side by side.
-
-    Raises:
-        SystemExit: ``settings.minutes`` were over before all were begun; what is kept is there the next time.
-    """
-    from rich.progress import track
-
-    end = time.time() + 60 * settings.minutes
-    with ProcessPoolExecutor(settings.processes, get_context("spawn")) as pool:
-        begun = [pool.submit(measure, task, settings, end) for task in tasks]
-        found = [each.result() for each in track(begun, "fitting")]
-    if left := sum(each is None for each in found):
-        raise SystemExit(f"{left} of {len(tasks)} are left; say the same again.")
-    return found
-
-
-def heading(title: str, command: str) -> list[str]:
-    """Return a report's first lines: title, command, date, commit, machine."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    cores = f"{os.cpu_count()} shared cores without a GPU"
-    stamp = f"`python -m benchmarks.{command}`, {datetime.date.today()}, commit {commit.stdout.strip()}, {cores}."
-    return [f"# {title}", "", stamp, ""]
-
-
-def write(text: str, out: Path | None) -> None:
-    """Print a report, and write it where wanted."""
-    print(text)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")

@@ -20,7 +20,8 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from benchmarks.methods import LAMS, METHODS, Data, Fitted, all_kept, best_constant, fit, heading, kept, returns, write
+from benchmarks.methods import LAMS, METHODS, Data, Fitted, best_constant, fit, returns
+from benchmarks.study import Study, all_kept, heading, table, write
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, Trees
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
@@ -35,24 +36,15 @@ LEVELS: dict[str, tuple[float, ...]] = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Study):
     """Settings of the study.
 
     Attributes:
         methods: Which routers.
-        rollouts: The store.
-        kept: Folder in which what was measured is kept, and looked up.
-        minutes: Begin nothing more after so many.
-        processes: Fits side by side.
-        out: Report and picture, without suffix; default: print only.
     """
 
     methods: tuple[str, ...] = tuple(METHODS)
-    rollouts: str = "quickstart"
     kept: Path = Path("runs/noise")
-    minutes: float = float("inf")
-    processes: int = 2
-    out: Path | None = None
 
 
 def damaged(trees: Trees, kind: str, level: float, seed: int = 0) -> Trees:
@@ -116,21 +108,23 @@ class Cell:
     surprised: float
 
 
-def measure(task: tuple[str, str, float], settings: Settings, end: float) -> Cell | None:
-    """Fit one method on good scores and on one damage of them, unless that is kept or time is up."""
-    method, kind, level = task
-    good, name = compile_store(settings.rollouts), method.replace(" ", "-")
-    clean = kept(settings.kept / f"{name}.pickle", lambda: fit(method, Data.of(good), 0), end)
+Clean = Fitted | str
+"""What comes of fitting on good scores."""
 
-    def made() -> Cell:
-        trees = damaged(good, kind, level)
-        own = clean if kind == "none" else fit(method, Data.of(trees), 0)
-        test = decision_tables(trees, "test")
-        values = [float(returns(each, test).mean()) if isinstance(each, Fitted) else np.nan for each in (own, clean)]
-        return Cell(method, kind, level, *values)
 
-    found: Cell | None = kept(settings.kept / f"{name}-{kind}-{level:g}.pickle", made, 0.0 if clean is None else end)
-    return found
+def fit_clean(method: str, settings: Settings) -> Clean:
+    """Fit one method on good scores."""
+    return fit(method, Data.of(compile_store(settings.rollouts)), 0)
+
+
+def measure(task: tuple[str, str, float, Clean], settings: Settings) -> Cell:
+    """Fit one method on one damage of the scores and return what it comes to, beside one fitted on good ones."""
+    method, kind, level, clean = task
+    trees = damaged(compile_store(settings.rollouts), kind, level)
+    own = clean if kind == "none" else fit(method, Data.of(trees), 0)
+    test = decision_tables(trees, "test")
+    values = [float(returns(each, test).mean()) if isinstance(each, Fitted) else np.nan for each in (own, clean)]
+    return Cell(method, kind, level, *values)
 
 
 def report(settings: Settings, cells: list[Cell]) -> str:
@@ -141,17 +135,16 @@ def report(settings: Settings, cells: list[Cell]) -> str:
         f"Mean test return over λ = {', '.join(f'{lam:g}' for lam in LAMS)}: fitted on the damaged scores / fitted on "
         f"good ones and run on damaged ones. One training each. The better constant for each λ: {constant:.4f}.",
         "",
-        "| damage | level | " + " | ".join(settings.methods) + " |",
-        "|---|---:|" + "---:|" * len(settings.methods),
     ]
+    rows = []
     for kind, levels in LEVELS.items():
         for level in levels:
             row = []
             for method in settings.methods:
                 (own,) = [c for c in cells if (c.method, c.kind, c.level) == (method, kind, level)]
                 row.append(f"{own.fitted:.4f} / {own.surprised:.4f}" if kind != "none" else f"{own.fitted:.4f}")
-            lines.append(f"| {kind} | {level:g} | " + " | ".join(row) + " |")
-    return "\n".join([*lines, ""])
+            rows.append([kind, f"{level:g}", *row])
+    return "\n".join([*lines, *table(["damage", "level", *settings.methods], rows), ""])
 
 
 def draw(settings: Settings, cells: list[Cell], path: Path) -> None:
@@ -181,9 +174,15 @@ def main() -> None:
     """Run the study."""
     settings = tyro.cli(Settings, description=__doc__)
     compile_store(settings.rollouts)
-    damages = [(kind, level) for kind, levels in LEVELS.items() for level in levels]
-    cells = all_kept(measure, [(method, *damage) for method in settings.methods for damage in damages], settings)
-    write(report(settings, cells), settings.out and settings.out.with_suffix(".md"))
+    clean = all_kept(fit_clean, {method: method for method in settings.methods}, settings)
+    tasks = {
+        f"{method}-{kind}-{level:g}": (method, kind, level, own)
+        for method, own in zip(settings.methods, clean, strict=True)
+        for kind, levels in LEVELS.items()
+        for level in levels
+    }
+    cells = all_kept(measure, tasks, settings)
+    write(report(settings, cells), settings.out)
     if settings.out:
         draw(settings, cells, settings.out.with_suffix(".png"))
 

@@ -1,7 +1,7 @@
 """The paper's experiments on rollouts, beside its figures: takeover, interventions, noisy scores, other problems.
 
     OMP_NUM_THREADS=1 python -m benchmarks.paper --out results/paper
-    OMP_NUM_THREADS=1 python -m benchmarks.paper --minutes 3 ...          # a slice: what is done is kept in --kept
+    OMP_NUM_THREADS=1 python -m benchmarks.paper --minutes 3 ...          # a slice: what is fitted is kept in --kept
 
 Every method (`benchmarks.rivals`) is fitted on training trees, its 16 operating points and their hull are chosen on
 validation. The paper's figures are those of its tables and text (Kapoor et al., ICLR 2026, arXiv 2601.10245). How long
@@ -10,9 +10,8 @@ solutions take is `benchmarks.latency`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +19,17 @@ import tyro
 
 from agents.baselines.methods import BASELINES, CASCADE, QUERY, SELF_VERIFIED, Fitting
 from agents.baselines.methods import fit as fit_whole
-from agents.evaluation.bootstrap import Estimate, curve_estimates, resample_weights
+from agents.evaluation.bootstrap import Estimate, resample_weights
 from agents.evaluation.compare import compare_curves
-from agents.evaluation.curves import Curve, Method, Points, References
+from agents.evaluation.curves import Method, Points, References
 from agents.evaluation.oracle import score_oracle, step_oracle
 from agents.evaluation.outcomes import Floats, Outcomes, Solutions
 from agents.evaluation.walk import references, run
 from agents.routers.base import Threshold
-from benchmarks.methods import Data, all_kept, heading, kept, read_kept, write
+from benchmarks.methods import Data
 from benchmarks.noise import damaged
 from benchmarks.rivals import RIVALS, fitted, with_splits
-from benchmarks.robustness import average
+from benchmarks.study import CURVE, Study, all_kept, average, curve_cells, heading, table, write
 from rollouts.trees.arrays import Trees
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
@@ -41,7 +40,6 @@ NOISY = (THR, "TRIM-POMDP", AGG, "exact", "Arbitrage", "one-deviation advantage"
 WHOLE = {each.name: each for each in BASELINES if each.group in (CASCADE, QUERY) and each.name != SELF_VERIFIED}
 ELSEWHERE = (*(name for name in RIVALS if name != "takeover by exact"), *WHOLE)  # trained on the other set
 CLEAN, OTHER = "quickstart", "ood"
-CPTS = (50, 80, 95)
 K = 0.35
 """The threshold at which the paper counts interventions."""
 
@@ -58,22 +56,10 @@ TRANSFER = {"OlympiadBench": 2.57, "Minerva": 3.12}  # ΔIBC of TRIM-Agg trained
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Settings of the study.
+class Settings(Study):
+    """Settings of the study."""
 
-    Attributes:
-        rollouts: The store.
-        kept: Folder in which fits are kept, and looked up.
-        minutes: Begin no further fit after so many.
-        processes: Fits side by side.
-        out: Report, without suffix; default: print only.
-    """
-
-    rollouts: str = "quickstart"
     kept: Path = Path("runs/paper")
-    minutes: float = float("inf")
-    processes: int = 2
-    out: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -91,9 +77,9 @@ class Task:
     level: float = 0.0
 
     @property
-    def file(self) -> str:
-        """Name of the file in which it is kept."""
-        return f"{self.method.replace(' ', '-')}-{self.on}-{self.level:g}.pickle"
+    def name(self) -> str:
+        """What it is kept as."""
+        return f"{self.method}-{self.on}-{self.level:g}"
 
 
 TASKS = [
@@ -140,13 +126,8 @@ def trees_of(task: Task, trees: Trees) -> tuple[Trees, tuple[str, ...]]:
     return with_splits(trees, {**masks, "test": trees.splits == "test"}), ("held", "test")
 
 
-def measure(task: Task, settings: Settings, end: float) -> Found | None:
-    """Fit a method and keep what it comes to, unless that is there or time is up."""
-    found: Found | None = kept(settings.kept / task.file, lambda: _made(task, settings), end)
-    return found
-
-
-def _made(task: Task, settings: Settings) -> Found:
+def measure(task: Task, settings: Settings) -> Found:
+    """Fit a method and return what it comes to."""
     trees, splits = trees_of(task, compile_store(settings.rollouts))
     both = {split: references(decision_tables(trees, split)) for split in splits}
     if task.method in WHOLE:
@@ -163,21 +144,16 @@ def _made(task: Task, settings: Settings) -> Found:
     return Found(validation, chosen.choosing, points, both, chosen.seconds)
 
 
-@cache
-def _read(file: Path) -> Found:
-    found: Found = read_kept(file)
-    return found
-
-
 @dataclass(frozen=True)
 class Results:
-    """All fits, read where they are kept."""
+    """All fits on the problems of a store."""
 
-    settings: Settings
+    rollouts: str
+    found: Mapping[Task, Found]
 
     def __call__(self, method: str, on: str = CLEAN, level: float = 0.0) -> Found:
         """Return one, by the fields of its task."""
-        return _read(self.settings.kept / Task(method, on, level).file)
+        return self.found[Task(method, on, level)]
 
     def crossed(self, method: str, split: str) -> tuple[Method, References]:
         """Return a method that was trained on each half of the other problems, and its references.
@@ -204,40 +180,17 @@ def _after(parts: Sequence[Outcomes]) -> Outcomes:
     return Outcomes(ids, *(np.concatenate([getattr(part, column) for part in parts]) for column in Outcomes.columns()))
 
 
-def _percent(each: Estimate, digits: int = 1) -> str:
-    return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(
-        *(100 * value for value in (each.value, each.low, each.high)), d=digits
-    )
-
-
-def cells(method: Method, both: References, weights: Floats) -> list[str]:
-    """Return CPTs, in %, and ΔIBC, with intervals."""
-    metrics, curve = curve_estimates(method, both, weights), Curve.of(method, both)
-    row = [_percent(metrics[f"cpt_{x}"]) + (" †" if curve.by_mixing(x) else "") for x in CPTS]
-    ibc = metrics["delta_ibc"]
-    return [*row, f"{ibc.value:.2f} [{ibc.low:.2f}, {ibc.high:.2f}]"]
-
-
-HEAD = [f"CPT({x} %)" for x in CPTS] + ["ΔIBC"]
-
-
-def table(first: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table in Markdown."""
-    lines = [f"| {first} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-    return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
-
-
 def _cited(values: Sequence[float]) -> list[str]:
     return [*(f"{value:.1f}" for value in values[:-1]), f"{values[-1]:.2f}"]
 
 
 def all_methods(results: Results, weights: Floats) -> list[str]:
     """Return all methods on the test split, and points of reference."""
-    tables, rows = decision_tables(results.settings.rollouts, "test"), []
+    tables, rows = decision_tables(results.rollouts, "test"), []
     both = references(tables)
     for name, rival in RIVALS.items():
         found = results(name)
-        rows.append([name, rival.reads, *cells(found.method("test"), both, weights), f"{found.seconds:.1f}"])
+        rows.append([name, rival.reads, *curve_cells(found.method("test"), both, weights), f"{found.seconds:.1f}"])
     shown = {
         "oracle of scores (Δ > 0)": score_oracle(tables),
         "small step wrong, large step right": step_oracle(tables),
@@ -250,7 +203,8 @@ def all_methods(results: Results, weights: Floats) -> list[str]:
     return [
         "## All step-level methods",
         "",
-        *table("method", ["reads", *HEAD, "seconds"], rows),
+        *table(["method", "reads", *CURVE, "seconds"], rows),
+        "",
         f"Reference points: {'; '.join(points)}. The first, Arbitrage's own, is no upper bound: it trusts the scorer. "
         "SpecReason-like has the large model's least log-probability of a step stand for the digit that it would be "
         "asked for, and pays one large token at every step. Accepted steps alone are charged for to Arbitrage, which "
@@ -266,7 +220,7 @@ def takeover(results: Results, both: References, weights: Floats) -> list[str]:
     for name, label in ((THR, "steps"), ("takeover", "takeover"), ("exact", "steps, exact"),
                         ("takeover by exact", "takeover by exact")):  # fmt: skip
         found[name] = results(name).method("test")
-        rows.append([f"here, {label}", *cells(found[name], both, weights)])
+        rows.append([f"here, {label}", *curve_cells(found[name], both, weights)])
     dearer = compare_curves(("takeover", THR), found["takeover"], found[THR], both, weights).metrics["cpt_95_percent"]
     learnt = compare_curves(
         ("takeover by exact", "exact"), found["takeover by exact"], found["exact"], both, weights
@@ -276,7 +230,8 @@ def takeover(results: Results, both: References, weights: Floats) -> list[str]:
         "",
         "From the first escalation on the large model writes everything, and the small one is not asked any more.",
         "",
-        *table("", HEAD, rows),
+        *table(["", *CURVE], rows),
+        "",
         f"With thresholds, takeover makes CPT(95 %) {_change(dearer)}; in the paper 55 % (MATH-500) and 58 % (AIME) "
         f"dearer. With a learned trigger it makes CPT(80 %) {_change(learnt)}. That a threshold loses little by taking "
         "over is a property of tinymath: the score of a whole path stays low after a mistake, so that a threshold "
@@ -295,10 +250,10 @@ def _change(percent: Estimate) -> str:
 
 def interventions(results: Results, both: References) -> list[str]:
     """Return by how many escalations problems are rescued."""
-    validation = decision_tables(results.settings.rollouts, "validation")
+    validation = decision_tables(results.rollouts, "validation")
     simple = Threshold(K)
     spent = run(simple, validation).cost.mean()
-    found = {f"TRIM-Thr, k = {K:g}": run(simple, decision_tables(results.settings.rollouts, "test"))}
+    found = {f"TRIM-Thr, k = {K:g}": run(simple, decision_tables(results.rollouts, "test"))}
     for name in ("TRIM-POMDP", "exact", "Arbitrage", "one-deviation advantage"):
         own = results(name)
         nearest = int(np.argmin([abs(outcomes.cost.mean() - spent) for _, outcomes in own.validation]))
@@ -319,7 +274,8 @@ def interventions(results: Results, both: References) -> list[str]:
         f"always-large's. The others are at the operating point whose cost on validation is nearest to that of "
         f"k = {K:g}.",
         "",
-        *table("", ["rescued", "1", "2", "3", "more", "cost"], rows),
+        *table(["", "rescued", "1", "2", "3", "more", "cost"], rows),
+        "",
     ]
 
 
@@ -334,7 +290,7 @@ def noise(results: Results, both: References, weights: Floats) -> list[str]:
     for kind, level in ((CLEAN, 0.0), *DAMAGE):
         for method in NOISY:
             if Task(method, kind, level) in TASKS:
-                row = cells(results(method, kind, level).method("test"), both, weights)
+                row = curve_cells(results(method, kind, level).method("test"), both, weights)
                 rows.append([method, "none" if kind == CLEAN else f"{kind} {level:g}", *row])
     return [
         "## Noisy scores",
@@ -344,13 +300,14 @@ def noise(results: Results, both: References, weights: Floats) -> list[str]:
         "along it, as they do where inputs were padded wrongly. The paper's two rows have no clean counterpart on that "
         "set.",
         "",
-        *table("method", ["damage", *HEAD], rows),
+        *table(["method", "damage", *CURVE], rows),
+        "",
     ]
 
 
 def transfer(results: Results) -> list[str]:
     """Return what methods come to on the other set of problems."""
-    there = {split: references(decision_tables(results.settings.rollouts, split)) for split in ("test", OTHER)}
+    there = {split: references(decision_tables(results.rollouts, split)) for split in ("test", OTHER)}
     rows = []
     for method in ELSEWHERE:
         (held, both), (back, _) = (results.crossed(method, split) for split in ("held", "test"))
@@ -361,7 +318,7 @@ def transfer(results: Results) -> list[str]:
             (OTHER, OTHER, held, both),
             (CLEAN, OTHER, away.method(OTHER), there[OTHER]),
         ):
-            rows.append([method, trained, tested, *cells(found, against, resample_weights(len(against.small)))])
+            rows.append([method, trained, tested, *curve_cells(found, against, resample_weights(len(against.small)))])
     told = " and ".join(f"{value:.2f} on {name}" for name, value in TRANSFER.items())
     return [
         "## Other problems than in training",
@@ -371,18 +328,18 @@ def transfer(results: Results) -> list[str]:
         f"on AIME and reports a ΔIBC of {told}; query-level routers lose nearly all of theirs there. Vocabulary and "
         "memory of routers of whole problems are of the problems that they were trained on.",
         "",
-        *table("method", ["trained on", "tested on", *HEAD], rows),
+        *table(["method", "trained on", "tested on", *CURVE], rows),
+        "",
     ]
 
 
-def report(settings: Settings) -> str:
+def report(results: Results) -> str:
     """Return the report."""
-    results = Results(settings)
-    both = references(decision_tables(settings.rollouts, "test"))
+    both = references(decision_tables(results.rollouts, "test"))
     weights = resample_weights(len(both.small))
     lines = heading("The paper's experiments", "paper")
     lines += [
-        f"Test split of `{settings.rollouts}`, {len(both.small):,} problems, unless told otherwise; 16 operating "
+        f"Test split of `{results.rollouts}`, {len(both.small):,} problems, unless told otherwise; 16 operating "
         "points each that validation chose, one training each. Costs in % of always-large's tokens, 95 % bootstrap "
         "intervals over problems in brackets; † reached only by mixing with always-large; seconds of processor time. "
         "Rows that begin with *paper* are its figures, on other problems, models and scorers.",
@@ -400,8 +357,8 @@ def main() -> None:
     """Run the study."""
     settings = tyro.cli(Settings, description=__doc__)
     compile_store(settings.rollouts)
-    all_kept(measure, TASKS, settings)
-    write(report(settings), settings.out and settings.out.with_suffix(".md"))
+    found = all_kept(measure, {task.name: task for task in TASKS}, settings)
+    write(report(Results(settings.rollouts, dict(zip(TASKS, found, strict=True)))), settings.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Is TRIM-POMDP fast, and is it good? Times, and returns on test against thresholds and bounds.
 
-    python -m benchmarks.pomdp --out results/pomdp.md
+    python -m benchmarks.pomdp --out results/pomdp
 
 Everything is fitted on the training trees; thresholds, and the λ of the curves, are chosen on validation; all figures
 are of test. Intervals are paired bootstraps over problems.
@@ -8,9 +8,6 @@ are of test. Intervals are paired bootstraps over problems.
 
 from __future__ import annotations
 
-import datetime
-import os
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +18,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from agents.evaluation.bootstrap import Difference, holm, paired_means, resample_weights
+from agents.evaluation.bootstrap import holm, paired_means, resample_weights
 from agents.evaluation.compare import compare_curves
 from agents.evaluation.curves import BUDGETS, CPT_TARGETS, Curve, curve_metrics
 from agents.evaluation.oracle import tree_oracle
@@ -36,6 +33,7 @@ from agents.routers.pomdp.belief import S0
 from agents.routers.pomdp.model import SCHEMA, Model, expected_tokens, tokens_in
 from agents.routers.pomdp.router import PomdpRouter
 from benchmarks.robustness import LAMS
+from benchmarks.study import heading, shown, table, write
 from rollouts.trees.arrays import CONTINUE_SMALL, Trees
 from rollouts.trees.compile import compile_store
 from trim_env.graph import Spent
@@ -52,7 +50,7 @@ class Settings:
     Attributes:
         lams: Values of λ.
         rollouts: The store.
-        out: Where to write the report; default: print only.
+        out: Report, without suffix; default: print only.
     """
 
     lams: tuple[float, ...] = LAMS
@@ -129,7 +127,7 @@ def times(trees: Trees, test: DecisionTables, lams: tuple[float, ...]) -> list[s
         (f"a decision and its filter in a batch of {BATCH}",
          f"{1e6 * decision_time(found.routers(lams[:1])[0], test):.1f} µs"),
     ]  # fmt: skip
-    return ["| what | time |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows)]
+    return table(["what", "time"], rows)
 
 
 def methods(
@@ -153,32 +151,28 @@ def methods(
 
 def returns_table(found: dict[str, list[Outcomes]], lams: tuple[float, ...], weights: NDArray[np.float64]) -> list[str]:
     """Return mean returns by λ and, below, the differences of the measured POMDP with their intervals."""
-    lines = ["| λ | " + " | ".join(found) + " |", "|---:|" + "---:|" * len(found)]
-    for number, lam in enumerate(lams):
-        cells = [f"{each[number].returns(lam).mean():.4f}" for each in found.values()]
-        lines.append(f"| {lam:g} | " + " | ".join(cells) + " |")
+    rows = [
+        [f"{lam:g}", *(f"{each[number].returns(lam).mean():.4f}" for each in found.values())]
+        for number, lam in enumerate(lams)
+    ]
     means = {
         name: np.mean([o.returns(lam) for o, lam in zip(each, lams, strict=True)], 0) for name, each in found.items()
     }
-    lines.append("| mean | " + " | ".join(f"**{each.mean():.4f}**" for each in means.values()) + " |")
+    rows.append(["mean", *(f"**{each.mean():.4f}**" for each in means.values())])
+    lines = table(["λ", *found], rows, left=0)
     others = [name for name in found if name not in ("measured", "tree oracle")]
     lines += ["", "Measured minus the others, 95 %; p by Holm over all λ and methods of the table:", ""]
-    lines += ["| λ | " + " | ".join(others) + " |", "|---:|" + "---:|" * len(others)]
     cells_at = []
     for number, lam in enumerate(lams):
         own = found["measured"][number].returns(lam)
         cells_at.append([paired_means(own, found[name][number].returns(lam), weights) for name in others])
     corrected = holm([each.p_value for row in cells_at for each in row]).reshape(len(lams), -1)
-    for lam, row, ps in zip(lams, cells_at, corrected, strict=True):
-        cells = [f"{interval(each)} (p {p:.2g})" for each, p in zip(row, ps, strict=True)]
-        lines.append(f"| {lam:g} | " + " | ".join(cells) + " |")
-    overall = [interval(paired_means(means["measured"], means[name], weights)) for name in others]
-    return [*lines, "| mean | " + " | ".join(f"**{each}**" for each in overall) + " |"]
-
-
-def interval(each: Difference) -> str:
-    """Return a difference with its interval."""
-    return f"{each.value:+.4f} [{each.low:+.4f}, {each.high:+.4f}]"
+    rows = [
+        [f"{lam:g}", *(f"{shown(each)} (p {p:.2g})" for each, p in zip(row, ps, strict=True))]
+        for lam, row, ps in zip(lams, cells_at, corrected, strict=True)
+    ]
+    overall = [shown(paired_means(means["measured"], means[name], weights)) for name in others]
+    return [*lines, *table(["λ", *others], [*rows, ["mean", *(f"**{each}**" for each in overall)]], left=0)]
 
 
 def curves(
@@ -197,18 +191,11 @@ def curves(
         points[name] = measured([(router.lam, router, outcomes) for router, outcomes in chosen], choosing, test)
     metrics = {name: curve_metrics(Curve.of(each, both)) for name, each in points.items()}
     wanted = [*(f"cpt_{x}" for x in CPT_TARGETS), "delta_ibc", *(f"accuracy_at_{budget}" for budget in BUDGETS)]
-    lines = ["| metric | " + " | ".join(points) + " |", "|---|" + "---:|" * len(points)]
-    lines += [
-        f"| {key} | " + " | ".join(f"{float(each[key]):.3f}" for each in metrics.values()) + " |" for key in wanted
-    ]
-    lines += [""]
+    rows = [[key, *(f"{float(each[key]):.3f}" for each in metrics.values())] for key in wanted]
+    lines = [*table(["metric", *points], rows), ""]
     for name in ("TRIM-Thr", "paper"):
         difference = compare_curves(("measured", name), points["measured"], points[name], both, weights)
-        cells = [
-            f"CPT({x} %) {d.value:+.1f} % [{d.low:+.1f}, {d.high:+.1f}]"
-            for x in CPT_TARGETS
-            for d in [difference.metrics[f"cpt_{x}_percent"]]
-        ]
+        cells = [f"CPT({x} %) {shown(difference.metrics[f'cpt_{x}_percent'], '+.1f')} %" for x in CPT_TARGETS]
         lines.append(f"- measured against {name}: {'; '.join(cells)}")
     return lines
 
@@ -225,16 +212,12 @@ def report(settings: Settings) -> str:
     }
     found = methods(fitted, candidates, test, settings.lams)
     weights = resample_weights(len(found["measured"][0]))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     agreed = fitted["EM"].agreement
     assert agreed is not None
     classes = ", ".join(f"{100 * share:.1f} % of S{each}" for each, share in enumerate(agreed.by_class, S0))
     return "\n".join([
-        "# TRIM-POMDP",
-        "",
-        f"`python -m benchmarks.pomdp`, {datetime.date.today()}, commit {commit.stdout.strip()}, {os.cpu_count()} "
-        f"shared cores. Rollouts `{settings.rollouts}`: fitted on training trees, thresholds chosen on validation, "
-        "figures of test.",
+        *heading("TRIM-POMDP", "pomdp"),
+        f"Rollouts `{settings.rollouts}`: fitted on training trees, thresholds chosen on validation, figures of test.",
         "",
         "## Time",
         "",
@@ -260,11 +243,7 @@ def report(settings: Settings) -> str:
 def main() -> None:
     """Run the command line."""
     settings = tyro.cli(Settings, description=__doc__)
-    text = report(settings)
-    print(text)
-    if settings.out:
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-        settings.out.write_text(text, encoding="utf-8")
+    write(report(settings), settings.out)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from agents.evaluation.bootstrap import Estimate, estimate, paired_means, resample_weights
+from agents.evaluation.bootstrap import estimate, paired_means, resample_weights
 from agents.evaluation.curves import References
 from agents.evaluation.oracle import query_oracle, tree_oracle
 from agents.evaluation.outcomes import Floats, Outcomes
 from benchmarks.ladder import WHOSE, by_lam, curves, draw, fit_all, returns
-from benchmarks.methods import heading, write
 from benchmarks.rungs import DEFAULT, FREE, SIGNALS, Ground, Ladder, Measured, Rung
+from benchmarks.study import heading, shown, table, write
 from rollouts.store.store import Store
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, Trees
 from rollouts.trees.compile import compile_store
@@ -82,15 +82,6 @@ class Settings:
     out: Path | None = None
 
 
-def _interval(each: Estimate, form: str = "{:.3f}") -> str:
-    return "{} [{}, {}]".format(*(form.format(value) for value in (each.value, each.low, each.high)))
-
-
-def _table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
-    return [*lines, *(f"| {' | '.join(row)} |" for row in rows)]
-
-
 def holdings(trees: Trees) -> list[str]:
     """Return the table of what the store holds, by split."""
     splits = [split for split in ("train", "validation", "test") if split in trees.splits[trees.problem]]
@@ -107,7 +98,7 @@ def holdings(trees: Trees) -> list[str]:
     row("best path within the cap right (hindsight)", lambda own: str(own.oracle_accuracy))
     row("steps, small / large", lambda own: f"{own.small_steps:.1f} / {own.large_steps:.1f}")
     row("tokens, small / large", lambda own: f"{own.small_tokens:.0f} / {own.large_tokens:.0f}")
-    return _table(["", *splits, "all"], ([name, *cells] for name, cells in rows.items()))
+    return table(["", *splits, "all"], ([name, *cells] for name, cells in rows.items()))
 
 
 def weighted_auc(scores: Floats, positive: NDArray[np.bool_], weights: Floats) -> Floats:
@@ -139,7 +130,7 @@ def auc_over(trees: Trees, problems: NDArray[np.int64], scores: Floats, positive
     weights = resample_weights(len(own))
     value = weighted_auc(scores, positive, np.ones(len(scores)))
     samples = np.concatenate([weighted_auc(scores, positive, part[:, place]) for part in np.array_split(weights, 40)])
-    return _interval(estimate(float(value), samples))
+    return shown(estimate(float(value), samples), ".3f")
 
 
 def telling(trees: Trees) -> list[str]:
@@ -171,7 +162,7 @@ def telling(trees: Trees) -> list[str]:
             ]
 
     head = ["signal", "problems", "the small model alone ends right after it", "the least of a solution: it is right"]
-    return _table([*head, "escalating here pays"], rows())
+    return table([*head, "escalating here pays"], rows())
 
 
 def paying(trees: Trees) -> str:
@@ -187,7 +178,7 @@ def paying(trees: Trees) -> str:
 
     def share(counts: Floats) -> str:
         samples = (weights @ counts) / (weights @ total)
-        return _interval(estimate(100 * counts.sum() / total.sum(), 100 * samples), "{:.1f}") + " %"
+        return shown(estimate(100 * counts.sum() / total.sum(), 100 * samples), ".1f") + " %"
 
     return (
         f"Of {len(rows):,} proposals at which the large model wrote too, escalating pays at {share(pays)} and does "
@@ -208,9 +199,9 @@ def oracles(ground: Ground, weights: Floats) -> list[str]:
     def rows() -> Iterator[Sequence[str]]:
         for name, own in named.items():
             right, cost = (estimate(each.mean(), weights @ each) for each in (100 * own.correct, own.large_tokens))
-            yield [name, _interval(right, "{:.1f}"), _interval(cost, "{:.0f}")]
+            yield [name, shown(right, ".1f"), shown(cost, ".0f")]
 
-    return _table(["", "right, %", "large-model tokens for a problem"], rows())
+    return table(["", "right, %", "large-model tokens for a problem"], rows())
 
 
 def best_of(found: dict[Rung, Measured], groups: Sequence[str] = ("score", "free", "prefill", "all")) -> Rung:
@@ -239,8 +230,8 @@ def saved(settings: Settings, ground: Ground, found: dict[Rung, Measured], weigh
             yield [
                 name,
                 f"{100 * each.correct.mean():.1f}",
-                _interval(gain, "{:+.1f}") if each is not small else "",
-                _interval(loss, "{:+.1f}") if each is not large else "",
+                shown(gain, "+.1f") if each is not small else "",
+                shown(loss, "+.1f") if each is not large else "",
                 f"{decoded.mean():.0f} / {each.large_tokens.mean():.0f}",
                 f"{100 * each.large_tokens.sum() / large.large_tokens.sum():.0f} %",
                 f"{1000 * money.mean():.3f}",
@@ -248,7 +239,7 @@ def saved(settings: Settings, ground: Ground, found: dict[Rung, Measured], weigh
             ]
 
     head = ["", "right, %", "minus always-small", "minus always-large", "tokens, small / large", "large tokens"]
-    return _table([*head, "dollars for 1,000", "core seconds each"], rows())
+    return table([*head, "dollars for 1,000", "core seconds each"], rows())
 
 
 def runs_of(by_lam: Sequence[Outcomes]) -> list[list[int]]:
@@ -279,15 +270,15 @@ def conclusions(settings: Settings, ground: Ground, found: dict[Rung, Measured],
     baseline = baseline_of(found)
     simple = paired_means(own.returns, found[baseline].returns, weights)
     verdicts = [
-        f"The large model solves {_interval(gap, '{:+.1f}')} points more than the small one."
+        f"The large model solves {shown(gap, '+.1f')} points more than the small one."
         if gap.low > 0 or gap.high < 0
-        else f"Between the two models no gap is shown: {_interval(gap, '{:+.1f}')} points.",
+        else f"Between the two models no gap is shown: {shown(gap, '+.1f')} points.",
         f"Validation names {best.told}. Its mean return over the λ, less that of the constant that validation names "
-        f"for each λ: {_interval(over, '{:+.4f}')} (p = {over.p_value:.2g})"
+        f"for each λ: {shown(over, '+.4f')} (p = {over.p_value:.2g})"
         + (": something is gained." if over.low > 0 else ": it loses." if over.high < 0 else ": no gain is shown."),
-        f"Less always-small's: {_interval(alone, '{:+.4f}')}"
+        f"Less always-small's: {shown(alone, '+.4f')}"
         + (": something is gained." if alone.low > 0 else ": it loses." if alone.high < 0 else ": no gain is shown."),
-        f"Against {baseline.told}: {_interval(simple, '{:+.4f}')}"
+        f"Against {baseline.told}: {shown(simple, '+.4f')}"
         + ("." if simple.low > 0 or simple.high < 0 else ": no difference is shown."),
     ]
     return [f"{number}. {verdict}" for number, verdict in enumerate(verdicts, 1)]
@@ -449,7 +440,7 @@ def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     left = fit_all(ladder_of(settings), float("inf"), settings.processes)
     text, ground, found = report(settings, left)
-    write(text, settings.out and settings.out.with_suffix(".md"))
+    write(text, settings.out)
     if settings.out:
         least = {} if PRM_RULE in found else {"score": "the probability of its least likely token"}
         draw(ground, found, settings.split, settings.out.with_suffix(".png"), SHOWN, WHOSE | least)

@@ -1,6 +1,6 @@
 """Which policy of a training to keep, and what the scorer costs; on validation.
 
-    python -m benchmarks.retraining --out results/retraining.md
+    python -m benchmarks.retraining --out results/retraining
     python -m benchmarks.retraining --parts endings --kinds ppo-agg --seeds 6    # a piece of it
     python -m benchmarks.retraining --parts scorer
 
@@ -26,7 +26,8 @@ from agents.learners.loop import Trainable, checked_at, learner
 from agents.learners.settings import PPOSettings, SeqSettings
 from agents.report.walks import follow
 from agents.routers.mlp import at
-from benchmarks.methods import RANGE, Data, fit, heading, write
+from benchmarks.methods import RANGE, Data, fit
+from benchmarks.study import heading, table, write
 from rollouts.config import load_family
 from rollouts.family import Family
 from rollouts.trees.compile import compile_store
@@ -53,7 +54,7 @@ class Settings:
         kinds: Learners whose endings are compared.
         lams: λ of those.
         rollouts: The store.
-        out: Where to write the report; default: print only.
+        out: Report, without suffix; default: print only.
     """
 
     parts: tuple[Part, ...] = ("scorer", "endings")
@@ -71,17 +72,14 @@ def scorer(settings: Settings) -> list[str]:
     fitted = fit("TRIM-Agg, λ range", Data.of(trees), 0)
     assert prompts is not None and not isinstance(fitted, str)
     spared = float(references(tables).large.large_tokens.mean())
-    lines = [
-        "| λ | decisions | large tokens | saved | read, whole path each time | read, prefixes cached | read / saved |"
-    ]
-    lines.append("|---:|" + "---:|" * 6)
+    rows = []
     for lam, router in fitted.routers.items():
         paths = follow(router, tables)
         whole = new = 0
-        for tree, rows, actions in zip(tables.indices, paths.rows.tolist(), paths.actions.tolist(), strict=True):
+        for tree, nodes, actions in zip(tables.indices, paths.rows.tolist(), paths.actions.tolist(), strict=True):
             question, steps = trees.questions[trees.problem[tree]], list[str]()
             before: tuple[int, ...] = ()
-            for row, action in zip(rows, actions, strict=True):
+            for row, action in zip(nodes, actions, strict=True):
                 if row < 0:
                     break
                 ids = prompts.ids(question, [*steps, trees.proposal(row, 0)])
@@ -91,17 +89,16 @@ def scorer(settings: Settings) -> list[str]:
         count = len(tables.indices)
         large, all_read, new_read = float(paths.large_tokens.mean()), whole / count, new / count
         saved = spared - large
-        lines.append(
-            f"| {lam:g} | {paths.steps.mean():.1f} | {large:.1f} | {saved:.1f} | {all_read:.0f} | {new_read:.0f} "
-            f"| {all_read / saved:.1f}; {new_read / saved:.1f} |"
-        )
+        tokens = [f"{paths.steps.mean():.1f}", f"{large:.1f}", f"{saved:.1f}", f"{all_read:.0f}", f"{new_read:.0f}"]
+        rows.append([f"{lam:g}", *tokens, f"{all_read / saved:.1f}; {new_read / saved:.1f}"])
+    read = ["read, whole path each time", "read, prefixes cached", "read / saved"]
     return [
         "## What the scorer costs",
         "",
         f"Tokens for a solution; always-large writes {spared:.1f}. Saved: those that the large model does not write. "
         "The reward model reads a proposal with all that stands before it; with prefixes cached only what is new.",
         "",
-        *lines,
+        *table(["λ", "decisions", "large tokens", "saved", *read], rows, left=0),
     ]
 
 
@@ -136,8 +133,7 @@ def ending(schema: str, lam: Lam, own: PPOSettings, seed: int, store: str) -> tu
 
 def endings(settings: Settings) -> list[str]:
     """Say what the best checkpoint and the means of the last policies return."""
-    lines = ["| learner | λ | best checkpoint | " + " | ".join(f"mean of {kept}" for kept in KEPT) + " |"]
-    lines.append("|---|---|" + "---:|" * (1 + len(KEPT)))
+    rows = []
     for kind in settings.kinds:
         schema = "seq" if kind == "ppo-seq" else DEFAULT_SCHEMA
         lams: Sequence[Lam] = (RANGE,) if kind.endswith("range") else settings.lams
@@ -146,7 +142,8 @@ def endings(settings: Settings) -> list[str]:
             values = np.array([[best, *last] for best, last in found])
             cells = [f"{mean:.4f} ± {std:.4f}" for mean, std in zip(values.mean(0), values.std(0, ddof=1), strict=True)]
             name = f"{lam[0]:g} to {lam[1]:g}" if isinstance(lam, tuple) else f"{lam:g}"
-            lines.append(f"| {kind} | {name} | {' | '.join(cells)} |")
+            rows.append([kind, name, *cells])
+    lines = table(["learner", "λ", "best checkpoint", *(f"mean of {kept}" for kept in KEPT)], rows, left=2)
     note = f"Return, mean ± standard deviation over {settings.seeds} seeds; settings by default, one attempt."
     return ["## Which policy of a training", "", note, "", *lines]
 

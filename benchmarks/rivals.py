@@ -57,7 +57,7 @@ def _tables(data: Data, split: str = "validation", schema: str = "agg+") -> Deci
 
 
 def _levels(data: Data, schema: str = Threshold.schema) -> list[float]:
-    return thresholds(_tables(data), SETTINGS, schema)
+    return thresholds(_tables(data), schema=schema)
 
 
 def _threshold(data: Data, seed: int, schema: str = Threshold.schema) -> list[AnyRouter]:

@@ -9,7 +9,6 @@ seed changes is said as well.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from dataclasses import dataclass
@@ -21,43 +20,32 @@ from numpy.typing import NDArray
 
 from agents.evaluation.bootstrap import estimate as interval
 from agents.evaluation.bootstrap import resample_weights
-from agents.evaluation.budgets import SETTINGS
 from agents.evaluation.compare import compare_curves
-from agents.evaluation.curves import Curve, Method, Points, References
-from agents.evaluation.splits import spread, thresholds
+from agents.evaluation.curves import CPT_TARGETS, Curve, Method, Points, References
+from agents.evaluation.splits import spread
 from agents.evaluation.walk import references, run
-from agents.learners.exact import fit as fit_exact
-from agents.learners.loop import Training
-from agents.learners.pomdp.fit import estimate
-from agents.learners.settings import ExactSettings, PPOSettings
-from agents.routers.base import AnyRouter, Threshold
-from agents.routers.mlp import ConditionedMLP
-from benchmarks.methods import RANGE, Data, heading, write
-from benchmarks.robustness import average
+from benchmarks.methods import Data
+from benchmarks.rivals import RIVALS
+from benchmarks.study import CURVE, Study, all_kept, average, heading, shown, table, write
 from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables
 
 LOW = np.array([0.025, 0.05, 0.075, 0.1])
-CPTS = (50, 80, 95)
 LEARNED = ("ppo-agg", "exact")
-METHODS = ("threshold", "pomdp", *LEARNED)
+METHODS = {"threshold": "TRIM-Thr (RSD)", "pomdp": "TRIM-POMDP", "ppo-agg": "TRIM-Agg", "exact": "exact"}
+"""As `train.py --agent` has them, and in `RIVALS`."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Study):
     """Settings of the benchmark.
 
     Attributes:
         seeds: Trainings of each learned router.
-        rollouts: The store.
-        processes: Trainings side by side.
-        out: Report, without suffix; default: print only.
     """
 
     seeds: int = 5
-    rollouts: str = "quickstart"
-    processes: int = 2
-    out: Path | None = None
+    kept: Path = Path("runs/routers")
 
 
 @dataclass(frozen=True)
@@ -70,34 +58,19 @@ class Cell:
     seconds: float
 
 
-def fit(method: str, data: Data, seed: int) -> dict[float, AnyRouter]:
-    """Return all settings of a router, by knob."""
-    if method == "threshold":
-        return {level: Threshold(level) for level in thresholds(decision_tables(data.trees, "validation"))}
-    if method == "pomdp":
-        lams = np.geomspace(1e-5, 0.1, SETTINGS).tolist()
-        return dict(zip(lams, estimate(data.trees, indices=data.train).routers(lams), strict=True))
-    if method == "exact":
-        lams = np.geomspace(*RANGE, 5).tolist()
-        policy = fit_exact(data.tables(), data.validation.choice, lams, ExactSettings(), seed).router(RANGE)
-    else:
-        policy = Training(data.tables(), data.validation, RANGE, PPOSettings(), seed).run().router
-    assert isinstance(policy, ConditionedMLP)
-    return {lam: policy.at(lam) for lam in np.geomspace(*RANGE, SETTINGS).tolist()}
-
-
-def measure(task: tuple[str, int, str]) -> Cell:
+def measure(task: tuple[str, int], settings: Settings) -> Cell:
     """Fit one router and run it where validation puts its operating points."""
-    method, seed, rollouts = task
-    trees = compile_store(rollouts)
+    method, seed = task
+    trees = compile_store(settings.rollouts)
     data = Data.of(trees)
     begin = time.process_time()
-    settings = fit(method, data, seed)
+    routers = RIVALS[METHODS[method]].settings(data, seed)
     seconds = time.process_time() - begin
     validation, test = (decision_tables(trees, split) for split in ("validation", "test"))
-    candidates = [(knob, run(router, validation)) for knob, router in settings.items()]
-    chosen = spread(candidates, references(validation).large)
-    return Cell(method, chosen, [(knob, run(settings[knob], test)) for knob, _ in chosen], seconds)
+    chosen = spread([(each, run(each, validation)) for each in routers], references(validation).large)
+    on_validation, on_test = [[(each.knob.value, own) for each, own in chosen],
+                              [(each.knob.value, run(each, test)) for each, _ in chosen]]  # fmt: skip
+    return Cell(method, on_validation, on_test, seconds)
 
 
 def combined(cells: list[Cell], choosing: References, which: str = "test") -> Method:
@@ -122,24 +95,22 @@ def report(settings: Settings, cells: list[Cell]) -> str:
         f"Test split of `{settings.rollouts}`; learned routers: {settings.seeds} seeds. Costs in % of always-large's "
         "tokens; seconds of processor time (one thread) for all operating points together.",
         "",
-        "| router | " + " | ".join(f"CPT({x} %)" for x in CPTS) + " | ΔIBC | "
-        + " | ".join(f"accuracy at {100 * c:g} %" for c in LOW) + " | seconds |",
-        "|---|" + "---:|" * (len(CPTS) + len(LOW) + 2),
-    ]  # fmt: skip
+    ]
+    rows = []
     for method, own in by_method.items():
         curve = Curve.of(points[method], both)
-        row = [f"{100 * float(curve.cpt(x)):.1f}" for x in CPTS]
+        row = [f"`{method}`", *(f"{100 * float(curve.cpt(x)):.1f}" for x in CPT_TARGETS)]
         row += [f"{float(curve.delta_ibc()):.2f}", *(f"{100 * float(a):.1f}" for a in curve.accuracy_at(LOW))]
-        lines.append(f"| `{method}` | {' | '.join(row)} | {np.median([cell.seconds for cell in own]):.1f} |")
+        rows.append([*row, f"{np.median([cell.seconds for cell in own]):.1f}"])
+    lines += table(["router", *CURVE, *(f"accuracy at {100 * c:g} %" for c in LOW), "seconds"], rows)
     lines += ["", *_over_seeds(by_method, both, choosing)]
     best = _best_on_validation(by_method, choosing)
     lines += ["", f"Named best on validation, by CPT(80 %): `{best}`. Paired differences of CPT in %, 95 %:", ""]
     for method in METHODS:
         if method != best:
             found = compare_curves((best, method), points[best], points[method], both, weights).metrics
-            cpts = [(x, found[f"cpt_{x}_percent"]) for x in CPTS]
-            cells_ = [f"CPT({x} %) {d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}]" for x, d in cpts]
-            lines.append(f"- `{best}` against `{method}`: {'; '.join(cells_)}")
+            cpts = (f"CPT({x} %) {shown(found[f'cpt_{x}_percent'], '+.1f')}" for x in CPT_TARGETS)
+            lines.append(f"- `{best}` against `{method}`: {'; '.join(cpts)}")
     lines += ["", "Accuracy of `pomdp` minus that of the others at low budgets, points, 95 %, paired:", ""]
     for method in METHODS:
         if method != "pomdp":
@@ -150,15 +121,15 @@ def report(settings: Settings, cells: list[Cell]) -> str:
 def _over_seeds(by_method: dict[str, list[Cell]], both: References, choosing: References) -> list[str]:
     """Return a table of what single trainings come to."""
     lines = ["One training each: mean and standard deviation over the seeds, least to greatest.", ""]
-    lines += ["| router | CPT(80 %), one training | accuracy at 10 %, one training |", "|---|---:|---:|"]
+    rows = []
     for method in LEARNED:
         curves = [Curve.of(combined([cell], choosing), both) for cell in by_method[method]]
         values = 100 * np.array([[float(curve.cpt(80)), float(curve.accuracy_at(LOW)[-1])] for curve in curves]).T
         cells = [
             f"{each.mean():.1f} ± {each.std(ddof=1):.1f} ({each.min():.1f} to {each.max():.1f})" for each in values
         ]
-        lines.append(f"| `{method}` | {' | '.join(cells)} |")
-    return lines
+        rows.append([f"`{method}`", *cells])
+    return [*lines, *table(["router", "CPT(80 %), one training", "accuracy at 10 %, one training"], rows)]
 
 
 def _best_on_validation(by_method: dict[str, list[Cell]], both: References) -> str:
@@ -174,22 +145,17 @@ def _low(own: Method, other: Method, both: References, weights: NDArray[np.float
 
     value, samples = gain(None), gain(weights)
     found = [interval(value[i], samples[:, i]) for i in range(len(LOW))]
-    return "; ".join(
-        f"at {100 * c:g} %: {d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}]" for c, d in zip(LOW, found, strict=True)
-    )
+    return "; ".join(f"at {100 * c:g} %: {shown(each, '+.1f')}" for c, each in zip(LOW, found, strict=True))
 
 
 def main() -> None:
     """Run the benchmark."""
-    from rich.progress import track
-
     settings = tyro.cli(Settings, description=__doc__)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what is spawned: more threads only wait for each other
     compile_store(settings.rollouts)
-    tasks = [(m, seed, settings.rollouts) for m in METHODS for seed in range(settings.seeds if m in LEARNED else 1)]
-    with multiprocessing.get_context("spawn").Pool(settings.processes) as pool:
-        cells = list(track(pool.imap(measure, tasks), "fitting", total=len(tasks)))
-    write(report(settings, cells), settings.out and settings.out.with_suffix(".md"))
+    tasks = [(method, seed) for method in METHODS for seed in range(settings.seeds if method in LEARNED else 1)]
+    cells = all_kept(measure, {f"{method}-{seed}": (method, seed) for method, seed in tasks}, settings)
+    write(report(settings, cells), settings.out)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from agents.learners.settings import ExactSettings, PPOSettings
 from agents.routers.artefact import load, save
 from agents.routers.base import AnyRouter
 from agents.routers.mlp import at
-from benchmarks.robustness import LAMS, average
+from benchmarks.robustness import LAMS
+from benchmarks.study import average
 from rollouts.trees.arrays import Trees
 from rollouts.trees.compile import compile_store
 from trim_env.costs import CostModel, TokenPrices, cost_model

@@ -18,19 +18,19 @@ import tyro
 from agents.evaluation.bootstrap import resample_weights
 from agents.evaluation.budgets import SETTINGS
 from agents.evaluation.compare import compare_curves
-from agents.evaluation.curves import Curve, Method
+from agents.evaluation.curves import CPT_TARGETS, Curve, Method
 from agents.evaluation.splits import Validation, spread
 from agents.evaluation.walk import measured, references, run
 from agents.learners.exact import fit
 from agents.learners.settings import ExactSettings
 from agents.routers.mlp import at
-from benchmarks.methods import RANGE, heading, write
+from benchmarks.methods import RANGE
+from benchmarks.study import heading, shown, table, write
 from rollouts.trees.arrays import Trees
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
 AGAINST = "agg+"
-CPTS = (50, 80, 95)
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,16 @@ def main() -> None:
         f"% of always-large's tokens; CPT(80 %) against `{AGAINST}` in %, 95 %, paired; seconds of processor time.",
         "`free` reads no reward model; `prefill` and `all` have the large model read every proposal: not counted.",
         "",
-        "| schema | " + " | ".join(f"CPT({x} %)" for x in CPTS) + " | accuracy at 10 % | against `agg+` | seconds |",
-        "|---|" + "---:|" * 6,
     ]
+    rows = []
     for schema, (method, seconds) in found.items():
         curve = Curve.of(method, both)
-        row = [f"{100 * float(curve.cpt(x)):.1f}" for x in CPTS]
+        row = [f"`{schema}`", *(f"{100 * float(curve.cpt(x)):.1f}" for x in CPT_TARGETS)]
         row.append(f"{100 * float(curve.accuracy_at(np.array([0.1]))[0]):.1f}")
         change = compare_curves((schema, AGAINST), method, found[AGAINST][0], both, weights).metrics["cpt_80_percent"]
-        row.append("" if schema == AGAINST else f"{change.value:+.1f} [{change.low:+.1f}, {change.high:+.1f}]")
-        lines.append(f"| `{schema}` | {' | '.join(row)} | {seconds:.1f} |")
-    write("\n".join([*lines, ""]), settings.out and settings.out.with_suffix(".md"))
+        rows.append([*row, "" if schema == AGAINST else shown(change, "+.1f"), f"{seconds:.1f}"])
+    head = ["schema", *(f"CPT({x} %)" for x in CPT_TARGETS), "accuracy at 10 %", f"against `{AGAINST}`", "seconds"]
+    write("\n".join([*lines, *table(head, rows), ""]), settings.out)
 
 
 if __name__ == "__main__":

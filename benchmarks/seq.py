@@ -14,11 +14,12 @@ import numpy as np
 import tyro
 
 from agents.evaluation.bootstrap import paired_returns, resample_weights
-from agents.evaluation.outcomes import Outcomes, mix
+from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.splits import Validation
 from agents.evaluation.walk import run
 from agents.learners.loop import Training
 from agents.learners.settings import PPOSettings, SeqSettings
+from benchmarks.study import average, shown
 from rollouts.trees.arrays import Trees
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
@@ -64,16 +65,12 @@ def main() -> None:
         cells, seconds = [], []
         for kind in (settings.agg, settings.seq):
             found = [trained(trees, kind, lam, seed) for seed in range(settings.seeds)]
-            pooled = found[0][0]
-            for number, (outcomes, _) in enumerate(found[1:], start=2):
-                pooled = mix(pooled, outcomes, 1 / number)
-            mean.append(pooled)
+            mean.append(average([outcomes for outcomes, _ in found]))
             cells.append(" ".join(f"{outcomes.returns(lam).mean():.4f}" for outcomes, _ in found))
             seconds.append(np.mean([spent for _, spent in found]))
         gain = paired_returns(mean[1], mean[0], lam, resample_weights(len(mean[0])))
         print(
-            f"| {lam:g} | {cells[0]} | {cells[1]} | {gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}] | "
-            f"{seconds[0]:.0f} s, {seconds[1]:.0f} s |",
+            f"| {lam:g} | {cells[0]} | {cells[1]} | {shown(gain)} | {seconds[0]:.0f} s, {seconds[1]:.0f} s |",
             flush=True,
         )
 

@@ -17,7 +17,8 @@ import tyro
 
 from agents.evaluation.bootstrap import paired_means, resample_weights
 from agents.evaluation.outcomes import Floats
-from benchmarks.methods import LAMS, METHODS, Data, Fitted, all_kept, best_constant, fit, heading, kept, returns, write
+from benchmarks.methods import LAMS, METHODS, Data, Fitted, best_constant, fit, returns
+from benchmarks.study import Study, all_kept, heading, shown, table, write
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
@@ -25,42 +26,26 @@ SPLITS = ("test", "ood")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Study):
     """Settings of the study.
 
     Attributes:
         seeds: Trainings of each method; outcomes are averaged.
         methods: Which routers.
-        rollouts: The store.
-        kept: Folder in which what was measured is kept, and looked up.
-        minutes: Begin nothing more after so many.
-        processes: Fits side by side.
-        out: Report and picture, without suffix; default: print only.
     """
 
     seeds: int = 2
     methods: tuple[str, ...] = tuple(METHODS)
-    rollouts: str = "quickstart"
     kept: Path = Path("runs/shift")
-    minutes: float = float("inf")
-    processes: int = 2
-    out: Path | None = None
 
 
-def measure(task: tuple[str, int], settings: Settings, end: float) -> tuple[str, dict[str, Floats]] | None:
+def measure(task: tuple[str, int], settings: Settings) -> tuple[str, dict[str, Floats]]:
     """Fit one method once; return the returns by problem of both splits."""
     method, seed = task
-
-    def made() -> tuple[str, dict[str, Floats]]:
-        trees = compile_store(settings.rollouts)
-        found = fit(method, Data.of(trees), seed)
-        assert isinstance(found, Fitted)  # the whole training split suffices for every method
-        return method, {split: returns(found, decision_tables(trees, split)) for split in SPLITS}
-
-    found: tuple[str, dict[str, Floats]] | None = kept(
-        settings.kept / f"{method.replace(' ', '-')}-{seed}.pickle", made, end
-    )
-    return found
+    trees = compile_store(settings.rollouts)
+    found = fit(method, Data.of(trees), seed)
+    assert isinstance(found, Fitted)  # the whole training split suffices for every method
+    return method, {split: returns(found, decision_tables(trees, split)) for split in SPLITS}
 
 
 def report(settings: Settings, found: dict[str, dict[str, Floats]]) -> str:
@@ -70,29 +55,24 @@ def report(settings: Settings, found: dict[str, dict[str, Floats]]) -> str:
         f"Mean return over λ = {', '.join(f'{lam:g}' for lam in LAMS)}, mean of {settings.seeds} seeds; in brackets "
         "the paired difference to TRIM-Thr with its 95 % interval.",
         "",
-        "| method | " + " | ".join(SPLITS) + " |",
-        "|---|" + "---:|" * len(SPLITS),
     ]
     constants = [best_constant(decision_tables(settings.rollouts, split)) for split in SPLITS]
-    lines.append("| better constant for each λ | " + " | ".join(f"{value:.4f}" for value in constants) + " |")
+    rows = [["better constant for each λ", *(f"{value:.4f}" for value in constants)]]
     for method in settings.methods:
-        row = []
+        row = [method]
         for split in SPLITS:
             own, simple = found[method][split], found["TRIM-Thr"][split]
             gain = paired_means(own, simple, resample_weights(len(own)))
-            row.append(
-                f"{own.mean():.4f}" if method == "TRIM-Thr" else
-                f"{own.mean():.4f} ({gain.value:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}])"
-            )  # fmt: skip
-        lines.append(f"| {method} | " + " | ".join(row) + " |")
-    return "\n".join([*lines, ""])
+            row.append(f"{own.mean():.4f}" + (f" ({shown(gain)})" if method != "TRIM-Thr" else ""))
+        rows.append(row)
+    return "\n".join([*lines, *table(["method", *SPLITS], rows), ""])
 
 
 def draw(settings: Settings, found: dict[str, dict[str, Floats]], path: Path) -> None:
     """Draw the gains over TRIM-Thr, side by side."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots()
     others = [method for method in settings.methods if method != "TRIM-Thr"]
     for number, split in enumerate(SPLITS):
@@ -104,7 +84,7 @@ def draw(settings: Settings, found: dict[str, dict[str, Floats]], path: Path) ->
         ends = np.abs(np.array([[each.low, each.high] for each in gains]).T - middle)
         axes.errorbar(np.arange(len(others)) + 0.15 * number, middle, ends, fmt="o", capsize=4, label=split)
     axes.axhline(0, color="grey", ls=":")
-    axes.set_xticks(np.arange(len(others)) + 0.075, others)
+    axes.set_xticks(np.arange(len(others)) + 0.075, others, fontsize=8.5)
     axes.set_ylabel("return above TRIM-Thr")
     axes.legend()
     figure.savefig(path, dpi=130)
@@ -114,12 +94,13 @@ def main() -> None:
     """Run the study."""
     settings = tyro.cli(Settings, description=__doc__)
     compile_store(settings.rollouts)
-    parts = all_kept(measure, list(product(settings.methods, range(settings.seeds))), settings)
+    tasks = product(settings.methods, range(settings.seeds))
+    parts = all_kept(measure, {f"{method}-{seed}": (method, seed) for method, seed in tasks}, settings)
     found = {
         method: {split: np.mean([each[split] for name, each in parts if name == method], axis=0) for split in SPLITS}
         for method in settings.methods
     }
-    write(report(settings, found), settings.out and settings.out.with_suffix(".md"))
+    write(report(settings, found), settings.out)
     if settings.out:
         draw(settings, found, settings.out.with_suffix(".png"))
 

@@ -1,6 +1,6 @@
 """Reward models from trees alone: what `python -m rollouts train-prm` reaches on the bundled rollouts.
 
-    python -m benchmarks.train_prm --variants head fresh-large --out results/train_prm.md
+    python -m benchmarks.train_prm --variants head fresh-large --out results/train_prm
 
 Models learn from the training problems and are judged on validation; nothing else of the store is looked at.
 """
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import tyro
 
-from benchmarks.methods import heading, write
+from benchmarks.study import heading, table, write
 from rollouts.cli.prm import TrainPrm
 from rollouts.cli.train_prm import evaluate
 from rollouts.config import load_family
@@ -43,7 +43,7 @@ class Settings:
         variants: Which to train, of `VARIANTS`.
         seed: Of training.
         rollouts: The store.
-        out: Report; default: print only.
+        out: Report, without suffix; default: print only.
     """
 
     variants: tuple[str, ...] = tuple(VARIANTS)
@@ -59,10 +59,10 @@ def part_of(whole: Store, path: Path) -> Store:
     part.add_problems(problems)
     grades = part.attach("grades", "exact", whole.table_manifest("grades", "exact")["process"])
     for source, target in ((whole.steps, part.steps), (whole.grades("exact"), grades)):
-        for table in source.read({problem.id for problem in problems}):
-            empty = [None] * table.num_rows  # of columns that the bundled tables are older than
+        for read in source.read({problem.id for problem in problems}):
+            empty = [None] * read.num_rows  # of columns that the bundled tables are older than
             rows = {
-                name: table[name].to_pylist() if name in table.schema.names else empty for name in target.schema.names
+                name: read[name].to_pylist() if name in read.schema.names else empty for name in target.schema.names
             }
             target.append(rows, {}, target.next_shard())
     return part
@@ -97,10 +97,10 @@ def main(settings: Settings) -> None:
             seconds = f"{time.monotonic() - started:.0f}"
             options = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in changes.items())
             rows.append((name, f"--trunk {trunk} {options}", evaluate(judged, trained, None), seconds))
+    told = ([name, how, f"{found['solution']:.3f}", f"{found['step']:.3f}", took] for name, how, found, took in rows)
     lines = heading("Reward models from trees alone", "train_prm")
-    lines += ["| model | options | AUC, solutions | AUC, steps | seconds |", "|---|---|---|---|---|"]
-    lines += [f"| {name} | {how} | {f['solution']:.3f} | {f['step']:.3f} | {took} |" for name, how, f, took in rows]
-    write("\n".join(lines) + "\n", settings.out)
+    lines += table(["model", "options", "AUC, solutions", "AUC, steps", "seconds"], told, left=2)
+    write("\n".join([*lines, ""]), settings.out)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,9 @@ from agents.demo.models import load, served
 from agents.evaluation.bootstrap import LEVELS, resample_weights
 from agents.evaluation.walk import run, run_trees
 from agents.routers.base import Router, Threshold
-from benchmarks.methods import LAMS, RANGE, best_constant, heading, write
+from benchmarks.methods import LAMS, RANGE, best_constant
 from benchmarks.stage import DEMO, Running, Stage, connected
+from benchmarks.study import heading, write
 from rollouts.config import load_family
 from rollouts.family import Family
 from rollouts.models.base import Completion, CompletionRequest
@@ -401,7 +402,7 @@ def main() -> None:
     lines = heading("Shadows and recorded traffic", "trust")
     for part in settings.parts:
         lines += traffic(settings) if part == "traffic" else shadow(settings, part)
-    write("\n".join(lines), settings.out and settings.out.with_suffix(".md"))
+    write("\n".join(lines), settings.out)
 
 
 if __name__ == "__main__":

@@ -30,21 +30,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import Request, urlopen
 
-MODES = (
-    "ok",
-    "stall",
-    "half",
-    "garbage",
-    "wrong",
-    "error",
-    "busy",
-    "slow",
-    "surrogate",
-    "separator",
-    "negative",
-    "lame",
-    "quiet",
-)
 _WRITES = {"surrogate": "a\ud800b\n\n", "separator": "a\u2028b\x85c\n\n"}
 _SLOW_S = 5.0  # how much longer mode slow takes
 

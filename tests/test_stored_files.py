@@ -19,7 +19,7 @@ from agents.runs import live as live_runs
 from agents.runs import run as runs
 from agents.runs.config import TrainConfig
 from agents.runs.listener import Listener
-from benchmarks import little_data, methods
+from benchmarks import study
 from rollouts import tinymath
 from rollouts.config import ModelConfig
 from rollouts.errors import TrimError
@@ -101,24 +101,13 @@ def embedded_models(folder: Path, patch: pytest.MonkeyPatch) -> Kind:
 
 def fits(folder: Path, patch: pytest.MonkeyPatch) -> Kind:
     def read() -> Any:
-        return methods.kept(folder / "fit.pickle", lambda: {"returns": [0.5] * 20})
+        return study.kept(folder / "fit.pickle", lambda: {"returns": [0.5] * 20})
 
     read()
     return [folder / "fit.pickle"], read
 
 
-def cells(folder: Path, patch: pytest.MonkeyPatch) -> Kind:
-    cell = little_data.Cell("exact", 9, {"p0": 0.25, "p1": 0.5}, 1.5)
-    patch.setattr(little_data, "measure", lambda task: cell)
-
-    def read() -> Any:
-        return little_data.kept(("exact", 9, 0, "s", "test"), folder / "cells", float("inf"))
-
-    read()
-    return [*(folder / "cells").iterdir()], read
-
-
-MADE_ANEW = (compiled, fits, cells)
+MADE_ANEW = (compiled, fits)
 KINDS = (*MADE_ANEW, store, settings_of_a_run, counts_of_a_run, policy, model, embedded_models)
 MOST = 40  # cases of a kind
 
