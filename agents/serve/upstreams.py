@@ -177,9 +177,9 @@ class Upstream:
         """
         tokens = payload.get("max_completion_tokens") or payload.get("max_tokens") or self.window
         patient = patience(self._timeout, tokens if isinstance(tokens, int) and not payload.get("stream") else 0)
-        began, stack = time.monotonic(), contextlib.AsyncExitStack()
+        began = time.monotonic()
         try:
-            async with stack:
+            async with contextlib.AsyncExitStack() as stack:
                 with self._expected(patient):
                     opening = self._connection.open(path, {**payload, "model": self.model})
                     answer = await stack.enter_async_context(opening)
@@ -233,6 +233,7 @@ class Upstream:
         if fault.suspect:
             self._watch()
 
+    @contextlib.asynccontextmanager
     async def post(
         self,
         path: str,
@@ -240,14 +241,13 @@ class Upstream:
         parse: Callable[[Any], T],
         lost: Callable[[], bool],
         tokens: int,
-    ) -> T:
+    ) -> AsyncIterator[T]:
         """Do as `agents.serve.several.Upstreams.post` does, once."""
         began = time.monotonic()
         try:
             timeout = patience(self._timeout, tokens)
             answer = await self._exchange(path, {"model": self.model, **payload}, parse, timeout)
         except Unavailable as fault:
-            self.failed(fault)
             if fault.lost and not lost():
                 fault.pause, fault.elsewhere = None, False
             raise
@@ -256,7 +256,7 @@ class Upstream:
             raise
         self._metrics.upstream_seconds.labels(self.role, self.number).observe(time.monotonic() - began)
         self._answered_at = time.monotonic()
-        return answer
+        yield answer
 
     async def _exchange(self, path: str, payload: Any, parse: Callable[[Any], T], timeout: float) -> T:
         began = time.monotonic()
