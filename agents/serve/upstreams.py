@@ -274,7 +274,7 @@ class Upstream:
             return parse(answer.json())
         except BackendError as error:
             raise Unavailable(self.role, "malformed", self._connection.clean(str(error)), lost=True) from None
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             words = f"an answer that cannot be read: {answer.text[:80]!r}, {type(error).__name__}: {error}"
             raise Unavailable(self.role, "malformed", self._connection.clean(words), 0.0, lost=True) from None
 
