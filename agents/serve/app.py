@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
@@ -38,22 +38,15 @@ class _ClientGone(Exception):
     pass
 
 
-def build(
-    service: Service,
-    api_key: str | None = None,
-    max_body_bytes: int = 1 << 18,
-    cors_origins: Sequence[str] = (),
-    trace: Callable[[Headers], Trace] = Trace,
-) -> Starlette:
+def build(service: Service, api_key: str | None, trace: Callable[[Headers], Trace]) -> Starlette:
     """Return the application.
 
     Args:
-        service: What does the work.
+        service: What does the work; its settings say what is let in.
         api_key: Key that clients must send; None: none.
-        max_body_bytes: Largest request body.
-        cors_origins: Where pages may come from that call it in a browser.
         trace: Returns what is known of a request's trace.
     """
+    config = service.config
 
     def count(path: str, status: int) -> None:
         if path in (_CHAT, _RESPONSES):
@@ -71,7 +64,7 @@ def build(
             count(raw.url.path, error.status if isinstance(error, ApiError) else 500)
             raise
         steps, answer = service.steps(route, ask), shape(ask.model or service.name, ask)
-        headers = {SHADOW: service.config.shadow} if service.config.shadow and not ask.only else {}
+        headers = {SHADOW: config.shadow} if config.shadow and not ask.only else {}
         if ask.stream:  # answered once the first step is there: until then an error can still have a status of its own
             first = await _unless_gone(raw, anext(steps))
             return StreamingResponse(
@@ -85,7 +78,7 @@ def build(
 
     async def chat(raw: Request) -> Response:
         """Solve a problem step by step, each step by the model that the policy chooses."""
-        otherwise = service.config.otherwise
+        otherwise = config.otherwise
         beyond = api.beyond_routing(await raw.body()) if _is_json(raw) and otherwise != "error" else None
         if beyond is None:
             return await answered(raw, api.parse_request, Chat)
@@ -157,10 +150,9 @@ def build(
         exception_handlers=dict.fromkeys((_ClientGone, ApiError, HTTPException), failed),
     )
     app.router.redirect_slashes = False
-    guarding: Any = {"api_key": api_key, "max_body_bytes": max_body_bytes, "count": count, "trace": trace}
-    app.add_middleware(Guard, **guarding)
-    if cors_origins:  # outermost: browsers ask without the key first
-        app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(Guard, api_key, config.max_body_bytes, count, trace)
+    if config.cors_origins:  # outermost: browsers ask without the key first
+        app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
     return app
 
 

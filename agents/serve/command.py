@@ -145,7 +145,7 @@ class Server:
         self.service = Service(policies, self.models, metrics, config, recorder)
         key = _key(config.api_key_env)
         trace = Trace if self._spans is None else self._spans.trace
-        self.app = build(self.service, key, config.max_body_bytes, config.cors_origins, trace)
+        self.app = build(self.service, key, trace)
         if config.playground:
             add_playground(self.app, tinymath=str(policy.about.get("small", "")).startswith(f"{_EMBEDDED}-"))
         self._listener = Listener(self.app, self.service)

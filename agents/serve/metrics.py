@@ -24,7 +24,6 @@ class Metrics:
 
     def __init__(self) -> None:
         """Begin at zero, in a registry of its own."""
-        self.under_way = 0
         self.registry = CollectorRegistry()
         counter = partial(Counter, registry=self.registry)
         gauge = partial(Gauge, registry=self.registry)
@@ -88,11 +87,6 @@ class Metrics:
         self.fallbacks.inc(fallback)
         self.overhead.observe(max(overhead, 0.0))
 
-    def began(self) -> None:
-        """Count a request in."""
-        self.under_way += 1
-        self.in_flight.set(self.under_way)
-
     def ended(self, status: str, seconds: float, usage: dict[str, Any], share: float | None) -> None:
         """Count a routed request out, however it ended.
 
@@ -102,7 +96,7 @@ class Metrics:
             usage: As its answer tells it.
             share: Large-token share of the answer; None if there is no whole answer.
         """
-        self._left(status)
+        self.requests.labels(status).inc()
         self.seconds.observe(seconds)
         self.spent(usage["models"])
         if share is not None:
@@ -144,16 +138,6 @@ class Metrics:
         """Count what a route has asked, and the tokens that were read for its answers."""
         self.questions.labels(model).inc(questions)
         self.question_tokens.labels(model).inc(tokens)
-
-    def passed(self, role: str, status: str) -> None:
-        """Count a request out that was passed on to one model."""
-        self._left(status)
-        self.passed_on.labels(role).inc()
-
-    def _left(self, status: str) -> None:
-        self.under_way -= 1
-        self.in_flight.set(self.under_way)
-        self.requests.labels(status).inc()
 
     def text(self) -> bytes:
         """Return everything in Prometheus' text format."""

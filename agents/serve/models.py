@@ -7,6 +7,7 @@ upstream servers instead of for engines.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -27,12 +28,12 @@ from rollouts.family import Family
 from rollouts.models.base import Completion, CompletionRequest, LogprobRequest
 from rollouts.models.server.chat import Said, StepChat, read_said
 from rollouts.models.server.judge import Terms, Verdict, judge_payload, read_verdict_of
-from rollouts.models.server.wire import Exchange, Wire, score_exchanges, smallest_input
+from rollouts.models.server.wire import Exchange, Send, Wire, score_exchanges, smallest_input
 from rollouts.models.stepwise import Draft, StepRules
 from rollouts.scoring.judge import PROMPT, judge_question
 from rollouts.scoring.prm import fitting_input
 from rollouts.text.layouts import reward_layout
-from rollouts.text.likelihood import WORTHLESS
+from rollouts.text.likelihood import WORTHLESS, Likelihood
 from rollouts.text.prompts import PromptFormat, Reading, RewardLayout, Turns, has_room
 from rollouts.text.splitting import BLANK_LINE, Splitting
 from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, Step, StopReason, prefix_hash
@@ -66,6 +67,15 @@ class Spent:
     def most_decoded(self) -> int:
         """Tokens that were decoded, or may have been."""
         return self.completion_tokens + self.aborted_tokens
+
+    def losing(self, tokens: int, *, again: bool) -> Callable[[], bool]:
+        """Return what charges a request whose answer is lost, and says whether it may be sent once more."""
+
+        def lost() -> bool:
+            self.aborted_tokens += tokens
+            return again
+
+        return lost
 
     def add(self, prompt_tokens: int, completion_tokens: int = 0) -> None:
         """Charge an answered request."""
@@ -289,10 +299,7 @@ class Models:
         spent = ledger.roles[LARGE]
 
         async def send(payload: Mapping[str, Any], budget: int) -> Said:
-            def lost() -> bool:
-                spent.aborted_tokens += budget
-                return most is None
-
+            lost = spent.losing(budget, again=most is None)
             with ledger.waiting():
                 said = await self.upstreams[LARGE].post(chat.path, payload, _said, lost, budget, task.question)
             spent.add(said.prompt_tokens, said.tokens)
@@ -309,20 +316,21 @@ class Models:
     async def _complete(
         self, role: str, window: int, request: CompletionRequest, ledger: Ledger, *, capped: bool
     ) -> Completion:
-        spent, upstreams = ledger.roles[role], self.upstreams[role]
-
-        def lost() -> bool:
-            spent.aborted_tokens += request.max_tokens
-            return not capped
-
-        def send(path: str, body: Mapping[str, Any], read: Callable[[Any], Any]) -> Awaitable[Any]:
-            checked = partial(_checked, read, request.max_tokens)
-            return upstreams.post(path, body, checked, lost, about=request.about)
-
+        spent = ledger.roles[role]
+        lost = spent.losing(request.max_tokens, again=not capped)
+        send = self._sending(role, request.max_tokens, request.about, lost)
         with ledger.waiting():
-            completion = await upstreams.wire.complete(send, window, request)
+            completion = await self.upstreams[role].wire.complete(send, window, request)
         spent.add(len(request.prompt_ids), completion.tokens)
         return completion
+
+    def _sending(self, role: str, most: int, about: str, lost: Callable[[], bool] = lambda: True) -> Send:
+        """Return what sends a model's requests; answers that cannot be are none (`_checked`)."""
+
+        def send(path: str, body: Mapping[str, Any], read: Callable[[Any], Any]) -> Awaitable[Any]:
+            return self.upstreams[role].post(path, body, partial(_checked, read, most), lost, about=about)
+
+        return send
 
     async def looked_at(self, task: Task, steps: Sequence[str], ledger: Ledger) -> Told:
         """Return what the large model makes of the last of some steps, as `Sources.signals` takes it.
@@ -348,7 +356,7 @@ class Models:
         request, large = LogprobRequest(ids[:end], begin, entropies=True), self.upstreams[LARGE]
         with ledger.waiting():
             try:
-                send = partial(large.post, about=task.question)
+                send = self._sending(LARGE, 0, task.question)
                 found = await large.wire.likelihood(send, self.window(LARGE), request)
             except BackendError as error:
                 raise Unavailable(LARGE, "malformed", str(error)) from None
@@ -385,7 +393,8 @@ class Models:
 
     async def _exchanged(self, exchange: Exchange, ledger: Ledger) -> list[float]:
         with ledger.waiting():
-            scores = await self.upstreams[SCORER].post(exchange.path, exchange.payload, exchange.read)
+            read = partial(_checked, exchange.read, 0)
+            scores: list[float] = await self.upstreams[SCORER].post(exchange.path, exchange.payload, read)
         ledger.roles[SCORER].add(exchange.tokens)
         return scores
 
@@ -409,24 +418,22 @@ class Models:
 
     async def _judged(self, judge: _Judge, ledger: Ledger, question: str, steps: Sequence[str]) -> float:
         most = judge.scorer.max_tokens
-        spent = ledger.roles[SCORER]
-
-        def lost() -> bool:
-            spent.aborted_tokens += most
-            return True
-
+        spent, payload = ledger.roles[SCORER], judge.payload(question, steps)
+        lost = spent.losing(most, again=True)
         with ledger.waiting():
-            verdict = await self.upstreams[SCORER].post(
-                judge.path, judge.payload(question, steps), judge.read, lost, most
-            )
+            verdict = await self.upstreams[SCORER].post(judge.path, payload, judge.read, lost, most)
         spent.add(*verdict.spent)
         assert verdict.score is not None  # `read` sees to it
         return verdict.score
 
 
 def _checked(read: Callable[[Any], Any], most: int, body: Any) -> Any:
-    """Return what is read of an answer, if it is no completion of another length than can be."""
+    """Return what is read of an answer, if its numbers are some, and a completion is of a length that can be."""
     found = read(body)
+    told = found.likelihood if isinstance(found, Completion) else found
+    numbers = (*told.logprobs, *told.entropies) if isinstance(told, Likelihood) else found
+    if not isinstance(numbers, Completion) and any(map(math.isnan, numbers)):  # JSON may hold NaN
+        raise ValueError("NaN, expected numbers")
     if not isinstance(found, Completion):
         return found
     if not 1 <= found.tokens <= most:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Any
 
 from starlette.routing import BaseRoute, Route
@@ -14,17 +15,7 @@ from agents.serve.guard import OPEN
 
 _JSON, _EVENTS = "application/json", "text/event-stream"
 _KINDS = {"/metrics": "text/plain", "/": "text/html"}
-_ERRORS = {
-    400: "The request makes no sense here; the error says why.",
-    401: "The API key is missing or wrong.",
-    404: "There is no such model.",
-    408: "The request's body did not come in time.",
-    413: "The request is too large.",
-    429: "Too many requests are under way.",
-    500: "Internal error.",
-    503: "No model that could go on answers, or the service is ending.",
-    504: "Time was up before the first step.",
-}
+_ERRORS = (400, 401, 404, 408, 413, 429, 500, 503, 504)
 _ALSO = {
     "/v1/models": (401,),
     "/v1/models/{name}": (401, 404),
@@ -79,7 +70,7 @@ def _answers(path: str, *, streams: bool) -> dict[str, Any]:
     return {
         "200": {"description": words, "content": content | ({_EVENTS: {"schema": _TEXT}} if streams else {})},
         **{
-            str(status): {"description": _ERRORS[status], "content": error}
+            str(status): {"description": HTTPStatus(status).phrase, "content": error}
             for status in (_ERRORS if streams else _ALSO.get(path, ()))
         },
     }

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from typing import Any
 
 from starlette.background import BackgroundTask
@@ -15,8 +15,8 @@ from starlette.responses import Response, StreamingResponse
 
 from agents.serve import api
 from agents.serve.api import OURS, ApiError
-from agents.serve.route import ENDING
-from agents.serve.service import Service
+from agents.serve.route import ENDING, UnderWay
+from agents.serve.service import CLIENT_GONE, Service
 from agents.serve.upstreams import Unavailable, Upstream
 
 MARK = "X-Trim-Passed-To"
@@ -25,7 +25,7 @@ _log = logging.getLogger("trim.serve")
 _DATA = re.compile(rb"^data:(.*?)(?:\r?\n){2}", re.MULTILINE)
 
 
-class Passed:
+class Passed(UnderWay):
     """One request on its way through.
 
     Attributes:
@@ -45,14 +45,7 @@ class Passed:
         self.mark = {"routed": False, "passed_to": role, "because": because}
         self._body = {name: value for name, value in asked.items() if name not in OURS}
         self._stack = AsyncExitStack()
-        self._limit: asyncio.Timeout | None = None
-        self._cut = False
-
-    def cut(self) -> None:
-        """End with an error, whatever is being waited for."""
-        self._cut = True
-        if self._limit is not None and not self._limit.expired():
-            self._limit.reschedule(-1)
+        self._status = CLIENT_GONE
 
     async def answer(self) -> Response:
         """Send it, and return the model's answer.
@@ -60,12 +53,13 @@ class Passed:
         Raises:
             ApiError: There is none, or it is an error that is not about the request.
         """
-        self._note = self._stack.enter_context(self.service.passing(self.role, self))
+        self.service.enter(self)
+        self._stack.callback(lambda: self.service.passed(self, self.role, self._status))
         self._deadline = asyncio.get_running_loop().time() + self.service.config.request_timeout
         try:
             return await self._answered()
         except ApiError as error:
-            self._note(error.status)
+            self._status = error.status
             await self._stack.aclose()
             raise
         except BaseException:
@@ -75,7 +69,7 @@ class Passed:
     async def _answered(self) -> Response:
         upstreams, headers = self.service.models.upstreams[self.role], {MARK: self.role}
         try:
-            async with self._in_time():
+            async with self._in_time(self._deadline):
                 opened = await self._stack.enter_async_context(upstreams.open("chat/completions", self._body))
         except Unavailable as error:
             raise self._failed(str(error)) from None
@@ -89,12 +83,12 @@ class Passed:
                 background=BackgroundTask(self._stack.aclose),  # if the client left between two chunks
             )
         try:
-            content = json.dumps({**json.loads(opened.content), "trim": self.mark})
+            content = json.dumps({**json.loads(opened.content), "trim": self.mark}, allow_nan=False)
         except (ValueError, TypeError, RecursionError):
             fault = Unavailable(self.role, "malformed", f"an answer that cannot be read: {opened.content[:80]!r}")
             opened.upstream.failed(fault)
             raise self._failed(str(fault)) from None
-        self._note(opened.status)
+        self._status = opened.status
         await self._stack.aclose()
         return Response(content, opened.status, headers, media_type="application/json")
 
@@ -102,13 +96,13 @@ class Passed:
         """Give the events as they come, with the mark in the first that has data."""
         begun, marked = b"", False
         try:
-            async with self._in_time():
+            async with self._in_time(self._deadline):
                 async for chunk in chunks:
                     given, begun, marked = (chunk, b"", True) if marked else self._marked(begun + chunk)
                     if given:
                         yield given
             yield begun
-            self._note(200)
+            self._status = 200
         except TimeoutError:
             yield _error(self._late())
         except Exception as error:  # the connection broke
@@ -130,14 +124,6 @@ class Passed:
             first = found[0]  # none of OpenAI's
         return begun[: found.start()] + first + begun[found.end() :], b"", True
 
-    @asynccontextmanager
-    async def _in_time(self) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout_at(-1 if self._cut else self._deadline) as self._limit:
-                yield
-        finally:
-            self._limit = None  # what is over cannot be cut any more
-
     def _late(self) -> ApiError:
         if self._cut:
             return self._error(503, ENDING, "ServiceUnavailableError")
@@ -148,7 +134,7 @@ class Passed:
         return self._error(503, f"The {self.role} model does not answer.", "ServiceUnavailableError")
 
     def _error(self, status: int, words: str, kind: str) -> ApiError:
-        self._note(status)
+        self._status = status
         return ApiError(status, words, kind, trim=self.mark)
 
 

@@ -29,7 +29,7 @@ from rollouts.plugins import load_plugin
 from rollouts.scoring.prm import process_of
 from rollouts.store.rows import Rows, TreeKey
 from rollouts.store.store import Store
-from rollouts.tasks.problems import Problem, normalise_question, split_of
+from rollouts.tasks.problems import Problem, split_of
 from rollouts.text.steps import SMALL, Step, prefix_hash
 from rollouts.trees.grow import StepBuffer
 from rollouts.trees.tree import RolloutTree
@@ -66,6 +66,7 @@ class Seen:
         kept: dict[str, Any] = {text: redact(text) for text in texts}
         if None in kept.values():
             return None
+        "".join(kept.values()).encode()  # fails now, if it must: what is no text would be in the way of all that comes
         kept[""] = ""
         paths = tuple(
             (
@@ -228,7 +229,7 @@ class Recorder:
 
 
 def _problem(seen: Seen) -> Problem:
-    text = normalise_question(seen.question) + ("\x00" + seen.answer if seen.answer else "")
+    text = seen.question + ("\x00" + seen.answer if seen.answer else "")
     name = f"{SOURCE}/q-{sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
     split = split_of(seen.question) if seen.answer else UNANSWERED
     return Problem(name, split, seen.question, seen.answer, SOURCE, "unknown")

@@ -6,9 +6,10 @@ The loop is that of docs/design.md, section 1. What a model that does not answer
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from agents.deploy.policy import Session
 from agents.routers.asking import Asking
@@ -25,6 +26,9 @@ from rollouts.text.steps import CLOSE, DELIMITER, LARGE, ROLES, SMALL, Step, Sto
 from rollouts.trees.arrays import ASK, CONTINUE_SMALL, ESCALATE_LARGE
 from rollouts.trees.columns import facts_of
 from trim_env.features import schema_named
+
+if TYPE_CHECKING:
+    from agents.serve.shadow import Shadow
 
 _CUT_OFF = (StopReason.LENGTH, StopReason.FORCED)
 ENDING = "The service is shutting down."
@@ -43,11 +47,26 @@ class RouteFailed(Exception):
         self.status = status
 
 
-class Beside(Protocol):
-    """What goes on beside a request, and has something to tell in its answer."""
+class UnderWay:
+    """A request that can be ended from outside, whatever it waits for."""
 
-    def report(self) -> dict[str, Any]:
-        """Return it as JSON holds it."""
+    _limit: asyncio.Timeout | None = None
+    _cut = False
+
+    def cut(self) -> None:
+        """End with an error."""
+        self._cut = True
+        if self._limit is not None and not self._limit.expired():
+            self._limit.reschedule(-1)
+
+    @asynccontextmanager
+    async def _in_time(self, deadline: float) -> AsyncIterator[None]:
+        """Raise TimeoutError at a deadline, in the event loop's time, or when it is cut."""
+        try:
+            async with asyncio.timeout_at(-1 if self._cut else deadline) as self._limit:
+                yield
+        finally:
+            self._limit = None  # what is over cannot be cut any more
 
 
 class _CapSpent(Exception):
@@ -122,8 +141,8 @@ class _Owed:
 
 
 @dataclass(eq=False)
-class Route:
-    """One request under way; its state is here and nowhere else.
+class Route(UnderWay):
+    """One request that is routed; its state is here and nowhere else.
 
     Attributes:
         task: What is asked of the models.
@@ -161,11 +180,9 @@ class Route:
     stops: StopText = field(default_factory=StopText)
     said: list[str] = field(default_factory=list)
     ended: str | None = None
-    shadow: Beside | None = None
+    shadow: Shadow | None = None
     _owed: list[_Owed] = field(default_factory=list)
     _stopped: str | None = None
-    _limit: asyncio.Timeout | None = None
-    _cut: bool = False
     _span = "step"
 
     def __post_init__(self) -> None:
@@ -213,7 +230,7 @@ class Route:
         while self.ended is None:
             try:
                 told: dict[str, Any] = {"step": len(self.written) + 1, "policy": self.policy}
-                async with asyncio.timeout_at(-1 if self._cut else deadline) as self._limit:
+                async with self._in_time(deadline):
                     with tracing.current().step(self._span, told):
                         step, note = await self._next(models)
                         told |= note.plain(text=False) | {"rejected": None}
@@ -229,8 +246,6 @@ class Route:
                 if not self.written:
                     raise RouteFailed(f"The first step cannot be written: {error}.") from error
                 return
-            finally:
-                self._limit = None
             self.used += step.tokens
             self.accepted.append(step)
             self.written.append(note)
@@ -239,12 +254,6 @@ class Route:
                 self.ended = step.stop_reason if self.stops.matched is None else "stop"
                 self._settle([None] * len(self.written))
             yield note
-
-    def cut(self) -> None:
-        """End with an error, whatever is being waited for."""
-        self._cut = True
-        if self._limit is not None and not self._limit.expired():
-            self._limit.reschedule(-1)
 
     async def _write(self, models: Models, role: str, most: int | None = None) -> Step:
         """Return a model's next step, of at most so many tokens."""
@@ -256,11 +265,10 @@ class Route:
     async def _next(self, models: Models) -> tuple[Step, Written]:
         """Return the next accepted step, and how it came about."""
         earlier = self._texts
-        if self.only is not None:
-            return await self._alone(models, self.only)
         thinking = self.task.splitting.thinking(earlier)
-        if (author := self.author or self.task.splitting.author(thinking=thinking)) is not None:
-            return await self._answered(models, author)
+        author = self.only or self.author or self.task.splitting.author(thinking=thinking)
+        if author is not None:
+            return await self._alone(models, author)
         try:
             proposal = await self._write(models, SMALL)
         except Unavailable as fault:
@@ -295,22 +303,15 @@ class Route:
             return proposal, self._note(proposal, SMALL, **common)
         return await self._escalate(models, proposal, common)
 
-    async def _alone(self, models: Models, role: str) -> tuple[Step, Written]:
-        """Return the next step of the one model that is asked."""
-        try:
-            step = await self._write(models, role)
-        except Unavailable as fault:
-            raise RouteFailed(f"The model does not answer: {_brief(fault)}.") from fault
-        proposal, large = (step, None) if role == SMALL else (None, step)
-        return step, self._note(step, role, proposal, large)
-
-    async def _answered(self, models: Models, author: str) -> tuple[Step, Written]:
-        """Let the only model that writes the answer, or all, go on: there is nothing to decide, nor will there be."""
+    async def _alone(self, models: Models, author: str) -> tuple[Step, Written]:
+        """Let the one model write that is asked, or that writes the answer or all: there is nothing to decide."""
         self._settle([None] * len(self.written))
         words = None
         try:
             step = await self._write(models, author)
         except Unavailable as fault:
+            if self.only is not None:
+                raise RouteFailed(f"The model does not answer: {_brief(fault)}.") from fault
             if author == SMALL:
                 return await self._without_small(models, fault)
             words, author = _words(fault, "the small model wrote the step"), SMALL

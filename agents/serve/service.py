@@ -6,11 +6,11 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import asdict, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from agents.routers.base import is_blind
 from agents.serve import tracing
@@ -20,7 +20,7 @@ from agents.serve.drift import Drift
 from agents.serve.metrics import Metrics
 from agents.serve.models import Models, Task
 from agents.serve.policies import Policies
-from agents.serve.route import ENDING, Route, RouteFailed, Written
+from agents.serve.route import ENDING, Route, RouteFailed, UnderWay, Written
 from agents.serve.shadow import Shadow
 from agents.serve.sources import Sources
 from agents.serve.stops import StopText
@@ -35,13 +35,6 @@ _log = logging.getLogger("trim.serve")
 _SHORT = 2000  # characters that are tokenised in a few milliseconds
 CLIENT_GONE = 499
 """nginx' status for a client that left."""
-
-
-class Cut(Protocol):
-    """What can be ended from outside."""
-
-    def cut(self) -> None:
-        """End with an error."""
 
 
 class Service:
@@ -68,7 +61,8 @@ class Service:
         self.name = next(iter(policies.each))
         self.since = int(time.time())
         self.draining, self.over, self.cut = False, False, 0
-        self._routes: set[Route | Cut] = set()
+        self._under_way: set[UnderWay] = set()
+        metrics.in_flight.set_function(lambda: len(self._under_way))
         self._shadows: set[asyncio.Task[None]] = set()
 
     def use(self, policies: Policies) -> None:
@@ -133,15 +127,13 @@ class Service:
         if session.decides_once:
             decide = partial(session.decide, question=question)
             author = ROLES[await asyncio.to_thread(decide) if length > _SHORT else decide()]
-        route = Route(task, session, *fallbacks, sources, ask.only or self.config.shadow, policy=name, author=author)
-        route.stops = StopText(ask.stop or ())
+        made: dict[str, Any] = {"policy": name, "author": author}
+        only = ask.only or self.config.shadow
+        route = Route(task, session, *fallbacks, sources, only, **made, stops=StopText(ask.stop or ()))
         route.ledger.prompt_tokens = prompt_tokens
         if self.config.shadow and not ask.only and random.random() < self.config.shadow_share:
-            shadow = Shadow(
-                task, session, *fallbacks, sources, policy=name, author=author, served=route, traced=bool(ask.trace)
-            )
-            shadow.stops = StopText(ask.stop or ())
-            route.shadow = shadow
+            made |= {"served": route, "traced": bool(ask.trace), "stops": StopText(ask.stop or ())}
+            route.shadow = Shadow(task, session, *fallbacks, sources, **made)
         return route
 
     def _by_chat(self, sampling: Sampling, system_prompt: str | None) -> GeneratorConfig | None:
@@ -175,18 +167,21 @@ class Service:
     def _check_open(self) -> None:
         if self.over:
             raise ApiError(503, ENDING, "ServiceUnavailableError")
-        if self.metrics.under_way >= self.config.max_concurrent:
+        if len(self._under_way) >= self.config.max_concurrent:
             raise ApiError(429, "Too many requests are under way; try again.", "RateLimitError")
 
-    def _enter(self, one: Route | Cut) -> None:
-        """Count in what begins now, or its refusal."""
+    def enter(self, one: UnderWay) -> None:
+        """Count in what begins now, or its refusal.
+
+        Raises:
+            ApiError: Too many are under way.
+        """
         try:
             self._check_open()
         except ApiError as error:
             self.metrics.requests.labels(str(error.status)).inc()
             raise
-        self.metrics.began()
-        self._routes.add(one)
+        self._under_way.add(one)
 
     async def steps(self, route: Route, ask: ChatRequest) -> AsyncGenerator[Written, None]:
         """Yield the steps of a route, counted in before the first one and out with the status that its end has.
@@ -196,7 +191,7 @@ class Service:
                 what there is.
         """
         metrics, ledger = self.metrics, route.ledger
-        self._enter(route)
+        self.enter(route)
         status, share = CLIENT_GONE, None
         began = now = time.monotonic()
         waited = ledger.waited
@@ -226,7 +221,7 @@ class Service:
             status = 500
             raise
         finally:
-            self._routes.discard(route)
+            self._under_way.discard(route)
             if shadowing and status != 200:
                 shadowing[1].cancel()
             if not shadowing:
@@ -256,7 +251,7 @@ class Service:
 
     def _beside(self, ask: ChatRequest, route: Route, deadline: float) -> tuple[Shadow, asyncio.Task[None]] | None:
         """Begin the shadow of a route, if it has one and there are not too many."""
-        if not isinstance(shadow := route.shadow, Shadow):
+        if (shadow := route.shadow) is None:
             return None
         if len(self._shadows) >= self.config.max_concurrent:
             self.metrics.shadows.labels("dropped").inc()
@@ -308,26 +303,12 @@ class Service:
         if self._recorder is not None:
             await asyncio.to_thread(self._recorder.close)
 
-    @contextmanager
-    def passing(self, role: str, cut: Cut) -> Iterator[Callable[[int], None]]:
-        """Count a request that is passed on to one model in and out; gives what notes its HTTP status.
-
-        Raises:
-            ApiError: Too many are under way.
-        """
-        self._enter(cut)
-        status = CLIENT_GONE
-
-        def note(value: int) -> None:
-            nonlocal status
-            status = value
-
-        try:
-            yield note
-        finally:
-            self._routes.discard(cut)
-            self.metrics.passed(role, str(status))
-            tracing.current().told |= {"passed_to": role, "status": status}
+    def passed(self, one: UnderWay, role: str, status: int) -> None:
+        """Count a request out that was passed on to one model."""
+        self._under_way.discard(one)
+        self.metrics.requests.labels(str(status)).inc()
+        self.metrics.passed_on.labels(role).inc()
+        tracing.current().told |= {"passed_to": role, "status": status}
 
     def card(self, name: str) -> dict[str, Any]:
         """Return the entry of a name in the model list.
@@ -357,9 +338,9 @@ class Service:
     def cut_off(self) -> None:
         """End what is under way, each with an error that says so."""
         self.over = True
-        self.cut += len(self._routes)
-        for route in self._routes:
-            route.cut()
+        self.cut += len(self._under_way)
+        for each in self._under_way:
+            each.cut()
         for task in self._shadows:
             task.cancel()
 

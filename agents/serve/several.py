@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
 from agents.serve.metrics import Metrics
@@ -112,48 +112,41 @@ class Upstreams:
         Raises:
             Unavailable: There was no usable answer, or all upstreams are down.
         """
-        tried: list[Upstream] = []
-        fault = self._down
-        while True:
-            try:
-                async with self._pool.one(about, tried) as upstream:
-                    tried.append(upstream)
-                    return await upstream.post(path, payload, parse, lost, tokens)
-            except NobodyThere:
-                raise fault from None
-            except Unavailable as found:
-                fault = found
-            if not (fault.elsewhere and self._pool.others(tried)):
-                if fault.pause is None or len(tried) > len(self.each):
-                    raise fault
-                await asyncio.sleep(fault.pause)
+        async with self._asked(about, lambda upstream: upstream.post(path, payload, parse, lost, tokens)) as answer:
+            return answer
 
-    @contextlib.asynccontextmanager
-    async def open(self, path: str, payload: Mapping[str, Any]) -> AsyncIterator[Opened]:
+    def open(self, path: str, payload: Mapping[str, Any]) -> AbstractAsyncContextManager[Opened]:
         """Send a request as it is, but for the model's name, and give the answer if it is about the request.
 
-        Where none comes, or a stream breaks before its first byte, it is sent to another server, if there is one.
+        Where none comes, or a stream breaks before its first byte, it is sent once more as by `post`.
 
         Raises:
             Unavailable: There is no such answer, or all upstreams are down.
         """
+        return self._asked("", lambda upstream: upstream.open(path, payload))
+
+    @asynccontextmanager
+    async def _asked(self, about: str, ask: Callable[[Upstream], AbstractAsyncContextManager[T]]) -> AsyncIterator[T]:
         tried: list[Upstream] = []
         fault = self._down
-        while not tried or (fault.elsewhere and self._pool.others(tried)):
-            async with contextlib.AsyncExitStack() as stack:
+        while True:
+            async with AsyncExitStack() as stack:
                 try:
-                    upstream = await stack.enter_async_context(self._pool.one("", tried))
+                    upstream = await stack.enter_async_context(self._pool.one(about, tried))
                     tried.append(upstream)
-                    opened = await stack.enter_async_context(upstream.open(path, payload))
+                    answer = await stack.enter_async_context(ask(upstream))
                 except NobodyThere:
-                    break
+                    raise fault from None
                 except Unavailable as found:
                     fault = found
                     upstream.failed(fault)
                 else:
-                    yield opened
+                    yield answer
                     return
-        raise fault
+            if not (fault.elsewhere and self._pool.others(tried)):
+                if fault.pause is None or len(tried) > len(self.each):
+                    raise fault
+                await asyncio.sleep(fault.pause)
 
     @property
     def _down(self) -> Unavailable:

@@ -188,9 +188,9 @@ class Upstream:
         """
         tokens = payload.get("max_completion_tokens") or payload.get("max_tokens") or self.window
         patient = patience(self._timeout, tokens if isinstance(tokens, int) and not payload.get("stream") else 0)
-        began, stack = time.monotonic(), contextlib.AsyncExitStack()
+        began = time.monotonic()
         try:
-            async with stack:
+            async with contextlib.AsyncExitStack() as stack:
                 with self._expected(patient):
                     opening = self._connection.open(path, {**payload, "model": self.model})
                     answer = await stack.enter_async_context(opening)
@@ -244,6 +244,7 @@ class Upstream:
         if fault.suspect:
             self._watch()
 
+    @contextlib.asynccontextmanager
     async def post(
         self,
         path: str,
@@ -251,14 +252,13 @@ class Upstream:
         parse: Callable[[Any], T],
         lost: Callable[[], bool],
         tokens: int,
-    ) -> T:
+    ) -> AsyncIterator[T]:
         """Do as `agents.serve.several.Upstreams.post` does, once."""
         began = time.monotonic()
         try:
             timeout = patience(self._timeout, tokens)
             answer = await self._exchange(path, {"model": self.model, **payload}, parse, timeout)
         except Unavailable as fault:
-            self.failed(fault)
             if fault.lost and not lost():
                 fault.pause, fault.elsewhere = None, False
             raise
@@ -267,7 +267,7 @@ class Upstream:
             raise
         self._metrics.upstream_seconds.labels(self.role, self.number).observe(time.monotonic() - began)
         self._answered_at = time.monotonic()
-        return answer
+        yield answer
 
     async def _exchange(self, path: str, payload: Any, parse: Callable[[Any], T], timeout: float) -> T:
         began = time.monotonic()
@@ -285,7 +285,7 @@ class Upstream:
             return parse(answer.json())
         except BackendError as error:
             raise Unavailable(self.role, "malformed", self._connection.clean(str(error)), lost=True) from None
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             words = f"an answer that cannot be read: {answer.text[:80]!r}, {type(error).__name__}: {error}"
             raise Unavailable(self.role, "malformed", self._connection.clean(words), 0.0, lost=True) from None
 

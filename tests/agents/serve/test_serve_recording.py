@@ -137,6 +137,33 @@ def marked(text: str) -> str | None:
     return None if "secret" in text else text.replace("Alice", "N.")
 
 
+def broken(text: str) -> Any:
+    return {"What is x?": 7, "What is y?": "\ud800"}.get(text, text)
+
+
+def test_what_is_redacted_to_no_text_is_left_out_alone(tmp_path: Path) -> None:
+    """Before, one such request kept all that came later from being written."""
+    metrics = Metrics()
+    taken = recorder(tmp_path / "s", metrics=metrics, redact="test_serve_recording:broken")
+    for question in ("What is x?", "What is y?", "What is z?"):
+        taken.take([served(question)], "7")
+    taken.close()
+    assert [problem.question for problem in Store(tmp_path / "s").problems()] == ["What is z?"]
+    assert (count(metrics, "kept"), count(metrics, "failed")) == (1, 2)
+
+
+def test_other_questions_are_other_problems(tmp_path: Path) -> None:
+    """Before, what differs in capitals or blanks was one problem, though models were asked something else."""
+    taken = recorder(tmp_path / "s")
+    questions = ["What is X?", "What is x?", "What is  x?"]
+    for question in (*questions, questions[0]):
+        taken.take([served(question)], "7")
+    taken.close()
+    problems = Store(tmp_path / "s").problems()
+    assert [problem.question for problem in problems] == questions and len({each.split for each in problems}) == 1
+    assert sorted(len(list(load_trees(Store(tmp_path / "s"), [each], None, 1))) for each in problems) == [1, 1, 2]
+
+
 def test_texts_are_redacted_or_left_out(tmp_path: Path) -> None:
     metrics = Metrics()
     taken = recorder(tmp_path / "s", metrics=metrics, redact="test_serve_recording:marked")

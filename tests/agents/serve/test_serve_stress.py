@@ -24,6 +24,7 @@ from agents.__main__ import main
 from agents.serve import listen
 from agents.serve import upstreams as probing
 from agents.serve.command import ServeConfig, Server, family_of
+from agents.serve.route import UnderWay
 from rollouts.text.tokens import Encoder
 from rollouts.tinymath import model_dir
 
@@ -181,7 +182,7 @@ def test_refused_requests_cost_nothing(router: Router, monkeypatch: pytest.Monke
 
 def test_who_is_one_too_many_is_not_tokenised(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     router = made(max_concurrent=1)
-    monkeypatch.setattr(router.server.service.metrics, "under_way", 1)
+    monkeypatch.setattr(router.server.service, "_under_way", {UnderWay()})
     monkeypatch.setattr(Encoder, "__call__", None)
     assert router.chat("What is 3 times 31?").status_code == 429
 

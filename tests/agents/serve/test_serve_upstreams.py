@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
-from fake_server import FakeServer
+from fake_server import FakeServer, config
 from serve_harness import ROLES, Router, policy
 
 from agents.serve import upstreams as probing
+from agents.serve.metrics import Metrics
+from agents.serve.models import _checked
+from agents.serve.upstreams import Probe, Unavailable, Upstream
 from benchmarks.upstream import step_tag_id
+from rollouts.models.base import Completion
+from rollouts.models.server.chat import decoded
 from rollouts.models.server.connection import Answer
+from rollouts.text.likelihood import Likelihood, top_entropy
 
 MOST = 9
 TEXT = {"text": "a=1\n\n", "finish_reason": "stop", "stop_reason": "\n\n"}
@@ -222,3 +230,36 @@ def test_probes_answered_wrongly_too_are_noticed_and_so_is_the_return(trio: Trio
         assert f"{name} (down)" in answers(routed, max_tokens=8)[0][0]
         trio.wrong = {}
         routed.wait_up((name,), within=5)
+
+
+NAN, HUGE = json.loads("NaN"), json.loads("1e999")
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda: Completion("x", 1, (5,), "eos", likelihood=Likelihood((NAN,), (0.1,))),
+        lambda: Completion("x", 1, (5,), "eos", likelihood=Likelihood((-0.1,), (NAN,))),
+        lambda: Likelihood((NAN, -0.1)),
+        lambda: [0.5, NAN],
+        lambda: top_entropy([1000.0]),
+        lambda: decoded({"completion_tokens": HUGE}),
+    ],
+)
+def test_numbers_that_are_none_are_no_answer(trio: Trio, read: Any) -> None:
+    """Before, NaN and what is too large for a number made the service fail."""
+
+    async def asked() -> None:
+        probe = Probe(lambda _: ("", {}), lambda *_: None)
+        upstream = Upstream("small", config(trio), trio.url, probe, 9.0, Metrics(), [])
+        upstream.model = "fake"
+        try:
+            answer = partial(_checked, lambda body: read(), 4)
+            async with upstream.post("completions", {"prompt": [1], "max_tokens": 4}, answer, lambda: True, 0):
+                pass
+        finally:
+            await upstream.close()
+
+    with pytest.raises(Unavailable) as caught:
+        asyncio.run(asked())
+    assert caught.value.kind == "malformed"
