@@ -122,13 +122,13 @@ class EpisodesVectorEnv(VectorEnv[Array, Array, Array]):
         Raises:
             ConfigError: An argument is out of range.
         """
-        if num_envs < 1:
-            raise ConfigError(f"num_envs is {num_envs}, expected at least 1.")
+        if num_envs < 1 or num_envs % 1 != 0:
+            raise ConfigError(f"num_envs is {num_envs}, expected at least 1, a whole number.")
         if render_mode is not None:
             raise UnknownRenderMode(f"Unknown render_mode {render_mode!r}: the vector environment has none.")
         mode = _checked_mode(autoreset_mode)
         self.metadata = {"autoreset_mode": mode, "render_modes": []}
-        self.num_envs = num_envs
+        self.num_envs = num_envs = int(num_envs)
         self.lam_range = checked_range(lam) if np.ndim(lam) else None
         self._lam = np.full(num_envs, self.lam_range[0]) if self.lam_range else checked_lam(lam)
         self.lam_share = 1.0

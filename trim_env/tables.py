@@ -286,31 +286,29 @@ def checked_cap(closed: int | None, wanted: int | None) -> int | None:
         wanted: The cap asked for; None: that of the trees.
 
     Raises:
-        ConfigError: It is negative, or above what the trees hold.
+        ConfigError: It is no whole number of at least 0, or above what the trees hold.
     """
     if wanted is None:
         return closed
-    if wanted < 0 or (closed is not None and wanted > closed):
-        raise ConfigError(
-            f"max_escalations is {wanted}; these trees hold every path with at most {closed} escalations"
-            if wanted >= 0
-            else f"max_escalations is {wanted}, expected at least 0."
-        )
-    return wanted
+    if wanted < 0 or wanted % 1 != 0:
+        raise ConfigError(f"max_escalations is {wanted}, expected at least 0, a whole number.")
+    if closed is not None and wanted > closed:
+        raise ConfigError(f"max_escalations is {wanted}; these trees hold every path with at most {closed} escalations")
+    return int(wanted)
 
 
 def checked_token_cap(wanted: int | None) -> int | None:
     """Return the cap on the large model's tokens to use; None for none.
 
     Raises:
-        ConfigError: It is below 1.
+        ConfigError: It is no whole number of at least 1.
     """
-    if wanted is not None and wanted < 1:
+    if wanted is not None and (wanted < 1 or wanted % 1 != 0):
         raise ConfigError(
-            f"max_large_tokens is {wanted}, expected at least 1: the tokens that the large model may decode for a "
-            "problem. Leave it out for no cap; always-small needs none."
+            f"max_large_tokens is {wanted}, expected at least 1, a whole number: the tokens that the large model may "
+            "decode for a problem. Leave it out for no cap; always-small needs none."
         )
-    return wanted
+    return None if wanted is None else int(wanted)
 
 
 def checked_answers(splitting: Mapping[str, Any] | None, max_large_tokens: int | None) -> None:

@@ -94,7 +94,7 @@ class TrimVectorEnv(EpisodesVectorEnv):
             autoreset_mode=autoreset_mode,
             render_mode=render_mode,
         )
-        self.node = np.zeros(num_envs, np.int64)
+        self.node = np.zeros(self.num_envs, np.int64)
 
     def _take(self, which: Any, action: Array) -> Steps:
         tables, rows = self.tables, self.node[which]

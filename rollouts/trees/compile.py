@@ -50,6 +50,7 @@ _ABSENT = (MISSING, 0, 0, 0, np.nan, -1, -1, False, -1)  # all but where its tex
 _PER_NODE = _row_of(f"tree depth {_HASHED_ALONE} min_score product_score")
 _PER_TREE = _row_of("root problem replica")
 _HASHED = {*_PER_ACTION.names, *_PER_NODE.names, *_PER_TREE.names} - {"text_end"}  # type: ignore[misc]
+_REASONS = {reason: place for place, reason in enumerate(STOP_REASONS)}
 _PART = 20_000  # nodes that are in memory before they are written
 
 
@@ -233,9 +234,11 @@ def _compile(store: Store, scorer: str, grader: str, folder: Path, on_progress: 
     for tree in load_trees(
         store, problems, None, process.get("max_escalations"), chunk=256, along=[*signals.tables.values(), *tables]
     ):
-        if tree.missing() and tree.key not in live:
+        lacking = tree.missing() > 0
+        if lacking and tree.key not in live:
             live = store.live  # live episodes may have begun it just now
         if tree.key not in live:
+            counts.incomplete += lacking
             part.add(tree, positions[tree.problem.id], signals, tables, counts)
             if len(part.nodes) >= _PART:
                 part.write(arrays, signals.names)
@@ -327,7 +330,6 @@ class _Part:
         """Take a tree, unless it cannot be used."""
         grades, *labels = tables
         counts.orphans += tree.orphans
-        counts.incomplete += tree.missing() > 0
         keys = [tree.row_key(*place[1:]) for place in tree.places()]
         counts.unclaimed += sum(rows.unclaimed(tree.key, keys) for rows in (*signals.tables.values(), grades))
         first, written = self._rows + len(self.nodes), self._bytes + len(self._text)
@@ -349,7 +351,8 @@ class _Part:
                 key = tree.row_key(node, role)
                 score, values = signals.of((tree, node, role))
                 told.append(values)
-                grade = grades.get(key, ...) if step.terminal else -1
+                terminal = step.terminal
+                grade = grades.get(key, ...) if terminal else -1
                 counts.ungraded += grade is ...
                 if score is None:
                     counts.without_score += 1
@@ -359,7 +362,7 @@ class _Part:
                 counts.not_numbers += not 0.0 <= score <= 1.0
                 label = labels[0].get(key) if labels else None
                 child = TERMINAL
-                if not step.terminal:
+                if not terminal:
                     child_key = node.after[role]
                     child = row_of[child_key]
                     before.setdefault(child_key, (min(least, score), product * score))
@@ -372,7 +375,7 @@ class _Part:
                         step.prompt_tokens,
                         score,
                         grade,
-                        STOP_REASONS.index(step.stop_reason),
+                        _REASONS[step.stop_reason],
                         step.has_answer,
                         -1 if label is None else label,
                         written + len(text),

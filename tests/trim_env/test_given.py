@@ -78,6 +78,7 @@ def test_probabilities_of_routers(tables, answer):
 def test_settings_of_environments(tables):
     for given, message in (
         ({"num_envs": -1}, "num_envs is -1"),
+        ({"num_envs": 2.5}, "num_envs is 2.5"),
         ({"lam": (1e-4, 1e-3, 1e-2)}, "The range of lam is 0.0001 to 0.001 to 0.01"),
         ({"lam": "much"}, "lam is much, expected"),
         ({"lam": (1e-4, None)}, "lam is None, expected"),
@@ -86,6 +87,10 @@ def test_settings_of_environments(tables):
     ):
         with pytest.raises(ConfigError, match=message):
             TrimVectorEnv(tables, **{"num_envs": 2, **given})
+    for name in ("max_escalations", "max_large_tokens"):
+        for odd in (1.5, np.inf, np.nan, -1):
+            with pytest.raises(ConfigError, match=f"{name} is {odd}, expected at least [01], a whole"):
+                decision_tables(tables.trees, None, **{name: odd})
     assert TrimVectorEnv(tables, num_envs=1, lam=np.array([1e-4, 1e-3])).lam_range == (1e-4, 1e-3)
 
 
