@@ -33,14 +33,21 @@ class Models:
 
         Raises:
             StoreError: The store was made by other models, or has no problems to train on.
-            ConfigError: The models file is wrong, or the store is to be read with another scorer than theirs.
+            ConfigError: The models file is wrong or missing, or the store is to be read with another scorer than theirs.
         """
         self.config, self.listener = config, listener
         self.generated = Generated()
         self._file: Path | None = None
         self.store = Store(config.rollouts)
         self.store.problems("train")
-        self.family = live.family_of(self.store, config.models or "tinymath")
+        try:
+            self.family = live.family_of(self.store, config.models or "tinymath")
+        except StoreError as error:
+            if config.models is not None:
+                raise
+            raise ConfigError(
+                f"{self.store.path} was not made by the embedded models. Name those that made it: --models FILE."
+            ) from error
         self.scorer = self.family.scorer_name if self.family.config.scorer else SMALL
         if config.scorer not in (None, self.scorer):
             raise ConfigError(f"--scorer is {config.scorer}, but the scorer of the models file is {self.scorer}.")

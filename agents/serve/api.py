@@ -99,11 +99,20 @@ class _Part(BaseModel):
     text: str
 
 
+def _only_texts(content: Any) -> Any:
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, dict) and isinstance(kind := part.get("type"), str) and kind != "text":
+            raise ValueError(f"Parts of type `{kind[:_SHOWN]}` are not supported here")
+    return content
+
+
 class Message(BaseModel):
     """One message of a chat; text only."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[_Part], Field(max_length=1024, fail_fast=True)]
+    content: Annotated[
+        str | Annotated[list[_Part], Field(max_length=1024, fail_fast=True)], BeforeValidator(_only_texts)
+    ]
 
     def text(self) -> str:
         """Return its text; parts are joined as vLLM joins them."""

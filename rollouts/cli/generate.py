@@ -71,10 +71,10 @@ class Generate:
 
     Attributes:
         out: Directory of the store.
-        problems: ``tinymath``, ``tinymath:test`` or JSONL files.
+        problems: ``tinymath``, ``tinymath:test`` or files: JSON lines, CSV or Parquet.
         models: TOML file of the roles, or ``tinymath`` / ``tinymath:transformers`` for the embedded family.
         limit: Most problems of each split.
-        split: Put all problems of JSONL files into this split instead of splitting them by hash.
+        split: Put all problems of files into this split instead of splitting them by hash.
         max_escalations: K: every path with at most K escalations; ``none``: complete trees. ``auto``: the K of the
             store where there is one, else complete trees for tinymath and 2 for other problems, as free text
             hardly ever merges.

@@ -368,7 +368,7 @@ class Store:
         Raises:
             StoreError: There is none, there are several and no name was given, or the name is unknown.
         """
-        names = self.names(kind)
+        names = known = self.names(kind)
         command = "score" if kind == "scores" else "grade"
         if kind == "scores":
             known = self.signals()
@@ -383,7 +383,7 @@ class Store:
         if name is None:
             raise StoreError(f"{self.path} has several {kind} tables, name one: {', '.join(names)}.")
         if name not in names:
-            raise StoreError(f"{self.path}: no {kind} table {name!r}.{did_you_mean(name, names)}")
+            raise StoreError(f"{self.path}: no {kind} table {name!r}.{did_you_mean(name, known)}")
         return name
 
     def scored_by(self, name: str) -> tuple[str, str]:

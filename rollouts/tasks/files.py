@@ -126,9 +126,11 @@ def read_rows(path: Path) -> Iterator[Row]:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; expected a JSONL file, or 'tinymath' for the embedded set") from None
+        raise DataError(
+            f"{path}: no such file; expected JSON lines, CSV or Parquet, or 'tinymath' for the embedded set"
+        ) from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a JSONL file") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); expected a file of problems") from error
     suffix = path.suffix
     for magic, codec in _COMPRESSIONS.items():
         if content.startswith(magic):

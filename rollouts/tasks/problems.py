@@ -85,7 +85,8 @@ def load_problems(
     """Read problems.
 
     Args:
-        spec: ``tinymath`` or ``tinymath:test`` for the embedded set or one split of it, else a JSONL file.
+        spec: ``tinymath`` or ``tinymath:test`` for the embedded set or one split of it, else a file
+            (`rollouts.tasks.files`).
         split: Of a file: the split that all its problems belong to, or ``hash``. Of the embedded set: the one
             split that is wanted.
         limit: Most problems, the first ones (of ``tinymath`` without a split: of each split).

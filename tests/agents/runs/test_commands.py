@@ -81,6 +81,7 @@ def test_mistakes_are_one_line_without_a_traceback(store, tmp_path, capsys):
         (["--rollouts", str(tmp_path)], "no rollout store here"),
         (["--rollouts", "gsmk8"], "bundled one. Did you mean 'gsm8k'? Known: gsm8k, quickstart."),
         (["--resume", str(tmp_path)], "no run to resume"),
+        (["--live"], "Name those that made it: --models FILE."),
         (["--lam", "nan"], "--lam is nan, expected a finite number"),
         (["--ppo.num-envs", "0"], "--ppo.num-envs is 0, expected at least 1"),
         (["--agent", "nowhere:Router"], "module nowhere cannot be imported"),

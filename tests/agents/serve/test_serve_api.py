@@ -165,7 +165,8 @@ def test_messages_without_a_problem_at_the_end_and_pictures_are_refused(router: 
     for messages in ([user, assistant], [assistant], [user, {"role": "system", "content": "s"}, user]):
         fails(router.chat(messages=messages), 400, "must be a chat of user and assistant that ends", "messages")
     picture = [{"type": "image_url", "image_url": {"url": "http://x"}}]
-    assert router.chat(messages=[{"role": "user", "content": picture}]).status_code == 400
+    words = "Parts of type `image_url` are not supported here"
+    fails(router.chat(messages=[{"role": "user", "content": picture}]), 400, words, "messages.0.content")
     parts = [{"type": "text", "text": QUESTION}]
     text = router.chat().json()["choices"][0]["message"]["content"]
     assert router.chat(messages=[{"role": "user", "content": parts}]).json()["choices"][0]["message"]["content"] == text
