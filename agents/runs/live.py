@@ -33,7 +33,7 @@ class Models:
 
         Raises:
             StoreError: The store was made by other models, or has no problems to train on.
-            ConfigError: The models file is wrong or missing, or the store is to be read with another scorer than they do.
+            ConfigError: The models file is wrong or missing, or the store is read with another scorer than theirs.
         """
         self.config, self.listener = config, listener
         self.generated = Generated()
