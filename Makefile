@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
-WORKERS ?= 2
+WORKERS ?= 3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
+# A worker more than there are cores: much of the time is waiting, for servers, clusters and limits of time.
 # Files stay on one worker, and all that needs vLLM on the same: tests/conftest.py.
 TEST := $(BIN)/python -m pytest -q --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 10
 

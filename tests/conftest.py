@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# Before torch is imported. There are as many workers as cores: further threads of one wait for those of the other.
+# Before torch is imported. There are more workers than cores: further threads of one wait for those of others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Until all modules are imported there is no garbage, and looking for it takes a quarter of the time.

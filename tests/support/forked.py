@@ -12,7 +12,16 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-LARGE = ["torch", "stable_baselines3", "gymnasium", "pyarrow.parquet", "matplotlib.pyplot", "scipy.stats", "rich"]
+LARGE = [
+    "torch",
+    "torch._dynamo",
+    "stable_baselines3",
+    "gymnasium",
+    "pyarrow.parquet",
+    "matplotlib.pyplot",
+    "scipy.stats",
+    "rich",
+]
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(LARGE)
 
