@@ -43,7 +43,8 @@ def render(*, tinymath: bool) -> str:
     known = generate_problems("validation", _PROBLEMS) if tinymath else []
     scripts = (*map(part, SHARED), _part("play.js"))
     content = {"problems": [[problem.question, problem.answer] for problem in known]}
-    return assembled(_part("play.html"), part("page.css") + _part("play.css"), scripts, content)
+    style = part("page.css") + _part("play.css")
+    return assembled("Router playground", _part("play.html"), style, scripts, content, "connect-src 'self'; ")
 
 
 def _part(name: str) -> str:
