@@ -84,9 +84,9 @@ def write(content: dict[str, Any], folder: Path) -> Path:
     return file
 
 
-def part(name: str) -> str:
-    """Return a file of the template."""
-    return (files("agents.report") / "template" / name).read_text(encoding="utf-8")
+def part(name: str, package: str = "agents.report") -> str:
+    """Return a file of a package's template."""
+    return (files(package) / "template" / name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:

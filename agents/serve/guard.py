@@ -41,12 +41,7 @@ class Guard:
     ) -> None:
         """Keep only a hash of the key, so that comparing takes the same time whatever is offered.
 
-        Args:
-            app: What is guarded.
-            api_key: Key that clients must send; None: none.
-            max_body_bytes: Largest request body.
-            count: Is told path and status of what was refused.
-            trace: Returns what is known of a request's trace.
+        `count` is told path and status of what was refused, `trace` returns what is known of a request's trace.
         """
         self.app, self._count, self._trace = app, count, trace
         self._key = None if api_key is None else _hash(api_key)
