@@ -33,13 +33,24 @@ _ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028",
 
 def render(content: dict[str, Any]) -> str:
     """Return the page. Text of models stays data: it is in the JSON block alone, and scripts put it in as text."""
-    return assembled(part("page.html"), part("page.css"), map(part, SCRIPTS), content)
+    return assembled("Routing evaluation", part("page.html"), part("page.css"), map(part, SCRIPTS), content)
 
 
-def assembled(page: str, style: str, scripts: Iterable[str], content: Any) -> str:
-    """Return a page with everything in it, and hashes of style and script for its content security policy."""
+def assembled(title: str, page: str, style: str, scripts: Iterable[str], content: Any, connect: str = "") -> str:
+    """Return a page with everything in it, and hashes of style and script for its content security policy.
+
+    Args:
+        title: Its title.
+        page: What is below that.
+        style: CSS.
+        scripts: Their texts.
+        content: What they read.
+        connect: What else the policy says, of whom scripts may ask something.
+    """
     script = "(() => {\n'use strict';\n" + "\n".join(scripts) + "\n})();"
-    return Template(page).substitute(
+    return Template(part("head.html") + page).substitute(
+        title=title,
+        connect=connect,
         style=style,
         style_hash=_digest(style),
         script=script,
@@ -73,9 +84,9 @@ def write(content: dict[str, Any], folder: Path) -> Path:
     return file
 
 
-def part(name: str) -> str:
-    """Return a file of the template."""
-    return (files("agents.report") / "template" / name).read_text(encoding="utf-8")
+def part(name: str, package: str = "agents.report") -> str:
+    """Return a file of a package's template."""
+    return (files(package) / "template" / name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:

@@ -39,13 +39,7 @@ class _ClientGone(Exception):
 
 
 def build(service: Service, api_key: str | None, trace: Callable[[Headers], Trace]) -> Starlette:
-    """Return the application.
-
-    Args:
-        service: What does the work; its settings say what is let in.
-        api_key: Key that clients must send; None: none.
-        trace: Returns what is known of a request's trace.
-    """
+    """Return the application; `trace` returns what is known of a request's trace."""
     config = service.config
 
     def count(path: str, status: int) -> None:

@@ -27,12 +27,7 @@ _EMBEDDED = "tinymath"
 
 
 def family_of(config: ServeConfig, about: dict[str, Any], *, scorer: bool = True) -> FamilyConfig:
-    """Return the models with the URLs of their servers.
-
-    Args:
-        config: The command's settings.
-        about: What the policy's artefact says of its origin.
-        scorer: Whether the policy reads scores of a reward model.
+    """Return the models with the URLs of their servers; the scorer if the policy reads scores of one.
 
     Raises:
         ConfigError: No models file, no URL, or other models than the policy's.

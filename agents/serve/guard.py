@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from agents.serve import logs, tracing
+from agents.serve import tracing
 from agents.serve.api import ApiError, internal_error
 
 OPEN = ("/health", "/live", "/ready", "/metrics", "/")
@@ -41,12 +41,7 @@ class Guard:
     ) -> None:
         """Keep only a hash of the key, so that comparing takes the same time whatever is offered.
 
-        Args:
-            app: What is guarded.
-            api_key: Key that clients must send; None: none.
-            max_body_bytes: Largest request body.
-            count: Is told path and status of what was refused.
-            trace: Returns what is known of a request's trace.
+        `count` is told path and status of what was refused, `trace` returns what is known of a request's trace.
         """
         self.app, self._count, self._trace = app, count, trace
         self._key = None if api_key is None else _hash(api_key)
@@ -60,15 +55,16 @@ class Guard:
             return
         scope["path"] = scope["path"].rstrip("/") or "/"
         headers = Headers(scope=scope)
-        own, trace = logs.begin(headers.get(logs.HEADER)), tracing.begin(self._trace(headers))
+        trace = self._trace(headers)
+        tracing.CURRENT.set(trace)
         begun = False
 
         async def answer(message: Message) -> None:
             nonlocal begun
             begun = True
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[logs.HEADER] = own
-                trace.told |= {"request_id": own, "http.response.status_code": message["status"]}
+                MutableHeaders(scope=message)[tracing.HEADER] = trace.id
+                trace.told |= {"request_id": trace.id, "http.response.status_code": message["status"]}
             await send(message)
 
         try:

@@ -88,14 +88,7 @@ class Metrics:
         self.overhead.observe(max(overhead, 0.0))
 
     def ended(self, status: str, seconds: float, usage: dict[str, Any], share: float | None) -> None:
-        """Count a routed request out, however it ended.
-
-        Args:
-            status: HTTP status.
-            seconds: Its duration.
-            usage: As its answer tells it.
-            share: Large-token share of the answer; None if there is no whole answer.
-        """
+        """Count a routed request out, however it ended; it has a large-token share if there is a whole answer."""
         self.requests.labels(status).inc()
         self.seconds.observe(seconds)
         self.spent(usage["models"])

@@ -132,14 +132,7 @@ class Models:
     def __init__(
         self, config: FamilyConfig, timeout_s: float, metrics: Metrics, sources: Sources = _EVERYTHING
     ) -> None:
-        """Load tokenizers and prepare connections.
-
-        Args:
-            config: The family, each role with a server's URL, its scorer, if one is asked, a process reward model or a
-                judge.
-            timeout_s: Longest time of one upstream request, seconds.
-            metrics: What counts answers and failures of upstreams.
-            sources: What they have to tell.
+        """Load tokenizers and prepare connections to the servers of a family, which have to tell some sources.
 
         Raises:
             ConfigError: A role cannot be served as it is configured.
@@ -216,12 +209,7 @@ class Models:
     def formats(
         self, system_prompt: str | None, turns: Turns = (), options: Mapping[str, Any] = _NOTHING
     ) -> Mapping[str, PromptFormat]:
-        """Return the prompt formats of a request, by role.
-
-        Args:
-            system_prompt: What the request brings; None: as configured.
-            turns: Earlier turns of the chat.
-            options: What else it tells the chat templates.
+        """Return the prompt formats of a request, by role; without a system prompt of its own as configured.
 
         Raises:
             ConfigError: A chat template has no place for it.
@@ -257,7 +245,7 @@ class Models:
             role: ``small`` or ``large``.
             task: What is asked for.
             steps: Accepted steps.
-            used: Tokens of the accepted steps.
+            used: Their tokens.
             ledger: Where it is charged.
             most: Most tokens that may be decoded, if fewer than the step limit. With a most, what may have been decoded
                 in vain is not asked for once more.

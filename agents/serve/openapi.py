@@ -27,12 +27,7 @@ _TEXT, _NUMBER = {"type": "string"}, {"type": "integer"}
 
 
 def described(routes: Sequence[BaseRoute], *, key: bool) -> dict[str, Any]:
-    """Return the description of some routes, whose endpoints' docstrings say what they do.
-
-    Args:
-        routes: Those of the application.
-        key: Whether clients need one.
-    """
+    """Return the description of routes, whose endpoints' docstrings say what they do, with or without a key."""
     chat = api.ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas = chat.pop("$defs")
     asked = {"/v1/chat/completions": chat, "/v1/responses": responses.schema(chat)}

@@ -33,14 +33,7 @@ class Passed(UnderWay):
     """
 
     def __init__(self, service: Service, role: str, asked: Mapping[str, Any], because: str) -> None:
-        """Prepare; nothing is sent.
-
-        Args:
-            service: Where it came in.
-            role: Whom it is passed on to.
-            asked: The request.
-            because: The field for which it cannot be routed.
-        """
+        """Prepare; nothing is sent. It cannot be routed `because` of a field."""
         self.service, self.role = service, role
         self.mark = {"routed": False, "passed_to": role, "because": because}
         self._body = {name: value for name, value in asked.items() if name not in OURS}

@@ -238,15 +238,7 @@ def _problem(seen: Seen) -> Problem:
 def recorder_of(
     folder: str, family: Family, metrics: Metrics, max_escalations: int | None, redact: str | None
 ) -> Recorder:
-    """Return what records the steps of a family.
-
-    Args:
-        folder: Directory of the store.
-        family: Whose steps they are.
-        metrics: What counts requests.
-        max_escalations: The policy's cap: K of the trees that are grown from what is recorded; None: 2.
-        redact: As of `Recorder`.
-    """
+    """Return what records the steps of a family; the policy's cap is K of the trees that are grown from it, or 2."""
     process = family.process(ESCALATIONS if max_escalations is None else max_escalations)
     scorer, prompts, scored = family.config.scorer, family.reward_prompts, None
     if scorer is not None and scorer.model is not None and prompts is not None:

@@ -1,16 +1,17 @@
-"""The trace that a request is part of (W3C Trace Context): what it brings is handed on to upstreams."""
+"""The id of a request and the trace that it is part of (W3C Trace Context): both are handed on to upstreams."""
 
 from __future__ import annotations
 
 import re
+import uuid
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 from starlette.datastructures import Headers
 
-from agents.serve import logs
-
+HEADER = "X-Request-ID"
+_USABLE = re.compile(r"[\x21-\x7e]{1,128}")
 _PARENT = re.compile(
     r"(?!ff|00.{53}-)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{1,200})?"
 )
@@ -21,11 +22,14 @@ class Trace:
     """The trace of one request, of which nothing is noted (`agents.serve.spans` does).
 
     Attributes:
+        id: The request's own id if that is one, else a new one.
         told: What there is to say of the request, by the names of attributes; those without a dot get ``trim.``.
     """
 
     def __init__(self, headers: Headers) -> None:
         """Take what the request brings; what makes no sense is as good as absent."""
+        offered = headers.get(HEADER, "")
+        self.id = offered if _USABLE.fullmatch(offered) else uuid.uuid4().hex
         self.told: dict[str, Any] = {}
         self._brought: dict[str, str] = {}
         parents, state = headers.getlist("traceparent"), ",".join(headers.getlist("tracestate"))
@@ -45,20 +49,16 @@ class Trace:
         return nullcontext()
 
 
-_CURRENT: ContextVar[Trace | None] = ContextVar("trace", default=None)
-
-
-def begin(trace: Trace) -> Trace:
-    """Keep the trace of a request that begins for what is done for it."""
-    _CURRENT.set(trace)
-    return trace
+CURRENT: ContextVar[Trace | None] = ContextVar("trace", default=None)
+"""That of the request that is under way; None if none is."""
 
 
 def current() -> Trace:
     """Return the trace of the request that is under way; an empty one if none is."""
-    return _CURRENT.get() or Trace(Headers({}))
+    return CURRENT.get() or Trace(Headers({}))
 
 
 def forwarded() -> dict[str, str]:
     """Return the headers by which upstreams know the request that they are asked for."""
-    return logs.current() | current().headers()
+    trace = CURRENT.get()
+    return {} if trace is None else {HEADER: trace.id, **trace.headers()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from importlib.resources import files
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -41,10 +40,7 @@ def add_playground(app: Starlette, *, tinymath: bool) -> None:
 def render(*, tinymath: bool) -> str:
     """Return the page; it asks nothing of any other server."""
     known = generate_problems("validation", _PROBLEMS) if tinymath else []
-    scripts = (*map(part, SHARED), _part("play.js"))
+    page, own, script = (part(f"play.{kind}", __package__) for kind in ("html", "css", "js"))
     content = {"problems": [[problem.question, problem.answer] for problem in known]}
-    return assembled(_part("play.html"), part("page.css") + _part("play.css"), scripts, content)
-
-
-def _part(name: str) -> str:
-    return (files("agents.serve.playground") / "template" / name).read_text(encoding="utf-8")
+    style, scripts = part("page.css") + own, (*map(part, SHARED), script)
+    return assembled("Router playground", page, style, scripts, content, "connect-src 'self'; ")

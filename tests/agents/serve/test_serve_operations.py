@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import tyro
 from serve_harness import QUESTION, ROOT, Process, Router, Upstreams, streamed
+from starlette.datastructures import Headers
 
 from agents.__main__ import main
 from agents.serve import logs
 from agents.serve.config import ServeConfig, with_file
 from agents.serve.metrics import Metrics
+from agents.serve.tracing import CURRENT, HEADER, Trace
 from rollouts.errors import ConfigError
 
 
@@ -34,7 +36,7 @@ def test_every_answer_has_an_id_its_own_where_it_brings_one(router: Router) -> N
 
 
 def test_a_line_of_the_log_is_json_with_the_id() -> None:
-    logs.begin("abc-2")
+    CURRENT.set(Trace(Headers({HEADER: "abc-2"})))
     try:
         raise ValueError("odd\nwords")
     except ValueError:
