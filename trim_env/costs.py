@@ -138,10 +138,9 @@ def cost_of(
             f"Cost model {model.name!r} gave an array of shape {cost.shape} for {len(tokens):,} decisions{found}; "
             "expected finite numbers of at least 0, two for each decision."
         )
-    if not sources or not charges_signals(model):
-        return cost
-    assert isinstance(model, TokenPrices)
-    return cost + model.of_signals(tokens, prompt_tokens, sources)
+    if sources and isinstance(model, TokenPrices):
+        cost += model.of_signals(tokens, prompt_tokens, sources)
+    return cost
 
 
 def charges_signals(model: CostModel) -> bool:

@@ -14,12 +14,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from agents.routers.asking import Asking
 from agents.routers.base import (
@@ -84,42 +83,14 @@ class Artefact:
     place: str = ""
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """What a kind of router is built from.
+def _of_fields(router: type, told: Mapping[str, Any]) -> Any:
+    """Return a router whose fields are what is told under their names."""
+    return router(**{each.name: told[each.name] for each in fields(router) if each.init and each.name in told})
 
-    Attributes:
-        files: Contents of the files that it names, as verified.
-    """
 
-    folder: Path
-    described: dict[str, Any]
-    files: dict[str, bytes]
-
-    @property
-    def name(self) -> str:
-        return str(self.described["name"])
-
-    @property
-    def schema(self) -> str:
-        return str(self.described["schema"])
-
-    @property
-    def knob(self) -> Knob:
-        return Knob(self.described["knob"]["name"], float(self.described["knob"]["value"]))
-
-    @property
-    def weights(self) -> dict[str, NDArray[np.float32]]:
-        return read_safetensors(self.files[WEIGHTS])
-
-    @property
-    def told_cap(self) -> int | None:
-        return self.described.get("max_large_tokens")
-
-    @property
-    def network(self) -> tuple[dict[str, NDArray[np.float32]], int | None, str]:
-        """What perceptrons end with: weights, cap and activation."""
-        return self.weights, self.told_cap, self.described.get("activation", "tanh")
+def _of_value(router: type, told: Mapping[str, Any]) -> Any:
+    """Return a router whose first field is the value of its knob."""
+    return _of_fields(router, {**told, fields(router)[0].name: told["value"]})
 
 
 @dataclass(frozen=True)
@@ -128,14 +99,14 @@ class _Kind:
 
     Attributes:
         plain: Its own entries of ``policy.json``.
-        build: Back from what is stored, as checked.
+        build: From the class, and what is stored of a router (`_told`), as checked, to the router.
         network: Whether it has ``weights``, float32 arrays, which go into ``policy.safetensors``.
         graph: Whether it has an ONNX form (`agents.routers.onnx`).
     """
 
     router: type
-    plain: Callable[[Any], dict[str, Any]]
-    build: Callable[[_Stored], Storable]
+    plain: Callable[[Any], dict[str, Any]] = lambda _: {}
+    build: Callable[[type, Mapping[str, Any]], Any] = _of_fields
     network: bool = False
     graph: bool = False
 
@@ -148,55 +119,38 @@ def _describe_asking(router: Any) -> dict[str, Any]:
     return _describe_network(router) | {"asks": {"source": router.source, "facts": list(router.facts)}}
 
 
-def _build_asking(stored: _Stored) -> Storable:
-    asks = stored.described["asks"]
-    return Asking(stored.name, stored.schema, stored.knob, asks["source"], tuple(asks["facts"]), *stored.network)
-
-
-def _build_range(stored: _Stored) -> Storable:
-    knob = stored.described["knob"]
-    return ConditionedMLP(stored.name, stored.schema, float(knob["low"]), float(knob["high"]), *stored.network)
-
-
-def _build_sequence(stored: _Stored) -> Storable:
-    heads = stored.described["heads"]
-    return SeqPolicy(stored.name, stored.schema, stored.knob, stored.weights, heads, stored.told_cap)
-
-
-def _build_mixture(stored: _Stored) -> Storable:
+def _build_mixture(mixture: type, told: Mapping[str, Any]) -> Storable:
     parts = []
     for part in _PARTS:
-        place = stored.folder / part
-        if hashlib.sha256(read_file(place / "policy.json", MOST_JSON)).hexdigest() != stored.described["parts"][part]:
+        place = told["folder"] / part
+        if hashlib.sha256(read_file(place / "policy.json", MOST_JSON)).hexdigest() != told["parts"][part]:
             raise ArtefactError(f"{place}: its policy.json is not the one that the mixture names.")
-        router = load(place, allow_old=stored.described["version"] < 2).router
+        router = load(place, allow_old=told["version"] < 2).router
         if isinstance(router, ConditionedMLP | Mixture):
             raise ArtefactError(f"{place}: a mixture is made of routers for one setting each.")
         parts.append(router)
-    return Mixture(parts[0], parts[1], float(stored.described["share"]), stored.knob)
+    return Mixture(parts[0], parts[1], float(told["share"]), told["knob"])
 
 
 _KINDS: dict[str, _Kind] = {
-    "mlp": _Kind(MLP, _describe_network, lambda s: MLP(s.name, s.schema, s.knob, *s.network), network=True, graph=True),
-    "mlp-lam": _Kind(ConditionedMLP, _describe_network, _build_range, network=True, graph=True),
-    "seq": _Kind(
-        SeqPolicy, lambda r: {"heads": r.heads, "max_large_tokens": told_cap(r)}, _build_sequence, network=True
-    ),
-    "threshold": _Kind(Threshold, lambda _: {}, lambda s: Threshold(s.knob.value, s.name, s.schema)),
-    "constant": _Kind(Constant, lambda _: {}, lambda s: Constant(int(s.knob.value), s.schema)),
-    "random": _Kind(RandomRate, lambda _: {}, lambda s: RandomRate(s.knob.value, s.name, s.schema)),
+    "mlp": _Kind(MLP, _describe_network, network=True, graph=True),
+    "mlp-lam": _Kind(ConditionedMLP, _describe_network, network=True, graph=True),
+    "seq": _Kind(SeqPolicy, lambda r: {"heads": r.heads, "max_large_tokens": told_cap(r)}, network=True),
+    "threshold": _Kind(Threshold, build=_of_value),
+    "constant": _Kind(Constant, build=_of_value),
+    "random": _Kind(RandomRate, build=_of_value),
     "pomdp": _Kind(
-        PomdpRouter, lambda r: {"pomdp": r.to_plain()}, lambda s: PomdpRouter.from_plain(s.described["pomdp"])
+        PomdpRouter, lambda r: {"pomdp": r.to_plain()}, lambda _, told: PomdpRouter.from_plain(told["pomdp"])
     ),
-    "ask": _Kind(Asking, _describe_asking, _build_asking, network=True),
+    "ask": _Kind(Asking, _describe_asking, network=True),
     "mixture": _Kind(Mixture, lambda r: {"share": r.share}, _build_mixture),
     "query": _Kind(
         TextRouter,
         TextRouter.to_plain,
-        lambda s: TextRouter.of_stored(s.name, s.knob, s.described, s.weights),
+        lambda _, told: TextRouter.of_stored(told["name"], told["knob"], told, told["weights"]),
         network=True,
     ),
-    "alone": _Kind(OneModel, lambda _: {}, lambda s: OneModel(int(s.knob.value))),
+    "alone": _Kind(OneModel, build=_of_value),
 }
 
 
@@ -238,10 +192,9 @@ def _kind_named(name: str) -> _Kind:
     if not (isinstance(found, type) and issubclass(found, PlainRouter)):
         raise ConfigError(f"policy of kind {name!r}: that is no class with to_plain() and from_plain().")
 
-    def build(stored: _Stored) -> Storable:
-        weights = (stored.weights,) if WEIGHTS in stored.files else ()
-        router: AnyRouter = checked(found.from_plain(stored.described["router"], *weights), name)
-        return router
+    def build(router: Any, told: Mapping[str, Any]) -> Any:
+        weights = (told["weights"],) if "weights" in told else ()
+        return checked(router.from_plain(told["router"], *weights), name)
 
     return _Kind(found, lambda router: {"router": router.to_plain()}, build, network=hasattr(found, "weights"))
 
@@ -355,7 +308,7 @@ def load(folder: str | Path, *, allow_old: bool = False) -> Artefact:
                 f"{file}: damaged policy: its contents are not those that were written (its digest differs). "
                 "Export the run again; settings are changed there, not in the file."
             )
-        router = kind.build(_Stored(folder, described, _read_files(folder, described)))
+        router = kind.build(kind.router, _told(folder, described))
         return Artefact(router, described["about"], described["kind"], str(folder))
     except ArtefactError as error:
         if str(folder) in str(error):
@@ -389,6 +342,18 @@ def _checked_kind(file: Path, described: Any, allow_old: bool) -> _Kind:
         return _kind_named(name)
     except ConfigError as error:
         raise ArtefactError(f"{file}: {error}") from error
+
+
+def _told(folder: Path, described: dict[str, Any]) -> dict[str, Any]:
+    """Return what is stored of a router, by name: its entries, those of its knob and of ``asks``, and its arrays."""
+    files, knob, asks = _read_files(folder, described), described["knob"], described.get("asks", {})
+    told = {**knob, **asks, **described, "folder": folder, "facts": tuple(asks.get("facts", ()))}
+    if "value" in knob:
+        told["knob"] = Knob(knob["name"], float(knob["value"]))
+    told.pop("weights", None)  # in version 1 their SHA-256
+    if WEIGHTS in files:
+        told["weights"] = read_safetensors(files[WEIGHTS])
+    return told
 
 
 def _read_files(folder: Path, described: dict[str, Any]) -> dict[str, bytes]:

@@ -128,8 +128,7 @@ class RolloutTree:
         while stack:
             node = stack.pop()
             proposals = self._orphans.pop(node.key, {})
-            author = self.author(node)
-            for role in sorted(ROLES, key=lambda role: role != author):  # noqa: B023
+            for role in (LARGE, SMALL) if self.author(node) == LARGE else ROLES:
                 if role in proposals and role not in node.proposals:
                     child = self._insert(node, role, proposals[role])
                     if child is not None and child not in stack:
