@@ -67,6 +67,11 @@ Urls = Annotated[tuple[str, ...], BeforeValidator(_urls)]
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
+    def set_beyond(self, *known: str) -> list[str]:
+        """Return the settings besides some that are given, and not as they are by default."""
+        fields = {name: field for name, field in type(self).model_fields.items() if name not in known}
+        return [name for name, field in fields.items() if getattr(self, name) not in (field.default, None)]
+
 
 _AnySection = TypeVar("_AnySection", bound=_Section)
 
@@ -134,10 +139,7 @@ class StepsConfig(_Section):
         if self.split not in SPLITTINGS and not is_plugin(self.split):
             raise ValueError(f"split should be {', '.join(map(repr, SPLITTINGS))} or 'module:object'")
         known = SPLITTINGS.get(self.split, ("options",))
-        fields = type(self).model_fields
-        if others := [
-            name for name in fields if name not in ("split", *known) and getattr(self, name) != fields[name].default
-        ]:
+        if others := self.set_beyond("split", *known):
             raise ValueError(f"{', '.join(others)}: split {self.split!r} knows {', '.join(known) or 'no settings'}")
         if self.split == "sentence" and not self.sentences:
             raise ValueError("split 'sentence' needs at least one of `sentences`")
@@ -307,11 +309,9 @@ class ScorerConfig(_Section):
             raise ValueError("kinds 'prm' and 'judge' need a section [scorer.model]; the other kinds take none")
         if self.options and self.kind in _SCORERS:
             raise ValueError("`options` are for a scorer of your own, kind 'module:object'")
-        fields, known = type(self).model_fields, ("kind", "name", "model", "options", *_SCORERS.get(self.kind, ()))
-        for name in (each for each in fields if each not in known):
-            if getattr(self, name) not in (fields[name].default, None):
-                of = " or ".join(repr(kind) for kind, settings in _SCORERS.items() if name in settings)
-                raise ValueError(f"`{name}` is for kind {of}")
+        for name in self.set_beyond("kind", "name", "model", "options", *_SCORERS.get(self.kind, ())):
+            of = " or ".join(repr(kind) for kind, settings in _SCORERS.items() if name in settings)
+            raise ValueError(f"`{name}` is for kind {of}")
         if self.layout is not None:
             self._check_layout(self.layout)
         if self.kind == "judge" and self.model is not None and self.model.backend != "server":

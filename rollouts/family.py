@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from rollouts.config import FamilyConfig, GeneratorConfig, ModelConfig, ScorerConfig
+from rollouts.config import FamilyConfig, GeneratorConfig, ModelConfig
 from rollouts.errors import ConfigError, StoreError
 from rollouts.models.base import Backend
 from rollouts.models.hf.load import native_window
@@ -22,7 +22,7 @@ from rollouts.models.open import open_backend
 from rollouts.models.stepwise import StepModel, StepRules
 from rollouts.plugins import build_plugin, is_plugin
 from rollouts.scoring.base import EXAMPLES, Example, Scorer, self_test
-from rollouts.scoring.judge import PROMPT, JudgeScorer, judge_question
+from rollouts.scoring.judge import JudgeScorer
 from rollouts.scoring.likelihood import LikelihoodScorer
 from rollouts.scoring.prm import RewardScorer, rounding
 from rollouts.scoring.self_evaluation import SelfEvaluationScorer
@@ -344,7 +344,10 @@ class Family:
                 if built.name != name:
                     raise ConfigError(f"[scorer] kind {scorer.kind!r}: `name` is {built.name!r}, expected {name!r}.")
             elif scorer.kind == "judge":
-                built = stack.enter_context(self._judge(name, scorer, store))
+                assert scorer.model is not None
+                judge = JudgeScorer(name, scorer, self.identity(scorer.model), self.splitting)
+                built = stack.enter_context(closing(judge))
+                self._record(store, {"role": "scorer", **judge.describe()})
             elif scorer.model is not None:
                 prompts = self.reward_prompts
                 assert prompts is not None
@@ -361,19 +364,6 @@ class Family:
             if scorer.model is not None or is_plugin(scorer.kind):
                 self_test(built, self.examples, informed=scorer.model is not None and scorer.informed)
             yield built
-
-    @contextmanager
-    def _judge(self, name: str, scorer: ScorerConfig, store: Store) -> Iterator[JudgeScorer]:
-        """Connect to a judge and record the start in the store."""
-        from rollouts.models.server.judge import Judge
-
-        model, prompt = scorer.model, scorer.prompt or PROMPT
-        assert model is not None
-        probe = judge_question(prompt, "What is 1 + 1?", ["1 + 1 = 2."])
-        with closing(Judge("scorer", model, scorer.system_prompt, scorer.max_tokens, probe)) as judge:
-            self._record(store, {"role": "scorer", **judge.describe()})
-            known = {**self.identity(model), **served(judge.describe())}
-            yield JudgeScorer(name, judge, prompt, model.display_name, known, self.splitting)
 
 
 def refuse_other_thinking(store: Store, splitting: Splitting) -> None:

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from rollouts.cli.generate import grow_trees
 from rollouts.family import Family
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
 from rollouts.text.splitting import BLANK_LINE
 from rollouts.text.steps import ROLES
-from rollouts.trees.grow import Grower, StepBuffer, grow_sequentially, load_trees, replicas_of
-from rollouts.trees.tree import RolloutTree
+from rollouts.trees.grow import Progress as Counts
+from rollouts.trees.grow import load_trees, replicas_of
 
 _SAMPLE = 8
 
@@ -47,10 +48,10 @@ def estimate(
     with tempfile.TemporaryDirectory() as scratch:
         store = Store.create(Path(scratch) / "sample", family.process(max_escalations))
         store.add_problems(sample)
-        start, buffer, loading = time.monotonic(), StepBuffer(store.steps), 0.0
+        start, loading = time.monotonic(), 0.0
 
         @contextmanager
-        def opened(role: str) -> Iterator[Any]:
+        def opened(role: str, store: Store) -> Iterator[Any]:
             nonlocal loading
             loading -= time.monotonic()
             with family.open(role, store) as writer:
@@ -59,17 +60,10 @@ def estimate(
                 loading -= time.monotonic()
             loading += time.monotonic()
 
-        def load() -> Iterator[RolloutTree]:
-            return load_trees(store, sample, 1, max_escalations)
-
-        def grower(writers: Any) -> Grower:
-            return Grower(writers, buffer, in_flight=in_flight)
-
-        if sequential:
-            grow_sequentially(opened, load, grower)
-        else:
-            with ExitStack() as stack:
-                grower({role: stack.enter_context(opened(role)) for role in ROLES}).run(load())
+        grow_trees(
+            store, family, lambda: load_trees(store, sample, 1, max_escalations), Counts(total=len(sample)), None,
+            in_flight=in_flight, sequential=sequential, open_writer=opened,
+        )  # fmt: skip
         seconds = time.monotonic() - start - loading
         counters = store.steps.counters()
         prompts: Counter[str] = Counter()

@@ -237,8 +237,12 @@ def grow_trees(
     max_large_tokens: int | None = None,
     sequential: bool = False,
     flush_seconds: float = 10.0,
+    open_writer: Callable[[str, Store], Any] | None = None,
 ) -> bool:
-    """Grow the trees that `load` reads, with a bar; return whether all are closed now."""
+    """Grow the trees that `load` reads, with a bar; return whether all are closed now.
+
+    Models are opened by `open_writer`, by default by the family.
+    """
     buffer = StepBuffer(store.steps, label_of(store), seconds=flush_seconds)
     with progress_bar("Growing", counts.total or None, "trees") as advance, ExitStack() as stack:
 
@@ -256,7 +260,7 @@ def grow_trees(
 
         def opened(role: str) -> Any:
             advance(0, note=f"loading the {role} model")
-            return family.open(role, store)
+            return (open_writer or family.open)(role, store)
 
         def grower(writers: Any) -> Grower:
             counts.trees = 0

@@ -100,24 +100,24 @@ def submitted(scorer: Scorer, question: str, steps: Sequence[str], known: int) -
 
 
 def asked(
-    backend: Backend, request: Request, read: Callable[[Any], Scores], told: Scores, wanted: int, unread: Scores
+    backend: Backend, request: Request, read: Callable[[Any], Scores], known: int, kept: int, steps: int
 ) -> Future[Scores]:
-    """Ask a backend about some steps of a path, between those that are not asked about.
+    """Ask a backend about the steps of a path that are not known and fit into its window.
 
     Args:
         backend: What is asked.
-        request: About `wanted` steps, which are `Failed` if the request fails on its own.
+        request: About them; if it fails on its own, so do their scores.
         read: From its answer to their scores.
-        told: What is given for the steps before them.
-        wanted: How many they are.
-        unread: What is given for the steps behind them.
+        known: How many of the first steps are known.
+        kept: How many of them fit.
+        steps: How many there are.
     """
     result: Future[Scores] = Future()
 
     def put(scores: Scores) -> None:
-        result.set_result([*told, *scores, *unread])
+        result.set_result([*[None] * known, *scores, *[None] * (steps - kept)])
 
-    refused = lambda error: put([Failed(str(error))] * wanted)  # noqa: E731
+    refused = lambda error: put([Failed(str(error))] * (kept - known))  # noqa: E731
     forward(backend.submit(request), lambda answer: put(read(answer)), result, refused)
     return result
 

@@ -8,10 +8,14 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import asdict
 from typing import Any
 
+from rollouts.config import ScorerConfig
 from rollouts.errors import RequestFailed
-from rollouts.models.server.judge import Judge
+from rollouts.models.identity import served
+from rollouts.models.server.http import Server, Servers
+from rollouts.models.server.judge import Terms, judge_payload, read_verdict_of, tells_logprobs
 from rollouts.scoring.base import Failed, Scores
 from rollouts.text.prompts import hash_of
 from rollouts.text.splitting import BLANK_LINE, Splitting
@@ -45,44 +49,85 @@ class JudgeScorer:
 
     Attributes:
         spent: Requests, and tokens of prompts and answers, so far.
+        terms: The fields that its server takes.
+        tells: Whether its server tells log-probabilities.
     """
 
     tolerance = 0.2  # a server's batches round differently
     incremental = True
 
     def __init__(
-        self,
-        name: str,
-        judge: Judge,
-        prompt: str,
-        model: str,
-        identity: Mapping[str, Any],
-        splitting: Splitting = BLANK_LINE,
+        self, name: str, scorer: ScorerConfig, identity: Mapping[str, Any], splitting: Splitting = BLANK_LINE
     ) -> None:
-        """Name the model that is asked, what tells it from others, and how solutions are cut."""
-        self.name = name
-        self._splitting = splitting
+        """Connect, and find out which request fields the server takes by asking a first question.
+
+        Args:
+            name: Name of the score table.
+            scorer: Of kind ``judge``.
+            identity: What tells its model from others besides what its server says.
+            splitting: How solutions are cut.
+
+        Raises:
+            ConfigError: No key, or the server refuses the question.
+            BackendError: The server is not there, refuses the key, or has no such model.
+        """
+        assert scorer.model is not None
+        self.name, self.terms = name, Terms()
         self.spent = Counter(dict.fromkeys(("requests_scorer", "prompt_scorer", "decoded_scorer"), 0))
-        self._judge, self._prompt, self._model, self._identity = judge, prompt, model, dict(identity)
+        self._scorer, self._model, self._splitting = scorer, scorer.model, splitting
+        self._prompt = scorer.prompt or PROMPT
         self._asked: OrderedDict[bytes, asyncio.Task[float | Failed]] = OrderedDict()
+        self._known: Mapping[str, Any] = {}  # till then requests are adapted to what servers take
+        self._http = Servers("scorer", scorer.model)
+        self._known = self._http.meet(self._identify)
+        self.tells = bool(self._known["logprobs"])
+        self._identity = {**identity, **served(self.describe())}
+
+    async def _identify(self, server: Server) -> dict[str, Any]:
+        def adapt(refusal: str, _: Any) -> bool:
+            yielded = None if self._known else self.terms.yielding(refusal)
+            self.terms = yielded or self.terms
+            return yielded is not None
+
+        probe = judge_question(self._prompt, "What is 1 + 1?", ["1 + 1 = 2."])
+        tells, told = await server.chat(lambda: self._payload(probe), tells_logprobs, adapt)
+        return {**told, "logprobs": tells}
+
+    def _payload(self, content: str) -> dict[str, Any]:
+        asked = judge_payload(content, self._scorer.system_prompt, self._scorer.max_tokens, self.terms)
+        return {"model": self._model.model, **asked}
 
     def process(self) -> Mapping[str, Any]:
         """Return model, prompts and whether probabilities are read."""
-        said = self._prompt + (f"\0{self._judge.system_prompt}" if self._judge.system_prompt else "")
+        said = self._prompt + (f"\0{self._scorer.system_prompt}" if self._scorer.system_prompt else "")
         return {
             "kind": "judge",
-            "model": self._model,
+            "model": self._model.display_name,
             "template_hash": hash_of(said),
-            "reads": "probabilities" if self._judge.tells else "words",
-            "identities": {self._judge.role: self._identity},
+            "reads": "probabilities" if self.tells else "words",
+            "identities": {"scorer": self._identity},
         }
+
+    def describe(self) -> dict[str, Any]:
+        """Return the servers' version and number, the model's name, and how they are asked."""
+        return {
+            "engine": "judge",
+            "version": self._known["version"],
+            "servers": len(self._model.url),
+            "model": self._model.model,
+            "seed": None,
+            **asdict(self.terms),
+        }
+
+    def close(self) -> None:
+        """Cancel what is pending and disconnect."""
+        self._http.close()
 
     def submit(self, question: str, steps: Sequence[str], known: int = 0) -> Future[Scores]:
         """Ask about every step of one path but the first `known`."""
         said = [self._splitting.said(step) for step in steps]
         texts = [judge_question(self._prompt, question, said[: end + 1]) for end in range(known, len(said))]
-        future: Future[Scores] = self._judge.submit(lambda: self._path(known, texts))
-        return future
+        return self._http.submit(lambda: self._path(known, texts))
 
     async def _path(self, known: int, texts: Sequence[str]) -> Scores:
         return [*[None] * known, *await asyncio.gather(*map(self._step, texts))]
@@ -100,10 +145,10 @@ class JudgeScorer:
         return found
 
     async def _ask(self, text: str) -> float | Failed:
-        why = ""
+        why, payload, most = "", self._payload(text), self._scorer.max_tokens
         for _ in range(_TRIES):
             try:
-                verdict = await self._judge.ask(text)
+                verdict = await self._http.post("chat/completions", payload, read_verdict_of, most)
             except RequestFailed as error:
                 why = str(error)
                 break

@@ -55,18 +55,17 @@ class LikelihoodScorer:
         kept = len(steps)
         while kept and positions[kept] >= self.backend.window:
             kept -= 1
-        unread: Scores = [None] * (len(steps) - kept)
-        told: Scores = [None] * min(known, kept)
-        first = positions[len(told)]
+        known = min(known, kept)
+        first = positions[known]
         if positions[kept] == first:
-            return settled([*told, *[self._told(WORTHLESS)] * (kept - len(told)), *unread])
+            return settled([*[None] * known, *[self._told(WORTHLESS)] * (kept - known), *[None] * (len(steps) - kept)])
 
         def read(found: Likelihood) -> Scores:
-            spans = zip(positions[len(told) : kept], positions[len(told) + 1 : kept + 1], strict=True)
+            spans = zip(positions[known:kept], positions[known + 1 : kept + 1], strict=True)
             return [self._told(found.statistics(start - first, end - first)) for start, end in spans]
 
         request = LogprobRequest(ids[: positions[kept]], first, self.columns == STATISTICS)
-        return asked(self.backend, request, read, told, kept - len(told), unread)
+        return asked(self.backend, request, read, known, kept, len(steps))
 
     def _told(self, statistics: tuple[float, ...]) -> Any:
         return statistics if self.columns == STATISTICS else as_score(STATISTICS[0], statistics[0])

@@ -47,18 +47,16 @@ class RewardScorer:
     def submit(self, question: str, steps: Sequence[str], known: int = 0) -> Future[Scores]:
         """Score one path, but for its first `known` steps, with one forward pass over the steps that fit."""
         request = fitting_input(self.prompts, self.backend.window, question, steps)
-        kept, wanted = len(request.positions), request.positions[known:]
-        told: Scores = [None] * min(known, kept)
-        unread: Scores = [None] * (len(steps) - kept)
+        wanted = request.positions[known:]
         if not wanted:
-            return settled(told + unread)
+            return settled([None] * len(steps))
 
         def read(scores: Scores) -> Scores:
             if len(scores) != len(wanted):
                 raise BackendError(f"{self.backend.role}: {len(scores)} scores came back for {len(wanted)} steps.")
             return scores
 
-        return asked(self.backend, PoolingRequest(request.ids, wanted), read, told, len(wanted), unread)
+        return asked(self.backend, PoolingRequest(request.ids, wanted), read, known, len(request.positions), len(steps))
 
 
 def fitting_input(prompts: RewardLayout, window: int, question: str, steps: Sequence[str]) -> PoolingRequest:

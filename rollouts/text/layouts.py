@@ -11,17 +11,7 @@ from typing import Any
 
 from rollouts.config import LAYOUTS, ScorerConfig, checked
 from rollouts.errors import ConfigError
-from rollouts.text.prompts import (
-    PROBE,
-    REMEMBERED,
-    STEPS,
-    ChatLayout,
-    Reading,
-    RewardFormat,
-    RewardLayout,
-    hash_of,
-)
-from rollouts.text.splitting import BLANK_LINE, Splitting
+from rollouts.text.prompts import PROBE, STEPS, ChatLayout, Reading, RewardFormat, RewardLayout, hash_of
 from rollouts.text.tokenizer import model_settings
 
 SHEPHERD_TAG = "\u043a\u0438"  # of Math-Shepherd: two letters that no English text has
@@ -169,22 +159,13 @@ _LAYOUTS = {each.layout: each for each in (RewardFormat, SkyworkFormat, Shepherd
 _OF_ARCHITECTURE = {"Qwen2ForProcessRewardModel": RewardFormat.layout, "Qwen2ForPrmModel": SkyworkFormat.layout}
 
 
-def reward_layout(
-    scorer: ScorerConfig,
-    tokenizer: Any,
-    *,
-    date: Date | None = None,
-    remembered: int = REMEMBERED,
-    splitting: Splitting = BLANK_LINE,
-) -> RewardLayout:
-    """Return how the reward model of a configuration reads paths.
+def reward_layout(scorer: ScorerConfig, tokenizer: Any, **kept: Any) -> RewardLayout:
+    """Return how the reward model of a configuration, of kind ``prm``, reads paths.
 
     Args:
-        scorer: Of kind ``prm``.
+        scorer: The configuration.
         tokenizer: Its tokenizer.
-        date: What chat templates take for today.
-        remembered: Most bytes of rendered questions that are kept.
-        splitting: How solutions are cut.
+        kept: Date, memory and splitting, as of `rollouts.text.prompts.RewardLayout`.
 
     Raises:
         ConfigError: Nobody says which layout it is, or the tokenizer is not one for it.
@@ -197,9 +178,8 @@ def reward_layout(
         layout = layout or RewardFormat.layout
     layout = layout or layout_of(scorer.model.model, scorer.model.revision)
     scorer = checked(ScorerConfig, {**scorer.model_dump(exclude_unset=True), "layout": layout})  # which knows the rest
-    kept: dict[str, Any] = {"step_tag": scorer.step_tag} if scorer.step_tag else {}
-    kept |= {"date": date, "remembered": remembered, "splitting": splitting}
-    made: RewardLayout = _LAYOUTS[layout](tokenizer, system_prompt=scorer.system_prompt, **kept)
+    told: dict[str, Any] = {"step_tag": scorer.step_tag} if scorer.step_tag else {}
+    made: RewardLayout = _LAYOUTS[layout](tokenizer, system_prompt=scorer.system_prompt, **told, **kept)
     return made
 
 

@@ -11,16 +11,7 @@ from typing import Any, Protocol
 from rollouts.config import StepsConfig
 from rollouts.errors import ConfigError
 from rollouts.plugins import build_plugin, is_plugin
-from rollouts.text.steps import (
-    BLANK_RUN,
-    CLOSE,
-    DELIMITER,
-    ROLES,
-    STOPS,
-    BlankLines,
-    is_decorative,
-    solution_text,
-)
+from rollouts.text.steps import BLANK_RUN, CLOSE, DELIMITER, ROLES, STOPS, BlankLines, is_decorative, solution_text
 
 VERSIONS = {"blank-line": 1, "thinking": 1, "sentence": 1}
 """Of the splittings of ours: raised when one begins to cut differently."""

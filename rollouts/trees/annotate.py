@@ -213,7 +213,10 @@ def score_paths(
         for (node, role), score in zip(edges, new, strict=True):
             if isinstance(score, Failed):
                 if failed is None:
-                    raise BackendError(f"Scorer {scorer.name!r}: no score for a step of {what}: {score.reason}.")
+                    raise BackendError(
+                        f"Scorer {scorer.name!r}: no score for a step of {what}: {score.reason}. `python -m rollouts "
+                        "score` asks again; with --give-up it puts down that there is none."
+                    )
                 failed[score.reason] += 1
                 if not give_up:
                     continue

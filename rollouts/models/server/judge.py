@@ -6,12 +6,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rollouts.config import ModelConfig
 from rollouts.models.server.chat import decoded, text_of
-from rollouts.models.server.http import Server, Servers
 from rollouts.text.likelihood import TOP
 from rollouts.text.prompts import chat_messages
 
@@ -168,67 +166,3 @@ def _probability(tokens: Sequence[tuple[str, Mapping[str, float]]], place: int) 
                         sums[side] += math.exp(min(logprob, 0.0))  # type: ignore[assignment]
             return sums[True] / sums.total() if sums.total() > 0 else None
     return None
-
-
-class Judge:
-    """A connection to a judge, and what its server takes.
-
-    Attributes:
-        role: Named in errors.
-        system_prompt: System message; None: none is sent.
-        terms: The fields that it takes.
-        tells: Whether it tells log-probabilities.
-    """
-
-    def __init__(self, role: str, model: ModelConfig, system_prompt: str | None, max_tokens: int, probe: str) -> None:
-        """Connect, and find out which request fields the server takes by asking a first question.
-
-        Raises:
-            ConfigError: No key, or the server refuses the question.
-            BackendError: The server is not there, refuses the key, or has no such model.
-        """
-        self.role = role
-        self.terms = Terms()
-        self.system_prompt = system_prompt
-        self._model, self._max_tokens = model, max_tokens
-        self._http, self._probe = Servers(role, model), probe
-        self._known: Mapping[str, Any] = {}  # till then requests are adapted to what servers take
-        self._known = self._http.meet(self._identify)
-        self.tells = bool(self._known["logprobs"])
-
-    def _payload(self, content: str) -> dict[str, Any]:
-        asked = judge_payload(content, self.system_prompt, self._max_tokens, self.terms)
-        return {"model": self._model.model, **asked}
-
-    async def _identify(self, server: Server) -> dict[str, Any]:
-        def adapt(refusal: str, _: Any) -> bool:
-            yielded = None if self._known else self.terms.yielding(refusal)
-            self.terms = yielded or self.terms
-            return yielded is not None
-
-        tells, told = await server.chat(lambda: self._payload(self._probe), tells_logprobs, adapt)
-        return {**told, "logprobs": tells}
-
-    async def ask(self, content: str) -> Verdict:
-        """Ask a question; raises RequestFailed if it failed on a server that is well, BackendError if that is gone."""
-        payload = self._payload(content)
-        return await self._http.post("chat/completions", payload, read_verdict_of, self._max_tokens)
-
-    def submit(self, work: Any) -> Any:
-        """Run a coroutine in the connection's thread (`Servers.submit`)."""
-        return self._http.submit(work)
-
-    def describe(self) -> dict[str, Any]:
-        """Return the servers' version and number, the model's name, and how they are asked."""
-        return {
-            "engine": "judge",
-            "version": self._known["version"],
-            "servers": len(self._model.url),
-            "model": self._model.model,
-            "seed": None,
-            **asdict(self.terms),
-        }
-
-    def close(self) -> None:
-        """Cancel what is pending and disconnect."""
-        self._http.close()

@@ -139,17 +139,6 @@ def _read_likelihood(body: Any, request: LogprobRequest) -> Likelihood:
     return Likelihood(tuple(float(row[str(token)]["logprob"]) for token, row in told), tuple(entropies))
 
 
-def pooling_payload(ids: Sequence[int]) -> dict[str, Any]:
-    """Return the body of a request for P(label 1) at every step tag of `ids`."""
-    return {
-        "input": list(ids),
-        "task": "token_classify",
-        "use_activation": True,
-        "add_special_tokens": False,
-        "encoding_format": "float",
-    }
-
-
 def read_scores(body: Any, ids: Sequence[int], step_tag_id: int) -> list[float]:
     """Return P(label 1) at every step tag of `ids`.
 
@@ -164,12 +153,6 @@ def read_scores(body: Any, ids: Sequence[int], step_tag_id: int) -> list[float]:
         if not isinstance(row, list) or len(row) != 2 or min(row) < 0 or not abs(sum(row) - 1) <= 0.02:
             raise BackendError(f"{row}, not two probabilities per step tag. {serve_prm(step_tag_id)}")
     return [min(float(row[1]), 1.0) for row in rows]  # half precision rounds
-
-
-def verdict_payload(ids: Sequence[int], verdicts: Sequence[int]) -> dict[str, Any]:
-    """Return the body of a request for the log-probabilities of two tokens after `ids`, in vLLM's way."""
-    smallest = Wire().completion(len(ids) + 1, CompletionRequest(tuple(ids), 1, Sampling(0.0)))
-    return {**smallest, "logprobs": len(verdicts), "logprob_token_ids": [*verdicts], "return_tokens_as_token_ids": True}
 
 
 def read_verdict(body: Any, verdicts: tuple[int, int]) -> list[float]:
@@ -212,8 +195,10 @@ def score_exchanges(reading: Reading, request: PoolingRequest) -> list[Exchange]
     ids, verdicts, tag = request.ids, reading.verdicts, reading.tag
     if verdicts is not None:
         read_one = partial(read_verdict, verdicts=verdicts)
-        ends = [place + 1 for place in request.positions]
-        return [Exchange(Wire.path, verdict_payload(ids[:end], verdicts), read_one, end) for end in ends]
+        told = {"logprobs": 2, "logprob_token_ids": [*verdicts], "return_tokens_as_token_ids": True}
+        asked = [CompletionRequest(ids[: place + 1], 1, Sampling(0.0)) for place in request.positions]
+        bodies = [(len(each.prompt_ids), Wire().completion(len(each.prompt_ids) + 1, each)) for each in asked]
+        return [Exchange(Wire.path, {**body, **told}, read_one, tokens) for tokens, body in bodies]
     if tag is None:
         raise ConfigError("scorer: a reward model with a value head is read by backend 'vllm' or 'transformers' alone.")
     tags = [place for place, token in enumerate(ids) if token == tag]
@@ -222,7 +207,8 @@ def score_exchanges(reading: Reading, request: PoolingRequest) -> list[Exchange]
         known = dict(zip(tags, read_scores(body, ids, tag), strict=True))
         return [known[place] for place in request.positions]
 
-    return [Exchange("/pooling", pooling_payload(ids), read, len(ids))]
+    how = {"task": "token_classify", "use_activation": True, "add_special_tokens": False, "encoding_format": "float"}
+    return [Exchange("/pooling", {"input": list(ids), **how}, read, len(ids))]
 
 
 def smallest_input(reading: Reading) -> PoolingRequest:

@@ -13,13 +13,7 @@ from rollouts.text.prompts import PromptFormat
 from rollouts.text.tokenizer import load_tokenizer
 from rollouts.tinymath import STEP_TAG
 from rollouts.tinymath.labels import SolutionReader
-from rollouts.tinymath.problems import (
-    STEP_DELIMITER,
-    Program,
-    continue_solution,
-    render_step,
-    training_programs,
-)
+from rollouts.tinymath.problems import STEP_DELIMITER, Program, continue_solution, render_step, training_programs
 from rollouts.tinymath.training.folders import WEIGHTS
 
 IGNORE = -100

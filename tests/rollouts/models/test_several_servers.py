@@ -16,14 +16,14 @@ import step_server
 from fake_server import DROP, HANG, TAG, FakeServer, ask, chat_config, config, error_reply, real, silent
 
 from rollouts.__main__ import main
-from rollouts.config import ModelConfig, parse_family
+from rollouts.config import ModelConfig, ScorerConfig, parse_family
 from rollouts.errors import BackendError, ConfigError
 from rollouts.models.base import LogprobRequest, PoolingRequest
 from rollouts.models.identity import served
 from rollouts.models.server.chat import ChatWriter
 from rollouts.models.server.completions import ServerBackend
-from rollouts.models.server.judge import Judge
 from rollouts.models.server.pool import NobodyThere, Pool, another
+from rollouts.scoring.judge import JudgeScorer
 from rollouts.store.store import Store
 from rollouts.text.prompts import Reading
 from rollouts.tinymath import model_dir
@@ -289,6 +289,10 @@ def test_what_one_of_them_cannot_do_is_refused_by_name(pair: Any) -> None:
         ServerBackend("large", of(pair))
 
 
+def judge(settings: ModelConfig) -> JudgeScorer:
+    return JudgeScorer("s", ScorerConfig(kind="judge", model=settings, max_tokens=8), {})
+
+
 def test_reward_models_judges_and_chats_may_have_several_too(pair: Any) -> None:
     for server in pair:
         server.delay = 0.02
@@ -298,12 +302,12 @@ def test_reward_models_judges_and_chats_may_have_several_too(pair: Any) -> None:
         assert all(future.result(20) == [0.75] for future in futures)
     pair[0].fault = lambda *_: None
     settings = chat_config(pair[0], url=[server.url for server in pair])
-    for made in (Judge("scorer", settings, None, 8, "?"), ChatWriter("large", settings, None, None)):  # type: ignore[arg-type]
+    for made in (judge(settings), ChatWriter("large", settings, None, None)):  # type: ignore[arg-type]
         assert made.describe()["servers"] == 2
         made.close()
     for server in pair:
         server.card = {"id": "fake", "root": server.url}
-    for build in (lambda: Judge("scorer", settings, None, 8, "?"), lambda: ChatWriter("large", settings, None, None)):  # type: ignore[arg-type]
+    for build in (lambda: judge(settings), lambda: ChatWriter("large", settings, None, None)):  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match="serves another model"):
             build()
 
@@ -312,7 +316,7 @@ def test_reward_models_judges_and_chats_may_have_several_too(pair: Any) -> None:
 def test_one_that_comes_later_and_takes_less_changes_nothing_for_the_others(pair: Any, role: str) -> None:
     settings = chat_config(pair[0], url=[server.url for server in pair])
     pair[1].fault = lambda *_: DROP
-    made: Any = Judge(role, settings, None, 8, "?") if role == "scorer" else ChatWriter(role, settings, None, None)  # type: ignore[arg-type]
+    made: Any = judge(settings) if role == "scorer" else ChatWriter(role, settings, None, None)  # type: ignore[arg-type]
     before, other = str(made.describe()), made._http._members[1]
     refused = "logprobs" if role == "scorer" else "top_k"
     pair[1].fault = lambda path, body, *_: (
