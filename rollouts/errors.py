@@ -64,8 +64,10 @@ def require(extra: str, *modules: str) -> None:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the closest of `choices`, followed by the list of all of them."""
+    """Return `` Did you mean 'x'?`` for the closest of `choices`, followed by the list of all of them, if any."""
     known = sorted(choices)
+    if not known:
+        return ""
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"{hint} Known: {', '.join(known)}."

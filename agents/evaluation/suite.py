@@ -40,6 +40,11 @@ ORACLES = {
     "query_oracle_per_draw": "query oracle, per draw",
 }
 """Names of the oracles, by the field of `Evaluation` that has their summary."""
+SEEN = {
+    "train": "Routers were trained on these problems",
+    "validation": "Settings were chosen on these problems",
+}
+"""What a split has been used for before it is evaluated on."""
 
 
 @settings
@@ -208,11 +213,12 @@ def evaluate(config: EvaluateConfig, others: Others | None = None) -> Evaluation
         "max_large_tokens": split.max_large_tokens,
         "transfer": config.transfer,
     }
+    seen = [f"{SEEN[config.split]}: figures tend to be better than on others."] if config.split in SEEN else []
     return Evaluation(
         methods=summaries,
         **bounds,
         at_lam=_at_lam(methods, candidates, split, weights),
-        sentences=(_at_budget(summaries), *_sentences(list(methods), swept, curves, both, weights), *lacking),
+        sentences=(_at_budget(summaries), *_sentences(list(methods), swept, curves, both, weights), *lacking, *seen),
         subject=subject,
         field=field_rows_of([*found, *beside], both, alone(split), weights) if beside else (),
     )

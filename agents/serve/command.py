@@ -61,7 +61,7 @@ def _server(model: ModelConfig, flags: tuple[str, ...], flag: str, config: Serve
     """Return what a model's configuration says behind its servers."""
     urls = [url.rstrip("/") for url in flags or model.url]
     if not urls:
-        raise ConfigError(f"Where is its server? Give --{flag} http://host:port/v1.")
+        raise ConfigError(f"Where is the server of {model.display_name}? Give --{flag} http://host:port/v1.")
     return {
         "backend": "server",
         "url": [f"{url}/v1" if url.count("/") == 2 else url for url in urls],
