@@ -20,8 +20,7 @@ import tyro
 
 from agents.baselines.methods import BASELINES, CASCADE, QUERY, SELF_VERIFIED, Fitting
 from agents.baselines.methods import fit as fit_whole
-from agents.evaluation.bootstrap import Estimate, curve_estimates, resample_weights
-from agents.evaluation.compare import compare_curves
+from agents.evaluation.bootstrap import Estimate, curve_estimates, paired_curves, resample_weights
 from agents.evaluation.curves import Curve, Method, Points, References
 from agents.evaluation.oracle import score_oracle, step_oracle
 from agents.evaluation.outcomes import Floats, Outcomes, Solutions
@@ -267,10 +266,8 @@ def takeover(results: Results, both: References, weights: Floats) -> list[str]:
                         ("takeover by exact", "takeover by exact")):  # fmt: skip
         found[name] = results(name).method("test")
         rows.append([f"here, {label}", *cells(found[name], both, weights)])
-    dearer = compare_curves(("takeover", THR), found["takeover"], found[THR], both, weights).metrics["cpt_95_percent"]
-    learnt = compare_curves(
-        ("takeover by exact", "exact"), found["takeover by exact"], found["exact"], both, weights
-    ).metrics["cpt_80_percent"]
+    dearer = paired_curves(found["takeover"], found[THR], both, weights)["cpt_95_percent"]
+    learnt = paired_curves(found["takeover by exact"], found["exact"], both, weights)["cpt_80_percent"]
     return [
         "## Takeover against single steps",
         "",

@@ -21,8 +21,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from agents.evaluation.bootstrap import Difference, holm, paired_means, resample_weights
-from agents.evaluation.compare import compare_curves
+from agents.evaluation.bootstrap import Difference, holm, paired_curves, paired_means, resample_weights
 from agents.evaluation.curves import BUDGETS, CPT_TARGETS, Curve, curve_metrics
 from agents.evaluation.oracle import tree_oracle
 from agents.evaluation.outcomes import Outcomes
@@ -203,11 +202,11 @@ def curves(
     ]
     lines += [""]
     for name in ("TRIM-Thr", "paper"):
-        difference = compare_curves(("measured", name), points["measured"], points[name], both, weights)
+        difference = paired_curves(points["measured"], points[name], both, weights)
         cells = [
             f"CPT({x} %) {d.value:+.1f} % [{d.low:+.1f}, {d.high:+.1f}]"
             for x in CPT_TARGETS
-            for d in [difference.metrics[f"cpt_{x}_percent"]]
+            for d in [difference[f"cpt_{x}_percent"]]
         ]
         lines.append(f"- measured against {name}: {'; '.join(cells)}")
     return lines

@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from agents.evaluation.bootstrap import Estimate, holm, paired_means, resample_weights
-from agents.evaluation.compare import compare_curves
+from agents.evaluation.bootstrap import Estimate, holm, paired_curves, paired_means, resample_weights
+from agents.evaluation.compare import difference
 from agents.evaluation.curves import Curve, Method, References
 from agents.evaluation.oracle import tree_oracle
-from agents.evaluation.outcomes import Outcomes
+from agents.evaluation.outcomes import Outcomes, combined
 from agents.evaluation.splits import Candidates, Validation
 from agents.evaluation.walk import measured, references, run
 from agents.learners.loop import Training
@@ -108,8 +108,7 @@ def train_cell(task: tuple[float, int]) -> Cell:
 
 def average(outcomes: list[Outcomes]) -> Outcomes:
     """Average the outcomes of several routers problem by problem."""
-    columns = (np.mean([getattr(each, name) for each in outcomes], axis=0) for name in Outcomes.columns())
-    return Outcomes(outcomes[0].problem_ids, *columns)
+    return combined(outcomes, lambda *columns: np.mean(columns, axis=0))
 
 
 def report(settings: Settings, cells: list[Cell]) -> str:
@@ -203,7 +202,7 @@ def _curves(
     )
     agg = Method.chosen(points, chosen_on, choosing)
     thr = measured(candidates.spread_over(choosing.large), choosing, test)
-    compared = compare_curves(("TRIM-Agg", "TRIM-Thr"), agg, thr, both, weights)
+    compared = paired_curves(agg, thr, both, weights)
     own, other = Curve.of(agg, both), Curve.of(thr, both)
     lines = [
         f"Curves: TRIM-Agg with {len(agg.points)} operating points (outcomes averaged over seeds), TRIM-Thr with "
@@ -213,18 +212,18 @@ def _curves(
         "|---|---:|---:|---:|",
     ]
     for name in CPTS:
-        percent = compared.metrics[f"{name}_percent"]
+        percent = compared[f"{name}_percent"]
         target = int(name.removeprefix("cpt_"))
         mark = " (by mixing with always-large)" if own.by_mixing(target) else ""
         lines.append(
             f"| CPT({target} %) | {100 * float(own.cpt(target)):.1f} %{mark} | "
             f"{100 * float(other.cpt(target)):.1f} % | {percent.value:+.1f} [{percent.low:+.1f}, {percent.high:+.1f}] |"
         )
-    each = compared.metrics["delta_ibc"]
+    each = compared["delta_ibc"]
     lines.append(
         f"| ΔIBC | {float(own.delta_ibc()):.2f} | {float(other.delta_ibc()):.2f} | {_interval(each)} (absolute) |"
     )
-    return [*lines, "", compared.sentence]
+    return [*lines, "", difference(("TRIM-Agg", "TRIM-Thr"), agg, thr, both, weights)]
 
 
 def main() -> None:

@@ -20,9 +20,8 @@ import tyro
 from numpy.typing import NDArray
 
 from agents.evaluation.bootstrap import estimate as interval
-from agents.evaluation.bootstrap import resample_weights
+from agents.evaluation.bootstrap import paired_curves, resample_weights
 from agents.evaluation.budgets import SETTINGS
-from agents.evaluation.compare import compare_curves
 from agents.evaluation.curves import Curve, Method, Points, References
 from agents.evaluation.splits import spread, thresholds
 from agents.evaluation.walk import references, run
@@ -136,7 +135,7 @@ def report(settings: Settings, cells: list[Cell]) -> str:
     lines += ["", f"Named best on validation, by CPT(80 %): `{best}`. Paired differences of CPT in %, 95 %:", ""]
     for method in METHODS:
         if method != best:
-            found = compare_curves((best, method), points[best], points[method], both, weights).metrics
+            found = paired_curves(points[best], points[method], both, weights)
             cpts = [(x, found[f"cpt_{x}_percent"]) for x in CPTS]
             cells_ = [f"CPT({x} %) {d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}]" for x, d in cpts]
             lines.append(f"- `{best}` against `{method}`: {'; '.join(cells_)}")

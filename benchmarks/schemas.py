@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from agents.evaluation.bootstrap import resample_weights
+from agents.evaluation.bootstrap import paired_curves, resample_weights
 from agents.evaluation.budgets import SETTINGS
-from agents.evaluation.compare import compare_curves
 from agents.evaluation.curves import Curve, Method
 from agents.evaluation.splits import Validation, spread
 from agents.evaluation.walk import measured, references, run
@@ -81,7 +80,7 @@ def main() -> None:
         curve = Curve.of(method, both)
         row = [f"{100 * float(curve.cpt(x)):.1f}" for x in CPTS]
         row.append(f"{100 * float(curve.accuracy_at(np.array([0.1]))[0]):.1f}")
-        change = compare_curves((schema, AGAINST), method, found[AGAINST][0], both, weights).metrics["cpt_80_percent"]
+        change = paired_curves(method, found[AGAINST][0], both, weights)["cpt_80_percent"]
         row.append("" if schema == AGAINST else f"{change.value:+.1f} [{change.low:+.1f}, {change.high:+.1f}]")
         lines.append(f"| `{schema}` | {' | '.join(row)} | {seconds:.1f} |")
     write("\n".join([*lines, ""]), settings.out and settings.out.with_suffix(".md"))

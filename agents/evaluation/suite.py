@@ -15,8 +15,8 @@ from pydantic import Field
 
 from agents.escape import finite
 from agents.evaluation.bootstrap import Difference, curve_estimates, holm, paired_returns, resample_weights
-from agents.evaluation.budgets import SETTINGS
-from agents.evaluation.compare import HEADLINE, compare_curves
+from agents.evaluation.budgets import settings_of
+from agents.evaluation.compare import HEADLINE, difference
 from agents.evaluation.curves import CPT_TARGETS, Curve, Method, References, mixture_at
 from agents.evaluation.oracle import query_oracle, spread_oracle, tree_oracle
 from agents.evaluation.splits import Candidates, spread
@@ -273,50 +273,42 @@ def _agreed(methods: dict[str, list[artefact.Artefact]], trees: Trees, config: E
 
     Raises:
         ArtefactError: They were trained on other rollouts.
-        ConfigError: They do not agree.
+        ConfigError: They do not agree, or one is told the share left of another cap than the one in force.
     """
     found: dict[str, set[Any]] = {"cost": set(), "max_escalations": set(), "max_large_tokens": set()}
-    for name, items in methods.items():
-        for item in items:
-            trained_on = item.about.get("rollouts", {})
-            fitting = {rollouts_hash(trees, schema) for schema in schemas_of(item.router)}
-            if trained_on.get("hash") not in fitting and not config.transfer:
-                raise ArtefactError(
-                    f"{name}: trained on rollouts {trained_on.get('store')!r} with hash {trained_on.get('hash')}, but "
-                    f"{config.rollouts} has hash {trees.meta['hash']}. Name those rollouts, or say --transfer if the "
-                    "comparison is meant."
-                )
-            for key, values in found.items():
-                values.add(item.about.get(key))
+    named = [(name, item) for name, items in methods.items() for item in items]
+    for name, item in named:
+        trained_on = item.about.get("rollouts", {})
+        fitting = {rollouts_hash(trees, schema) for schema in schemas_of(item.router)}
+        if trained_on.get("hash") not in fitting and not config.transfer:
+            raise ArtefactError(
+                f"{name}: trained on rollouts {trained_on.get('store')!r} with hash {trained_on.get('hash')}, but "
+                f"{config.rollouts} has hash {trees.meta['hash']}. Name those rollouts, or say --transfer if the "
+                "comparison is meant."
+            )
+        for key, values in found.items():
+            values.add(item.about.get(key))
     agreed: dict[str, Any] = {key: getattr(config, key, None) for key in found}  # what was asked for, first
     for key, values in found.items():
         if agreed[key] is None:
             if len(values) > 1:
                 raise ConfigError(f"The routers were trained for different {key}: {', '.join(map(str, values))}.")
             agreed[key] = values.pop()
-    _check_told(methods, agreed["max_large_tokens"], config.transfer)
+    cap = agreed["max_large_tokens"]
+    for name, item in named:
+        told = told_cap(item.router)
+        if told not in (None, cap) and not (config.transfer and cap is not None):
+            raise ConfigError(
+                f"{name}: trained under a cap of {told} large tokens, whose share left it is told; the cap here is "
+                f"{cap}. Leave out --max-large-tokens, or say --transfer if the comparison is meant."
+            )
     return agreed
-
-
-def _check_told(methods: dict[str, list[artefact.Artefact]], cap: int | None, transfer: bool) -> None:
-    """Raise `ConfigError` for routers that are told the share left of another cap than the one in force."""
-    for name, items in methods.items():
-        for item in items:
-            told = told_cap(item.router)
-            if told is not None and told != cap and not (transfer and cap is not None):
-                raise ConfigError(
-                    f"{name}: trained under a cap of {told} large tokens, whose share left it is told; the cap here is "
-                    f"{cap}. Leave out --max-large-tokens, or say --transfer if the comparison is meant."
-                )
 
 
 def _settings(item: artefact.Artefact, validation: DecisionTables, choosing: References) -> Settings:
     """Return the operating points of a router; of one for a range of λ 16, whose λ spread the cost on validation."""
-    router = item.router
-    if not isinstance(router, ConditionedMLP):
-        return [(router.knob.value, router, run(router, validation))]
-    settings = [router.at(lam) for lam in np.geomspace(router.low, router.high, SETTINGS).tolist()]
-    chosen = spread([(each, run(each, validation)) for each in settings], choosing.large)
+    settings = [(each, run(each, validation)) for each in settings_of(item.router)]
+    chosen = spread(settings, choosing.large) if isinstance(item.router, ConditionedMLP) else settings
     return [(each.knob.value, each, outcomes) for each, outcomes in chosen]
 
 
@@ -355,7 +347,7 @@ def _sentences(
     trained: list[str], swept: str, curves: dict[str, Method], both: References, weights: Any
 ) -> tuple[str, ...]:
     pairs = [(name, swept) for name in trained] + [(trained[0], name) for name in trained[1:]]
-    said = (compare_curves((one, other), curves[one], curves[other], both, weights).sentence for one, other in pairs)
+    said = (difference((one, other), curves[one], curves[other], both, weights) for one, other in pairs)
     return tuple(dict.fromkeys(said))
 
 

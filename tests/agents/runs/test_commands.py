@@ -224,6 +224,15 @@ def test_wandb_is_offline_without_a_login(store, tmp_path, monkeypatch):
     assert len(again) == 2 and all(run.name.endswith(identity) for run in again)
 
 
+def test_an_interrupt_ends_an_evaluation_in_silence(monkeypatch, tmp_path, capsys):
+    def interrupted(config, others):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("agents.evaluation.suite.evaluate", interrupted)
+    assert evaluate_command.main([str(tmp_path)]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_a_key_means_online(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
     monkeypatch.delenv("WANDB_MODE", raising=False)
