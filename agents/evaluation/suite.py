@@ -42,6 +42,13 @@ ORACLES = {
 """Names of the oracles, by the field of `Evaluation` that has their summary."""
 
 
+SEEN = {
+    "train": "These figures are too good: routers were fitted on these very problems. Take another --split.",
+    "validation": "These figures are too good: settings were chosen on these very problems. Take another --split.",
+}
+"""What has to be said of splits on which nothing is measured that holds for new problems."""
+
+
 @settings
 class EvaluateConfig:
     """Settings of an evaluation.
@@ -212,7 +219,12 @@ def evaluate(config: EvaluateConfig, others: Others | None = None) -> Evaluation
         methods=summaries,
         **bounds,
         at_lam=_at_lam(methods, candidates, split, weights),
-        sentences=(_at_budget(summaries), *_sentences(list(methods), swept, curves, both, weights), *lacking),
+        sentences=(
+            _at_budget(summaries),
+            *_sentences(list(methods), swept, curves, both, weights),
+            *([SEEN[config.split]] if config.split in SEEN and not config.transfer else ()),
+            *lacking,
+        ),
         subject=subject,
         field=field_rows_of([*found, *beside], both, alone(split), weights) if beside else (),
     )
