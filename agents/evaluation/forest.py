@@ -26,6 +26,7 @@ from trim_env.features import lam_feature, left_feature
 from trim_env.graph import Floats, States
 from trim_env.tables import DecisionTables, missing
 
+_CAPPED = 4096  # nodes of a part under a cap on tokens, where each is several states: what fits the caches is faster
 _STEEP = 30.0  # logits beyond are as good as certain
 _SCALE = 100.0  # returns times that: what BFGS's first step is right for
 _ITERATIONS = 40  # most of a climb
@@ -165,7 +166,8 @@ def reached(routers: Sequence[Router], parts: Sequence[Forest]) -> float:
 
 def forests(tables: DecisionTables, ask: str = "") -> list[Forest]:
     """Return the forests of the parts of some tables, arguments as of `Forest`: what is summed over them is bounded."""
-    return [Forest(part, None, ask) for part in tables.parts()]
+    nodes = None if tables.max_large_tokens is None else _CAPPED
+    return [Forest(part, None, ask) for part in tables.parts(nodes)]
 
 
 def shares(parts: Sequence[Forest]) -> list[tuple[Forest, float]]:

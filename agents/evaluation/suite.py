@@ -19,6 +19,7 @@ from agents.evaluation.budgets import settings_of
 from agents.evaluation.compare import HEADLINE, difference
 from agents.evaluation.curves import CPT_TARGETS, Curve, Method, References, mixture_at
 from agents.evaluation.oracle import query_oracle, spread_oracle, tree_oracle
+from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.splits import Candidates, spread
 from agents.evaluation.table import FieldRow, MethodSummary, limits, means_of, summarise
 from agents.evaluation.walk import Settings, alone, measured, references, run
@@ -34,12 +35,12 @@ from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables, rollouts_hash
 
 TRIM_THR, RANDOM = "trim-thr", "random"
-ORACLES = {
-    "oracle": "oracle",
-    "query_oracle": "query oracle",
-    "query_oracle_per_draw": "query oracle, per draw",
+ORACLES: dict[str, tuple[str, Callable[[DecisionTables, float], Outcomes]]] = {
+    "oracle": ("oracle", tree_oracle),
+    "query_oracle": ("query oracle", query_oracle),
+    "query_oracle_per_draw": ("query oracle, per draw", partial(query_oracle, per_draw=True)),
 }
-"""Names of the oracles, by the field of `Evaluation` that has their summary."""
+"""Names of the oracles and what they come to, by the field of `Evaluation` that has their summary."""
 
 
 SEEN = {
@@ -184,14 +185,9 @@ def evaluate(config: EvaluateConfig, others: Others | None = None) -> Evaluation
     curves[swept] = measured(candidates.spread_over(choosing.large), choosing, split)
     rates = (RandomRate(float(rate)) for rate in np.linspace(0.05, 0.95, 10))
     curves[RANDOM] = measured([(each.rate, each, run(each, validation)) for each in rates], choosing, split)
-    oracles = {
-        "oracle": partial(tree_oracle, split),
-        "query_oracle": partial(query_oracle, split),
-        "query_oracle_per_draw": partial(query_oracle, split, per_draw=True),
-    }
     bounds = {
-        name: summarise(ORACLES[name], Method.whole(spread_oracle(function, both)), both, config.seed)
-        for name, function in oracles.items()
+        place: summarise(name, Method.whole(spread_oracle(partial(oracle, split), both)), both, config.seed)
+        for place, (name, oracle) in ORACLES.items()
     }
     beside, lacking = list[Compared](), list[str]()
     if others is not None:

@@ -180,7 +180,7 @@ def folded(
     """
     tables = tables.sample(_MOST, seed)
     fitted_on, judges = [forests(tables, ask=ask)], [forests(choice, ask=ask)]
-    if len(fitted_on[0]) == 1 or problems_of(judges[0]) < _HELD_OUT:
+    if len(tables.parts()) == 1 or problems_of(judges[0]) < _HELD_OUT:
         for kept, left_out in folds(tables, seed):
             fitted_on.append(forests(kept, ask=ask))
             judges.append(forests(left_out, ask=ask))

@@ -175,7 +175,7 @@ def test_it_asks_where_the_answer_can_change_the_decision(trees):
 
 
 def test_what_is_not_in_the_schema_cannot_be_asked_for(trees):
-    with pytest.raises(ConfigError, match="--ask large: schema agg. reads nothing that the large tells"):
+    with pytest.raises(ConfigError, match="--ask large: schema agg. reads nothing that the large model tells"):
         fitted(trees, "calls:1", ask="large")
     with pytest.raises(ConfigError, match="--ask is 'scorrer'. Did you mean 'scorer'"):
         TrainConfig(agent="exact", ask="scorrer")
