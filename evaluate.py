@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ModuleNotFoundError, TrimError, OSError) as error:
         print(f"error: {terminal(said(error, 'train'))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     show(evaluation, files)
     return 0
 

@@ -38,6 +38,7 @@ from agents.evaluation.bootstrap import curve_band, holm, paired_means, resample
 from agents.evaluation.curves import Curve, Method, knots, mixture_at
 from agents.evaluation.oracle import query_oracle, score_oracle, spread_oracle, step_oracle, tree_oracle
 from agents.evaluation.outcomes import Floats, Outcomes
+from agents.evaluation.table import TAKES, means_of
 from agents.evaluation.walk import alone, run
 from benchmarks.methods import RANGE, Data, scaled
 from benchmarks.rivals import RIVALS
@@ -202,7 +203,7 @@ def curves(ground: Ground, rows: Sequence[Row], weights: Floats) -> list[str]:
 
 def taken(ground: Ground, rows: Sequence[Row]) -> list[str]:
     """Return the table of what recovering `AT` % of the gap takes, per problem."""
-    names = ["large tokens", "small tokens", "discarded", "scorer calls", "serial calls"]
+    names = list(TAKES)
     names += [f"US$ per 1,000 problems, {name} (% of always-large's)" for name in PRICES]
     lines = []
     found = [
@@ -215,9 +216,8 @@ def taken(ground: Ground, rows: Sequence[Row]) -> list[str]:
         found.append((REFERENCE, f"always-{name}", getattr(ground.both, name), dollars))
     for group, name, outcomes, dollars in found:
         cells = ["–"] * len(names)
-        if outcomes and outcomes.calls:
-            means = outcomes.large_tokens, outcomes.small_tokens, outcomes.discarded_tokens, *outcomes.calls
-            cells = [f"{each.mean():.1f}" for each in means]
+        if means := means_of(outcomes):
+            cells = [f"{each:.1f}" for each in means.values()]
             for price, paid in zip(PRICES, dollars, strict=True):
                 share = 100 * paid.cost.mean() / ground.dollars[price].large.cost.mean()
                 cells.append(f"{1000 * paid.cost.mean():.3f} ({share:.0f})")

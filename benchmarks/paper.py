@@ -19,8 +19,7 @@ import tyro
 
 from agents.baselines.methods import BASELINES, CASCADE, QUERY, SELF_VERIFIED, Fitting
 from agents.baselines.methods import fit as fit_whole
-from agents.evaluation.bootstrap import Estimate, resample_weights
-from agents.evaluation.compare import compare_curves
+from agents.evaluation.bootstrap import Estimate, paired_curves, resample_weights
 from agents.evaluation.curves import Method, Points, References
 from agents.evaluation.oracle import score_oracle, step_oracle
 from agents.evaluation.outcomes import Floats, Outcomes, Solutions
@@ -221,10 +220,8 @@ def takeover(results: Results, both: References, weights: Floats) -> list[str]:
                         ("takeover by exact", "takeover by exact")):  # fmt: skip
         found[name] = results(name).method("test")
         rows.append([f"here, {label}", *curve_cells(found[name], both, weights)])
-    dearer = compare_curves(("takeover", THR), found["takeover"], found[THR], both, weights).metrics["cpt_95_percent"]
-    learnt = compare_curves(
-        ("takeover by exact", "exact"), found["takeover by exact"], found["exact"], both, weights
-    ).metrics["cpt_80_percent"]
+    dearer = paired_curves(found["takeover"], found[THR], both, weights)["cpt_95_percent"]
+    learnt = paired_curves(found["takeover by exact"], found["exact"], both, weights)["cpt_80_percent"]
     return [
         "## Takeover against single steps",
         "",

@@ -18,8 +18,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from agents.evaluation.bootstrap import holm, paired_means, resample_weights
-from agents.evaluation.compare import compare_curves
+from agents.evaluation.bootstrap import holm, paired_curves, paired_means, resample_weights
 from agents.evaluation.curves import BUDGETS, CPT_TARGETS, Curve, curve_metrics
 from agents.evaluation.oracle import tree_oracle
 from agents.evaluation.outcomes import Outcomes
@@ -194,8 +193,8 @@ def curves(
     rows = [[key, *(f"{float(each[key]):.3f}" for each in metrics.values())] for key in wanted]
     lines = [*table(["metric", *points], rows), ""]
     for name in ("TRIM-Thr", "paper"):
-        difference = compare_curves(("measured", name), points["measured"], points[name], both, weights)
-        cells = [f"CPT({x} %) {shown(difference.metrics[f'cpt_{x}_percent'], '+.1f')} %" for x in CPT_TARGETS]
+        difference = paired_curves(points["measured"], points[name], both, weights)
+        cells = [f"CPT({x} %) {shown(difference[f'cpt_{x}_percent'], '+.1f')} %" for x in CPT_TARGETS]
         lines.append(f"- measured against {name}: {'; '.join(cells)}")
     return lines
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from agents.evaluation.bootstrap import holm, paired_means, resample_weights
-from agents.evaluation.compare import compare_curves
+from agents.evaluation.bootstrap import holm, paired_curves, paired_means, resample_weights
+from agents.evaluation.compare import difference
 from agents.evaluation.curves import CPT_TARGETS, Curve, Method, References
 from agents.evaluation.oracle import tree_oracle
 from agents.evaluation.outcomes import Outcomes
@@ -167,7 +167,7 @@ def _curves(
     )
     agg = Method.chosen(points, chosen_on, choosing)
     thr = measured(candidates.spread_over(choosing.large), choosing, test)
-    compared = compare_curves(("TRIM-Agg", "TRIM-Thr"), agg, thr, both, weights)
+    compared = paired_curves(agg, thr, both, weights)
     own, other = Curve.of(agg, both), Curve.of(thr, both)
     lines = [
         f"Curves: TRIM-Agg with {len(agg.points)} operating points (outcomes averaged over seeds), TRIM-Thr with "
@@ -178,12 +178,13 @@ def _curves(
     for target in CPT_TARGETS:
         mark = " (by mixing with always-large)" if own.by_mixing(target) else ""
         mine, simple = (f"{100 * float(curve.cpt(target)):.1f} %" for curve in (own, other))
-        difference = shown(compared.metrics[f"cpt_{target}_percent"], "+.1f")
-        rows.append([f"CPT({target} %)", f"{mine}{mark}", simple, difference])
+        change = shown(compared[f"cpt_{target}_percent"], "+.1f")
+        rows.append([f"CPT({target} %)", f"{mine}{mark}", simple, change])
     ibc = [f"{float(curve.delta_ibc()):.2f}" for curve in (own, other)]
-    rows.append(["ΔIBC", *ibc, f"{shown(compared.metrics['delta_ibc'])} (absolute)"])
+    rows.append(["ΔIBC", *ibc, f"{shown(compared['delta_ibc'])} (absolute)"])
     head = ["", "TRIM-Agg", "TRIM-Thr", "difference, % of TRIM-Thr's [95 %]"]
-    return [*lines, *table(head, rows), "", compared.sentence]
+    said = difference(("TRIM-Agg", "TRIM-Thr"), agg, thr, both, weights)
+    return [*lines, *table(head, rows), "", said]
 
 
 def main() -> None:

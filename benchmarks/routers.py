@@ -19,8 +19,7 @@ import tyro
 from numpy.typing import NDArray
 
 from agents.evaluation.bootstrap import estimate as interval
-from agents.evaluation.bootstrap import resample_weights
-from agents.evaluation.compare import compare_curves
+from agents.evaluation.bootstrap import paired_curves, resample_weights
 from agents.evaluation.curves import CPT_TARGETS, Curve, Method, Points, References
 from agents.evaluation.splits import spread
 from agents.evaluation.walk import references, run
@@ -108,7 +107,7 @@ def report(settings: Settings, cells: list[Cell]) -> str:
     lines += ["", f"Named best on validation, by CPT(80 %): `{best}`. Paired differences of CPT in %, 95 %:", ""]
     for method in METHODS:
         if method != best:
-            found = compare_curves((best, method), points[best], points[method], both, weights).metrics
+            found = paired_curves(points[best], points[method], both, weights)
             cpts = (f"CPT({x} %) {shown(found[f'cpt_{x}_percent'], '+.1f')}" for x in CPT_TARGETS)
             lines.append(f"- `{best}` against `{method}`: {'; '.join(cpts)}")
     lines += ["", "Accuracy of `pomdp` minus that of the others at low budgets, points, 95 %, paired:", ""]

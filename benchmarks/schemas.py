@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from agents.evaluation.bootstrap import resample_weights
+from agents.evaluation.bootstrap import paired_curves, resample_weights
 from agents.evaluation.budgets import SETTINGS
-from agents.evaluation.compare import compare_curves
 from agents.evaluation.curves import CPT_TARGETS, Curve, Method
 from agents.evaluation.splits import Validation, spread
 from agents.evaluation.walk import measured, references, run
@@ -80,7 +79,7 @@ def main() -> None:
         curve = Curve.of(method, both)
         row = [f"`{schema}`", *(f"{100 * float(curve.cpt(x)):.1f}" for x in CPT_TARGETS)]
         row.append(f"{100 * float(curve.accuracy_at(np.array([0.1]))[0]):.1f}")
-        change = compare_curves((schema, AGAINST), method, found[AGAINST][0], both, weights).metrics["cpt_80_percent"]
+        change = paired_curves(method, found[AGAINST][0], both, weights)["cpt_80_percent"]
         rows.append([*row, "" if schema == AGAINST else shown(change, "+.1f"), f"{seconds:.1f}"])
     head = ["schema", *(f"CPT({x} %)" for x in CPT_TARGETS), "accuracy at 10 %", f"against `{AGAINST}`", "seconds"]
     write("\n".join([*lines, *table(head, rows), ""]), settings.out)

@@ -84,9 +84,9 @@ class DecisionTables:
         """Return the same tables for episodes in other trees."""
         return replace(self, indices=indices)
 
-    def parts(self) -> list[DecisionTables]:
+    def parts(self, nodes: int | None = None) -> list[DecisionTables]:
         """Return the tables for parts of the trees, in their order (`Trees.parted`); of few nodes these alone."""
-        parts = self.trees.parted(self.indices)
+        parts = self.trees.parted(self.indices, nodes)
         return [self] if len(parts) == 1 else [self.on(each) for each in parts]
 
     def sample(self, nodes: int, seed: int = 0) -> DecisionTables:

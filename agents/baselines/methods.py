@@ -8,16 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agents.baselines import automix, predict, routellm, smoothie
 from agents.baselines.examples import Examples
 from agents.baselines.vote import Vote
 from agents.evaluation.curves import Method, References
-from agents.evaluation.outcomes import Outcomes
+from agents.evaluation.outcomes import Floats, Outcomes
 from agents.evaluation.splits import OPERATING_POINTS, spread, thresholds
 from agents.evaluation.suite import Compared
 from agents.evaluation.walk import alone, references, run
@@ -72,11 +73,15 @@ class Fitting:
         return self.features or CharTfidf.fit(self.examples.questions)
 
     @cached_property
+    def by(self) -> References:
+        """Always-small and always-large where settings are chosen."""
+        return references(self.choosing)
+
+    @cached_property
     def strategies(self) -> dict[str, AnyRouter]:
         """Thresholds on steps, as arms beside the two models."""
-        price = references(self.train).large.cost.sum()
         tried = [(Threshold(level), run(Threshold(level), self.train)) for level in thresholds(self.train, 64)]
-        nearest = [min(tried, key=lambda each, c=c: abs(each[1].cost.sum() / price - c))[0] for c in STRATEGIES]  # type: ignore[misc]
+        nearest = [min(tried, key=lambda each, c=c: abs(self._trained.share(each[1]) - c))[0] for c in STRATEGIES]  # type: ignore[misc]
         return {f"threshold {each.threshold:.3f}": each for each in nearest}
 
     @cached_property
@@ -93,10 +98,30 @@ class Fitting:
             self.embed, {**self.of_models.weights, **own.weights}, (*self.of_models.arms, *own.arms)
         )
 
+    @cached_property
+    def _trained(self) -> References:
+        return references(self.train)
+
     def _predicting(self, arms: dict[str, Outcomes]) -> predict.Predictor:
-        price = references(self.train).large.cost.mean()
+        price = self._trained.large.cost.mean()
         told = {name: (outcomes.correct, outcomes.cost / price) for name, outcomes in arms.items()}
         return predict.fit(self.examples.questions, told, self.embed, self.seed)
+
+    @cached_property
+    def arms(self) -> Callable[[DecisionTables], tuple[list[Outcomes], Floats, Floats]]:
+        """From a split to the outcomes of all arms and what is predicted of them, (P, a) accuracies and costs."""
+
+        @cache
+        def arms(tables: DecisionTables) -> tuple[list[Outcomes], Floats, Floats]:
+            both, own = alone(tables), [run(router, tables) for router in self.strategies.values()]
+            return [both.small, both.large, *own], *self.predictor(questions_of(tables))
+
+        return arms
+
+
+def questions_of(tables: DecisionTables) -> list[str]:
+    """Return the questions of a split, in the order of the problems in `Outcomes`."""
+    return [tables.trees.questions[each] for each in np.unique(tables.trees.problem[tables.indices]).tolist()]
 
 
 @dataclass(frozen=True)
@@ -143,7 +168,7 @@ def fit(baseline: Baseline, fitting: Fitting, count: int = OPERATING_POINTS) -> 
     """
     begin = time.process_time()
     candidates = [(setting, setting.run(fitting.choosing)) for setting in baseline.fit(fitting)]
-    chosen = spread(candidates, references(fitting.choosing).large, count)
+    chosen = spread(candidates, fitting.by.large, count)
     if not chosen:
         raise DataError(f"{baseline.name}: no setting costs more than always-small and less than always-large.")
     settings, outcomes = zip(*chosen, strict=True)
@@ -186,13 +211,12 @@ def field_beside(
             f"--baselines: routers of whole problems cannot keep a cap of {split.max_large_tokens} large tokens for a "
             "problem. Leave one of the two out."
         )
-    fitted, lacking = fit_all(BASELINES, Fitting(train, choosing))
-    by = references(choosing)
-    found = []
+    fitting, found = Fitting(train, choosing), []
+    fitted, lacking = fit_all(BASELINES, fitting)
     for each in fitted:
         name, group = each.baseline.name, each.baseline.group
         try:
-            found.append(Compared(name, group, each.measured(split, by), name in ENVELOPES.values()))
+            found.append(Compared(name, group, each.measured(split, fitting.by), name in ENVELOPES.values()))
         except DataError as error:  # such as a budget that was enough for the problems that choose
             lacking.append(f"{name} was not measured. {error}")
     return found, lacking
@@ -205,48 +229,35 @@ def of_routers(routers: Iterable[Whole | AnyRouter]) -> list[Setting]:
 
 def at_thresholds(router: TextRouter, fitting: Fitting) -> list[TextRouter]:
     """Return a router at quantiles of what questions are worth to it, each between two of them, and one above all."""
-    worth = np.sort(router.preference([fitting.choosing.trees.questions[each] for each in _problems(fitting.choosing)]))
+    worth = np.sort(router.preference(questions_of(fitting.choosing)))
     worth = worth[np.diff(worth, prepend=worth[0] - 1) > _SAME]
     place = np.unique(np.linspace(0, len(worth), SETTINGS).round().astype(int))
     between = np.concatenate([worth[:1] - 1, (worth[1:] + worth[:-1]) / 2, worth[-1:] + 1])
     return [TextRouter(router.name, Knob("threshold", level), router.preference) for level in between[place].tolist()]
 
 
-def _problems(tables: DecisionTables) -> Sequence[int]:
-    problems: list[int] = np.unique(tables.trees.problem[tables.indices]).tolist()
-    return problems
-
-
 def _text(make: Callable[[Fitting], TextRouter]) -> Callable[[Fitting], list[Setting]]:
     return lambda fitting: of_routers(at_thresholds(make(fitting), fitting))
 
 
-def _arms(fitting: Fitting, tables: DecisionTables) -> tuple[list[Outcomes], list[str]]:
-    """Return the outcomes of all arms on a split, and its questions, in the order of the problems."""
-    own = [run(router, tables) for router in fitting.strategies.values()]
-    both = alone(tables)
-    return [both.small, both.large, *own], [tables.trees.questions[each] for each in _problems(tables)]
+def _by_arms(
+    choose: Callable[[Floats, Floats, float], NDArray[np.int64]], knobs: Floats
+) -> Callable[[Fitting], list[Setting]]:
+    """Return how settings are made that choose one of the arms for each question, given what is predicted of them."""
+
+    def made(fitting: Fitting) -> list[Setting]:
+        def ran(knob: float, tables: DecisionTables) -> Outcomes:
+            arms, right, cost = fitting.arms(tables)
+            return predict.chosen(arms, choose(right, cost, knob))
+
+        return [Setting(knob, partial(ran, knob)) for knob in knobs.tolist()]
+
+    return made
 
 
-def _best_arm(fitting: Fitting) -> Iterable[Setting]:
-    """Yield the best arm for each question under weights of accuracy from 0 to 1."""
-
-    def ran(weight: float, tables: DecisionTables) -> Outcomes:
-        arms, questions = _arms(fitting, tables)
-        return predict.chosen(arms, predict.best_arm(*fitting.predictor(questions), weight))
-
-    return [Setting(weight, partial(ran, weight)) for weight in np.linspace(0.05, 0.98, 32).tolist()]
-
-
-def _allocated(fitting: Fitting) -> Iterable[Setting]:
-    """Yield the best arms of a whole batch, the split, within budgets."""
-
-    def ran(share: float, tables: DecisionTables) -> Outcomes:
-        arms, questions = _arms(fitting, tables)
-        right, cost = fitting.predictor(questions)
-        return predict.chosen(arms, predict.allocate(right, cost, share * len(questions)))
-
-    return [Setting(share, partial(ran, share)) for share in np.linspace(0.06, 0.96, OPERATING_POINTS).tolist()]
+def _within(right: Floats, cost: Floats, share: float) -> NDArray[np.int64]:
+    """Return the best arms of a whole batch, the split, within a budget."""
+    return predict.allocate(right, cost, share * len(right))
 
 
 def _verified(rule: str) -> Callable[[Fitting], list[Setting]]:
@@ -282,8 +293,13 @@ NOTES = {
 ARMS = "chooses for each question among the two models and two settings of TRIM-Thr"
 BASELINES = (
     Baseline("TRIM-Thr (RSD)", STEP, lambda data: of_routers(map(Threshold, thresholds(data.choosing)))),
-    Baseline("best arm (RTR, CONCUR)", STEP, _best_arm, ARMS),
-    Baseline("best arms in a budget (CONCUR)", STEP, _allocated, f"{ARMS}; sees all questions before the first answer"),
+    Baseline("best arm (RTR, CONCUR)", STEP, _by_arms(predict.best_arm, np.linspace(0.05, 0.98, 32)), ARMS),
+    Baseline(
+        "best arms in a budget (CONCUR)",
+        STEP,
+        _by_arms(_within, np.linspace(0.06, 0.96, OPERATING_POINTS)),
+        f"{ARMS}; sees all questions before the first answer",
+    ),
     *(Baseline(f"AutoMix-PRM ({rule})", CASCADE, _verified(rule)) for rule in automix.RULES),
     Baseline("AutoMix-PRM (last, POMDP)", CASCADE, lambda data: of_routers(automix.pomdp("last", data.train))),
     Baseline(SELF_VERIFIED, CASCADE, _self_verified, "thresholds and the POMDP; pays eight samples"),

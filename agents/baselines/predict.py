@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.baselines.routellm import Features
-from agents.evaluation.outcomes import Calls, Outcomes
+from agents.evaluation.outcomes import Outcomes, combined
 from agents.routers.base import Floats, Knob
 from agents.routers.mlp import Weights
 from agents.routers.text import Preference, TextRouter, layers, softmax
@@ -167,15 +167,4 @@ def chosen(arms: Sequence[Outcomes], choice: NDArray[np.int64]) -> Outcomes:
     Raises:
         DataError: The arms' outcomes are on different problems.
     """
-    for other in arms[1:]:
-        arms[0].paired_with(other)
-    rows = np.arange(len(choice))
-    columns = {name: np.stack([getattr(arm, name) for arm in arms])[choice, rows] for name in Outcomes.columns()}
-    return Outcomes(arms[0].problem_ids, **columns, calls=_calls(arms, choice))
-
-
-def _calls(arms: Sequence[Outcomes], choice: NDArray[np.int64]) -> Calls | None:
-    told = [arm.calls for arm in arms if arm.calls]
-    if len(told) < len(arms):
-        return None
-    return Calls(*(np.stack(each)[choice, np.arange(len(choice))] for each in zip(*told, strict=True)))
+    return combined(arms, lambda *each: np.stack(each)[choice, np.arange(len(choice))])

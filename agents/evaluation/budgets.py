@@ -24,7 +24,6 @@ from agents.routers.base import AnyRouter, Constant, Mixture, Threshold, is_end
 from agents.routers.budgets import Measured, calibrate
 from agents.routers.mlp import ConditionedMLP
 from agents.routers.whole import OneModel, decides_once
-from rollouts.errors import ConfigError
 
 SETTINGS = 64  # λ tried of a policy for a range of λ
 BUDGETS = 24  # λ whose cost is written into the artefact of such a policy
@@ -53,15 +52,17 @@ def operating_points(found: Sequence[tuple[AnyRouter, Outcomes]], references: Re
 def settings(stored: Sequence[artefact.Storable], validation: Validation) -> list[tuple[AnyRouter, Outcomes]]:
     """Return all settings of some routers, always-small and always-large among them, run on the choice half."""
     found: list[Any] = [OneModel(0), OneModel(1)] if any(map(decides_once, stored)) else [Constant(0), Constant(1)]
-    for router in stored:
-        if isinstance(router, ConditionedMLP):
-            found += [router.at(float(lam)) for lam in np.geomspace(router.low, router.high, SETTINGS)]
-        elif isinstance(router, Mixture):
-            raise ConfigError("A mixture is calibrated already.")
-        else:
-            found.append(router)
+    found += [each for router in stored for each in settings_of(router)]
     ran = [(router, run(router, validation.choice)) for router in found]
-    return [*ran, *(validation.candidates.thresholds if any(isinstance(each, Threshold) for each in stored) else ())]
+    schemas = sorted({router.schema for router in stored if isinstance(router, Threshold)})
+    return [*ran, *(each for schema in schemas for each in validation.thresholds_on(schema).thresholds)]
+
+
+def settings_of(router: Any) -> list[Any]:
+    """Return the settings of a router: itself, or of one for a range of λ those for `SETTINGS` of them."""
+    if not isinstance(router, ConditionedMLP):
+        return [router]
+    return [router.at(lam) for lam in np.geomspace(router.low, router.high, SETTINGS).tolist()]
 
 
 def lam_costs(router: ConditionedMLP, validation: Validation) -> list[dict[str, float]]:

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.routers.base import Knob
+from agents.routers.asking import Asking
+from agents.routers.base import Knob, Router
 from agents.routers.mlp import MLP, Weights, at_lam
 from rollouts.errors import StoreError
 from rollouts.trees.arrays import in_a_file
@@ -25,8 +26,10 @@ from trim_env.features import lam_feature, left_feature
 from trim_env.graph import Floats, States
 from trim_env.tables import DecisionTables, missing
 
+_CAPPED = 4096  # nodes of a part under a cap on tokens, where each is several states: what fits the caches is faster
 _STEEP = 30.0  # logits beyond are as good as certain
-LARGE = 100.0  # returns times that: what BFGS's first step is right for
+_SCALE = 100.0  # returns times that: what BFGS's first step is right for
+_ITERATIONS = 40  # most of a climb
 _MANY = 400  # parameters
 _LINEAR, _PRODUCTS = 0.001, 0.3  # penalties: the fewer problems, the more a quadratic rule is a linear one
 ENTROPIES = (0.1, 0.03, 0.01)
@@ -149,9 +152,22 @@ class Forest:
         return means
 
 
+def reached(routers: Sequence[Router], parts: Sequence[Forest]) -> float:
+    """Return the mean return, over trees and routers, of routers that draw nothing, each for the λ that is its knob."""
+    found = 0.0
+    for forest, share in shares(parts):
+        returns = []
+        for router in routers:
+            asked = router.asks(forest.seen)[:, None] if isinstance(router, Asking) else None
+            returns.append(forest.returns(router.probability(forest.seen)[:, None] > 0, router.knob.value, asked))
+        found += share * float(np.mean(returns))
+    return found
+
+
 def forests(tables: DecisionTables, ask: str = "") -> list[Forest]:
     """Return the forests of the parts of some tables, arguments as of `Forest`: what is summed over them is bounded."""
-    return [Forest(part, None, ask) for part in tables.parts()]
+    nodes = None if tables.max_large_tokens is None else _CAPPED
+    return [Forest(part, None, ask) for part in tables.parts(nodes)]
 
 
 def shares(parts: Sequence[Forest]) -> list[tuple[Forest, float]]:
@@ -285,34 +301,54 @@ class Polynomial:
         return layers(self.scale.unscaled(*hidden), (np.append(signs, [0.25, -0.25])[None], own[:1]))
 
 
-def ascend(
-    parts: Sequence[Forest], rule: Rule, lams: Sequence[float], parameters: Floats, entropy: float, iterations: int = 40
-) -> Floats:
-    """Return parameters with a greater expected return, by quasi-Newton steps on its exact gradient.
+def ascend(parts: Sequence[Forest], rule: Rule, lams: Sequence[float], parameters: Floats, entropy: float) -> Floats:
+    """Return parameters of a rule with a greater expected return.
 
     Args:
-        parts: The forests that the rule was made for; the gradient is summed over them.
+        parts: The forests that the rule was made for.
         rule: The rule.
         lams: Its k values of λ; the mean of the returns under each is what rises.
         parameters: To begin with.
         entropy: Weight of the entropy of the decisions.
-        iterations: Most iterations.
     """
-    prices, penalty = np.array(lams), rule.penalty / problems_of(parts)
+    prices = np.array(lams)
+
+    def returned(part: int, forest: Forest, at: Floats) -> tuple[float, Floats]:
+        logits, back = rule.logits(at, part)
+        z, p, doubt = chances(logits)
+        value, slope, visits = forest.gradient(p, prices)
+        slope -= entropy * visits * p * (1 - p) * z  # as if visits stayed: held-out returns differ by less than 0.001
+        return float(value.sum() + entropy * (visits * doubt).sum()) / len(lams), back(slope) / len(lams)
+
+    return climb(parts, rule.penalty, parameters, returned)
+
+
+def climb(
+    parts: Sequence[Forest],
+    penalty: Floats,
+    parameters: Floats,
+    returned: Callable[[int, Forest, Floats], tuple[float, Floats]],
+) -> Floats:
+    """Return parameters at which more is returned, by quasi-Newton steps on the gradient, summed over forests.
+
+    Args:
+        parts: The forests.
+        penalty: (w,) weights of the squares of the parameters; the more problems, the less they count.
+        parameters: (w,) to begin with.
+        returned: From a forest, its position before it, and parameters to what is returned in the mean over its trees
+            and to the derivatives.
+    """
+    penalty = penalty / problems_of(parts)
 
     def loss(at: Floats) -> tuple[float, Floats]:
         total, change = -float(penalty @ (at * at)), 2 * penalty * at
         for part, (forest, share) in enumerate(shares(parts)):
-            logits, back = rule.logits(at, part)
-            z, p, doubt = chances(logits)
-            value, slope, visits = forest.gradient(p, prices)
-            disorder = (visits * doubt).sum()
-            slope -= entropy * visits * p * (1 - p) * z
-            total += share * float(value.sum() + entropy * disorder) / len(lams)
-            change -= share * back(slope) / len(lams)
-        return -LARGE * total, LARGE * change
+            value, slope = returned(part, forest, at)
+            total += share * value
+            change -= share * slope
+        return -total, change
 
-    return least(loss, parameters, iterations)
+    return least(loss, parameters, _ITERATIONS)
 
 
 def chances(logits: Floats) -> tuple[Floats, Floats, Floats]:
@@ -329,12 +365,16 @@ def chances(logits: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 def least(loss: Callable[[Floats], tuple[float, Floats]], parameters: Floats, iterations: int) -> Floats:
-    """Return what makes a loss, which tells its gradient, less; it is of the size of `LARGE` times a return."""
+    """Return what makes a loss, which is of the size of a return and tells its gradient, less."""
     from scipy.optimize import minimize
 
+    def scaled(at: Floats) -> tuple[float, Floats]:
+        value, slope = loss(at)
+        return _SCALE * value, _SCALE * slope
+
     # BFGS for few parameters: as good as L-BFGS-B, whose products of a few numbers each keep all cores busy.
-    method, options = "BFGS" if len(parameters) < _MANY else "L-BFGS-B", {"maxiter": iterations, "gtol": 1e-5 * LARGE}
-    best: Floats = minimize(loss, parameters, jac=True, method=method, options=options).x
+    method, options = "BFGS" if len(parameters) < _MANY else "L-BFGS-B", {"maxiter": iterations, "gtol": 1e-5 * _SCALE}
+    best: Floats = minimize(scaled, parameters, jac=True, method=method, options=options).x
     return best
 
 

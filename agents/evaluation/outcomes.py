@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from rollouts.errors import DataError
 
 Floats = NDArray[np.float64]
+OPTIONAL = ("asked", "scorer_calls", "serial_calls")
+"""Columns of `Outcomes` that some have not."""
 
 
 class Solutions(NamedTuple):
@@ -18,18 +21,6 @@ class Solutions(NamedTuple):
 
     correct: Floats
     escalations: Floats
-
-
-class Calls(NamedTuple):
-    """Calls of models for a problem, averaged over its replicas; arrays of shape (P,).
-
-    Attributes:
-        scorer: Of whoever reads what the small model wrote so that the router may decide: a scorer, the large model.
-        serial: Of all that wait for each other: a step or a whole solution of either model, what is read in between.
-    """
-
-    scorer: Floats
-    serial: Floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +36,12 @@ class Outcomes:
         discarded_tokens: (P,) those of them that an escalation threw away.
         escalations: (P,) steps that the large model wrote.
         steps: (P,) accepted steps.
-        solutions: What was averaged; None after mixing or taking some of the problems.
-        asked: (P,) steps at which it asked, of a router that does (`agents.routers.asking`); None likewise.
-        calls: Calls of models; None of those that stand for no router, such as oracles.
+        asked: (P,) steps at which it asked, of a router that does (`agents.routers.asking`); else None.
+        scorer_calls: (P,) calls of whoever reads what the small model wrote so that the router may decide: a scorer,
+            the large model. Like `serial_calls` None of what stands for no router, such as oracles.
+        serial_calls: (P,) calls that wait for each other: of a model for a step or a whole solution, of those who read
+            in between.
+        solutions: What was averaged; None of outcomes that were made of others.
     """
 
     problem_ids: tuple[str, ...]
@@ -58,21 +52,22 @@ class Outcomes:
     discarded_tokens: Floats
     escalations: Floats
     steps: Floats
-    solutions: Solutions | None = None
     asked: Floats | None = None
-    calls: Calls | None = None
+    scorer_calls: Floats | None = None
+    serial_calls: Floats | None = None
+    solutions: Solutions | None = None
 
     def __post_init__(self) -> None:
         """Check that all arrays have one value for each problem."""
-        for name in self.columns():
+        for name in (*self.columns(), *OPTIONAL):
             values = getattr(self, name)
-            if values.shape != (len(self.problem_ids),):
-                raise DataError(f"Outcomes: {name} has shape {values.shape} for {len(self.problem_ids)} problems.")
+            if values is not None and values.shape != (len(self),):
+                raise DataError(f"Outcomes: {name} has shape {values.shape} for {len(self)} problems.")
 
     @classmethod
     def columns(cls) -> tuple[str, ...]:
-        """Return the names of the arrays."""
-        others = ("problem_ids", "solutions", "asked", "calls")
+        """Return the names of the arrays that all have."""
+        others = ("problem_ids", "solutions", *OPTIONAL)
         return tuple(each.name for each in fields(cls) if each.name not in others)
 
     def __len__(self) -> int:
@@ -86,8 +81,7 @@ class Outcomes:
     def take(self, index: NDArray[Any]) -> Outcomes:
         """Return the outcomes of some problems."""
         ids = tuple(np.asarray(self.problem_ids, object)[index].tolist())
-        calls = self.calls and Calls(*(each[index] for each in self.calls))
-        return Outcomes(ids, **{name: getattr(self, name)[index] for name in self.columns()}, calls=calls)
+        return Outcomes(ids, **_columns([self], lambda values: values[index]))
 
     def paired_with(self, other: Outcomes) -> None:
         """Check that another router's outcomes are on the same problems in the same order.
@@ -102,13 +96,23 @@ class Outcomes:
             )
 
 
+def _columns(several: Sequence[Outcomes], combine: Callable[..., Floats]) -> dict[str, Any]:
+    """Return columns that are made of those of several outcomes; None where one has none."""
+    found = {name: [getattr(each, name) for each in several] for name in (*Outcomes.columns(), *OPTIONAL)}
+    return {name: combine(*each) for name, each in found.items() if not any(values is None for values in each)}
+
+
+def combined(several: Sequence[Outcomes], combine: Callable[..., Floats]) -> Outcomes:
+    """Return outcomes each column of which is made of the (P,) columns of several on the same problems.
+
+    Raises:
+        DataError: They are on different problems.
+    """
+    for other in several[1:]:
+        several[0].paired_with(other)
+    return Outcomes(several[0].problem_ids, **_columns(several, combine))
+
+
 def mix(first: Outcomes, second: Outcomes, share: float) -> Outcomes:
     """Return expected outcomes when each problem goes to `second` with probability `share`, else to `first`."""
-    first.paired_with(second)
-
-    def mixed(one: Floats, other: Floats) -> Floats:
-        return (1 - share) * one + share * other
-
-    columns: dict[str, Any] = {n: mixed(getattr(first, n), getattr(second, n)) for n in Outcomes.columns()}
-    calls = Calls(*map(mixed, first.calls, second.calls)) if first.calls and second.calls else None
-    return Outcomes(first.problem_ids, **columns, calls=calls)
+    return combined([first, second], lambda one, other: (1 - share) * one + share * other)

@@ -29,17 +29,17 @@ Record = dict[str, float]
 Setting = TypeVar("Setting")
 
 
-def halves(trees: Trees, split: str = "validation") -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the tree indices of the choice half and of the verdict half of a split, told apart by hash of problem.
+def halves(trees: Trees) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the tree indices of the choice half and of the verdict half of validation, told apart by hash of problem.
 
     Raises:
         StoreError: The split is empty, or all of its problems fall into one half.
     """
-    indices = trees.select(split)
+    indices = trees.select("validation")
     second = np.array([_bit(problem) for problem in trees.problem_ids])[trees.problem[indices]]
     if second.all() or not second.any():
         raise StoreError(
-            f"Split {split!r} has {len(np.unique(trees.problem[indices]))} problems, too few to be split in two "
+            f"Split 'validation' has {len(np.unique(trees.problem[indices]))} problems, too few to be split in two "
             "(one half for choices, one for the verdict). Generate rollouts for more validation problems."
         )
     return indices[~second], indices[second]
@@ -216,7 +216,14 @@ class Validation:
         self.references: tuple[References, References] = (references(self.choice), references(self.verdict))
         fitting = "train" in trees.splits[trees.problem]  # else it is generated while a router is trained
         self.candidates = Candidates(self.choice, (lambda: tables(trees.select("train"))) if fitting else None)
+        self._on = {Threshold.schema: self.candidates}
         self._weights = tuple(resample_weights(len(each.small), 1000) for each in self.references)
+
+    def thresholds_on(self, schema: str) -> Candidates:
+        """Return the candidates whose thresholds are on the first feature of a schema."""
+        if schema not in self._on:
+            self._on[schema] = Candidates(self.choice, schema=schema)
+        return self._on[schema]
 
     def assess(self, router: Any, lam: float, *, final: bool) -> Health:
         """Assess a router on the choice half or, finally, on the verdict half, on which no rule was chosen."""

@@ -15,10 +15,11 @@ from pydantic import Field
 
 from agents.escape import finite
 from agents.evaluation.bootstrap import Difference, curve_estimates, holm, paired_returns, resample_weights
-from agents.evaluation.budgets import SETTINGS
-from agents.evaluation.compare import HEADLINE, compare_curves
+from agents.evaluation.budgets import settings_of
+from agents.evaluation.compare import HEADLINE, difference
 from agents.evaluation.curves import CPT_TARGETS, Curve, Method, References, mixture_at
 from agents.evaluation.oracle import query_oracle, spread_oracle, tree_oracle
+from agents.evaluation.outcomes import Outcomes
 from agents.evaluation.splits import Candidates, spread
 from agents.evaluation.table import FieldRow, MethodSummary, limits, means_of, summarise
 from agents.evaluation.walk import Settings, alone, measured, references, run
@@ -34,17 +35,17 @@ from rollouts.trees.compile import compile_store
 from trim_env.tables import DecisionTables, decision_tables, rollouts_hash
 
 TRIM_THR, RANDOM = "trim-thr", "random"
-ORACLES = {
-    "oracle": "oracle",
-    "query_oracle": "query oracle",
-    "query_oracle_per_draw": "query oracle, per draw",
+ORACLES: dict[str, tuple[str, Callable[[DecisionTables, float], Outcomes]]] = {
+    "oracle": ("oracle", tree_oracle),
+    "query_oracle": ("query oracle", query_oracle),
+    "query_oracle_per_draw": ("query oracle, per draw", partial(query_oracle, per_draw=True)),
 }
-"""Names of the oracles, by the field of `Evaluation` that has their summary."""
+"""Names of the oracles and what they come to, by the field of `Evaluation` that has their summary."""
 SEEN = {
-    "train": "Routers were trained on these problems",
-    "validation": "Settings were chosen on these problems",
+    "train": "These figures are too good: routers were fitted on these very problems. Take another --split.",
+    "validation": "These figures are too good: settings were chosen on these very problems. Take another --split.",
 }
-"""What a split has been used for before it is evaluated on."""
+"""What has to be said of splits on which nothing is measured that holds for new problems."""
 
 
 @settings
@@ -182,14 +183,9 @@ def evaluate(config: EvaluateConfig, others: Others | None = None) -> Evaluation
     curves[swept] = measured(candidates.spread_over(choosing.large), choosing, split)
     rates = (RandomRate(float(rate)) for rate in np.linspace(0.05, 0.95, 10))
     curves[RANDOM] = measured([(each.rate, each, run(each, validation)) for each in rates], choosing, split)
-    oracles = {
-        "oracle": partial(tree_oracle, split),
-        "query_oracle": partial(query_oracle, split),
-        "query_oracle_per_draw": partial(query_oracle, split, per_draw=True),
-    }
     bounds = {
-        name: summarise(ORACLES[name], Method.whole(spread_oracle(function, both)), both, config.seed)
-        for name, function in oracles.items()
+        place: summarise(name, Method.whole(spread_oracle(partial(oracle, split), both)), both, config.seed)
+        for place, (name, oracle) in ORACLES.items()
     }
     beside, lacking = list[Compared](), list[str]()
     if others is not None:
@@ -213,7 +209,7 @@ def evaluate(config: EvaluateConfig, others: Others | None = None) -> Evaluation
         "max_large_tokens": split.max_large_tokens,
         "transfer": config.transfer,
     }
-    seen = [f"{SEEN[config.split]}: figures tend to be better than on others."] if config.split in SEEN else []
+    seen = [SEEN[config.split]] if config.split in SEEN and not config.transfer else []
     return Evaluation(
         methods=summaries,
         **bounds,
@@ -279,50 +275,42 @@ def _agreed(methods: dict[str, list[artefact.Artefact]], trees: Trees, config: E
 
     Raises:
         ArtefactError: They were trained on other rollouts.
-        ConfigError: They do not agree.
+        ConfigError: They do not agree, or one is told the share left of another cap than the one in force.
     """
     found: dict[str, set[Any]] = {"cost": set(), "max_escalations": set(), "max_large_tokens": set()}
-    for name, items in methods.items():
-        for item in items:
-            trained_on = item.about.get("rollouts", {})
-            fitting = {rollouts_hash(trees, schema) for schema in schemas_of(item.router)}
-            if trained_on.get("hash") not in fitting and not config.transfer:
-                raise ArtefactError(
-                    f"{name}: trained on rollouts {trained_on.get('store')!r} with hash {trained_on.get('hash')}, but "
-                    f"{config.rollouts} has hash {trees.meta['hash']}. Name those rollouts, or say --transfer if the "
-                    "comparison is meant."
-                )
-            for key, values in found.items():
-                values.add(item.about.get(key))
+    named = [(name, item) for name, items in methods.items() for item in items]
+    for name, item in named:
+        trained_on = item.about.get("rollouts", {})
+        fitting = {rollouts_hash(trees, schema) for schema in schemas_of(item.router)}
+        if trained_on.get("hash") not in fitting and not config.transfer:
+            raise ArtefactError(
+                f"{name}: trained on rollouts {trained_on.get('store')!r} with hash {trained_on.get('hash')}, but "
+                f"{config.rollouts} has hash {trees.meta['hash']}. Name those rollouts, or say --transfer if the "
+                "comparison is meant."
+            )
+        for key, values in found.items():
+            values.add(item.about.get(key))
     agreed: dict[str, Any] = {key: getattr(config, key, None) for key in found}  # what was asked for, first
     for key, values in found.items():
         if agreed[key] is None:
             if len(values) > 1:
                 raise ConfigError(f"The routers were trained for different {key}: {', '.join(map(str, values))}.")
             agreed[key] = values.pop()
-    _check_told(methods, agreed["max_large_tokens"], config.transfer)
+    cap = agreed["max_large_tokens"]
+    for name, item in named:
+        told = told_cap(item.router)
+        if told not in (None, cap) and not (config.transfer and cap is not None):
+            raise ConfigError(
+                f"{name}: trained under a cap of {told} large tokens, whose share left it is told; the cap here is "
+                f"{cap}. Leave out --max-large-tokens, or say --transfer if the comparison is meant."
+            )
     return agreed
-
-
-def _check_told(methods: dict[str, list[artefact.Artefact]], cap: int | None, transfer: bool) -> None:
-    """Raise `ConfigError` for routers that are told the share left of another cap than the one in force."""
-    for name, items in methods.items():
-        for item in items:
-            told = told_cap(item.router)
-            if told is not None and told != cap and not (transfer and cap is not None):
-                raise ConfigError(
-                    f"{name}: trained under a cap of {told} large tokens, whose share left it is told; the cap here is "
-                    f"{cap}. Leave out --max-large-tokens, or say --transfer if the comparison is meant."
-                )
 
 
 def _settings(item: artefact.Artefact, validation: DecisionTables, choosing: References) -> Settings:
     """Return the operating points of a router; of one for a range of λ 16, whose λ spread the cost on validation."""
-    router = item.router
-    if not isinstance(router, ConditionedMLP):
-        return [(router.knob.value, router, run(router, validation))]
-    settings = [router.at(lam) for lam in np.geomspace(router.low, router.high, SETTINGS).tolist()]
-    chosen = spread([(each, run(each, validation)) for each in settings], choosing.large)
+    settings = [(each, run(each, validation)) for each in settings_of(item.router)]
+    chosen = spread(settings, choosing.large) if isinstance(item.router, ConditionedMLP) else settings
     return [(each.knob.value, each, outcomes) for each, outcomes in chosen]
 
 
@@ -361,7 +349,7 @@ def _sentences(
     trained: list[str], swept: str, curves: dict[str, Method], both: References, weights: Any
 ) -> tuple[str, ...]:
     pairs = [(name, swept) for name in trained] + [(trained[0], name) for name in trained[1:]]
-    said = (compare_curves((one, other), curves[one], curves[other], both, weights).sentence for one, other in pairs)
+    said = (difference((one, other), curves[one], curves[other], both, weights) for one, other in pairs)
     return tuple(dict.fromkeys(said))
 
 

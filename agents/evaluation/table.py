@@ -127,13 +127,19 @@ class FieldRow:
 
 def means_of(outcomes: Outcomes | None) -> dict[str, float] | None:
     """Return the means of what is spent (`TAKES`), where it is known."""
-    if outcomes is None or outcomes.calls is None:
+    if outcomes is None or outcomes.scorer_calls is None:
         return None
-    spent = (outcomes.large_tokens, outcomes.small_tokens, outcomes.discarded_tokens, *outcomes.calls)
-    return {name: float(each.mean()) for name, each in zip(TAKES, spent, strict=True)}
+    return {name: float(getattr(outcomes, column).mean()) for name, column in TAKES.items()}
 
 
-TAKES = ("large tokens", "small tokens", "discarded", "scorer calls", "serial calls")
+TAKES = {
+    "large tokens": "large_tokens",
+    "small tokens": "small_tokens",
+    "discarded": "discarded_tokens",
+    "scorer calls": "scorer_calls",
+    "serial calls": "serial_calls",
+}
+"""Fields of `Outcomes` by their heads in tables."""
 FIELD_NOTE = (
     "Last columns: what 80 % of the gap takes, per problem. Query-level routers decide before anything is generated; a "
     "cascade pays the small model's solution, whoever reads it and, to start again, the large model's whole solution. "
@@ -146,10 +152,7 @@ def field_rows(rows: Sequence[FieldRow]) -> list[list[str]]:
     shown = [row for row in ROWS if row[0] in ("cpt_50", "cpt_80", "cpt_95", "delta_ibc", "accuracy_at_20")]
     table = [["Group", "Method", *(_short(label) for _, label, _ in shown), *TAKES]]
     for row in rows:
-        cells = [
-            _cell(row.metrics[name], style, f" {MIXING_MARK}" if name in row.by_mixing else "")
-            for name, _, style in shown
-        ]
+        cells = [_metric_cell(row, name, style) for name, _, style in shown]
         spent = [f"{each:,.1f}" for each in row.takes.values()] if row.takes else ["–"] * len(TAKES)
         table.append([row.group, row.name, *cells, *spent])
     return table
@@ -257,7 +260,7 @@ def _cell(each: Estimate | None, style: Callable[[float], str] = _percent, mark:
     return f"{style(each.value)} [{style(each.low)}, {style(each.high)}]{mark}{share}"
 
 
-def _metric_cell(summary: MethodSummary, metric: str, style: Callable[[float], str]) -> str:
+def _metric_cell(summary: MethodSummary | FieldRow, metric: str, style: Callable[[float], str]) -> str:
     mark = f" {MIXING_MARK}" if metric in _marked(summary) else ""
     return _cell(summary.metrics.get(metric), style, mark)
 
@@ -281,7 +284,7 @@ def headline_rows(summaries: Sequence[MethodSummary]) -> list[list[str]]:
     return table
 
 
-def _marked(summary: MethodSummary) -> set[str]:
+def _marked(summary: MethodSummary | FieldRow) -> set[str]:
     """Return the metrics that a method reaches only by mixing."""
     return {name + unit for name in summary.by_mixing for unit in ("", "_cost")}
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.evaluation.curves import Method, References
-from agents.evaluation.outcomes import Calls, Outcomes, Solutions, mix
+from agents.evaluation.outcomes import OPTIONAL, Outcomes, Solutions, mix
 from agents.routers.asking import Asking
 from agents.routers.base import AnyRouter, Mixture, Router, StatefulRouter, Undrafted, is_blind, told_cap
 from agents.routers.takeover import Takeover
@@ -35,6 +35,7 @@ from trim_env.features import left_feature, schema_named
 from trim_env.graph import Decide, Decisions, Floats, Ints, Moved, Spent, walk
 from trim_env.tables import DecisionTables
 
+SCORE_BINS = 20
 Settings = Sequence[tuple[float, AnyRouter | Mixture | Whole, Outcomes]]
 """Settings of a method: knob, router, and what it comes to on the problems that choose."""
 Seen = Callable[[Ints, Ints], NDArray[np.float32]]  # (rows of nodes, large tokens left), both (n,) -> (n, d) features
@@ -99,36 +100,35 @@ def always_trees(tables: DecisionTables) -> tuple[dict[str, Floats], dict[str, F
 
 def run_trees(tables: DecisionTables, policy: AnyRouter | Decide) -> dict[str, Floats]:
     """Return the expected outcome of each tree of the split: the fields of `Outcomes` as (R,) arrays."""
-    if isinstance(policy, Asking):
-        return _run_asking(tables, policy)
     if isinstance(policy, Takeover):
         tables = _uncapped(policy, tables)
-    read = 0  # calls of whoever reads a proposal
+    asking = policy if isinstance(policy, Asking) else None
+    whole, sources = tables, frozenset[str]()  # with what is paid where it asks, and who reads every proposal
     if isinstance(policy, Router | StatefulRouter):
         blind = is_blind(policy.trigger if isinstance(policy, Takeover) else policy)
-        tables = tables.charged(None if blind else policy.schema)
-        read = int(not blind and bool(_sources(tables, policy.schema)))
+        schema, bought = None if blind else policy.schema, asking.source if asking else ""
+        sources = frozenset() if blind else _sources(tables, policy.schema) - {bought}
+        whole, tables = tables.charged(schema), tables.charged(schema, bought)
+    if asking:
+        price, seen = whole.cost - tables.cost, seen_by(asking, tables)
 
-    def told(part: DecisionTables) -> Iterator[tuple[Decisions, dict[str, Any]]]:
-        for done, undrafted in walked(part, policy):
-            values = outcomes_of(tables, done.moved) | _called(done.moved, np.full(len(done.rows), read))
-            if isinstance(policy, Undrafted):
-                own = _without_draft(tables, done.rows, policy.goes_on)
-                values |= {name: np.where(undrafted, each, values[name]) for name, each in own.items()}
-            yield done, values
+    def told(done: Decisions, undrafted: NDArray[np.bool_]) -> dict[str, Any]:
+        called = done.moved.accepted | done.moved.taken.cut_off
+        values, asked = outcomes_of(tables, done.moved), np.zeros(len(called), np.int64)
+        if asking:  # not where caps leave no choice
+            asked = (asking.asks(seen(done.rows, done.spent.left)) & done.spent.open(tables)).astype(np.int64)
+            values |= {"asked": asked, "cost": values["cost"] + asked * price[2 * done.rows + called]}
+        values |= {"scorer_calls": len(sources) + asked, "serial_calls": 1 + bool(sources) + asked + called}
+        if isinstance(policy, Undrafted):
+            own = _without_draft(tables, done.rows, policy.goes_on)
+            values |= {name: np.where(undrafted, each, values[name]) for name, each in own.items()}
+        return values
 
-    return _summed(tables, told)
-
-
-def _summed(
-    tables: DecisionTables, told: Callable[[DecisionTables], Iterator[tuple[Decisions, dict[str, Any]]]]
-) -> dict[str, Floats]:
-    """Return (R,) sums over the decisions of each tree, walked part by part, of what is told of them."""
     parts = []
     for part in tables.parts():
         totals, count = dict[str, Any](), len(part.indices)
-        for done, values in told(part):
-            for name, each in values.items():
+        for done, undrafted in walked(part, policy):
+            for name, each in told(done, undrafted).items():
                 totals[name] = totals.get(name, 0.0) + np.bincount(done.tree, done.mass * each, minlength=count)
         parts.append(totals)
     return joined(parts)
@@ -159,12 +159,7 @@ def _without_draft(tables: DecisionTables, rows: Ints, goes_on: bool) -> dict[st
     tokens, read = tables.trees.tokens[rows] * called, tables.trees.prompt_tokens[rows] * called * (not goes_on)
     cost = cost_of(tables.cost_model, tokens, read, frozenset())[:, ESCALATE_LARGE]
     glimpsed = 0 if goes_on else 2  # a first token of the small model, and the step
-    return {"cost": cost, "small_tokens": 0, "discarded_tokens": 0, "scorer": 0, "serial": glimpsed}
-
-
-def _called(moved: Moved, read: Ints) -> dict[str, Ints]:
-    """Return the calls at decisions where the small model proposed and (n,) others read it, by field of `Calls`."""
-    return {"scorer": read, "serial": 1 + read + moved.accepted}
+    return {"cost": cost, "small_tokens": 0, "discarded_tokens": 0, "scorer_calls": 0, "serial_calls": glimpsed}
 
 
 def _sources(tables: DecisionTables, schema: str) -> frozenset[str]:
@@ -192,13 +187,13 @@ def run_whole(tables: DecisionTables, router: Whole) -> dict[str, Floats]:
         cost = (1 - send) * _charged(tables, (1, 0))[:, CONTINUE_SMALL]
         cost += send * _charged(tables, (0, 1))[:, ESCALATE_LARGE]
         paid = {"cost": cost, "small_tokens": (1 - send) * small, "discarded_tokens": nothing}
-        return _sent(tables, send) | paid | {"scorer": nothing, "serial": nothing + 1}
+        return _sent(tables, send) | paid | {"scorer_calls": nothing, "serial_calls": nothing + 1}
     attempts, sources = attempts_of(tables, router.schema), _sources(tables, router.schema)
     send = np.asarray(router.retries(attempts), np.float64)
     drafted, again = _charged(tables, (1, 1), sources).T
-    read = nothing + bool(sources)
+    read = nothing + len(sources)
     totals = _sent(tables, send, router.keeps(attempts) if isinstance(router, VotingCascade) else None)
-    serial = 1 + read + send  # samples of one problem are drawn side by side
+    serial = 1 + bool(sources) + send  # samples of one problem are drawn side by side
     if isinstance(router, VerifiedCascade):
         samples, prompt, decoded = router.verifying(attempts).T
         verified = tables.cost_model.of(np.stack([decoded, nothing], axis=1), np.stack([prompt, nothing], axis=1))
@@ -208,7 +203,7 @@ def run_whole(tables: DecisionTables, router: Whole) -> dict[str, Floats]:
         small, first, read = (_of_problem(attempts, each) for each in (small, drafted, read))
         drafted, again = first, again + first - drafted
     totals |= {"cost": (1 - send) * drafted + send * again, "small_tokens": small, "discarded_tokens": send * small}
-    return totals | {"scorer": read, "serial": serial}
+    return totals | {"scorer_calls": read, "serial_calls": serial}
 
 
 def attempts_of(tables: DecisionTables, schema: str | None = None) -> Attempts:
@@ -229,7 +224,7 @@ def solutions(tables: DecisionTables, action: int) -> list[str]:
     """Return the R texts of the solutions that one model wrote alone."""
     free = replace(tables, max_escalations=None, max_large_tokens=None)
     texts = [""] * len(tables.indices)
-    for done in decisions(free, lambda rows, _: np.full(len(rows), float(action))):
+    for done in walk(free, lambda rows, _: np.full(len(rows), float(action))):
         for tree, row in zip(done.tree.tolist(), done.rows.tolist(), strict=True):
             texts[tree] += tables.trees.proposal(row, action)
     return texts
@@ -266,35 +261,16 @@ def _of_problem(attempts: Attempts, values: Floats) -> Floats:
     return np.bincount(problem, values).astype(np.float64)[problem]
 
 
-def _run_asking(tables: DecisionTables, router: Asking) -> dict[str, Floats]:
-    """As `run_trees`, of a router that pays where it asks, and how often it does: not where caps leave no choice."""
-    whole, tables = tables.charged(router.schema), tables.charged(router.schema, router.source)
-    price, seen = whole.cost - tables.cost, seen_by(router, tables)
-
-    def told(part: DecisionTables) -> Iterator[tuple[Decisions, dict[str, Any]]]:
-        for done in decisions(part, router):
-            asked = router.asks(seen(done.rows, done.spent.left)) & done.spent.open(tables)
-            values = outcomes_of(tables, done.moved) | {"asked": asked} | _called(done.moved, asked.astype(np.int64))
-            paid = price[2 * done.rows + (done.moved.accepted | done.moved.taken.cut_off)]
-            yield done, values | {"cost": values["cost"] + asked * paid}
-
-    return _summed(tables, told)
-
-
-def decisions(tables: DecisionTables, policy: AnyRouter | Decide) -> Iterator[Decisions]:
-    """Return all that a router does, by depth (`trim_env.graph.walk`)."""
-    return (done for done, _ in walked(tables, policy))
-
-
-def decision_shares(router: AnyRouter, tables: DecisionTables, bins: int = 20) -> dict[str, Any]:
+def decision_shares(router: AnyRouter, tables: DecisionTables) -> dict[str, Any]:
     """Return what a router's decisions look like: how the scores of proposals spread, and which share escalates.
 
     Returns:
-        ``scores``, shares of `bins` equal parts of [0, 1], and ``escalated``.
+        ``scores``, shares of `SCORE_BINS` equal parts of [0, 1], and ``escalated``.
     """
+    bins = SCORE_BINS
     counts, escalated = np.zeros(bins), 0.0
     for part in tables.parts():
-        for done in decisions(part, router):
+        for done, _ in walked(part, router):
             place = np.clip((tables.trees.score[done.rows, CONTINUE_SMALL] * bins).astype(np.int64), 0, bins - 1)
             counts += np.bincount(place, done.mass, minlength=bins)
             escalated += float(done.mass @ (done.moved.accepted == ESCALATE_LARGE))
@@ -352,12 +328,6 @@ def by_problem(tables: DecisionTables, totals: dict[str, Floats]) -> Outcomes:
     problems, position = np.unique(tables.trees.problem[tables.indices], return_inverse=True)
     replicas = np.bincount(position)
     ids = tuple(tables.trees.problem_ids[problem] for problem in problems)
-    means = {name: np.bincount(position, totals[name]) / replicas for name in Outcomes.columns()}
-    asked = np.bincount(position, totals["asked"]) / replicas if "asked" in totals else None
-    calls = (
-        Calls(*(np.bincount(position, totals[each]) / replicas for each in Calls._fields))
-        if "serial" in totals
-        else None
-    )
-    single = Solutions(totals["correct"], totals["escalations"])
-    return Outcomes(ids, **means, solutions=single, asked=asked, calls=calls)
+    columns = (*Outcomes.columns(), *OPTIONAL)
+    means = {name: np.bincount(position, totals[name]) / replicas for name in columns if name in totals}
+    return Outcomes(ids, **means, solutions=Solutions(totals["correct"], totals["escalations"]))

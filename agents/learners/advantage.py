@@ -31,39 +31,32 @@ class Advantage:
     """Networks for the gain and the cost of one escalation.
 
     Attributes:
-        gain: Of the perceptron whose second logit is the expected gain in solved problems.
-        cost: Of that whose second logit is the expected cost, in units of `unit`.
+        networks: Perceptrons whose second logits are the expected gain in solved problems, and the expected cost in
+            units of `unit`.
         unit: A cost.
         max_large_tokens: Cap M, of which they are told the share left.
         explained: Shares of the variance of gain and of cost that they explain on the choice half of validation.
     """
 
-    gain: Weights
-    cost: Weights
+    networks: list[Weights]
     unit: float
     schema: str
     max_large_tokens: int | None
-    explained: tuple[float, float]
+    explained: list[float]
 
     def router(self, lam: float) -> MLP:
         """Return the router for one λ: both networks side by side, λ times the cost as the logit of continuing."""
-        weights = {f"0.{part}": np.concatenate([each[f"0.{part}"] for each in self._both]) for part in _PARTS}
-        gain, cost = (each["1.weight"][1] for each in self._both)
+        weights = {name: np.concatenate([each[name] for each in self.networks]) for name in ("0.weight", "0.bias")}
+        gain, cost = (each["1.weight"][1] for each in self.networks)
+        gain_offset, cost_offset = (each["1.bias"][1] for each in self.networks)
         price = np.float32(lam * self.unit)
         weights["1.weight"] = np.stack([np.append(0 * gain, price * cost), np.append(gain, 0 * cost)])
-        weights["1.bias"] = np.array([price * self.cost["1.bias"][1], self.gain["1.bias"][1]], np.float32)
+        weights["1.bias"] = np.array([price * cost_offset, gain_offset], np.float32)
         return MLP(NAME, self.schema, Knob("lam", lam), weights, self.max_large_tokens)
-
-    @property
-    def _both(self) -> tuple[Weights, Weights]:
-        return self.gain, self.cost
 
     def report(self) -> dict[str, Any]:
         """Return how well they tell, as JSON holds it."""
         return dict(zip(("gain_explained", "cost_explained"), self.explained, strict=True))
-
-
-_PARTS = ("weight", "bias")
 
 
 def fit(tables: DecisionTables, choice: DecisionTables, seed: int) -> Advantage:
@@ -75,13 +68,12 @@ def fit(tables: DecisionTables, choice: DecisionTables, seed: int) -> Advantage:
     forest, judge = Forest(tables.sample(PART, seed)), Forest(choice.sample(PART, seed))
     (gain, cost), (gain_there, cost_there) = one_deviation(forest), one_deviation(judge)
     unit = float(np.abs(cost).mean()) or 1.0
-    gains = Examples.of(forest, gain), Examples.of(judge, gain_there)
-    costs = Examples.of(forest, cost / unit), Examples.of(judge, cost_there / unit)
-    networks = [fit_network(*each, squared, seed) for each in (gains, costs)]
-    explained = [_explained(each, weights) for (_, each), weights in zip((gains, costs), networks, strict=True)]
-    return Advantage(
-        networks[0], networks[1], unit, tables.schema.id, tables.max_large_tokens, (explained[0], explained[1])
-    )
+    networks, explained = [], []
+    for here, there in ((gain, gain_there), (cost / unit, cost_there / unit)):
+        held_out = Examples.of(judge, there)
+        networks.append(fit_network(Examples.of(forest, here), held_out, squared, seed))
+        explained.append(_explained(held_out, networks[-1]))
+    return Advantage(networks, unit, tables.schema.id, tables.max_large_tokens, explained)
 
 
 def one_deviation(forest: Forest) -> tuple[Floats, Floats]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.evaluation.forest import ENTROPIES, LARGE, Forest, Rule, Scale, chances, least, problems_of, shares
+from agents.evaluation.forest import ENTROPIES, Forest, Rule, Scale, chances, climb, problems_of, reached
 from agents.learners.exact import NAME, RULES, folded, rounds_of
 from agents.learners.settings import ExactSettings
 from agents.routers.asking import HEADS, Asking
@@ -105,11 +105,11 @@ def fit_asking(
         weights, found = dict[str, list[Heads]](), dict[str, Floats]()
         for kind in KINDS:
             each = [
-                [[_reached(router(name, of, lam), judge, lam) for lam in told] for of in fit[kind]]
+                [[reached([router(name, of, lam)], judge) for lam in told] for of in fit[kind]]
                 for fit, judge in zip(fits, judges, strict=True)
             ]
-            reached = np.average(each, axis=0, weights=problems)  # (rounds, λ)
-            weights[kind], found[kind] = [fits[0][kind][last] for last in reached.argmax(axis=0)], reached.max(axis=0)
+            mean = np.average(each, axis=0, weights=problems)  # (rounds, λ)
+            weights[kind], found[kind] = [fits[0][kind][last] for last in mean.argmax(axis=0)], mean.max(axis=0)
         total = float(np.max([*found.values()], axis=0).mean())
         if best is None or total > best[0]:
             best = total, name, weights, found
@@ -121,15 +121,6 @@ def fit_asking(
     }
     held_out = {kind: dict(zip(lams, found[kind].tolist(), strict=True)) for kind in KINDS}
     return AskingFrontier(routers, name, chosen, held_out)
-
-
-def _reached(router: Asking, parts: Sequence[Forest], lam: float) -> float:
-    """Return the mean return over trees."""
-    found = 0.0
-    for forest, share in shares(parts):
-        escalate, asked = router.probability(forest.seen) > 0, router.asks(forest.seen)
-        found += share * float(forest.returns(escalate[:, None], lam, asked[:, None])[0])
-    return found
 
 
 def _fits(
@@ -190,9 +181,8 @@ def ascend(
     parameters: Floats,
     share: float,
     entropy: float,
-    iterations: int = 40,
 ) -> Floats:
-    """Return parameters with a greater expected return; see `agents.evaluation.forest.ascend`.
+    """Return parameters with a greater expected return; see `agents.evaluation.forest.climb`.
 
     Args:
         parts: The forests, with the prices of asking.
@@ -201,31 +191,23 @@ def ascend(
         parameters: Those of the rules, one after the other, to begin with.
         share: Of the price that is paid.
         entropy: Weight of the entropy of asking and deciding.
-        iterations: Most iterations.
     """
-    prices, penalty = np.array(lams), np.concatenate([rule.penalty for rule in rules]) / problems_of(parts)
-    cuts = np.cumsum([len(rule.start) for rule in rules])[:-1]
+    prices, cuts = np.array(lams), np.cumsum([len(rule.start) for rule in rules])[:-1]
 
-    def loss(at: Floats) -> tuple[float, Floats]:
-        total, change = -float(penalty @ (at * at)), 2 * penalty * at
-        for part, (forest, weight) in enumerate(shares(parts)):
-            told = [rule.logits(own, part) for rule, own in zip(rules, np.split(at, cuts), strict=True)]
-            (z, ask, doubt), (z_free, free, doubt_free), (z_told, knowing, doubt_told) = (
-                chances(each) for each, _ in told
-            )
-            paid_small, paid_large = (np.multiply.outer(share * price, prices) for price in forest.price.T)
-            paid = paid_small + knowing * (paid_large - paid_small)
-            now = entropy * (doubt + doubt_free + ask * (doubt_told - doubt_free)) - ask * paid
-            value, visits, gain = forest.passes(free + ask * (knowing - free), prices, now)
-            worth = (knowing - free) * gain - paid + entropy * (doubt_told - doubt_free - z)
-            slopes = (
-                visits * ask * (1 - ask) * worth,
-                visits * (1 - ask) * free * (1 - free) * (gain - entropy * z_free),
-                visits * ask * knowing * (1 - knowing) * (gain - paid_large + paid_small - entropy * z_told),
-            )
-            slope = np.concatenate([back(each) for (_, back), each in zip(told, slopes, strict=True)])
-            total += weight * float(value.sum()) / len(lams)
-            change -= weight * slope / len(lams)
-        return -LARGE * total, LARGE * change
+    def returned(part: int, forest: Forest, at: Floats) -> tuple[float, Floats]:
+        told = [rule.logits(own, part) for rule, own in zip(rules, np.split(at, cuts), strict=True)]
+        (z, ask, doubt), (z_free, free, doubt_free), (z_told, knowing, doubt_told) = (chances(each) for each, _ in told)
+        paid_small, paid_large = (np.multiply.outer(share * price, prices) for price in forest.price.T)
+        paid = paid_small + knowing * (paid_large - paid_small)
+        now = entropy * (doubt + doubt_free + ask * (doubt_told - doubt_free)) - ask * paid
+        value, visits, gain = forest.passes(free + ask * (knowing - free), prices, now)
+        worth = (knowing - free) * gain - paid + entropy * (doubt_told - doubt_free - z)
+        slopes = (
+            visits * ask * (1 - ask) * worth,
+            visits * (1 - ask) * free * (1 - free) * (gain - entropy * z_free),
+            visits * ask * knowing * (1 - knowing) * (gain - paid_large + paid_small - entropy * z_told),
+        )
+        slope = np.concatenate([back(each) for (_, back), each in zip(told, slopes, strict=True)])
+        return float(value.sum()) / len(lams), slope / len(lams)
 
-    return least(loss, parameters, iterations)
+    return climb(parts, np.concatenate([rule.penalty for rule in rules]), parameters, returned)

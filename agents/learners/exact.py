@@ -23,7 +23,7 @@ from agents.evaluation.forest import (
     forests,
     layers,
     problems_of,
-    shares,
+    reached,
 )
 from agents.learners.settings import ExactSettings
 from agents.routers.base import Floats, Knob
@@ -155,13 +155,20 @@ def fit(
             form = RULES[name].make(Scale(parts, some), settings, seed)
             fits.append([form.weights(parameters) for parameters in rounds_of(parts, form, some)])
         each = [
-            [_reached(name, weights, judge, some) for weights in fit] for fit, judge in zip(fits, judges, strict=True)
+            [reached(_told(name, weights, some), judge) for weights in fit]
+            for fit, judge in zip(fits, judges, strict=True)
         ]
         found[name], rounds[name] = np.average(each, axis=0, weights=problems).tolist(), fits[0]
     rule = max(found, key=lambda name: max(found[name]))
     last = int(np.argmax(found[rule]))
     cap = tables.max_large_tokens
     return Frontier(rule, ENTROPIES[last], found, rounds[rule][last], least, tables.schema.id, cap)
+
+
+def _told(name: str, weights: Weights, lams: Sequence[float]) -> list[MLP]:
+    """Return a rule as routers for some λ."""
+    activation = RULES[name].activation
+    return [MLP(NAME, "", Knob("lam", lam), at_lam(weights, lam), None, activation) for lam in lams]
 
 
 def folded(
@@ -173,7 +180,7 @@ def folded(
     """
     tables = tables.sample(_MOST, seed)
     fitted_on, judges = [forests(tables, ask=ask)], [forests(choice, ask=ask)]
-    if len(fitted_on[0]) == 1 or problems_of(judges[0]) < _HELD_OUT:
+    if len(tables.parts()) == 1 or problems_of(judges[0]) < _HELD_OUT:
         for kept, left_out in folds(tables, seed):
             fitted_on.append(forests(kept, ask=ask))
             judges.append(forests(left_out, ask=ask))
@@ -199,12 +206,3 @@ def rounds_of(
         parameters = ascend(parts, rule, lams, parameters, entropy)
         rounds.append(parameters)
     return rounds
-
-
-def _reached(name: str, weights: Weights, parts: Sequence[Forest], lams: Sequence[float]) -> float:
-    """Return the mean return of the rule's greater actions over trees and λ."""
-    told = [(lam, MLP(NAME, "", Knob("lam", lam), at_lam(weights, lam), None, RULES[name].activation)) for lam in lams]
-    return sum(
-        share * float(np.mean([forest.returns(net.probability(forest.seen)[:, None] > 0, lam) for lam, net in told]))
-        for forest, share in shares(parts)
-    )

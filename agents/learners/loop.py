@@ -49,11 +49,6 @@ class Result:
     baselines: dict[float, Baselines]
     attempts: int
 
-    @property
-    def fine(self) -> bool:
-        """Whether the router neither collapsed nor is beaten, at any λ."""
-        return all(health.fine for health in self.health.values())
-
 
 def remedy(settings: PPOSettings, attempt: int) -> PPOSettings:
     """Return the settings of an attempt, from 0: the first as asked for, then more exploration and a slower λ."""
@@ -71,7 +66,7 @@ def remedy(settings: PPOSettings, attempt: int) -> PPOSettings:
 def checked_at(lam: Lam) -> tuple[float, ...]:
     """Return the λ at which a training is validated: its own, or five that span its range."""
     if isinstance(lam, tuple):
-        return tuple(float(f"{value:.3g}") for value in np.geomspace(*lam, 7)[1:-1])
+        return tuple(float(np.clip(float(f"{value:.3g}"), *lam)) for value in np.geomspace(*lam, 7)[1:-1])
     return (lam,)
 
 
@@ -92,9 +87,11 @@ class Training:
         *,
         attempts: int = 3,
         episodes: Callable[..., EpisodesVectorEnv] | None = None,
+        exact: ExactSettings | None = None,
     ) -> None:
-        """Begin the first attempt; `episodes` as of `agents.learners.ppo.PPOAgg`."""
+        """Begin the first attempt; `episodes` as of `agents.learners.ppo.PPOAgg`, `exact` of the rule to start from."""
         self.tables, self.validation, self.lam, self.seed = tables, validation, lam, seed
+        self.exact = exact or ExactSettings()
         self.settings, self.attempts, self.episodes = settings, attempts, episodes
         self.lams = checked_at(lam)
         self.baselines = {each: validation.candidates.best(each) for each in self.lams}
@@ -109,7 +106,7 @@ class Training:
             self.learner.imitate(self.baselines[self.lams[len(self.lams) // 2]].best)
         elif self.learner.settings.start == "exact":
             lams = self.lams if isinstance(self.lam, tuple) else (self.lam,)
-            rule = fit(self.tables, self.validation.choice, lams, ExactSettings(), self.seed).router(self.lam)
+            rule = fit(self.tables, self.validation.choice, lams, self.exact, self.seed).router(self.lam)
             self.learner.imitate(rule)
 
     @property

@@ -90,13 +90,8 @@ class PPOAgg:
         return {"net_arch": {"pi": width, "vf": width}, "activation_fn": torch.nn.Tanh}
 
     @property
-    def progress(self) -> float:
-        """Share of the iterations that are done."""
-        return self.iteration / self.settings.iterations
-
-    @property
     def _annealed(self) -> float:
-        return self.progress if self.settings.anneal else 0.0
+        return self.iteration / self.settings.iterations if self.settings.anneal else 0.0
 
     @property
     def done(self) -> bool:

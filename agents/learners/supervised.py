@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.evaluation.forest import LARGE, Forest, Scale, chances, least
+from agents.evaluation.forest import Forest, Scale, chances, least
 from agents.learners.exact import Perceptron
 from agents.routers.base import Floats, Knob
 from agents.routers.mlp import MLP, Weights, at_lam
@@ -77,7 +77,7 @@ def fit_network(examples: Examples, held_out: Examples, loss: Loss, seed: int) -
         outputs, back = rule.logits(parameters)
         value, slope = examples.loss(outputs[:, 0], loss)
         value += float(penalty @ parameters**2)
-        return LARGE * value, LARGE * (back(slope[:, None]) + 2 * penalty * parameters)
+        return value, back(slope[:, None]) + 2 * penalty * parameters
 
     best, since = np.inf, 0
     found: Weights = {}

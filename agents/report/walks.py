@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.evaluation.walk import decisions
+from agents.evaluation.walk import walked
 from agents.routers.base import AnyRouter
 from rollouts.errors import ConfigError
 from rollouts.text.steps import ROLES
@@ -52,7 +52,7 @@ def follow(router: AnyRouter, tables: DecisionTables) -> Paths:
     count = len(tables.indices)
     large, correct = np.zeros(count, np.int64), np.zeros(count, bool)
     visited, taken = [], []
-    for done in decisions(tables, router):
+    for done, _ in walked(tables, router):
         if len(done.tree) > len(np.unique(done.tree)):
             raise ConfigError(f"{router.name} draws its actions: it has no one path through a tree to show.")
         found = done.moved.taken

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from agents.baselines import query_level
 from agents.evaluation.budgets import lam_costs, meet_target
 from agents.evaluation.health import Health
-from agents.evaluation.splits import Candidates, Record, Validation, halves
+from agents.evaluation.splits import Record, Validation, halves
 from agents.evaluation.walk import decision_shares, references, run
 from agents.learners import advantage, arbitrage
 from agents.learners.asking import AskingFrontier, fit_asking
@@ -34,7 +34,7 @@ from agents.learners.exact import Frontier, fit, neighbours
 from agents.learners.loop import Training, checked_at
 from agents.learners.pomdp.fit import estimate, price_of
 from agents.routers import artefact
-from agents.routers.base import AnyRouter, checked
+from agents.routers.base import AnyRouter, Threshold, checked
 from agents.routers.mlp import ConditionedMLP, at
 from agents.routers.whole import decides_once
 from agents.runs import config as settings
@@ -217,13 +217,6 @@ class _Run:
         """Those for the training trees, or what a live training begins with."""
         return self._tables.on(_fitted_on(self.config, self.trees))
 
-    @cached_property
-    def _candidates(self) -> Candidates:
-        """Thresholds of the agent ``threshold``: on the score, or on the first feature of a schema that is named."""
-        schema = self.validation.choice.schema
-        simple = schema.name == DEFAULT_SCHEMA
-        return self.validation.candidates if simple else Candidates(self.validation.choice, schema=schema.id)
-
     def finish(self) -> Trained:
         """Train what is not finished yet, and say what came out of all."""
         with ExitStack() as self._held:
@@ -300,7 +293,9 @@ class _Run:
             return router, self._assessed(router, task), 1, None
         assert isinstance(task, float)
         if config.agent == "threshold":
-            router = self._candidates.best(task).threshold
+            schema = tables.schema  # thresholds are on the score, or on the first feature of a schema that is named
+            usual = schema.name == DEFAULT_SCHEMA
+            router = self.validation.thresholds_on(Threshold.schema if usual else schema.id).best(task).threshold
         elif config.agent == "pomdp":
             estimates = estimate(tables.trees, indices=tables.indices)
             router = estimates.routers([task], price=price_of(tables.cost_model))[0]
@@ -339,7 +334,14 @@ class _Run:
         if self.models and self.episodes is None:
             self.episodes = self._held.enter_context(self.models.opened(tables))
         training = Training(
-            tables, self.validation, lam, config.learner, config.seed, attempts=config.attempts, episodes=self.episodes
+            tables,
+            self.validation,
+            lam,
+            config.learner,
+            config.seed,
+            attempts=config.attempts,
+            episodes=self.episodes,
+            exact=config.exact,
         )
         self.listener.begin(lam, training)
         with (place / "metrics.jsonl").open("w", encoding="utf-8") as lines:
@@ -397,7 +399,7 @@ class _Run:
             "problems": len(outcomes),
             "accuracy": float(outcomes.correct.mean()),
             "cost": float(outcomes.cost.mean()),
-            "share": float(outcomes.cost.sum() / both.large.cost.sum()),
+            "share": both.share(outcomes),
             "always_small_accuracy": float(both.small.correct.mean()),
             "always_large_accuracy": float(both.large.correct.mean()),
             "verdict": health.verdict,

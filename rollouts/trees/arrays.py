@@ -102,12 +102,12 @@ class Trees:
         rows: NDArray[np.int64] = np.repeat(self.root[indices] - (np.cumsum(sizes) - sizes), sizes)
         return rows + np.arange(len(rows))
 
-    def parted(self, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Return some trees in parts, in their order, of `PART` nodes at most unless a single one has more."""
-        ends, cuts = np.cumsum(self.sizes[indices]), [0]
+    def parted(self, indices: NDArray[np.int64], nodes: int | None = None) -> list[NDArray[np.int64]]:
+        """Return some trees in parts, in their order, of `nodes` (or `PART`) at most unless a single one has more."""
+        ends, cuts, most = np.cumsum(self.sizes[indices]), [0], min(nodes or PART, PART)
         while cuts[-1] < len(indices):
             before = ends[cuts[-1] - 1] if cuts[-1] else 0
-            cuts.append(max(cuts[-1] + 1, int(np.searchsorted(ends, before + PART, side="right"))))
+            cuts.append(max(cuts[-1] + 1, int(np.searchsorted(ends, before + most, side="right"))))
         return np.split(indices, cuts[1:-1])
 
     def between(self, first: int, last: int) -> Trees:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from agents.learners.pomdp.dynamics import Dynamics, ends_right, measure
 from agents.learners.pomdp.latent import Latent
-from agents.learners.pomdp.observation import ObservationModel
-from agents.learners.pomdp.sample import Sample, observations
+from agents.learners.pomdp.observation import ObservationModel, observations
+from agents.learners.pomdp.sample import Sample
 from agents.routers.pomdp.belief import RIGHT, S0, S1, S2, WRONG, Floats, Ints
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, Graph, graph_of
 

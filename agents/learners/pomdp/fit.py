@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from agents.learners.pomdp.dynamics import Dynamics, Rate, measure
 from agents.learners.pomdp.em import Agreement, agreement, em
 from agents.learners.pomdp.latent import CLASSES, labelled
-from agents.learners.pomdp.observation import LEVELS, ObservationModel
+from agents.learners.pomdp.observation import ObservationModel, observations
 from agents.learners.pomdp.presets import measured, paper
-from agents.learners.pomdp.sample import observations, sample
+from agents.learners.pomdp.sample import LEVELS, sample
 from agents.learners.pomdp.solver import routers
 from agents.routers.pomdp.belief import Floats
 from agents.routers.pomdp.model import Kinds, Model

@@ -7,36 +7,20 @@ so the piles stay where they are, and so do values that occur exactly often; a k
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.learners.pomdp.latent import CLASSES
+from agents.learners.pomdp.latent import CLASSES, Latent
+from agents.learners.pomdp.sample import Sample
 from agents.routers.pomdp.belief import S0, S1, S2, Floats, Ints
-from agents.routers.pomdp.model import as_feature
 from rollouts.errors import DataError
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
 
-BINS = 24
-LEVELS = 12
 LEAST_PER_CLASS = 30  # fewer labelled steps of a class than these tell nothing of its scores
 _UNIFORM = 0.5  # pseudo-steps per bin, for a class as a whole
 _POOLED = 20.0  # pseudo-steps of the coarser shares behind each finer ones
 _KERNEL = np.array([0.25, 0.5, 0.25])
-
-
-def score_edges(scores: NDArray[np.floating[Any]], bins: int = BINS) -> NDArray[np.float32]:
-    """Return at most ``bins - 1`` ascending edges between quantiles of the scores, in the scale of `as_feature`.
-
-    A value that makes up more than a bin's share of the scores is an edge once, and begins a bin.
-    """
-    values = as_feature(scores[~np.isnan(scores)])
-    return np.unique(np.quantile(values, np.arange(1, bins) / bins, method="inverted_cdf")).astype(np.float32)
-
-
-def levels_of(bins: int, levels: int) -> Ints:
-    """Return the (B,) level of each bin of scores: groups of neighbours, as what comes next remembers a score."""
-    return np.arange(bins, dtype=np.int64) * levels // bins
 
 
 def smoothed(counts: Floats) -> Floats:
@@ -78,35 +62,25 @@ class ObservationModel:
         return len(self.edges) + 1
 
 
-def fit_observations(
-    edges: NDArray[np.float32],
-    level: Ints,
-    small: tuple[Ints, Ints, Ints, Floats],
-    large: tuple[Ints, Ints, Floats],
-    kinds: int,
-) -> ObservationModel:
-    """Estimate the model from steps with (weights of) classes.
+def observations(seen: Sample, latent: Latent) -> ObservationModel:
+    """Estimate what scores tell from (weights of) what is hidden at the nodes of a sample.
 
     Finer shares are shrunk towards coarser ones: those of a kind in a context to those of the context, these to
     those of the class.
 
-    Args:
-        edges: Edges of the bins.
-        level: (B,) level of each bin.
-        small: The small model's proposals: (n,) bins, (n,) contexts, (n,) kinds, (n, 3) weights of S0, S1, S2.
-        large: The large model's: (m,) bins, (m,) contexts, (m, 3) weights.
-        kinds: K.
-
     Raises:
         DataError: Too few steps of a class.
     """
-    bins, contexts = len(edges) + 1, int(level.max()) + 2
-    place, context, kind, weight = small
-    counts = np.zeros((contexts, kinds, 3, bins))
+    bins, contexts = len(seen.edges) + 1, int(seen.level.max()) + 2
+    counts = np.zeros((contexts, seen.kinds.count, 3, bins))
     own = np.zeros((contexts, 3, bins))
+    small = seen.present[:, CONTINUE_SMALL]
+    large = seen.present[:, ESCALATE_LARGE] & ~seen.ends[:, ESCALATE_LARGE]  # scores of last steps change nothing
+    by_small, by_large = (latent.classes(action) for action in (CONTINUE_SMALL, ESCALATE_LARGE))
     for each in range(3):
-        np.add.at(counts[:, :, each], (context, kind, place), weight[:, each])
-        np.add.at(own[:, each], (large[1], large[0]), large[2][:, each])
+        place = seen.context[small], seen.kind[small], seen.bin[small, CONTINUE_SMALL]
+        np.add.at(counts[:, :, each], place, by_small[small, each])
+        np.add.at(own[:, each], (seen.context[large], seen.bin[large, ESCALATE_LARGE]), by_large[large, each])
     total = np.stack([counts.sum(axis=(0, 1, 3)), own.sum(axis=(0, 2))])
     _need_steps(total[0])
     pooled = _towards(counts.sum(axis=(0, 1)), np.full(bins, 1 / bins), _UNIFORM * bins)
@@ -115,8 +89,8 @@ def fit_observations(
     two = np.stack([counts.sum(axis=1)[:, S0], counts.sum(axis=1)[:, S1] + counts.sum(axis=1)[:, S2]], axis=1)
     base = _towards(two.sum(axis=0), np.full(bins, 1 / bins), _UNIFORM * bins)
     halves = np.stack([own[:, S0], own[:, S1] + own[:, S2]], axis=1)
-    by_large = _towards(halves, _towards(two, base, _POOLED), _POOLED)
-    return ObservationModel(edges, level, by_kind, by_large, pooled, total)
+    of_large = _towards(halves, _towards(two, base, _POOLED), _POOLED)
+    return ObservationModel(seen.edges, seen.level, by_kind, of_large, pooled, total)
 
 
 def _towards(counts: Floats, base: Floats, strength: float) -> Floats:

@@ -1,20 +1,13 @@
-"""What can be seen at the nodes of trees, as a POMDP sees it, and what scores tell once the classes are known."""
+"""What can be seen at the nodes of trees, as a POMDP sees it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.learners.pomdp.latent import Latent
-from agents.learners.pomdp.observation import (
-    LEVELS,
-    ObservationModel,
-    fit_observations,
-    levels_of,
-    score_edges,
-)
 from agents.routers.pomdp.belief import Floats, Ints
 from agents.routers.pomdp.model import SCHEMA, TOKENS, Kinds, as_feature, to_bins
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, TERMINAL, Trees
@@ -22,6 +15,17 @@ from rollouts.trees.columns import columns_of
 from trim_env.features import schema_named
 
 TOKEN_BINS = 3
+BINS = 24
+LEVELS = 12
+
+
+def score_edges(scores: NDArray[np.floating[Any]], bins: int = BINS) -> NDArray[np.float32]:
+    """Return at most ``bins - 1`` ascending edges between quantiles of the scores, in the scale of `as_feature`.
+
+    A value that makes up more than a bin's share of the scores is an edge once, and begins a bin.
+    """
+    values = as_feature(scores[~np.isnan(scores)])
+    return np.unique(np.quantile(values, np.arange(1, bins) / bins, method="inverted_cdf")).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +36,7 @@ class Sample:
         rows: (M,) rows of the nodes, ascending.
         kind: (M,) kind of the small model's proposal.
         step: (M,) step number minus 1, 0..T-1.
+        level: (B,) level of each bin of scores: groups of neighbours, as what comes next remembers a score.
         context: (M,) level of the score of the last accepted step; the number of levels at a root.
         bin: (M, 2) bin of the score of each model's proposal; 0 where there is none.
         ends: (M, 2) whether accepting it ends the episode.
@@ -57,24 +62,17 @@ class Sample:
     max_steps: int
 
 
-def sample(
-    trees: Trees,
-    rows: Ints,
-    edges: NDArray[np.float32] | None = None,
-    *,
-    levels: int = LEVELS,
-    token_bins: int = TOKEN_BINS,
-) -> Sample:
-    """Gather what is seen at some rows; edges of scores are quantiles of the scores there unless given."""
+def sample(trees: Trees, rows: Ints, *, levels: int = LEVELS) -> Sample:
+    """Gather what is seen at some rows; edges of scores are quantiles of the scores there."""
     features = schema_named(SCHEMA)(columns_of(trees, rows), trees.child[rows, CONTINUE_SMALL] != MISSING)
     child, scores = trees.child[rows], trees.score[rows]
     present = child != MISSING
     inner = (child[:, CONTINUE_SMALL] >= 0)[:, None] & np.array([True, False])
-    cuts = np.quantile(features[:, TOKENS][inner[:, 0]], np.arange(1, token_bins) / token_bins) if inner.any() else []
+    cuts = np.quantile(features[:, TOKENS][inner[:, 0]], np.arange(1, TOKEN_BINS) / TOKEN_BINS) if inner.any() else []
     kinds = Kinds(np.unique(np.asarray(cuts, np.float32)))
-    edges = score_edges(scores[present]) if edges is None else edges
-    level = levels_of(len(edges) + 1, levels)
-    bins = np.where(present, to_bins(edges, as_feature(scores)), 0)
+    edges = score_edges(scores[present])
+    bins = len(edges) + 1
+    level = np.arange(bins) * levels // bins
     both = child[:, CONTINUE_SMALL] == child[:, ESCALATE_LARGE]
     ended = both & (child[:, CONTINUE_SMALL] == TERMINAL) & _same_text(trees, rows, both)
     return Sample(
@@ -86,7 +84,7 @@ def sample(
         step=np.asarray(trees.depth[rows], np.int64),
         level=level,
         context=_contexts(trees, rows, edges, level),
-        bin=bins,
+        bin=np.where(present, to_bins(edges, as_feature(scores)), 0),
         present=present,
         ends=child == TERMINAL,
         answered=np.asarray(trees.has_answer[rows]),
@@ -110,20 +108,3 @@ def _same_text(trees: Trees, rows: Ints, where: NDArray[np.bool_]) -> NDArray[np
     for place in np.flatnonzero(where & (trees.child[rows, CONTINUE_SMALL] == TERMINAL)):
         same[place] = trees.proposal(rows[place], CONTINUE_SMALL) == trees.proposal(rows[place], ESCALATE_LARGE)
     return same
-
-
-def observations(seen: Sample, latent: Latent) -> ObservationModel:
-    """Estimate what scores tell from (weights of) what is hidden at the nodes of a sample.
-
-    Raises:
-        DataError: Too few steps of a class.
-    """
-    small = seen.present[:, CONTINUE_SMALL]
-    large = seen.present[:, ESCALATE_LARGE] & ~seen.ends[:, ESCALATE_LARGE]  # scores of last steps change nothing
-    return fit_observations(
-        seen.edges,
-        seen.level,
-        (seen.bin[small, 0], seen.context[small], seen.kind[small], latent.classes(CONTINUE_SMALL)[small]),
-        (seen.bin[large, 1], seen.context[large], latent.classes(ESCALATE_LARGE)[large]),
-        seen.kinds.count,
-    )

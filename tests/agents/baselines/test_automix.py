@@ -32,8 +32,8 @@ def test_three_problems_by_hand(trees, rule):
         assert found.small_tokens.tolist() == [7, 5, 4]
         assert found.discarded_tokens.tolist() == np.multiply(again, (7, 5, 4)).tolist()
         assert found.correct.tolist() == [1, again[1], 0]
-        assert found.calls is not None
-        assert found.calls.scorer.tolist() == [1, 1, 1] and found.calls.serial.tolist() == np.add(again, 2).tolist()
+        assert found.scorer_calls is not None and found.serial_calls is not None
+        assert found.scorer_calls.tolist() == [1, 1, 1] and found.serial_calls.tolist() == np.add(again, 2).tolist()
         assert (
             isinstance(router, Cascade)
             and not isinstance(router, VotingCascade)
@@ -118,8 +118,9 @@ def test_self_verification_by_hand(trees):
         found = run(router, tables)
         assert found.large_tokens.tolist() == np.multiply(again, (11, 16, 9)).tolist()
         assert found.small_tokens.tolist() == [7 + 80, 5 + 80, 4 + 80]  # what it decodes to verify is its own
-        assert found.correct.tolist() == [1, again[1], 0] and found.calls is not None
-        assert found.calls.scorer.tolist() == [8, 8, 8] and found.calls.serial.tolist() == np.add(again, 2).tolist()
+        assert found.correct.tolist() == [1, again[1], 0]
+        assert found.scorer_calls is not None and found.serial_calls is not None
+        assert found.scorer_calls.tolist() == [8, 8, 8] and found.serial_calls.tolist() == np.add(again, 2).tolist()
     dollars = decision_tables(tables.trees, "test", cost="prices:large_out=1000000,small_out=10000,small_in=1000")
     paid = run(AutoMix(SELF, Knob("threshold", 0.0)), dollars).cost
     assert paid == pytest.approx(np.array([87, 85, 84]) * 0.01 + (800 + 20) * 0.001)

@@ -59,9 +59,10 @@ def test_all_are_fitted_and_measured(fitting):
     choosing = of_tables(fitting.choosing)
     for each in fitted:
         method = each.measured(test, choosing)
-        assert all(outcomes.calls is not None for _, outcomes in method.points)
+        assert all(outcomes.serial_calls is not None for _, outcomes in method.points)
         if each.baseline.group == QUERY:
-            assert all(not outcomes.calls.scorer.any() for _, outcomes in method.points if outcomes.calls)
+            told = [outcomes.scorer_calls for _, outcomes in method.points]
+            assert not any(each is None or each.any() for each in told)
 
 
 def test_no_question_but_those_of_training_is_in_the_vocabulary(fitting):

@@ -82,4 +82,4 @@ def test_outcomes_are_those_of_the_chosen_arms():
     assert (
         found.correct.tolist() == [0, 1, 1] and found.cost.tolist() == [0, 6, 2] and found.steps.tolist() == [1, 5, 3]
     )
-    assert found.calls is None and found.problem_ids == arms[0].problem_ids
+    assert found.serial_calls is None and found.problem_ids == arms[0].problem_ids

@@ -44,7 +44,8 @@ def test_where_all_agree_it_never_retries_and_pays_all_samples(tmp_path):
     assert not found.large_tokens.any() and not found.discarded_tokens.any()
     assert found.correct.tolist() == small.correct.tolist() == [1, 0, 0]
     assert found.small_tokens.tolist() == [14, 10, 8]
-    assert found.calls is not None and found.calls.serial.tolist() == [1, 1, 1] and not found.calls.scorer.any()
+    assert found.scorer_calls is not None and not found.scorer_calls.any()
+    assert found.serial_calls is not None and found.serial_calls.tolist() == [1, 1, 1]
 
 
 def test_a_retry_throws_all_samples_away(tmp_path):

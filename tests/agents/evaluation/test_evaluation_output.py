@@ -14,8 +14,8 @@ import pytest
 from made_outcomes import level, outcomes, references, simulated
 
 from agents.escape import finite
-from agents.evaluation.bootstrap import resample_weights
-from agents.evaluation.compare import compare_curves, number
+from agents.evaluation.bootstrap import paired_curves, resample_weights
+from agents.evaluation.compare import difference, number
 from agents.evaluation.curves import Method, References
 from agents.evaluation.plots import cost_accuracy, training_curve
 from agents.evaluation.suite import EvaluateConfig, evaluate
@@ -185,33 +185,31 @@ def test_numbers_never_round_to_zero():
 def test_sentences_of_curves():
     good, refs = simulated(200, [0.05, 0.2, 0.5], 5)
     poor, _ = simulated(200, [0.2, 0.5], 1.2)
-    found = compare_curves(NAMES, good, poor, refs, WEIGHTS)
-    percent = found.metrics["cpt_80_percent"]
+    found = difference(NAMES, good, poor, refs, WEIGHTS)
+    percent = paired_curves(good, poor, refs, WEIGHTS)["cpt_80_percent"]
     assert percent.high < 0
-    assert found.sentence.startswith(
-        "A recovers 80 % of the gap between always-small and always-large (B only by mixing"
-    )
-    assert f"at {-percent.value:.1f} % less cost than B (95 % interval {-percent.high:.1f} %" in found.sentence
-    back = compare_curves(NAMES, poor, good, refs, WEIGHTS).sentence
+    assert found.startswith("A recovers 80 % of the gap between always-small and always-large (B only by mixing")
+    assert f"at {-percent.value:.1f} % less cost than B (95 % interval {-percent.high:.1f} %" in found
+    back = difference(NAMES, poor, good, refs, WEIGHTS)
     assert "% more cost than B" in back and "(A only by mixing" in back
     again, _ = simulated(200, [0.05, 0.2, 0.5], 5, seed=0)
-    assert "No difference" in compare_curves(NAMES, good, again, refs, WEIGHTS).sentence
+    assert "No difference" in difference(NAMES, good, again, refs, WEIGHTS)
 
 
 def test_sentence_of_curves_without_a_gap():
     refs = References(solved(100, 0), solved(90, 100))
     points = Method.whole([(0.0, solved(110, 50))])
-    assert compare_curves(NAMES, points, points, refs, WEIGHTS).sentence.startswith("There is no gap to recover")
+    assert difference(NAMES, points, points, refs, WEIGHTS).startswith("There is no gap to recover")
 
 
 def test_sentence_of_curves_with_an_uncertain_gap_makes_no_claim():
     # always-large solves 3 problems more: 5 % of the resamples have no gap.
     refs = References(solved(100, 0), solved(103, 100))
     cheap, dear = (Method.whole([(0.0, solved(103, cost))]) for cost in (5, 80))
-    found = compare_curves(NAMES, cheap, dear, refs, WEIGHTS)
-    assert found.metrics["cpt_80_percent"].high < 0
-    assert found.sentence.startswith("No difference in the cost of recovering")
-    assert re.search(r"undefined in \d\.\d % of resamples", found.sentence)
+    found = difference(NAMES, cheap, dear, refs, WEIGHTS)
+    assert paired_curves(cheap, dear, refs, WEIGHTS)["cpt_80_percent"].high < 0
+    assert found.startswith("No difference in the cost of recovering")
+    assert re.search(r"undefined in \d\.\d % of resamples", found)
 
 
 def test_baselines_are_not_left_out_in_silence() -> None:

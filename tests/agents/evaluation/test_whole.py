@@ -42,8 +42,8 @@ def test_a_question_that_is_sent_costs_the_large_models_solution_and_no_proposal
         "escalations": [0, 3, 0.25],
         "steps": [2, 3, 1],
     }
-    assert found.calls is not None
-    assert found.calls.scorer.tolist() == [0, 0, 0] and found.calls.serial.tolist() == [1, 1, 1]
+    assert found.scorer_calls is not None and found.serial_calls is not None
+    assert found.scorer_calls.tolist() == [0, 0, 0] and found.serial_calls.tolist() == [1, 1, 1]
 
 
 def test_a_retry_pays_the_small_solution_the_scorer_and_the_whole_large_one(tables):
@@ -57,8 +57,8 @@ def test_a_retry_pays_the_small_solution_the_scorer_and_the_whole_large_one(tabl
         "escalations": [0, 3, 0],
         "steps": [2, 3, 1],
     }
-    assert found.calls is not None
-    assert found.calls.scorer.tolist() == [1, 1, 1] and found.calls.serial.tolist() == [2, 3, 2]
+    assert found.scorer_calls is not None and found.serial_calls is not None
+    assert found.scorer_calls.tolist() == [1, 1, 1] and found.serial_calls.tolist() == [2, 3, 2]
 
 
 def test_one_request_reads_its_prompt_once(trees):
@@ -78,7 +78,7 @@ def test_what_a_cascade_does_not_read_it_does_not_pay(trees):
         [each + tokens * 0.01 + 20 * 0.001 for each, tokens in zip([11, 16, 9], [7, 5, 4], strict=True)]
         + np.full(3, 20 * 0.1)
     )
-    assert found.calls is not None and not found.calls.scorer.any()
+    assert found.scorer_calls is not None and not found.scorer_calls.any()
 
 
 def test_constants_are_the_ends(tables):
@@ -90,17 +90,18 @@ def test_constants_are_the_ends(tables):
     assert (small.small_tokens == both.small.small_tokens).all() and not large.small_tokens.any()
     half = mix(small, large, 0.5)
     assert of(run(Sends((0.5,)), tables)) == of(half)
-    assert half.calls is not None and half.calls.serial.tolist() == [1, 1, 1]
+    assert half.serial_calls is not None and half.serial_calls.tolist() == [1, 1, 1]
 
 
 def test_calls_of_routers_of_steps(tables):
     both = references(tables)
-    assert both.small.calls is not None and both.large.calls is not None
-    assert both.small.calls.serial.tolist() == [2, 2, 1] and not both.small.calls.scorer.any()
-    assert both.large.calls.serial.tolist() == [4, 6, 2]
-    thresholds = run(Threshold(0.0), tables).calls
-    assert thresholds is not None
-    assert thresholds.scorer.tolist() == [2, 2, 1] and thresholds.serial.tolist() == [4, 4, 2]
+    assert both.small.serial_calls is not None and both.large.serial_calls is not None
+    assert both.small.scorer_calls is not None
+    assert both.small.serial_calls.tolist() == [2, 2, 1] and not both.small.scorer_calls.any()
+    assert both.large.serial_calls.tolist() == [4, 6, 2]
+    thresholds = run(Threshold(0.0), tables)
+    assert thresholds.scorer_calls is not None and thresholds.serial_calls is not None
+    assert thresholds.scorer_calls.tolist() == [2, 2, 1] and thresholds.serial_calls.tolist() == [4, 4, 2]
 
 
 def test_caps(trees):

@@ -151,6 +151,16 @@ def test_a_budget_gets_a_policy_for_a_range(store, tmp_path):
     assert len(trained.routers) == 5 and "budget" in trained.sentence.lower()
 
 
+def test_ppo_starts_from_the_rule_that_is_asked_for(store, tmp_path, monkeypatch):
+    def asked(tables, choice, lams, settings, seed):
+        raise RuntimeError(settings.rule)
+
+    monkeypatch.setattr("agents.learners.loop.fit", asked)
+    start = {"ppo": PPOSettings(start="exact"), "exact": ExactSettings(rule="linear")}
+    with pytest.raises(RuntimeError, match="linear"):
+        train(TrainConfig(str(store), lam=(0.01,), tracking="none", out=tmp_path / "run", **start))
+
+
 @pytest.mark.parametrize("lam", [0.001, (0.0005, 0.01)])
 @pytest.mark.parametrize("cap", [None, 9])
 def test_ppo_may_start_from_it(trees, lam, cap):

@@ -10,8 +10,7 @@ from made_pomdps import made_trees
 from agents.learners.pomdp.dynamics import ends_right, wilson
 from agents.learners.pomdp.fit import estimate
 from agents.learners.pomdp.latent import labelled
-from agents.learners.pomdp.observation import score_edges
-from agents.learners.pomdp.sample import sample
+from agents.learners.pomdp.sample import sample, score_edges
 from agents.routers.pomdp.model import as_feature, to_bins
 from rollouts.errors import ConfigError, DataError
 from rollouts.trees.columns import columns_of

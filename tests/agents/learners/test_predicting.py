@@ -136,11 +136,12 @@ def test_where_the_score_tells_the_gain_it_escalates_there(trees):
 
 def test_one_network_holds_gain_and_price(trees):
     found = fitted(advantage, trees)
+    gain, cost = found.networks
     forest = Forest(decision_tables(trees, "test"))
     for lam in (0.0, 0.004, 0.1):
         logits = found.router(lam).logits(forest.seen)
-        assert logits[:, 1] == pytest.approx(output(found.gain, forest), abs=1e-5)
-        assert logits[:, 0] == pytest.approx(lam * found.unit * output(found.cost, forest), abs=1e-5)
+        assert logits[:, 1] == pytest.approx(output(gain, forest), abs=1e-5)
+        assert logits[:, 0] == pytest.approx(lam * found.unit * output(cost, forest), abs=1e-5)
 
 
 def test_both_learn_from_the_price_of_a_model(trees):

@@ -17,7 +17,7 @@ from scripted_store import scripted_store
 from agents.evaluation.oracle import tree_oracle
 from agents.evaluation.splits import Validation
 from agents.evaluation.walk import references, run
-from agents.learners.loop import Training, remedy
+from agents.learners.loop import Training, checked_at, remedy
 from agents.learners.ppo import PPOAgg
 from agents.learners.settings import PPOSettings, SeqSettings
 from agents.routers import artefact
@@ -55,6 +55,13 @@ def test_ppo_solves_a_problem_whose_answer_is_known(trees):
     assert after == pytest.approx(best, abs=0.005)
     assert before < best - 0.05
     assert record["train/return"] > best - 0.1  # sampled, so a little below
+
+
+def test_a_range_is_validated_within_itself():
+    for low, high in ((3e-4, 1e-2), (0.0012345, 0.0012349), (0.9996e-3, 1.0004e-3)):
+        found = checked_at((low, high))
+        assert len(found) == 5 and all(low <= lam <= high for lam in found)
+    assert checked_at((3e-4, 1e-2))[2] == 0.00173
 
 
 @pytest.mark.parametrize("anneal", [True, False])
@@ -164,10 +171,10 @@ def test_a_collapsed_router_is_trained_again_and_never_passed_off(trees):
     tables, validation = decision_tables(clear, "train"), validation_of(clear)
     stuck = replace(SMALL, iterations=2, learning_rate=1e-12)
     alone = Training(tables, validation, 0.001, stuck, 1, attempts=1).run()
-    assert alone.attempts == 1 and not alone.fine
+    assert alone.attempts == 1 and not alone.health[0.001].fine
     helped = Training(tables, validation, 0.001, stuck, 1, attempts=2).run()
     assert helped.attempts == 2
-    assert helped.fine  # the warm start alone imitates the best simple rule
+    assert helped.health[0.001].fine  # the warm start alone imitates the best simple rule
     assert len(helped.records) == 2 + remedy(stuck, 1).iterations
 
 

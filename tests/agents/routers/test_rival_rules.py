@@ -10,7 +10,7 @@ from scripted_store import scripted_store
 from agents.baselines.vote import Vote
 from agents.deploy.policy import Policy
 from agents.deploy.session import Session
-from agents.evaluation.outcomes import Calls, Outcomes
+from agents.evaluation.outcomes import OPTIONAL, Outcomes
 from agents.evaluation.walk import references, run, run_trees
 from agents.routers import artefact
 from agents.routers.base import Constant, Knob, Mixture, RandomRate, Threshold
@@ -37,7 +37,7 @@ def tables(request, trees):
 
 
 def step_of(tables, row, action, drafted, reads, goes_on):
-    """What a step adds to the fields of `Outcomes` and `Calls`, token by token, straight from the rules."""
+    """What a step adds to the fields of `Outcomes`, token by token, straight from the rules."""
     (small, large), (small_in, large_in) = tables.trees.tokens[row].tolist(), tables.trees.prompt_tokens[row].tolist()
     if tables.cost_model.name == "decode-only":
         cost = large * action
@@ -69,7 +69,7 @@ def expected(tables, decide, row, state=None, reads=True, goes_on=False):
 def check(tables, router, decide, reads=True):
     totals, goes_on = run_trees(tables, router), isinstance(router, Takeover)
     for place, root in enumerate(tables.roots.tolist()):
-        got = [totals[name][place] for name in (*Outcomes.columns(), *Calls._fields)]
+        got = [totals[name][place] for name in (*Outcomes.columns(), *OPTIONAL[1:])]
         assert got == pytest.approx(expected(tables, decide, root, reads=reads, goes_on=goes_on).tolist())
 
 

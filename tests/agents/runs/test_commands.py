@@ -19,7 +19,7 @@ import evaluate as evaluate_command
 import train as train_command
 from agents import tracking
 from agents.evaluation.splits import Validation
-from agents.evaluation.suite import EvaluateConfig, evaluate, save
+from agents.evaluation.suite import SEEN, EvaluateConfig, evaluate, save
 from agents.evaluation.walk import run
 from agents.learners.settings import ExactSettings, PPOSettings
 from agents.routers import artefact
@@ -132,7 +132,8 @@ def test_two_runs_are_compared_on_paired_problems(finished, store, tmp_path):
     assert len(found.sentences) == 4
     bought = [f"{100 * method.metrics['accuracy_at_20'].value:.1f} % by {method.name}" for method in found.methods]
     assert found.sentences[0].startswith(f"Problems solved at 20 % of always-large's cost: {', '.join(bought)};")
-    assert all(sentence.endswith(".") for sentence in found.sentences)
+    assert all(sentence.endswith(".") for sentence in found.sentences) and not {*SEEN.values()} & {*found.sentences}
+    assert SEEN["train"] in evaluate(EvaluateConfig((finished,), str(store), split="train")).sentences
     save(found, tmp_path / "out")
 
 
@@ -223,6 +224,15 @@ def test_wandb_is_offline_without_a_login(store, tmp_path, monkeypatch):
     assert (place / "wandb-run.txt").read_text().strip() == identity
     again = list((place / "wandb").glob("offline-run-*"))
     assert len(again) == 2 and all(run.name.endswith(identity) for run in again)
+
+
+def test_an_interrupt_ends_an_evaluation_in_silence(monkeypatch, tmp_path, capsys):
+    def interrupted(config, others):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("agents.evaluation.suite.evaluate", interrupted)
+    assert evaluate_command.main([str(tmp_path)]) == 130
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_key_means_online(monkeypatch, tmp_path):

@@ -10,6 +10,8 @@ from scripted_store import scripted_store
 
 import agents
 import evaluate as command
+from agents.evaluation.budgets import settings
+from agents.evaluation.splits import Validation
 from agents.evaluation.suite import EvaluateConfig, evaluate, load_methods
 from agents.routers.base import Threshold
 from agents.runs.run import TrainConfig, resume, train
@@ -17,6 +19,8 @@ from rollouts.errors import ArtefactError, StoreError
 from rollouts.store.store import Store
 from rollouts.text.steps import ROLES
 from rollouts.trees.annotate import score_store
+from rollouts.trees.compile import compile_store
+from trim_env.tables import decision_tables
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +31,8 @@ def store(tmp_path_factory):
     return made
 
 
-def trained(store, out, **settings):
-    return train(TrainConfig(rollouts=str(store.path), tracking="none", attempts=1, lam=(0.01,), out=out, **settings))
+def trained(store, out, **asked):
+    return train(TrainConfig(rollouts=str(store.path), tracking="none", attempts=1, lam=(0.01,), out=out, **asked))
 
 
 @pytest.mark.parametrize(
@@ -86,6 +90,16 @@ def test_a_budget_on_the_small_models_numbers_needs_no_score(store, tmp_path):
     for seed in range(12):
         session = policy.session(seed=seed)
         assert session.decide(tokens=12, text="x", **told) in (0, 1)
+
+
+def test_a_budget_of_thresholds_is_met_by_thresholds_on_what_was_asked_for(store):
+    trees = compile_store(store, "scripted")
+    whole = decision_tables(trees, None, schema="small.min_logprob")
+    validation = Validation(whole.on, trees)
+    own = Threshold(-0.5, schema=whole.schema.id)
+    for stored, schemas in (([own], {own.schema}), ([own, Threshold(0.5)], {own.schema, Threshold.schema})):
+        found = [router for router, _ in settings(stored, validation) if isinstance(router, Threshold)]
+        assert {each.schema for each in found} == schemas and len(found) > 20 * len(schemas)
 
 
 def test_every_folder_that_is_named_is_a_method(store, tmp_path, capsys):
