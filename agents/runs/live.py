@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,8 +11,7 @@ from pathlib import Path
 from agents.runs.config import TrainConfig
 from agents.runs.listener import Listener
 from rollouts.errors import ConfigError, StoreError
-from rollouts.files.sealed import read_sealed, refusing_damage, sealed
-from rollouts.store.files import write_atomically
+from rollouts.files.sealed import read_sealed, refusing_damage, write_sealed
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
 from rollouts.text.steps import SMALL
@@ -87,8 +85,7 @@ class Models:
     def _tell(self, generated: Generated) -> None:
         self.listener.generating(generated)
         if self._file is not None:
-            told = json.dumps(sealed({**vars(generated), "tokens": dict(generated.tokens)})) + "\n"
-            write_atomically(self._file, lambda file: file.write_text(told, encoding="utf-8"))
+            write_sealed(self._file, {**vars(generated), "tokens": dict(generated.tokens)})
 
     @contextmanager
     def opened(self, tables: DecisionTables) -> Iterator[Callable[..., live.LiveVectorEnv]]:

@@ -45,9 +45,9 @@ from agents.runs.pictures import draw_curve, draw_training
 from agents.tracking import NoTracker, WandbTracker, wandb_mode
 from rollouts.config import as_plain
 from rollouts.errors import BudgetSpent, ConfigError, StoreError
-from rollouts.files.sealed import read_sealed, refusing_damage, sealed
+from rollouts.files.atomic import write_text
+from rollouts.files.sealed import read_sealed, refusing_damage, write_sealed
 from rollouts.plugins import import_module, loaded_plugin
-from rollouts.store.files import write_atomically
 from rollouts.text.splitting import BLANK_LINE
 from rollouts.trees.arrays import Trees
 from rollouts.trees.compile import compile_store
@@ -99,7 +99,7 @@ def train(config: TrainConfig, listener: Listener | None = None) -> Trained:
     folder.mkdir(parents=True, exist_ok=True)
     rollouts = {**trees.meta, "hash": rollouts_hash(trees, new.config.schema)}
     described = {"config": as_plain(new.config), "versions": settings.versions(), "rollouts": rollouts}
-    (folder / "config.json").write_text(json.dumps(sealed(described), indent=1) + "\n", encoding="utf-8")
+    write_sealed(folder / "config.json", described)
     return new.finish()
 
 
@@ -277,7 +277,7 @@ class _Run:
         artefact.save(router, place / "policy", about)
         found = [{"lam": lam, **asdict(each), "attempts": attempts} for lam, each in own.items()]
         report = json.dumps(found, indent=1) + "\n"
-        write_atomically(place / "report.json", lambda file: file.write_text(report, encoding="utf-8"))
+        write_text(place / "report.json", report)
         tracker.finish({**found[len(found) // 2], **about["held_out"][len(found) // 2]}, picture, place / "policy")
         return router, own, attempts
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rollouts.cli.progress import progress_bar
 from rollouts.config import Count, settings
 from rollouts.errors import StoreError, did_you_mean
-from rollouts.store.files import write_atomically
+from rollouts.files.atomic import write_text
 from rollouts.store.rows import Rows
 from rollouts.store.store import Store
 from rollouts.trees.grow import load_trees
@@ -65,7 +65,7 @@ class Stats:
             values = {"generated": counts, "splits": {split: asdict(row) for split, row in rows.items()}}
             text = json.dumps({**values, "meta": trees.meta}, indent=1)
             self.json_out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.json_out, lambda file: file.write_text(text, encoding="utf-8"))
+            write_text(self.json_out, text)
 
 
 @settings

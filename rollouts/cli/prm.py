@@ -16,8 +16,8 @@ from rollouts.cli.progress import console, progress_bar
 from rollouts.config import FamilyConfig, load_family, settings
 from rollouts.errors import ConfigError, StoreError
 from rollouts.family import Family, refuse_other_thinking, table_name
+from rollouts.files.atomic import write_atomically
 from rollouts.models.hf.recipe import Recipe
-from rollouts.store.files import write_atomically
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
 from rollouts.text.splitting import Splitting

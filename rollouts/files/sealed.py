@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rollouts.errors import TrimError
+from rollouts.files.atomic import write_text
 
 _DIGEST = "digest"
 _WORDS = 200  # letters of a library's own words in a message
@@ -27,10 +28,11 @@ def digest_of(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an object as JSON has it, with its digest under ``digest``."""
+def write_sealed(file: Path, values: Mapping[str, Any]) -> None:
+    """Write an object as JSON has it, with its digest under ``digest``."""
     plain = json.loads(json.dumps(values))
-    return {**plain, _DIGEST: digest_of(plain)}
+    text = json.dumps({**plain, _DIGEST: digest_of(plain)}, indent=1, sort_keys=True, ensure_ascii=False)
+    write_text(file, text + "\n")
 
 
 def read_sealed(file: Path) -> dict[str, Any]:
@@ -86,6 +88,8 @@ def refusing_damage(file: Path, raised: type[TrimError], what: str, remedy: str)
     """
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except TrimError:
+        raise
+    except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:_WORDS]
         raise raised(f"{file}: damaged {what} ({why}). {remedy}") from error

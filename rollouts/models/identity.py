@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from rollouts.config import ModelConfig
 from rollouts.errors import ConfigError
-from rollouts.files.sealed import check, checksums, read_sealed, refusing_damage, sealed
+from rollouts.files.sealed import check, checksums, read_sealed, refusing_damage, write_sealed
 
 _READ, _BLOCK = 512 << 20, 64 << 10  # bytes of a model that are read, and at once
 _LONGEST_HEADER = 100_000_000  # bytes, as the format has it
@@ -55,8 +55,7 @@ def identity(model: ModelConfig) -> dict[str, Any]:
 
 def note_checksums(folder: Path) -> None:
     """Write into a model's folder what tells `identity` whether a file was damaged since."""
-    text = json.dumps(sealed({"checksums": checksums(folder)}))
-    (folder / _CHECKSUMS).write_text(text, encoding="utf-8")
+    write_sealed(folder / _CHECKSUMS, {"checksums": checksums(folder)})
 
 
 def _parts(model: ModelConfig) -> dict[str, Any]:

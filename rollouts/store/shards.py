@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rollouts.errors import StoreError
-from rollouts.store.files import open_parquet, reading, write_parquet
+from rollouts.files.parquet import open_parquet, write_parquet
+from rollouts.files.sealed import refusing_damage
 from rollouts.text.likelihood import STATISTICS
 from rollouts.text.steps import ROLES
 
@@ -68,7 +69,7 @@ def scores_of(columns: Sequence[str]) -> pa.Schema:
 SCORES = scores_of(("score",))
 # In the metadata of shards: counters; that all shards before are in this one; the first of those before that are.
 _OURS, _COUNTER, _COMPACTED, _MERGED = "trim", "trim.", "trim-compacted", "trim-merged"
-_REMEDY = " `python -m rollouts repair` sets it aside; the same command then generates what is missing."
+_REMEDY = "`python -m rollouts repair` sets it aside; the same command then generates what is missing."
 _SHARD = re.compile(r"part-(\d{6,})\.parquet")
 _SAME_TIME_NS = 2_000_000_000  # two changes so close may leave a directory the same time
 _GROUP_ROWS = 10_000  # rows that are read together for a few problems
@@ -236,7 +237,7 @@ class Table:
     @contextmanager
     def _opened(self, path: Path) -> Iterator[pq.ParquetFile]:
         """Open a shard; the last one stays open, and those of many row groups, whose metadata take long to read."""
-        with reading(path, _REMEDY):
+        with refusing_damage(path, StoreError, "shard", _REMEDY):
             stamp = _stamp(path.stat())
             if path not in self._open or self._open[path][0] != stamp:
                 many = {key: kept for key, kept in self._open.items() if kept[1].num_row_groups > _GROUPS_TOGETHER}

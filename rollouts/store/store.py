@@ -18,8 +18,8 @@ from typing import Any
 import pyarrow as pa
 
 from rollouts.errors import StoreError, did_you_mean
-from rollouts.files.sealed import read_sealed, refusing_damage, sealed
-from rollouts.store.files import open_parquet, reading, write_atomically, write_parquet
+from rollouts.files.parquet import open_parquet, write_parquet
+from rollouts.files.sealed import read_sealed, refusing_damage, write_sealed
 from rollouts.store.rows import RowKey, Rows, TreeKey, contents_of
 from rollouts.store.shards import GRADES, KEY, MANY, STEPS, Table, scores_of, values_of
 from rollouts.tasks.problems import Problem
@@ -103,7 +103,7 @@ class Store:
             with _locked(path, fcntl.LOCK_EX):
                 if not file.exists():  # else another process was first
                     made = {"date": str(date or Date.today()), "engines": [], "id": token_hex(8)}
-                    _write_json(file, {**_manifest(process), **made})
+                    write_sealed(file, {**_manifest(process), **made})
         store = cls(path)
         store.refuse_other(process)
         store.notes += _unknown(path, store.manifest, _manifest(process))
@@ -141,7 +141,7 @@ class Store:
         self._save()
 
     def _save(self) -> None:
-        _write_json(self.path / "manifest.json", self.manifest)
+        write_sealed(self.path / "manifest.json", self.manifest)
 
     @property
     def live(self) -> set[TreeKey]:
@@ -158,7 +158,7 @@ class Store:
             listed: dict[str, list[str]] = {}
             for problem, replica in sorted(now):
                 listed.setdefault(str(replica), []).append(problem)
-            _write_json(self.path / _LIVE, listed)
+            write_sealed(self.path / _LIVE, listed)
 
     def identify(self, role: str, model: Mapping[str, Any]) -> None:
         """Note what tells a role's model from others, as far as the store does not know it.
@@ -191,7 +191,7 @@ class Store:
         file = self.path / "problems.parquet"
         if not file.is_file():
             return []
-        with reading(file), open_parquet(file) as opened:
+        with refusing_damage(file, StoreError, "list of problems", _RESTORE), open_parquet(file) as opened:
             problems = [Problem(*row) for row in values_of(opened.read(), _PROBLEMS.names)]
         if split is None:
             return problems
@@ -332,10 +332,10 @@ class Store:
             self._refuse(kind, name, _differing(_with_shape(found), _with_shape(wanted)))
             self.notes += _unknown(directory, found, wanted)
             if _learn(found, wanted.get("identities", {})):
-                _write_json(file, found)
+                write_sealed(file, found)
         else:
             directory.mkdir(parents=True, exist_ok=True)
-            _write_json(file, {**_manifest(process), **shape})
+            write_sealed(file, {**_manifest(process), **shape})
         return self.scores(name) if kind == "scores" else self.grades(name)
 
     def refuse_others(self, kind: str, name: str, models: Mapping[str, Any]) -> None:
@@ -483,11 +483,6 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     with refusing_damage(file, StoreError, "manifest", _RESTORE):
         manifest = read_sealed(file)
         return {**manifest, "schema_version": manifest["schema_version"], "process": dict(manifest["process"])}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(sealed(value), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda target: target.write_text(text, encoding="utf-8"))
 
 
 def _manifest(process: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from rollouts.errors import StoreError
-from rollouts.files.sealed import check, checksums, read_sealed, sealed
+from rollouts.files.sealed import check, checksums, read_sealed, write_sealed
 from rollouts.store.rows import Rows
 from rollouts.store.store import Store, score_command
 from rollouts.tasks.problems import Problem
@@ -164,8 +164,8 @@ def _kept(folder: Path) -> Trees | None:
 def _describe(folder: Path, problems: Sequence[Problem], signals: Sequence[str], meta: Mapping[str, Any]) -> None:
     """Write what is no array, with what tells whether a file was damaged."""
     described = {"problem_ids": [item.id for item in problems], "questions": [item.question for item in problems]}
-    text = json.dumps(sealed({**described, "signals": signals, "meta": meta, "checksums": checksums(folder)}))
-    (folder / "meta.json").write_text(text, encoding="utf-8")
+    named = {"signals": signals, "meta": meta, "checksums": checksums(folder)}
+    write_sealed(folder / "meta.json", {**described, **named})
 
 
 def _load(folder: Path) -> Trees:

@@ -6,7 +6,6 @@ vocabulary of 261 tokens (the byte-level alphabet, the step delimiter, four mark
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from rollouts.files.sealed import checksums, sealed
+from rollouts.files.sealed import checksums, write_sealed
 from rollouts.models.hf.reward_model import ProcessRewardModel
 from rollouts.tinymath import CHECKSUMS, ROLES
 
@@ -48,8 +47,7 @@ def save_model(model: torch.nn.Module, role: str, folder: Path) -> None:
 
 def note_checksums(folder: Path) -> None:
     """Write down, beside the models' folders, what tells whether a file was damaged since."""
-    found = {role: checksums(folder / role) for role in ROLES}
-    (folder / CHECKSUMS).write_text(json.dumps(sealed(found), indent=1) + "\n", encoding="utf-8")
+    write_sealed(folder / CHECKSUMS, {role: checksums(folder / role) for role in ROLES})
 
 
 def load_model(role: str, folder: Path) -> Qwen2ForCausalLM | ProcessRewardModel:

@@ -25,7 +25,7 @@ from agents.runs.config import TrainConfig
 from agents.runs.listener import Listener
 from agents.runs.run import automatic_lams, resume, train
 from rollouts.errors import ConfigError, StoreError
-from rollouts.files.sealed import sealed
+from rollouts.files.sealed import write_sealed
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
@@ -289,7 +289,7 @@ def test_resuming_on_changed_rollouts_is_refused(configured, tmp_path):
     train(configured)
     file = configured.out / "config.json"
     described = json.loads(file.read_text())
-    file.write_text(json.dumps(sealed({**described, "rollouts": {**described["rollouts"], "hash": "other"}})))
+    write_sealed(file, {**described, "rollouts": {**described["rollouts"], "hash": "other"}})
     with pytest.raises(StoreError, match="the run was begun on other"):
         resume(configured.out)
     with pytest.raises(ConfigError, match="no run to resume"):

@@ -16,7 +16,7 @@ from rollouts.__main__ import main
 from rollouts.cli.train_prm import evaluate
 from rollouts.config import ModelConfig, ScorerConfig, load_family
 from rollouts.errors import ConfigError
-from rollouts.files.sealed import sealed
+from rollouts.files.sealed import write_sealed
 from rollouts.models.hf import fit
 from rollouts.models.identity import identity
 from rollouts.store.store import Store
@@ -179,7 +179,7 @@ def test_it_reads_paths_on_the_date_of_the_store_when_it_learns_and_when_it_scor
     path, told = tmp_path / "trees", []
     bundled_part(path, scores=False, train=2, validation=1)
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(sealed({**manifest, "date": "2021-03-04"})))
+    write_sealed(path / "manifest.json", {**manifest, "date": "2021-03-04"})
 
     def learned(_, prompts, *rest):
         told.append(prompts.template_hash == prompts.hash_on(date(2021, 3, 4)) != prompts.hash_on(date(2021, 3, 5)))

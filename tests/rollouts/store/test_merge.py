@@ -16,7 +16,7 @@ from made_stores import PROBLEMS, LatexWriter, finished
 
 from rollouts.__main__ import main
 from rollouts.errors import StoreError
-from rollouts.files.sealed import sealed
+from rollouts.files.sealed import write_sealed
 from rollouts.store.merge import merge
 from rollouts.store.shards import CONTENT
 from rollouts.store.store import Store
@@ -148,7 +148,7 @@ def test_what_differs_is_named_and_nothing_is_changed(two, change, message):
 def other_table(store: Store) -> None:
     manifest = store.path / "scores" / "scripted" / "manifest.json"
     changed = json.loads(manifest.read_text().replace('"kind": "', '"kind": "other '))
-    manifest.write_text(json.dumps(sealed(changed)))
+    write_sealed(manifest, changed)
 
 
 def other_question(store: Store) -> None:

@@ -19,9 +19,10 @@ from test_safety import MoodyWriter, grow, rows_of, truncate
 from rollouts.__main__ import main
 from rollouts.cli.generate import run_grading, run_scoring
 from rollouts.errors import BackendError, ConfigError, StoreError
-from rollouts.files.sealed import sealed
+from rollouts.files.atomic import write_atomically
+from rollouts.files.parquet import write_parquet
+from rollouts.files.sealed import write_sealed
 from rollouts.scoring.base import Failed
-from rollouts.store.files import write_atomically, write_parquet
 from rollouts.store.rows import Rows
 from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
@@ -276,7 +277,7 @@ def test_a_store_with_grades_of_older_rules_says_what_to_do(tmp_path, capsys):
     file = store.path / "grades" / "exact" / "manifest.json"
     manifest = json.loads(file.read_text())
     manifest["process"]["rules"] = 1
-    file.write_text(json.dumps(sealed(manifest)))
+    write_sealed(file, manifest)
     assert main(["grade", str(store.path)]) == 2
     told = capsys.readouterr().err
     assert "rules is 1 there and 2 here" in told and f"Remove the folder {file.parent}" in told

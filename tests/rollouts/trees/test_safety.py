@@ -25,7 +25,7 @@ from test_trees import PROBLEMS, all_steps, finish, grow
 from rollouts.__main__ import main
 from rollouts.cli.generate import Generate
 from rollouts.errors import BackendError, StoreError
-from rollouts.files.sealed import sealed
+from rollouts.files.sealed import write_sealed
 from rollouts.store.store import Store
 from rollouts.tasks.answers import final_answer
 from rollouts.text.steps import LARGE, ROLES, SMALL, Step, StopReason, solution_text
@@ -356,7 +356,7 @@ def test_another_process_is_refused_and_the_fields_are_named(store):
         Store.create(store.path, process(2))
     manifest = json.loads((store.path / "manifest.json").read_text())
     manifest["schema_version"] = 99
-    (store.path / "manifest.json").write_text(json.dumps(sealed(manifest)))
+    write_sealed(store.path / "manifest.json", manifest)
     with pytest.raises(StoreError, match="99"):
         Store(store.path)
     (store.path / "manifest.json").write_text("{")

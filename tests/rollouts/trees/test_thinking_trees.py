@@ -12,7 +12,7 @@ from made_stores import PROBLEMS, ScriptedScorer, finished, grown
 from scripted_thinking import ThinkingWriter, splitting
 
 from rollouts.errors import ConfigError, StoreError
-from rollouts.files.sealed import sealed
+from rollouts.files.sealed import write_sealed
 from rollouts.store.store import Store
 from rollouts.tasks.answers import final_answer
 from rollouts.text.splitting import BLANK_LINE
@@ -140,7 +140,7 @@ def test_a_splitting_of_a_later_version_is_named(tmp_path):
     file = store.path / "manifest.json"
     manifest = json.loads(file.read_text())
     manifest["process"]["splitting"]["version"] = 7
-    file.write_text(json.dumps(sealed(manifest)))
+    write_sealed(file, manifest)
     with pytest.raises(ConfigError, match="version 7"):
         compile_store(Store(store.path), cache=False)
 

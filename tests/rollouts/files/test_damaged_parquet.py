@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rollouts.errors import StoreError
-from rollouts.store.files import open_parquet, reading, write_parquet
+from rollouts.files.parquet import open_parquet, write_parquet
+from rollouts.files.sealed import refusing_damage
 from rollouts.store.store import Store
 from rollouts.tasks.problems import Problem
 from tests.support.made_stores import grown
@@ -70,5 +71,5 @@ def test_any_reader_of_parquet_reads_them_and_files_of_others_are_read(tmp_path)
 def test_what_is_no_parquet_file_is_named(tmp_path, content):
     file = tmp_path / "x.parquet"
     file.write_bytes(content)
-    with pytest.raises(StoreError, match="x.parquet: unreadable"), reading(file):
+    with pytest.raises(StoreError, match="x.parquet: damaged file"), refusing_damage(file, StoreError, "file", ""):
         open_parquet(file)

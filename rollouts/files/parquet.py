@@ -1,39 +1,20 @@
-"""Files that are written whole or not at all, and Parquet files of which no byte can change unnoticed."""
+"""Parquet files of which no byte can change unnoticed."""
 
 from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rollouts.errors import StoreError
+from rollouts.files.atomic import write_atomically
 
 _TAIL = 8  # bytes at the end of Parquet files: the length of the footer before them, and a mark
 _MARK = b"TRIM"  # before the footer, with its checksum: Parquet has one for its pages alone
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call ``write(temporary)``, flush it to the disk and rename it to `path`."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def write_parquet(path: Path, schema: pa.Schema, parts: Iterable[pa.Table], group_rows: int | None = None) -> None:
@@ -67,7 +48,7 @@ def _checked(footer: bytes) -> bytes:
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """Open a Parquet file whose pages are checked as they are read; within `reading`.
+    """Open a Parquet file whose pages are checked as they are read; within `refusing_damage`.
 
     Raises:
         ArrowInvalid: The footer is not the one that was written, as files of `write_parquet` tell.
@@ -79,13 +60,3 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     if before.startswith(_MARK) and before != _checked(footer):
         raise pa.ArrowInvalid("the checksum of the footer is another")
     return pq.ParquetFile(path, page_checksum_verification=True)
-
-
-@contextmanager
-def reading(path: Path, remedy: str = "") -> Iterator[None]:
-    """Name the file whose bytes cannot be read: Arrow has many errors for them."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError, MemoryError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:160]
-        raise StoreError(f"{path}: unreadable ({reason}).{remedy}") from error
