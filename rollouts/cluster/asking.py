@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack
+from itertools import count
 from typing import Any, Self
 
 from rollouts.cluster.pool import Cluster, Hand, Pool, Tell
@@ -31,8 +32,7 @@ class Asking(Pool):
         self._on_step = on_step
         self._waiting: deque[tuple[int, str, tuple[Any, ...]]] = deque()
         self._futures: dict[int, Future[Any]] = {}
-        self._asked = 0
-        self._lock = threading.Lock()
+        self._numbers = count()
         self._failure: Exception | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -59,13 +59,11 @@ class Asking(Pool):
 
     def submit(self, target: str, *arguments: Any) -> Future[Any]:
         """Ask what workers know by that name."""
-        future: Future[Any] = Future()
-        with self._lock:
-            if self._failure is not None:
-                raise self._failure
-            self._futures[self._asked] = future
-            self._waiting.append((self._asked, target, arguments))
-            self._asked += 1
+        number, future = next(self._numbers), Future[Any]()
+        self._futures[number] = future
+        if self._failure is not None:  # looked at when the thread, which ends with it, may find the future
+            raise self._failure
+        self._waiting.append((number, target, arguments))
         return future
 
     def _run(self) -> None:
@@ -73,17 +71,14 @@ class Asking(Pool):
             while not self._closing:
                 self.step()
         except Exception as error:
-            with self._lock:
-                self._failure = error
-            for future in self._futures.values():
+            self._failure = error
+            for future in list(self._futures.values()):
                 future.set_exception(error)
 
     def orders(self, hand: Hand) -> Orders | None:
         """Lend a fair part of the requests that wait."""
-        with self._lock:
-            fair = -(-len(self._waiting) // self.cluster.workers)
-            most = min(fair, IN_FLIGHT - len(hand.lent))
-            items = [self._waiting.popleft() for _ in range(most)]
+        fair = -(-len(self._waiting) // self.cluster.workers)
+        items = [self._waiting.popleft() for _ in range(min(fair, IN_FLIGHT - len(hand.lent)))]
         hand.lent.update((item[0], item) for item in items)
         return Orders(items) if hand.lent else None
 
@@ -91,8 +86,7 @@ class Asking(Pool):
         """Pass answers on."""
         for number, answer in report.answers:
             del hand.lent[number]
-            with self._lock:
-                future = self._futures.pop(number)
+            future = self._futures.pop(number)
             if not future.set_running_or_notify_cancel():
                 continue
             if isinstance(answer, BaseException):
@@ -103,8 +97,7 @@ class Asking(Pool):
 
     def lost(self, hand: Hand) -> None:
         """Lend its requests again."""
-        with self._lock:
-            self._waiting.extendleft(reversed(hand.lent.values()))
+        self._waiting.extendleft(reversed(hand.lent.values()))
 
 
 class RemoteScorer:
@@ -139,18 +132,12 @@ class RemoteGrader(AbstractContextManager["RemoteGrader"]):
 
     def __init__(self, cluster: Cluster, store: Store, grader: Grader, made_by: str, on_step: Tell) -> None:
         """Take the grader of this machine, and the name that workers make theirs by."""
-        self.name, self._grader = grader.name, grader
-        self._made = Asking(cluster, store, cluster.job(store, grader=made_by), on_step)
-        self._stack = ExitStack()
-        self._pool: Asking | None = None
-
-    def describe(self) -> Mapping[str, Any]:
-        """Return what decides the grades."""
-        return self._grader.describe()
+        self.name, self.describe = grader.name, grader.describe
+        self._pool, self._stack = Asking(cluster, store, cluster.job(store, grader=made_by), on_step), ExitStack()
 
     def grade_many(self, pairs: Sequence[tuple[str, str]], workers: int = 1) -> list[Grade]:
         """Return the grades of pairs of answer and solution."""
-        pool = self._pool = self._pool or self._stack.enter_context(self._made)
+        pool = self._pool if self._pool.hands else self._stack.enter_context(self._pool)
         if (there := pool.facts["grader"]) != (here := {"name": self.name, **self.describe()}):
             raise ConfigError(f"Workers have another grader: {there} there, {here} here.")
         portions = [list(pairs[start : start + _PAIRS]) for start in range(0, len(pairs), _PAIRS)]

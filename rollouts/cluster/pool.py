@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -184,7 +185,7 @@ class Pool(ABC):
         self._opened = False
         self._losses = 0  # without anything done in between
         self._lost_with: Counter[Any] = Counter()  # workers, by the key of what they had been lent
-        self._number = 0
+        self._numbers = count()
         self._next_start = store.next_start()
         self._began = 0.0
 
@@ -235,8 +236,7 @@ class Pool(ABC):
         # Never `max_restarts`: Ray would construct it again with the seeds that it had.
         options = {"num_cpus": 1, "num_gpus": self.job.gpus, "max_restarts": 0, "max_task_retries": 0}
         made = self.cluster.ray.remote(Worker).options(scheduling_strategy="SPREAD", **options).remote()
-        self.hands.append(Hand(self._number, made, pending=made.about.remote()))
-        self._number += 1
+        self.hands.append(Hand(next(self._numbers), made, pending=made.about.remote()))
 
     def step(self) -> None:
         """Send orders to whoever has none, wait a little for news, and take them.
@@ -283,10 +283,9 @@ class Pool(ABC):
 
     def _introduced(self, hand: Hand, about: Mapping[str, Any]) -> None:
         if about["package"] != (here := package()):
-            raise ConfigError(
-                f"Worker {hand.number} has another trim-routing: {_told(about['package'])} there, {_told(here)} here. "
-                "Install the same on all machines."
-            )
+            there, here_is = map("{version} ({sources})".format_map, (about["package"], here))
+            raise ConfigError(f"Worker {hand.number} has another trim-routing: {there} there, {here_is} here. Install "
+                              "the same on all machines.")  # fmt: skip
         if about["niceness"] > os.nice(0) and not self._opened:
             self.cluster.tell(f"Workers run with niceness {about['niceness']}: engines there wait for whatever else "
                               "runs. Start Ray with RAY_worker_niceness=0 in its environment.")  # fmt: skip
@@ -334,21 +333,17 @@ class Pool(ABC):
         """Return the sum of what all workers have reported, lost ones included."""
         return sum((of(hand.report) for hand in self.hands), Counter(of(self.gone)))
 
-    def _free(self) -> str:
-        """Say what of the cluster is free, where workers wait for it."""
-        there, free = self.cluster.ray.cluster_resources(), self.cluster.ray.available_resources()
-        kinds = {"core": "CPU", **({"GPU": "GPU"} if self.job.gpus else {})}
-        told = [f"{free.get(key, 0):g} of {_counted(there.get(key, 0), noun)}" for noun, key in kinds.items()]
-        return f"; free are {' and '.join(told)}"
-
     def note(self) -> str:
         """Say how many workers there are and what each does in a second."""
         rates = sorted((hand.rate for hand in self.hands if hand.state in ("working", "ended")), reverse=True)
         said = f"{len(rates)} of {self.cluster.workers} workers"
         if not rates:
             needed = f"{said}: each takes a core" + (f" and {_counted(gpus, 'GPU')}" if (gpus := self.job.gpus) else "")
-            waits = all(hand.state == "starting" for hand in self.hands)
-            return needed + self._free() if waits and time.monotonic() > self._began + _SOON else needed
+            if time.monotonic() < self._began + _SOON or any(hand.state == "opening" for hand in self.hands):
+                return needed
+            free = self.cluster.ray.available_resources()
+            cores, gpus = free.get("CPU", 0.0), free.get("GPU", 0.0)
+            return f"{needed}; free are {_counted(cores, 'core')} and {_counted(gpus, 'GPU')}"
         shown = [f"{rate:.1f}" for rate in rates]
         listed = ", ".join(shown) if len(shown) <= _LISTED else f"{shown[-1]} to {shown[0]}"
         return f"{said}: {listed} {self.unit} a second"
@@ -356,10 +351,6 @@ class Pool(ABC):
 
 def _counted(number: float, noun: str) -> str:
     return f"{number:g} {noun}" + ("" if number == 1 else "s")
-
-
-def _told(about: Mapping[str, str]) -> str:
-    return f"{about['version']} ({about['sources']})"
 
 
 def _last_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -198,7 +198,8 @@ class Worker:
                 process = desk.manifest["process"]
                 desk.refuse_other(family.process(process["max_escalations"], labels=process["labels"]))
                 writers = {role: self._stack.enter_context(family.open(role, desk)) for role in ROLES}
-                targets = {role: partial(_write, writer) for role, writer in writers.items()}
+                for role, writer in writers.items():
+                    targets[role] = lambda prefix, whole, ask=writer.submit: ask(prefix, whole=whole)
             if job.scores is not None:
                 scorer = self._stack.enter_context(family.scoring(job.scores, desk, writers))
                 targets[SCORER] = partial(submitted, scorer)
@@ -234,10 +235,6 @@ def facts_of(scorer: Scorer) -> dict[str, Any]:
         "roles": roles_of(scorer),
         "process": dict(scorer.process()),
     }
-
-
-def _write(writer: StepWriter, prefix: Any, whole: bool) -> Future[Any]:
-    return writer.submit(prefix, whole=whole)
 
 
 class _Outbox(StepBuffer):
@@ -337,9 +334,8 @@ class _Answering:
         found = Report(spent=Counter(getattr(self._scorer, "spent", {})))
         while not self._came.empty():
             number, future = self._came.get()
-            result = CancelledError() if future.cancelled() else future.exception() or future.result()
-            if isinstance(result, CancelledError):
-                result = BackendError("a request was dropped")
+            dropped = BackendError("a request was dropped")
+            result = dropped if future.cancelled() else future.exception() or future.result()
             if isinstance(result, BackendError):
                 found.error = result  # others can answer it
             else:

@@ -96,11 +96,8 @@ class Threads:
     def nodes(self) -> list[dict[str, Any]]:
         return [{"Alive": True, "Resources": each} for each in self.machines]
 
-    def cluster_resources(self) -> dict[str, float]:
-        return dict(sum(map(Counter, self.machines), Counter()))
-
     def available_resources(self) -> dict[str, float]:
-        return {name: each - self.taken.get(name, 0) for name, each in self.cluster_resources().items()}
+        return dict(sum(map(Counter, self.machines), Counter()) - Counter(self.taken))
 
     def kill(self, actor: Actor) -> None:
         actor.die()

@@ -409,7 +409,7 @@ def test_what_workers_wait_for_is_said(cluster, ray, tmp_path, monkeypatch):
     Pool.__enter__(pool)
     assert pool.note() == "0 of 2 workers: each takes a core and 2 GPUs"
     monkeypatch.setattr(pools, "_SOON", -1.0)
-    assert pool.note().endswith("and 2 GPUs; free are 8 of 8 cores and 1 of 4 GPUs")
+    assert pool.note().endswith("and 2 GPUs; free are 8 cores and 1 GPU")
     pool.hands[0].state = "opening"
     assert pool.note() == "0 of 2 workers: each takes a core and 2 GPUs"
 
