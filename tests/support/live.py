@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
+from rollouts.family import Family
 from rollouts.models.stepwise import StepWriter
 from rollouts.scoring.base import Scorer, score_paths
-from rollouts.tasks.grading import Grader
+from rollouts.store.store import Store
+from rollouts.tasks.grading import Grader, make_grader
 from rollouts.tasks.problems import Problem
 from rollouts.text.steps import Prefix, Step
+from rollouts.trees.annotate import grade_store, score_store
+from rollouts.trees.grow import Grower, StepBuffer, load_trees
+
+
+def fill(
+    path: Path,
+    family: Family,
+    problems: Sequence[Problem],
+    writers: Mapping[str, StepWriter],
+    scorer: Scorer,
+    replicas: int,
+    cap: int | None,
+) -> Store:
+    """Make a store of what models write, with scores and grades: what live episodes are compared with."""
+    store = Store.create(path, family.process(cap))
+    store.add_problems(problems)
+    Grower(writers, StepBuffer(store.steps)).run(load_trees(store, problems, replicas, cap))
+    score_store(store, scorer)
+    grade_store(store, make_grader("exact"))
+    return store
 
 
 def next_steps(writer: StepWriter, prefixes: Sequence[Prefix]) -> list[Step]:

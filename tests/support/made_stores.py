@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from handmade import ScriptedScorer, ScriptedWriter, problem, process
 
+from rollouts.store.shards import KEY, Table
 from rollouts.store.store import Store
 from rollouts.tasks.answers import final_answer
 from rollouts.tasks.grading import make_grader
@@ -51,6 +53,17 @@ def grown(path, max_escalations=None, replicas=2, kind=ScriptedWriter, problems=
     trees = load_trees(store, problems, replicas, max_escalations)
     Grower(writers(kind), StepBuffer(store.steps)).run(trees)
     return store
+
+
+def rows_of(table: Table) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Return the rows of a table by what they are about; none may be there twice, in whatever shards."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for part in table.read():
+        for row in part.to_pylist():
+            key = tuple(row[name] for name in KEY)
+            assert key not in found, f"{key} twice"
+            found[key] = row
+    return found
 
 
 def finished(path, max_escalations=None, grader="exact", **options) -> Store:

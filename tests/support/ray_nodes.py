@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import made_stores
 import psutil
 from fake_server import FakeServer
 
@@ -168,16 +169,11 @@ class LengthScorer:
         return {"rule": "length"}
 
 
-def rows_of(path: Path, table: str = "steps") -> dict[Any, Any]:
-    """Return the rows of a table by key; none may be there twice, in whatever shards."""
-    store, found = Store(path), dict[Any, Any]()
+def rows_of(path: Path, name: str = "steps") -> dict[Any, Any]:
+    """Return the rows of a store's table by key; none if it has no such table."""
+    store = Store(path)
     tables = {str(each.directory.relative_to(store.path)): each for each in store.tables()}
-    for part in tables[table].read() if table in tables else ():
-        for row in part.to_pylist():
-            key = tuple(row[name] for name in tables[table].key)
-            assert key not in found, f"{key} twice"
-            found[key] = row
-    return found
+    return made_stores.rows_of(tables[name]) if name in tables else {}
 
 
 def prompts_of(path: Path, server: StepServer) -> set[tuple[str, tuple[int, ...]]]:

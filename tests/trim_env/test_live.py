@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from concurrent.futures import Future
 from dataclasses import replace
@@ -10,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from handmade import ScriptedScorer, ScriptedWriter, Statistician, TellingWriter, process
-from made_stores import PROBLEMS, HorizonWriter, finished, grown, rollout, same, writers
+from made_stores import PROBLEMS, HorizonWriter, finished, grown, rollout, rows_of, same, writers
 
 from rollouts.errors import BackendError, ConfigError, StoreError
 from rollouts.store.store import Store, locate
@@ -65,13 +64,6 @@ def empty(path, max_escalations=None) -> Store:
     store = Store.create(path, process(max_escalations))
     store.add_problems(PROBLEMS)
     return store
-
-
-def rows(table):
-    found = list(itertools.chain.from_iterable(part.to_pylist() for part in table.read()))
-    keyed = {(row["problem"], row["replica"], row["prefix"], row["role"]): row for row in found}
-    assert len(keyed) == len(found)
-    return keyed
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +135,7 @@ def test_an_almost_empty_store_is_filled_once(tmp_path, closed, memory):
     assert env.generated == store.steps.keys().num_rows
     assert len({item[:4] for item in asked}) == len(asked) > 20
     assert not verify_store(store).problems
-    steps = rows(store.steps)
+    steps = rows_of(store.steps)
     nodes = texts_of_nodes(steps)
     for (name, replica, prefix, role), row in steps.items():
         step = who[role].step(Prefix(name, "", replica, (), 0), nodes[name, prefix])
@@ -210,7 +202,7 @@ def test_identical_steps_of_both_models_are_scored_once(tmp_path):
     env = LiveVectorEnv(store.path, writers(), scorer, split=None, num_envs=32)
     rollout(env, 30, seed=0)
     env.close()
-    scores, steps = rows(store.scores("scripted")), rows(store.steps)
+    scores, steps = rows_of(store.scores("scripted")), rows_of(store.steps)
     assert scores.keys() == steps.keys()
     twins = [key for key in steps if key[3] == LARGE and steps[*key[:3], SMALL]["text"] == steps[key]["text"]]
     assert twins and all(scores[key]["score"] == scores[*key[:3], SMALL]["score"] for key in twins)
@@ -222,11 +214,13 @@ def test_problems_without_trees_get_as_many_replicas_as_asked_for(tmp_path):
     env = LiveVectorEnv(store.path, writers(), ScriptedScorer(), num_envs=200, replicas=3)
     env.reset(seed=0)
     env.close()
-    assert {key[:2] for key in rows(store.steps)} == {(f"p{i}", replica) for i in range(5) for replica in range(3)}
-    assert all(row["role"] == SMALL for row in rows(store.steps).values())  # K is None: only what is reached
-    assert rows(store.scores("scripted")).keys() == rows(store.steps).keys()  # beyond what has been looked at, too
-    ends = {key for key, row in rows(store.steps).items() if row["terminal"]}
-    assert rows(store.grades("exact")).keys() == ends
+    assert {key[:2] for key in rows_of(store.steps)} == {(f"p{i}", replica) for i in range(5) for replica in range(3)}
+    assert all(row["role"] == SMALL for row in rows_of(store.steps).values())  # K is None: only what is reached
+    assert (
+        rows_of(store.scores("scripted")).keys() == rows_of(store.steps).keys()
+    )  # beyond what has been looked at, too
+    ends = {key for key, row in rows_of(store.steps).items() if row["terminal"]}
+    assert rows_of(store.grades("exact")).keys() == ends
 
 
 # ---------------------------------------------------------------- batches
@@ -330,7 +324,7 @@ def test_what_was_made_before_a_model_failed_is_kept(tmp_path, who, late, closed
             assert "gone" in str(error)
             with pytest.raises(ConfigError, match="reset"):
                 env.step(np.zeros(6))
-            now = rows(store.steps)  # before it is closed
+            now = rows_of(store.steps)  # before it is closed
             assert len(now) == len(before) + env.generated
             assert all(now[key] == value for key, value in before.items())
             before = now
@@ -428,7 +422,7 @@ def test_real_models(tmp_path):
         first = rollout(env, 12, seed=0)
         assert env.generated > 20
     assert not verify_store(store).problems
-    steps = rows(store.steps)
+    steps = rows_of(store.steps)
     assert all(row["label"] is not None for row in steps.values())
     assert (np.stack([seen[0] for seen in first])[:, :, 0] != 0).all()
     second = idle(store.path, num_envs=8, schema="agg")

@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -221,20 +219,6 @@ def test_sampling_filters():
     assert kept(top_p=0.6) == pytest.approx([2 / 3, 1 / 3, 0, 0])
     assert kept(top_p=0.4) == pytest.approx([1, 0, 0, 0])
     assert kept(min_p=0.25) == pytest.approx([value / 0.9 for value in (0.5, 0.25, 0.15)] + [0])
-
-
-def test_a_killed_process_fails_what_is_pending_and_names_the_role(generators, prompts):
-    """The last to use the engine."""
-    backend = generators("transformers")
-    futures = [backend.submit(CompletionRequest(prompts[0], 900, Sampling(2.0), (), seed)) for seed in range(300)]
-    os.kill(backend._process.pid, signal.SIGKILL)
-    with pytest.raises(BackendError, match="^small: .*exit code -9"):
-        futures[-1].result(timeout=30)
-    assert all(future.done() for future in futures)
-    with pytest.raises(BackendError, match="^small: "):
-        backend.submit(CompletionRequest(prompts[0], 5, GREEDY))
-    backend.close()
-    backend.close()
 
 
 class TestStarting:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
+from live import fill
 from thread_engine import in_threads
 
 from rollouts.config import embedded_family, parse_family
 from rollouts.family import Family
 from rollouts.scoring.base import self_test_examples
 from rollouts.store.store import Store
-from rollouts.tasks.grading import make_grader
-from rollouts.trees.annotate import grade_store, score_store
 from rollouts.trees.compile import compile_store
-from rollouts.trees.grow import Grower, StepBuffer, load_trees
 from rollouts.trees.stats import split_statistics
 
 pytestmark = pytest.mark.vllm
@@ -22,20 +20,11 @@ PROBLEMS = 60
 REPLICAS = 1
 
 
-def fill(path, family, problems, writers, scorer):
-    store = Store.create(path, family.process(1))
-    store.add_problems(problems)
-    Grower(writers, StepBuffer(store.steps)).run(load_trees(store, problems, REPLICAS, 1))
-    score_store(store, scorer)
-    grade_store(store, make_grader("exact"))
-    return store
-
-
 def open_and_fill(path, family, problems):
     scratch = Store.create(path.with_suffix(".starts"), family.process(1))
     with family.open("small", scratch) as small, family.open("large", scratch) as large:
         with family.open_scorer(scratch) as scorer:
-            return fill(path, family, problems, {"small": small, "large": large}, scorer)
+            return fill(path, family, problems, {"small": small, "large": large}, scorer, REPLICAS, 1)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +42,7 @@ def test_three_backends_agree_within_noise(embedded, server_family, tmp_path):
     problems = embedded.problems[:PROBLEMS]
     examples = self_test_examples(problems)
     stores = {
-        "vllm": fill(tmp_path / "vllm", embedded.family, problems, embedded.writers, embedded.scorer),
+        "vllm": fill(tmp_path / "vllm", embedded.family, problems, embedded.writers, embedded.scorer, REPLICAS, 1),
         "server": open_and_fill(tmp_path / "server", Family(server_family, seed=1, examples=examples), problems),
     }
     with in_threads():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_server import EngineServer
-from live import run_live
+from live import fill, run_live
 from reference_walk import walk
 from scipy import stats
 from thinking_models import MARKS, thinking_family
@@ -26,9 +26,8 @@ from rollouts.tasks.grading import make_grader
 from rollouts.tasks.problems import load_problems
 from rollouts.text.steps import CLOSE, LARGE, ROLES, Prefix
 from rollouts.tinymath import solution_steps
-from rollouts.trees.annotate import grade_store, score_store
 from rollouts.trees.compile import compile_store
-from rollouts.trees.grow import Grower, StepBuffer, load_trees
+from rollouts.trees.grow import load_trees
 from rollouts.trees.stats import store_statistics
 from rollouts.trees.verify import verify_store
 from trim_env.live import family_of
@@ -62,15 +61,6 @@ def served(folder: Path) -> Iterator[FamilyConfig]:
 
 def family_on(config: FamilyConfig) -> Family:
     return Family(config, seed=1, examples=self_test_examples(FEW))
-
-
-def fill(path: Path, family: Family, problems: Any, writers: Any, scorer: Any, replicas: int, cap: int | None) -> Store:
-    store = Store.create(path, family.process(cap))
-    store.add_problems(problems)
-    Grower(writers, StepBuffer(store.steps)).run(load_trees(store, problems, replicas, cap))
-    score_store(store, scorer)
-    grade_store(store, make_grader("exact"))
-    return store
 
 
 def opened(stack: ExitStack, family: Family, starts: Store) -> tuple[dict[str, Any], Any]:

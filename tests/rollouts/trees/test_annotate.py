@@ -13,8 +13,8 @@ from types import CodeType
 
 import pytest
 from handmade import ScriptedScorer, ScriptedWriter, problem
-from made_stores import grown
-from test_safety import MoodyWriter, grow, rows_of, truncate
+from made_stores import grown, rows_of
+from test_safety import MoodyWriter, grow, truncate
 
 from rollouts.__main__ import main
 from rollouts.cli.generate import run_grading, run_scoring

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import scripted_run
 from handmade import ScriptedScorer, ScriptedWriter, problem, process
+from made_stores import rows_of
 from rich.console import Console
 from test_trees import PROBLEMS, all_steps, finish, grow
 
@@ -36,17 +37,6 @@ from rollouts.trees.verify import verify_store
 
 ROOT = Path(__file__).parents[3]
 GENERATE = ["--problems", "tinymath:test", "--limit", "6", "--models", "tinymath:transformers", "--replicas", "2"]
-
-
-def rows_of(table) -> dict:
-    names = [name for name in table.schema.names]
-    rows = {}
-    for part in table.read():
-        for row in part.to_pylist():
-            key = (row["problem"], row["replica"], row["prefix"], row["role"])
-            assert key not in rows, f"duplicate {key}"
-            rows[key] = tuple(row[name] for name in names)
-    return rows
 
 
 def shards(folder: Path) -> int:

@@ -13,18 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from live import next_steps, run_live
+from live import fill, next_steps, run_live
 from reference_walk import walk
 from scipy import stats
 
 from rollouts.models.stepwise import Generation
 from rollouts.scoring.base import score_paths
-from rollouts.store.store import Store
 from rollouts.tasks.grading import make_grader
 from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix
-from rollouts.trees.annotate import grade_store, score_store
 from rollouts.trees.compile import compile_store
-from rollouts.trees.grow import Grower, StepBuffer, load_trees
+from rollouts.trees.grow import load_trees
 
 pytestmark = pytest.mark.vllm
 
@@ -76,19 +74,10 @@ def problems(embedded, size):
     return embedded.problems[: size.problems]
 
 
-def grow(path, embedded, writers, problems, replicas):
-    store = Store.create(path, embedded.family.process(None))
-    store.add_problems(problems)
-    Grower(writers, StepBuffer(store.steps)).run(load_trees(store, problems, replicas, None))
-    score_store(store, embedded.scorer)
-    grade_store(store, make_grader("exact"))
-    return store
-
-
 @pytest.fixture(scope="module")
 def store(embedded, size, problems, tmp_path_factory):
     path = tmp_path_factory.mktemp("true") / "store"
-    return grow(path, embedded, embedded.writers, problems, size.replicas)
+    return fill(path, embedded.family, problems, embedded.writers, embedded.scorer, size.replicas, None)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +161,8 @@ class SplicingWriter:
 def test_the_same_comparison_convicts_spliced_trees(embedded, size, problems, live, tmp_path):
     spliced = SplicingWriter(embedded.writers[LARGE], problems, size.replicas)
     writers = {SMALL: embedded.writers[SMALL], LARGE: spliced}
-    found = p_values(walked(grow(tmp_path / "store", embedded, writers, problems, size.replicas), size.replicas), live)
+    store = fill(tmp_path / "store", embedded.family, problems, writers, embedded.scorer, size.replicas, None)
+    found = p_values(walked(store, size.replicas), live)
     print(found)
     assert min(p for p, _ in found.values()) < LEVEL / len(found), found
 
