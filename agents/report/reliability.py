@@ -35,7 +35,7 @@ def reliability(
         scores: (n,) in [0, 1].
         right: (n,) whether what was scored is right.
         problem: (n,) position of its problem, 0..P-1.
-        weights: (S, P) bootstrap resamples of the problems.
+        weights: As of `agents.report.positions.positions`.
     """
     inside = np.minimum((BINS * scores).astype(int), BINS - 1)[:, None] == np.arange(BINS)
     counts, good = (by_problem(each, problem, weights.shape[1]) for each in (inside, inside & right[:, None]))
@@ -57,17 +57,10 @@ def reliability(
 def scorer_reliability(
     trees: Trees, small: Paths, problem: NDArray[np.integer[Any]], weights: Floats
 ) -> list[dict[str, Any]]:
-    """Return what `reliability` says of the scorer on the small model's own solutions.
+    """Return what `reliability` says of the scorer on the small model's own solutions, the paths of always-small.
 
-    Args:
-        trees: The trees.
-        small: Paths of always-small through R of them.
-        problem: (R,) position of each path's problem.
-        weights: (S, P) bootstrap resamples of the problems.
-
-    Returns:
-        Against exact labels of steps (where the trees have them), against the end of the solution, and the least score
-        of a solution against its end.
+    Against exact labels of steps (where the trees have them), against the end of the solution, and the least score of a
+    solution against its end.
     """
     path, at = np.nonzero(small.rows >= 0)
     rows = small.rows[path, at]

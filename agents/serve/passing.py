@@ -51,10 +51,6 @@ class Passed(UnderWay):
         self._deadline = asyncio.get_running_loop().time() + self.service.config.request_timeout
         try:
             return await self._answered()
-        except ApiError as error:
-            self._status = error.status
-            await self._stack.aclose()
-            raise
         except BaseException:
             await self._stack.aclose()
             raise
@@ -89,11 +85,14 @@ class Passed(UnderWay):
         """Give the events as they come, with the mark in the first that has data."""
         begun, marked = b"", False
         try:
-            async with self._in_time(self._deadline):
-                async for chunk in chunks:
-                    given, begun, marked = (chunk, b"", True) if marked else self._marked(begun + chunk)
-                    if given:
-                        yield given
+            while True:
+                async with self._in_time(self._deadline):  # not the client's
+                    chunk = await anext(chunks, None)
+                if chunk is None:
+                    break
+                given, begun, marked = (chunk, b"", True) if marked else self._marked(begun + chunk)
+                if given:
+                    yield given
             yield begun
             self._status = 200
         except TimeoutError:
