@@ -20,7 +20,7 @@ import numpy as np
 
 from agents.evaluation.bootstrap import Estimate, curve_estimates
 from agents.evaluation.curves import CPT_TARGETS, Curve, Method, References
-from agents.evaluation.outcomes import Floats, Outcomes
+from agents.evaluation.outcomes import Floats, Outcomes, combined
 from agents.evaluation.table import MIXING_MARK
 from rollouts.errors import DataError
 
@@ -108,8 +108,7 @@ def read_kept(file: Path) -> Any:
 
 def average(outcomes: Sequence[Outcomes]) -> Outcomes:
     """Average the outcomes of several routers problem by problem."""
-    columns = (np.mean([getattr(each, name) for each in outcomes], axis=0) for name in Outcomes.columns())
-    return Outcomes(outcomes[0].problem_ids, *columns)
+    return combined(outcomes, lambda *columns: np.mean(columns, axis=0))
 
 
 def heading(title: str, command: str) -> list[str]:

@@ -22,14 +22,7 @@ def _interval(each: Estimate, sign: int = 1) -> str:
 
 
 def difference(names: tuple[str, str], first: Method, second: Method, references: References, weights: Floats) -> str:
-    """Say what can be said about the cost at which two methods recover most of the gap.
-
-    Args:
-        names: Of the first and the second method.
-        first: The first method.
-        second: The second.
-        references: Always-small and always-large.
-        weights: (R, P) from `resample_weights`.
+    """Say what can be said about the cost at which two methods recover most of the gap, on (R, P) resamples.
 
     Raises:
         DataError: Points and references are not on the same problems.

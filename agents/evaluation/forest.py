@@ -97,30 +97,17 @@ class Forest:
         """Return (2, m, k) rewards of both actions in the m states of a level."""
         return self._solved[:, level, None] - self._cost[:, level, None] * lams
 
-    def gradient(self, escalate: Floats, lams: Floats) -> tuple[Floats, Floats, Floats]:
-        """Return mean expected returns, their derivatives with respect to the logits, and expected visits.
+    def passes(self, escalate: Floats, lams: Floats, now: Floats | None = None) -> tuple[Floats, Floats, Floats]:
+        """Return mean expected returns, expected visits, and what escalating returns more than continuing.
 
         Args:
             escalate: (n, k) probabilities of escalating of k policies.
             lams: (k,) λ of each.
+            now: (n, k) further rewards of states where the caps leave a choice.
 
         Returns:
-            (k,) means over trees, (n, k) derivatives, and (n, k) visits of states where the caps leave a choice, 0 of
-            others.
-        """
-        values, visits, gain = self.passes(escalate, lams)
-        slope = visits * escalate
-        slope *= 1 - escalate
-        slope *= gain
-        return values, slope, visits
-
-    def passes(self, escalate: Floats, lams: Floats, now: Floats | None = None) -> tuple[Floats, Floats, Floats]:
-        """Return means as of `gradient`, visits, and (n, k) what escalating returns more than continuing.
-
-        Args:
-            escalate: As of `gradient`.
-            lams: As of `gradient`.
-            now: (n, k) further rewards of states where the caps leave a choice.
+            (k,) means over trees, (n, k) visits of states where the caps leave a choice, 0 of others, and (n, k) gains.
+            With p of escalating, visits p (1 - p) gains are the derivatives with respect to the logits.
         """
         graph, (n, k) = self.graph, escalate.shape
         value, reach, gain = np.zeros((n + 1, k)), np.empty((n, k)), np.empty((n, k))
@@ -302,21 +289,17 @@ class Polynomial:
 
 
 def ascend(parts: Sequence[Forest], rule: Rule, lams: Sequence[float], parameters: Floats, entropy: float) -> Floats:
-    """Return parameters of a rule with a greater expected return.
+    """Return parameters of a rule that was made for some forests, with a greater mean return over k values of λ.
 
-    Args:
-        parts: The forests that the rule was made for.
-        rule: The rule.
-        lams: Its k values of λ; the mean of the returns under each is what rises.
-        parameters: To begin with.
-        entropy: Weight of the entropy of the decisions.
+    The entropy of the decisions, with its weight, counts as return.
     """
     prices = np.array(lams)
 
     def returned(part: int, forest: Forest, at: Floats) -> tuple[float, Floats]:
         logits, back = rule.logits(at, part)
         z, p, doubt = chances(logits)
-        value, slope, visits = forest.gradient(p, prices)
+        value, visits, gain = forest.passes(p, prices)
+        slope = visits * p * (1 - p) * gain
         slope -= entropy * visits * p * (1 - p) * z  # as if visits stayed: held-out returns differ by less than 0.001
         return float(value.sum() + entropy * (visits * doubt).sum()) / len(lams), back(slope) / len(lams)
 

@@ -182,15 +182,9 @@ def ascend(
     share: float,
     entropy: float,
 ) -> Floats:
-    """Return parameters with a greater expected return; see `agents.evaluation.forest.climb`.
+    """Return parameters of the rules of `HEADS`, one after the other, with a greater expected return.
 
-    Args:
-        parts: The forests, with the prices of asking.
-        rules: Those of `HEADS`.
-        lams: k values of λ.
-        parameters: Those of the rules, one after the other, to begin with.
-        share: Of the price that is paid.
-        entropy: Weight of the entropy of asking and deciding.
+    As of `agents.evaluation.forest.ascend`, where `share` of the price of asking is paid.
     """
     prices, cuts = np.array(lams), np.cumsum([len(rule.start) for rule in rules])[:-1]
 

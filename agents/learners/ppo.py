@@ -48,7 +48,7 @@ class PPOAgg:
             tables: Tables to train on, or those whose schema and caps `episodes` have.
             lam: λ, or its range.
             settings: Settings.
-            seed: Seed.
+            seed: Of all that is drawn.
             episodes: From ``num_envs`` and ``lam`` to the environment; default: that of the tables.
         """
         import torch

@@ -72,7 +72,7 @@ def enumerated(tables, lam, row, used=0, left=None):
 def test_the_value_is_what_the_walker_and_enumeration_expect(capped):
     some = replace(capped, indices=capped.indices[:40])
     forest = Forest(some)
-    (value,), _, _ = forest.gradient(drawn_in(some, forest)[:, None], np.array([LAM]))
+    (value,), _, _ = forest.passes(drawn_in(some, forest)[:, None], np.array([LAM]))
     walked = by_problem(some, run_trees(some, lambda rows, spent: drawn(some, rows, spent.left)))
     assert value == pytest.approx(walked.returns(LAM).mean(), abs=1e-12)
     assert value == pytest.approx(np.mean([enumerated(some, LAM, int(root)) for root in some.roots]), abs=1e-12)
@@ -83,14 +83,16 @@ def test_the_slope_is_that_of_finite_differences(capped):
     start = drawn_in(capped, forest)
     z = np.log(start / (1 - start))
     lams = np.array([LAM, 10 * LAM])  # two policies at once
-    _, slope, _ = forest.gradient(1 / (1 + np.exp(-np.stack([z, -z], axis=1))), lams)
+    p = 1 / (1 + np.exp(-np.stack([z, -z], axis=1)))
+    _, visits, gain = forest.passes(p, lams)
+    slope = visits * p * (1 - p) * gain
     assert slope.shape == (len(forest.graph.rows), 2) and len(slope) > 20
     for state in range(len(z)):
         ends = []
         for change in (1e-4, -1e-4):
             moved = np.stack([z, -z], axis=1)
             moved[state] += change
-            ends.append(forest.gradient(1 / (1 + np.exp(-moved)), lams)[0])
+            ends.append(forest.passes(1 / (1 + np.exp(-moved)), lams)[0])
         assert slope[state] == pytest.approx((ends[0] - ends[1]) / 2e-4, abs=1e-8)
     assert np.abs(slope).max() > 1e-4
     assert (slope[~forest.graph.open] == 0).all()
@@ -99,7 +101,7 @@ def test_the_slope_is_that_of_finite_differences(capped):
 def test_every_tree_is_ended_once_and_visits_are_choices(capped):
     forest = Forest(capped)
     escalate = drawn_in(capped, forest)
-    visits = forest.gradient(escalate[:, None], np.array([LAM]))[2][:, 0]
+    visits = forest.passes(escalate[:, None], np.array([LAM]))[1][:, 0]
     reach = forest.graph.reach(np.stack([1 - escalate, escalate], axis=1))
     assert reach[forest.graph.roots] == pytest.approx(1.0)
     assert reach[-1] == pytest.approx(forest.trees)  # every tree ends somewhere
@@ -191,7 +193,7 @@ def test_what_ascends_returns_more_and_entropy_keeps_it_soft(tables):
     found = {}
     for entropy in (1.0, 0.1, 0.001):
         z, _ = rule.logits(ascend([forest], rule, [LAM], rule.start, entropy))
-        found[entropy] = forest.gradient(1 / (1 + np.exp(-z)), np.array([LAM]))[0][0], np.abs(z).mean()
+        found[entropy] = forest.passes(1 / (1 + np.exp(-z)), np.array([LAM]))[0][0], np.abs(z).mean()
     returns, steepness = zip(*found.values(), strict=True)
     assert list(returns) == sorted(returns) and list(steepness) == sorted(steepness)
     rule = linear_rule(forest, "agg+/1", LAM, None)
