@@ -312,20 +312,16 @@ class ScorerConfig(_Section):
         for name in self.set_beyond("kind", "name", "model", "options", *_SCORERS.get(self.kind, ())):
             of = " or ".join(repr(kind) for kind, settings in _SCORERS.items() if name in settings)
             raise ValueError(f"`{name}` is for kind {of}")
-        if self.layout is not None:
-            self._check_layout(self.layout)
+        if self.layout not in (None, *LAYOUTS):
+            raise ValueError(f"layout should be one of the known ones.{did_you_mean(str(self.layout), LAYOUTS)}")
+        for name, having in (("step_tag", _TAGGED), ("system_prompt", _SPOKEN_TO)):
+            if getattr(self, name) is not None and self.layout not in (None, *having):
+                raise ValueError(f"layout {self.layout!r} has no `{name}`")
         if self.kind == "judge" and self.model is not None and self.model.backend != "server":
             raise ValueError("a judge is asked through backend 'server'; its [scorer.model] has another")
         if self.prompt is not None and not all(map(self.prompt.count, ("{question}", "{step}"))):
             raise ValueError("`prompt` needs {question} and {step}")
         return self
-
-    def _check_layout(self, layout: str) -> None:
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout should be one of the known ones.{did_you_mean(layout, LAYOUTS)}")
-        for name, having in (("step_tag", _TAGGED), ("system_prompt", _SPOKEN_TO)):
-            if getattr(self, name) is not None and layout not in having:
-                raise ValueError(f"layout {layout!r} has no `{name}`")
 
 
 class FamilyConfig(_Section):
@@ -426,13 +422,8 @@ def _explain(item: Any) -> str:
         key = str(item["loc"][-1])
         if key in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
             return f"{place}: penalties are refused, they make stepwise and whole-path generation differ"
-        known = {
-            *GeneratorConfig.model_fields,
-            *StepsConfig.model_fields,
-            *ScorerConfig.model_fields,
-            *FamilyConfig.model_fields,
-        }
-        known |= {field.name for section in (Sampling, Limits) for field in dataclasses.fields(section)}
+        sections = (FamilyConfig, ModelConfig, GeneratorConfig, ScorerConfig, StepsConfig, Sampling, Limits)
+        known = {name for section in sections for name in section.__annotations__}
         return f"{place}: unknown key.{did_you_mean(key, known)}"
     # URLs may hold passwords, and a whole section says nothing.
     hidden = item["type"] == "missing" or "url" in item["loc"] or isinstance(item["input"], dict)

@@ -19,6 +19,7 @@ from rollouts.models.base import Backend
 from rollouts.models.hf.load import native_window
 from rollouts.models.identity import identity, served
 from rollouts.models.open import open_backend
+from rollouts.models.server.chat import ChatWriter, step_request
 from rollouts.models.stepwise import StepModel, StepRules
 from rollouts.plugins import build_plugin, is_plugin
 from rollouts.scoring.base import EXAMPLES, Example, Scorer, self_test
@@ -30,7 +31,7 @@ from rollouts.scoring.verification import Verifier
 from rollouts.tasks.problems import Problem
 from rollouts.text.layouts import reward_layout
 from rollouts.text.likelihood import LOOKED_AT, STATISTICS, TOP
-from rollouts.text.prompts import PromptFormat, Reading, RewardLayout, has_room
+from rollouts.text.prompts import PromptFormat, Reading, RewardLayout, has_room, hash_of
 from rollouts.text.splitting import Marks, Splitting
 from rollouts.text.steps import DELIMITER, ROLES, SMALL
 from rollouts.text.tokenizer import load_tokenizer
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 _ROOM_BEYOND_SOLUTION = 2048
 _OLDEST = 3000  # days: no store that does not tell its date is older
 _NAMED = 5  # problems whose questions hold special tokens
+_ASKED_BY_CHAT = hash_of(step_request("question", ["One." + DELIMITER]))
+"""Hash of how a model that can only be asked by chat is asked."""
 
 
 class Family:
@@ -189,7 +192,7 @@ class Family:
                 "revision": model.revision,
                 "licence": model.licence,
                 "system_prompt": model.system_prompt,
-                "template_hash": self.prompts(role).template_hash if role in self._continuing else chat_template_hash(),
+                "template_hash": self.prompts(role).template_hash if role in self._continuing else _ASKED_BY_CHAT,
                 "sampling": asdict(model.sampling),
             }
         return described
@@ -199,8 +202,6 @@ class Family:
         """Load the model of ``small`` or ``large`` as a step writer, and record the start in the store."""
         model: GeneratorConfig = self.config.generator(role)
         if model.chat_only:
-            from rollouts.models.server.chat import ChatWriter
-
             with closing(ChatWriter(role, model, self.limits, self.fits)) as chat:
                 store.identify(role, served(chat.describe()))
                 self._record(store, {"role": role, **chat.describe()})
@@ -374,14 +375,6 @@ def refuse_other_thinking(store: Store, splitting: Splitting) -> None:
             f"The solutions of {store.path} {does}, those of the models file {here}: set split = "
             f"{store.splitting.steps.split!r} under [steps] there."
         )
-
-
-def chat_template_hash() -> str:
-    """Return the hash of how a chat-only model is asked; part of the manifest."""
-    from rollouts.models.server.chat import step_request
-
-    text = step_request("question", ["One." + DELIMITER])
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def table_name(name: str) -> str:

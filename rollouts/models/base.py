@@ -14,6 +14,8 @@ from rollouts.config import Sampling
 from rollouts.text.likelihood import Likelihood
 
 Finish = Literal["stop", "eos", "length", "failed"]
+UNPENALISED = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "n": 1}
+"""What every request says of penalties, which do not exist here (`Sampling`), and that one answer is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +63,7 @@ def drawing_fields(request: CompletionRequest) -> dict[str, Any]:
     """Return every field that changes a draw, as vLLM and its servers name them: unsent ones may be the model's own."""
     return {
         **asdict(request.sampling),
-        "repetition_penalty": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "n": 1,
+        **UNPENALISED,
         "min_tokens": 0,
         "ignore_eos": False,
         "stop": list(request.stop),

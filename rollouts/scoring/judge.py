@@ -15,7 +15,7 @@ from rollouts.config import ScorerConfig
 from rollouts.errors import RequestFailed
 from rollouts.models.identity import served
 from rollouts.models.server.http import Server, Servers
-from rollouts.models.server.judge import Terms, judge_payload, read_verdict_of, tells_logprobs
+from rollouts.models.server.judge import Terms, judge_payload, read_verdict_of
 from rollouts.scoring.base import Failed, Scores
 from rollouts.text.prompts import hash_of
 from rollouts.text.splitting import BLANK_LINE, Splitting
@@ -90,8 +90,8 @@ class JudgeScorer:
             return yielded is not None
 
         probe = judge_question(self._prompt, "What is 1 + 1?", ["1 + 1 = 2."])
-        tells, told = await server.chat(lambda: self._payload(probe), tells_logprobs, adapt)
-        return {**told, "logprobs": tells}
+        verdict, told = await server.chat(lambda: self._payload(probe), read_verdict_of, adapt)
+        return {**told, "logprobs": verdict.tells}
 
     def _payload(self, content: str) -> dict[str, Any]:
         asked = judge_payload(content, self._scorer.system_prompt, self._scorer.max_tokens, self.terms)

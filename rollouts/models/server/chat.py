@@ -10,6 +10,7 @@ from typing import Any
 
 from rollouts.config import GeneratorConfig, Limits, Sampling
 from rollouts.errors import BackendError, ConfigError, RequestFailed, did_you_mean
+from rollouts.models.base import UNPENALISED
 from rollouts.models.server.http import Server, Servers
 from rollouts.models.stepwise import Fits, Generation, close_step
 from rollouts.text.prompts import Turns, chat_messages
@@ -24,16 +25,7 @@ _SO_FAR = "Solution so far:\n{steps}\n\n"
 _PROBE = "Answer with the word OK."
 _PROBE_TOKENS = 16  # some APIs refuse less
 # A server that refuses one of these is not sent it, as long as the value wanted is the one it would use anyway.
-_NEUTRAL: dict[str, Any] = {
-    "top_k": 0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "n": 1,
-    "top_p": 1.0,
-    "temperature": 1.0,
-}
+_NEUTRAL: dict[str, Any] = {"top_k": 0, "min_p": 0.0, **UNPENALISED, "top_p": 1.0, "temperature": 1.0}
 _BEYOND_OPENAI = ("top_k", "min_p", "repetition_penalty")
 # Headings that name a step, a line of their own: "Step 4", "**Step 4: Add**", "### Step 4: Add".
 _HEADING = re.compile(

@@ -12,7 +12,7 @@ from typing import Any
 
 from rollouts.config import Sampling
 from rollouts.errors import BackendError
-from rollouts.models.base import Completion, CompletionRequest, Finish, LogprobRequest
+from rollouts.models.base import UNPENALISED, Completion, CompletionRequest, Finish, LogprobRequest
 from rollouts.models.server.wire import Send, Wire, room
 from rollouts.text.likelihood import TOP, Likelihood, top_entropy
 
@@ -180,10 +180,7 @@ class SGLang(Wire):
                 "top_k": sampling["top_k"] or -1,
                 "max_new_tokens": room(window, request),
                 "min_new_tokens": 0,
-                "repetition_penalty": 1.0,
-                "presence_penalty": 0.0,
-                "frequency_penalty": 0.0,
-                "n": 1,
+                **UNPENALISED,
                 "ignore_eos": False,
                 "stop": list(request.stop),
                 "no_stop_trim": True,

@@ -58,11 +58,13 @@ class Verdict:
         score: In [0, 1]; None if its answer says nothing.
         why: Why there is none.
         spent: Tokens of prompt and answer, hidden thoughts included.
+        tells: Whether the server told log-probabilities.
     """
 
     score: float | None
     why: str
     spent: tuple[int, int]
+    tells: bool
 
 
 def judge_payload(content: str, system_prompt: str | None, max_tokens: int, terms: Terms) -> dict[str, Any]:
@@ -86,13 +88,7 @@ def read_verdict_of(body: Any) -> Verdict:
     score = None if tokens is None else verdict_in("".join(token for token, _ in tokens), tokens, cut=cut)
     score = verdict_in(text, cut=cut) if score is None else score
     why = f"no verdict in {' '.join(text.split())[:_KEPT]!r}" + (", cut off by the limit of tokens" if cut else "")
-    return Verdict(score, "" if score is not None else why, spent)
-
-
-def tells_logprobs(body: Any) -> bool:
-    """Whether an answer holds log-probabilities; raises as `read_verdict_of` does."""
-    read_verdict_of(body)
-    return _told(body["choices"][0]) is not None
+    return Verdict(score, "" if score is not None else why, spent, tokens is not None)
 
 
 def _told(choice: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]] | None:
