@@ -85,7 +85,6 @@ def drawn(count: int, length: int, draw: np.random.Generator) -> dict[str, NDArr
     tokens = np.where(there, draw.poisson([18, 24], shape) + 2, 0)
     right, prefix = np.ones(shape[:2], bool), np.zeros(shape[:2], np.int32)
     score = np.full(shape, np.nan)
-    least, whole = np.ones(shape[:2]), np.ones(shape[:2])
     for number in range(len(words)):
         for action in (0, 1):
             if not there[number, action]:
@@ -95,8 +94,6 @@ def drawn(count: int, length: int, draw: np.random.Generator) -> dict[str, NDArr
             score[:, number, action] = told
             if (after := child[number, action]) >= 0:
                 right[:, after], prefix[:, after] = good, prefix[:, number] + tokens[:, number, action]
-                least[:, after] = np.minimum(least[:, number], told)
-                whole[:, after] = whole[:, number] * told
     ends = np.broadcast_to(child == TERMINAL, shape)
     return {
         "child": np.broadcast_to(child, shape), "tokens": tokens, "accepted_tokens": tokens,
@@ -105,7 +102,6 @@ def drawn(count: int, length: int, draw: np.random.Generator) -> dict[str, NDArr
         "stop_reason": np.broadcast_to(np.where(there, 0, -1), shape),
         "has_answer": ends, "label": np.where(there, step, -1),
         "depth": np.broadcast_to([len(word) for word in words], shape[:2]),
-        "min_score": least, "product_score": whole,
     }  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def damaged(trees: Trees, kind: str, level: float, seed: int = 0) -> Trees:
         score = np.where((rng.random(len(trees.root)) < level)[trees.tree, None], _before(trees, score), score)
     same = (trees.child[:, 0] == trees.child[:, 1]) & (trees.child[:, 0] >= 0)
     score[same, ESCALATE_LARGE] = score[same, CONTINUE_SMALL]  # one text, one score
-    return _followed(replace(trees, score=score))
+    return replace(trees, score=score)
 
 
 def _shuffled(trees: Trees, score: NDArray[np.float32], level: float, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -81,20 +81,6 @@ def _before(trees: Trees, score: NDArray[np.float32]) -> NDArray[np.float32]:
         going = trees.child[:, action] >= 0
         found[trees.child[going, action], 0] = score[going, action]
     return found
-
-
-def _followed(trees: Trees) -> Trees:
-    """Compute least score and product of the accepted steps anew, parents before children."""
-    least, product_score = np.ones(trees.nodes, np.float32), np.ones(trees.nodes, np.float32)
-    for depth in range(int(trees.depth.max()) + 1):
-        rows = np.flatnonzero(trees.depth == depth)
-        for action in (ESCALATE_LARGE, CONTINUE_SMALL):  # the small model's last: it counts where both wrote one text
-            child = trees.child[rows, action]
-            going = child >= 0
-            parents, own = rows[going], trees.score[rows[going], action]
-            least[child[going]] = np.minimum(least[parents], own)
-            product_score[child[going]] = product_score[parents] * own
-    return replace(trees, min_score=least, product_score=product_score)
 
 
 @dataclass(frozen=True)

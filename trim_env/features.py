@@ -33,6 +33,7 @@ from rollouts.trees.columns import COLUMNS, FACTS, FOLDS, Columns, Fold, fold_na
 Floats = NDArray[np.float64]
 _CLIP = 1e-4  # scores are clipped to [1e-4, 1 - 1e-4] before the logit: PRM scores pile up at 0 and 1
 _TYPICAL_TOKENS = 20.0
+_ROUNDED = 1e-6  # by which float32 probabilities may lie beyond 0 and 1
 _TOLD = ("score", "tokens")  # of accepted steps, in schemas with a history
 _NATS = (1e-4, 1e3)  # log-probabilities and entropies are clipped to this size before their logarithm
 
@@ -330,6 +331,22 @@ def lam_feature(lam: Floats | float) -> NDArray[np.float32]:
 
 
 LAM_BOUND = 6.0
+
+
+def probabilities(given: Any, count: int) -> NDArray[np.float64]:
+    """Return what a router gave for so many decisions: (count,) probabilities of escalating.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    found = np.asarray(given, np.float64)
+    if found.shape != (count,) or not ((found >= -_ROUNDED) & (found <= 1 + _ROUNDED)).all():
+        told = f", with values from {found.min():g} to {found.max():g}" if found.size else ""
+        raise ConfigError(
+            f"A router gave an array of shape {found.shape} for {count} decisions{told}; expected the probability of "
+            "escalating for each."
+        )
+    return np.clip(found, 0, 1)
 
 
 def left_feature(left: NDArray[np.int64] | int, cap: int) -> NDArray[np.float32]:

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from rollouts.errors import ConfigError, StoreError
 from rollouts.text.steps import ROLES
 from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, MISSING, Graph
+from trim_env.features import probabilities
 from trim_env.tables import DecisionTables, Taken, missing
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-_ROUNDED = 1e-6  # by which float32 probabilities may lie beyond 0 and 1
 
 
 class Spent(NamedTuple):
@@ -111,13 +111,7 @@ def walk(tables: DecisionTables, decide: Decide, accept: Accept | None = None) -
     rows, spent = starts(tables)
     tree, mass = np.arange(len(rows)), np.ones(len(rows))
     while len(rows):
-        chance = np.asarray(decide(rows, spent), np.float64)
-        if chance.shape != rows.shape or not ((chance >= -_ROUNDED) & (chance <= 1 + _ROUNDED)).all():
-            raise ConfigError(
-                f"A router gave an array of shape {chance.shape} for {len(rows)} decisions, with values from "
-                f"{chance.min():g} to {chance.max():g}; expected the probability of escalating for each."
-            )
-        escalate = np.where(spent.open(tables), np.clip(chance, 0, 1), 0.0)
+        escalate = np.where(spent.open(tables), probabilities(decide(rows, spent), len(rows)), 0.0)
         share = np.concatenate([1 - escalate, escalate])
         likely = np.flatnonzero(share > 0)
         action, at = np.divmod(likely, len(rows))

@@ -15,7 +15,7 @@ from rollouts.errors import ConfigError, did_you_mean
 from rollouts.text.steps import ROLES, SMALL, Step, StopReason, closes_box
 from rollouts.trees.arrays import ASK, CONTINUE_SMALL, ESCALATE_LARGE
 from rollouts.trees.columns import FACTS, Folded, checked_signal, facts_of, is_signal
-from trim_env.features import Schema, left_feature, schema_named
+from trim_env.features import Schema, left_feature, probabilities, schema_named
 
 _ROWS = 16  # computed at once: few enough for NumPy to multiply on one thread; waking others takes longer
 _STATE = frozenset({"score", "tokens"})  # routers with a state are told of them
@@ -342,7 +342,7 @@ def _chances(sessions: list[Session], columns: list[dict[str, Any]]) -> Floats:
     """Return the (n,) probabilities of escalating, or `ASK`, in sessions of one router; those with a state go on."""
     first = sessions[0]
     if isinstance(first.router, QueryRouter):
-        return np.asarray(first.router.sends([each["question"] for each in columns]), np.float64)
+        return probabilities(first.router.sends([each["question"] for each in columns]), len(sessions))
     if len(columns) == 1:
         features = first._schema.single(columns[0])
     else:
@@ -354,13 +354,14 @@ def _chances(sessions: list[Session], columns: list[dict[str, Any]]) -> Floats:
     states = [session._state for session in sessions if session._state is not None]
     if isinstance(first.router, Asking):
         asks = [not session._told and session._may_escalate() for session in sessions]
-        return np.where(first.router.asks(features) & asks, ASK, first.router.probability(features))
+        told = probabilities(first.router.probability(features), len(sessions))
+        return np.where(first.router.asks(features) & asks, ASK, told)
     if not states:
-        return cast(Router, first.router).probability(features)
+        return probabilities(cast(Router, first.router).probability(features), len(sessions))
     chances, after = cast(StatefulRouter, first.router).decide(features, np.concatenate(states))
     for place, session in enumerate(sessions):
         session._state = after[place : place + 1]
-    return chances
+    return probabilities(chances, len(sessions))
 
 
 def _given(score: float | None, tokens: int | None) -> dict[str, float]:

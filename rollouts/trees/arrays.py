@@ -23,7 +23,7 @@ STOP_REASONS = tuple(StopReason)
 PART = 1 << 18  # most nodes that are worked on at once
 _PER_NODE = (
     *("child", "tokens", "accepted_tokens", "prompt_tokens", "score", "correct", "stop_reason", "has_answer", "label"),
-    *("tree", "depth", "min_score", "product_score", "text_end"),
+    *("tree", "depth", "text_end"),
 )
 
 
@@ -47,8 +47,6 @@ class Trees:
         label: (N, 2) int8: whether the step itself is right, where problems come with exact labels; else -1.
         tree: (N,) int32: tree of the node.
         depth: (N,) int16: accepted steps.
-        min_score: (N,) float32: least score of the accepted steps (1 at a root).
-        product_score: (N,) float32: product of the scores of the accepted steps (1 at a root).
         root: (R,) int32: row of the root.
         problem: (R,) int32: position in `problem_ids`.
         replica: (R,) int16.
@@ -72,8 +70,6 @@ class Trees:
     label: NDArray[np.int8]
     tree: NDArray[np.int32]
     depth: NDArray[np.int16]
-    min_score: NDArray[np.float32]
-    product_score: NDArray[np.float32]
     root: NDArray[np.int32]
     problem: NDArray[np.int32]
     replica: NDArray[np.int16]

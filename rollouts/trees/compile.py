@@ -31,23 +31,25 @@ from rollouts.trees.grow import load_trees
 from rollouts.trees.signals import Signals
 from rollouts.trees.tree import RolloutTree
 
-_FORMAT = 5  # of the compiled files
+_FORMAT = 6  # of the compiled files
 
 _TYPES = {  # of the arrays
     name: get_args(get_args(hint)[1])[0]
     for name, hint in get_type_hints(Trees).items()
     if get_origin(hint) is np.ndarray
 }
-_HASHED_ALONE = "prefix_tokens"  # tokens of the accepted steps: in the hash, which artefacts name, and in no array
+_HASHED_ALONE: dict[str, Any] = {  # of the accepted steps: in the hash, which artefacts name, and in no array
+    "prefix_tokens": np.int32, "min_score": np.float32, "product_score": np.float32,
+}  # fmt: skip
 
 
 def _row_of(names: str) -> np.dtype[np.void]:
-    return np.dtype([(name, (_TYPES | {_HASHED_ALONE: np.int32})[name]) for name in names.split()])
+    return np.dtype([(name, (_TYPES | _HASHED_ALONE)[name]) for name in names.split()])
 
 
 _PER_ACTION = _row_of("child tokens accepted_tokens prompt_tokens score correct stop_reason has_answer label text_end")
 _ABSENT = (MISSING, 0, 0, 0, np.nan, -1, -1, False, -1)  # all but where its text ends
-_PER_NODE = _row_of(f"tree depth {_HASHED_ALONE} min_score product_score")
+_PER_NODE = _row_of(f"tree depth {' '.join(_HASHED_ALONE)}")
 _PER_TREE = _row_of("root problem replica")
 _HASHED = {*_PER_ACTION.names, *_PER_NODE.names, *_PER_TREE.names} - {"text_end"}  # type: ignore[misc]
 _REASONS = {reason: place for place, reason in enumerate(STOP_REASONS)}
@@ -254,7 +256,8 @@ def _compile(store: Store, scorer: str, grader: str, folder: Path, on_progress: 
         values = np.load(folder / f"{name}.npy", mmap_mode="r")
         for start in range(0, len(values), _PART):
             digest.update(values[start : start + _PART].tobytes())
-    (folder / f"{_HASHED_ALONE}.npy").unlink()
+    for name in _HASHED_ALONE:
+        (folder / f"{name}.npy").unlink()
     for item in problems:
         digest.update(f"{item.id}|{item.split}\n".encode())
     meta = {

@@ -196,8 +196,6 @@ def made_trees(count=500, seed=0, depth=4, p_small=0.8, p_large=(0.99, 0.8), sal
         label=np.array(columns["label"], np.int8),
         tree=np.array(columns["tree"], np.int32),
         depth=np.array(columns["depth"], np.int16),
-        min_score=np.ones(nodes, np.float32),
-        product_score=np.ones(nodes, np.float32),
         root=np.array(root, np.int32),
         problem=np.arange(count, dtype=np.int32),
         replica=np.zeros(count, np.int16),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from made_stores import finished
 
+from agents.deploy.session import Session, decide_together
 from agents.evaluation.walk import run
 from agents.routers.base import Knob
 from rollouts.errors import ConfigError
@@ -72,7 +73,11 @@ def test_probabilities_of_routers(tables, answer):
             return answer(len(features))
 
     with pytest.raises(ConfigError, match="expected the probability of escalating for each"):
-        run(Odd(), tables)
+        run(odd := Odd(), tables)
+    sessions = [Session(odd, odd.knob, 16, (None, None), None) for _ in range(2)]
+    proposals = [{"score": 0.5, "tokens": 3, "terminal": False, "has_answer": False}] * 2
+    with pytest.raises(ConfigError, match="for 2 decisions, with values from .*expected the probability"):
+        decide_together(sessions, proposals)
 
 
 def test_settings_of_environments(tables):

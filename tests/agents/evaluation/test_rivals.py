@@ -15,6 +15,7 @@ from benchmarks.methods import Data
 from benchmarks.noise import damaged
 from benchmarks.paper import _after, _together
 from benchmarks.rivals import RIVALS, fitted, with_splits
+from rollouts.trees.columns import columns_of
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
@@ -47,11 +48,11 @@ def test_every_method_has_operating_points_that_validation_chose():
 def test_late_scores_are_those_of_the_step_before(trees):
     late = damaged(trees, "late", 1.0)
     assert (late.score[trees.root] == 1).all()
-    rows, actions = np.nonzero(trees.child >= 0)
+    rows, actions, least = *np.nonzero(trees.child >= 0), columns_of(late)["min_score"]
     for row, action in zip(rows[:500].tolist(), actions[:500].tolist(), strict=True):
         child = int(trees.child[row, action])
         assert (late.score[child] == trees.score[row, action]).all()
-        assert late.min_score[child] == min(late.min_score[row], late.score[row, action])
+        assert least[child] == min(least[row], late.score[row, action])
     some = damaged(trees, "late", 0.5)
     hit = (some.score != trees.score).any(axis=1)
     whole = [hit[trees.tree == tree] for tree in range(len(trees.root))]

@@ -113,7 +113,6 @@ def test_any_column_can_be_the_score(store, scorer, column):
         wanted = np.where(np.isnan(wanted), np.float32(1), wanted)
     wanted[trees.child == -2] = np.nan
     np.testing.assert_array_equal(trees.score, wanted)
-    np.testing.assert_array_equal(columns_of(trees)["min_score"], trees.min_score)
     assert trees.meta["scorer"] == scorer
 
 
