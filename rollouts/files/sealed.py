@@ -45,9 +45,9 @@ def read_sealed(file: Path) -> dict[str, Any]:
     values = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError("expected an object")
-    if values.get(_DIGEST, digest_of(values)) != digest_of(values):
+    found = digest_of(values)
+    if values.pop(_DIGEST, found) != found:
         raise ValueError("not what was written; if you changed it on purpose, take out its entry `digest`")
-    values.pop(_DIGEST, None)
     return values
 
 
