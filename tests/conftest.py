@@ -79,6 +79,11 @@ def pytest_collection() -> Generator[None, Any, Any]:
         gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """Libraries that count what is left at the end are not to find what was only frozen."""
+    gc.unfreeze()
+
+
 class ByFile(LoadScopeScheduling):
     """Keeps a file on one worker, and all files of vLLM on the same: each engine and server starts once.
 
