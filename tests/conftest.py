@@ -15,18 +15,19 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
 # Before torch is imported. There are more workers than cores: further threads of one wait for those of others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Until all modules are imported there is no garbage, and looking for it takes a quarter of the time.
-gc.disable()
-
 from thread_engine import engines_in_threads  # noqa: E402
 from vllm_server import vllm_servers  # noqa: E402
 
 __all__ = ["engines_in_threads", "vllm_servers"]
+# Machines are busy. What fails is printed so that it can be repeated.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
+settings.load_profile("busy")
 FIXTURE_LIMIT = 900  # seconds; `timeout` of pyproject.toml is that of a test without its fixtures
 
 
@@ -66,11 +67,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not needs_vllm(item.path))
 
 
-def pytest_collection_finish() -> None:
-    """Modules, classes and tests stay: no collection goes through them again."""
-    gc.collect()
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """What is imported stays: looking for garbage in it takes a quarter of the time that collecting does."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Libraries that count what is left at the end are not to find what was only frozen."""
+    gc.unfreeze()
 
 
 class ByFile(LoadScopeScheduling):

@@ -138,7 +138,7 @@ def test_a_cap_below_every_step_buys_nothing_but_is_paid(trees):
         assert last["masked"] == last["steps"] - 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cap=st.integers(1, 30), calls=st.integers(0, 3), seed=st.integers(0, 10**6), rate=st.floats(0, 1))
 def test_spending_never_exceeds_the_cap(trees, cap, calls, seed, rate):
     tables = decision_tables(trees, None, max_large_tokens=cap, max_escalations=calls)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from made_outcomes import level, outcomes, references
 
@@ -304,7 +304,6 @@ def test_spread_merges_candidates_that_cost_the_same_and_keeps_the_better():
     assert [knob for knob, _ in spread(candidates, level(0.8, 100))] == [2.0, 4.0]
 
 
-@settings(deadline=None)  # the first one imports scipy
 @given(st.lists(st.integers(0, 130), max_size=60), st.integers(1, 16))
 def test_spread_points_are_distinct_and_inside(percents, count):
     chosen = spread([(float(i), level(0.5, c)) for i, c in enumerate(percents)], level(0.8, 100), count)
@@ -314,7 +313,6 @@ def test_spread_points_are_distinct_and_inside(percents, count):
     assert all(0 < each < 100 for each in c)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 99), min_size=4, max_size=7, unique=True))
 def test_spread_is_the_nearest_assignment_there_is(percents):
     from itertools import permutations

@@ -60,7 +60,7 @@ TEXTS = st.lists(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("before", [(), ("b=2\n\n",), ("b=2\n</think>\n\n",)], ids=["start", "thinking", "answer"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=TEXTS)
 def test_a_step_is_the_first_of_the_whole_path(kind: str, before: tuple[str, ...], text: str) -> None:
     rules = KINDS[kind]

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rollouts.errors import ConfigError
@@ -290,7 +290,6 @@ _nearly = st.sampled_from(["0000001", "0000004", "0000006", "000002", "00001", "
 _variants = st.sampled_from(["{}", "{}", "0{}", "{}.0", "{}.00", "+{}", " {} ", "${}$"])
 
 
-@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_the_quick_way_agrees_with_math_verify_on_numbers(data):
     gold = data.draw(st.one_of(_integers, _decimals))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -87,7 +87,6 @@ def texts(steps: StepsConfig, pieces: Any, marks: tuple[str, str] = THINK) -> li
 
 @pytest.mark.parametrize("name", SPLITTINGS)
 @pytest.mark.parametrize("marks", [THINK, OTHER], ids=["think", "other"])
-@settings(deadline=None)
 @given(text=TEXTS)
 def test_steps_hold_all_words_of_a_text(name: str, marks: tuple[str, str], text: str) -> None:
     """Joined they are it, but for the white space of blank lines, and marks, which are all written in one way."""
@@ -99,7 +98,6 @@ def test_steps_hold_all_words_of_a_text(name: str, marks: tuple[str, str], text:
 
 
 @pytest.mark.parametrize("name", SPLITTINGS)
-@settings(deadline=None)
 @given(words=st.lists(st.sampled_from(["So 3.", "It is 2.", "Wait, no.", "a = 1", "b?"]), min_size=1, max_size=8),
        blanks=st.lists(st.sampled_from([" ", "\n", "\n\n"]), min_size=8, max_size=8),
        close=st.integers(0, 9))  # fmt: skip
@@ -113,7 +111,6 @@ def test_joined_steps_of_a_tidy_text_are_that_text(name: str, words: list[str], 
 
 @pytest.mark.parametrize("name", SPLITTINGS)
 @pytest.mark.parametrize("marks", [THINK, OTHER], ids=["think", "other"])
-@settings(deadline=None)
 @given(data=st.data(), text=TEXTS)
 def test_texts_are_cut_alike_however_they_come(name: str, marks: tuple[str, str], data: Any, text: str) -> None:
     """Pieces may end anywhere but within a step's end: what such a token has behind it is cut, as servers cut it."""
@@ -133,7 +130,6 @@ def test_texts_are_cut_alike_however_they_come(name: str, marks: tuple[str, str]
 
 
 @pytest.mark.parametrize("name", SPLITTINGS)
-@settings(deadline=None)
 @given(pieces=st.lists(PARTS, max_size=12))
 def test_every_token_belongs_to_one_step(name: str, pieces: list[str]) -> None:
     segments = cut(SPLITTINGS[name], pieces)

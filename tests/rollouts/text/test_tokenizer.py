@@ -72,7 +72,7 @@ def rendered(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> 
         return f"{type(error).__name__}: {error}"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(turns=MESSAGES, system=st.none() | TEXTS, ask=st.booleans(), think=st.booleans())
 def test_conversations_are_rendered_alike(
     both: tuple[Any, Any], turns: list[tuple[str, str]], system: str | None, ask: bool, think: bool
@@ -83,7 +83,7 @@ def test_conversations_are_rendered_alike(
     assert own == theirs
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=TEXTS)
 def test_texts_have_the_same_ids(both: tuple[Any, Any], text: str) -> None:
     own, theirs = both
