@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from rollouts.text.steps import LARGE, SMALL
 
@@ -131,7 +131,3 @@ class Metrics:
         """Count what a route has asked, and the tokens that were read for its answers."""
         self.questions.labels(model).inc(questions)
         self.question_tokens.labels(model).inc(tokens)
-
-    def text(self) -> bytes:
-        """Return everything in Prometheus' text format."""
-        return generate_latest(self.registry)

@@ -340,7 +340,7 @@ def test_the_large_model_tells_of_each_step_in_one_request() -> None:
     class Upstream:
         wire, window = Wire(), 100
 
-        async def post(self, path: str, body: Any, read: Any, about: str) -> Any:
+        async def post(self, path: str, body: Any, read: Any, lost: Any, about: str) -> Any:
             assert about == TASK.question
             rows = [None, *({str(token): {"logprob": -token / 10}} for token in body["prompt"][1:])]
             return read({"choices": [{"prompt_logprobs": rows}]})
