@@ -15,8 +15,8 @@ from agents.deploy.policy import Session
 from agents.routers.asking import Asking
 from agents.serve import tracing
 from agents.serve.config import Fallback
-from agents.serve.metrics import SCORER
-from agents.serve.models import Ledger, Models, Spent, Task
+from agents.serve.ledger import SCORER, Ledger, Spent
+from agents.serve.models import Models, Task
 from agents.serve.sources import Sources, Told
 from agents.serve.stops import StopText
 from agents.serve.upstreams import Unavailable

@@ -17,7 +17,8 @@ from agents.deploy.policy import Policy
 from agents.evaluation.walk import run_trees
 from agents.routers.asking import HEADS, Asking
 from agents.routers.base import Knob, Mixture, Threshold
-from agents.serve.models import Ledger, Models, Spent
+from agents.serve.ledger import Ledger, Spent
+from agents.serve.models import Models
 from agents.serve.route import Route, RouteFailed
 from agents.serve.sources import Sources, sources_of
 from agents.serve.upstreams import Unavailable
