@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import webbrowser
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 
 from rollouts.config import settings
@@ -52,22 +52,14 @@ def run(config: DemoConfig) -> int:
     from agents.serve.command import Server
     from agents.serve.config import ServeConfig
 
-    with socket.create_server((_HOST, 0)) as listening:
+    with socket.create_server((_HOST, 0)) as listening, ThreadPoolExecutor(1) as beside:
         url = f"http://{_HOST}:{listening.getsockname()[1]}"
         small, large, prm = ((f"{url}/{role}/v1",) for role in ("small", "large", "prm"))
         router = str(files("agents.demo") / "router")
         asked = ServeConfig(
             policy=router, small=small, large=large, prm=prm, port=port, budget=_BUDGET, playground=True
         )
-        made: Future[Server] = Future()
-
-        def make() -> None:
-            try:
-                made.set_result(Server(asked))
-            except BaseException as error:
-                made.set_exception(error)
-
-        threading.Thread(target=make, daemon=True).start()  # while the models are loaded
+        made = beside.submit(Server, asked)  # while the models are loaded
         with load() as backend, served(backend, listening):
             server = made.result()
             print(f"Ready after {time.monotonic() - began:.0f} s; Ctrl-C ends it.", flush=True)

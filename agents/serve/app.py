@@ -8,20 +8,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from http import HTTPStatus
 from typing import TypeVar
 
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
-from starlette.background import BackgroundTask
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from agents.serve import api, openapi, responses
 from agents.serve.api import ApiError, Chat, ChatRequest
 from agents.serve.guard import Guard, refusal
-from agents.serve.passing import Passed
+from agents.serve.passing import Passed, streaming
 from agents.serve.responses import Response as Answered
 from agents.serve.route import Route as Routed
 from agents.serve.route import Written
@@ -61,12 +60,7 @@ def build(service: Service, api_key: str | None, trace: Callable[[Headers], Trac
         headers = {SHADOW: config.shadow} if config.shadow and not ask.only else {}
         if ask.stream:  # answered once the first step is there: until then an error can still have a status of its own
             first = await _unless_gone(raw, anext(steps))
-            return StreamingResponse(
-                _events(answer, route, first, steps),
-                media_type="text/event-stream",
-                headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-                background=BackgroundTask(steps.aclose),  # if the client left between two of them
-            )
+            return streaming(_events(answer, route, first, steps), headers, steps.aclose)
         await _unless_gone(raw, _exhaust(steps))
         return JSONResponse(answer.whole(route), headers=headers)
 
@@ -114,7 +108,7 @@ def build(service: Service, api_key: str | None, trace: Callable[[Headers], Trac
 
     async def metrics(_: Request) -> Response:
         """Return counters for Prometheus."""
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def description(_: Request) -> Response:
         """Return this description."""

@@ -8,10 +8,11 @@ import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -70,21 +71,22 @@ class Guard:
         try:
             self._check_key(scope["path"], headers)
             async with self._turn(headers):
-                body = await self._body(headers, receive)
+                body = await self._body(headers, Request(scope, receive).stream())
+        except ClientDisconnect:
+            return
         except ApiError as error:
             self._count(scope["path"], error.status)
             await refusal(error)(scope, receive, answer)
             return
-        if body is not None:
-            with trace.request() if scope["method"] == "POST" else nullcontext():
-                try:
-                    await self.app(scope, _replay(body, receive), answer)
-                except Exception:
-                    _log.exception("a request failed")
-                    if begun:
-                        raise
-                    trace.told["status"] = 500
-                    await refusal(internal_error())(scope, receive, answer)
+        with trace.request() if scope["method"] == "POST" else nullcontext():
+            try:
+                await self.app(scope, _replay(body, receive), answer)
+            except Exception:
+                _log.exception("a request failed")
+                if begun:
+                    raise
+                trace.told["status"] = 500
+                await refusal(internal_error())(scope, receive, answer)
 
     def _check_key(self, path: str, headers: Headers) -> None:
         if self._key is None or path in OPEN:
@@ -97,40 +99,36 @@ class Guard:
         told = headers.get("Content-Length", "" if "Transfer-Encoding" in headers else "0")
         return nullcontext() if told.isdecimal() and int(told[:20]) <= LARGE else self._large
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """Return the body; None if the client left before it was complete."""
-        told = headers.get("Content-Length", "0")
-        too_big = ApiError(413, f"The request is larger than {self._most} bytes.", "Request Entity Too Large")
-        if told.isdecimal() and int(told[:20]) > self._most:
-            await _drain(receive)
-            raise too_big
-        parts, size = [], 0
-        try:
-            async with asyncio.timeout(_BODY_S):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return None
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > self._most:
-                        await _drain(receive, message.get("more_body", False))
-                        raise too_big
-                    if not message.get("more_body", False):
-                        return b"".join(parts)
-        except TimeoutError:
-            raise ApiError(408, f"The request's body did not come within {_BODY_S:g} s.", "Request Timeout") from None
+    async def _body(self, headers: Headers, chunks: AsyncIterator[bytes]) -> bytes:
+        told, parts = headers.get("Content-Length", ""), list[bytes]()
+        size = int(told[:20]) if told.isdecimal() else 0
+        if size <= self._most:
+            size = 0
+            try:
+                async with asyncio.timeout(_BODY_S):
+                    async for chunk in chunks:
+                        parts.append(chunk)
+                        size += len(chunk)
+                        if size > self._most:
+                            break
+            except TimeoutError:
+                words = f"The request's body did not come within {_BODY_S:g} s."
+                raise ApiError(408, words, "Request Timeout") from None
+        if size > self._most:
+            await _drain(chunks)
+            raise ApiError(413, f"The request is larger than {self._most} bytes.", "Request Entity Too Large")
+        return b"".join(parts)
 
 
-async def _drain(receive: Receive, more: bool = True) -> None:
+async def _drain(chunks: AsyncIterator[bytes]) -> None:
     """Read on for a while without keeping anything: who is still sending would not see the answer."""
     left = _DRAINED_BYTES
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_DRAINED_S):
-            while more and left > 0:
-                message = await receive()
-                more = message["type"] == "http.request" and message.get("more_body", False)
-                left -= len(message.get("body", b""))
+            async for chunk in chunks:
+                left -= len(chunk)
+                if left <= 0:
+                    return
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
-from agents.serve.metrics import SCORER, Metrics
+from agents.serve.ledger import SCORER, Ledger
+from agents.serve.metrics import Metrics
 from agents.serve.several import Upstreams
 from agents.serve.sources import Sources, Told
 from agents.serve.upstreams import Probe, Unavailable
@@ -43,68 +42,6 @@ _QUESTIONS, _BROUGHT = 16 << 20, 1 << 20  # bytes of rendered questions kept at 
 _SCORES = 1 << 16  # scores kept at hand where each takes a request
 _CHARACTERS = 16  # no text has as many of them per token
 _EVERYTHING, _NOTHING = Sources(), MappingProxyType[str, Any]({})
-
-
-@dataclass
-class Spent:
-    """What one request has spent at one upstream.
-
-    Attributes:
-        requests: Requests that were answered.
-        prompt_tokens: Tokens of their prompts; a prefix counts each time that it is sent.
-        completion_tokens: Tokens that were decoded, kept or not.
-        reasoning_tokens: Those among them that were hidden, as far as they are told.
-        aborted_tokens: Most tokens that may have been decoded for requests whose answer was lost or not waited for.
-    """
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    reasoning_tokens: int = 0
-    aborted_tokens: int = 0
-
-    @property
-    def most_decoded(self) -> int:
-        """Tokens that were decoded, or may have been."""
-        return self.completion_tokens + self.aborted_tokens
-
-    def losing(self, tokens: int, *, again: bool) -> Callable[[], bool]:
-        """Return what charges a request whose answer is lost, and says whether it may be sent once more."""
-
-        def lost() -> bool:
-            self.aborted_tokens += tokens
-            return again
-
-        return lost
-
-    def add(self, prompt_tokens: int, completion_tokens: int = 0) -> None:
-        """Charge an answered request."""
-        self.requests += 1
-        self.prompt_tokens += prompt_tokens
-        self.completion_tokens += completion_tokens
-
-
-@dataclass
-class Ledger:
-    """What one request has spent.
-
-    Attributes:
-        waited: Seconds that the request waited for upstreams.
-        prompt_tokens: Tokens of the problem's prompt, as the small model reads it.
-    """
-
-    roles: dict[str, Spent] = field(default_factory=lambda: {role: Spent() for role in (*ROLES, SCORER)})
-    waited: float = 0.0
-    prompt_tokens: int = 0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time inside as waited."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.waited += time.monotonic() - began
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -65,12 +65,7 @@ class Passed(UnderWay):
         except TimeoutError:
             raise self._late() from None
         if opened.chunks is not None:
-            return StreamingResponse(
-                self._events(opened.upstream, opened.chunks),
-                media_type="text/event-stream",
-                headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-                background=BackgroundTask(self._stack.aclose),  # if the client left between two chunks
-            )
+            return streaming(self._events(opened.upstream, opened.chunks), headers, self._stack.aclose)
         try:
             content = json.dumps({**json.loads(opened.content), "trim": self.mark}, allow_nan=False)
         except (ValueError, TypeError, RecursionError):
@@ -128,6 +123,12 @@ class Passed(UnderWay):
     def _error(self, status: int, words: str, kind: str) -> ApiError:
         self._status = status
         return ApiError(status, words, kind, trim=self.mark)
+
+
+def streaming(events: AsyncIterator[Any], headers: Mapping[str, str], close: Callable[[], Awaitable[None]]) -> Response:
+    """Return the response that is a stream of events; `close` is called in the end, also if the client leaves."""
+    headers = {**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(events, 200, headers, "text/event-stream", BackgroundTask(close))
 
 
 def _error(error: ApiError) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
@@ -111,13 +111,11 @@ class Policies:
 
     def names(self) -> list[str]:
         """Return the names that the model list has: with settings, where a policy takes one."""
-        return [name for own, policy in self.each.items() for name in _names(own, policy)]
-
-
-def _names(own: str, policy: Policy) -> Iterator[str]:
-    least, most = policy.budget_range or (1.0, 0.0)
-    yield own
-    yield from (f"{own}@budget={budget:g}" for budget in _BUDGETS if least <= budget <= most)
+        found = []
+        for own, policy in self.each.items():
+            least, most = policy.budget_range or (1.0, 0.0)
+            found += [own, *(f"{own}@budget={budget:g}" for budget in _BUDGETS if least <= budget <= most)]
+        return found
 
 
 def _check_setting(policy: Policy, usual: tuple[float | None, float | None], name: str) -> None:

@@ -59,24 +59,6 @@ class Seen:
     answer: str
     paths: tuple[tuple[tuple[str, ...], tuple[tuple[int, str, Step, float | None, tuple[float, int] | None], ...]], ...]
 
-    def redacted(self, redact: Redact) -> Seen | None:
-        """Return it with every text as `redact` gives it; None if it is not to be recorded."""
-        drawn = (step.text for _, draws in self.paths for _, _, step, *_ in draws)
-        texts = {self.question, self.answer, *drawn, *(text for path, _ in self.paths for text in path)} - {""}
-        kept: dict[str, Any] = {text: redact(text) for text in texts}
-        if None in kept.values():
-            return None
-        "".join(kept.values()).encode()  # fails now, if it must: what is no text would be in the way of all that comes
-        kept[""] = ""
-        paths = tuple(
-            (
-                tuple(kept[text] for text in texts),
-                tuple((at, role, replace(step, text=kept[step.text]), *more) for at, role, step, *more in draws),
-            )
-            for texts, draws in self.paths
-        )
-        return Seen(kept[self.question], kept[self.answer], paths)  # type: ignore[arg-type]
-
 
 def seen_of(routes: Iterable[Route], answer: str = "") -> Seen:
     """Return what routes of one request have drawn."""
@@ -178,21 +160,31 @@ class Recorder:
             if time.monotonic() >= self._again if self._broken else self._steps.due:
                 self._flush()
 
-    def _add(self, told: Seen) -> str:
+    def _texts(self, seen: Seen) -> dict[str, Any] | None:
+        """Return what is written instead of each text; None if it is not to be recorded."""
+        drawn = (step.text for _, draws in seen.paths for _, _, step, *_ in draws)
+        texts = {seen.question, seen.answer, *drawn, *(text for path, _ in seen.paths for text in path)} - {""}
+        kept: dict[str, Any] = {text: text if self._redact is None else self._redact(text) for text in texts}
+        if None in kept.values():
+            return None
+        "".join(kept.values()).encode()  # fails now, if it must: what is no text would be in the way of all that comes
+        return kept | {"": ""}
+
+    def _add(self, seen: Seen) -> str:
         if self._broken:  # what there is could not be written: memory does not grow with what comes meanwhile
             return "dropped"
-        seen = told if self._redact is None else told.redacted(self._redact)
-        if seen is None:
+        if (kept := self._texts(seen)) is None:
             return "redacted"
-        problem = _problem(seen)
+        problem = _problem(kept[seen.question], kept[seen.answer])
         replica = self._replicas[problem.id]
         if replica >= _MOST_REPLICAS:
             return "dropped"
         process = self.store.manifest["process"]
         tree = RolloutTree(problem, replica, process["max_escalations"], self.store.splitting)
-        for texts, draws in seen.paths:
-            for place, role, step, score, decided in draws:
-                node = tree.nodes.get(prefix_hash(texts[:place]))
+        for path, draws in seen.paths:
+            texts = [kept[text] for text in path]
+            for place, role, drawn, score, decided in draws:
+                node, step = tree.nodes.get(prefix_hash(texts[:place])), replace(drawn, text=kept[drawn.text])
                 new = [] if node is None else tree.insert_path(node, role, [step])
                 self._steps.add(tree, role, new, Generation((step,), step.tokens))
                 for at, _ in new:
@@ -228,11 +220,11 @@ class Recorder:
             )
 
 
-def _problem(seen: Seen) -> Problem:
-    text = seen.question + ("\x00" + seen.answer if seen.answer else "")
-    name = f"{SOURCE}/q-{sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
-    split = split_of(seen.question) if seen.answer else UNANSWERED
-    return Problem(name, split, seen.question, seen.answer, SOURCE, "unknown")
+def _problem(question: str, answer: str) -> Problem:
+    text = question + ("\x00" + answer if answer else "")
+    name = f"{SOURCE}/q-{sha256(text.encode()).hexdigest()[:16]}"
+    split = split_of(question) if answer else UNANSWERED
+    return Problem(name, split, question, answer, SOURCE, "unknown")
 
 
 def recorder_of(

@@ -15,9 +15,9 @@ from agents.deploy.policy import Session
 from agents.routers.asking import Asking
 from agents.serve import tracing
 from agents.serve.config import Fallback
-from agents.serve.metrics import SCORER
-from agents.serve.models import Ledger, Models, Spent, Task
-from agents.serve.sources import Sources, Told, own
+from agents.serve.ledger import SCORER, Ledger, Spent
+from agents.serve.models import Models, Task
+from agents.serve.sources import Sources, Told
 from agents.serve.stops import StopText
 from agents.serve.upstreams import Unavailable
 from rollouts.tasks.answers import final_answer
@@ -281,7 +281,9 @@ class Route(UnderWay):
         except Unavailable as fault:
             return await self._without_scorer(models, proposal, fault)
         late = self._settle(scores[:-1])
-        action = self.session.decide(**self._free(self._known(proposal, scores[-1], own(SMALL, proposal), *seen)))
+        action = self.session.decide(
+            **self._free(self._known(proposal, scores[-1], (SMALL, proposal.statistics), *seen))
+        )
         if asked := action == ASK:
             try:
                 scores, answer = await self._answer(models, proposal, texts, scores)
@@ -347,7 +349,7 @@ class Route(UnderWay):
         self.questions.add(spent.prompt_tokens - before)
         steps, authors = [*self.accepted, proposal], [*(step.author for step in self.written), SMALL]
         *accepted, last = (
-            {name: value for name, value in self._known(step, score, look, own(author, step)).items()
+            {name: value for name, value in self._known(step, score, look, (author, step.statistics)).items()
              if name in self._bought}
             for step, author, score, look in zip(steps, authors, scores, looks, strict=True)
         )  # fmt: skip
@@ -386,7 +388,7 @@ class Route(UnderWay):
     def _tell(self, owed: _Owed, score: float | None) -> None:
         if not owed.decided:  # as if it had been proposed; what is not known of it leaves what it may lower as it is
             unknown = {role: (0.0,) * len(STATISTICS) for role in ROLES}
-            known = self._known(owed.step, score, *unknown.items(), own(owed.author, owed.step))
+            known = self._known(owed.step, score, *unknown.items(), (owed.author, owed.step.statistics))
             self.session.decide(**self._free(known))
         self.session.override(ESCALATE_LARGE if owed.author == LARGE else CONTINUE_SMALL)
         if owed.author == SMALL:
@@ -394,7 +396,7 @@ class Route(UnderWay):
             return
         left, tokens = self.session.large_tokens_left, max(owed.step.tokens, 1)
         tokens = tokens if left is None else min(tokens, left)
-        told = [own(LARGE, owed.step), *([own(SMALL, owed.same)] if owed.same is not None else [])]
+        told = [(LARGE, owed.step.statistics), *([(SMALL, owed.same.statistics)] if owed.same is not None else [])]
         self.session.accept(**{**self._known(owed.step, score, *told), "tokens": tokens})
 
     async def _large(self, models: Models) -> tuple[Step | None, bool]:

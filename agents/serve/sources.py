@@ -10,7 +10,7 @@ from agents.routers.asking import Asking
 from agents.routers.base import StatefulRouter, is_blind, parts_of
 from rollouts.errors import ConfigError
 from rollouts.text.likelihood import STATISTICS, UNSCORED, as_score, first_of
-from rollouts.text.steps import LARGE, ROLES, SMALL, Step
+from rollouts.text.steps import LARGE, ROLES, SMALL
 from rollouts.trees.columns import checked_signal
 from trim_env.costs import source_of
 from trim_env.features import schema_named
@@ -53,11 +53,6 @@ class Sources:
         for role, statistics in told:
             known |= dict(zip((f"{role}.{name}" for name in STATISTICS), statistics or (), strict=False))
         return {name: checked_signal(name, value) for name, value in known.items()}
-
-
-def own(role: str, step: Step) -> Told:
-    """Return what a model has told of its own step, as `Sources.signals` takes it."""
-    return role, step.statistics
 
 
 def sources_of(policy: Policy) -> Sources:

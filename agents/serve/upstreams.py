@@ -127,7 +127,8 @@ class Upstream:
         others.append(self)
         self._connection = Connection(role, model, url, _CONNECT_S, tracing.forwarded)
         self.url = self._connection.url
-        self._names, self._probe, self._timeout, self._metrics = _names(model), probe, timeout_s, metrics
+        self._names = list(dict.fromkeys((model.model, model.display_name)))  # as configured, or as its store names it
+        self._probe, self._timeout, self._metrics = probe, timeout_s, metrics
         self.changed: Callable[[], None] = lambda: None
         self.busy, self._resume_at = 0, -math.inf
         self.model: str | None = None
@@ -431,8 +432,3 @@ class Opened:
     status: int
     content: bytes
     chunks: AsyncIterator[bytes] | None = None
-
-
-def _names(model: ModelConfig) -> list[str]:
-    """Return the names that a server may have for a model: as configured, or as its store names it."""
-    return list(dict.fromkeys((model.model, model.display_name)))

@@ -17,7 +17,8 @@ from agents.deploy.policy import Policy
 from agents.evaluation.walk import run_trees
 from agents.routers.asking import HEADS, Asking
 from agents.routers.base import Knob, Mixture, Threshold
-from agents.serve.models import Ledger, Models, Spent
+from agents.serve.ledger import Ledger, Spent
+from agents.serve.models import Models
 from agents.serve.route import Route, RouteFailed
 from agents.serve.sources import Sources, sources_of
 from agents.serve.upstreams import Unavailable
@@ -340,7 +341,7 @@ def test_the_large_model_tells_of_each_step_in_one_request() -> None:
     class Upstream:
         wire, window = Wire(), 100
 
-        async def post(self, path: str, body: Any, read: Any, about: str) -> Any:
+        async def post(self, path: str, body: Any, read: Any, lost: Any, about: str) -> Any:
             assert about == TASK.question
             rows = [None, *({str(token): {"logprob": -token / 10}} for token in body["prompt"][1:])]
             return read({"choices": [{"prompt_logprobs": rows}]})

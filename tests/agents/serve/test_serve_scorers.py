@@ -13,8 +13,9 @@ from tiny_rewards import QUESTION, STEPS, make_reward_folder
 
 from agents.deploy.policy import Policy
 from agents.routers.base import Threshold
+from agents.serve.ledger import Ledger
 from agents.serve.metrics import Metrics
-from agents.serve.models import Ledger, Models, Task
+from agents.serve.models import Models, Task
 from agents.serve.route import Route
 from agents.serve.upstreams import Unavailable
 from rollouts.config import Limits, parse_family
