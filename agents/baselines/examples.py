@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.evaluation.walk import alone
 from agents.routers.base import Floats
 from trim_env.tables import DecisionTables
 
@@ -20,16 +21,14 @@ class Examples:
         correct: (P, 2) share of solutions that are right.
     """
 
-    questions: tuple[str, ...]
+    questions: Sequence[str]
     correct: Floats
 
     @classmethod
     def of(cls, tables: DecisionTables) -> Examples:
         """Return those of the trees of a split."""
-        trees = tables.trees
-        problems, place = np.unique(trees.problem[tables.indices], return_inverse=True)
-        correct = [np.bincount(place, each) / np.bincount(place) for each in tables.alone.correct.T]
-        return cls(tuple(trees.questions[problem] for problem in problems), np.stack(correct, axis=1))
+        both = alone(tables)
+        return cls(questions_of(tables), np.stack([both.small.correct, both.large.correct], axis=1))
 
     @property
     def gain(self) -> Floats:
@@ -40,6 +39,11 @@ class Examples:
     def outcome(self) -> NDArray[np.int64]:
         """(P,) 0 where the large model wins, 1 at a tie, 2 where the small one does."""
         return 1 - np.sign(self.gain).astype(np.int64)
+
+
+def questions_of(tables: DecisionTables) -> list[str]:
+    """Return the questions of a split, in the order of the problems in `Outcomes`."""
+    return [tables.trees.questions[each] for each in np.unique(tables.trees.problem[tables.indices]).tolist()]
 
 
 def as_float32(**weights: Floats | float | Sequence[float]) -> dict[str, NDArray[np.float32]]:

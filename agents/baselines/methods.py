@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.baselines import automix, predict, routellm, smoothie
-from agents.baselines.examples import Examples
+from agents.baselines.examples import Examples, questions_of
 from agents.baselines.vote import Vote
 from agents.evaluation.curves import Method, References
 from agents.evaluation.outcomes import Floats, Outcomes
@@ -117,11 +117,6 @@ class Fitting:
             return [both.small, both.large, *own], *self.predictor(questions_of(tables))
 
         return arms
-
-
-def questions_of(tables: DecisionTables) -> list[str]:
-    """Return the questions of a split, in the order of the problems in `Outcomes`."""
-    return [tables.trees.questions[each] for each in np.unique(tables.trees.problem[tables.indices]).tolist()]
 
 
 @dataclass(frozen=True)

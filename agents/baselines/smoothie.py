@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from agents.baselines.examples import as_float32
+from agents.baselines.examples import as_float32, questions_of
 from agents.baselines.routellm import Features
 from agents.evaluation.walk import solutions
 from agents.routers.base import Floats, Knob
@@ -53,7 +53,7 @@ def fit(tables: DecisionTables, features: Features, count: int = NEAREST) -> Tex
     voters = order[first[:, None] + np.arange(several)]  # (P, several) trees
     outputs = np.concatenate([embed(each)[voters] for each in texts], axis=1)
     weights = as_float32(
-        memory=features([trees.questions[each] for each in problems]),
+        memory=features(questions_of(tables)),
         told=distances(outputs),
         large=np.repeat([0.0, 1.0], several),
         count=count,
