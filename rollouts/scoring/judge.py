@@ -110,14 +110,7 @@ class JudgeScorer:
 
     def describe(self) -> dict[str, Any]:
         """Return the servers' version and number, the model's name, and how they are asked."""
-        return {
-            "engine": "judge",
-            "version": self._known["version"],
-            "servers": len(self._model.url),
-            "model": self._model.model,
-            "seed": None,
-            **asdict(self.terms),
-        }
+        return self._http.described("judge", **asdict(self.terms))
 
     def close(self) -> None:
         """Cancel what is pending and disconnect."""

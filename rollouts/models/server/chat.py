@@ -288,14 +288,7 @@ class ChatWriter:
 
     def describe(self) -> Mapping[str, Any]:
         """Return the servers' version and number, the model's name, and which fields they are not sent."""
-        return {
-            "engine": "chat",
-            "version": self._known["version"],
-            "servers": len(self._chat.model.url),
-            "model": self._chat.model.model,
-            "seed": None,
-            "unsent": sorted(self._chat.unsent),
-        }
+        return self._http.described("chat", unsent=sorted(self._chat.unsent))
 
     def close(self) -> None:
         """Cancel what is pending and disconnect."""

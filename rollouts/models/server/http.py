@@ -278,6 +278,12 @@ class Servers:
         assert self._known is not None
         return self._known[1]
 
+    def described(self, engine: str, **more: Any) -> dict[str, Any]:
+        """Return what manifests hold of servers that are asked to chat: their version and number, the model's name."""
+        assert self._known is not None
+        told = {"version": self._known[1]["version"], "servers": len(self._members), "model": self._members[0].name}
+        return {"engine": engine, **told, "seed": None, **more}
+
     @property
     def listed(self) -> list[str]:
         """Names of models that servers list, as far as they were asked to chat."""

@@ -1,7 +1,7 @@
 """One generation from requests to steps: thinking that was not asked for, and requests that fail."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from recited import Recited
 
@@ -70,6 +70,7 @@ def recited(rules, text, *, whole=False, **options):
     return draft.generation
 
 
+@settings(deadline=None)
 @given(text=TEXTS)
 def test_a_step_is_the_first_of_the_whole_path(rules, text):
     alone, path = recited(rules, text), recited(rules, text, whole=True)

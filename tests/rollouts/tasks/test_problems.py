@@ -13,7 +13,7 @@ from decimal import Decimal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollouts.errors import ConfigError, DataError
@@ -297,6 +297,7 @@ def test_hashing_gives_the_shares_asked_for(write):
     assert abs(shares["test"] - 300) < 75
 
 
+@settings(deadline=None)
 @given(
     questions=st.lists(st.text("abc $x\n", min_size=1).filter(str.strip), min_size=1, max_size=8, unique=True),
     more=st.lists(st.text("abc $x\n", min_size=1).filter(str.strip), max_size=8),

@@ -1,7 +1,7 @@
 """Cutting decoded text into steps."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rollouts.config import Limits
@@ -81,6 +81,7 @@ def test_text_behind_a_delimiter_in_the_same_token_is_cut():
     assert [(s.text, s.start, s.end) for s in segments] == [("a\n\n", 0, 3), ("c\n\n", 3, 4)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.from_regex(r"[ab1 \-\t\r]{0,3}\n{0,3}", fullmatch=True), max_size=30))
 def test_every_token_belongs_to_one_segment_and_words_are_kept(pieces):
     segments = cut_segments(pieces)
@@ -91,6 +92,7 @@ def test_every_token_belongs_to_one_segment_and_words_are_kept(pieces):
     assert "".join(kept.split()) == "".join("".join(pieces).split())  # the blanks of blank lines go with them
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["x", "y=1", "---", "\\["]), min_size=1, max_size=6))
 def test_cutting_a_normalised_solution_gives_its_steps_back(blocks):
     segments = cut_segments([block + DELIMITER for block in blocks])

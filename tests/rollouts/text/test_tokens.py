@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -45,6 +45,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("name", [*CUT, *WHOLE])
+@settings(deadline=None)
 @given(parts=TEXTS)
 def test_every_text_gets_the_ids_of_the_tokenizer_itself(name: str, parts: list[str]) -> None:
     tokenizer, text = (CUT | WHOLE)[name], "".join(parts)
