@@ -9,7 +9,7 @@ from gymnasium.vector import AutoresetMode
 
 from rollouts.errors import ConfigError, StoreError, did_you_mean
 from rollouts.trees.arrays import MISSING
-from trim_env.costs import SOURCES, CostModel, source_of
+from trim_env.costs import SCORER, SOURCES, CostModel, source_of
 from trim_env.episodes import Array, EpisodesVectorEnv, Lam, Steps, unknown_problem
 from trim_env.features import DEFAULT_SCHEMA, Schema
 from trim_env.tables import DecisionTables, Rollouts, decision_tables, missing
@@ -78,7 +78,8 @@ class TrimVectorEnv(EpisodesVectorEnv):
             scorer = tables.trees.meta["scorer"]
             bought = tables.schema.reading([each for each in tables.schema.facts if source_of(each, scorer) == ask])
             if not any(bought):
-                raise ConfigError(f"ask is {ask!r}: schema {tables.schema.name} reads nothing that the {ask} tells.")
+                asked = "the scorer" if ask == SCORER else "the large model"
+                raise ConfigError(f"ask is {ask!r}: schema {tables.schema.name} reads nothing that {asked} tells.")
             tables = tables.charged(tables.schema, ask)
         self.tables, self._prices = tables, whole.cost - tables.cost if ask else whole.cost[:0]
         self._roots = np.array(tables.trees.root, np.int64)
