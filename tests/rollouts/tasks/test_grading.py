@@ -78,7 +78,6 @@ _balanced = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(before=_balanced, inside=_balanced, after=_balanced, earlier=st.booleans())
 def test_a_boxed_text_with_nested_braces_is_read_back(before, inside, after, earlier):
     text = (r"\boxed{0}" if earlier else "") + before
@@ -365,7 +364,6 @@ def test_a_number_too_large_to_write_out_is_an_error_of_that_answer(numeric):
     assert numeric.grade("5", r"The last digit of 10^{2024} + 5 is \boxed{5}").correct
 
 
-@settings(deadline=None)
 @given(st.fractions(-(10**7), 10**7, max_denominator=50), st.integers(0, 3))
 def test_numbers_are_read_back_however_they_are_written(value, form):
     sign, size = ("-" if value < 0 else ""), abs(value)
