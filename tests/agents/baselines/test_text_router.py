@@ -10,6 +10,7 @@ from agents.routers.base import Constant, Knob, Mixture, Threshold
 from agents.routers.text import CharTfidf, Preference, TextRouter, ngrams
 from agents.routers.whole import Cascade, OneModel, QueryRouter, decides_once
 from rollouts.errors import ArtefactError
+from rollouts.files.sealed import write_sealed
 
 TEXTS = ["Let a=3+4. Find a.", "Let b=7%5,  c=b*2. Find c.", "FIND x", "aa", ""]
 
@@ -99,8 +100,7 @@ def sealed(folder, change):
     file = folder / "policy.json"
     described = json.loads(file.read_text())
     change(described)
-    described["digest"] = artefact._digest(described)
-    file.write_text(json.dumps(described))
+    write_sealed(file, described)
 
 
 @pytest.mark.parametrize(
