@@ -26,6 +26,7 @@ from agents.routers.onnx import check_onnx, to_onnx
 from agents.runs.config import TrainConfig
 from agents.runs.run import train
 from rollouts.errors import ArtefactError
+from rollouts.files.sealed import digest_of
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables, rollouts_hash
 
@@ -264,7 +265,7 @@ def sealed(folder, change):
 
     def both(described):
         change(described)
-        described["digest"] = artefact._digest(described)
+        described["digest"] = digest_of(described)
 
     edit(folder, both)
 

@@ -16,6 +16,7 @@ from agents.evaluation.walk import run
 from agents.routers import artefact, from_sb3
 from agents.routers.mlp import ConditionedMLP
 from rollouts.errors import ArtefactError, ConfigError
+from rollouts.files.sealed import write_sealed
 from rollouts.trees.compile import compile_store
 from trim_env.env import TrimEnv
 from trim_env.features import left_feature
@@ -88,8 +89,7 @@ def test_activations_are_stored_and_read(trees, tmp_path):
         assert (described["activation"], described["version"]) == (name, version)  # version 2 reads tanh alone
         assert (artefact.load(tmp_path / name).router.logits(seen(trees)) == router.logits(seen(trees))).all()
     described["activation"] = "softmax"
-    described["digest"] = artefact._digest(described)
-    (tmp_path / "elu" / "policy.json").write_text(artefact.json.dumps(described))
+    write_sealed(tmp_path / "elu" / "policy.json", described)
     with pytest.raises(ArtefactError, match="activation is 'softmax'"):
         artefact.load(tmp_path / "elu")
 

@@ -17,6 +17,7 @@ from agents import __main__ as command
 from agents.evaluation.walk import run
 from agents.routers import artefact
 from rollouts.errors import ArtefactError, ConfigError
+from rollouts.files.sealed import write_sealed
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
@@ -126,9 +127,7 @@ def test_names_in_files_that_are_no_routers_are_refused(tmp_path):
     file = tmp_path / "policy.json"
     for kind, message in (("os:system", "no class with to_plain"), ("json:JSONDecoder", "no class with to_plain"),
                           ("own_router:Nothing", "Nothing"), ("x y", "unknown kind")):  # fmt: skip
-        described = {**json.loads(file.read_text()), "kind": kind}
-        described["digest"] = artefact._digest(described)
-        file.write_text(json.dumps(described))
+        write_sealed(file, {**json.loads(file.read_text()), "kind": kind})
         with pytest.raises(ArtefactError, match=message):
             artefact.load(tmp_path)
 
