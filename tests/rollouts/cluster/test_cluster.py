@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from ray_nodes import ROOT, StepServer, prompts_of, rows_of, two_nodes, workers
+from thread_engine import in_threads
 
 from rollouts.__main__ import main
 from rollouts.store.store import Store
@@ -103,8 +104,10 @@ def kept(folder: Path, server: StepServer) -> tuple[dict[Any, Any], set[Any]]:
 
 
 def test_embedded_models_give_the_store_of_one_process_though_a_worker_is_killed(whole, tmp_path):
-    """In float64, where the same prompt and seed have the same text."""
-    assert main(command(tmp_path / "one", "tinymath:transformers", "--no-score", "--no-grade")) == 0
+    """In float64, where the same prompt and seed have the same text, in a thread, too."""
+    steps = ["--no-score", "--no-grade"]
+    with in_threads():
+        assert main(command(tmp_path / "one", "tinymath:transformers", *steps)) == 0
     engines: list[psutil.Process] = []
 
     def kill() -> None:
@@ -113,7 +116,7 @@ def test_embedded_models_give_the_store_of_one_process_though_a_worker_is_killed
         victim.kill()
 
     with meanwhile(tmp_path / "many", 50, kill):
-        assert main(command(tmp_path / "many", "tinymath:transformers", *whole, *FEW, "--no-score", "--no-grade")) == 0
+        assert main(command(tmp_path / "many", "tinymath:transformers", *whole, *FEW, *steps)) == 0
     assert engines and not psutil.wait_procs(engines, timeout=10)[1]  # models do not stay in memory
     assert rows_of(tmp_path / "many") == rows_of(tmp_path / "one")
     starts = [start["start"] for start in Store(tmp_path / "many").manifest["engines"]]
@@ -138,8 +141,7 @@ def test_scores_grades_and_expansion_on_workers(whole, models, one, tmp_path):
     assert main(["score", str(many), "--models", str(models), *whole]) == 0
     assert main(["grade", str(many), *whole]) == 0
     same(many, one)
-    here = tmp_path / "here"
-    assert main(command(here, models)) == 0
+    here = Path(shutil.copytree(one, tmp_path / "here"))
     for folder, where in ((here, []), (many, whole)):
         assert main(["expand", str(folder), "--models", str(models), "--router", "threshold:0.5", *where]) == 0
     same(many, here)
