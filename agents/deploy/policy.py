@@ -127,11 +127,6 @@ class Policy:
         return int(self.about["max_steps"])
 
     @property
-    def thinks(self) -> bool:
-        """Whether solutions begin with a thinking block."""
-        return (self.about.get("splitting") or {}).get("name") == "thinking"
-
-    @property
     def max_escalations(self) -> int | None:
         """Most escalations of a solution; None without a cap."""
         return self.about.get("max_escalations")
@@ -232,8 +227,7 @@ class Policy:
             assert generator is not None
             router = router.pick(float(generator.random()))
         caps = (None, None) if self.decides_once else (self.max_escalations, self.max_large_tokens)
-        by = (self.about.get("splitting") or {}).get("answer_by") if self.thinks else None
-        return Session(router, knob, self.max_steps, caps, generator, thinks=self.thinks, answer_by=by)
+        return Session(router, knob, self.max_steps, caps, generator, self.about.get("splitting"))
 
     def describe(self) -> dict[str, Any]:
         """Return what users may know of it, as JSON holds it."""

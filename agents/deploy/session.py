@@ -42,9 +42,7 @@ class Session:
         max_steps: int,
         caps: tuple[int | None, int | None],
         generator: np.random.Generator | None,
-        *,
-        thinks: bool = False,
-        answer_by: str | None = None,
+        splitting: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin.
 
@@ -54,8 +52,7 @@ class Session:
             max_steps: Most steps.
             caps: Most escalations, and most tokens of the large model; None for no cap.
             generator: For routers that draw; None: one from entropy, once it is needed.
-            thinks: Whether solutions begin with a thinking block.
-            answer_by: Role that alone writes what follows the block; None: the router decides there, too.
+            splitting: How solutions are cut into steps, as artefacts have it; None: at blank lines.
 
         Raises:
             ConfigError: The router is a cascade, or no router.
@@ -81,8 +78,9 @@ class Session:
             self._folded.facts | told | {"tokens"},
         )
         self._max_steps, (self._cap, self._token_cap), self._generator = max_steps, caps, generator
-        self._thinks = thinks
-        self._author = ROLES.index(answer_by) if answer_by in ROLES else None
+        steps = splitting or {}
+        self._thinks, by = steps.get("name") == "thinking", steps.get("answer_by")
+        self._author = ROLES.index(by) if self._thinks and by in ROLES else None
         self._alone: int | None = None  # who writes instead of a proposal of an answer that one model alone writes
         self._state = router.start(1) if isinstance(router, StatefulRouter) else None
         self._proposal: dict[str, float] | None = None

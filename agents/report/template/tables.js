@@ -4,7 +4,6 @@ function startSummary() {
   const first = data.methods[0];
   const swept = data.methods.find((method) => method.kind === "threshold");
   const [small, large] = Object.values(data.references);
-  const tile = (label, value, note) => el("div", { class: "tile" }, el("dt", {}, label), el("dd", {}, value, el("small", {}, note)));
   const recovering = (method) => tile(`Cost to recover 80\u00a0% of the gap, ${method.name}`, percent(method.cpt_80[0]),
     known(method.cpt_80[0]) ? `${range(method.cpt_80)} of always-large's cost; less is better` : "there is no gap, or it is not recovered");
   byId("summary").append(

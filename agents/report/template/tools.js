@@ -57,6 +57,9 @@ function formula([tag, ...content], written) {
   return node;
 }
 
+const tile = (label, value, note, kind = "") =>
+  el("div", { class: "tile" }, el("dt", {}, label), el("dd", { class: kind }, value, el("small", {}, note)));
+
 /** Keeps numbers and their unit on one line. */
 const tidy = (text) => text.replaceAll(" %", "\u00a0%");
 

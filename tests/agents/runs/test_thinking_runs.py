@@ -27,5 +27,5 @@ def test_a_trained_router_remembers_the_splitting(tmp_path: Path, by: str, agent
     train(TrainConfig(out=tmp_path / "run", **settings))  # type: ignore[arg-type]
     export(ExportConfig(str(tmp_path / "run"), out=tmp_path / "router"))
     policy = agents.load(tmp_path / "router")
-    assert policy.about["splitting"] == told and policy.thinks and policy.describe()["splitting"] == told
+    assert policy.about["splitting"] == told and policy.describe()["splitting"] == told
     assert json.loads((tmp_path / "router" / "policy.json").read_text())["version"] == 6

@@ -156,7 +156,6 @@ class Side {
   }
 
   show(other) {
-    const tile = (label, value, note, kind = "") => el("div", { class: "tile" }, el("dt", {}, label), el("dd", { class: kind }, value, el("small", {}, note)));
     const checked = this.right === null ? "" : [rightOrWrong(this.right), this.right ? "" : `: it is ${this.truth}`];
     const answer = !this.done ? "…" : known(this.answer) ? el("bdi", {}, this.answer) : "none";
     const tiles = [
