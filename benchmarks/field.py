@@ -293,11 +293,11 @@ def report(settings: Settings) -> tuple[str, dict[str, tuple[Ground, list[Row]]]
     place = str(locate(settings.rollouts))  # of this machine
     lines += [f"- {each.replace(place, settings.rollouts)}" for each in lacking]
     seconds = {each.baseline.name: each.seconds for each in fitted}
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if value >= 0.5)
+    parts = [f"{name} {value:.1f}" for name, value in seconds.items() if value >= 0.5]
     lines += [
         f"- Fitting and laying out all settings took {sum(seconds.values()):.0f} s of processor time, one thread: "
-        f"{parts}; the others less than half a second each. The networks that predict accuracy and cost are fitted "
-        "once, with the first method that needs them.",
+        f"{', '.join([*parts, 'what is not named less than half a second each'])}. The networks that predict accuracy "
+        "and cost are fitted once, with the first method that needs them.",
         "",
     ]
     return "\n".join(lines), shown
