@@ -137,7 +137,9 @@ class RemoteGrader(AbstractContextManager["RemoteGrader"]):
 
     def grade_many(self, pairs: Sequence[tuple[str, str]], workers: int = 1) -> list[Grade]:
         """Return the grades of pairs of answer and solution."""
-        pool = self._pool if self._pool.hands else self._stack.enter_context(self._pool)
+        pool = self._pool
+        if not pool.facts:  # not even one worker has said anything yet
+            self._stack.enter_context(pool)
         if (there := pool.facts["grader"]) != (here := {"name": self.name, **self.describe()}):
             raise ConfigError(f"Workers have another grader: {there} there, {here} here.")
         portions = [list(pairs[start : start + _PAIRS]) for start in range(0, len(pairs), _PAIRS)]

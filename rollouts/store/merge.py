@@ -48,8 +48,8 @@ def merge(store: Store, other: Store) -> dict[str, int]:
     trees = store.steps.keys({problem for problem, _ in other.live})
     closed = set(values_of(trees, KEY[:2])) - store.live
     store.note_live(other.live - closed)
-    name = other.manifest.get("id") or str(other.path.resolve())  # earlier versions gave none
-    taken = store.manifest.setdefault(_TAKEN, {}).setdefault(name, {})
+    which = f"{other.manifest.get('id', '')} {other.path.resolve()}"  # copies have one id; earlier versions gave none
+    taken = store.manifest.setdefault(_TAKEN, {}).setdefault(which, {})
     own, theirs = ({_name(table, each): table for table in each.tables()} for each in (store, other))
     added = {name: _add(store, own[name], other, table, taken) for name, table in theirs.items()}  # steps first
     store.note()

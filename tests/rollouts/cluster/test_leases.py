@@ -342,6 +342,9 @@ def test_scores_grades_and_walks_are_those_of_one_process(cluster, ray, whole, t
         assert score_store(store, scorer, in_flight=4).rows > 0
     with RemoteGrader(cluster, store, make_grader("exact"), "exact", notes.append) as grader:
         assert grade_store(store, grader).rows > 0
+        lent, grader._pool.hands = grader._pool.hands, []  # as when the only worker is lost and another one starts
+        threading.Timer(0.02, lambda: setattr(grader._pool, "hands", lent)).start()
+        assert grader.grade_many([("1", r"\boxed{1}")])[0].correct
     assert notes and "answers a second" in notes[-1]
     for table in ("scores", "grades"):
         name = store.names(table)[0]

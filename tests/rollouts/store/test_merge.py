@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -104,6 +105,18 @@ def test_a_store_that_has_grown_is_counted_once_when_it_is_merged_again(made, tm
         other.path.rename(b.path)
     merged(a, Store(b.path if named else other.path))
     assert a.steps.counters()["requests_small"] > own["requests_small"] + theirs["requests_small"]
+
+
+def test_copies_of_a_store_that_went_on_apart_are_each_counted(made, tmp_path):
+    a, b = Store(shutil.copytree(made / "a", tmp_path / "a")), finished(tmp_path / "b", problems=PROBLEMS[3:4])
+    own, each = Counter(a.steps.counters()), []
+    for seed, problem in enumerate(PROBLEMS[4:], 2):
+        each.append(finished(shutil.copytree(b.path, tmp_path / f"copy-{seed}"), problems=[problem]))
+        each[-1].record_engine({"role": "small", "seed": seed})
+        merged(a, each[-1])
+        own += Counter(each[-1].steps.counters())
+    assert [found["seed"] for found in Store(a.path).manifest["engines"]] == [0, 1, 2, 3]
+    assert Counter(a.steps.counters()) == own
 
 
 def test_of_two_rows_with_one_key_the_first_stays(tmp_path):
