@@ -63,7 +63,7 @@ def main() -> None:
             lam: at(Training(train, validation, lam, PPOSettings(), 0).run().router, lam) for lam in settings.lams
         }
         choosing = references(whole)
-        own = [(lam, router, run(router, whole)) for lam, router in routers.items()]
+        own = [(router, run(router, whole)) for router in routers.values()]
         simple = Candidates(whole).spread_over(choosing.large)
         summaries.append(summarise(f"TRIM-Agg, {name}", measured(own, choosing, test), both))
         thresholds.append(summarise(f"TRIM-Thr, {name}", measured(simple, choosing, test), both))

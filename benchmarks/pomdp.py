@@ -187,7 +187,7 @@ def curves(
     }.items():  # fmt: skip
         plans = fitted[labels].routers(lams, kind)
         chosen = spread([(router, run(router, validation)) for router in plans], choosing.large)
-        points[name] = measured([(router.lam, router, outcomes) for router, outcomes in chosen], choosing, test)
+        points[name] = measured(chosen, choosing, test)
     metrics = {name: curve_metrics(Curve.of(each, both)) for name, each in points.items()}
     wanted = [*(f"cpt_{x}" for x in CPT_TARGETS), "delta_ibc", *(f"accuracy_at_{budget}" for budget in BUDGETS)]
     rows = [[key, *(f"{float(each[key]):.3f}" for each in metrics.values())] for key in wanted]

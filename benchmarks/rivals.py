@@ -149,7 +149,7 @@ class Chosen:
     def on(self, trees: Trees, split: str) -> Method:
         """Return the points on a split, on the hull that validation chose."""
         tables = decision_tables(trees, split, cost=RIVALS[self.name].cost)
-        return measured([(each.knob.value, each, own) for each, own in self.points], self.choosing, tables)
+        return measured(self.points, self.choosing, tables)
 
 
 def fitted(name: str, data: Data, seed: int = 0) -> Chosen:

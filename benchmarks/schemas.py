@@ -57,7 +57,7 @@ def measure(trees: Trees, schema: str) -> tuple[Method, float]:
     routers = {lam: at(policy, lam) for lam in np.geomspace(*RANGE, SETTINGS).tolist()}
     choosing = references(whole)
     chosen = spread([(router, run(router, whole)) for router in routers.values()], choosing.large)
-    return measured([(router.knob.value, router, own) for router, own in chosen], choosing, test), seconds
+    return measured(chosen, choosing, test), seconds
 
 
 def main() -> None:

@@ -165,7 +165,7 @@ class Candidates:
 
     def spread_over(self, large: Outcomes) -> Settings:
         """Return 16 thresholds that spread over the cost of always-large on the same trees."""
-        return [(router.knob.value, router, outcomes) for router, outcomes in spread(self.thresholds, large)]
+        return spread(self.thresholds, large)
 
     def best(self, lam: float) -> Baselines:
         """Return those with the greatest mean return."""

@@ -182,7 +182,7 @@ def evaluate(config: EvaluateConfig, others: Others | None = None) -> Evaluation
     swept = TRIM_THR if TRIM_THR not in curves else f"{TRIM_THR} (swept)"
     curves[swept] = measured(candidates.spread_over(choosing.large), choosing, split)
     rates = (RandomRate(float(rate)) for rate in np.linspace(0.05, 0.95, 10))
-    curves[RANDOM] = measured([(each.rate, each, run(each, validation)) for each in rates], choosing, split)
+    curves[RANDOM] = measured([(each, run(each, validation)) for each in rates], choosing, split)
     bounds = {
         place: summarise(name, Method.whole(spread_oracle(partial(oracle, split), both)), both, config.seed)
         for place, (name, oracle) in ORACLES.items()
@@ -310,8 +310,7 @@ def _agreed(methods: dict[str, list[artefact.Artefact]], trees: Trees, config: E
 def _settings(item: artefact.Artefact, validation: DecisionTables, choosing: References) -> Settings:
     """Return the operating points of a router; of one for a range of λ 16, whose λ spread the cost on validation."""
     settings = [(each, run(each, validation)) for each in settings_of(item.router)]
-    chosen = spread(settings, choosing.large) if isinstance(item.router, ConditionedMLP) else settings
-    return [(each.knob.value, each, outcomes) for each, outcomes in chosen]
+    return spread(settings, choosing.large) if isinstance(item.router, ConditionedMLP) else settings
 
 
 def _at_lam(

@@ -36,8 +36,8 @@ from trim_env.graph import Decide, Decisions, Floats, Ints, Moved, Spent, walk
 from trim_env.tables import DecisionTables
 
 SCORE_BINS = 20
-Settings = Sequence[tuple[float, AnyRouter | Mixture | Whole, Outcomes]]
-"""Settings of a method: knob, router, and what it comes to on the problems that choose."""
+Settings = Sequence[tuple[AnyRouter | Mixture | Whole, Outcomes]]
+"""Settings of a method, and what each comes to on the problems that choose."""
 Seen = Callable[[Ints, Ints], NDArray[np.float32]]  # (rows of nodes, large tokens left), both (n,) -> (n, d) features
 
 
@@ -58,8 +58,8 @@ def run(router: AnyRouter | Mixture | Whole, tables: DecisionTables) -> Outcomes
 
 def measured(settings: Settings, choosing: References, tables: DecisionTables) -> Method:
     """Return the settings of a method on the split of some tables; `choosing` is where their outcomes are from."""
-    points = [(knob, run(router, tables)) for knob, router, _ in settings]
-    return Method.chosen(points, [(knob, outcomes) for knob, _, outcomes in settings], choosing)
+    points = [(router.knob.value, run(router, tables)) for router, _ in settings]
+    return Method.chosen(points, [(router.knob.value, outcomes) for router, outcomes in settings], choosing)
 
 
 def seen_by(router: AnyRouter, tables: DecisionTables) -> Seen:

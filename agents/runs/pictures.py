@@ -35,8 +35,8 @@ def draw_curve(routers: Mapping[float, AnyRouter], validation: Validation, rollo
     from agents.evaluation.plots import cost_accuracy
 
     choosing, both = validation.references
-    found = [(lam, router, run(router, validation.choice)) for lam, router in routers.items()]
-    settings: dict[str, Settings] = {found[0][1].name: found}
+    found = [(router, run(router, validation.choice)) for router in routers.values()]
+    settings: dict[str, Settings] = {found[0][0].name: found}
     if not all(isinstance(router, Threshold) for router in routers.values()):
         settings["trim-thr"] = validation.candidates.spread_over(choosing.large)
     summaries = [summarise(name, measured(each, choosing, validation.verdict), both) for name, each in settings.items()]
