@@ -138,7 +138,7 @@ def draw(settings: Settings, cells: list[Cell], path: Path) -> None:
     from matplotlib.figure import Figure
 
     kinds = [kind for kind in LEVELS if kind != "none"]
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(13.5, 3.6), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True)
     constant = best_constant(decision_tables(settings.rollouts, "test"))
     for axes, kind in zip(panels, kinds, strict=True):
@@ -151,7 +151,7 @@ def draw(settings: Settings, cells: list[Cell], path: Path) -> None:
         axes.axhline(constant, color="grey", ls=":", label="best constant")
         axes.set(title=kind, xlabel="level")
     panels[0].set_ylabel("mean test return over four λ")
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle("solid: fitted on the damaged scores; dashed: fitted on good ones", fontsize=9)
     figure.savefig(path, dpi=130)
 
