@@ -22,7 +22,6 @@ from agents.evaluation.bootstrap import Estimate, curve_estimates
 from agents.evaluation.curves import CPT_TARGETS, Curve, Method, References
 from agents.evaluation.outcomes import Floats, Outcomes, combined
 from agents.evaluation.table import MIXING_MARK
-from rollouts.errors import DataError
 
 _CHECKSUM = b"\ncrc-32 "  # between what is kept and its checksum
 
@@ -81,8 +80,10 @@ def _keep(make: Callable[[Any, Any], Any], file: Path, task: Any, settings: Stud
 
 def kept(file: Path, make: Callable[[], Any], end: float = float("inf")) -> Any:
     """Return what a file keeps; if it is not there or damaged make and keep it, or after `end` return None."""
-    with suppress(FileNotFoundError, DataError):
-        return read_kept(file)
+    with suppress(Exception):  # pickles raise anything
+        data, _, told = file.read_bytes().rpartition(_CHECKSUM)
+        if zlib.crc32(data) == int.from_bytes(told):
+            return pickle.loads(data)
     if time.time() > end:
         return None
     found = make()
@@ -90,20 +91,6 @@ def kept(file: Path, make: Callable[[], Any], end: float = float("inf")) -> Any:
     data = pickle.dumps(found)
     file.write_bytes(data + _CHECKSUM + zlib.crc32(data).to_bytes(4))
     return found
-
-
-def read_kept(file: Path) -> Any:
-    """Return what a file keeps, which in earlier versions had no checksum; raises `DataError` if it is damaged."""
-    whole = file.read_bytes()
-    data, mark, told = whole.rpartition(_CHECKSUM)
-    if not mark or len(told) != 4:
-        data = whole
-    elif zlib.crc32(data) != int.from_bytes(told):
-        raise DataError(f"{file}: damaged. Delete it.")
-    try:
-        return pickle.loads(data)
-    except Exception as error:  # pickles raise anything
-        raise DataError(f"{file}: damaged ({error}). Delete it.") from error
 
 
 def average(outcomes: Sequence[Outcomes]) -> Outcomes:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rollouts.errors import ConfigError
+from rollouts.errors import ConfigError, RequestFailed
 from rollouts.models.base import Backend, Request
 from rollouts.models.futures import forward
 from rollouts.tasks.problems import Problem
@@ -117,7 +117,9 @@ def asked(
     def put(scores: Scores) -> None:
         result.set_result([*[None] * known, *scores, *[None] * (steps - kept)])
 
-    refused = lambda error: put([Failed(str(error))] * (kept - known))  # noqa: E731
+    def refused(error: RequestFailed) -> None:
+        put([Failed(str(error))] * (kept - known))
+
     forward(backend.submit(request), lambda answer: put(read(answer)), result, refused)
     return result
 

@@ -18,7 +18,6 @@ import numpy as np
 from rollouts.errors import BackendError, ConfigError, RequestsFailed
 from rollouts.scoring.base import Failed, Scorer, Scores, columns_of, roles_of, submitted
 from rollouts.store.rows import RowKey, Rows
-from rollouts.store.shards import KEY
 from rollouts.store.store import Store
 from rollouts.tasks.grading import Grader
 from rollouts.tasks.problems import Problem
@@ -109,7 +108,7 @@ def score_store(
     """
     attach(store, scorer)
     rows = store.score_rows(scorer.name, rows=_ROWS)
-    report, tried = Report(), sum(part.num_rows for part in islice(rows.table.read(columns=KEY[1:2]), _LAST))
+    report, tried = Report(), rows.table.counts("role").total()
     by_tree = (places for _, places in groupby(left(store, rows, problems), lambda place: place[0]))
 
     def charge() -> None:
