@@ -7,10 +7,9 @@ upstream servers instead of for engines.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
 from types import MappingProxyType
@@ -32,7 +31,7 @@ from rollouts.models.stepwise import Draft, StepRules
 from rollouts.scoring.judge import PROMPT, judge_question
 from rollouts.scoring.prm import fitting_input
 from rollouts.text.layouts import reward_layout
-from rollouts.text.likelihood import WORTHLESS, Likelihood
+from rollouts.text.likelihood import WORTHLESS
 from rollouts.text.prompts import PromptFormat, Reading, RewardLayout, Turns, has_room
 from rollouts.text.splitting import BLANK_LINE, Splitting
 from rollouts.text.steps import LARGE, ROLES, SMALL, Prefix, Step, StopReason, prefix_hash
@@ -226,7 +225,7 @@ class Models:
         async def send(payload: Mapping[str, Any], budget: int) -> Said:
             lost = spent.losing(budget, again=most is None)
             with ledger.waiting():
-                said = await self.upstreams[LARGE].post(chat.path, payload, _said, lost, budget, task.question)
+                said = await self.upstreams[LARGE].post(chat.path, payload, read_said, lost, budget, task.question)
             spent.add(said.prompt_tokens, said.tokens)
             spent.reasoning_tokens += said.hidden
             return said
@@ -318,8 +317,7 @@ class Models:
 
     async def _exchanged(self, exchange: Exchange, ledger: Ledger) -> list[float]:
         with ledger.waiting():
-            read = partial(_checked, exchange.read, 0)
-            scores: list[float] = await self.upstreams[SCORER].post(exchange.path, exchange.payload, read)
+            scores = await self.upstreams[SCORER].post(exchange.path, exchange.payload, exchange.read)
         ledger.roles[SCORER].add(exchange.tokens)
         return scores
 
@@ -353,30 +351,11 @@ class Models:
 
 
 def _checked(read: Callable[[Any], Any], most: int, body: Any) -> Any:
-    """Return what is read of an answer, if its numbers are some, and a completion is of a length that can be."""
+    """Return what is read of an answer, if a completion is of a length that can be."""
     found = read(body)
-    told = found.likelihood if isinstance(found, Completion) else found
-    numbers = (*told.logprobs, *told.entropies) if isinstance(told, Likelihood) else found
-    if not isinstance(numbers, Completion) and any(map(math.isnan, numbers)):  # JSON may hold NaN
-        raise ValueError("NaN, expected numbers")
-    if not isinstance(found, Completion):
-        return found
-    if not 1 <= found.tokens <= most:
+    if isinstance(found, Completion) and not 1 <= found.tokens <= most:
         raise ValueError(f"{found.tokens} tokens, expected 1 to {most}")
-    return replace(found, text=_whole(found.text))
-
-
-def _said(body: Any) -> Said:
-    """Return what a chat's answer says, if its tokens can be counted."""
-    said = read_said(body)
-    if min(said.tokens, said.prompt_tokens, said.hidden) < 0:
-        raise ValueError(f"{said.prompt_tokens}, {said.tokens} and {said.hidden} tokens, expected at least 0")
-    return replace(said, text=_whole(said.text))
-
-
-def _whole(text: str) -> str:
-    """Return a text without halves of surrogate pairs, which JSON may hold."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return found
 
 
 def _generates(likelihood: bool, looks: bool = False) -> Probe:
@@ -427,6 +406,6 @@ class _Judge:
     @staticmethod
     def read(body: Any) -> Verdict:
         verdict = read_verdict_of(body)
-        if verdict.score is None or min(verdict.spent) < 0:
-            raise ValueError(verdict.why or f"{verdict.spent} tokens, expected at least 0")
+        if verdict.score is None:
+            raise ValueError(verdict.why)
         return verdict

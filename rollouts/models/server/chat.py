@@ -100,13 +100,16 @@ def read_said(body: Any) -> Said:
     choice, usage = body["choices"][0], body["usage"]
     hidden = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
     prompt = usage.get("prompt_tokens")
-    return Said(
+    said = Said(
         text_of(choice["message"].get("content")),
         decoded(usage),
         hidden if isinstance(hidden, int) else 0,
         prompt if isinstance(prompt, int) else 0,
         str(choice["finish_reason"]),
     )
+    if min(said.tokens, said.prompt_tokens, said.hidden) < 0:
+        raise ValueError(f"{said.prompt_tokens}, {said.tokens} and {said.hidden} tokens, expected at least 0")
+    return said
 
 
 class StepChat:

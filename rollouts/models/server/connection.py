@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -42,6 +43,15 @@ class Broken(Exception):
         self.refused = refused
 
 
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # pairs are written so, too
+
+
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("NaN, expected numbers")
+    return float(name)
+
+
 @dataclass(frozen=True)
 class Answer:
     """A complete answer."""
@@ -56,8 +66,12 @@ class Answer:
         return 200 <= self.status < 300
 
     def json(self) -> Any:
-        """Return the body's content; raises ValueError if it is no JSON."""
-        return json.loads(self.body.decode())
+        """Return the content, halves of surrogate pairs replaced; raises ValueError if it is no JSON, or has NaN."""
+        text = self.body.decode()
+        if _HALF.search(text):
+            whole = json.dumps(json.loads(text), ensure_ascii=False)
+            text = whole.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return json.loads(text, parse_constant=_constant)
 
     @property
     def text(self) -> str:

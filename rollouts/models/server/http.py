@@ -152,7 +152,7 @@ class Server:
             self._refuse(answer)
         try:
             return parse(answer.json())
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             said = self.connection.clean(answer.text)[:80]
             raise _Trouble(f"an answer that cannot be read: {said!r}, {type(error).__name__}: {error}") from None
 

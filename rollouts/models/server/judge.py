@@ -84,6 +84,8 @@ def read_verdict_of(body: Any) -> Verdict:
     text, tokens = text_of(choice["message"].get("content")), _told(choice)
     usage = body.get("usage") or {}
     spent = int(usage.get("prompt_tokens") or 0), decoded(usage) if "completion_tokens" in usage else 0
+    if min(spent) < 0:
+        raise ValueError(f"{spent} tokens, expected at least 0")
     cut = choice.get("finish_reason") == "length"
     score = None if tokens is None else verdict_in("".join(token for token, _ in tokens), tokens, cut=cut)
     score = verdict_in(text, cut=cut) if score is None else score

@@ -166,7 +166,9 @@ def read_verdict(body: Any, verdicts: tuple[int, int]) -> list[float]:
     if not all(name in told for name in names):
         raise BackendError(f"tells {', '.join(told)}, not {', '.join(names)}: serve the model with vLLM 0.32 or newer.")
     wrong, right = (float(told[name]) for name in names)
-    return [1 / (1 + math.exp(min(wrong - right, 700.0)))]
+    if math.isnan(apart := wrong - right):
+        raise ValueError(f"log-probabilities {wrong} and {right}")
+    return [1 / (1 + math.exp(min(apart, 700.0)))]
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from agents.serve.metrics import Metrics
 from agents.serve.models import _checked
 from agents.serve.upstreams import Probe, Unavailable, Upstream
 from benchmarks.upstream import step_tag_id
-from rollouts.models.base import Completion
 from rollouts.models.server.chat import decoded
 from rollouts.models.server.connection import Answer
-from rollouts.text.likelihood import Likelihood, top_entropy
+from rollouts.text.likelihood import top_entropy
 
 MOST = 9
 TEXT = {"text": "a=1\n\n", "finish_reason": "stop", "stop_reason": "\n\n"}
@@ -232,18 +231,13 @@ def test_probes_answered_wrongly_too_are_noticed_and_so_is_the_return(trio: Trio
         routed.wait_up((name,), within=5)
 
 
-NAN, HUGE = json.loads("NaN"), json.loads("1e999")
-
-
 @pytest.mark.parametrize(
     "read",
     [
-        lambda: Completion("x", 1, (5,), "eos", likelihood=Likelihood((NAN,), (0.1,))),
-        lambda: Completion("x", 1, (5,), "eos", likelihood=Likelihood((-0.1,), (NAN,))),
-        lambda: Likelihood((NAN, -0.1)),
-        lambda: [0.5, NAN],
+        lambda: Answer(200, {}, b'{"logprobs": [NaN, 0.1]}').json(),
         lambda: top_entropy([1000.0]),
-        lambda: decoded({"completion_tokens": HUGE}),
+        lambda: decoded({"completion_tokens": json.loads("1e999")}),
+        lambda: decoded({"completion_tokens": None}),
     ],
 )
 def test_numbers_that_are_none_are_no_answer(trio: Trio, read: Any) -> None:

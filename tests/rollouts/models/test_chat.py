@@ -111,6 +111,15 @@ def test_a_vendor_that_answers_without_a_text_is_refused_at_the_start(fake: Fake
     writer(fake).thing.close()  # it may have thought
 
 
+@pytest.mark.parametrize("usage", [{"completion_tokens": -1}, {"completion_tokens": float("inf")}])
+def test_an_answer_whose_tokens_cannot_be_counted_is_a_failed_step(fake: FakeServer, usage: dict[str, Any]) -> None:
+    with writer(fake, retries=0) as large:
+        choice = {"message": {"content": "Step 1: c=3"}, "finish_reason": "stop"}
+        fake.fault = lambda *_: (200, {}, {"choices": [choice], "usage": usage})
+        done = large.submit(Prefix("p", "Find c.", 0, (), 0), whole=False).result(10)
+    assert done.steps[0].stop_reason is StopReason.FAILED and "cannot be read" in done.reason
+
+
 @pytest.mark.parametrize("content", [None, "", []])
 def test_a_budget_spent_on_hidden_thinking_is_a_failed_step_with_its_reason(fake: FakeServer, content: Any) -> None:
     message = {"content": content, "reasoning_content": "Let me see.\n\nFirst"}

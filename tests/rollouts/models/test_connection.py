@@ -71,3 +71,12 @@ def test_servers_of_this_machine_and_excepted_ones_are_not(
     monkeypatch.setenv("NO_PROXY", "models.example")
     assert Connection("large", ModelConfig(backend="server", model="fake", url=URL), URL)._proxy is None
     assert proxy == []
+
+
+def test_texts_are_whole_and_numbers_are_numbers() -> None:
+    """What cannot be stored or written comes in nowhere."""
+    said = Answer(200, {}, b'{"a": ["x\\ud800y", "\\ud83d\\ude00", -Infinity]}').json()
+    assert said == {"a": ["x\ufffdy", "\U0001f600", float("-inf")]}
+    for body in (b'{"a": NaN}', b'["\\ud800", NaN]', b"{", b"\xff"):
+        with pytest.raises(ValueError):
+            Answer(200, {}, body).json()
