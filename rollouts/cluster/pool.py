@@ -46,11 +46,19 @@ _Model = TypeVar("_Model", bound=ModelConfig)
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster that this process is connected to."""
+    """A cluster that this process is connected to.
+
+    Attributes:
+        ray: The module.
+        workers: How many are to work.
+        tell: Whom to tell what is lost.
+        grows: Whether machines may come that are not there yet, as on Kubernetes.
+    """
 
     ray: Any
     workers: int
     tell: Tell = lambda line: None
+    grows: bool = True
 
     def job(self, store: Store, family: Family | None = None, **what: Any) -> Job:
         """Return the job of workers for a store, with models as they are called on any machine."""
@@ -115,7 +123,7 @@ def connected(address: str, workers: int, tell: Tell) -> Iterator[Cluster]:
             why = _last_line(failure[0]) if failure else f"no answer within {_CONNECT_SECONDS:.0f} s"
             raise ConfigError(f"--ray {address}: no connection ({why}). Start a cluster with `ray start --head`, "
                               "or use --ray local.")  # fmt: skip
-        yield Cluster(ray, workers, tell)
+        yield Cluster(ray, workers, tell, grows=address != LOCAL)
     finally:
         if there.is_set():
             ray.shutdown()
@@ -205,7 +213,7 @@ class Pool(ABC):
         """Start the workers.
 
         Raises:
-            ConfigError: No machine of the cluster has the GPUs that each takes.
+            ConfigError: This machine, the only one, has not the GPUs that each takes.
         """
         self._refuse_small_machines()
         self._began = time.monotonic()
@@ -224,13 +232,12 @@ class Pool(ABC):
         self.hands.clear()
 
     def _refuse_small_machines(self) -> None:
-        if not (needed := self.job.gpus):
+        if self.cluster.grows or not (needed := self.job.gpus):
             return
         machines = [node["Resources"] for node in self.cluster.ray.nodes() if node["Alive"]]
         if (most := max((each.get("GPU", 0.0) for each in machines), default=0.0)) < needed:
             raise ConfigError(f"Each worker takes {_counted(needed, 'GPU')} of one machine, as `devices` in the models "
-                              f"file says; the cluster's machines have at most {most:g}. Name fewer, or add a machine "
-                              "that has them.")  # fmt: skip
+                              f"file says; this one has {most:g}. Name fewer, or take a cluster that has them.")  # fmt: skip
 
     def _start(self) -> None:
         # Never `max_restarts`: Ray would construct it again with the seeds that it had.
