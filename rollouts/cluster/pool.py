@@ -237,7 +237,7 @@ class Pool(ABC):
         machines = [node["Resources"] for node in self.cluster.ray.nodes() if node["Alive"]]
         if (most := max((each.get("GPU", 0.0) for each in machines), default=0.0)) < needed:
             raise ConfigError(f"Each worker takes {_counted(needed, 'GPU')} of one machine, as `devices` in the models "
-                              f"file says; this one has {most:g}. Name fewer, or take a cluster that has them.")  # fmt: skip
+                              f"file says; this one has {most:g}. Name fewer, or a larger cluster.")  # fmt: skip
 
     def _start(self) -> None:
         # Never `max_restarts`: Ray would construct it again with the seeds that it had.
