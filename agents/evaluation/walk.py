@@ -29,7 +29,8 @@ from agents.routers.whole import (
     Whole,
 )
 from rollouts.errors import ConfigError
-from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE
+from rollouts.text.steps import ROLES
+from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, Trees
 from trim_env.costs import cost_of, sources_of
 from trim_env.features import left_feature, schema_named
 from trim_env.graph import Decide, Decisions, Floats, Ints, Moved, Spent, walk
@@ -264,6 +265,8 @@ def _of_problem(attempts: Attempts, values: Floats) -> Floats:
 def decision_shares(router: AnyRouter, tables: DecisionTables) -> dict[str, Any]:
     """Return what a router's decisions look like: how the scores of proposals spread, and which share escalates.
 
+    What one model alone writes (``answer_by``) is not decided, and does not count.
+
     Returns:
         ``scores``, shares of `SCORE_BINS` equal parts of [0, 1], and ``escalated``.
     """
@@ -272,10 +275,21 @@ def decision_shares(router: AnyRouter, tables: DecisionTables) -> dict[str, Any]
     for part in tables.parts():
         for done, _ in walked(part, router):
             place = np.clip((tables.trees.score[done.rows, CONTINUE_SMALL] * bins).astype(np.int64), 0, bins - 1)
-            counts += np.bincount(place, done.mass, minlength=bins)
-            escalated += float(done.mass @ (done.moved.accepted == ESCALATE_LARGE))
+            mass = done.mass * ~answered(tables.trees, done.rows)
+            counts += np.bincount(place, mass, minlength=bins)
+            escalated += float(mass @ (done.moved.accepted == ESCALATE_LARGE))
     total = max(float(counts.sum()), 1e-12)
     return {"scores": [round(float(each), 6) for each in counts / total], "escalated": min(escalated / total, 1.0)}
+
+
+def answered(trees: Trees, rows: Ints) -> NDArray[np.bool_]:
+    """Return (n,) at which of n nodes one model alone writes: its step is the proposal of both, and costs once."""
+    by = (trees.meta.get("splitting") or {}).get("answer_by")
+    if by not in ROLES:
+        return np.zeros(len(rows), bool)
+    tokens, reasons, author = trees.tokens[rows], trees.stop_reason[rows], ROLES.index(by)
+    found: NDArray[np.bool_] = (tokens[:, author] > 0) & (tokens[:, 1 - author] == 0) & (reasons[:, 0] == reasons[:, 1])
+    return found
 
 
 def walked(tables: DecisionTables, policy: AnyRouter | Decide) -> Iterator[tuple[Decisions, NDArray[np.bool_]]]:

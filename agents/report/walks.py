@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.evaluation.walk import walked
+from agents.evaluation.walk import answered, walked
 from agents.routers.base import AnyRouter
 from rollouts.errors import ConfigError
-from rollouts.text.steps import ROLES
-from rollouts.trees.arrays import Trees
 from trim_env.tables import DecisionTables
 
 Ints = NDArray[np.int64]
@@ -58,20 +56,10 @@ def follow(router: AnyRouter, tables: DecisionTables) -> Paths:
         found = done.moved.taken
         visited.append(_column(count, done.tree, done.rows))
         actions = np.where(found.cut_off, CUT_OFF, done.moved.accepted)
-        taken.append(_column(count, done.tree, np.where(_answered(tables.trees, done.rows), ANSWERED, actions)))
+        taken.append(_column(count, done.tree, np.where(answered(tables.trees, done.rows), ANSWERED, actions)))
         large[done.tree] += found.large_tokens
         correct[done.tree] = tables.solved[found.place] == 1
     return Paths(np.stack(visited, axis=1), np.stack(taken, axis=1).astype(np.int8), correct, large)
-
-
-def _answered(trees: Trees, rows: Ints) -> NDArray[np.bool_]:
-    """Return (n,) at which of n nodes one model alone writes: its step is the proposal of both, and costs once."""
-    by = (trees.meta.get("splitting") or {}).get("answer_by")
-    if by not in ROLES:
-        return np.zeros(len(rows), bool)
-    tokens, reasons, author = trees.tokens[rows], trees.stop_reason[rows], ROLES.index(by)
-    found: NDArray[np.bool_] = (tokens[:, author] > 0) & (tokens[:, 1 - author] == 0) & (reasons[:, 0] == reasons[:, 1])
-    return found
 
 
 def _column(count: int, tree: Ints, values: Ints) -> Ints:

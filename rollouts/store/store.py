@@ -381,7 +381,8 @@ class Store:
         if name is None and len(names) == 1:
             return names[0]
         if name is None:
-            raise StoreError(f"{self.path} has several {kind} tables, name one: {', '.join(names)}.")
+            option = "--scorer" if kind == "scores" else "--grader"
+            raise StoreError(f"{self.path} has several {kind} tables, name one with {option}: {', '.join(names)}.")
         if name not in names:
             raise StoreError(f"{self.path}: no {kind} table {name!r}.{did_you_mean(name, known)}")
         return name

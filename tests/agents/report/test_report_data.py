@@ -18,7 +18,7 @@ import evaluate as evaluate_command
 from agents.evaluation.bootstrap import Estimate
 from agents.evaluation.suite import EvaluateConfig, evaluate
 from agents.evaluation.table import MethodSummary
-from agents.evaluation.walk import run
+from agents.evaluation.walk import decision_shares, run
 from agents.report.gather import gather
 from agents.report.maths import PATTERN, formulas
 from agents.report.positions import positions
@@ -148,6 +148,7 @@ def test_where_one_model_writes_every_answer_nothing_is_decided_there(tmp_path, 
         for rows, actions in zip(paths.rows, paths.actions, strict=True):
             for row, action in zip(rows[rows >= 0], actions[rows >= 0], strict=True):
                 assert (action == ANSWERED) == ((trees.tokens[row] == 0).any()), router.name
+    assert [decision_shares(Constant(action), tables)["escalated"] for action in (0, 1)] == [0, 1]
     assert positions(follow(Constant(0), tables), *by_trees(tables))["escalations"] == [0] * paths.rows.shape[1]
     config = EvaluateConfig((saved_run(tmp_path / "run", store, (0.5,)),), str(store.path))
     page = gather(config, evaluate(config))
