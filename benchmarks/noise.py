@@ -26,6 +26,13 @@ from rollouts.trees.arrays import CONTINUE_SMALL, ESCALATE_LARGE, Trees
 from rollouts.trees.compile import compile_store
 from trim_env.tables import decision_tables
 
+DAMAGED = {
+    "flips": "share of scores r that become 1 - r",
+    "shuffling": "share of proposals that exchange scores",
+    "miscalibration": "shrinkage of log-odds towards 3",
+    "late": "share of trees read one step early",
+}
+"""What the levels are, by kind of damage."""
 LEVELS: dict[str, tuple[float, ...]] = {
     "none": (0.0,),
     "flips": (0.05, 0.15, 0.3),
@@ -149,7 +156,7 @@ def draw(settings: Settings, cells: list[Cell], path: Path) -> None:
             axes.plot(levels, [own[x].fitted for x in levels], marker="o", color=colour, label=method)
             axes.plot(levels, [own[x].surprised for x in levels], marker="o", mfc="white", ls="--", color=colour)
         axes.axhline(constant, color="grey", ls=":", label="best constant")
-        axes.set(title=kind, xlabel="level")
+        axes.set(title=kind, xlabel=DAMAGED[kind])
     panels[0].set_ylabel("mean test return over four λ")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle("solid: fitted on the damaged scores; dashed: fitted on good ones", fontsize=9)
