@@ -111,9 +111,17 @@ def test_embedded_models_give_the_store_of_one_process_though_a_worker_is_killed
     engines: list[psutil.Process] = []
 
     def kill() -> None:
-        victim = workers()[0]
+        """Kill one; the other stands still until a third has models, which else might have nothing left to do."""
+        victim, *others = workers()
         engines.extend(victim.children(recursive=True))
+        for other in others:
+            other.suspend()
         victim.kill()
+        until = time.monotonic() + 60
+        while len(Store(tmp_path / "many").manifest["engines"]) < 6 and time.monotonic() < until:
+            time.sleep(0.1)
+        for other in others:
+            other.resume()
 
     with meanwhile(tmp_path / "many", 50, kill):
         assert main(command(tmp_path / "many", "tinymath:transformers", *whole, *FEW, *steps)) == 0
