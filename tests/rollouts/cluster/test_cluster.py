@@ -118,10 +118,12 @@ def test_embedded_models_give_the_store_of_one_process_though_a_worker_is_killed
             other.suspend()
         victim.kill()
         until = time.monotonic() + 60
-        while len(Store(tmp_path / "many").manifest["engines"]) < 6 and time.monotonic() < until:
-            time.sleep(0.1)
-        for other in others:
-            other.resume()
+        try:
+            while len(Store(tmp_path / "many").manifest["engines"]) < 6 and time.monotonic() < until:
+                time.sleep(0.1)
+        finally:
+            for other in others:
+                other.resume()
 
     with meanwhile(tmp_path / "many", 50, kill):
         assert main(command(tmp_path / "many", "tinymath:transformers", *whole, *FEW, *steps)) == 0
